@@ -1,0 +1,40 @@
+"""Packaging: `pip install .` is all a user needs; the extras are for tests and for comparing with PyTorch."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "mlx_starflow/__init__.py").read_text()).group(1)
+
+setup(
+    name="mlx-starflow",
+    version=VERSION,
+    description="STARFlow, autoregressive normalizing flows for images and video, natively in MLX",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=[*find_packages(include=["mlx_starflow", "mlx_starflow.*"]), "mlx_starflow.convert"],
+    package_dir={"mlx_starflow.convert": "convert"},
+    package_data={"mlx_starflow.demo": ["**/*"]},
+    install_requires=[
+        # PyPI's plain mlx has no backend on Linux: the CPU one is an extra there.
+        "mlx>=0.30; sys_platform == 'darwin'",
+        "mlx[cpu]>=0.30; sys_platform == 'linux'",
+        "numpy",
+        "pillow",
+        "click",
+        "tqdm",
+        "pyyaml",
+        "safetensors",
+        "sentencepiece",
+        "huggingface-hub",
+    ],
+    extras_require={
+        "test": ["pytest", "hypothesis", "ruff"],
+        "torch": ["torch"],
+    },
+    entry_points={"console_scripts": ["mlx-starflow = mlx_starflow.cli:main"]},
+)
