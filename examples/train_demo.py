@@ -1,0 +1,237 @@
+"""Train the embedded model from nothing: autoencoder, then flow and text encoder together.
+
+    python examples/demo_data.py data/emoji
+    python examples/train_demo.py data/emoji runs/demo          # hours on two CPU cores; run again to resume
+    mlx-starflow generate "a red apple" --model runs/demo/model
+
+Needs `pip install mlx-starflow[torch]`: it uses the PyTorch twin of the network, which on a CPU is several times
+faster than MLX (bfloat16 matrix units, vectorized elementwise math). The weights it writes are MLX model directories.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import torch
+
+from mlx_starflow.models.autoencoder_kl import AutoencoderKLConfig
+from mlx_starflow.models.starflow import FlowConfig
+from mlx_starflow.models.t5 import T5Config
+from mlx_starflow.reference.autoencoder_kl import AutoencoderKL
+from mlx_starflow.reference.starflow import STARFlow
+from mlx_starflow.reference.t5 import T5Encoder
+from mlx_starflow.reference.training import TextFlow, autoencoder_loss, flow_loss, invert, run
+from mlx_starflow.tokenizer import Tokenizer
+from mlx_starflow.training.data import PictureFolder, augmented_crops
+
+SIZE = 64
+NOISE = 0.3
+TEXT_LENGTH = 12
+VIEWS = 12
+AUTOENCODER = {
+    "block_out_channels": [32, 64, 96],
+    "down_block_types": ["DownEncoderBlock2D"] * 3,
+    "up_block_types": ["UpDecoderBlock2D"] * 3,
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "norm_num_groups": 8,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+    "scaling_factor": 1.0,
+    "sample_size": SIZE,
+}
+TEXT_ENCODER = {"d_model": 192, "d_kv": 64, "d_ff": 512, "num_layers": 2, "num_heads": 3}
+FLOW = {
+    "img_size": 16,
+    "channel_size": 4,
+    "patch_size": 4,
+    "channels": 256,
+    "layers_per_block": [2, 2, 6],
+    "top_block_channels": 320,
+    "head_dim": 64,
+    "txt_size": TEXT_LENGTH,
+    "txt_dim": TEXT_ENCODER["d_model"],
+    "noise_std": NOISE,
+    "use_softplus": True,
+    "use_final_norm": True,
+    "use_qk_norm": True,
+    "norm_type": "rms_norm",
+    "soft_clip": 4.0,
+}
+# Subgroups whose pictures a user is most likely to ask for: drawn three times as often as the rest.
+FAVOURED = ["face-", "cat-face", "monkey-face", "heart", "animal-", "plant-", "food-", "drink", "transport-", "sky-weather", "sport", "musical-instrument", "event"]
+
+
+def train_autoencoder(data: Path, out: Path, steps: int) -> AutoencoderKL:
+    pictures = PictureFolder.read(data, size=128, splits=("train", "autoencoder"))
+    weight = np.array([2.0 if row["split"] == "train" else 0.6 for row in pictures.rows])
+    rng = np.random.default_rng(0)
+
+    def batches(size: int = 16) -> Iterator[torch.Tensor]:
+        while True:
+            chosen = rng.choice(len(pictures), size, p=weight / weight.sum())
+            views = augmented_crops(pictures.pictures[chosen], SIZE, rng, zoom=0.15, shift=2)
+            yield to_tensor(views)
+
+    model = AutoencoderKL(AutoencoderKLConfig.from_dict(AUTOENCODER)).to(memory_format=torch.channels_last)
+    loss = partial(autoencoder_loss, model, kl_weight=1e-4, noise_std=NOISE)
+    return run(
+        model,
+        lambda batch, progress: loss(batch),
+        batches(),
+        [{"params": model.parameters(), "lr": 1.5e-3}],
+        out / "autoencoder.pt",
+        steps=steps,
+        ema=0.999,
+        betas=(0.9, 0.98),
+        weight_decay=0.01,
+    )
+
+
+def to_tensor(pictures: np.ndarray) -> torch.Tensor:
+    """uint8 `[B, H, W, 3]` -> float `[B, 3, H, W]` in -1..1."""
+    tensor = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def encode(autoencoder: AutoencoderKL, pictures: PictureFolder, seed: int, views: int) -> torch.Tensor:
+    """Latents (the posterior's mean) of `views` random views of each picture, `[N, views, 16, 16, 4]`."""
+    rng = np.random.default_rng(seed)
+    latents = []
+    for _ in range(views):
+        crops = to_tensor(augmented_crops(pictures.pictures, SIZE, rng, zoom=0.1, shift=1))
+        latents.append(torch.cat([autoencoder.encode(part)[0] for part in crops.split(64)]).permute(0, 2, 3, 1))
+    return torch.stack(latents, dim=1).contiguous()
+
+
+def train_tokenizer(pictures: PictureFolder, out: Path) -> Path:
+    """A SentencePiece model with T5's special tokens over the words of the captions."""
+    path = out / "spiece.model"
+    if not path.exists():
+        words = [caption for captions in pictures.captions for caption in captions]
+        tags = [tag for row in pictures.rows for tag in row["tags"]]
+        sentences = words * 3 + tags + [f"{article} {word}" for word in words for article in ("a", "an", "the")]
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sentences),
+            model_prefix=str(out / "spiece"),
+            vocab_size=1500,
+            character_coverage=1.0,
+            normalization_rule_name="nmt_nfkc_cf",
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+            minloglevel=1,
+        )
+        (out / "spiece.vocab").unlink()
+    return path
+
+
+def caption(captions: list[str], tags: list[str], rng: np.random.Generator) -> str:
+    """Mostly the usual name; sometimes another name, a tag or an article; one in ten is dropped for guidance."""
+    draw = rng.random()
+    if draw < 0.1:
+        return ""
+    if draw < 0.15 and tags:
+        text = tags[rng.integers(len(tags))]
+    elif draw < 0.55 and len(captions) > 1:
+        text = captions[rng.integers(1, len(captions))]
+    else:
+        text = captions[0]
+    if rng.random() < 0.3:
+        article = "an" if text[:1] in "aeiou" else "a"
+        text = f"{article if rng.random() < 0.7 else 'the'} {text}"
+    return text
+
+
+def train_flow(data: Path, out: Path, autoencoder: AutoencoderKL, steps: int, batch_size: int) -> tuple:
+    pictures = PictureFolder.read(data, size=128, splits=("train",))
+    held_out = PictureFolder.read(data, size=128, splits=("held_out",))
+    views = encode(autoencoder, pictures, 0, VIEWS)
+    mean = views.mean(dim=(0, 1, 2, 3))
+    std = views.std(dim=(0, 1, 2, 3))
+    views = (views - mean) / std
+    other = (encode(autoencoder, held_out, 1, 4) - mean) / std
+    print(f"{len(pictures)} concepts, latents with mean {mean.tolist()} and std {std.tolist()}", flush=True)
+
+    tokenizer = Tokenizer(train_tokenizer(pictures, out))
+    text_config = T5Config(vocab_size=tokenizer.vocab_size, feed_forward_proj="gated-gelu", **TEXT_ENCODER)
+    torch.manual_seed(0)
+    model = TextFlow(STARFlow(FlowConfig(**FLOW)), T5Encoder(text_config))
+    print({n: sum(p.numel() for p in m.parameters()) for n, m in model.named_children()}, flush=True)
+    rng = np.random.default_rng(0)
+    favoured = np.array([any(row["subgroup"].startswith(name) for name in FAVOURED) for row in pictures.rows])
+    weight = np.where(favoured, 3.0, 1.0)
+    print(f"{favoured.sum()} concepts are favoured", flush=True)
+
+    def tokens(texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        ids, mask, _ = tokenizer.batch(texts, TEXT_LENGTH)
+        return torch.from_numpy(ids).long(), torch.from_numpy(mask)
+
+    def batches() -> Iterator[tuple]:
+        while True:
+            chosen = rng.choice(len(pictures), batch_size, replace=False, p=weight / weight.sum())
+            texts = [caption(pictures.captions[i], pictures.rows[i]["tags"], rng) for i in chosen]
+            yield (views[chosen, rng.integers(VIEWS, size=batch_size)], *tokens(texts))
+
+    def loss(batch: tuple, progress: float) -> tuple:
+        full = 0.5 if progress < 0.7 else max(0.1, 0.5 - 0.4 * (progress - 0.7) / 0.15)
+        return flow_loss(model, *batch, noise_std=NOISE, full=full, partial=0.3)
+
+    @torch.no_grad()
+    def watch(averaged: TextFlow, step: int) -> str:
+        """NLL on training and held-out pictures, and how often a sample's nearest latent has the right concept."""
+        generator = torch.Generator().manual_seed(1)
+        asked = torch.from_numpy(np.flatnonzero(favoured)[::4])
+        report = []
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            for name, latents, names in (("held-in", views, pictures), ("held-out", other, held_out)):
+                chosen = torch.arange(len(names))[:: max(1, len(names) // 128)]
+                text = averaged.text_encoder.encode(*tokens([names.captions[i][0] for i in chosen]))
+                clean = latents[chosen, 0]
+                noisy = clean + NOISE * torch.randn(clean.shape, generator=generator)
+                report.append(f"{name} nll {averaged.flow(noisy, text).nll().mean():.4f}")
+            text = averaged.text_encoder.encode(*tokens([pictures.captions[i][0] for i in asked]))
+            z = 0.7 * torch.randn(len(asked), 16, 16, 4, generator=generator)
+            samples = invert(averaged.flow, z, text.float())
+        distance = torch.cdist(samples.flatten(1), views.flatten(0, 1).flatten(1))
+        right = (distance.argmin(dim=1) // VIEWS == asked).float().mean()
+        return f"{report[0]}  {report[1]}  top-1 {right:.3f}"
+
+    averaged = run(
+        model,
+        loss,
+        batches(),
+        model.groups(1.2e-3, 8.0),
+        out / "flow.pt",
+        steps=steps,
+        ema=0.999,
+        betas=(0.9, 0.98),
+        weight_decay=0.01,
+        watch=watch,
+    )
+    return averaged, text_config, mean, std
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="the folder examples/demo_data.py wrote")
+    parser.add_argument("out", type=Path, help="folder for checkpoints and the finished model")
+    parser.add_argument("--autoencoder-steps", type=int, default=5000)
+    parser.add_argument("--flow-steps", type=int, default=30000)
+    parser.add_argument("--batch-size", type=int, default=32)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    autoencoder = train_autoencoder(args.data, args.out, args.autoencoder_steps)
+    train_flow(args.data, args.out, autoencoder, args.flow_steps, args.batch_size)
+
+
+if __name__ == "__main__":
+    main()

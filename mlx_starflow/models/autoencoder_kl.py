@@ -1,0 +1,500 @@
+"""The image autoencoder of Stable Diffusion (SD-VAE, diffusers' `AutoencoderKL`): pictures <-> 8 times smaller latents.
+
+A convolutional encoder gives a diagonal Gaussian over latents, a convolutional decoder gives the picture back
+(Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", arXiv 2112.10752). Modules are named
+as in diffusers' checkpoints; `AutoencoderKL.sanitize` turns such a checkpoint into MLX's layout.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlx_starflow.errors import StarflowError
+
+# Keys of a config.json that are checked apart or do not change the network. Those beginning with "_" are notes.
+_OTHER_KEYS = {"model_type", "quantization", "force_upcast", "act_fn", "down_block_types", "up_block_types"}
+
+# The attention's projections as diffusers called them before 0.17, which released SD-VAEs still do.
+_OLD_PROJECTIONS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+_SIZES = ("layers_per_block", "in_channels", "out_channels", "latent_channels", "norm_num_groups")
+
+_NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class AutoencoderKLConfig:
+    """The architecture and the latents' normalization, under diffusers' names and with its defaults.
+
+    `scaling_factor`, `shift_factor`, `latents_mean` and `latents_std` (the last two: one value a latent channel) are
+    what `AutoencoderKL.scale` uses; `sample_size` is the side, in pixels, of the pictures of the training.
+    """
+
+    block_out_channels: tuple[int, ...]
+    layers_per_block: int
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 4
+    norm_num_groups: int = 32
+    mid_block_add_attention: bool = True
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    scaling_factor: float = 0.18215
+    shift_factor: float | None = None
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
+    sample_size: int = 32
+
+    def __post_init__(self) -> None:
+        sizes = {name: getattr(self, name) for name in _SIZES}
+        sizes |= {f"block_out_channels[{i}]": width for i, width in enumerate(self.block_out_channels)}
+        for name, value in sizes.items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise StarflowError(f"autoencoder config: {name} must be a positive integer, not {value!r}")
+        if not self.block_out_channels:
+            raise StarflowError("autoencoder config: block_out_channels is empty; it takes one width per resolution")
+        for width in self.block_out_channels:
+            if width % self.norm_num_groups:
+                raise StarflowError(
+                    f"autoencoder config: block_out_channels {width} is not a multiple of norm_num_groups "
+                    f"{self.norm_num_groups}"
+                )
+        if not self.scaling_factor:
+            raise StarflowError(f"autoencoder config: scaling_factor must not be {self.scaling_factor!r}")
+        if (self.latents_mean is None) != (self.latents_std is None):
+            raise StarflowError("autoencoder config: latents_mean and latents_std go together; give both or neither")
+        for name in ("latents_mean", "latents_std"):
+            values = getattr(self, name)
+            if values is not None and len(values) != self.latent_channels:
+                raise StarflowError(
+                    f"autoencoder config: {name} has {len(values)} values, latent_channels is {self.latent_channels}"
+                )
+
+    @property
+    def downscale(self) -> int:
+        """Pixels to a latent, in each direction."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> AutoencoderKLConfig:
+        """Read diffusers' `config.json` of an AutoencoderKL, or the one of a model directory.
+
+        Raises:
+            StarflowError: another class, other blocks than Down/UpEncoderBlock2D, another activation than SiLU, a
+                width or depth that is missing or unusable, or a key that is not known.
+        """
+        class_name = config.get("_class_name", "AutoencoderKL")
+        if class_name != "AutoencoderKL":
+            raise StarflowError(f"autoencoder config: _class_name is {class_name!r}; it must be 'AutoencoderKL'")
+        model_type = config.get("model_type", "autoencoder_kl")
+        if model_type != "autoencoder_kl":
+            raise StarflowError(f"autoencoder config: model_type is {model_type!r}; it must be 'autoencoder_kl'")
+        if config.get("act_fn", "silu") not in ("silu", "swish"):
+            raise StarflowError(f"autoencoder config: act_fn {config['act_fn']!r} is not supported; it must be 'silu'")
+
+        known = {field.name: field for field in fields(cls)}
+        for key in config:
+            if key not in known and key not in _OTHER_KEYS and not key.startswith("_"):
+                raise StarflowError(f"autoencoder config: {key} is not a setting of an AutoencoderKL")
+        for name, field in known.items():
+            if field.default is MISSING and config.get(name) is None:
+                raise StarflowError(f"autoencoder config: {name} is missing; use the config.json of the checkpoint")
+
+        widths = config["block_out_channels"]
+        if not isinstance(widths, list | tuple):
+            raise StarflowError(f"autoencoder config: block_out_channels must be a list, not {widths!r}")
+        for key, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+            if config.get(key) is None:
+                continue
+            for block in config[key]:
+                if block != kind:
+                    raise StarflowError(f"autoencoder config: {key} has {block!r}; all of them must be {kind!r}")
+            if len(config[key]) != len(widths):
+                raise StarflowError(
+                    f"autoencoder config: {key} has {len(config[key])} blocks, block_out_channels has {len(widths)}"
+                )
+
+        values = {name: config[name] for name in known if config.get(name) is not None}
+        if isinstance(values.get("sample_size"), list | tuple):
+            values["sample_size"] = max(values["sample_size"])
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as JSON, readable by `from_dict`."""
+        return {"model_type": "autoencoder_kl", **asdict(self)}
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """The encoder's Gaussian over latents, independent in every number: `mean` and `logvar`, both `[B, h, w, C]`.
+
+    `logvar` is the logarithm of the variance, limited to -30..20.
+    """
+
+    mean: mx.array
+    logvar: mx.array
+
+    def sample(self, noise: mx.array) -> mx.array:
+        """Raw latents `[B, h, w, C]` from standard normal `noise` of the same shape."""
+        return self.mean + mx.exp(0.5 * self.logvar) * noise
+
+
+# Compiled apart from the means: those divide by sizes, and a constant of each size would be a kernel to build.
+@mx.compile
+def _squared_distance(x: mx.array, mean: mx.array) -> mx.array:
+    return mx.square(x.astype(mx.float32) - mean)
+
+
+@mx.compile
+def _normalize(x: mx.array, mean: mx.array, scale: mx.array, bias: mx.array, silu: bool) -> mx.array:
+    y = (x.astype(mx.float32) - mean) * scale + bias
+    return (y * mx.sigmoid(y) if silu else y).astype(x.dtype)
+
+
+class GroupNorm(nn.GroupNorm):
+    """PyTorch's group norm over `[B, H, W, C]`, with SiLU after it if asked for.
+
+    Moments a channel, then a group, need no transposed copy of the picture, and the rest fuses into one pass over it:
+    several times faster than `nn.GroupNorm`. Moments are float32 in every dtype.
+    """
+
+    def __init__(self, groups: int, channels: int):
+        super().__init__(groups, channels, eps=_NORM_EPS, pytorch_compatible=True)
+
+    def __call__(self, x: mx.array, silu: bool = False) -> mx.array:
+        mean = self._group_mean(x.astype(mx.float32))
+        variance = self._group_mean(_squared_distance(x, mean))
+        return _normalize(x, mean, mx.rsqrt(variance + self.eps) * self.weight, self.bias, silu)
+
+    def _group_mean(self, x: mx.array) -> mx.array:
+        """The mean over picture and group, repeated for each channel: `[B, 1, 1, C]`."""
+        B, _, _, C = x.shape
+        # One axis after the other: a single sum over a large picture loses digits in float32.
+        mean = x.mean(axis=1).mean(axis=1).reshape(B, self.num_groups, -1).mean(axis=2, keepdims=True)
+        return mx.repeat(mean, C // self.num_groups, axis=2).reshape(B, 1, 1, C)
+
+
+class PointwiseConv(nn.Conv2d):
+    """A 1x1 convolution, as the matrix product it is: the CPU's convolution copies its input first."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, kernel_size=1)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return mx.addmm(self.bias, x, self.weight[:, 0, 0].T)
+
+
+class Conv3x3(nn.Conv2d):
+    """A 3x3 convolution that keeps the picture's size."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, kernel_size=3, padding=1)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        _, H, W, C = x.shape
+        if mx.default_device() == mx.cpu and x.dtype == mx.float32 and C >= 32 and H * W >= 64 * 64:
+            return self._sum_of_products(x)
+        return super().__call__(x)
+
+    def _sum_of_products(self, x: mx.array) -> mx.array:
+        """One matrix product for each of the nine taps.
+
+        MLX's convolution on the CPU gathers nine copies of the input first: more time, and for a large picture
+        gigabytes. Here a tap is a run of rows of the padded picture, read where it lies. Rows that wrap around the
+        picture's edge are computed as well and dropped.
+        """
+        B, H, W, C = x.shape
+        stride = W + 2
+        rows = mx.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)]).reshape(-1, C)
+        lost = 2 * stride + 2
+        count = rows.shape[0] - lost
+        y = self.bias
+        for i in range(3):
+            for j in range(3):
+                start = i * stride + j
+                y = mx.addmm(y, rows[start : start + count], self.weight[:, i, j].T)
+        return mx.pad(y, [(0, lost), (0, 0)]).reshape(B, H + 2, stride, -1)[:, :H, :W]
+
+
+class ResnetBlock(nn.Module):
+    """Two normalized 3x3 convolutions around which the input is added, through a 1x1 one if the width changes."""
+
+    def __init__(self, inputs: int, outputs: int, groups: int):
+        super().__init__()
+        self.norm1 = GroupNorm(groups, inputs)
+        self.conv1 = Conv3x3(inputs, outputs)
+        self.norm2 = GroupNorm(groups, outputs)
+        self.conv2 = Conv3x3(outputs, outputs)
+        if inputs != outputs:
+            self.conv_shortcut = PointwiseConv(inputs, outputs)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        h = self.conv1(self.norm1(x, silu=True))
+        h = self.conv2(self.norm2(h, silu=True))
+        return (self.conv_shortcut(x) if "conv_shortcut" in self else x) + h
+
+
+class Attention(nn.Module):
+    """Single-head self-attention over all positions of the picture."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.group_norm = GroupNorm(groups, channels)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = [nn.Linear(channels, channels)]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        B, H, W, C = x.shape
+        h = self.group_norm(x).reshape(B, 1, H * W, C)
+        h = mx.fast.scaled_dot_product_attention(
+            self.to_q(h), self.to_k(h), self.to_v(h), scale=1 / math.sqrt(C), mask=None
+        )
+        return x + self.to_out[0](h).reshape(B, H, W, C)
+
+
+class Downsample(nn.Module):
+    """Halves the picture: a convolution of stride 2 that sees a zero border on the right and at the bottom only."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.conv(mx.pad(x, [(0, 0), (0, 1), (0, 1), (0, 0)]))
+
+
+class Upsample(nn.Module):
+    """Doubles the picture: every pixel four times, then a convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = Conv3x3(channels, channels)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        B, H, W, C = x.shape
+        x = mx.broadcast_to(x[:, :, None, :, None], (B, H, 2, W, 2, C))
+        return self.conv(x.reshape(B, 2 * H, 2 * W, C))
+
+
+class DownBlock(nn.Module):
+    """The encoder's layers at one resolution, and the step to the next one unless it is the last."""
+
+    def __init__(self, inputs: int, outputs: int, layers: int, groups: int, downsample: bool):
+        super().__init__()
+        self.resnets = [ResnetBlock(inputs if i == 0 else outputs, outputs, groups) for i in range(layers)]
+        self.downsamplers = [Downsample(outputs)] if downsample else []
+
+    def __call__(self, x: mx.array) -> mx.array:
+        for layer in self.resnets + self.downsamplers:
+            x = layer(x)
+        return x
+
+
+class UpBlock(nn.Module):
+    """The decoder's layers at one resolution, and the step to the next one unless it is the last."""
+
+    def __init__(self, inputs: int, outputs: int, layers: int, groups: int, upsample: bool):
+        super().__init__()
+        self.resnets = [ResnetBlock(inputs if i == 0 else outputs, outputs, groups) for i in range(layers)]
+        self.upsamplers = [Upsample(outputs)] if upsample else []
+
+    def __call__(self, x: mx.array) -> mx.array:
+        for layer in self.resnets + self.upsamplers:
+            x = layer(x)
+        return x
+
+
+class MidBlock(nn.Module):
+    """The layers at the latents' resolution, where attention is affordable."""
+
+    def __init__(self, channels: int, groups: int, attention: bool):
+        super().__init__()
+        self.resnets = [ResnetBlock(channels, channels, groups) for _ in range(2)]
+        self.attentions = [Attention(channels, groups)] if attention else []
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = self.resnets[0](x)
+        for attention in self.attentions:
+            x = attention(x)
+        return self.resnets[1](x)
+
+
+class Encoder(nn.Module):
+    """Pictures `[B, H, W, in_channels]` to the posterior's moments `[B, h, w, 2 * latent_channels]`."""
+
+    def __init__(self, config: AutoencoderKLConfig):
+        super().__init__()
+        widths, groups = config.block_out_channels, config.norm_num_groups
+        last = len(widths) - 1
+        self.conv_in = Conv3x3(config.in_channels, widths[0])
+        self.down_blocks = [
+            DownBlock(widths[max(i - 1, 0)], widths[i], config.layers_per_block, groups, downsample=i < last)
+            for i in range(len(widths))
+        ]
+        self.mid_block = MidBlock(widths[-1], groups, config.mid_block_add_attention)
+        self.conv_norm_out = GroupNorm(groups, widths[-1])
+        self.conv_out = Conv3x3(widths[-1], 2 * config.latent_channels)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        return self.conv_out(self.conv_norm_out(self.mid_block(x), silu=True))
+
+
+class Decoder(nn.Module):
+    """Latents `[B, h, w, latent_channels]` to pictures `[B, H, W, out_channels]`."""
+
+    def __init__(self, config: AutoencoderKLConfig):
+        super().__init__()
+        widths, groups = config.block_out_channels[::-1], config.norm_num_groups
+        last = len(widths) - 1
+        self.conv_in = Conv3x3(config.latent_channels, widths[0])
+        self.mid_block = MidBlock(widths[0], groups, config.mid_block_add_attention)
+        self.up_blocks = [
+            UpBlock(widths[max(i - 1, 0)], widths[i], config.layers_per_block + 1, groups, upsample=i < last)
+            for i in range(len(widths))
+        ]
+        self.conv_norm_out = GroupNorm(groups, widths[-1])
+        self.conv_out = Conv3x3(widths[-1], config.out_channels)
+
+    def __call__(self, z: mx.array) -> mx.array:
+        x = self.mid_block(self.conv_in(z))
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(self.conv_norm_out(x, silu=True))
+
+
+class AutoencoderKL(nn.Module):
+    """Pictures to latents and back.
+
+    Raw latents are the posterior's; normalized latents, about unit variance, are what a flow models. `scale` and
+    `unscale` go between the two:
+
+        latents = vae.scale(vae.encode(images).sample(noise))
+        images = vae.decode(vae.unscale(latents))
+
+    Runs in the dtype of its weights.
+    """
+
+    def __init__(self, config: AutoencoderKLConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        if config.use_quant_conv:
+            self.quant_conv = PointwiseConv(2 * config.latent_channels, 2 * config.latent_channels)
+        if config.use_post_quant_conv:
+            self.post_quant_conv = PointwiseConv(config.latent_channels, config.latent_channels)
+
+    def encode(self, images: mx.array) -> Posterior:
+        """The posterior over the raw latents of `images`.
+
+        Args:
+            images: `[B, H, W, in_channels]`, values in -1..1, H and W multiples of `config.downscale`.
+
+        Returns:
+            A `Posterior` with arrays `[B, H / downscale, W / downscale, latent_channels]`.
+
+        Raises:
+            StarflowError: `images` has another shape.
+        """
+        channels, step = self.config.in_channels, self.config.downscale
+        if images.ndim != 4 or images.shape[3] != channels or images.shape[1] % step or images.shape[2] % step:
+            raise StarflowError(
+                f"the autoencoder reads pictures [B, H, W, {channels}] with H and W multiples of {step}, "
+                f"not {list(images.shape)}; crop or resize them"
+            )
+        moments = self.encoder(images.astype(self.encoder.conv_in.weight.dtype))
+        if "quant_conv" in self:
+            moments = self.quant_conv(moments)
+        mean, logvar = mx.split(moments, 2, axis=-1)
+        return Posterior(mean, mx.clip(logvar, -30.0, 20.0))
+
+    def decode(self, latents: mx.array) -> mx.array:
+        """The pictures `[B, h * downscale, w * downscale, out_channels]` of raw latents `[B, h, w, latent_channels]`.
+
+        Values are about -1..1 and not clipped.
+
+        Raises:
+            StarflowError: `latents` has another shape.
+        """
+        channels = self.config.latent_channels
+        if latents.ndim != 4 or latents.shape[3] != channels:
+            raise StarflowError(f"the autoencoder decodes latents [B, h, w, {channels}], not {list(latents.shape)}")
+        z = latents.astype(self.decoder.conv_in.weight.dtype)
+        if "post_quant_conv" in self:
+            z = self.post_quant_conv(z)
+        return self.decoder(z)
+
+    def scale(self, latents: mx.array) -> mx.array:
+        """Raw latents `[B, h, w, C]` to normalized ones, in float32.
+
+        With latents_mean and latents_std: (x - mean) / std * scaling_factor, otherwise
+        (x - shift_factor) * scaling_factor.
+        """
+        mean, std = self._statistics()
+        return (latents.astype(mx.float32) - mean) / std * self.config.scaling_factor
+
+    def unscale(self, latents: mx.array) -> mx.array:
+        """The inverse of `scale`: normalized latents `[B, h, w, C]` to raw ones, in float32."""
+        mean, std = self._statistics()
+        return latents.astype(mx.float32) / self.config.scaling_factor * std + mean
+
+    def _statistics(self) -> tuple[mx.array | float, mx.array | float]:
+        if self.config.latents_mean is not None:
+            return mx.array(self.config.latents_mean), mx.array(self.config.latents_std)
+        return self.config.shift_factor or 0.0, 1.0
+
+    def sanitize(self, weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
+        """Turn the tensors of a diffusers checkpoint, in PyTorch's layout, into this module's.
+
+        Convolutions go from `[out, in, kh, kw]` to `[out, kh, kw, in]` and old names of the attention's projections,
+        which may be 1x1 convolutions, to the present ones. Saved model directories are in MLX's layout already and
+        must not come here.
+
+        Args:
+            weights: arrays by name.
+
+        Raises:
+            StarflowError: a tensor is missing, unexpected, there twice, or of another shape than the config says.
+        """
+        expected = dict(tree_flatten(self.parameters()))
+        out: dict[str, mx.array] = {}
+        for source_name, weight in weights.items():
+            name = _present_name(source_name)
+            if name not in expected:
+                raise StarflowError(f"the autoencoder's config has no place for the tensor {source_name}")
+            if name in out:
+                raise StarflowError(f"the autoencoder's tensor {name} is there twice, under its old and its new name")
+            shape = expected[name].shape
+            if len(shape) == 4:
+                O, H, W, I = shape  # noqa: E741
+                shape = (O, I, H, W)
+            elif len(shape) == 2 and tuple(weight.shape) == (*shape, 1, 1):
+                weight = weight.reshape(shape)
+            if tuple(weight.shape) != tuple(shape):
+                raise StarflowError(
+                    f"the autoencoder's tensor {source_name} is {list(weight.shape)}, its config says {list(shape)}"
+                )
+            out[name] = weight.transpose(0, 2, 3, 1) if len(shape) == 4 else weight
+        for name in expected:
+            if name not in out:
+                raise StarflowError(f"the autoencoder's tensor {name} is missing")
+        return out
+
+
+def _present_name(name: str) -> str:
+    *path, projection, kind = name.split(".")
+    if "attentions" in path and projection in _OLD_PROJECTIONS:
+        return ".".join([*path, _OLD_PROJECTIONS[projection], kind])
+    return name
