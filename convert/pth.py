@@ -567,9 +567,8 @@ class _Unpickler:
         for key, value in zip(items[::2], items[1::2], strict=True):
             # Hashing nested tuples can take for ever, and larger ints can be made to collide.
             if type(key) is not str and not (type(key) is int and abs(key) < 1 << 62):
-                raise _Refused(
-                    f"it holds a dict with a key of type {type(key).__name__}; only str and int are supported"
-                )
+                kind = type(key).__name__.lstrip("_")
+                raise _Refused(f"it holds a dict with a key of type {kind}; supported are str and int of 62 bits")
             target[key] = value
 
     def _global(self, module: object, name: object) -> _Global:
@@ -605,7 +604,7 @@ class _Unpickler:
         record = self._records.get(key)
         if record is None:
             raise _Refused(f"its storage {_quote(key)} is missing; download or save it again")
-        if record.size // _NUMPY[dtype].itemsize != numel:
+        if record.size != numel * _NUMPY[dtype].itemsize:
             raise _Refused(
                 f"its storage {_quote(key)} should hold {numel} elements of {dtype} but has {record.size} bytes; "
                 "download or save it again"

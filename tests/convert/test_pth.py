@@ -789,7 +789,7 @@ def seeds() -> list[Records]:
         optimizer=b"](K\x01G?\xf0\0\0\0\0\0\0e",
     )
     made = [("m/data.pkl", b"\x80\x02" + body + b"."), ("m/byteorder", b"little"), ("m/data/0", SIX)]
-    return [real, [*made, ("m/data/1", bytes(range(8))), ("m/data/2", b"")]]
+    return [real, [*made, ("m/data/1", bytes(range(8))), ("m/data/2", b""), ("m/version", b"3\n")]]
 
 
 def test_mutated_files(tmp_path, capfd, monkeypatch):

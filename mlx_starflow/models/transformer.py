@@ -1,0 +1,132 @@
+"""The causal transformer inside a flow block: attention, MLP and the layer of both, in every released variant."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_starflow.models.rope import rotate
+
+
+class Cache(Protocol):
+    """Where a layer keeps its keys and values while tokens are fed to it a few at a time."""
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]: ...
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """`num_layers` identical layers of width `channels`; field names are the official release's arguments."""
+
+    channels: int
+    num_layers: int
+    head_dim: int
+    num_heads: int
+    num_kv_heads: int
+    expansion: int = 4
+    norm_type: str = "layer_norm"
+    use_bias: bool = True
+    use_swiglu: bool = False
+    use_qk_norm: bool = False
+    use_post_norm: bool = False
+    hf_style_rope: bool = False
+    """Rotary positions count 0, 1, 2, ... over the sequence and pair dimension i with i + head_dim / 2."""
+
+
+class RMSNorm(nn.Module):
+    """RMS norm whose weight is stored as an offset from 1."""
+
+    def __init__(self, dims: int, eps: float = 1e-6):
+        super().__init__()
+        self.weight = mx.zeros((dims,))
+        self.eps = eps
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return mx.fast.rms_norm(x, 1 + self.weight, self.eps)
+
+
+def make_norm(kind: str, dims: int) -> nn.Module:
+    return RMSNorm(dims) if kind == "rms_norm" else nn.LayerNorm(dims, eps=1e-5)
+
+
+class Attention(nn.Module):
+    """Causal attention with one packed projection: queries, then keys, then values, head by head."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        heads, groups, dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.heads, self.groups, self.head_dim = heads, groups, dim
+        self.half_split = config.hf_style_rope
+        self.norm = make_norm(config.norm_type, config.channels)
+        self.qkv = nn.Linear(config.channels, (heads + 2 * groups) * dim, bias=config.use_bias)
+        self.proj = nn.Linear(heads * dim, config.channels, bias=config.use_bias)
+        if config.use_qk_norm:
+            self.query_norm = RMSNorm(dim)
+            self.key_norm = RMSNorm(dim)
+        if config.use_post_norm:
+            self.post_norm = make_norm(config.norm_type, config.channels)
+
+    def __call__(
+        self, x: mx.array, table: mx.array | None, cache: Cache | None = None, temperature: float | mx.array = 1.0
+    ) -> mx.array:
+        """`[B, N, channels]` and the rotary angles of these N positions; logits are divided by `temperature`,
+        a number or one number a sample, `[B, 1, 1, 1]`."""
+        batch, length, _ = x.shape
+        qkv = self.qkv(self.norm(x)).reshape(batch, length, -1, self.head_dim).transpose(0, 2, 1, 3)
+        q, k, v = mx.split(qkv, [self.heads, self.heads + self.groups], axis=1)
+        if "query_norm" in self:
+            q, k = self.query_norm(q), self.key_norm(k)
+        if table is not None:
+            q, k = rotate(q, table, self.half_split), rotate(k, table, self.half_split)
+        if cache is not None:
+            k, v = cache.update_and_fetch(k, v)
+        scale = self.head_dim**-0.5
+        if isinstance(temperature, mx.array):
+            q = q / temperature.astype(q.dtype)
+        else:
+            scale = scale / temperature
+        h = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal" if length > 1 else None)
+        h = self.proj(h.transpose(0, 2, 1, 3).reshape(batch, length, -1))
+        return self.post_norm(h) if "post_norm" in self else h
+
+
+class MLP(nn.Module):
+    """Exact GELU between two projections (`main.0`, `main.2`), or a gate through the tanh approximation of GELU."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        channels, hidden, bias = config.channels, config.channels * config.expansion, config.use_bias
+        self.norm = make_norm(config.norm_type, channels)
+        if config.use_swiglu:
+            self.gate_proj = nn.Linear(channels, hidden, bias=bias)
+            self.up_proj = nn.Linear(channels, hidden, bias=bias)
+            self.down_proj = nn.Linear(hidden, channels, bias=bias)
+        else:
+            self.main = [nn.Linear(channels, hidden, bias=bias), nn.GELU(), nn.Linear(hidden, channels, bias=bias)]
+        if config.use_post_norm:
+            self.post_norm = make_norm(config.norm_type, channels)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        h = self.norm(x)
+        if "gate_proj" in self:
+            h = self.down_proj(nn.gelu_approx(self.gate_proj(h)) * self.up_proj(h))
+        else:
+            for layer in self.main:
+                h = layer(h)
+        return self.post_norm(h) if "post_norm" in self else h
+
+
+class TransformerLayer(nn.Module):
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.attention = Attention(config)
+        self.mlp = MLP(config)
+
+    def __call__(
+        self, x: mx.array, table: mx.array | None, cache: Cache | None = None, temperature: float | mx.array = 1.0
+    ) -> mx.array:
+        x = x + self.attention(x, table, cache, temperature)
+        return x + self.mlp(x)

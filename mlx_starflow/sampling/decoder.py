@@ -1,0 +1,107 @@
+"""One flow block fed a few tokens at a time: what every way of inverting it is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_starflow.errors import StarflowError
+from mlx_starflow.sampling.cache import KVCache
+
+GuidanceRule = Callable[[mx.array, mx.array, mx.array, mx.array, float], tuple[mx.array, mx.array]]
+
+
+@dataclass
+class Guidance:
+    """How conditional and null predictions are combined. `annealed` grows the weight linearly over the sequence."""
+
+    rule: GuidanceRule
+    weight: float
+    annealed: bool = False
+
+    def at(self, start: int, count: int, total: int) -> float | mx.array:
+        if not self.annealed:
+            return self.weight
+        return self.weight * (mx.arange(start + 1, start + count + 1) / total)[None, :, None]
+
+
+class BlockDecoder:
+    """Predicts (mu, log sigma) of tokens from the tokens before them, in the block's order.
+
+    With guidance the network sees the batch twice, once with the null condition, in one evaluation.
+
+    Attributes:
+        first: number of the first token that is predicted (1 if the first one passes unchanged).
+        evaluations: how often the network was run.
+    """
+
+    def __init__(
+        self,
+        block: Any,
+        batch: int,
+        length: int,
+        table: mx.array | None,
+        prefix: mx.array | None,
+        guidance: Guidance | None,
+        temperature: float | mx.array = 1.0,
+    ):
+        """`prefix` `[B or 2B, L, channels]` stands before the `length` tokens (2B: conditional, then null)."""
+        self.block, self.length, self.guidance, self.temperature = block, length, guidance, temperature
+        self.copies = 2 if guidance else 1
+        start = block.first_input(batch * self.copies)
+        self.first = 0 if start is not None else 1
+        self.start = start
+        self.prefix_length = 0 if prefix is None else prefix.shape[1]
+        positions = self.prefix_length + length
+        self.table = None if table is None else block.positions(table, positions)
+        self.caches = [KVCache(positions) for _ in block.attn_blocks]
+        self.evaluations = 0
+        if prefix is not None:
+            self._transform(prefix)
+            mx.eval([(cache.keys, cache.values) for cache in self.caches])
+
+    @property
+    def known(self) -> int:
+        """How many inputs the cache holds, the start token included."""
+        return self.caches[0].offset - self.prefix_length
+
+    def _transform(self, h: mx.array) -> mx.array:
+        start = self.caches[0].offset
+        table = None if self.table is None else self.table[start : start + h.shape[1]]
+        return self.block.transform(h, table, self.caches, self.temperature)
+
+    def predict(self, x: mx.array, start: int, stop: int) -> tuple[mx.array, mx.array]:
+        """(mu, log sigma) `[B, stop - start, C]` of tokens `start` to `stop`, given the tokens x `[B, N, C]`.
+
+        The cache must hold exactly the inputs before those that are needed, and holds them too afterwards.
+        """
+        self.evaluations += 1
+        inputs = x[:, max(start - 1, 0) : stop - 1]
+        if self.copies == 2:
+            inputs = mx.concatenate([inputs, inputs])
+        if start == 0 and self.start is not None:
+            inputs = mx.concatenate([self.start.astype(inputs.dtype), inputs], axis=1)
+        h = self._transform(self.block.embed(inputs, self.known))
+        mu, log_sigma = self.block.affine(h)
+        if self.guidance:
+            (mu, mu_null), (log_sigma, log_sigma_null) = mx.split(mu, 2), mx.split(log_sigma, 2)
+            total = self.length - self.first
+            weight = self.guidance.at(start - self.first, stop - start, total)
+            mu, log_sigma = self.guidance.rule(mu, log_sigma, mu_null, log_sigma_null, weight)
+        return mu, log_sigma
+
+    def trim(self, n: int) -> None:
+        """Forget the last `n` inputs."""
+        for cache in self.caches:
+            cache.trim(n)
+
+
+def check_finite(x: mx.array, what: str) -> None:
+    """Raise StarflowError if an array holds a NaN or an infinity: better than a black picture."""
+    if not mx.isfinite(x).all().item():
+        raise StarflowError(
+            f"{what} is not finite: try a lower guidance or temperature, or weights in float32 (--dtype float32)"
+        )

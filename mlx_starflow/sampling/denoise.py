@@ -1,0 +1,37 @@
+"""Cleaning a sample of the Gaussian noise that the flow was trained with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_starflow.sampling.decoder import check_finite
+
+
+def denoise(flow: Any, x: mx.array, text: mx.array | None = None, noise_std: float | None = None) -> mx.array:
+    """One score step (Tweedie's formula): x + noise_std^2 * d log p(x | text) / dx, which is E[clean | noisy].
+
+    Args:
+        flow: a flow; its weights get no gradient.
+        x: noisy data `[B, H, W, C]`.
+        text: its condition, as for `flow(x, text)`.
+        noise_std: standard deviation of the training noise; the flow's own by default.
+
+    The score is a vector-Jacobian product through the whole flow, computed one sample at a time to save memory.
+    """
+    noise_std = flow.config.noise_std if noise_std is None else noise_std
+
+    def negative_log_likelihood(sample: mx.array, condition: mx.array | None) -> mx.array:
+        return flow(sample, condition).nll().sum() * sample.size
+
+    score = mx.grad(negative_log_likelihood)
+    cleaned = []
+    for index in range(x.shape[0]):
+        sample = x[index : index + 1].astype(mx.float32)
+        condition = None if text is None else text[index : index + 1]
+        cleaned.append(sample - noise_std**2 * score(sample, condition))
+        mx.eval(cleaned[-1])
+    result = mx.concatenate(cleaned)
+    check_finite(result, "the denoised sample")
+    return result
