@@ -17,9 +17,9 @@ from mlx_starflow.sampling.decoder import BlockDecoder
 @dataclass(frozen=True)
 class JacobiSettings:
     """A block of `block_size` tokens is done when the mean square of the change falls below `threshold` times that
-    of the values, or after `max_iterations` sweeps; the defaults are the official release's."""
+    of the values, or after `max_iterations` sweeps."""
 
-    block_size: int = 32
+    block_size: int = 16
     threshold: float = 1e-3
     max_iterations: int = 32
 

@@ -53,7 +53,7 @@ def sample(
         z: noise `[B, H, W, C]`, standard normal where the flow's likelihood is meant.
         text: embeddings `[B, L, D]`, or None for a flow without text.
         null_text: embeddings of the empty prompt, `[B or 1, L, D]`; needed for guidance.
-        guidance: weight w >= 0 of classifier-free guidance in the deep block (see `guidance.guide`).
+        guidance: weight w >= 0 of classifier-free guidance in the blocks that read text (see `guidance.guide`).
         method: "sequential", or "jacobi" for block-wise Jacobi iteration.
         jacobi_settings: block size, threshold and most sweeps for "jacobi".
         attn_temp: attention logits are divided by this.
@@ -85,10 +85,10 @@ def sample(
     with tqdm(total=total, desc="sampling", unit="tok", disable=progress_off(progress), leave=False) as bar:
         for index in reversed(range(len(flow.blocks))):
             block = flow.blocks[index]
-            deep = index == len(flow.blocks) - 1
             evaluations = 0
             if not block.is_identity:
-                rule = Guidance(guide, guidance, annealed_guidance) if deep and guidance > 0 else None
+                reads_text = block.config.txt_dim > 0
+                rule = Guidance(guide, guidance, annealed_guidance) if reads_text and guidance > 0 else None
                 prefix = block.embed_prefix(guided_text if rule else text)
                 decoder = BlockDecoder(block, batch, length, table, prefix, rule, attn_temp)
                 tokens = invert_block(decoder, tokens, method, jacobi_settings, bar.update)
