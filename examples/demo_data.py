@@ -5,8 +5,8 @@
 Fetches two npm packages (with `npm pack`): the pictures are Microsoft's Fluent emoji in 3-D style (MIT licence,
 Copyright (c) Microsoft Corporation), the names and tags are emojibase's (MIT licence, Copyright (c) Miles Johnson).
 Writes an image folder: pictures of 128x128 on white, and `metadata.jsonl` with `file_name`, `text` (the usual name),
-`captions` (other names), `tags` and `split`: `train`, `held_out` (20 concepts that the flow never sees) or `autoencoder`
-(pictures only the autoencoder is trained on: people, hands, flags, signs and skin tones).
+`captions` (other names), `tags` and `split`: `train`, `held_out` (20 concepts that neither network ever sees) or
+`autoencoder` (only the autoencoder is trained on them: people, hands, flags, signs and skin tones).
 """
 
 from __future__ import annotations
@@ -91,8 +91,30 @@ USUAL_NAMES = {
 
 # Never held out: the README shows them.
 SHOWN = {
-    *["red apple", "pizza", "grinning face", "cat face", "dog face", "red heart", "purple heart", "rocket", "sun", "rainbow"],
-    *["strawberry", "banana", "hamburger", "birthday cake", "octopus", "fish", "tulip", "cactus", "automobile", "guitar"],
+    *[
+        "red apple",
+        "pizza",
+        "grinning face",
+        "cat face",
+        "dog face",
+        "red heart",
+        "purple heart",
+        "rocket",
+        "sun",
+        "rainbow",
+    ],
+    *[
+        "strawberry",
+        "banana",
+        "hamburger",
+        "birthday cake",
+        "octopus",
+        "fish",
+        "tulip",
+        "cactus",
+        "automobile",
+        "guitar",
+    ],
     *["soccer ball", "cloud", "snowman", "snowman without snow", "crown", "locomotive"],
 }
 

@@ -11,23 +11,31 @@ faster than MLX (bfloat16 matrix units, vectorized elementwise math). The weight
 from __future__ import annotations
 
 import argparse
+import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import sentencepiece
 import torch
+from mlx.utils import tree_flatten
+from torch import Tensor
 
+from mlx_starflow.models.autoencoder_kl import AutoencoderKL as MLXAutoencoderKL
 from mlx_starflow.models.autoencoder_kl import AutoencoderKLConfig
 from mlx_starflow.models.starflow import FlowConfig
+from mlx_starflow.models.starflow import STARFlow as MLXSTARFlow
 from mlx_starflow.models.t5 import T5Config
+from mlx_starflow.models.t5 import T5Encoder as MLXT5Encoder
 from mlx_starflow.reference.autoencoder_kl import AutoencoderKL
 from mlx_starflow.reference.starflow import STARFlow
 from mlx_starflow.reference.t5 import T5Encoder
 from mlx_starflow.reference.training import TextFlow, autoencoder_loss, flow_loss, invert, run
 from mlx_starflow.tokenizer import Tokenizer
 from mlx_starflow.training.data import PictureFolder, augmented_crops
+from mlx_starflow.weights import load_module, quantize_module, save_model
 
 SIZE = 64
 NOISE = 0.3
@@ -63,8 +71,23 @@ FLOW = {
     "norm_type": "rms_norm",
     "soft_clip": 4.0,
 }
+SAMPLING = {"guidance": 1.0, "temperature": 0.7}
 # Subgroups whose pictures a user is most likely to ask for: drawn three times as often as the rest.
-FAVOURED = ["face-", "cat-face", "monkey-face", "heart", "animal-", "plant-", "food-", "drink", "transport-", "sky-weather", "sport", "musical-instrument", "event"]
+FAVOURED = [
+    "face-",
+    "cat-face",
+    "monkey-face",
+    "heart",
+    "animal-",
+    "plant-",
+    "food-",
+    "drink",
+    "transport-",
+    "sky-weather",
+    "sport",
+    "musical-instrument",
+    "event",
+]
 
 
 def train_autoencoder(data: Path, out: Path, steps: int) -> AutoencoderKL:
@@ -72,7 +95,7 @@ def train_autoencoder(data: Path, out: Path, steps: int) -> AutoencoderKL:
     weight = np.array([2.0 if row["split"] == "train" else 0.6 for row in pictures.rows])
     rng = np.random.default_rng(0)
 
-    def batches(size: int = 16) -> Iterator[torch.Tensor]:
+    def batches(size: int = 16) -> Iterator[Tensor]:
         while True:
             chosen = rng.choice(len(pictures), size, p=weight / weight.sum())
             views = augmented_crops(pictures.pictures[chosen], SIZE, rng, zoom=0.15, shift=2)
@@ -93,14 +116,14 @@ def train_autoencoder(data: Path, out: Path, steps: int) -> AutoencoderKL:
     )
 
 
-def to_tensor(pictures: np.ndarray) -> torch.Tensor:
+def to_tensor(pictures: np.ndarray) -> Tensor:
     """uint8 `[B, H, W, 3]` -> float `[B, 3, H, W]` in -1..1."""
     tensor = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
     return tensor.contiguous(memory_format=torch.channels_last)
 
 
 @torch.no_grad()
-def encode(autoencoder: AutoencoderKL, pictures: PictureFolder, seed: int, views: int) -> torch.Tensor:
+def encode(autoencoder: AutoencoderKL, pictures: PictureFolder, seed: int, views: int) -> Tensor:
     """Latents (the posterior's mean) of `views` random views of each picture, `[N, views, 16, 16, 4]`."""
     rng = np.random.default_rng(seed)
     latents = []
@@ -170,7 +193,7 @@ def train_flow(data: Path, out: Path, autoencoder: AutoencoderKL, steps: int, ba
     weight = np.where(favoured, 3.0, 1.0)
     print(f"{favoured.sum()} concepts are favoured", flush=True)
 
-    def tokens(texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    def tokens(texts: list[str]) -> tuple[Tensor, Tensor]:
         ids, mask, _ = tokenizer.batch(texts, TEXT_LENGTH)
         return torch.from_numpy(ids).long(), torch.from_numpy(mask)
 
@@ -219,18 +242,43 @@ def train_flow(data: Path, out: Path, autoencoder: AutoencoderKL, steps: int, ba
     return averaged, text_config, mean, std
 
 
+def export(
+    out: Path, autoencoder: AutoencoderKL, trained: TextFlow, text_config: T5Config, mean: Tensor, std: Tensor
+) -> None:
+    """Write the MLX model directory `out/model`: flow and text encoder in 8 bits, the autoencoder in bfloat16."""
+    vae_config = {**AUTOENCODER, "latents_mean": mean.tolist(), "latents_std": std.tolist()}
+    vae = MLXAutoencoderKL(AutoencoderKLConfig.from_dict(vae_config))
+    load_module(vae, vae.sanitize(arrays(autoencoder)), "autoencoder", dtype=mx.bfloat16)
+    save_model(out / "model/vae", dict(tree_flatten(vae.parameters())), vae.config.to_dict())
+
+    encoder = load_module(MLXT5Encoder(text_config), arrays(trained.text_encoder), "text encoder", dtype=mx.bfloat16)
+    quantization = quantize_module(encoder, "8", 64)
+    config = {**text_config.to_dict(), "quantization": quantization}
+    save_model(out / "model/text_encoder", dict(tree_flatten(encoder.parameters())), config)
+    shutil.copy(out / "spiece.model", out / "model/text_encoder/spiece.model")
+
+    flow = load_module(MLXSTARFlow(FlowConfig(**FLOW)), arrays(trained.flow), "flow", dtype=mx.bfloat16)
+    quantization = quantize_module(flow, "8", 64)
+    config = {"model_type": "starflow", **flow.config.to_dict(), "quantization": quantization, "pipeline": SAMPLING}
+    save_model(out / "model", dict(tree_flatten(flow.parameters())), config)
+
+
+def arrays(module: torch.nn.Module) -> dict[str, mx.array]:
+    return {name: mx.array(value.contiguous().numpy()) for name, value in module.state_dict().items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="the folder examples/demo_data.py wrote")
     parser.add_argument("out", type=Path, help="folder for checkpoints and the finished model")
-    parser.add_argument("--autoencoder-steps", type=int, default=5000)
-    parser.add_argument("--flow-steps", type=int, default=30000)
+    parser.add_argument("--autoencoder-steps", type=int, default=3200)
+    parser.add_argument("--flow-steps", type=int, default=17000)
     parser.add_argument("--batch-size", type=int, default=32)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     autoencoder = train_autoencoder(args.data, args.out, args.autoencoder_steps)
-    train_flow(args.data, args.out, autoencoder, args.flow_steps, args.batch_size)
+    export(args.out, autoencoder, *train_flow(args.data, args.out, autoencoder, args.flow_steps, args.batch_size))
 
 
 if __name__ == "__main__":

@@ -69,9 +69,7 @@ def _turn(x: mx.array, table: mx.array) -> mx.array:
 
 
 @_turn.vjp
-def _turn_vjp(
-    primals: tuple[mx.array, mx.array], cotangent: mx.array, output: mx.array
-) -> tuple[mx.array, mx.array]:
+def _turn_vjp(primals: tuple[mx.array, mx.array], cotangent: mx.array, output: mx.array) -> tuple[mx.array, mx.array]:
     # Views have no gradient in MLX. That of a rotation is the rotation back; positions are constants.
     table = primals[1]
     return _turn(cotangent, mx.conjugate(table)), mx.zeros_like(table)

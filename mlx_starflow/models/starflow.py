@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -27,6 +27,9 @@ SOFTPLUS_SHIFT = math.log(math.e - 1)
 
 VAE_DOWNSCALE = {"stabilityai/sd-vae-ft-ema": 8, "Wan-AI/Wan2.2-TI2V-5B-Diffusers": 16}
 """How much smaller latents are than pictures, for the autoencoders that official configs name."""
+
+
+Config = TypeVar("Config")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,17 +150,7 @@ class FlowConfig:
         Raises:
             StarflowError: a key is missing or unknown, or a value is not usable.
         """
-        known = {field.name for field in fields(cls)}
-        values = {key: value for key, value in config.items() if key not in ("model_type", "quantization", "pipeline")}
-        if unknown := sorted(set(values) - known):
-            raise StarflowError(f"flow config: unknown key {', '.join(unknown)}; the file may be of a newer version")
-        required = [field.name for field in fields(cls) if field.default is MISSING]
-        if missing := [name for name in required if name not in values]:
-            raise StarflowError(f"flow config: missing key {', '.join(missing)}")
-        try:
-            return cls(**values)
-        except (TypeError, ValueError, ZeroDivisionError) as error:
-            raise StarflowError(f"flow config: {error}") from None
+        return read_config(cls, config)
 
     @classmethod
     def from_official(cls, config: Mapping[str, Any]) -> FlowConfig:
@@ -168,33 +161,68 @@ class FlowConfig:
         Raises:
             StarflowError: it asks for something that no released model uses, or a value is missing or not usable.
         """
-        arguments = config.get("arguments", config)
-        if isinstance(arguments, list):
-            arguments = {key: value for entry in arguments for key, value in entry.items()}
-        values = {key: value for key, value in arguments.items() if value is not None}
+        values = official_arguments(config)
         for key, needed in (("rope", 1), ("nvp", 1), ("adaln", 0)):
-            if int(values.pop(key, needed)) != needed:
+            if values.pop(key, needed) != needed:
                 raise StarflowError(f"flow config: {key} must be {needed}, as it is in every released model")
-        if "vae" in values:
+        if "vae" in values and "img_size" in values:
             name = str(values["vae"]).split(":")[0]
             if name not in VAE_DOWNSCALE:
                 raise StarflowError(f"flow config: unknown vae {name!r}; known are {', '.join(VAE_DOWNSCALE)}")
-            values["img_size"] = int(values["img_size"]) // VAE_DOWNSCALE[name]
-        known = {field.name: field.type for field in fields(cls)}
-        return cls.from_dict({key: _plain(value, known[key]) for key, value in values.items() if key in known})
+            values["img_size"] = _plain("img_size", values["img_size"], "int") // VAE_DOWNSCALE[name]
+        return cls.from_dict(known_arguments(cls, values))
 
     def to_dict(self) -> dict[str, Any]:
         """What `from_dict` reads, without values that are defaults."""
-        defaults = {field.name: field.default for field in fields(self)}
-        return {key: value for key, value in asdict(self).items() if value != defaults[key]}
+        return write_config(self)
 
 
-def _plain(value: Any, kind: str) -> Any:
+def read_config(cls: type[Config], config: Mapping[str, Any]) -> Config:
+    """A flow's config dataclass from a model directory's `config.json`; see `FlowConfig.from_dict`."""
+    known = {field.name for field in fields(cls)}
+    values = {key: value for key, value in config.items() if key not in ("model_type", "quantization", "pipeline")}
+    if unknown := sorted(set(values) - known):
+        raise StarflowError(f"flow config: unknown key {', '.join(unknown)}; the file may be of a newer version")
+    required = [field.name for field in fields(cls) if field.default is MISSING]
+    if missing := [name for name in required if name not in values]:
+        raise StarflowError(f"flow config: missing key {', '.join(missing)}")
+    try:
+        return cls(**values)
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise StarflowError(f"flow config: {error}") from None
+
+
+def write_config(config: Any) -> dict[str, Any]:
+    """What `read_config` reads, without values that are defaults."""
+    defaults = {field.name: field.default for field in fields(config)}
+    return {key: value for key, value in asdict(config).items() if value != defaults[key]}
+
+
+def official_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of an official YAML file that have a value."""
+    arguments = config.get("arguments", config)
+    if isinstance(arguments, list):
+        arguments = {key: value for entry in arguments for key, value in entry.items()}
+    return {key: value for key, value in arguments.items() if value is not None}
+
+
+def known_arguments(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those arguments that are fields of a config dataclass, as values of the fields' types."""
+    known = {field.name: field.type for field in fields(cls)}
+    return {key: _plain(key, value, known[key]) for key, value in values.items() if key in known}
+
+
+def _plain(key: str, value: Any, kind: str) -> Any:
     """YAML 1.1 reads 1e-4 as text, and the release writes its switches as 0 and 1."""
-    if kind == "bool":
-        return bool(int(value))
-    if kind == "float":
-        return float(value)
+    try:
+        if kind == "bool":
+            return bool(int(value))
+        if kind == "float":
+            return float(value)
+        if kind in ("int", "int | None"):
+            return int(value)
+    except (TypeError, ValueError):
+        raise StarflowError(f"flow config: {key} must be a number, not {value!r}") from None
     return value
 
 
@@ -229,10 +257,42 @@ class FlowOutput:
         return loss
 
 
+@dataclass
+class Condition:
+    """What a block knows besides its tokens.
+
+    Attributes:
+        prefix: stands before the tokens, `[B, L, channels]`.
+        offset: is added to every embedded token, `[B, 1, channels]`.
+        guided: the arrays hold the batch twice, with the condition and then with the null condition.
+    """
+
+    prefix: mx.array | None = None
+    offset: mx.array | None = None
+    guided: bool = False
+
+
+@dataclass
+class Conditions:
+    """What sampling from a flow needs to know besides the noise.
+
+    Attributes:
+        table: rotary angles of the text's and the tokens' positions; None if the flow has no rotary positions.
+        blocks: each block's condition, data side first.
+        rule: name of the rule by which guidance combines predictions (a key of `sampling.guidance.RULES`).
+        temper_null_only: the attention temperature is meant for the null predictions of guidance alone.
+    """
+
+    table: mx.array | None
+    blocks: list[Condition]
+    rule: str
+    temper_null_only: bool = False
+
+
 class FlowBlock(nn.Module):
     """One autoregressive affine flow over tokens `[B, N, C]`; with no layers it is the identity.
 
-    `embed`, `embed_prefix`, `transform` and `affine` are its steps; samplers call them a few tokens at a time.
+    `condition`, `embed`, `transform` and `affine` are its steps; samplers call them a few tokens at a time.
     """
 
     def __init__(self, config: BlockConfig):
@@ -261,7 +321,7 @@ class FlowBlock(nn.Module):
     def dtype(self) -> mx.Dtype:
         return self.proj_in.weight.dtype
 
-    def positions(self, table: mx.array, length: int) -> mx.array:
+    def positions(self, table: mx.array | None, length: int) -> mx.array | None:
         """Rotary angles of this block's sequence, `length` positions: the flow's axial table or the block's own."""
         if self.config.hf_style_rope:
             return line_table(self.config.head_dim, length)
@@ -278,14 +338,21 @@ class FlowBlock(nn.Module):
         text = text.astype(self.dtype)
         return self.proj_txt(text) if self.config.use_proj_txt else text
 
+    def condition(self, text: mx.array | None, batch: int) -> Condition:
+        """What this block makes of the condition that the flow is given for `batch` samples."""
+        return Condition(prefix=self.embed_prefix(text))
+
     def first_input(self, batch: int) -> mx.array | None:
         """What predicts the first token, `[B, 1, C]`; None if nothing does and it passes unchanged."""
         if not self.config.sos:
             return None
         return mx.broadcast_to(self.sos_embed, (batch, 1, self.config.in_channels))
 
-    def embed(self, tokens: mx.array, start: int = 0) -> mx.array:
-        """Input tokens `[B, n, C]`, the first of them number `start`, -> `[B, n, channels]`."""
+    def embed(self, tokens: mx.array, start: int = 0, offset: mx.array | None = None) -> mx.array:
+        """Input tokens `[B, n, C]`, the first of them number `start`, -> `[B, n, channels]`.
+
+        `offset` is the condition's; this block's conditions have none.
+        """
         return self.proj_in(tokens.astype(self.dtype))
 
     def transform(
@@ -321,7 +388,7 @@ class FlowBlock(nn.Module):
         return mu, scale
 
     def __call__(
-        self, x: mx.array, text: mx.array | None, table: mx.array, keep: mx.array | None = None
+        self, x: mx.array, text: mx.array | None, table: mx.array | None, keep: mx.array | None = None
     ) -> tuple[mx.array, mx.array]:
         """Tokens `[B, N, C]` in data order -> (z, per-dimension log-det), float32, both in data order.
 
@@ -337,10 +404,10 @@ class FlowBlock(nn.Module):
         inputs = x if first is None else mx.concatenate([first.astype(x.dtype), x[:, :-1]], axis=1)
         if keep is not None:
             inputs = inputs * keep[..., None]
-        h = self.embed(inputs)
-        prefix = self.embed_prefix(text)
-        if prefix is not None:
-            h = mx.concatenate([prefix, h], axis=1)
+        condition = self.condition(text, batch)
+        h = self.embed(inputs, 0, condition.offset)
+        if condition.prefix is not None:
+            h = mx.concatenate([condition.prefix, h], axis=1)
         h = self.transform(h, self.positions(table, h.shape[1]))[:, -length:]
         if first is None:
             mu0, scale0 = self.unpredicted(x[:, :1])
@@ -352,6 +419,22 @@ class FlowBlock(nn.Module):
         if self.config.flip:
             z, scale = z[:, ::-1], scale[:, ::-1]
         return z, -scale
+
+
+def run_blocks(
+    blocks: list[FlowBlock],
+    tokens: mx.array,
+    text: mx.array | None,
+    table: mx.array | None,
+    keep: mx.array | None = None,
+) -> tuple[list[mx.array], list[mx.array]]:
+    """Data -> noise: what each block read and then the noise, and each block's log-det; tokens in data order."""
+    hidden, log_dets = [tokens], []
+    for index, block in enumerate(blocks):
+        h, log_det = block(hidden[-1], text, table, keep if index == len(blocks) - 1 else None)
+        hidden.append(h)
+        log_dets.append(log_det)
+    return hidden, log_dets
 
 
 def patchify(x: mx.array, patch: int) -> mx.array:
@@ -388,6 +471,10 @@ class STARFlow(nn.Module):
             )
         return patchify(x.astype(mx.float32), patch)
 
+    def noise_tokens(self, z: mx.array) -> mx.array:
+        """Noise, shaped as `sample` takes it (here as latents), -> the tokens that the last block makes of data."""
+        return self.tokens(z)
+
     def latents(self, tokens: mx.array, shape: tuple[int, ...]) -> mx.array:
         """Tokens in raster order -> latents of `shape` `[B, H, W, C]` (its batch size is ignored)."""
         return unpatchify(tokens, self.config.patch_size, shape[1], shape[2])
@@ -398,16 +485,49 @@ class STARFlow(nn.Module):
         height, width = shape[1] // config.patch_size, shape[2] // config.patch_size
         return axial_table(config.head_dim, height, width, config.pt_seq_len, text_length, config.txt_size > 0)
 
+    def _check_text(self, text: mx.array | None, batch: int) -> None:
+        if text is None:
+            return
+        if text.ndim != 3:
+            raise StarflowError(f"text has shape {tuple(text.shape)}; it must be embeddings [batch, length, width]")
+        if text.shape[0] != batch:
+            raise StarflowError(f"there are {text.shape[0]} texts for {batch} samples; give one a sample")
+
+    def conditions(
+        self, shape: tuple[int, ...], text: mx.array | None, null_text: mx.array | None = None, guidance: float = 0.0
+    ) -> Conditions:
+        """What sampling latents of `shape` from text embeddings `[B, L, D]` needs; guided where blocks read text.
+
+        Raises:
+            StarflowError: an embedding is missing or does not fit, or there is nothing to guide.
+        """
+        batch = shape[0]
+        self._check_text(text, batch)
+        both = text
+        if guidance > 0:
+            if not any(block.txt_dim for block in self.config.blocks):
+                raise StarflowError("this flow reads no text, so guidance has no effect; use guidance 0")
+            if text is None or null_text is None:
+                raise StarflowError("guidance needs text and null_text (the embeddings of an empty prompt)")
+            if null_text.shape[0] not in (1, batch) or null_text.shape[1:] != text.shape[1:]:
+                shapes = f"{tuple(null_text.shape)}, and text {tuple(text.shape)}"
+                raise StarflowError(f"null_text has shape {shapes}; they must agree")
+            both = mx.concatenate([text, mx.broadcast_to(null_text, text.shape)])
+        conditions = []
+        for block in self.blocks:
+            guided = guidance > 0 and block.config.txt_dim > 0
+            condition = Condition() if block.is_identity else block.condition(both if guided else text, batch)
+            condition.guided = guided
+            conditions.append(condition)
+        return Conditions(self.positions(shape, 0 if text is None else text.shape[1]), conditions, "quotient")
+
     def __call__(self, x: mx.array, text: mx.array | None = None, keep: mx.array | None = None) -> FlowOutput:
         """Latents `[B, H, W, C]` and text embeddings `[B, L, D]` -> noise; `keep` goes to the deep block."""
-        h = self.tokens(x)
+        tokens = self.tokens(x)
+        self._check_text(text, x.shape[0])
         table = self.positions(x.shape, 0 if text is None else text.shape[1])
-        hidden, log_dets = [h], []
-        for index, block in enumerate(self.blocks):
-            h, log_det = block(h, text, table, keep if index == len(self.blocks) - 1 else None)
-            hidden.append(h)
-            log_dets.append(log_det)
-        hidden, log_dets = ([self.latents(t, x.shape) for t in part] for part in (hidden, log_dets))
+        parts = run_blocks(self.blocks, tokens, text, table, keep)
+        hidden, log_dets = ([self.latents(t, x.shape) for t in part] for part in parts)
         return FlowOutput(hidden[-1], sum(log_dets), log_dets, hidden, self.config.latent_norm_regularization)
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.models.starflow import Condition
 from mlx_starflow.sampling.cache import KVCache
-
-GuidanceRule = Callable[[mx.array, mx.array, mx.array, mx.array, float], tuple[mx.array, mx.array]]
+from mlx_starflow.sampling.guidance import GuidanceRule
 
 
 @dataclass
@@ -44,16 +43,18 @@ class BlockDecoder:
         batch: int,
         length: int,
         table: mx.array | None,
-        prefix: mx.array | None,
+        condition: Condition,
         guidance: Guidance | None,
         temperature: float | mx.array = 1.0,
     ):
-        """`prefix` `[B or 2B, L, channels]` stands before the `length` tokens (2B: conditional, then null)."""
+        """A decoder of `length` tokens; give `guidance` if, and only if, the condition is guided."""
         self.block, self.length, self.guidance, self.temperature = block, length, guidance, temperature
         self.copies = 2 if guidance else 1
+        self.offset = condition.offset
         start = block.first_input(batch * self.copies)
         self.first = 0 if start is not None else 1
         self.start = start
+        prefix = condition.prefix
         self.prefix_length = 0 if prefix is None else prefix.shape[1]
         positions = self.prefix_length + length
         self.table = None if table is None else block.positions(table, positions)
@@ -84,7 +85,7 @@ class BlockDecoder:
             inputs = mx.concatenate([inputs, inputs])
         if start == 0 and self.start is not None:
             inputs = mx.concatenate([self.start.astype(inputs.dtype), inputs], axis=1)
-        h = self._transform(self.block.embed(inputs, self.known))
+        h = self._transform(self.block.embed(inputs, self.known, self.offset))
         mu, log_sigma = self.block.affine(h)
         if self.guidance:
             (mu, mu_null), (log_sigma, log_sigma_null) = mx.split(mu, 2), mx.split(log_sigma, 2)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.sampling import jacobi, sequential
 from mlx_starflow.sampling.decoder import BlockDecoder, Guidance, check_finite
-from mlx_starflow.sampling.guidance import guide
+from mlx_starflow.sampling.guidance import guidance_rule
 from mlx_starflow.sampling.jacobi import JacobiSettings
 
 METHODS = ("sequential", "jacobi")
@@ -43,21 +43,26 @@ def sample(
     jacobi_settings: JacobiSettings | None = None,
     attn_temp: float = 1.0,
     annealed_guidance: bool = False,
+    guide_what: str = "ab",
     progress: bool | None = False,
     trace: SamplingTrace | None = None,
 ) -> mx.array:
     """Invert the flow: noise -> data, the exact inverse of `flow(x, text).z` at guidance 0.
 
     Args:
-        flow: a STARFlow.
-        z: noise `[B, H, W, C]`, standard normal where the flow's likelihood is meant.
-        text: embeddings `[B, L, D]`, or None for a flow without text.
-        null_text: embeddings of the empty prompt, `[B or 1, L, D]`; needed for guidance.
-        guidance: weight w >= 0 of classifier-free guidance in the blocks that read text (see `guidance.guide`).
+        flow: a STARFlow or a TarFlow.
+        z: noise, standard normal where the flow's likelihood is meant: `[B, H, W, C]`, or a TarFlow's tokens
+            `[B, N, C * p * p]` (a TarFlow with a learned prior scales them first: see `TarFlow.standardize`).
+        text: embeddings `[B, L, D]`, or a TarFlow's integer labels `[B]`; None for a flow without either.
+        null_text: embeddings of the empty prompt, `[B or 1, L, D]`; needed for guidance. A TarFlow's is a label, by
+            default -1.
+        guidance: weight w >= 0 of classifier-free guidance in the blocks that read the condition (see
+            `guidance.guide` and, for a TarFlow, `guidance.extrapolate`).
         method: "sequential", or "jacobi" for block-wise Jacobi iteration.
         jacobi_settings: block size, threshold and most sweeps for "jacobi".
-        attn_temp: attention logits are divided by this.
+        attn_temp: attention logits are divided by this; in a TarFlow those of guidance's null predictions only.
         annealed_guidance: let the weight grow linearly over the sequence.
+        guide_what: what a TarFlow's guidance changes: "b" the mean, "a" the log-scale, "ab" both.
         progress: show a progress bar; None shows it on a terminal only.
         trace: is filled with what was done.
 
@@ -68,18 +73,10 @@ def sample(
         StarflowError: a wrong argument, or a sample that is not finite.
     """
     check_arguments(guidance, method, attn_temp)
-    shape = z.shape
-    tokens = flow.tokens(z)
+    tokens = flow.noise_tokens(z)
     batch, length, _ = tokens.shape
-    if text is not None and text.shape[0] != batch:
-        raise StarflowError(f"there are {text.shape[0]} texts for {batch} samples; give one a sample")
-    guided_text = text
-    if guidance > 0:
-        if text is None or null_text is None:
-            raise StarflowError("guidance needs text and null_text (the embeddings of an empty prompt)")
-        null_text = mx.broadcast_to(null_text, text.shape)
-        guided_text = mx.concatenate([text, null_text])
-    table = flow.positions(shape, 0 if text is None else text.shape[1])
+    conditions = flow.conditions(z.shape, text, null_text, guidance)
+    rule = Guidance(guidance_rule(conditions.rule, guide_what), guidance, annealed_guidance)
 
     total = sum(length for block in flow.blocks if not block.is_identity)
     with tqdm(total=total, desc="sampling", unit="tok", disable=progress_off(progress), leave=False) as bar:
@@ -87,18 +84,21 @@ def sample(
             block = flow.blocks[index]
             evaluations = 0
             if not block.is_identity:
-                reads_text = block.config.txt_dim > 0
-                rule = Guidance(guide, guidance, annealed_guidance) if reads_text and guidance > 0 else None
-                prefix = block.embed_prefix(guided_text if rule else text)
-                decoder = BlockDecoder(block, batch, length, table, prefix, rule, attn_temp)
+                condition = conditions.blocks[index]
+                temperature: float | mx.array = attn_temp
+                if conditions.temper_null_only:
+                    temperature = null_temperature(attn_temp, batch) if condition.guided else 1.0
+                decoder = BlockDecoder(
+                    block, batch, length, conditions.table, condition, rule if condition.guided else None, temperature
+                )
                 tokens = invert_block(decoder, tokens, method, jacobi_settings, bar.update)
                 evaluations = decoder.evaluations
             if trace is not None:
                 trace.evaluations.append(evaluations)
                 if trace.keep_states:
-                    trace.states.append(flow.latents(tokens, shape))
+                    trace.states.append(flow.latents(tokens, z.shape))
     check_finite(tokens, "the sample")
-    return flow.latents(tokens, shape)
+    return flow.latents(tokens, z.shape)
 
 
 def invert_block(
@@ -117,6 +117,11 @@ def invert_block(
     else:
         x = jacobi.invert(decoder, z, settings or JacobiSettings(), advance)
     return x[:, ::-1] if flip else x
+
+
+def null_temperature(attn_temp: float, batch: int) -> mx.array:
+    """Attention temperatures of a guided batch, `[2B, 1, 1, 1]`: 1 with the condition, `attn_temp` without it."""
+    return mx.array([1.0] * batch + [attn_temp] * batch).reshape(-1, 1, 1, 1)
 
 
 def check_arguments(guidance: float, method: str, attn_temp: float) -> None:

@@ -27,40 +27,73 @@ class PictureFolder:
     def read(cls, folder: str | Path, *, size: int, splits: tuple[str, ...] | None = None) -> PictureFolder:
         """Read `folder/metadata.jsonl` and the pictures it names, resized to `size`.
 
-        `splits` keeps only the lines whose `split` is among them. A line's captions are its `text` and, if given,
-        its list `captions`. Raises StarflowError for a missing folder, a broken line or an unreadable picture.
+        `splits` keeps only the lines whose `split`, "train" if there is none, is among them. A line's captions are its
+        `text` and, if given, its list `captions`. Raises StarflowError for a missing folder, a broken line or an
+        unreadable picture.
         """
         folder = Path(folder)
         index = folder / "metadata.jsonl"
         if not index.is_file():
             raise StarflowError(f"{index} does not exist: training data is a folder of pictures with a metadata.jsonl")
-        rows = []
-        for number, line in enumerate(index.read_text().splitlines(), 1):
+        rows, captions = [], []
+        for number, line in enumerate(index.read_bytes().splitlines(), 1):
+            if not line.strip():
+                continue
             try:
                 row = json.loads(line)
-                row["file_name"]
-            except (ValueError, KeyError, TypeError):
+                texts = [row.get("text", ""), *row.get("captions", [])]
+                if not all(isinstance(text, str) for text in [row["file_name"], *texts]):
+                    raise TypeError
+            except (ValueError, KeyError, TypeError, AttributeError):
                 raise StarflowError(f'{index}, line {number}: expected an object with "file_name" and "text"') from None
-            if splits is None or row.get("split") in splits:
+            if splits is None or row.get("split", "train") in splits:
                 rows.append(row)
+                captions.append(texts)
         if not rows:
-            raise StarflowError(f"{index} names no pictures" + (f" in the splits {', '.join(splits)}" if splits else ""))
+            raise StarflowError(
+                f"{index} names no pictures" + (f" in the splits {', '.join(splits)}" if splits else "")
+            )
         pictures = np.stack([read_picture(folder / row["file_name"], size) for row in rows])
-        captions = [[row.get("text", ""), *row.get("captions", [])] for row in rows]
         return cls(pictures, captions, rows)
+
+    def only(self, split: str) -> PictureFolder:
+        """The part whose `split` is this one."""
+        chosen = [i for i, row in enumerate(self.rows) if row.get("split", "train") == split]
+        return PictureFolder(self.pictures[chosen], [self.captions[i] for i in chosen], [self.rows[i] for i in chosen])
+
+
+class Order:
+    """Endless passes over `count` samples, each pass in a new random order.
+
+    Attributes:
+        left: indices of this pass that are still to come; what a checkpoint keeps.
+    """
+
+    def __init__(self, count: int):
+        self.count = count
+        self.left = np.zeros(0, np.int64)
+
+    def take(self, number: int, rng: np.random.Generator) -> np.ndarray:
+        """The next `number` indices."""
+        while len(self.left) < number:
+            self.left = np.concatenate([self.left, rng.permutation(self.count)])
+        taken, self.left = np.split(self.left, [number])
+        return taken
 
 
 def read_picture(path: Path, size: int) -> np.ndarray:
     """One picture as uint8 `[size, size, 3]`, transparency on white."""
     try:
         picture = Image.open(path).convert("RGBA")
-    except OSError as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise StarflowError(f"cannot read the picture {path}: {error}") from None
     flat = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
     return np.asarray(flat.resize((size, size), Image.Resampling.LANCZOS))
 
 
-def augmented_crops(pictures: np.ndarray, size: int, rng: np.random.Generator, *, zoom: float, shift: int) -> np.ndarray:
+def augmented_crops(
+    pictures: np.ndarray, size: int, rng: np.random.Generator, *, zoom: float, shift: int
+) -> np.ndarray:
     """Random views of `[N, S, S, 3]` pictures at `[N, size, size, 3]`: flipped, shrunk by up to `zoom`, moved.
 
     The border that appears is white. `shift` is in pixels of the result.

@@ -1,0 +1,121 @@
+"""What the converters share: tensors that are read when they are written, and writing them as a module's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+
+from mlx_starflow.convert.pth import Checkpoint, read_checkpoint
+from mlx_starflow.errors import StarflowError
+from mlx_starflow.weights import (
+    DTYPES,
+    check_shapes,
+    one_line,
+    parameters,
+    quantize_module,
+    quantized_layers,
+    read_safetensors,
+    save_tensors,
+)
+
+
+class Tensor(NamedTuple):
+    """A tensor of a checkpoint: what is known of it, and how to read it."""
+
+    shape: tuple[int, ...]
+    dtype: mx.Dtype
+    read: Callable[[], mx.array]
+
+
+def as_tensor(array: mx.array) -> Tensor:
+    """A (lazy) array that is let go of when the tensor is."""
+    return Tensor(array.shape, array.dtype, lambda: array)
+
+
+def open_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a `.safetensors` file or of a PyTorch checkpoint (any other name), none of them read yet.
+
+    Raises:
+        StarflowError: the file is missing, damaged or neither.
+    """
+    if path.suffix == ".safetensors":
+        return {name: as_tensor(array) for name, array in read_safetensors(path).items()}
+    checkpoint = read_checkpoint(path)
+    return {name: _stored(checkpoint, name) for name in checkpoint}
+
+
+def _stored(checkpoint: Checkpoint, name: str) -> Tensor:
+    kind = checkpoint.dtype(name)
+    dtype = mx.bool_ if kind == "bool" else getattr(mx, kind)
+    return Tensor(checkpoint.shape(name), dtype, partial(checkpoint.mx, name))
+
+
+def check_target(source: Path, out_dir: Path) -> None:
+    """Raises StarflowError if the model would be written into the checkpoint's own folder, over its files."""
+    if out_dir.exists() and out_dir.resolve() == source.resolve():
+        raise StarflowError(f"{out_dir} is the checkpoint's own folder; give another one to write to")
+
+
+def write_module(
+    out_dir: Path,
+    module: nn.Module,
+    tensors: dict[str, Tensor],
+    config: Mapping[str, Any],
+    *,
+    source: Path,
+    dtype: mx.Dtype | None = None,
+    quantize: int | str | None = None,
+    files: Mapping[str, bytes] | None = None,
+) -> Path:
+    """Write a checkpoint as a model directory, one tensor in memory at a time.
+
+    Args:
+        out_dir: folder to write, made if need be.
+        module: the network, newly made: it says which tensors there must be and which layers can be quantized. Its
+            own numbers are not used.
+        tensors: the checkpoint's, under the module's names and in its layout; emptied, so that each can be let go of.
+        config: of the model directory; `quantization` is added.
+        source: what error messages call the checkpoint.
+        dtype: None: as in the checkpoint, and float32 for what is not a network's dtype there, such as float64.
+        quantize: as in `quantize_module`.
+        files: contents of further files by name.
+
+    Raises:
+        StarflowError: a tensor is missing, unexpected, of another shape or cannot be read, or `out_dir` cannot be
+            written.
+    """
+    expected = parameters(module)
+    check_shapes({n: t.shape for n, t in tensors.items()}, {n: p.shape for n, p in expected.items()}, source)
+    stored = {name: tensor.dtype if tensor.dtype in DTYPES.values() else mx.float32 for name, tensor in tensors.items()}
+    dtypes = {name: dtype or stored[name] for name in expected}
+    # Never computed: they stand for the shapes and dtypes that quantizing makes of them.
+    module.update(tree_unflatten([(name, mx.zeros(p.shape, dtypes[name])) for name, p in expected.items()]))
+    if quantize is not None:
+        config = {**config, "quantization": quantize_module(module, quantize)}
+    layers = quantized_layers(module)
+
+    def arrays() -> Iterator[tuple[str, mx.array]]:
+        for name in list(tensors):
+            try:
+                # float64 exists on the CPU alone.
+                with mx.stream(mx.cpu):
+                    array = tensors.pop(name).read().astype(dtypes[name])
+                mx.eval(array)
+            except RuntimeError as error:
+                raise StarflowError(f"cannot read {source}: {one_line(error)}") from error
+            path, _, kind = name.rpartition(".")
+            if kind == "weight" and path in layers:
+                layer = layers[path]
+                parts = mx.quantize(array, group_size=layer.group_size, bits=layer.bits, mode=layer.mode)
+                names = [f"{path}.{part}" for part in ("weight", "scales", "biases")]
+                yield from zip(names, parts, strict=False)  # only the affine mode has biases
+            else:
+                yield name, array
+
+    return save_tensors(out_dir, parameters(module), arrays(), config, files=files)

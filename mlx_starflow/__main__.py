@@ -1,0 +1,3 @@
+from mlx_starflow.cli import main
+
+main()

@@ -1,0 +1,166 @@
+"""`mlx-starflow generate`: prompts to pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlx_starflow.errors import StarflowError
+
+
+class Size(click.ParamType):
+    name = "WIDTHxHEIGHT"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> tuple[int, int]:
+        try:
+            width, height = (int(side) for side in str(value).lower().split("x"))
+        except ValueError:
+            self.fail(f"{value!r} is not a size such as 64x64", param, context)
+        return width, height
+
+
+@click.command()
+@click.argument("prompts", nargs=-1)
+@click.option("--prompt-file", type=click.File("r"), help="Read prompts from a file, one a line; - is standard input.")
+@click.option("-m", "--model", help="demo, a model directory, or a Hub repository.  [default: demo]")
+@click.option("-o", "--output", type=click.Path(path_type=Path), default="out.png", show_default=True)
+@click.option(
+    "--seed", type=click.IntRange(min=0), help="Of each prompt's first picture; drawn and reported if left out."
+)
+@click.option("-n", "--images", type=click.IntRange(min=1), default=1, show_default=True, help="Pictures a prompt.")
+@click.option(
+    "--guidance", type=float, help="Weight of classifier-free guidance, 0 or more; the model's own by default."
+)
+@click.option("--temperature", type=float, help="Scale of the noise; the model's own by default.")
+@click.option("--method", type=click.Choice(["sequential", "jacobi"]), help="How the flow is inverted.")
+@click.option("--attn-temp", type=float, help="Divides the attention logits.")
+@click.option("--denoise/--no-denoise", default=None, help="Clean the sample with one score step.")
+@click.option("--size", type=Size(), help="In pixels; the size the model was trained at by default.")
+@click.option("--separate", is_flag=True, help="One file for each picture (out-1.png, ...) instead of a grid.")
+@click.option("--columns", type=click.IntRange(min=1), help="Pictures in a row of the grid.")
+@click.option("--metadata/--no-metadata", default=True, help="Say in the PNG how it was made.  [default: metadata]")
+@click.option("--from", "source", type=click.Path(path_type=Path), help="Make the pictures of this PNG again.")
+@click.option("--save-noise", type=click.Path(path_type=Path), help="Write the noise the pictures came from.")
+@click.option("--load-noise", type=click.Path(path_type=Path), help="Start from saved noise instead of a seed.")
+@click.option("--steps-dir", type=click.Path(path_type=Path), help="Folder for the picture after each flow block.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Pictures at once.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Precision of the networks.")
+@click.option("-v", "--verbose", is_flag=True, help="Say what each phase cost.")
+def generate(
+    prompts: tuple[str, ...],
+    prompt_file: Any,
+    model: str | None,
+    output: Path,
+    seed: int | None,
+    images: int,
+    source: Path | None,
+    separate: bool,
+    columns: int | None,
+    metadata: bool,
+    save_noise: Path | None,
+    load_noise: Path | None,
+    steps_dir: Path | None,
+    batch_size: int,
+    dtype: str | None,
+    verbose: bool,
+    **settings: Any,
+) -> None:
+    """Make pictures of PROMPTS.
+
+    \b
+    mlx-starflow generate "a slice of pizza"
+    mlx-starflow generate "a red apple" "a rocket" --seed 7 --images 4 -o grid.png
+    mlx-starflow generate --from grid.png -o again.png
+
+    An empty prompt ("") gives a picture of anything.
+    """
+    from mlx_starflow import media, noise
+
+    settings = {name: value for name, value in settings.items() if value is not None}
+    seeds: int | list[int] | None = seed
+    wanted_noise = None
+    asked = list(prompts) + ([line.strip() for line in prompt_file if line.strip()] if prompt_file else [])
+    if source is not None:
+        recipe = _read_recipe(source)
+        if asked:
+            raise click.UsageError("--from brings its own prompts; leave the others out")
+        asked, model = recipe["prompts"], model or recipe["model"]
+        settings = {**recipe["settings"], **settings}
+        wanted_noise = recipe.get("noise_sha256")
+        if wanted_noise and load_noise is None:
+            raise StarflowError(f"{source} was made from a noise file: give it with --load-noise")
+        images = len(recipe["seeds"])
+        if seed is None and not wanted_noise:
+            seeds = recipe["seeds"]
+    if not asked:
+        raise click.UsageError('there is no prompt: mlx-starflow generate "a red apple"')
+    targets = _targets(output, len(asked) * images, separate)
+    for path in targets:
+        media.check_output(path)
+    if steps_dir is not None:
+        _make_folder(steps_dir)
+
+    from mlx_starflow.pipeline import load
+    from mlx_starflow.weights import parse_dtype
+
+    pipe = load(model or "demo", dtype=parse_dtype(dtype) if dtype else None)
+    given = None
+    if load_noise is not None:
+        size = settings.get("size", pipe.settings.size)
+        given = noise.load_noise(load_noise, (len(asked) * images, *pipe.latent_shape(size)))
+        if wanted_noise and noise.digest(given) != wanted_noise:
+            raise StarflowError(f"{load_noise} is not the noise that {source} was made from")
+    result = pipe.generate(
+        asked,
+        seed=seeds,
+        images=images,
+        noise=given,
+        keep_steps=steps_dir is not None,
+        batch_size=batch_size,
+        progress=None,
+        **settings,
+    )
+    if save_noise is not None:
+        noise.save_noise(result.noise, save_noise)
+    if steps_dir is not None:
+        for number, steps in enumerate(result.steps, 1):
+            media.save_image(media.grid(steps, columns=len(steps)), steps_dir / f"steps-{number}.png")
+            for index, step in enumerate(steps):
+                media.save_image(step, steps_dir / f"picture-{number}-step-{index}.png")
+    if len(targets) == 1:
+        single = len(result.images) == 1
+        picture = result.images[0] if single else media.grid(result.images, columns or (images if images > 1 else None))
+        how = result.metadata[0] if single else pipe.grid_metadata(result)
+        media.save_image(picture, targets[0], how if metadata else None)
+    else:
+        for path, picture, how in zip(targets, result.images, result.metadata, strict=True):
+            media.save_image(picture, path, how if metadata else None)
+    for index, (prompt, each) in enumerate(zip(result.prompts, result.seeds, strict=True)):
+        origin = f"noise from {load_noise}" if each is None else f"seed {each}"
+        click.echo(f"{targets[min(index, len(targets) - 1)]}: {prompt!r}, {origin}")
+    if verbose:
+        click.echo(str(result.stats))
+
+
+def _read_recipe(source: Path) -> dict[str, Any]:
+    from mlx_starflow import media
+
+    recipe = media.read_metadata(source)
+    if missing := [key for key in ("model", "prompts", "seeds", "settings") if key not in recipe]:
+        raise StarflowError(f"{source}: its description lacks {', '.join(missing)}")
+    return recipe
+
+
+def _targets(output: Path, count: int, separate: bool) -> list[Path]:
+    if not separate or count == 1:
+        return [output]
+    return [output.with_name(f"{output.stem}-{number}{output.suffix}") for number in range(1, count + 1)]
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StarflowError(f"the folder {folder} cannot be made: {error.strerror}") from None

@@ -1,0 +1,281 @@
+"""TarFlow: an autoregressive normalizing flow over the pixels of small pictures (arXiv 2412.06329).
+
+STARFlow's ancestor. Positions are learned, the condition is a class label whose embedding is added to every token,
+and no start token stands before the sequence: the first token of each block passes unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_starflow.errors import StarflowError
+from mlx_starflow.models.starflow import (
+    BlockConfig,
+    Condition,
+    Conditions,
+    FlowBlock,
+    FlowOutput,
+    known_arguments,
+    official_arguments,
+    read_config,
+    run_blocks,
+    write_config,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TarFlowBlockConfig(BlockConfig):
+    """One block of a TarFlow."""
+
+    num_patches: int
+    num_classes: int = 0
+    nvp: bool = True
+    sos: bool = False
+    use_softplus: bool = False
+
+
+@dataclass
+class TarFlowConfig:
+    """The official release's arguments that matter to the network, under their names.
+
+    `img_size` counts pixels; `blocks` is how many flow blocks of `layers_per_block` layers there are. Without `nvp`
+    the blocks only shift (they preserve volume), and the prior's variances are learned.
+    """
+
+    img_size: int
+    channel_size: int
+    patch_size: int
+    channels: int
+    blocks: int
+    layers_per_block: int
+    head_dim: int = 64
+    expansion: int = 4
+    nvp: bool = True
+    num_classes: int = 0
+    noise_std: float = 0.05
+    cfg: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("img_size", "channel_size", "patch_size", "channels", "blocks", "layers_per_block", "head_dim"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise StarflowError(f"flow config: {name} must be a whole number of at least 1, not {value!r}")
+        if self.img_size % self.patch_size:
+            raise StarflowError(f"flow config: img_size {self.img_size} is no multiple of patch_size {self.patch_size}")
+        if self.channels % self.head_dim:
+            raise StarflowError(f"flow config: channels {self.channels} is no multiple of head_dim {self.head_dim}")
+
+    @property
+    def num_patches(self) -> int:
+        """Tokens in a picture."""
+        return (self.img_size // self.patch_size) ** 2
+
+    def block(self, index: int) -> TarFlowBlockConfig:
+        """The block at `index`, counted from the data side; every second one reads its tokens last to first."""
+        heads = self.channels // self.head_dim
+        return TarFlowBlockConfig(
+            in_channels=self.channel_size * self.patch_size**2,
+            channels=self.channels,
+            num_layers=self.layers_per_block,
+            head_dim=self.head_dim,
+            num_heads=heads,
+            num_kv_heads=heads,
+            expansion=self.expansion,
+            flip=index % 2 == 1,
+            num_patches=self.num_patches,
+            num_classes=self.num_classes,
+            nvp=self.nvp,
+        )
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> TarFlowConfig:
+        """Read a model directory's `config.json`; every key must be known, but for `model_type` and its like.
+
+        Raises:
+            StarflowError: a key is missing or unknown, or a value is not usable.
+        """
+        return read_config(cls, config)
+
+    @classmethod
+    def from_official(cls, config: Mapping[str, Any]) -> TarFlowConfig:
+        """Read the official arguments: a mapping, or `arguments`, a list of single-key mappings.
+
+        Its training and data arguments are ignored.
+
+        Raises:
+            StarflowError: a value is missing or not usable.
+        """
+        return cls.from_dict(known_arguments(cls, official_arguments(config)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `from_dict` reads, without values that are defaults."""
+        return write_config(self)
+
+
+class TarFlowBlock(FlowBlock):
+    """A flow block with learned positions and, if there are classes, an embedding of the label."""
+
+    def __init__(self, config: TarFlowBlockConfig):
+        super().__init__(config)
+        self.pos_embed = 0.01 * mx.random.normal((config.num_patches, config.channels))
+        if config.num_classes:
+            self.class_embed = 0.01 * mx.random.normal((config.num_classes, 1, config.channels))
+        if not config.nvp:
+            self.proj_out = nn.Linear(config.channels, config.in_channels)
+            self.proj_out.weight = mx.zeros_like(self.proj_out.weight)
+            self.proj_out.bias = mx.zeros_like(self.proj_out.bias)
+
+    def positions(self, table: mx.array | None, length: int) -> None:
+        """A TarFlow has no rotary positions."""
+
+    def condition(self, text: mx.array | None, batch: int) -> Condition:
+        """The embedding of integer labels `[B]`: the mean of all classes for label -1, or for no labels at all.
+
+        A label that is no class makes NaNs, here where labels may be traced and cannot be looked at.
+        """
+        if not self.config.num_classes:
+            return Condition()
+        mean = self.class_embed.mean(axis=0, keepdims=True)
+        if text is None:
+            return Condition(offset=mean)
+        offset = self.class_embed[mx.clip(text, 0, self.config.num_classes - 1)]
+        unknown = ((text < -1) | (text >= self.config.num_classes)).reshape(-1, 1, 1)
+        offset = mx.where((text == -1).reshape(-1, 1, 1), mean, offset)
+        return Condition(offset=mx.where(unknown, float("nan"), offset))
+
+    def embed(self, tokens: mx.array, start: int = 0, offset: mx.array | None = None) -> mx.array:
+        """Input tokens `[B, n, C]`, the first of them number `start` in the block's order, -> `[B, n, channels]`."""
+        stop = start + tokens.shape[1]
+        if self.config.flip:
+            count = self.config.num_patches
+            positions = self.pos_embed[count - stop : count - start][::-1]
+        else:
+            positions = self.pos_embed[start:stop]
+        h = self.proj_in(tokens.astype(self.dtype)) + positions
+        return h if offset is None else h + offset
+
+    def _affine(self, raw: mx.array) -> tuple[mx.array, mx.array]:
+        return super()._affine(raw) if self.config.nvp else (raw, mx.zeros_like(raw))
+
+    def unpredicted(self, tokens: mx.array) -> tuple[mx.array, mx.array]:
+        """(mu, log sigma) of a token that nothing predicts: it passes unchanged."""
+        return mx.zeros(tokens.shape), mx.zeros(tokens.shape)
+
+
+class TarFlow(nn.Module):
+    """The flow over square pictures `[B, H, W, C]`, channels in -1..1, and integer labels `[B]`.
+
+    Attributes:
+        var: the prior's variances, `[N, C * p * p]`; learned beside the weights where blocks only shift, else 1. No
+            gradient reaches it: it is frozen, and stays so.
+    """
+
+    def __init__(self, config: TarFlowConfig):
+        super().__init__()
+        self.config = config
+        self.blocks = [TarFlowBlock(config.block(index)) for index in range(config.blocks)]
+        self.var = mx.ones((config.num_patches, config.channel_size * config.patch_size**2))
+        self.freeze(recurse=False, keys="var")
+
+    def unfreeze(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """As `Module.unfreeze`, but `var` stays frozen."""
+        super().unfreeze(*args, **kwargs)
+        return self.freeze(recurse=False, keys="var")
+
+    def tokens(self, x: mx.array) -> mx.array:
+        """Pictures -> tokens `[B, N, C * p * p]` in raster order; within a token channel, row, column.
+
+        Raises:
+            StarflowError: the pictures do not have the size that the flow was made for.
+        """
+        size, channels, patch = self.config.img_size, self.config.channel_size, self.config.patch_size
+        if x.ndim != 4 or x.shape[1:] != (size, size, channels):
+            raise StarflowError(
+                f"pictures have shape {tuple(x.shape)}; this flow reads [batch, {size}, {size}, {channels}]"
+            )
+        side = size // patch
+        x = x.astype(mx.float32).reshape(-1, side, patch, side, patch, channels)
+        return x.transpose(0, 1, 3, 5, 2, 4).reshape(-1, side * side, channels * patch * patch)
+
+    def latents(self, tokens: mx.array, shape: tuple[int, ...] | None = None) -> mx.array:
+        """Tokens in raster order -> pictures; a TarFlow makes pictures of one shape."""
+        size, channels, patch = self.config.img_size, self.config.channel_size, self.config.patch_size
+        side = size // patch
+        x = tokens.reshape(-1, side, side, channels, patch, patch)
+        return x.transpose(0, 1, 4, 2, 5, 3).reshape(-1, size, size, channels)
+
+    def noise_tokens(self, z: mx.array) -> mx.array:
+        """Standard-normal noise `[B, N, C * p * p]` -> noise of the prior's variances, which the last block makes.
+
+        Raises:
+            StarflowError: the noise has another shape.
+        """
+        if z.ndim != 3 or z.shape[1:] != self.var.shape:
+            length, width = self.var.shape
+            raise StarflowError(f"noise has shape {tuple(z.shape)}; this flow reads tokens [batch, {length}, {width}]")
+        return z.astype(mx.float32) * mx.sqrt(self.var.astype(mx.float32))
+
+    def standardize(self, z: mx.array) -> mx.array:
+        """`flow(x).z` -> the noise that `sample` makes x of: the same, unless the prior's variances are learned."""
+        return z / mx.sqrt(self.var.astype(mx.float32))
+
+    def conditions(
+        self, shape: tuple[int, ...], text: mx.array | None, null_text: mx.array | None = None, guidance: float = 0.0
+    ) -> Conditions:
+        """What sampling pictures of integer labels `[B]` needs.
+
+        Guidance moves every block away from the labels `null_text` `[B or 1]`, by default from -1, no class.
+
+        Raises:
+            StarflowError: the labels do not fit, or there is nothing to guide.
+        """
+        if guidance > 0 and not self.config.num_classes:
+            raise StarflowError("this flow has no classes, so guidance has no effect; use guidance 0")
+        batch = shape[0]
+        null = mx.array([-1]) if null_text is None else null_text
+        if null.shape == (1,):
+            null = mx.broadcast_to(null, (batch,))
+        for labels in (text, null if guidance > 0 else None):
+            self._check_labels(labels, batch)
+            if labels is not None and not (mx.all(labels >= -1) & mx.all(labels < self.config.num_classes)).item():
+                raise StarflowError(f"labels must be 0 to {self.config.num_classes - 1}, or -1 for no class")
+        guided = guidance > 0
+        if guided:
+            if text is None:
+                raise StarflowError("guidance needs a class label for each sample")
+            text = mx.concatenate([text.astype(mx.int32), null.astype(mx.int32)])
+        conditions = [block.condition(text, batch) for block in self.blocks]
+        for condition in conditions:
+            condition.guided = guided
+        return Conditions(None, conditions, "extrapolate", temper_null_only=True)
+
+    def _check_labels(self, labels: mx.array | None, batch: int) -> None:
+        if labels is None:
+            return
+        if not self.config.num_classes:
+            raise StarflowError("this flow has no classes; leave the labels out")
+        if not mx.issubdtype(labels.dtype, mx.integer) or labels.shape != (batch,):
+            raise StarflowError(
+                f"labels have shape {tuple(labels.shape)} and type {labels.dtype}; give {batch} whole numbers"
+            )
+
+    def __call__(self, x: mx.array, text: mx.array | None = None) -> FlowOutput:
+        """Pictures `[B, H, W, C]` and integer labels `[B]` (-1 or None: no class) -> noise tokens in `z`.
+
+        Neither `z` nor the loss knows of learned variances of the prior, as in training: see `standardize`.
+        """
+        tokens = self.tokens(x)
+        self._check_labels(text, x.shape[0])
+        hidden, log_dets = run_blocks(self.blocks, tokens, text, None)
+        log_dets = [self.latents(t) for t in log_dets]
+        return FlowOutput(hidden[-1], sum(log_dets), log_dets, [self.latents(t) for t in hidden])
+
+
+def sanitize(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Official tensors -> the names and layouts of `TarFlow`: the same, without each block's `attn_mask`."""
+    return {name: value for name, value in weights.items() if not name.endswith(".attn_mask")}

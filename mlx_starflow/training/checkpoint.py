@@ -1,0 +1,127 @@
+"""Checkpoints of a training: one file each, written to a temporary name and renamed; the last two are kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from mlx_starflow.errors import StarflowError
+
+KEPT = 2
+_NAME = re.compile(r"checkpoint-(\d+)\.safetensors")
+
+
+@dataclass
+class Checkpoint:
+    """All that continuing needs.
+
+    Attributes:
+        step: steps done.
+        weights, average, optimizer: arrays by name.
+        random: the state of the NumPy generator's bit generator.
+        order: indices of samples that this pass over the data has still to use.
+        config: the training's settings, for comparison.
+    """
+
+    step: int
+    weights: dict[str, mx.array]
+    average: dict[str, mx.array]
+    optimizer: dict[str, mx.array]
+    random: dict[str, Any]
+    order: np.ndarray
+    config: dict[str, Any]
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, newest first."""
+    if not folder.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
+    """Write `folder/checkpoint-<step>.safetensors` and delete all but the newest two.
+
+    Raises:
+        StarflowError: the folder cannot be written to.
+    """
+    arrays = {"order": mx.array(checkpoint.order)}
+    for part in ("weights", "average", "optimizer"):
+        arrays.update({f"{part}:{name}": array for name, array in getattr(checkpoint, part).items()})
+    note = {"step": checkpoint.step, "random": _plain(checkpoint.random), "config": checkpoint.config}
+    path = folder / f"checkpoint-{checkpoint.step:08d}.safetensors"
+    temporary = folder / "unfinished.safetensors"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        mx.save_safetensors(str(temporary), arrays, {"training": json.dumps(note)})
+        # The name must not reach the disk before the contents do.
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        for old in checkpoint_files(folder)[KEPT:]:
+            old.unlink()
+    except (OSError, RuntimeError) as error:
+        raise StarflowError(
+            f"cannot write the checkpoint {path}: {error}; make room or choose another folder"
+        ) from None
+    return path
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint.
+
+    Raises:
+        StarflowError: the file is missing, truncated or no checkpoint.
+    """
+    parts: dict[str, dict[str, mx.array]] = {"weights": {}, "average": {}, "optimizer": {}}
+    try:
+        # safetensors compares the header with the file's length, which MLX's lazy loading does not.
+        with safe_open(path, framework="np") as file:
+            note = json.loads((file.metadata() or {})["training"])
+        arrays = mx.load(str(path))
+        mx.eval(arrays)
+        order = np.array(arrays.pop("order"))
+        for name, array in arrays.items():
+            part, _, name = name.partition(":")
+            parts[part][name] = array
+        return Checkpoint(note["step"], **parts, random=note["random"], order=order, config=note["config"])
+    except (OSError, RuntimeError, SafetensorError, KeyError, ValueError) as error:
+        raise StarflowError(
+            f"the checkpoint {path} is damaged or not of this program ({_first_line(error)}); "
+            "delete it to use the one before"
+        ) from None
+
+
+def load_latest(folder: Path) -> tuple[Checkpoint | None, str]:
+    """The newest checkpoint that can be read, None if there is none, and a warning about newer, damaged ones.
+
+    Raises:
+        StarflowError: there are checkpoints, and all of them are damaged.
+    """
+    warning = ""
+    for path in (files := checkpoint_files(folder)):
+        try:
+            return load_checkpoint(path), warning
+        except StarflowError as error:
+            warning = warning or str(error)
+            if path == files[-1]:
+                raise
+    return None, ""
+
+
+def _plain(state: dict[str, Any]) -> dict[str, Any]:
+    """A bit generator's state with lists in place of arrays; NumPy takes both."""
+    return json.loads(json.dumps(state, default=lambda value: value.tolist()))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
