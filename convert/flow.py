@@ -73,13 +73,13 @@ def convert_flow(
     try:
         flow_config = config_class.from_official(arguments)
         flow = network(flow_config)
-    except (AttributeError, TypeError, ValueError) as error:
+    except (StarflowError, ArithmeticError, AttributeError, TypeError, ValueError) as error:
         raise StarflowError(f"{config}: {one_line(error)}") from error
-    except StarflowError as error:
-        raise StarflowError(f"{config}: {error}") from None
     changes = [f"cast to {str(dtype).rpartition('.')[2]}"] * (dtype is not None)
     changes += [f"quantized ({quantize})"] * (quantize is not None)
-    notice = _NOTICE.format(license=LICENSE, checkpoint=checkpoint.name, changes=" and ".join(changes) or "kept as they were")
+    notice = _NOTICE.format(
+        license=LICENSE, checkpoint=checkpoint.name, changes=" and ".join(changes) or "kept as they were"
+    )
     return write_module(
         out_dir,
         flow,

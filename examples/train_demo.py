@@ -30,9 +30,10 @@ from mlx_starflow.models.starflow import STARFlow as MLXSTARFlow
 from mlx_starflow.models.t5 import T5Config
 from mlx_starflow.models.t5 import T5Encoder as MLXT5Encoder
 from mlx_starflow.reference.autoencoder_kl import AutoencoderKL
+from mlx_starflow.reference.sampling import sample
 from mlx_starflow.reference.starflow import STARFlow
 from mlx_starflow.reference.t5 import T5Encoder
-from mlx_starflow.reference.training import TextFlow, autoencoder_loss, flow_loss, invert, run
+from mlx_starflow.reference.training import TextFlow, autoencoder_loss, flow_loss, run
 from mlx_starflow.tokenizer import Tokenizer
 from mlx_starflow.training.data import PictureFolder, augmented_crops
 from mlx_starflow.weights import load_module, quantize_module, save_model
@@ -222,7 +223,7 @@ def train_flow(data: Path, out: Path, autoencoder: AutoencoderKL, steps: int, ba
                 report.append(f"{name} nll {averaged.flow(noisy, text).nll().mean():.4f}")
             text = averaged.text_encoder.encode(*tokens([pictures.captions[i][0] for i in asked]))
             z = 0.7 * torch.randn(len(asked), 16, 16, 4, generator=generator)
-            samples = invert(averaged.flow, z, text.float())
+            samples = sample(averaged.flow, z, text.float())
         distance = torch.cdist(samples.flatten(1), views.flatten(0, 1).flatten(1))
         right = (distance.argmin(dim=1) // VIEWS == asked).float().mean()
         return f"{report[0]}  {report[1]}  top-1 {right:.3f}"

@@ -184,7 +184,9 @@ def check_shapes(
         StarflowError: naming the first tensor that is missing, unexpected or of another shape.
     """
     if missing := [name for name in expected if name not in found]:
-        raise StarflowError(f"{what} lacks the tensor {missing[0]}{_and_more(missing)}; is the download complete?")
+        raise StarflowError(
+            f"{what} lacks the tensor {missing[0]}{_and_more(missing)}; is it complete, and is the config its own?"
+        )
     if unexpected := sorted(found.keys() - expected.keys()):
         raise StarflowError(
             f"{what} has a tensor that its config does not account for: {unexpected[0]}{_and_more(unexpected)}"
@@ -550,7 +552,7 @@ def load_vae(directory: str | Path, dtype: str | mx.Dtype | None = None) -> Auto
 def _load(network: type[M], config_class: type, directory: Path, config: dict[str, Any], dtype: mx.Dtype) -> M:
     try:
         module = network(config_class.from_dict(config))
-    except StarflowError as error:
-        raise StarflowError(f"{directory / 'config.json'}: {error}") from None
+    except (StarflowError, ArithmeticError, TypeError, ValueError) as error:
+        raise StarflowError(f"{directory / 'config.json'}: {one_line(error)}") from error
     weights = load_weights(directory)
     return load_module(module, weights, directory, dtype, quantization=config.get("quantization"))

@@ -66,7 +66,9 @@ def test_file(tmp_path):
     assert "give the folder of a model" in message(str(tmp_path / "config.json"))
 
 
-@pytest.mark.parametrize("name", ["demmo", "", "./nowhere", "../a/b", "a/b/c", "/no/where", "https://host/a/b", "a b/c"])
+@pytest.mark.parametrize(
+    "name", ["demmo", "", "./nowhere", "../a/b", "a/b/c", "/no/where", "https://host/a/b", "a b/c"]
+)
 def test_unknown(name, download):
     asked = download(AssertionError("must not download"))
     text = message(name)

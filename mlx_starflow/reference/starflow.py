@@ -1,6 +1,6 @@
 """PyTorch twin of `models/starflow.py`: the same config, the same tensor names, arrays channels last.
 
-It trains where PyTorch is the faster tool, and is what the MLX network is compared with. Forward pass only.
+It trains where PyTorch is the faster tool, and is what the MLX network is compared with; `sampling.py` inverts it.
 """
 
 from __future__ import annotations
@@ -67,6 +67,27 @@ def rotate(x: Tensor, table: Tensor, half_split: bool) -> Tensor:
     return torch.view_as_real(pairs * table).flatten(-2)
 
 
+class KVCache:
+    """Keys (already rotated) and values of one layer, for exactly as many positions as the sequence has."""
+
+    def __init__(self, length: int):
+        self.length, self.offset = length, 0
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    def update_and_fetch(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        if self.keys is None:
+            shape = (*keys.shape[:2], self.length, keys.shape[3])
+            self.keys, self.values = keys.new_empty(shape), values.new_empty(shape)
+        start, self.offset = self.offset, self.offset + keys.shape[2]
+        self.keys[:, :, start : self.offset] = keys
+        self.values[:, :, start : self.offset] = values
+        return self.keys[:, :, : self.offset], self.values[:, :, : self.offset]
+
+    def trim(self, n: int) -> None:
+        self.offset -= min(n, self.offset)
+
+
 class Attention(nn.Module):
     def __init__(self, config: BlockConfig):
         super().__init__()
@@ -81,7 +102,7 @@ class Attention(nn.Module):
         if config.use_post_norm:
             self.post_norm = make_norm(config, config.channels)
 
-    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor, cache: KVCache | None = None, temperature: float = 1.0) -> Tensor:
         config = self.config
         qkv = self.qkv(self.norm(x)).unflatten(-1, (-1, config.head_dim)).transpose(1, 2)
         heads, groups = config.num_heads, config.num_kv_heads
@@ -89,10 +110,19 @@ class Attention(nn.Module):
         if config.use_qk_norm:
             q, k = self.query_norm(q), self.key_norm(k)
         q, k = rotate(q, table, config.hf_style_rope), rotate(k, table, config.hf_style_rope)
+        v = v.float()
+        if cache is not None:
+            k, v = cache.update_and_fetch(k, v)
+        scale = config.head_dim**-0.5 / temperature
+        new, old = q.shape[2], k.shape[2] - q.shape[2]
+        # PyTorch aligns its causal mask with the first key; with a cache it has to end at the last one.
+        mask = torch.ones(new, old + new, dtype=torch.bool, device=x.device).tril(old) if new > 1 and old else None
         # On a CPU attention's backward pass is more than twice as fast in float32 as in bfloat16.
         with torch.autocast(x.device.type, enabled=False):
-            h = F.scaled_dot_product_attention(q, k, v.float(), is_causal=True, enable_gqa=heads != groups)
-        h = self.proj(h.transpose(1, 2).flatten(2))
+            h = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=new > 1 and not old, scale=scale, enable_gqa=heads != groups
+            )
+        h = self.proj(h.transpose(1, 2).flatten(2).to(x.dtype))
         return self.post_norm(h) if config.use_post_norm else h
 
 
@@ -130,8 +160,8 @@ class TransformerLayer(nn.Module):
         self.attention = Attention(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, table: Tensor) -> Tensor:
-        x = x + self.attention(x, table)
+    def forward(self, x: Tensor, table: Tensor, cache: KVCache | None = None, temperature: float = 1.0) -> Tensor:
+        x = x + self.attention(x, table, cache, temperature)
         return x + self.mlp(x)
 
 
@@ -155,13 +185,55 @@ class FlowBlock(nn.Module):
             self.final_norm = RMSNorm(config.channels)
         self.attn_blocks = nn.ModuleList([TransformerLayer(config) for _ in range(config.num_layers)])
 
-    def forward(self, x: Tensor, text: Tensor | None, table: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    @property
+    def is_identity(self) -> bool:
+        return self.config.num_layers == 0
+
+    def positions(self, table: Tensor, length: int) -> Tensor:
+        if self.config.hf_style_rope:
+            return line_table(self.config.head_dim, length).to(table.device)
+        return table[len(table) - length :]
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        return self.proj_in(tokens.to(self.proj_in.weight.dtype))
+
+    def embed_prefix(self, text: Tensor | None) -> Tensor | None:
+        if not self.config.txt_dim:
+            return None
+        text = text.to(self.proj_in.weight.dtype)
+        return self.proj_txt(text) if self.config.use_proj_txt else text
+
+    def transform(
+        self, h: Tensor, table: Tensor, caches: list[KVCache] | None = None, temperature: float = 1.0
+    ) -> Tensor:
+        for index, layer in enumerate(self.attn_blocks):
+            h = layer(h, table, caches[index] if caches else None, temperature)
+        return h
+
+    def affine(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states -> (mu, log sigma), float32."""
+        if self.config.use_final_norm:
+            h = self.final_norm(h)
+        return self._affine(self.proj_out(h).float())
+
+    def unpredicted(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        return self._affine(tokens.new_zeros(*tokens.shape[:-1], 2 * tokens.shape[-1]))
+
+    def _affine(self, raw: Tensor) -> tuple[Tensor, Tensor]:
+        if self.config.soft_clip:
+            raw = self.config.soft_clip * torch.tanh(raw / self.config.soft_clip)
+        scale, mu = raw.chunk(2, dim=-1)
+        return mu, F.softplus(scale + SOFTPLUS_SHIFT).log() if self.config.use_softplus else scale
+
+    def forward(
+        self, x: Tensor, text: Tensor | None, table: Tensor, keep: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Tokens `[B, N, C]` in data order -> (z, log-det), both in data order.
 
         `keep` `[B, N]`, in the block's order, hides a token's input from the network where it is 0 (a training aid).
         """
         config = self.config
-        if config.num_layers == 0:
+        if self.is_identity:
             return x, torch.zeros_like(x)
         if config.flip:
             x = x.flip(1)
@@ -170,25 +242,16 @@ class FlowBlock(nn.Module):
             inputs = torch.cat([self.sos_embed.expand(len(x), -1, -1).to(x.dtype), x[:, :-1]], dim=1)
         if keep is not None:
             inputs = inputs * keep[..., None]
-        h = self.proj_in(inputs)
-        if config.txt_dim:
-            prefix = self.proj_txt(text) if config.use_proj_txt else text
+        h = self.embed(inputs)
+        prefix = self.embed_prefix(text)
+        if prefix is not None:
             h = torch.cat([prefix.to(h.dtype), h], dim=1)
-        if config.hf_style_rope:
-            table = line_table(config.head_dim, h.shape[1])
-        table = table[len(table) - h.shape[1] :]
-        for layer in self.attn_blocks:
-            h = layer(h, table)
-        h = h[:, -x.shape[1] :]
-        if config.use_final_norm:
-            h = self.final_norm(h)
-        raw = self.proj_out(h).float()
-        if not config.sos:
-            raw = F.pad(raw[:, :-1], (0, 0, 1, 0))
-        if config.soft_clip:
-            raw = config.soft_clip * torch.tanh(raw / config.soft_clip)
-        scale, mu = raw.chunk(2, dim=-1)
-        log_sigma = F.softplus(scale + SOFTPLUS_SHIFT).log() if config.use_softplus else scale
+        h = self.transform(h, self.positions(table, h.shape[1]))[:, -x.shape[1] :]
+        if config.sos:
+            mu, log_sigma = self.affine(h)
+        else:
+            first, rest = self.unpredicted(x[:, :1]), self.affine(h[:, :-1])
+            mu, log_sigma = (torch.cat(pair, dim=1) for pair in zip(first, rest, strict=True))
         z = (x - mu) * torch.exp(-log_sigma)
         if config.flip:
             z, log_sigma = z.flip(1), log_sigma.flip(1)

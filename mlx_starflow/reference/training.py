@@ -181,28 +181,3 @@ def flow_loss(
         "nll": nll[reads_all].mean().item() if reads_all.any() else float("nan"),
         "nll-text-only": nll[keep.sum(dim=1) == 1].mean().item() if (keep.sum(dim=1) == 1).any() else float("nan"),
     }
-
-
-@torch.no_grad()
-def invert(flow: nn.Module, z: Tensor, text: Tensor | None) -> Tensor:
-    """Noise `[B, H, W, C]` -> latents by plain fixed-order inversion, all of a block recomputed at every token.
-
-    Slow and simple: what faster samplers are compared with.
-    """
-    from mlx_starflow.reference.starflow import axial_table
-
-    batch, height, width, _ = z.shape
-    p = flow.config.patch_size
-    table = axial_table(flow.config, height // p, width // p, 0 if text is None else text.shape[1])
-    x = flow.patchify(z)
-    for block in reversed(flow.blocks):
-        if block.config.num_layers == 0:
-            continue
-        tokens = x.shape[1]
-        z, x = x, torch.zeros_like(x)
-        for step in range(tokens):
-            n = tokens - 1 - step if block.config.flip else step
-            forward, log_det = block(x, text, table)
-            # forward = (x - mu) / sigma at x = 0 for this token, so its new value is (z - forward) * sigma.
-            x[:, n] = (z[:, n] - forward[:, n]) * torch.exp(-log_det[:, n])
-    return flow.unpatchify(x, height, width)

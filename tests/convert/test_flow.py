@@ -28,8 +28,8 @@ def convert(case: str, out: Path, **options: object) -> Path:
 
 
 def forward(directory: Path, golden: object, **options: object) -> mx.array:
-    flow = load_flow(directory, **options)
-    return flow(golden["x"], golden["y"] if "y" in golden else None).z
+    x, y = (mx.array(golden.arrays[name]) if name in golden else None for name in ("x", "y"))
+    return load_flow(directory, **options)(x, y).z
 
 
 def arguments(case: str) -> dict[str, object]:
@@ -92,7 +92,15 @@ def test_text_width_comes_from_the_checkpoint(case, tmp_path):
 @pytest.mark.parametrize(
     # Largest difference in z, relative to its largest value; the networks are random, so errors grow more than usual.
     ("quantize", "mode", "bound"),
-    [(8, "affine", 0.05), ("8", "affine", 0.05), (6, "affine", 0.15), (4, "affine", 0.7), ("mxfp8", "mxfp8", 0.2)],
+    [
+        (8, "affine", 0.01),
+        ("8", "affine", 0.01),
+        (6, "affine", 0.04),
+        (4, "affine", 0.15),
+        ("mxfp8", "mxfp8", 0.05),
+        ("mxfp4", "mxfp4", 0.2),
+        ("nvfp4", "nvfp4", 0.25),
+    ],
 )
 def test_quantized(quantize, mode, bound, tmp_path, golden):
     out = convert("t2i", tmp_path, quantize=quantize)
@@ -102,12 +110,6 @@ def test_quantized(quantize, mode, bound, tmp_path, golden):
     assert len(layers) == 4 * 4  # four layers of qkv, proj and two of the MLP; the text is 24 wide, less than a group
     assert not any("proj_in" in path or "proj_out" in path for path in layers)
     assert f"quantized ({quantize})" in (out / "NOTICE").read_text()
-
-
-@pytest.mark.parametrize("quantize", ["mxfp4", "nvfp4"])
-def test_four_bit_floats_load(quantize, tmp_path, golden):
-    out = convert("t2i", tmp_path, quantize=quantize)
-    assert mx.isfinite(forward(out, golden("t2i"), dtype="float32")).all().item()
 
 
 def test_quantizing_while_writing_is_quantizing_the_module(tmp_path):
@@ -126,7 +128,7 @@ def test_bfloat16(quantize, tmp_path, golden):
     out = convert("t2i", tmp_path, dtype="bfloat16", quantize=quantize)
     assert {w.dtype for w in load_weights(out).values()} - {mx.uint32} == {mx.bfloat16}
     # Rounded weights, computed in float32.
-    assert golden("t2i").relative_error(forward(out, golden("t2i"), dtype="float32"), "z") < 0.05
+    assert golden("t2i").relative_error(forward(out, golden("t2i"), dtype="float32"), "z") < 0.015
 
 
 @pytest.mark.torch
@@ -137,7 +139,7 @@ def test_the_checkpoints_dtype(stored, written, tmp_path, golden):
     torch.save({name: value.to(getattr(torch, stored)) for name, value in state.items()}, tmp_path / "model.pth")
     out = convert_flow(tmp_path / "model.pth", DATA / "t2i/config.yaml", tmp_path / "model")
     assert {w.dtype for w in load_weights(out).values()} == {written}
-    bound = 0.05 if stored == "bfloat16" else 1e-5
+    bound = 0.015 if stored == "bfloat16" else 1e-5
     assert golden("t2i").relative_error(forward(out, golden("t2i"), dtype="float32"), "z") < bound
 
 
@@ -226,7 +228,7 @@ def test_no_text_in_the_checkpoint(tmp_path):
     values.pop("txt_dim")
     config = write_config(tmp_path / "config.yaml", values)
     source = write_weights(tmp_path / "x.safetensors", change=lambda w: w.pop("blocks.2.proj_txt.weight"))
-    with pytest.raises(StarflowError, match="has no tensor proj_txt.weight"):
+    with pytest.raises(StarflowError, match=r"has no tensor proj_txt\.weight"):
         convert_flow(source, config, tmp_path / "model")
 
 
@@ -234,7 +236,7 @@ def test_other_mistakes(tmp_path):
     config = DATA / "t2i/config.yaml"
     with pytest.raises(StarflowError, match="No such file"):
         convert_flow(tmp_path / "nothing.pth", config, tmp_path / "model")
-    with pytest.raises(StarflowError, match="nothing.safetensors is missing"):
+    with pytest.raises(StarflowError, match=r"nothing\.safetensors is missing"):
         convert_flow(tmp_path / "nothing.safetensors", config, tmp_path / "model")
     with pytest.raises(StarflowError, match="own folder"):
         convert("t2i", DATA / "t2i")
@@ -246,7 +248,7 @@ def test_other_mistakes(tmp_path):
         source = tmp_path / "short.safetensors"
         write_weights(source)
         source.write_bytes(source.read_bytes()[:size])
-        with pytest.raises(StarflowError, match="cannot read .*short.safetensors") as error:
+        with pytest.raises(StarflowError, match=r"cannot read .*short\.safetensors") as error:
             convert_flow(source, config, tmp_path / "model")
         assert "\n" not in str(error.value)
     assert not (tmp_path / "model").exists()
@@ -254,9 +256,9 @@ def test_other_mistakes(tmp_path):
 
 def test_output_in_the_way(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(StarflowError, match="cannot write .*file"):
+    with pytest.raises(StarflowError, match=r"cannot write .*file"):
         convert("t2i", tmp_path / "file")
-    with pytest.raises(StarflowError, match="cannot write .*file"):
+    with pytest.raises(StarflowError, match=r"cannot write .*file"):
         convert("t2i", tmp_path / "file" / "below")
     other = tmp_path / "text_encoder"
     other.mkdir()

@@ -58,14 +58,17 @@ def test_forward_is_the_official_one(golden, case, prefix):
     assert np.array_equal(np.array(out.log_det), np.array(sum(out.block_log_dets)))
 
 
-# The worst of these cases is off by 0.017 (z), 0.022 (a block's output) and 0.002 (loss).
+# The worst of these cases is off by 0.015 (z), 0.016 (a block's output) and 0.011 (loss).
 @pytest.mark.parametrize(("case", "prefix"), CASES)
 def test_bfloat16_weights(golden, case, prefix):
     golden = golden(case, mx.bfloat16)
     out = golden.flow(golden[prefix + "x"], golden[prefix + "y"])
     assert out.z.dtype == out.log_det.dtype == mx.float32
-    assert golden.relative_error(out.z, prefix + "z") < 0.04
-    assert abs(float(out.loss()) - float(golden.arrays[prefix + "loss"])) < 0.01
+    assert golden.relative_error(out.z, prefix + "z") < 0.03
+    for index, hidden in enumerate(out.hidden):
+        tokens = golden.flow.tokens(hidden).reshape(golden.arrays[f"{prefix}output.{index}"].shape)
+        assert golden.relative_error(tokens, f"{prefix}output.{index}") < 0.03
+    assert abs(float(out.loss()) - float(golden.arrays[prefix + "loss"])) < 0.02
 
 
 def test_new_flow_is_the_identity(tiny_flow):
@@ -87,8 +90,8 @@ def test_log_det_is_that_of_the_jacobian(tiny):
     sign, expected = np.linalg.slogdet(np.array(mx.stack(rows)).astype(np.float64))
     assert sign in (1.0, -1.0)
     assert abs(float(out.log_det.sum()) - expected) < 2e-5 * max(1.0, abs(expected))
-    if "tarflow_vp" not in repr(tiny.flow.config) and getattr(tiny.flow.config, "nvp", True):
-        assert abs(expected) > 0.1
+    # The flow is far from the identity, but where it cannot change volumes.
+    assert (np.abs(np.array(out.log_det)).max() > 0.2) == getattr(tiny.flow.config, "nvp", True)
 
 
 def test_jacobian_by_finite_differences(tiny):
@@ -117,7 +120,7 @@ def test_loss_gradients_are_finite_differences(tiny):
         return tiny.flow(x, tiny.text).loss()
 
     slopes, slope_x = mx.grad(loss, argnums=(0, 1))(parameters, tiny.x)
-    step = 1e-2
+    step = 3e-3
     checked = 0
     for name, slope in slopes.items():
         length = float(mx.linalg.norm(slope.reshape(-1)))
