@@ -15,8 +15,9 @@ from mlx_starflow.models.starflow import official_arguments
 from mlx_starflow.weights import flow_module, one_line, parse_dtype
 
 LICENSE = (
-    "Weights that Apple released are for research purposes only: Apple Machine Learning Research Model is licensed "
-    "under the Apple Machine Learning Research Model License Agreement (LICENSE_MODEL of github.com/apple/ml-starflow)."
+    "STARFlow weights that Apple released are for research purposes only: Apple Machine Learning Research Model is "
+    "licensed under the Apple Machine Learning Research Model License Agreement (LICENSE_MODEL of "
+    "github.com/apple/ml-starflow)."
 )
 """What whoever gets converted official weights has to be told."""
 

@@ -19,9 +19,9 @@ def summarize(model: str) -> dict[str, str]:
     directory = find_model(model)
     config = read_config(directory)
     flow = load_flow(directory).config
-    versions = f"{__version__}, MLX {mx.__version__}, Python {platform.python_version()}"
+    device = mx.default_device().type.name.upper()
     lines = {
-        "mlx-starflow": f"{versions}, {mx.default_device()}",
+        "mlx-starflow": f"{__version__}, MLX {mx.__version__} on the {device}, Python {platform.python_version()}",
         "model": f"{model} ({config['model_type']}) in {directory}",
     }
     for block in reversed(flow.blocks):
@@ -56,6 +56,6 @@ def _size(directory: Path) -> str:
         if name.endswith(".biases") and name.removesuffix(".biases") + ".scales" in weights:
             continue
         packed = value.dtype == mx.uint32 and name.removesuffix(".weight") + ".scales" in weights
-        count += value.size * (32 // quantization["bits"]) if packed else value.size
+        count += value.size * 32 // quantization["bits"] if packed else value.size
     size = sum(value.nbytes for value in weights.values())
     return f"{count / 1e6:.2f} M parameters, {size / 2**20:.1f} MiB"

@@ -317,7 +317,7 @@ def _quantize_as(
     """Make quantized layers of those whose scales the weights hold."""
     if not any(name.endswith(".scales") for name in weights):
         return
-    if quantization is None:
+    if not isinstance(quantization, Mapping):
         raise StarflowError(f"{what}: the weights are quantized, but config.json has no quantization; convert again")
 
     def choose(path: str, layer: nn.Module) -> bool | dict[str, Any]:

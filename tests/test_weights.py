@@ -118,6 +118,8 @@ def test_files_are_what_others_read(dtype, tmp_path):
     }
     save_model(tmp_path, weights, {})
     assert same(load_weights(tmp_path), weights)
+    if dtype == mx.bfloat16:
+        return  # the other reader goes through NumPy, which has no such type
     read = load_file(tmp_path / "model.safetensors")
     assert same(read, weights)
     assert {name: w.dtype for name, w in read.items()} == {name: w.dtype for name, w in weights.items()}
@@ -379,7 +381,7 @@ def test_quantization_mistakes(tmp_path):
     edit_config(tmp_path, quantization=quantization | {"mode": "nonsense"})
     assert "quantization of config.json" in message(load_flow, tmp_path)
     edit_config(tmp_path, quantization="8")
-    assert "quantization of config.json" in message(load_flow, tmp_path)
+    assert "config.json has no quantization" in message(load_flow, tmp_path)
 
 
 def test_load_module_keeps_dtypes():

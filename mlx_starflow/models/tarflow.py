@@ -143,6 +143,7 @@ class TarFlowBlock(FlowBlock):
         mean = self.class_embed.mean(axis=0, keepdims=True)
         if text is None:
             return Condition(offset=mean)
+        text = text.astype(mx.int32)
         offset = self.class_embed[mx.clip(text, 0, self.config.num_classes - 1)]
         unknown = ((text < -1) | (text >= self.config.num_classes)).reshape(-1, 1, 1)
         offset = mx.where((text == -1).reshape(-1, 1, 1), mean, offset)
@@ -242,7 +243,10 @@ class TarFlow(nn.Module):
             null = mx.broadcast_to(null, (batch,))
         for labels in (text, null if guidance > 0 else None):
             self._check_labels(labels, batch)
-            if labels is not None and not (mx.all(labels >= -1) & mx.all(labels < self.config.num_classes)).item():
+            if labels is None:
+                continue
+            low, high = labels.min().item(), labels.max().item()
+            if low < -1 or high >= self.config.num_classes:
                 raise StarflowError(f"labels must be 0 to {self.config.num_classes - 1}, or -1 for no class")
         guided = guidance > 0
         if guided:

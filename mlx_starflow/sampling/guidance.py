@@ -21,10 +21,11 @@ def guide(
     Where the conditional Gaussian is the wider one, the quotient would not be normalizable: there the null's variance
     is taken to be the conditional's, and the rule becomes the usual extrapolation of the means.
     """
-    ratio = mx.exp(2 * mx.minimum(log_sigma - log_sigma_null, 0.0))
-    denominator = 1 + weight - weight * ratio
-    guided = ((1 + weight) * mu - weight * ratio * mu_null) / denominator
-    return guided, log_sigma - 0.5 * mx.log(denominator)
+    # With r = (sigma / sigma_null)^2, at most 1: mu' = ((1 + w) mu - w r mu_null) / d and sigma'^2 = sigma^2 / d, where
+    # d = 1 + w - w r. As differences they lose no digits where the two predictions are close.
+    excess = weight * -mx.expm1(2 * mx.minimum(log_sigma - log_sigma_null, 0.0))
+    guided = mu + (weight - excess) / (1 + excess) * (mu - mu_null)
+    return guided, log_sigma - 0.5 * mx.log1p(excess)
 
 
 def extrapolate(

@@ -100,7 +100,7 @@ def augmented_crops(
     """
     views = np.full((len(pictures), size, size, 3), 255, np.uint8)
     for view, picture in zip(views, pictures, strict=True):
-        side = int(round(size * (1 - zoom * rng.random())))
+        side = round(size * (1 - zoom * rng.random()))
         small = np.asarray(Image.fromarray(picture).resize((side, side), Image.Resampling.LANCZOS))
         if rng.random() < 0.5:
             small = small[:, ::-1]

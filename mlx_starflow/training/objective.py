@@ -31,9 +31,9 @@ def flow_loss(
         keep: `[B, N]`, see `context_keep`; None lets the deep block read every token.
 
     Returns:
-        The loss, a scalar in nats per dimension without the constant log(2 pi) / 2, and metrics: `nll`, over the samples
-        that read all of their context, and, if `keep` is given, `nll-text-only`, over those that read none. A metric
-        without a sample is NaN.
+        The loss, a scalar in nats per dimension without the constant log(2 pi) / 2, and metrics: `nll`, over the
+        samples that read all of their context, and, if `keep` is given, `nll-text-only`, over those that read none.
+        A metric without a sample is NaN.
     """
     if noise_std:
         x = x + noise_std * (mx.random.normal(x.shape) if noise is None else noise)

@@ -23,7 +23,7 @@ def cosine(progress: float, warm_up: float, floor: float = 0.02) -> float:
 
 
 def ema_decay(limit: float, step: int) -> float:
-    """Decay of the moving average at the update `step` = 1, 2, ...: it ramps up, so that early weights are forgotten."""
+    """Decay of the moving average at update `step` = 1, 2, ...: it ramps up, so that early weights are forgotten."""
     return min(limit, (1 + step) / (10 + step))
 
 

@@ -136,7 +136,7 @@ def train_model(
         spiece.unlink(missing_ok=True)
     tokenizer = train_tokenizer(captions, spiece, preset.vocab_size)
     report(
-        f"{len(captioned)} pictures with captions, {len(pictures)} for the autoencoder; {tokenizer.vocab_size} tokens"
+        f"{len(captioned)} pictures for the flow, {len(pictures)} for the autoencoder; {tokenizer.vocab_size} tokens"
     )
 
     autoencoder = train_autoencoder(

@@ -1,4 +1,4 @@
-"""The training loop: one compiled step, checkpoints, a log; resumed training equals uninterrupted training bit for bit."""
+"""The training loop: a compiled step, checkpoints, a log. Resumed training equals uninterrupted one bit for bit."""
 
 from __future__ import annotations
 

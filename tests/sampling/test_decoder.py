@@ -61,15 +61,11 @@ def test_a_trimmed_decoder_forgets(tiny):
     for decoder, x, _, expected in decoders(tiny):
         first, length = decoder.first, x.shape[1]
         decoder.predict(x + 1, first, length)
-        if decoder.first:
-            decoder.trim(length)
-            start = first
-        else:
-            # The start token stays.
-            decoder.trim(length - 1)
-            start = 1
-        _, log_sigma = decoder.predict(x, start, length)
-        assert np.abs(np.array(log_sigma - expected[:, start:])).max() < 1e-5
+        # A start token stays, and so does the text.
+        decoder.trim(length - 1)
+        assert decoder.known == 1 - first
+        _, log_sigma = decoder.predict(x, 1, length)
+        assert np.abs(np.array(log_sigma - expected[:, 1:])).max() < 1e-5
 
 
 @pytest.mark.parametrize("size", [1, 4, 100])

@@ -45,7 +45,7 @@ ARRAYS = [
 def invert(golden, case: str, prefix: str, kind: str, **changes) -> mx.array:
     noise = golden[prefix + ("z" if kind == "reverse_of_z" else "noise")]
     if case.startswith("tarflow"):
-        return sample(golden.flow, noise, golden["y"] if "y" in golden else None, **TARFLOW[kind], **changes)
+        return sample(golden.flow, noise, golden.get("y"), **TARFLOW[kind], **changes)
     settings = dict(STARFLOW[kind])
     if case == "pretrained_lm":
         settings["guidance"] = 2.0
@@ -56,7 +56,7 @@ def invert(golden, case: str, prefix: str, kind: str, **changes) -> mx.array:
 def test_every_array_is_here():
     assert {kind for case, _, kind in ARRAYS if case == "t2i"} == set(STARFLOW)
     assert {kind for case, _, kind in ARRAYS if case == "tarflow"} == set(TARFLOW)
-    assert len(ARRAYS) == 52
+    assert len(ARRAYS) == 57
 
 
 @pytest.mark.parametrize(("case", "prefix", "kind"), ARRAYS)
@@ -81,16 +81,13 @@ def test_jacobi_agrees_for_shifted_tokens(golden):
     assert golden.error(sample(*args, jacobi_settings=EXACT), "reverse_cfg") < 2e-4
 
 
-# bfloat16 errors add up over a random network's tokens.
-@pytest.mark.parametrize(("case", "bound"), [("t2i", 1.0), ("t2i_all_text", 1.0), ("tarflow", 1.0)])
+# Errors add up over the tokens; these are off by 0.052, 0.022 and 0.016.
+@pytest.mark.parametrize(("case", "bound"), [("t2i", 0.1), ("t2i_all_text", 0.05), ("tarflow", 0.04)])
 def test_bfloat16_weights(golden, case, bound):
     golden = golden(case, mx.bfloat16)
     x = invert(golden, case, "", "reverse")
     assert x.dtype == mx.float32
     assert golden.error(x, "reverse") < bound
-    typical = float(np.abs(np.array(x) - golden.arrays["reverse"]).mean())
-    assert typical < bound / 10
-    print(case, golden.error(x, "reverse"), typical)
 
 
 @pytest.mark.parametrize("method", ["sequential", "jacobi"])
@@ -117,9 +114,9 @@ def test_samples_do_not_depend_on_each_other(tiny):
         assert np.abs(np.array(one[0] - both[index])).max() < 1e-4
 
 
-def test_guidance_moves_samples_and_vanishes_at_weight_zero(tiny):
-    if tiny.text is None:
-        pytest.skip("nothing to guide")
+@pytest.mark.parametrize("family", ["softplus", "exp_all_text", "shifted", "patches", "language_model", "tarflow"])
+def test_guidance_moves_samples_and_vanishes_at_weight_zero(tiny_flow, family):
+    tiny = tiny_flow(family)
     # A dropped label is its own null: guidance has nothing to move it away from.
     text = mx.array([2, 0]) if tiny.text.ndim == 1 else tiny.text
     noise = mx.random.normal(tiny.flow(tiny.x, text).z.shape, key=mx.random.key(3))
