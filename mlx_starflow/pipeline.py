@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from mlx_starflow import __version__
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.hub import find_model
 from mlx_starflow.media import to_images
-from mlx_starflow.models.autoencoder_kl import AutoencoderKL
-from mlx_starflow.models.starflow import STARFlow
+from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from mlx_starflow.models.starflow import FlowConfig, STARFlow
 from mlx_starflow.models.t5 import T5Encoder
 from mlx_starflow.noise import digest, draw_noise, draw_seed
 from mlx_starflow.sampling import JacobiSettings, SamplingTrace, denoise, sample
@@ -71,36 +72,47 @@ class GenerationStats:
     """What generating cost.
 
     Attributes:
-        seconds: wall time of each phase: text, flow, denoise, decode.
+        seconds: wall time of each phase: text, flow, denoise, decode (loading included if it was put off).
+        memory: bytes that MLX held at most in each phase.
         tokens: tokens sampled, over all blocks and pictures.
         evaluations: network evaluations of each flow block, deep block first, summed over batches.
-        peak_memory: bytes that MLX held at most.
     """
 
     seconds: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
     tokens: int = 0
     evaluations: list[int] = field(default_factory=list)
-    peak_memory: int = 0
 
     @property
     def tokens_per_second(self) -> float:
         return self.tokens / self.seconds["flow"] if self.seconds.get("flow") else 0.0
 
+    @property
+    def peak_memory(self) -> int:
+        return max(self.memory.values(), default=0)
+
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        mx.reset_peak_memory()
         began = time.perf_counter()
         try:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+            self.memory[name] = max(self.memory.get(name, 0), mx.get_peak_memory())
+
+    def count(self, evaluations: list[int], tokens: int) -> None:
+        """Add what sampling one batch took."""
+        before = self.evaluations or [0] * len(evaluations)
+        self.evaluations = [a + b for a, b in zip(before, evaluations, strict=True)]
+        self.tokens += tokens
 
     def __str__(self) -> str:
-        phases = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.seconds.items())
-        evaluations = "+".join(map(str, self.evaluations))
-        return (
-            f"{phases}; {self.tokens_per_second:.0f} tokens/s, {evaluations} network evaluations, "
-            f"peak memory {self.peak_memory / 2**20:.0f} MiB"
+        phases = ", ".join(
+            f"{name} {seconds:.2f} s {self.memory[name] / 2**20:.0f} MiB" for name, seconds in self.seconds.items()
         )
+        evaluations = "+".join(map(str, self.evaluations))
+        return f"{phases}; {self.tokens_per_second:.0f} tokens/s, {evaluations} network evaluations"
 
 
 @dataclass
@@ -129,24 +141,56 @@ class GenerationResult:
 
 
 class Pipeline:
-    """A flow with its text encoder and its autoencoder; see `load`."""
+    """A flow with its text encoder and its autoencoder, read from a model directory; see `load`.
 
-    def __init__(
-        self,
-        name: str,
-        flow: STARFlow,
-        text_encoder: T5Encoder,
-        tokenizer: Tokenizer,
-        vae: AutoencoderKL,
-        settings: GenerationSettings,
-    ):
-        self.name, self.flow, self.vae = name, flow, vae
-        self.text_encoder, self.tokenizer = text_encoder, tokenizer
-        self.settings = settings
+    Attributes (the networks are read when they are first used):
+        flow, text_encoder, tokenizer, vae: the networks.
+        config, vae_config: of the flow and of the autoencoder.
+        settings: how this model samples unless told otherwise.
+        low_memory: hold one network at a time, and read it again for the next pictures.
+    """
+
+    def __init__(self, name: str, directory: Path, *, dtype: mx.Dtype | None = None, low_memory: bool = False):
+        self.name, self.directory, self.dtype, self.low_memory = name, directory, dtype, low_memory
+        config = read_config(directory)
+        if config.get("model_type") != "starflow" or not config.get("txt_size"):
+            raise StarflowError(f"{name} does not read prompts: use load_flow and sample in Python")
+        for part in ("text_encoder", "vae"):
+            if not (directory / part).is_dir():
+                raise StarflowError(f"{directory} is a flow alone: generating needs its {part}/ folder too")
+        self.config = FlowConfig.from_dict(config)
+        self.vae_config = AutoencoderKLConfig.from_dict(read_config(directory / "vae"))
+        self.settings = GenerationSettings.from_dict({"guidance": self.config.cfg, **config.get("pipeline", {})})
+
+    @cached_property
+    def flow(self) -> STARFlow:
+        return load_flow(self.directory, dtype=self.dtype)
+
+    @cached_property
+    def _text(self) -> tuple[T5Encoder, Tokenizer]:
+        return load_text_encoder(self.directory / "text_encoder", dtype=self.dtype)
+
+    @property
+    def text_encoder(self) -> T5Encoder:
+        return self._text[0]
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._text[1]
+
+    @cached_property
+    def vae(self) -> AutoencoderKL:
+        return load_vae(self.directory / "vae", dtype=self.dtype)
+
+    def _done_with(self, part: str) -> None:
+        """Let go of a network that the next phases do not need, if memory is short."""
+        if self.low_memory:
+            self.__dict__.pop(part, None)
+            mx.clear_cache()
 
     def encode_prompts(self, prompts: Sequence[str]) -> mx.array:
         """Prompts -> text embeddings `[B, L, D]`, zero at padding. Warns about a prompt that is cut."""
-        length = self.flow.config.txt_size
+        length = self.config.txt_size
         ids, mask, truncated = self.tokenizer.batch(list(prompts), length)
         for prompt, cut in zip(prompts, truncated, strict=True):
             if cut:
@@ -158,7 +202,7 @@ class Pipeline:
 
     def latent_shape(self, size: tuple[int, int] | None = None) -> tuple[int, int, int]:
         """(height, width, channels) of the latents of a picture of `size` (width, height) in pixels."""
-        config, scale = self.flow.config, self.vae.config.downscale
+        config, scale = self.config, self.vae_config.downscale
         if size is None:
             return config.img_size, config.img_size, config.channel_size
         step = scale * config.patch_size
@@ -209,30 +253,30 @@ class Pipeline:
             raise StarflowError(f"noise has shape {list(noise.shape)}; needed is {[len(requests), *shape]}")
 
         stats = GenerationStats()
-        mx.reset_peak_memory()
         with stats.phase("text"):
             texts = self.encode_prompts([*prompts, ""])
             mx.eval(texts)
-        latents: list[mx.array] = []
-        pictures: list[Image.Image] = []
-        steps: list[list[Image.Image]] = []
-        starts = range(0, len(requests), batch_size)
-        for start in tqdm(starts, desc="batches", disable=progress_off(progress) if len(starts) > 1 else True):
-            part = slice(start, start + batch_size)
-            text = mx.stack([texts[prompts.index(prompt)] for prompt, _ in requests[part]])
-            result, states = self._sample(
-                noise[part], text, texts[-1:], merged, stats, keep_steps, jacobi_settings, progress
+        self._done_with("_text")
+        of_prompt = {prompt: texts[index] for index, prompt in enumerate(prompts)}
+        text = mx.stack([of_prompt[prompt] for prompt, _ in requests])
+        parts = [slice(start, start + batch_size) for start in range(0, len(requests), batch_size)]
+
+        def sampled(part: slice) -> list[mx.array]:
+            return self._sample(
+                noise[part], text[part], texts[-1:], merged, stats, keep_steps, jacobi_settings, progress
             )
-            with stats.phase("decode"):
-                latents.append(result)
-                pictures += self._decode(result)
-            if keep_steps:
-                decoded = [self._decode(state) for state in states]
-                steps += [list(images) for images in zip(*decoded, pictures[start:], strict=True)]
-        stats.peak_memory = mx.get_peak_memory()
+
+        hide_batches = progress_off(progress) if len(parts) > 1 else True
+        states = [sampled(part) for part in tqdm(parts, desc="batches", disable=hide_batches)]
+        self._done_with("flow")
+        with stats.phase("decode"):
+            decoded = [[self._decode(state) for state in batch] for batch in states]
+        self._done_with("vae")
+        pictures = [picture for batch in decoded for picture in batch[-1]]
+        steps = [list(images) for batch in decoded for images in zip(*batch, strict=True)] if keep_steps else []
         return GenerationResult(
             images=pictures,
-            latents=mx.concatenate(latents),
+            latents=mx.concatenate([batch[-1] for batch in states]),
             noise=noise,
             prompts=[prompt for prompt, _ in requests],
             seeds=[each for _, each in requests],
@@ -261,8 +305,8 @@ class Pipeline:
         keep_steps: bool,
         jacobi_settings: JacobiSettings | None,
         progress: bool | None,
-    ) -> tuple[mx.array, list[mx.array]]:
-        """Noise -> latents, and the states on the way: noise, and data after each block."""
+    ) -> list[mx.array]:
+        """Noise -> latents; before them, if asked for, the states on the way: noise, and data after each block."""
         trace = SamplingTrace(keep_states=keep_steps)
         z = settings.temperature * mx.array(noise)
         with stats.phase("flow"):
@@ -279,14 +323,12 @@ class Pipeline:
                 trace=trace,
             )
             mx.eval(x)
-        counts = stats.evaluations or [0] * len(trace.evaluations)
-        stats.evaluations = [a + b for a, b in zip(counts, trace.evaluations, strict=True)]
         active = sum(not block.is_identity for block in self.flow.blocks)
-        stats.tokens += active * x.size // (self.flow.config.channel_size * self.flow.config.patch_size**2)
+        stats.count(trace.evaluations, active * x.size // self.config.blocks[0].in_channels)
         if settings.denoise:
             with stats.phase("denoise"):
                 x = denoise(self.flow, x, text)
-        return x, [z, *trace.states]
+        return [z, *trace.states, x] if keep_steps else [x]
 
     def _decode(self, latents: mx.array) -> list[Image.Image]:
         # The flow speaks float32; the decoder its own precision.
@@ -309,24 +351,17 @@ class Pipeline:
         return self._metadata(prompts, seeds, result.settings, result.noise)
 
 
-def load(name: str | Path = "demo", *, dtype: mx.Dtype | None = None) -> Pipeline:
+def load(name: str | Path = "demo", *, dtype: mx.Dtype | None = None, low_memory: bool = False) -> Pipeline:
     """Load a text-to-picture model: "demo", a model directory, or a Hub repository of one.
 
     Args:
         dtype: precision of the networks; by default float32 on a CPU and bfloat16 on a GPU.
+        low_memory: hold one network at a time, for models that do not fit into memory together.
 
     Raises:
         StarflowError: there is no such model, or its files are damaged or of another kind.
     """
-    directory = find_model(str(name))
-    config = read_config(directory)
-    flow = load_flow(directory, dtype=dtype)
-    if not isinstance(flow, STARFlow) or not flow.config.txt_size:
-        raise StarflowError(f"{name} does not read prompts: use load_flow and sample in Python")
-    for part in ("text_encoder", "vae"):
-        if not (directory / part).is_dir():
-            raise StarflowError(f"{directory} is a flow alone: generating needs its {part}/ folder too")
-    text_encoder, tokenizer = load_text_encoder(directory / "text_encoder", dtype=dtype)
-    vae = load_vae(directory / "vae", dtype=dtype)
-    settings = GenerationSettings.from_dict({"guidance": flow.config.cfg, **config.get("pipeline", {})})
-    return Pipeline(str(name), flow, text_encoder, tokenizer, vae, settings)
+    pipe = Pipeline(str(name), find_model(str(name)), dtype=dtype, low_memory=low_memory)
+    if not low_memory:
+        _ = pipe.flow, pipe.text_encoder, pipe.vae
+    return pipe

@@ -84,8 +84,18 @@ def test_stats(pipe):
     assert all(seconds > 0 for seconds in stats.seconds.values())
     assert stats.tokens == 2 * 2 * 16
     assert stats.evaluations == [32, 32]
-    assert stats.tokens_per_second > 0 and stats.peak_memory > 0
+    assert stats.tokens_per_second > 0
+    assert stats.memory.keys() == stats.seconds.keys() and stats.peak_memory == max(stats.memory.values()) > 0
     assert "tokens/s" in str(stats)
+
+
+def test_low_memory_holds_one_network_at_a_time(directory, pipe):
+    frugal = load(directory, low_memory=True)
+    result = frugal.generate("a cat", seed=1)
+    assert not {"flow", "_text", "vae"} & set(vars(frugal))
+    assert (pixels(result)[0] == pixels(pipe.generate("a cat", seed=1))[0]).all()
+    for part in ("flow", "_text", "vae"):
+        assert part in vars(pipe)
 
 
 def test_a_long_prompt_is_cut_with_a_warning(pipe):

@@ -47,6 +47,7 @@ class Size(click.ParamType):
 @click.option("--steps-dir", type=click.Path(path_type=Path), help="Folder for the picture after each flow block.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Pictures at once.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Precision of the networks.")
+@click.option("--low-memory", is_flag=True, help="Hold one network at a time; slower, each is read when it is needed.")
 @click.option("-v", "--verbose", is_flag=True, help="Say what each phase cost.")
 def generate(
     prompts: tuple[str, ...],
@@ -64,6 +65,7 @@ def generate(
     steps_dir: Path | None,
     batch_size: int,
     dtype: str | None,
+    low_memory: bool,
     verbose: bool,
     **settings: Any,
 ) -> None:
@@ -105,7 +107,7 @@ def generate(
     from mlx_starflow.pipeline import load
     from mlx_starflow.weights import parse_dtype
 
-    pipe = load(model or "demo", dtype=parse_dtype(dtype) if dtype else None)
+    pipe = load(model or "demo", dtype=parse_dtype(dtype), low_memory=low_memory)
     given = None
     if load_noise is not None:
         size = settings.get("size", pipe.settings.size)
