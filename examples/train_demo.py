@@ -29,14 +29,16 @@ from mlx_starflow.models.starflow import FlowConfig
 from mlx_starflow.models.starflow import STARFlow as MLXSTARFlow
 from mlx_starflow.models.t5 import T5Config
 from mlx_starflow.models.t5 import T5Encoder as MLXT5Encoder
+from mlx_starflow.quantization import quantize_module
 from mlx_starflow.reference.autoencoder_kl import AutoencoderKL
 from mlx_starflow.reference.sampling import sample
 from mlx_starflow.reference.starflow import STARFlow
 from mlx_starflow.reference.t5 import T5Encoder
 from mlx_starflow.reference.training import TextFlow, autoencoder_loss, flow_loss, run
+from mlx_starflow.saving import save_model
 from mlx_starflow.tokenizer import Tokenizer
 from mlx_starflow.training.data import PictureFolder, augmented_crops
-from mlx_starflow.weights import load_module, quantize_module, save_model
+from mlx_starflow.weights import load_module
 
 SIZE = 64
 NOISE = 0.3
@@ -129,7 +131,8 @@ def encode(autoencoder: AutoencoderKL, pictures: PictureFolder, seed: int, views
     rng = np.random.default_rng(seed)
     latents = []
     for _ in range(views):
-        crops = to_tensor(augmented_crops(pictures.pictures, SIZE, rng, zoom=0.1, shift=1))
+        # Hardly varied: a token's Gaussian cannot be left and right at once, and blurs what it is shown both ways.
+        crops = to_tensor(augmented_crops(pictures.pictures, SIZE, rng, zoom=0.04, shift=1, flip=False))
         latents.append(torch.cat([autoencoder.encode(part)[0] for part in crops.split(64)]).permute(0, 2, 3, 1))
     return torch.stack(latents, dim=1).contiguous()
 

@@ -92,9 +92,10 @@ def read_picture(path: Path, size: int) -> np.ndarray:
 
 
 def augmented_crops(
-    pictures: np.ndarray, size: int, rng: np.random.Generator, *, zoom: float, shift: int
+    pictures: np.ndarray, size: int, rng: np.random.Generator, *, zoom: float, shift: int, flip: bool = True
 ) -> np.ndarray:
-    """Random views of `[N, S, S, 3]` pictures at `[N, size, size, 3]`: flipped, shrunk by up to `zoom`, moved.
+    """Random views of `[N, S, S, 3]` pictures at `[N, size, size, 3]`: flipped (half of them), shrunk by up to
+    `zoom`, moved.
 
     The border that appears is white. `shift` is in pixels of the result.
     """
@@ -102,7 +103,7 @@ def augmented_crops(
     for view, picture in zip(views, pictures, strict=True):
         side = round(size * (1 - zoom * rng.random()))
         small = np.asarray(Image.fromarray(picture).resize((side, side), Image.Resampling.LANCZOS))
-        if rng.random() < 0.5:
+        if flip and rng.random() < 0.5:
             small = small[:, ::-1]
         spare = size - side
         top, left = (int(rng.integers(-shift, spare + shift + 1)) for _ in range(2))
