@@ -18,6 +18,7 @@ import click
 @click.option("--batch-size", type=int, help="Pictures a step of the flow's training; the preset's by default.")
 @click.option("--lr", type=float, help="Highest learning rate of the flow's training; the preset's by default.")
 @click.option("--caption-dropout", type=float, help="Share of pictures trained without caption, for guidance.")
+@click.option("--text-length", type=click.IntRange(min=2), help="Tokens of a caption that the model reads.")
 @click.option("--save-seconds", type=float, help="Time between checkpoints.")
 @click.option("--log-every", type=int, help="Steps between lines of the log.")
 @click.option("--seed", type=int, default=0, show_default=True)
@@ -31,6 +32,7 @@ def train(
     batch_size: int | None,
     lr: float | None,
     caption_dropout: float | None,
+    text_length: int | None,
     save_seconds: float | None,
     log_every: int | None,
     seed: int,
@@ -50,6 +52,7 @@ def train(
     autoencoder = {**both, "steps": autoencoder_steps}
     chosen = replace(
         chosen,
+        flow={**chosen.flow, **_given({"txt_size": text_length})},
         flow_training=replace(chosen.flow_training, **_given(flow)),
         autoencoder_training=replace(chosen.autoencoder_training, **_given(autoencoder)),
     )

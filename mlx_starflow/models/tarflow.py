@@ -14,18 +14,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.models.starflow import (
-    BlockConfig,
-    Condition,
-    Conditions,
-    FlowBlock,
-    FlowOutput,
-    known_arguments,
-    official_arguments,
-    read_config,
-    run_blocks,
-    write_config,
-)
+from mlx_starflow.models.configs import known_arguments, official_arguments, read_config, write_config
+from mlx_starflow.models.flow import BlockConfig, Condition, Conditions, FlowBlock, FlowOutput, run_blocks
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,6 +45,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def __call__(self, x: mx.array) -> mx.array:
+        if mx.default_device() == mx.cpu and x.dtype == mx.float32 and x.shape[-1] % 16 == 0:
+            # MLX's CPU backend adds a row up number by number. Sixteen at a time loses fewer digits, which guided
+            # sampling from a badly conditioned network multiplies.
+            square = mx.square(x).reshape(*x.shape[:-1], -1, 16).mean(-1).mean(-1, keepdims=True)
+            return x * mx.rsqrt(square + self.eps) * (1 + self.weight)
         return mx.fast.rms_norm(x, 1 + self.weight, self.eps)
 
 

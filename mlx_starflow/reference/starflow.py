@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from mlx_starflow.models.starflow import BlockConfig, FlowConfig
+    from mlx_starflow.models.flow import BlockConfig
+    from mlx_starflow.models.starflow import FlowConfig
 
 SOFTPLUS_SHIFT = math.log(math.e - 1)
 

@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.models.starflow import Condition
+from mlx_starflow.models.flow import Condition
 from mlx_starflow.sampling.cache import KVCache
 from mlx_starflow.sampling.guidance import GuidanceRule
 

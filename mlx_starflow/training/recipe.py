@@ -14,12 +14,13 @@ from mlx_starflow.errors import StarflowError
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
 from mlx_starflow.models.t5 import T5Config, T5Encoder
+from mlx_starflow.saving import save_model
 from mlx_starflow.training.autoencoder import encode_views, train_autoencoder
 from mlx_starflow.training.data import PictureFolder
 from mlx_starflow.training.optim import assign
 from mlx_starflow.training.text import CaptionedLatents, TextFlow, initialize_text_encoder, train_tokenizer
 from mlx_starflow.training.trainer import Trainer, TrainingConfig
-from mlx_starflow.weights import parameters, save_model
+from mlx_starflow.weights import parameters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,12 +140,16 @@ def train_model(
         f"{len(captioned)} pictures for the flow, {len(pictures)} for the autoencoder; {tokenizer.vocab_size} tokens"
     )
 
+    length = preset.flow["txt_size"]
+    if cut := sum(tokenizer.batch(captions, length)[2]):
+        report(f"{cut} of {len(captions)} captions are cut: they are longer than {length} tokens (--text-length)")
     autoencoder = train_autoencoder(
         pictures, autoencoder_config, preset.autoencoder_training, work / "autoencoder", resume=resume
     )
     rng = np.random.default_rng(preset.flow_training.seed)
     latents = encode_views(autoencoder, captioned.pictures, preset.views, rng)
     mean, std = latents.mean(axis=(0, 1, 2, 3), dtype=np.float64), latents.std(axis=(0, 1, 2, 3), dtype=np.float64)
+    std = np.maximum(std, 1e-6)  # a channel may be dead
     latents = ((latents - mean) / std).astype(np.float32)
     report("autoencoder done; latents have std " + ", ".join(f"{value:.2f}" for value in std))
 

@@ -104,7 +104,7 @@ class Trainer:
         config: settings.
         out_dir: folder of the checkpoints and of `log.jsonl`.
         name: what the progress bar and messages call this.
-        resume: go on from the newest checkpoint in `out_dir`; if False, checkpoints there are deleted.
+        resume: go on from the newest checkpoint in `out_dir`; if False, checkpoints and log there are deleted.
     """
 
     def __init__(
@@ -134,8 +134,8 @@ class Trainer:
         if resume:
             self._resume()
         else:
-            for path in checkpoint_files(self.folder):
-                path.unlink()
+            for path in [*checkpoint_files(self.folder), self.folder / "log.jsonl"]:
+                path.unlink(missing_ok=True)
 
     def run(self) -> dict[str, mx.array]:
         """Train up to `config.steps` and return the averaged weights by name; `model` holds the last ones.
