@@ -175,10 +175,15 @@ class FlowBlock(nn.Module):
         table: mx.array | None,
         caches: list[Cache] | None = None,
         temperature: float | mx.array = 1.0,
+        checkpoint: bool = False,
     ) -> mx.array:
-        """The transformer's layers over `[B, n, channels]` at the positions whose angles `table` `[n, D/2]` holds."""
+        """The transformer's layers over `[B, n, channels]` at the positions whose angles `table` `[n, D/2]` holds.
+
+        With `checkpoint` a gradient computes each layer again instead of keeping what it computed.
+        """
         for index, layer in enumerate(self.attn_blocks):
-            h = layer(h, table, None if caches is None else caches[index], temperature)
+            run = nn.utils.checkpoint(layer) if checkpoint else layer
+            h = run(h, table, None if caches is None else caches[index], temperature)
         return h
 
     def affine(self, h: mx.array) -> tuple[mx.array, mx.array]:
@@ -202,11 +207,17 @@ class FlowBlock(nn.Module):
         return mu, scale
 
     def __call__(
-        self, x: mx.array, text: mx.array | None, table: mx.array | None, keep: mx.array | None = None
+        self,
+        x: mx.array,
+        text: mx.array | None,
+        table: mx.array | None,
+        keep: mx.array | None = None,
+        checkpoint: bool = False,
     ) -> tuple[mx.array, mx.array]:
         """Tokens `[B, N, C]` in data order -> (z, per-dimension log-det), float32, both in data order.
 
         `keep` `[B, N]`, in the block's order, hides an input from the network where it is 0: a training aid.
+        `checkpoint`: see `transform`.
         """
         x = x.astype(mx.float32)
         if self.is_identity:
@@ -222,7 +233,7 @@ class FlowBlock(nn.Module):
         h = self.embed(inputs, 0, condition.offset)
         if condition.prefix is not None:
             h = mx.concatenate([condition.prefix, h], axis=1)
-        h = self.transform(h, self.positions(table, h.shape[1]))[:, -length:]
+        h = self.transform(h, self.positions(table, h.shape[1]), checkpoint=checkpoint)[:, -length:]
         if first is None:
             mu0, scale0 = self.unpredicted(x[:, :1])
             mu, scale = self.affine(h[:, :-1])
@@ -241,11 +252,12 @@ def run_blocks(
     text: mx.array | None,
     table: mx.array | None,
     keep: mx.array | None = None,
+    checkpoint: bool = False,
 ) -> tuple[list[mx.array], list[mx.array]]:
     """Data -> noise: what each block read and then the noise, and each block's log-det; tokens in data order."""
     hidden, log_dets = [tokens], []
     for index, block in enumerate(blocks):
-        h, log_det = block(hidden[-1], text, table, keep if index == len(blocks) - 1 else None)
+        h, log_det = block(hidden[-1], text, table, keep if index == len(blocks) - 1 else None, checkpoint)
         hidden.append(h)
         log_dets.append(log_det)
     return hidden, log_dets

@@ -233,12 +233,17 @@ class STARFlow(nn.Module):
             conditions.append(condition)
         return Conditions(self.positions(shape, 0 if text is None else text.shape[1]), conditions, "quotient")
 
-    def __call__(self, x: mx.array, text: mx.array | None = None, keep: mx.array | None = None) -> FlowOutput:
-        """Latents `[B, H, W, C]` and text embeddings `[B, L, D]` -> noise; `keep` goes to the deep block."""
+    def __call__(
+        self, x: mx.array, text: mx.array | None = None, keep: mx.array | None = None, checkpoint: bool = False
+    ) -> FlowOutput:
+        """Latents `[B, H, W, C]` and text embeddings `[B, L, D]` -> noise.
+
+        `keep` goes to the deep block (see `FlowBlock`); `checkpoint` lets gradients take less memory and more time.
+        """
         tokens = self.tokens(x)
         self._check_text(text, x.shape[0])
         table = self.positions(x.shape, 0 if text is None else text.shape[1])
-        parts = run_blocks(self.blocks, tokens, text, table, keep)
+        parts = run_blocks(self.blocks, tokens, text, table, keep, checkpoint)
         hidden, log_dets = ([self.latents(t, x.shape) for t in part] for part in parts)
         return FlowOutput(hidden[-1], sum(log_dets), log_dets, hidden, self.config.latent_norm_regularization)
 

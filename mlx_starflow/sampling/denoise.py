@@ -18,12 +18,13 @@ def denoise(flow: Any, x: mx.array, text: mx.array | None = None, noise_std: flo
         text: its condition, as for `flow(x, text)`.
         noise_std: standard deviation of the training noise; the flow's own by default.
 
-    The score is a vector-Jacobian product through the whole flow, computed one sample at a time to save memory.
+    The score is a vector-Jacobian product through the whole flow, computed one sample at a time and with every layer
+    run twice, to save memory.
     """
     noise_std = flow.config.noise_std if noise_std is None else noise_std
 
     def negative_log_likelihood(sample: mx.array, condition: mx.array | None) -> mx.array:
-        return flow(sample, condition).nll().sum() * sample.size
+        return flow(sample, condition, checkpoint=True).nll().sum() * sample.size
 
     score = mx.grad(negative_log_likelihood)
     cleaned = []

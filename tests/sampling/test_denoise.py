@@ -10,6 +10,7 @@ import pytest
 from mlx.utils import tree_map
 
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.models.starflow import FlowConfig, STARFlow
 from mlx_starflow.sampling import denoise
 
 DATA = Path(__file__).parent.parent / "data"
@@ -78,3 +79,21 @@ def test_no_nan_is_returned(tiny_flow):
         tiny.flow.update(tree_map(lambda w: w * float("nan"), tiny.flow.parameters()))
         with pytest.raises(StarflowError, match="not finite"):
             denoise(tiny.flow, tiny.x, tiny.text)
+
+
+def test_the_score_step_takes_little_more_memory_than_a_forward_pass():
+    config = {"img_size": 16, "channel_size": 4, "patch_size": 1, "channels": 128, "layers_per_block": [2, 12]}
+    flow = STARFlow(FlowConfig(**config))
+    mx.eval(flow.parameters())
+    x = mx.random.normal((1, 16, 16, 4))
+
+    def peak(run) -> int:
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        mx.eval(run())
+        return mx.get_peak_memory()
+
+    peak(lambda: flow(x).z)  # tables and kernels are made once
+    forward = peak(lambda: flow(x).z)
+    assert peak(lambda: denoise(flow, x)) < 1.5 * forward
+    assert peak(lambda: mx.grad(lambda x: flow(x).nll().sum())(x)) > 1.5 * forward
