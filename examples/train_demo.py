@@ -13,19 +13,16 @@ from __future__ import annotations
 import argparse
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-import sentencepiece
 import torch
-from mlx.utils import tree_flatten
 from torch import Tensor
 
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL as MLXAutoencoderKL
-from mlx_starflow.models.autoencoder_kl import AutoencoderKLConfig
-from mlx_starflow.models.starflow import FlowConfig
 from mlx_starflow.models.starflow import STARFlow as MLXSTARFlow
 from mlx_starflow.models.t5 import T5Config
 from mlx_starflow.models.t5 import T5Encoder as MLXT5Encoder
@@ -38,43 +35,15 @@ from mlx_starflow.reference.training import TextFlow, autoencoder_loss, flow_los
 from mlx_starflow.saving import save_model
 from mlx_starflow.tokenizer import Tokenizer
 from mlx_starflow.training.data import PictureFolder, augmented_crops
-from mlx_starflow.weights import load_module
+from mlx_starflow.training.recipe import get_preset
+from mlx_starflow.training.text import train_tokenizer
+from mlx_starflow.weights import load_module, parameters
 
-SIZE = 64
-NOISE = 0.3
-TEXT_LENGTH = 12
-VIEWS = 12
-AUTOENCODER = {
-    "block_out_channels": [32, 64, 96],
-    "down_block_types": ["DownEncoderBlock2D"] * 3,
-    "up_block_types": ["UpDecoderBlock2D"] * 3,
-    "layers_per_block": 1,
-    "latent_channels": 4,
-    "norm_num_groups": 8,
-    "use_quant_conv": False,
-    "use_post_quant_conv": False,
-    "scaling_factor": 1.0,
-    "sample_size": SIZE,
-}
-TEXT_ENCODER = {"d_model": 192, "d_kv": 64, "d_ff": 512, "num_layers": 2, "num_heads": 3}
-FLOW = {
-    "img_size": 16,
-    "channel_size": 4,
-    "patch_size": 4,
-    "channels": 256,
-    "layers_per_block": [2, 2, 6],
-    "top_block_channels": 320,
-    "head_dim": 64,
-    "txt_size": TEXT_LENGTH,
-    "txt_dim": TEXT_ENCODER["d_model"],
-    "noise_std": NOISE,
-    "use_softplus": True,
-    "use_final_norm": True,
-    "use_qk_norm": True,
-    "norm_type": "rms_norm",
-    "soft_clip": 4.0,
-}
-SAMPLING = {"guidance": 1.0, "temperature": 0.7}
+PRESET = get_preset("demo")
+SIZE = PRESET.size
+NOISE = PRESET.flow_training.noise_std
+TEXT_LENGTH = PRESET.flow["txt_size"]
+
 # Subgroups whose pictures a user is most likely to ask for: drawn three times as often as the rest.
 FAVOURED = [
     "face-",
@@ -104,7 +73,7 @@ def train_autoencoder(data: Path, out: Path, steps: int) -> AutoencoderKL:
             views = augmented_crops(pictures.pictures[chosen], SIZE, rng, zoom=0.15, shift=2)
             yield to_tensor(views)
 
-    model = AutoencoderKL(AutoencoderKLConfig.from_dict(AUTOENCODER)).to(memory_format=torch.channels_last)
+    model = AutoencoderKL(PRESET.autoencoder_config()).to(memory_format=torch.channels_last)
     loss = partial(autoencoder_loss, model, kl_weight=1e-4, noise_std=NOISE)
     return run(
         model,
@@ -137,27 +106,12 @@ def encode(autoencoder: AutoencoderKL, pictures: PictureFolder, seed: int, views
     return torch.stack(latents, dim=1).contiguous()
 
 
-def train_tokenizer(pictures: PictureFolder, out: Path) -> Path:
-    """A SentencePiece model with T5's special tokens over the words of the captions."""
-    path = out / "spiece.model"
-    if not path.exists():
-        words = [caption for captions in pictures.captions for caption in captions]
-        tags = [tag for row in pictures.rows for tag in row["tags"]]
-        sentences = words * 3 + tags + [f"{article} {word}" for word in words for article in ("a", "an", "the")]
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(sentences),
-            model_prefix=str(out / "spiece"),
-            vocab_size=1500,
-            character_coverage=1.0,
-            normalization_rule_name="nmt_nfkc_cf",
-            pad_id=0,
-            eos_id=1,
-            unk_id=2,
-            bos_id=-1,
-            minloglevel=1,
-        )
-        (out / "spiece.vocab").unlink()
-    return path
+def tokenizer_for(pictures: PictureFolder, out: Path) -> Tokenizer:
+    """A tokenizer for the names, their articles and, seen less often, the tags."""
+    words = [caption for captions in pictures.captions for caption in captions]
+    tags = [tag for row in pictures.rows for tag in row["tags"]]
+    phrases = [f"{article} {word}" for word in words for article in ("a", "an", "the")]
+    return train_tokenizer(words * 3 + tags + phrases, out / "spiece.model", PRESET.vocab_size)
 
 
 def caption(captions: list[str], tags: list[str], rng: np.random.Generator) -> str:
@@ -180,17 +134,17 @@ def caption(captions: list[str], tags: list[str], rng: np.random.Generator) -> s
 def train_flow(data: Path, out: Path, autoencoder: AutoencoderKL, steps: int, batch_size: int) -> tuple:
     pictures = PictureFolder.read(data, size=128, splits=("train",))
     held_out = PictureFolder.read(data, size=128, splits=("held_out",))
-    views = encode(autoencoder, pictures, 0, VIEWS)
+    views = encode(autoencoder, pictures, 0, PRESET.views)
     mean = views.mean(dim=(0, 1, 2, 3))
     std = views.std(dim=(0, 1, 2, 3))
     views = (views - mean) / std
     other = (encode(autoencoder, held_out, 1, 4) - mean) / std
     print(f"{len(pictures)} concepts, latents with mean {mean.tolist()} and std {std.tolist()}", flush=True)
 
-    tokenizer = Tokenizer(train_tokenizer(pictures, out))
-    text_config = T5Config(vocab_size=tokenizer.vocab_size, feed_forward_proj="gated-gelu", **TEXT_ENCODER)
+    tokenizer = tokenizer_for(pictures, out)
+    text_config = PRESET.text_config(tokenizer.vocab_size)
     torch.manual_seed(0)
-    model = TextFlow(STARFlow(FlowConfig(**FLOW)), T5Encoder(text_config))
+    model = TextFlow(STARFlow(PRESET.flow_config()), T5Encoder(text_config))
     print({n: sum(p.numel() for p in m.parameters()) for n, m in model.named_children()}, flush=True)
     rng = np.random.default_rng(0)
     favoured = np.array([any(row["subgroup"].startswith(name) for name in FAVOURED) for row in pictures.rows])
@@ -205,7 +159,7 @@ def train_flow(data: Path, out: Path, autoencoder: AutoencoderKL, steps: int, ba
         while True:
             chosen = rng.choice(len(pictures), batch_size, replace=False, p=weight / weight.sum())
             texts = [caption(pictures.captions[i], pictures.rows[i]["tags"], rng) for i in chosen]
-            yield (views[chosen, rng.integers(VIEWS, size=batch_size)], *tokens(texts))
+            yield (views[chosen, rng.integers(PRESET.views, size=batch_size)], *tokens(texts))
 
     def loss(batch: tuple, progress: float) -> tuple:
         full = 0.5 if progress < 0.7 else max(0.1, 0.5 - 0.4 * (progress - 0.7) / 0.15)
@@ -228,7 +182,7 @@ def train_flow(data: Path, out: Path, autoencoder: AutoencoderKL, steps: int, ba
             z = 0.7 * torch.randn(len(asked), 16, 16, 4, generator=generator)
             samples = sample(averaged.flow, z, text.float())
         distance = torch.cdist(samples.flatten(1), views.flatten(0, 1).flatten(1))
-        right = (distance.argmin(dim=1) // VIEWS == asked).float().mean()
+        right = (distance.argmin(dim=1) // PRESET.views == asked).float().mean()
         return f"{report[0]}  {report[1]}  top-1 {right:.3f}"
 
     averaged = run(
@@ -250,21 +204,26 @@ def export(
     out: Path, autoencoder: AutoencoderKL, trained: TextFlow, text_config: T5Config, mean: Tensor, std: Tensor
 ) -> None:
     """Write the MLX model directory `out/model`: flow and text encoder in 8 bits, the autoencoder in bfloat16."""
-    vae_config = {**AUTOENCODER, "latents_mean": mean.tolist(), "latents_std": std.tolist()}
-    vae = MLXAutoencoderKL(AutoencoderKLConfig.from_dict(vae_config))
+    moments = {"latents_mean": tuple(mean.tolist()), "latents_std": tuple(std.tolist())}
+    vae = MLXAutoencoderKL(replace(PRESET.autoencoder_config(), **moments))
     load_module(vae, vae.sanitize(arrays(autoencoder)), "autoencoder", dtype=mx.bfloat16)
-    save_model(out / "model/vae", dict(tree_flatten(vae.parameters())), vae.config.to_dict())
+    save_model(out / "model/vae", parameters(vae), vae.config.to_dict())
 
     encoder = load_module(MLXT5Encoder(text_config), arrays(trained.text_encoder), "text encoder", dtype=mx.bfloat16)
     quantization = quantize_module(encoder, "8", 64)
     config = {**text_config.to_dict(), "quantization": quantization}
-    save_model(out / "model/text_encoder", dict(tree_flatten(encoder.parameters())), config)
+    save_model(out / "model/text_encoder", parameters(encoder), config)
     shutil.copy(out / "spiece.model", out / "model/text_encoder/spiece.model")
 
-    flow = load_module(MLXSTARFlow(FlowConfig(**FLOW)), arrays(trained.flow), "flow", dtype=mx.bfloat16)
+    flow = load_module(MLXSTARFlow(PRESET.flow_config()), arrays(trained.flow), "flow", dtype=mx.bfloat16)
     quantization = quantize_module(flow, "8", 64)
-    config = {"model_type": "starflow", **flow.config.to_dict(), "quantization": quantization, "pipeline": SAMPLING}
-    save_model(out / "model", dict(tree_flatten(flow.parameters())), config)
+    config = {
+        "model_type": "starflow",
+        **flow.config.to_dict(),
+        "quantization": quantization,
+        "pipeline": PRESET.pipeline,
+    }
+    save_model(out / "model", parameters(flow), config)
 
 
 def arrays(module: torch.nn.Module) -> dict[str, mx.array]:
@@ -275,8 +234,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="the folder examples/demo_data.py wrote")
     parser.add_argument("out", type=Path, help="folder for checkpoints and the finished model")
-    parser.add_argument("--autoencoder-steps", type=int, default=3200)
-    parser.add_argument("--flow-steps", type=int, default=17000)
+    parser.add_argument("--autoencoder-steps", type=int, default=PRESET.autoencoder_training.steps)
+    parser.add_argument("--flow-steps", type=int, default=PRESET.flow_training.steps)
     parser.add_argument("--batch-size", type=int, default=32)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

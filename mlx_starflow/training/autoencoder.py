@@ -74,8 +74,8 @@ def encode_views(
     """Raw latents (the posterior's mean) of random views of uint8 `[N, S, S, 3]` pictures: `[N, views, h, w, C]`."""
     latents = []
     for _ in range(views):
-        # Less varied than the autoencoder's own views: the flow is to learn pictures, not their frames.
-        crops = augmented_crops(pictures, model.config.sample_size, rng, zoom=0.1, shift=1)
+        # Hardly varied: a token's Gaussian cannot be left and right at once, and blurs what it is shown both ways.
+        crops = augmented_crops(pictures, model.config.sample_size, rng, zoom=0.04, shift=1, flip=False)
         parts = [crops[start : start + batch_size] for start in range(0, len(crops), batch_size)]
         means = [np.array(model.encode(mx.array(scale_pixels(part))).mean) for part in parts]
         latents.append(np.concatenate(means))

@@ -70,6 +70,8 @@ _FLOW = {
     "soft_clip": 4.0,
 }
 
+_SAMPLING = {"guidance": 1.0, "temperature": 0.7}
+
 PRESETS = {
     # For trying things out: minutes, not hours.
     "small": Preset(
@@ -85,6 +87,7 @@ PRESETS = {
         views=8,
         autoencoder_training=TrainingConfig(steps=2000, batch_size=16, lr=1.5e-3),
         flow_training=TrainingConfig(steps=5000, lr=1.2e-3),
+        pipeline=_SAMPLING,
     ),
     # The sizes of the embedded model.
     "demo": Preset(
@@ -92,8 +95,9 @@ PRESETS = {
         autoencoder={"block_out_channels": [32, 64, 96], "layers_per_block": 1, "norm_num_groups": 8},
         text_encoder={"d_model": 192, "d_kv": 64, "d_ff": 512, "num_layers": 2, "num_heads": 3},
         flow={**_FLOW, "channels": 256, "layers_per_block": [2, 2, 6], "top_block_channels": 320},
-        autoencoder_training=TrainingConfig(steps=5000, batch_size=16, lr=1.5e-3),
-        flow_training=TrainingConfig(steps=30000, lr=1.2e-3),
+        autoencoder_training=TrainingConfig(steps=3200, batch_size=16, lr=1.5e-3),
+        flow_training=TrainingConfig(steps=17000, lr=1.2e-3),
+        pipeline=_SAMPLING,
     ),
 }
 
