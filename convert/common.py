@@ -11,17 +11,17 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
+from mlx_starflow.convert.distributed import is_distributed, open_distributed
 from mlx_starflow.convert.pth import Checkpoint, read_checkpoint
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.quantization import quantize_module, quantized_layers
+from mlx_starflow.saving import save_tensors
 from mlx_starflow.weights import (
     DTYPES,
     check_shapes,
     one_line,
     parameters,
-    quantize_module,
-    quantized_layers,
     read_safetensors,
-    save_tensors,
 )
 
 
@@ -39,11 +39,17 @@ def as_tensor(array: mx.array) -> Tensor:
 
 
 def open_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a `.safetensors` file or of a PyTorch checkpoint (any other name), none of them read yet.
+    """The tensors of a checkpoint, none of them read yet.
+
+    Args:
+        path: a `.safetensors` file, a folder that `torch.distributed.checkpoint` wrote (this needs PyTorch), or else a
+            file of `torch.save`.
 
     Raises:
-        StarflowError: the file is missing, damaged or neither.
+        StarflowError: the file is missing, damaged or none of these.
     """
+    if is_distributed(path):
+        return {name: Tensor(*stored) for name, stored in open_distributed(path).items()}
     if path.suffix == ".safetensors":
         return {name: as_tensor(array) for name, array in read_safetensors(path).items()}
     checkpoint = read_checkpoint(path)

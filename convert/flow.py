@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,16 +12,11 @@ import mlx.core as mx
 import yaml
 
 from mlx_starflow.convert.common import Tensor, check_target, open_tensors, write_module
+from mlx_starflow.convert.official import LICENSE as LICENSE
+from mlx_starflow.convert.official import released_arguments
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.models.starflow import official_arguments
+from mlx_starflow.models.configs import official_arguments
 from mlx_starflow.weights import flow_module, one_line, parse_dtype
-
-LICENSE = (
-    "STARFlow weights that Apple released are for research purposes only: Apple Machine Learning Research Model is "
-    "licensed under the Apple Machine Learning Research Model License Agreement (LICENSE_MODEL of "
-    "github.com/apple/ml-starflow)."
-)
-"""What whoever gets converted official weights has to be told."""
 
 _NOTICE = """\
 {license}
@@ -27,65 +24,114 @@ Whoever passes them on passes on that agreement and this notice with them.
 
 Changes: {checkpoint} was converted to MLX by `mlx-starflow convert flow`. Buffers that hold no weights were left out;
 the weights were {changes}.
-
+{other_parts}
 None of this holds for weights that someone else trained and released under other terms.
 """
+
+# The official training names its checkpoints so.
+_TARFLOW_NAME = re.compile(r".+_model_(?P<patch>\d+)_\d+_\d+_\d+_(?P<noise>\d+\.\d+)")
 
 
 def convert_flow(
     checkpoint: str | Path,
-    config: str | Path,
+    config: str | Path | None,
     out_dir: str | Path,
     *,
     quantize: int | str | None = None,
     dtype: str | mx.Dtype | None = None,
+    arguments: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write an official checkpoint of a STARFlow or a TarFlow as a model directory.
 
     Tensors are read, quantized and written one at a time: memory for the largest is enough. Which flow it is shows in
-    its tensors: a TarFlow has learned positions. Where the YAML does not say how wide the text embeddings are, the
-    checkpoint does.
+    its tensors: a TarFlow has learned positions. What the arguments leave open is taken from where it shows: the width
+    of the text embeddings and a TarFlow's architecture from the tensors, a TarFlow's patch size and noise from the
+    official file name, `NAME_model_PATCH_CHANNELS_BLOCKS_LAYERS_NOISE.pth`.
 
     Args:
-        checkpoint: the official `.pth`, or its tensors as `.safetensors`.
-        config: the official YAML of its arguments.
+        checkpoint: the official `.pth`, its tensors as `.safetensors`, or the folder that sharded training wrote
+            instead of a file (`torch.distributed.checkpoint`; reading it needs PyTorch).
+        config: the official YAML of its arguments; None for a TarFlow, and for a released checkpoint, whose
+            arguments are known by its name.
         out_dir: folder to write, made if need be: `config.json`, `model*.safetensors` and `NOTICE`, which names the
             licence of Apple's weights. A flow that it holds is replaced.
         quantize: 8, 6 or 4 bits, "mxfp8", "mxfp4" or "nvfp4"; None leaves the weights as they are.
         dtype: "float32", "bfloat16" or "float16"; None keeps the checkpoint's.
+        arguments: official arguments by name that hold instead of the YAML's.
 
     Returns:
         `out_dir`.
 
     Raises:
-        StarflowError: a file is missing or damaged, config and checkpoint do not belong together, or `out_dir` cannot
-            be written or holds another kind of model.
+        StarflowError: a file is missing or damaged, an argument is missing, config and checkpoint do not belong
+            together, or `out_dir` cannot be written or holds another kind of model.
     """
-    checkpoint, config, out_dir = Path(checkpoint), Path(config), Path(out_dir)
-    dtype = parse_dtype(dtype)
+    checkpoint = Path(checkpoint)
+    given = read_arguments(checkpoint, config) | dict(arguments or {})
+    return write_flow(checkpoint, given, Path(out_dir), quantize, parse_dtype(dtype), config or checkpoint)
+
+
+def read_arguments(checkpoint: Path, config: str | Path | None) -> dict[str, Any]:
+    """The official arguments in a YAML file or, without one, those of a released checkpoint; else none."""
+    if config is None:
+        return dict(released_arguments(checkpoint) or {})
+    return _read_yaml(Path(config))
+
+
+def write_flow(
+    checkpoint: Path,
+    arguments: dict[str, Any],
+    out_dir: Path,
+    quantize: int | str | None,
+    dtype: mx.Dtype | None,
+    source: str | Path,
+    *,
+    pipeline: Mapping[str, Any] | None = None,
+    other_parts: str = "",
+) -> Path:
+    """`convert_flow` with the arguments read.
+
+    Args:
+        source: what error messages call the arguments.
+        pipeline: how to sample, for `config.json`.
+        other_parts: what `NOTICE` has to say of the other networks.
+    """
     check_target(checkpoint.parent, out_dir)
-    arguments = _read_arguments(config)
+    check_target(checkpoint, out_dir)
     tensors = open_tensors(checkpoint)
     model_type = "tarflow" if any(name.endswith(".pos_embed") for name in tensors) else "starflow"
     module, network, config_class = flow_module(model_type)
     tensors = module.sanitize(tensors)
-    if model_type == "starflow" and arguments.get("txt_size") and "txt_dim" not in arguments:
-        arguments["txt_dim"] = _text_width(tensors, arguments, checkpoint)
+    if model_type == "tarflow":
+        arguments = _tarflow_arguments(tensors, arguments, checkpoint)
+    elif not arguments:
+        raise StarflowError(
+            f"{checkpoint} does not say how it was trained: give the YAML of its arguments (--config YAML), "
+            "which is in the folder configs of github.com/apple/ml-starflow for the released ones"
+        )
+    elif arguments.get("txt_size") and "txt_dim" not in arguments:
+        arguments = {**arguments, "txt_dim": _text_width(tensors, arguments, checkpoint)}
     try:
         flow_config = config_class.from_official(arguments)
         flow = network(flow_config)
     except (StarflowError, ArithmeticError, AttributeError, TypeError, ValueError) as error:
-        raise StarflowError(f"{config}: {one_line(error)}") from error
+        raise StarflowError(f"{source}: {one_line(error)}") from error
     changes = [f"cast to {str(dtype).rpartition('.')[2]}"] * (dtype is not None)
     changes += [f"quantized ({quantize})"] * (quantize is not None)
     notice = _NOTICE.format(
-        license=LICENSE, checkpoint=checkpoint.name, changes=" and ".join(changes) or "kept as they were"
+        license=LICENSE,
+        checkpoint=checkpoint.name,
+        changes=" and ".join(changes) or "kept as they were",
+        other_parts=other_parts and f"\n{other_parts}\n",
     )
+    config = {"model_type": model_type, **flow_config.to_dict()}
+    if pipeline:
+        config["pipeline"] = dict(pipeline)
     return write_module(
         out_dir,
         flow,
         tensors,
-        {"model_type": model_type, **flow_config.to_dict()},
+        config,
         source=checkpoint,
         dtype=dtype,
         quantize=quantize,
@@ -93,7 +139,7 @@ def convert_flow(
     )
 
 
-def _read_arguments(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -117,3 +163,49 @@ def _text_width(tensors: Mapping[str, Tensor], arguments: Mapping[str, Any], che
         raise StarflowError(
             f"{checkpoint} has no tensor proj_txt.weight, so it reads no text: is it this config's checkpoint?"
         ) from None
+
+
+def _tarflow_arguments(tensors: Mapping[str, Tensor], given: Mapping[str, Any], checkpoint: Path) -> dict[str, Any]:
+    """A TarFlow's arguments: those that are given, and the others from its tensors' shapes and its file's name."""
+    named = _TARFLOW_NAME.fullmatch(checkpoint.stem)
+    found: dict[str, Any] = {"noise_std": float(named["noise"])} if named else {}
+    patch = _size(given, "patch_size") or (int(named["patch"]) if named else None)
+    try:
+        length, channels = tensors["blocks.0.pos_embed"].shape
+        width = tensors["blocks.0.proj_in.weight"].shape[1]
+        labels = tensors.get("blocks.0.class_embed")
+        found |= {
+            "channels": channels,
+            "blocks": 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")),
+            "layers_per_block": 1 + max(int(n.split(".")[3]) for n in tensors if n.startswith("blocks.0.attn_blocks.")),
+            "expansion": tensors["blocks.0.attn_blocks.0.mlp.main.0.weight"].shape[0] // channels,
+            "nvp": tensors["blocks.0.proj_out.weight"].shape[0] == 2 * width,
+            "num_classes": labels.shape[0] if labels else 0,
+        }
+    except (KeyError, IndexError, ValueError):
+        raise StarflowError(
+            f"{checkpoint} is not a whole TarFlow: some tensors of its first block are missing"
+        ) from None
+    channel_size = _size(given, "channel_size") or (width // patch**2 if patch else 3)
+    patch = patch or math.isqrt(width // channel_size)
+    found |= {"patch_size": patch, "channel_size": channel_size, "img_size": math.isqrt(length) * patch}
+    if channel_size * patch**2 != width:
+        raise StarflowError(
+            f"{checkpoint}: its tokens hold {width} numbers, not {channel_size} channels of {patch}x{patch} pixels; "
+            "give --patch-size and --channel-size"
+        )
+    arguments = {**found, **given}
+    if "noise_std" not in arguments:
+        raise StarflowError(
+            f"{checkpoint} does not say how much noise its training added; give it, such as --noise-std 0.07"
+        )
+    return arguments
+
+
+def _size(given: Mapping[str, Any], key: str) -> int | None:
+    if key not in given:
+        return None
+    value = given[key]
+    if not isinstance(value, int) or value < 1:
+        raise StarflowError(f"{key} must be a whole number of at least 1, not {value!r}")
+    return value

@@ -1,28 +1,47 @@
-"""diffusers' AutoencoderKL folders (SD-VAE) to the autoencoder's part of a model directory."""
+"""Autoencoders (SD-VAE) to the autoencoder's part of a model directory."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
-from mlx_starflow.convert.common import as_tensor, check_target, open_tensors, write_module
+from mlx_starflow.convert.common import Tensor, as_tensor, check_target, open_tensors, write_module
+from mlx_starflow.convert.distributed import is_distributed
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from mlx_starflow.weights import parse_dtype, read_json
 
 # In order of preference: the first that is there is read.
-_WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+_WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin", "pytorch_model.bin")
+
+SD_VAE: dict[str, Any] = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "sample_size": 256}
+"""The architecture of stabilityai/sd-vae-ft-ema, which official image models are trained with."""
+
+# Each half of a fine-tuned SD-VAE as a sequence of two: encoder and quant_conv, post_quant_conv and decoder.
+_HALVES = {"encoder.0": "encoder", "encoder.1": "quant_conv", "decoder.0": "post_quant_conv", "decoder.1": "decoder"}
 
 
-def convert_vae(source: str | Path, out_dir: str | Path, *, dtype: str | mx.Dtype | None = None) -> Path:
-    """Write a diffusers AutoencoderKL as `config.json` and `model.safetensors`, in MLX's layout.
+def convert_vae(
+    source: str | Path,
+    out_dir: str | Path,
+    *,
+    dtype: str | mx.Dtype | None = None,
+    config: str | Path | None = None,
+) -> Path:
+    """Write an AutoencoderKL as `config.json` and `model.safetensors`, in MLX's layout.
+
+    Its tensors may have diffusers' names, with the present or the old ones of the attention's projections; or the names
+    under which the official release keeps autoencoders with a fine-tuned decoder: diffusers' below `vae.`, or
+    `encoder.0`, `encoder.1`, `decoder.0` and `decoder.1` for diffusers' `encoder`, `quant_conv`, `post_quant_conv` and
+    `decoder`.
 
     Args:
-        source: folder with `config.json` and `diffusion_pytorch_model.safetensors` or `.bin`, with the present or the
-            old names of the attention's projections.
+        source: a diffusers folder with `config.json` and its weights, or a checkpoint file of weights alone.
         out_dir: folder to write, made if need be. An autoencoder that it holds is replaced.
         dtype: "float32", "bfloat16" or "float16"; None keeps the checkpoint's.
+        config: diffusers' `config.json`; None: the one beside the weights, or that of SD-VAE if there is none.
 
     Returns:
         `out_dir`. Its `config.json` is written last: a folder that has one is whole.
@@ -33,23 +52,43 @@ def convert_vae(source: str | Path, out_dir: str | Path, *, dtype: str | mx.Dtyp
     """
     source, out_dir = Path(source), Path(out_dir)
     dtype = parse_dtype(dtype)
-    if not source.is_dir():
+    alone = source.is_file() or is_distributed(source)
+    if not alone and not source.is_dir():
         raise StarflowError(f"{source} is not a folder; give the one with the autoencoder's config.json and weights")
-    check_target(source, out_dir)
-    config_path = source / "config.json"
-    content = read_json(config_path)
+    folder = source.parent if alone else source
+    check_target(folder, out_dir)
+    config_path = Path(config) if config else folder / "config.json"
+    content = SD_VAE if alone and not config and not config_path.is_file() else read_json(config_path)
     try:
-        config = AutoencoderKLConfig.from_dict(content)
+        parsed = AutoencoderKLConfig.from_dict(content)
     except StarflowError as error:
         raise StarflowError(f"{config_path}: {error}") from None
-    weights_path = next((source / name for name in _WEIGHT_FILES if (source / name).is_file()), None)
-    if weights_path is None:
-        raise StarflowError(f"{source} holds neither {' nor '.join(_WEIGHT_FILES)}; download one of them into it")
-    vae = AutoencoderKL(config)
+    weights_path = source if alone else _weights_path(folder)
+    vae = AutoencoderKL(parsed)
     try:
         # Small enough to be read whole, which its change of layout needs.
-        weights = vae.sanitize({name: tensor.read() for name, tensor in open_tensors(weights_path).items()})
+        weights = vae.sanitize({n: t.read() for n, t in _diffusers_names(open_tensors(weights_path)).items()})
     except StarflowError as error:
         raise StarflowError(f"{weights_path}: {error}") from None
     tensors = {name: as_tensor(weight) for name, weight in weights.items()}
-    return write_module(out_dir, vae, tensors, config.to_dict(), source=weights_path, dtype=dtype)
+    return write_module(out_dir, vae, tensors, parsed.to_dict(), source=weights_path, dtype=dtype)
+
+
+def _weights_path(folder: Path) -> Path:
+    found = next((folder / name for name in _WEIGHT_FILES if (folder / name).is_file()), None)
+    if found is None:
+        raise StarflowError(f"{folder} holds neither {' nor '.join(_WEIGHT_FILES)}; download one of them into it")
+    return found
+
+
+def _diffusers_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    if all(name.startswith("vae.") for name in tensors):
+        tensors = {name.removeprefix("vae."): tensor for name, tensor in tensors.items()}
+    out = {}
+    for name, tensor in tensors.items():
+        half = ".".join(name.split(".")[:2])
+        new = _HALVES[half] + name.removeprefix(half) if half in _HALVES else name
+        if new in out:
+            raise StarflowError(f"the autoencoder's tensor {new} is there twice, the second time as {name}")
+        out[new] = tensor
+    return out

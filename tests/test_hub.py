@@ -10,7 +10,15 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from mlx_starflow import hub
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.hub import find_model
+from mlx_starflow.hub import converted_directory, fetch, find_model
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path) -> Path:
+    """An empty folder of converted releases."""
+    monkeypatch.setenv("MLX_STARFLOW_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cache").mkdir()
+    return tmp_path / "cache"
 
 
 @pytest.fixture
@@ -82,11 +90,43 @@ def test_a_path_object_is_never_a_repository(download):
     assert not asked
 
 
-def test_official_checkpoints_need_converting(download):
+def test_official_checkpoints_need_converting(download, cache):
     asked = download(AssertionError("must not download"))
-    text = message("apple/starflow")
-    assert "mlx-starflow convert flow starflow_3B_t2i_256x256.pth --config starflow_3B_t2i_256x256.yaml -o DIR" in text
+    assert "download and convert them once with: mlx-starflow convert apple/starflow" in message("apple/starflow")
+    (cache / "apple--starflow/vae").mkdir(parents=True)  # as a run that was interrupted leaves it
+    (cache / "apple--starflow/vae/config.json").write_text("{}")
+    assert "mlx-starflow convert Apple/STARFlow" in message("Apple/STARFlow")
     assert not asked
+
+
+@pytest.mark.parametrize("name", ["apple/starflow", "Apple/STARFlow", "owner/other"])
+def test_converted_releases_are_found(name, download, cache):
+    asked = download(AssertionError("must not download"))
+    directory = cache / name.lower().replace("/", "--")
+    directory.mkdir()
+    (directory / "config.json").write_text("{}")
+    assert find_model(name) == directory == converted_directory(name)
+    assert not asked
+
+
+def test_where_converted_releases_are(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for value in ("", None, "~/.cache/mlx-starflow"):
+        monkeypatch.delenv("MLX_STARFLOW_CACHE", raising=False)
+        if value is not None:
+            monkeypatch.setenv("MLX_STARFLOW_CACHE", value)
+        assert converted_directory("Apple/STARFlow") == tmp_path / ".cache/mlx-starflow/apple--starflow"
+    monkeypatch.setenv("MLX_STARFLOW_CACHE", "/models")
+    assert converted_directory("apple/starflow") == Path("/models/apple--starflow")
+
+
+def test_fetch_a_commit(download, tmp_path):
+    asked = download(tmp_path)
+    assert fetch("owner/name", ["a", "b*"], revision="abc") == tmp_path
+    assert asked == [("owner/name", {"allow_patterns": ["a", "b*"], "revision": "abc"})]
+    download(OSError(28, "No space left on device"))
+    with pytest.raises(StarflowError, match=r"^cannot download owner/name: .*No space left.*try again"):
+        fetch("owner/name", [])
 
 
 def test_repository(download, tmp_path):

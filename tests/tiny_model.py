@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
 from mlx_starflow.models.t5 import T5Config, T5Encoder
-from mlx_starflow.weights import save_model
+from mlx_starflow.saving import save_model
 
 SPIECE = Path(__file__).parent / "data/t5/spiece.model"
 

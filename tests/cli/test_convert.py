@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
+import yaml
 from click.testing import CliRunner, Result
 
 from mlx_starflow.cli import main
+from mlx_starflow.models.tarflow import TarFlowConfig
 from mlx_starflow.weights import load_flow, load_text_encoder, load_vae, load_weights, read_config
 
 DATA = Path(__file__).parents[1] / "data"
@@ -83,7 +86,9 @@ def test_mistakes(tmp_path):
     "arguments",
     [
         ["flow"],
-        ["flow", "x.pth", "-o", "out"],
+        ["release"],
+        ["apple/starflow", "--quantize", "5"],
+        ["-o", "out"],
         ["flow", "x.pth", "--config", "x.yaml"],
         ["flow", "x.pth", "--config", "x.yaml", "-o", "out", "--quantize", "5"],
         ["vae", "folder", "-o", "out", "--dtype", "int8"],
@@ -96,8 +101,106 @@ def test_usage(arguments):
     assert "Usage: " in result.stderr
 
 
-@pytest.mark.parametrize("command", [[], ["flow"], ["text-encoder"], ["vae"]])
+@pytest.mark.parametrize("command", [[], ["release"], ["flow"], ["text-encoder"], ["vae"], ["apple/starflow"]])
 def test_help(command):
     result = run(*command, "--help")
     assert result.exit_code == 0
     assert result.stdout.startswith("Usage: ")
+
+
+# ---- TarFlows have no YAML: their tensors and their name tell
+
+
+def write_tarflow(path: Path, case: str = "tarflow") -> Path:
+    shutil.copy(DATA / case / "model.pth", path)
+    return path
+
+
+def config_of(case: str) -> TarFlowConfig:
+    return TarFlowConfig.from_official(yaml.safe_load((DATA / case / "config.yaml").read_text()))
+
+
+@pytest.mark.parametrize("case", ["tarflow", "tarflow_vp"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("afhq_model_2_128_3_1_0.07.pth", []),
+        ("mine.pth", ["--noise-std", "0.07"]),  # three channels, if nothing else is said
+        ("mine.pth", ["--noise-std", "0.07", "--channel-size", "3"]),
+        ("mine.pth", ["--noise-std", "0.07", "--patch-size", "2"]),
+        ("afhq_model_1_128_3_1_0.50.pth", ["--noise-std", "0.07", "--patch-size", "2"]),  # what is said wins
+    ],
+)
+def test_tarflow_without_a_config(case, name, options, tmp_path, golden):
+    checkpoint = write_tarflow(tmp_path / name, case)
+    result = run("flow", checkpoint, "-o", tmp_path / "out", *options)
+    assert result.exit_code == 0, result.output
+    flow = load_flow(tmp_path / "out", dtype="float32")
+    assert flow.config == config_of(case)
+    x, labels = golden(case)["x"], golden(case).get("y")
+    assert golden(case).relative_error(flow(x, labels).z, "z") < 1e-5
+
+
+def test_tarflow_with_every_option(tmp_path):
+    options = "--img-size 8 --channel-size 3 --patch-size 2 --channels 128 --blocks 3 --layers-per-block 1"
+    options += " --num-classes 3 --noise-std 0.07 --nvp"
+    checkpoint = write_tarflow(tmp_path / "mine.pth")
+    assert run("flow", checkpoint, "-o", tmp_path / "a", *options.split()).exit_code == 0
+    assert load_flow(tmp_path / "a").config == config_of("tarflow")
+
+
+def test_tarflow_with_a_small_config(tmp_path):
+    (tmp_path / "small.yaml").write_text("noise_std: 0.05\ncfg: 1.5\n")
+    checkpoint = write_tarflow(tmp_path / "afhq_model_2_128_3_1_0.07.pth")
+    source = ["flow", checkpoint, "--config", tmp_path / "small.yaml", "-o", tmp_path / "a"]
+    assert run(*source).exit_code == 0
+    config = load_flow(tmp_path / "a").config
+    assert (config.noise_std, config.cfg, config.patch_size) == (0.05, 1.5, 2)
+    assert run(*source, "--noise-std", "0.2").exit_code == 0
+    assert load_flow(tmp_path / "a").config.noise_std == 0.2
+
+
+def test_an_option_instead_of_the_configs(tmp_path):
+    source = [DATA / "t2i/model.pth", "--config", DATA / "t2i/config.yaml", "-o", tmp_path]
+    assert run("flow", *source, "--noise-std", "0.25").exit_code == 0
+    assert load_flow(tmp_path).config.noise_std == 0.25
+
+
+def test_tarflow_mistakes(tmp_path):
+    out = ["-o", tmp_path / "out"]
+    named = write_tarflow(tmp_path / "afhq_model_2_128_3_1_0.07.pth")
+    unnamed = write_tarflow(tmp_path / "mine.pth")
+    assert "give it, such as --noise-std 0.07" in mistake("flow", unnamed, *out)
+    for option, what in (
+        (["--patch-size", "3"], "not 1 channels of 3x3 pixels"),
+        (["--channel-size", "4"], "not 4 channels of 1x1 pixels"),
+        (["--channel-size", "4", "--patch-size", "2"], "not 4 channels of 2x2 pixels"),
+    ):
+        assert f"its tokens hold 12 numbers, {what}" in mistake("flow", unnamed, *option, "--noise-std", "0.1", *out)
+    for option in ("--patch-size", "--channel-size"):
+        assert "must be a whole number of at least 1, not 0" in mistake("flow", unnamed, option, "0", *out)
+    # Options that contradict the tensors.
+    assert "does not account for: blocks.2." in mistake("flow", named, "--blocks", "2", *out)
+    assert "has shape" in mistake("flow", named, "--channels", "256", *out)
+    assert "has shape" in mistake("flow", named, "--vp", *out)
+    assert "class_embed" in mistake("flow", named, "--num-classes", "0", *out)
+    # A STARFlow's arguments do not show in its tensors.
+    assert "give the YAML of its arguments (--config YAML)" in mistake("flow", DATA / "t2i/model.pth", *out)
+    checkpoint = write_tarflow(tmp_path / "starflow_3B_t2i_256x256.pth", "t2i")
+    assert "lacks the tensor" in mistake("flow", checkpoint, *out)  # the released arguments are known by this name
+    assert not (tmp_path / "out").exists()
+
+
+# ---- a bare repository
+
+
+def test_a_bare_repository_is_a_release(tmp_path):
+    for arguments in (
+        ["apple/starfish", "-o", tmp_path / "out"],
+        ["-o", tmp_path / "out", "apple/starfish"],
+        ["--quantize", "8", "apple/starfish"],
+        ["release", "apple/starfish"],
+    ):
+        assert "unknown release 'apple/starfish': it must be apple/starflow" in mistake(*arguments)
+    assert "No such command 'flw'" in run("flw", "a/b.pth", "-o", "x").stderr
+    assert "nowhere does not exist" in mistake("apple/starflow", "--vae", tmp_path / "nowhere")

@@ -17,7 +17,8 @@ import yaml
 import mlx_starflow.convert
 from mlx_starflow.convert import convert_flow, read_checkpoint
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.weights import load_flow, load_weights, quantized_layers, read_config
+from mlx_starflow.quantization import quantized_layers
+from mlx_starflow.weights import load_flow, load_weights, read_config
 
 DATA = Path(__file__).parents[1] / "data"
 CASES = sorted(path.parent.name for path in DATA.glob("*/model.pth"))
@@ -28,7 +29,7 @@ def convert(case: str, out: Path, **options: object) -> Path:
 
 
 def forward(directory: Path, golden: object, **options: object) -> mx.array:
-    x, y = (mx.array(golden.arrays[name]) if name in golden else None for name in ("x", "y"))
+    x, y = golden.get("x"), golden.get("y")
     return load_flow(directory, **options)(x, y).z
 
 
@@ -113,7 +114,8 @@ def test_quantized(quantize, mode, bound, tmp_path, golden):
 
 
 def test_quantizing_while_writing_is_quantizing_the_module(tmp_path):
-    from mlx_starflow.weights import parameters, quantize_module
+    from mlx_starflow.quantization import quantize_module
+    from mlx_starflow.weights import parameters
 
     flow = load_flow(convert("t2i_modern", tmp_path / "dense"), dtype="float32")
     quantize_module(flow, 8)

@@ -1,0 +1,188 @@
+"""A whole official release to one model directory: flow, text encoder and autoencoder, downloaded where need be."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_starflow.convert.flow import read_arguments, write_flow
+from mlx_starflow.convert.official import LICENSE, LICENSES, RELEASES, released_arguments
+from mlx_starflow.convert.t5 import convert_t5
+from mlx_starflow.convert.vae import convert_vae
+from mlx_starflow.errors import StarflowError
+from mlx_starflow.hub import converted_directory, fetch
+from mlx_starflow.models.t5 import encoder_name
+from mlx_starflow.quantization import QUANTIZATIONS
+from mlx_starflow.weights import one_line, parse_dtype, read_index, read_json
+
+_RECORD = "conversion.json"
+
+
+def convert_release(
+    repository: str,
+    out_dir: str | Path | None = None,
+    *,
+    quantize: int | str | None = None,
+    dtype: str | mx.Dtype | None = None,
+    checkpoint: str | Path | None = None,
+    config: str | Path | None = None,
+    text_encoder: str | Path | None = None,
+    vae: str | Path | None = None,
+    report: Callable[[str], None] = lambda line: None,
+) -> Path:
+    """Write a release's flow, text encoder and autoencoder as one model directory.
+
+    Parts that are not given are downloaded into Hugging Face's cache. The text encoder comes first and the flow last:
+    until everything is there, `load` refuses the directory. A part that is complete, and was made with the same
+    settings, is not made again, so a run that was interrupted can simply be repeated.
+
+    Args:
+        repository: "apple/starflow".
+        out_dir: folder to write; None: the one in which `load` finds the model by its repository's name, in
+            `~/.cache/mlx-starflow` or the folder that the environment variable MLX_STARFLOW_CACHE names.
+        quantize: the flow's weights: 8, 6 or 4 bits, "mxfp8", "mxfp4" or "nvfp4".
+        dtype: "float32", "bfloat16" or "float16", of all parts. None keeps the flow's and the autoencoder's, and makes
+            the text encoder bfloat16, half of its size.
+        checkpoint: the flow's checkpoint, as `convert_flow` takes it.
+        config: the YAML of the flow's arguments; None: the released one's.
+        text_encoder: a Hugging Face T5's folder.
+        vae: a diffusers AutoencoderKL's folder, or a checkpoint of one (see `convert_vae`).
+        report: is told the licence of the flow's weights, and then what is being done, a line at a time.
+
+    Returns:
+        `out_dir`.
+
+    Raises:
+        StarflowError: the release is unknown, a part cannot be downloaded or converted, or `out_dir` cannot be written.
+    """
+    if (release := RELEASES.get(repository.lower())) is None:
+        raise StarflowError(
+            f"unknown release {repository!r}: it must be {', '.join(RELEASES)}; "
+            "convert other checkpoints part by part (mlx-starflow convert --help)"
+        )
+    if quantize is not None and str(quantize) not in QUANTIZATIONS:
+        raise StarflowError(f"cannot quantize to {quantize!r}; it must be one of {', '.join(QUANTIZATIONS)}")
+    dtype = parse_dtype(dtype)
+    for given in (checkpoint, config, text_encoder, vae):
+        if given is not None and not Path(given).exists():
+            raise StarflowError(f"{given} does not exist; leave it out to download the release's own")
+    flow_name = Path(checkpoint or release.checkpoint)
+    arguments = read_arguments(flow_name, config) or released_arguments(Path(release.checkpoint))
+    if arguments.get("vid_size"):
+        raise StarflowError(f"{config or flow_name} is a video model's; convert its parts one by one")
+    directory = converted_directory(repository) if out_dir is None else Path(out_dir)
+    text_dtype = dtype or mx.bfloat16
+    sources = {
+        "text_encoder": str(text_encoder or release.text_encoder),
+        "vae": str(vae or release.vae),
+        "flow": str(checkpoint or f"{repository}/{release.checkpoint}"),
+    }
+
+    def make_text_encoder() -> None:
+        source = text_encoder or _fetch_text_encoder(release.text_encoder)
+        convert_t5(source, directory / "text_encoder", dtype=text_dtype)
+
+    def make_vae() -> None:
+        convert_vae(vae or _fetch_vae(release.vae), directory / "vae", dtype=dtype)
+
+    def make_flow() -> None:
+        source = Path(checkpoint or _fetch_checkpoint(repository, release.checkpoint))
+        others = [_origin(part, sources[part]) for part in ("text_encoder", "vae")]
+        write_flow(
+            source,
+            arguments,
+            directory,
+            quantize,
+            dtype,
+            config or source,
+            pipeline=release.pipeline,
+            other_parts=" ".join(others),
+        )
+
+    flow_settings = {"dtype": _name(dtype), "quantize": quantize and str(quantize), "config": config and str(config)}
+    parts: list[tuple[str, Path, dict[str, Any], Callable[[], None]]] = [
+        ("text_encoder", directory / "text_encoder", {"dtype": _name(text_dtype)}, make_text_encoder),
+        ("vae", directory / "vae", {"dtype": _name(dtype)}, make_vae),
+        ("flow", directory, flow_settings, make_flow),
+    ]
+    report(LICENSE)
+    for part, folder, settings, make in parts:
+        settings = {"source": sources[part], **settings}
+        if (folder / "config.json").is_file() and _read_record(directory).get(part, settings) == settings:
+            report(f"{part}: complete in {folder}")
+            continue
+        report(f"{part}: from {sources[part]}")
+        make()
+        _write_record(directory, {**_read_record(directory), part: settings})
+    return directory
+
+
+def _name(dtype: mx.Dtype | None) -> str | None:
+    return None if dtype is None else str(dtype).rpartition(".")[2]
+
+
+def _origin(part: str, source: str) -> str:
+    """Where a part beside the flow is from, for NOTICE."""
+    if source in LICENSES:
+        return f"The folder {part} holds {source} ({LICENSES[source]}), converted likewise."
+    return f"The folder {part} holds {Path(source).name}, converted likewise; its own licence applies."
+
+
+# ---- which parts are there
+
+
+def _read_record(directory: Path) -> dict[str, Any]:
+    """From what, and with which settings, each part was made."""
+    path = directory / _RECORD
+    return read_json(path) if path.is_file() else {}
+
+
+def _write_record(directory: Path, record: dict[str, Any]) -> None:
+    partial = directory / f"partial-{_RECORD}"
+    try:
+        partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, directory / _RECORD)
+    except OSError as error:
+        raise StarflowError(f"cannot write {directory / _RECORD}: {one_line(error)}") from error
+
+
+# ---- downloads: only the files that are converted
+
+
+def _fetch_text_encoder(repository: str) -> Path:
+    weights = ("model.safetensors", "pytorch_model.bin")
+    folder = fetch(repository, ["config.json", "spiece.model", *(f"{name}.index.json" for name in weights)])
+    for name in weights:
+        index = folder / f"{name}.index.json"
+        files = [name]
+        if index.is_file():
+            # Shards that hold the decoder alone need not be there.
+            files = sorted({file for tensor, file in read_index(index).items() if encoder_name(tensor)})
+        folder = fetch(repository, files, revision=folder.name)
+        if all((folder / file).is_file() for file in files):
+            return folder
+    raise _no_file(repository, "model.safetensors")
+
+
+def _fetch_vae(repository: str) -> Path:
+    for name in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"):
+        folder = fetch(repository, ["config.json", name])
+        if (folder / name).is_file():
+            return folder
+    raise _no_file(repository, "diffusion_pytorch_model.safetensors")
+
+
+def _fetch_checkpoint(repository: str, name: str) -> Path:
+    found = sorted(fetch(repository, [name, f"*/{name}"]).rglob(name))
+    if not found:
+        raise _no_file(repository, name)
+    return found[0]
+
+
+def _no_file(repository: str, name: str) -> StarflowError:
+    return StarflowError(f"{repository} on the Hub has no file {name}; give a local copy instead")

@@ -1,0 +1,441 @@
+"""`mlx-starflow convert REPO` against a small stand-in for the Hugging Face Hub on this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import unquote
+
+import mlx.core as mx
+import pytest
+import yaml
+from tiny_model import SPIECE, tiny_flow, write_tiny_model
+
+from mlx_starflow.convert import convert_release, export_model
+from mlx_starflow.convert.archive import Spec, write_archive
+from mlx_starflow.convert.official import ARGUMENTS, RELEASES, released_arguments
+from mlx_starflow.errors import StarflowError
+from mlx_starflow.hub import find_model
+from mlx_starflow.models.starflow import FlowConfig
+from mlx_starflow.weights import load_weights, read_config
+
+CHECKPOINT = "starflow_3B_t2i_256x256.pth"
+FLOW, TEXT, VAE = "apple/starflow", "google/flan-t5-xl", "stabilityai/sd-vae-ft-ema"
+PARTS = ("text_encoder", "vae", "flow")
+
+
+class Hub(http.server.ThreadingHTTPServer):
+    """Repositories in folders `root/owner/name`, through the endpoints that huggingface_hub asks.
+
+    Attributes:
+        requests: method and path of each request.
+        truncate: how many more times a file, by `owner/name/file`, is cut in the middle.
+        stall: files that never end; `stalled` is set when one of them has begun.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, root: Path):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.root = root
+        self.requests: list[tuple[str, str]] = []
+        self.ranges: list[str] = []
+        self.truncate: dict[str, int] = {}
+        self.stall: set[str] = set()
+        self.stalled = threading.Event()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def downloads(self) -> list[str]:
+        """The files that were asked for."""
+        return [re.sub(r"/resolve/\w+", "", path)[1:] for method, path in self.requests if method == "GET/file"]
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    server: Hub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
+
+    def do_GET(self) -> None:
+        self.answer(body=True)
+
+    def answer(self, body: bool) -> None:
+        path = unquote(self.path.partition("?")[0])
+        if found := re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)(/revision/\w+|/tree/\w+)?", path):
+            self.server.requests.append(("GET", path))
+            self.describe(self.server.root / found[1], found[1], "/tree/" in path)
+        elif found := re.fullmatch(r"/([\w.-]+/[\w.-]+)/resolve/\w+/(.+)", path):
+            self.server.requests.append(("GET/file" if body else "HEAD", path))
+            self.send(self.server.root / found[1] / found[2], f"{found[1]}/{found[2]}", body)
+        else:
+            self.fail(404, "EntryNotFound")
+
+    def describe(self, folder: Path, name: str, tree: bool) -> None:
+        if not folder.is_dir():
+            self.fail(404, "RepoNotFound")
+            return
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        entries: list[dict] | dict = [
+            {"type": "file", "path": str(f.relative_to(folder)), "size": f.stat().st_size, "oid": sha(str(f))}
+            for f in files
+        ]
+        if not tree:
+            entries = {"id": name, "sha": sha(name), "siblings": [{"rfilename": entry["path"]} for entry in entries]}
+        content = json.dumps(entries).encode()
+        self.reply(200, {"Content-Type": "application/json", "Content-Length": str(len(content))}, content)
+
+    def send(self, file: Path, name: str, body: bool) -> None:
+        if not file.is_file():
+            self.fail(404, "EntryNotFound")
+            return
+        content = file.read_bytes()
+        headers = {
+            "ETag": f'"{sha(str(file))}"',
+            "X-Repo-Commit": sha("/".join(name.split("/")[:2])),
+            "Accept-Ranges": "bytes",
+        }
+        status = 200
+        if body and (wanted := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))):
+            self.server.ranges.append(name)
+            status, start = 206, int(wanted[1])
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+            content = content[start:]
+        headers["Content-Length"] = str(len(content))
+        sent = content if body else b""
+        cut = body and (self.server.truncate.get(name, 0) > 0 or name in self.server.stall)
+        if cut:
+            self.server.truncate[name] = self.server.truncate.get(name, 0) - 1
+            sent = content[: len(content) // 2]
+        self.reply(status, headers, sent)
+        if name in self.server.stall and body:
+            self.wfile.flush()
+            self.server.stalled.set()
+            time.sleep(60)
+        if cut:
+            self.close_connection = True
+
+    def fail(self, status: int, code: str) -> None:
+        self.reply(status, {"X-Error-Code": code, "Content-Length": "0"}, b"")
+
+    def reply(self, status: int, headers: dict[str, str], content: bytes) -> None:
+        self.send_response(status)
+        for key, value in headers.items():
+            self.send_header(key, value)
+        self.end_headers()
+        self.wfile.write(content)
+
+
+def sha(text: str) -> str:
+    return hashlib.sha1(text.encode()).hexdigest()
+
+
+def write_release(root: Path) -> None:
+    """A tiny model as the release would be on the Hub, files that must not be downloaded included."""
+    model = write_tiny_model(root / "model")
+    # huggingface_hub writes 10 MB at a time: only a larger file can be resumed.
+    flow = load_weights(model) | {"blocks.0.attn_mask": mx.zeros((22, 1 << 20), mx.uint8)}
+    write_archive(root / FLOW / CHECKPOINT, {n: Spec(w.shape, w.dtype) for n, w in flow.items()}, flow.items())
+    text, vae = root / TEXT, root / VAE
+    text.mkdir(parents=True)
+    vae.mkdir(parents=True)
+    weights = load_weights(model / "text_encoder")
+    shards = {
+        "model-00001-of-00002.safetensors": weights,
+        "model-00002-of-00002.safetensors": {
+            "decoder.final_layer_norm.weight": mx.zeros(32),
+            "lm_head.weight": mx.zeros(8),
+        },
+    }
+    for name, tensors in shards.items():
+        write_archive(text / name, {n: Spec(w.shape, w.dtype) for n, w in tensors.items()}, tensors.items())
+    index = {"metadata": {}, "weight_map": {n: name for name, tensors in shards.items() for n in tensors}}
+    (text / "model.safetensors.index.json").write_text(json.dumps(index))
+    (text / "config.json").write_text((model / "text_encoder/config.json").read_text())
+    shutil.copy(SPIECE, text / "spiece.model")
+    export_model(model / "vae", vae / "diffusion_pytorch_model.safetensors")
+    config = {**read_config(model / "vae"), "_class_name": "AutoencoderKL"}
+    del config["model_type"]
+    (vae / "config.json").write_text(json.dumps(config))
+    for folder, name in (
+        (root / FLOW, "starflow-v_7B_t2v_caus_480p_v3.pth"),
+        (root / FLOW, "README.md"),
+        (text, "pytorch_model-00001-of-00002.bin"),
+        (text, "tf_model.h5"),
+        (vae, "diffusion_pytorch_model.bin"),
+    ):
+        (folder / name).write_bytes(b"not to be downloaded")
+    arguments = tiny_flow().config.to_dict() | {"vae": VAE, "img_size": 32}
+    del arguments["txt_dim"]
+    (root / "tiny.yaml").write_text(yaml.safe_dump({"arguments": [{key: value} for key, value in arguments.items()]}))
+
+
+NEEDED = [
+    f"{FLOW}/{CHECKPOINT}",
+    f"{TEXT}/config.json",
+    f"{TEXT}/model-00001-of-00002.safetensors",
+    f"{TEXT}/model.safetensors.index.json",
+    f"{TEXT}/spiece.model",
+    f"{VAE}/config.json",
+    f"{VAE}/diffusion_pytorch_model.safetensors",
+]
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("hub")
+    write_release(root)
+    return root
+
+
+@pytest.fixture
+def hub(released) -> Iterator[Hub]:
+    server = Hub(released)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def start(hub, tmp_path, released):
+    """Starts `mlx-starflow convert` with caches of its own and the stand-in as the Hub."""
+
+    def start(*arguments: object, **environment: str) -> subprocess.Popen[str]:
+        variables = {
+            **{k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy") and not k.startswith("HF_")},
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(tmp_path / "hf"),
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_XET": "1",
+            "MLX_STARFLOW_CACHE": str(tmp_path / "models"),
+            **environment,
+        }
+        command = [sys.executable, "-m", "mlx_starflow", "convert", *map(str, arguments)]
+        if "--config" not in arguments:
+            command += ["--config", str(released / "tiny.yaml")]
+        return subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    return start
+
+
+@pytest.fixture
+def run(start):
+    def run(*arguments: object, **environment: str) -> tuple[int, str, str]:
+        process = start(*arguments, **environment)
+        out, err = process.communicate(timeout=60)
+        return process.returncode, out, err
+
+    return run
+
+
+def assert_model(directory: Path, released: Path, dtype: mx.Dtype = mx.bfloat16) -> None:
+    """The directory holds the tiny model that was released."""
+    for part in (".", "vae", "text_encoder"):
+        found, expected = load_weights(directory / part), load_weights(released / "model" / part)
+        assert found.keys() == expected.keys()
+        for name, weight in expected.items():
+            weight = weight.astype(dtype) if part == "text_encoder" else weight
+            assert mx.array_equal(found[name], weight).item(), name
+
+
+def status(out: str) -> dict[str, bool]:
+    """Part by part, whether it was complete already."""
+    lines = [line.split(": ") for line in out.splitlines() if line.split(": ")[0] in PARTS]
+    return {part: what.startswith("complete") for part, what in lines}
+
+
+# ---- the whole way
+
+
+def test_everything(hub, run, released, tmp_path, monkeypatch):
+    code, out, err = run(FLOW)
+    assert code == 0, err
+    model = tmp_path / "models/apple--starflow"
+    assert "Apple Machine Learning Research Model License Agreement" in out.splitlines()[0]
+    assert status(out) == dict.fromkeys(PARTS, False)
+    assert "--model apple/starflow" in out.splitlines()[-1]
+    assert sorted(hub.downloads()) == NEEDED
+    assert_model(model, released)
+    assert not list(model.rglob("partial-*"))
+    notice = (model / "NOTICE").read_text()
+    for words in ("research purposes only", CHECKPOINT, f"{TEXT} (Apache License 2.0)", f"{VAE} (MIT License)"):
+        assert words in notice
+    config = read_config(model)
+    assert config["pipeline"] == {"guidance": 3.6}
+    assert config["img_size"] == 4  # 32 pixels, in latents
+    assert config["txt_dim"] == 32
+
+    monkeypatch.setenv("MLX_STARFLOW_CACHE", str(tmp_path / "models"))
+    assert find_model(FLOW) == find_model("Apple/STARFlow") == model
+    from mlx_starflow import load
+
+    assert load(FLOW).generate("a pizza", seed=1).images[0].size == (8, 8)
+
+    # Again: nothing is downloaded or made.
+    hub.requests.clear()
+    before = {path: path.stat().st_mtime_ns for path in model.rglob("*")}
+    code, out, err = run("release", FLOW)
+    assert code == 0, err
+    assert status(out) == dict.fromkeys(PARTS, True)
+    assert not hub.requests
+    assert {path: path.stat().st_mtime_ns for path in model.rglob("*")} == before
+
+    # With other settings: only the parts they are about are made, from the cache, without a connection.
+    code, out, err = run("--quantize", "8", FLOW, HF_HUB_OFFLINE="1")
+    assert code == 0, err
+    assert status(out) == {"text_encoder": True, "vae": True, "flow": False}
+    assert not hub.requests
+    assert read_config(model)["quantization"]["bits"] == 8
+    assert find_model(FLOW) == model
+
+    # Offline, from the cache, somewhere else.
+    code, out, err = run(FLOW, "-o", tmp_path / "out", "--dtype", "float32", HF_HUB_OFFLINE="1")
+    assert code == 0, err
+    assert not hub.requests
+    assert_model(tmp_path / "out", released, mx.float32)
+    assert f"--model {tmp_path / 'out'}" in out.splitlines()[-1]
+
+
+def test_local_parts_need_no_hub(hub, run, released, tmp_path):
+    parts = ["--checkpoint", released / FLOW / CHECKPOINT, "--text-encoder", released / TEXT, "--vae", released / VAE]
+    code, _, err = run(FLOW, "-o", tmp_path / "out", *parts, HF_HUB_OFFLINE="1")
+    assert code == 0, err
+    assert not hub.requests
+    assert_model(tmp_path / "out", released)
+    notice = (tmp_path / "out/NOTICE").read_text()
+    assert "text_encoder holds flan-t5-xl, converted likewise; its own licence applies" in notice
+    assert str(tmp_path) not in notice
+
+
+# ---- what goes wrong
+
+
+def test_a_killed_run_is_completed(hub, start, run, released, tmp_path, monkeypatch):
+    hub.stall.add(f"{FLOW}/{CHECKPOINT}")
+    process = start(FLOW)
+    assert hub.stalled.wait(timeout=60)
+    deadline = time.monotonic() + 60
+    while not any(file.stat().st_size for file in tmp_path.rglob("*.incomplete")):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    monkeypatch.setenv("MLX_STARFLOW_CACHE", str(tmp_path / "models"))
+    with pytest.raises(StarflowError, match="mlx-starflow convert apple/starflow"):
+        find_model(FLOW)
+    model = tmp_path / "models/apple--starflow"
+    assert (model / "vae/config.json").is_file()
+    with pytest.raises(StarflowError, match=r"holds no config\.json"):
+        read_config(model)
+
+    hub.stall.clear()
+    hub.requests.clear()
+    code, out, err = run(FLOW)
+    assert code == 0, err
+    assert status(out) == {"text_encoder": True, "vae": True, "flow": False}
+    assert hub.downloads() == [f"{FLOW}/{CHECKPOINT}"]
+    assert_model(model, released)
+
+
+def test_a_cut_connection_is_resumed(hub, run, released, tmp_path):
+    name = f"{FLOW}/{CHECKPOINT}"
+    hub.truncate[name] = 1
+    code, _, err = run(FLOW)
+    assert code == 0, err
+    assert hub.ranges == [name]
+    assert_model(tmp_path / "models/apple--starflow", released)
+
+
+def test_offline_with_nothing_in_the_cache(hub, run, tmp_path):
+    code, _, err = run(FLOW, HF_HUB_OFFLINE="1")
+    assert code == 2
+    assert err.startswith("Error: cannot download google/flan-t5-xl: the Hub cannot be reached")
+    assert err.count("\n") == 1
+    assert not hub.requests
+    assert not (tmp_path / "models").exists()
+
+
+def test_what_the_hub_does_not_have(released, run, hub, tmp_path):
+    shutil.copytree(released, tmp_path / "root", ignore=shutil.ignore_patterns(CHECKPOINT))
+    hub.root = tmp_path / "root"
+    code, _, err = run(FLOW)
+    assert code == 2
+    assert f"Error: apple/starflow on the Hub has no file {CHECKPOINT}; give a local copy instead" in err
+    assert not (tmp_path / "models/apple--starflow/config.json").exists()
+    shutil.rmtree(hub.root / FLOW)
+    code, _, err = run(FLOW)
+    assert code == 2
+    assert "Error: cannot download apple/starflow: the Hub has no such repository" in err
+    assert "Traceback" not in err
+
+
+def test_mistakes(tmp_path):
+    def mistake(repository: str, **options: object) -> str:
+        with pytest.raises(StarflowError) as error:
+            convert_release(repository, tmp_path / "out", **options)
+        assert not (tmp_path / "out").exists()
+        return str(error.value)
+
+    assert "unknown release 'apple/starfish': it must be apple/starflow" in mistake("apple/starfish")
+    assert "cannot quantize to 5" in mistake(FLOW, quantize=5)
+    assert "dtype 'int8' is not one of" in mistake(FLOW, dtype="int8")
+    for part in ("checkpoint", "config", "text_encoder", "vae"):
+        assert "nowhere does not exist" in mistake(FLOW, **{part: tmp_path / "nowhere"})
+    video = tmp_path / "starflow-v_7B_t2v_caus_480p_v3.pth"
+    video.write_bytes(b"")
+    assert "is a video model's" in mistake(FLOW, checkpoint=video)
+
+
+def test_a_hub_that_always_cuts(hub, run, released, tmp_path):
+    """The run ends in one line and leaves nothing that loads; the next one does what is left."""
+    name = f"{FLOW}/{CHECKPOINT}"
+    hub.truncate[name] = 1000
+    code, _, err = run(FLOW)
+    assert code == 2
+    assert err.splitlines()[-1].startswith("Error: cannot download apple/starflow: ")
+    assert "Traceback" not in err
+    assert not (tmp_path / "models/apple--starflow/config.json").exists()
+    hub.truncate.clear()
+    hub.requests.clear()
+    code, out, err = run(FLOW)
+    assert code == 0, err
+    assert hub.downloads() == [name]
+    assert status(out) == {"text_encoder": True, "vae": True, "flow": False}
+    assert_model(tmp_path / "models/apple--starflow", released)
+
+
+# ---- the facts
+
+
+def test_released_arguments():
+    arguments = released_arguments(Path("ckpts/starflow_3B_t2i_256x256.pth"))
+    config = FlowConfig.from_official({**arguments, "txt_dim": 2048})
+    assert config.img_size == 32
+    assert config.layers_per_block == [2, 2, 2, 2, 2, 24]
+    assert [block.num_heads for block in config.blocks] == [48] * 6
+    assert [block.txt_dim for block in config.blocks] == [0, 0, 0, 0, 0, 2048]
+    assert config.latent_norm_regularization == 1e-4
+    video = released_arguments(Path("starflow-v_7B_t2v_caus_480p_v3.pth"))
+    assert FlowConfig.from_official({**video, "txt_dim": 2048}).blocks[-1].channels == 4096
+    assert released_arguments(Path("mine.pth")) is None
+    assert all(Path(release.checkpoint).stem in ARGUMENTS for release in RELEASES.values())
+    assert [(r.text_encoder, r.vae) for r in RELEASES.values()] == [(arguments["text"], arguments["vae"])]
