@@ -29,6 +29,11 @@ class Commands(click.Group):
             return super().invoke(context)
         except StarflowError as error:
             raise _UserError(str(error)) from None
+        except click.exceptions.NoArgsIsHelpError:
+            raise
+        except click.UsageError as error:
+            where = error.ctx.command_path if error.ctx else context.command_path
+            raise _UserError(f"{error.format_message()} (see: {where} --help)") from None
 
 
 class _UserError(click.ClickException):

@@ -8,9 +8,9 @@ import click
 
 
 @click.command()
-@click.argument("directory", type=click.Path(path_type=Path), metavar="DIR")
+@click.argument("model", metavar="DIR")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-def export(directory: Path, checkpoint: Path) -> None:
+def export(model: str, checkpoint: Path) -> None:
     """Write the model in DIR as a PyTorch CHECKPOINT, .pth or .safetensors.
 
     DIR is a flow's model directory: its tensors get the official names, bit for bit, for apple/ml-starflow. Or it is
@@ -21,8 +21,10 @@ def export(directory: Path, checkpoint: Path) -> None:
     mlx-starflow export models/mine/vae vae/diffusion_pytorch_model.safetensors
     """
     from mlx_starflow.convert.export import export_model
+    from mlx_starflow.hub import find_model
     from mlx_starflow.weights import read_config
 
+    directory = find_model(model)
     export_model(directory, checkpoint)
     click.echo(f"{checkpoint}: {checkpoint.stat().st_size / 1e6:,.1f} MB")
     if quantization := read_config(directory).get("quantization"):

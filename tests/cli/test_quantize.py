@@ -96,7 +96,7 @@ def test_mistakes(model, pictures, tmp_path):
 def test_usage(words):
     result = run(*words)
     assert result.exit_code == 2
-    assert "Usage: " in result.stderr
+    assert result.stderr.startswith("Error: ") and result.stderr.endswith("--help)\n")
 
 
 def test_help():
