@@ -25,13 +25,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_starflow.convert import pth
+from mlx_starflow.convert import pth, pth_pickle
 from mlx_starflow.convert.pth import Checkpoint, read_checkpoint
 from mlx_starflow.errors import StarflowError
 
 DATA = Path(__file__).parents[1] / "data"
 GOLDEN = ("tarflow_vp", "t2i")
-MLX_DTYPES = {name: mx.bool_ if name == "bool" else getattr(mx, name) for name in pth._NUMPY}
+MLX_DTYPES = {name: mx.bool_ if name == "bool" else getattr(mx, name) for name in pth.NUMPY_DTYPES}
 
 Records = list[tuple[str, bytes]]
 
@@ -156,7 +156,7 @@ def test_golden_checkpoints(case):
 def check_dtypes(checkpoint: Checkpoint) -> None:
     """The contents of tests/data/pth/dtypes.pth, which PyTorch 2.13 wrote from `dtypes_example`."""
     ramp = np.arange(24).reshape(2, 3, 4)
-    for name, code in pth._NUMPY.items():
+    for name, code in pth.NUMPY_DTYPES.items():
         expected = ramp % 2 == 1 if name == "bool" else ramp
         array = checkpoint.mx(name)
         assert (checkpoint.dtype(name), array.dtype, array.shape) == (name, MLX_DTYPES[name], (2, 3, 4))
@@ -181,12 +181,14 @@ def check_dtypes(checkpoint: Checkpoint) -> None:
         assert checkpoint.shape(name) == checkpoint[name].shape == tuple(checkpoint.mx(name).shape)
         np.testing.assert_array_equal(checkpoint[name], expected)
         np.testing.assert_array_equal(np.array(checkpoint.mx(name)), expected)
-    assert set(checkpoint) == {*pth._NUMPY, *views}
+    assert set(checkpoint) == {*pth.NUMPY_DTYPES, *views}
 
 
 def dtypes_example(torch) -> dict[str, object]:
     ramp = torch.arange(24).reshape(2, 3, 4)
-    tensors = {name: (ramp % 2 if name == "bool" else ramp).to(getattr(torch, name)).clone() for name in pth._NUMPY}
+    tensors = {
+        name: (ramp % 2 if name == "bool" else ramp).to(getattr(torch, name)).clone() for name in pth.NUMPY_DTYPES
+    }
     shared = tensors["float32"]
     return {
         **tensors,
@@ -229,7 +231,7 @@ def test_agrees_with_torch_bit_for_bit(tmp_path):
     path = tmp_path / "model.pt"
     generator = torch.Generator().manual_seed(0)
     state = {}
-    for name, code in pth._NUMPY.items():
+    for name, code in pth.NUMPY_DTYPES.items():
         raw = torch.randint(
             0, 2 if name == "bool" else 256, (60 * code.itemsize,), dtype=torch.uint8, generator=generator
         )
@@ -824,7 +826,7 @@ def outcome_of(path: Path) -> str:
     for name in checkpoint:
         values = checkpoint[name]
         assert values.shape == checkpoint.shape(name)
-        assert values.nbytes == checkpoint.nbytes(name) <= pth._MAX_EXPANDED
+        assert values.nbytes == checkpoint.nbytes(name) <= pth_pickle._MAX_EXPANDED
         if values.nbytes < 1 << 20:
             array = checkpoint.mx(name)
             assert (array.shape, array.dtype) == (values.shape, MLX_DTYPES[checkpoint.dtype(name)])
