@@ -20,7 +20,8 @@ from mlx_starflow import __version__
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.hub import find_model
 from mlx_starflow.media import to_images
-from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from mlx_starflow.memory import available, metal_limits, plan
+from mlx_starflow.models.autoencoder_kl import WHOLE_PIXELS, AutoencoderKL, AutoencoderKLConfig
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
 from mlx_starflow.models.t5 import T5Encoder
 from mlx_starflow.noise import digest, draw_noise, draw_seed
@@ -211,6 +212,7 @@ class Pipeline:
             raise StarflowError(f"a size of {width}x{height} does not fit: this model wants multiples of {step} pixels")
         return height // scale, width // scale, config.channel_size
 
+    @metal_limits()
     def generate(
         self,
         prompts: str | Sequence[str],
@@ -333,7 +335,10 @@ class Pipeline:
     def _decode(self, latents: mx.array) -> list[Image.Image]:
         # The flow speaks float32; the decoder its own precision.
         unscaled = self.vae.unscale(latents).astype(self.vae.decoder.conv_in.weight.dtype)
-        return to_images(np.array(self.vae.decode(unscaled).astype(mx.float32)))
+        # As many pictures at once as make up a large one; those that are larger, `decode` takes row by row.
+        count = max(1, WHOLE_PIXELS // (latents.shape[1] * latents.shape[2] * self.vae_config.downscale**2))
+        parts = [unscaled[start : start + count] for start in range(0, len(unscaled), count)]
+        return [image for part in parts for image in to_images(np.array(self.vae.decode(part).astype(mx.float32)))]
 
     def _metadata(
         self, prompts: list[str], seeds: list[int | None], settings: GenerationSettings, noise: np.ndarray
@@ -351,17 +356,20 @@ class Pipeline:
         return self._metadata(prompts, seeds, result.settings, result.noise)
 
 
-def load(name: str | Path = "demo", *, dtype: mx.Dtype | None = None, low_memory: bool = False) -> Pipeline:
+def load(name: str | Path = "demo", *, dtype: mx.Dtype | None = None, low_memory: bool | None = None) -> Pipeline:
     """Load a text-to-picture model: "demo", a model directory, or a Hub repository of one.
 
     Args:
         dtype: precision of the networks; by default float32 on a CPU and bfloat16 on a GPU.
-        low_memory: hold one network at a time, for models that do not fit into memory together.
+        low_memory: hold one network at a time, for models that do not fit into memory together; None: if, by
+            `memory.plan`, this one does not fit into this machine's.
 
     Raises:
         StarflowError: there is no such model, or its files are damaged or of another kind.
     """
-    pipe = Pipeline(str(name), find_model(str(name)), dtype=dtype, low_memory=low_memory)
-    if not low_memory:
+    pipe = Pipeline(str(name), find_model(str(name)), dtype=dtype, low_memory=bool(low_memory))
+    if low_memory is None:
+        pipe.low_memory = plan(pipe.directory, size=pipe.settings.size, dtype=dtype).peak() > available()
+    if not pipe.low_memory:
         _ = pipe.flow, pipe.text_encoder, pipe.vae
     return pipe

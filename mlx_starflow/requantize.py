@@ -49,7 +49,7 @@ def quantize_model(
     """Write a model directory again with its flow, its text encoder or both quantized.
 
     Weights that are quantized already are dequantized first, but for layers whose settings stay the same. Autoencoder,
-    tokenizer and licences are copied. Needs memory for the quantized weights and one layer more.
+    tokenizer and licences are copied. A tensor is read when it is written, so memory need not hold the dense network.
 
     Args:
         model: "demo", a model directory or a Hub repository of one.

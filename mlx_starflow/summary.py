@@ -1,38 +1,45 @@
-"""A model directory in a few lines: architecture, sizes, defaults, licence."""
+"""A model in a few lines: architecture, sizes, defaults, licence, and the memory that generating takes."""
 
 from __future__ import annotations
 
 import platform
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
 from mlx_starflow import __version__
-from mlx_starflow.hub import find_model
-from mlx_starflow.weights import load_flow, load_weights, read_config
+from mlx_starflow.errors import StarflowError
+from mlx_starflow.hub import converted_directory, find_model
+from mlx_starflow.memory import PHASES, PRECISIONS, MemoryPlan, ModelConfigs, parameter_count, plan, usable
+from mlx_starflow.weights import load_weights, new_flow, read_config
 
 PARTS = {"flow": ".", "text encoder": "text_encoder", "autoencoder": "vae"}
 
+MACS = (8, 16, 24, 32, 64)
+"""Memory, in GB, of the Macs that `memory_report` speaks of."""
+
 
 def summarize(model: str) -> dict[str, str]:
-    """Name -> one line of text about a model ("demo", a directory or a Hub repository). Raises StarflowError."""
+    """Name -> one line of text about a model. Raises StarflowError.
+
+    Args:
+        model: "demo", a directory or a Hub repository; an official release need not be there.
+    """
+    device = mx.default_device().type.name.upper()
+    lines = {"mlx-starflow": f"{__version__}, MLX {mx.__version__} on the {device}, Python {platform.python_version()}"}
+    if configs := _release(model):
+        lines["model"] = f"{model} (starflow), not converted yet: mlx-starflow convert {model}"
+        lines |= _architecture(configs.flow)
+        for part, network in configs.networks().items():
+            lines[part] = f"{parameter_count(network) / 1e6:.2f} M parameters"
+        lines["guidance"] = str(configs.guidance)
+        return lines
     directory = find_model(model)
     config = read_config(directory)
-    flow = load_flow(directory).config
-    device = mx.default_device().type.name.upper()
-    lines = {
-        "mlx-starflow": f"{__version__}, MLX {mx.__version__} on the {device}, Python {platform.python_version()}",
-        "model": f"{model} ({config['model_type']}) in {directory}",
-    }
-    for block in reversed(flow.blocks):
-        kind = f"{block.num_layers} layers, width {block.channels}" if block.num_layers else "identity"
-        order = "backwards" if block.flip else "forwards"
-        text = ", reads text" if getattr(block, "txt_dim", 0) else ""
-        lines[f"block {flow.blocks.index(block)}"] = f"{kind}, {order}{text}"
-    side = flow.img_size // flow.patch_size
-    lines["tokens"] = f"{side * side} of {flow.blocks[0].in_channels} numbers, patches of {flow.patch_size}"
-    if getattr(flow, "txt_size", 0):
-        lines["text"] = f"{flow.txt_size} tokens of {flow.txt_dim} numbers"
+    lines["model"] = f"{model} ({config.get('model_type')}) in {directory}"
+    lines |= _architecture(new_flow(directory, config).config)
     for part, folder in PARTS.items():
         if (directory / folder / "config.json").is_file():
             lines[part] = _size(directory / folder)
@@ -42,6 +49,109 @@ def summarize(model: str) -> dict[str, str]:
         lines[name] = str(value)
     if licences := [path.name for path in sorted(directory.iterdir()) if path.stem.upper() in ("LICENSE", "NOTICE")]:
         lines["licence"] = f"see {', '.join(licences)} there"
+    return lines
+
+
+def memory_report(model: str, *, size: tuple[int, int] | None = None, batch: int = 1) -> list[str]:
+    """What generating takes at each precision, and the Macs it runs on, computed from the model's configs.
+
+    Args:
+        model: as in `summarize`.
+        size: (width, height) of the pictures in pixels; None: what the model was trained at.
+        batch: pictures at once.
+
+    Returns:
+        Lines of text; none for a model that does not read prompts, or lacks its text encoder or autoencoder.
+
+    Raises:
+        StarflowError: there is no such model, or a config is not usable.
+    """
+    configs = _release(model)
+    if configs is None:
+        directory = find_model(model)
+        config = read_config(directory)
+        parts_there = all((directory / folder / "config.json").is_file() for folder in PARTS.values())
+        if config.get("model_type") != "starflow" or not config.get("txt_size") or not parts_there:
+            return []
+        configs = ModelConfigs.read(directory)
+    plans = _plans(configs, size, batch)
+    largest = max(each.peak() for each in plans.values())
+    unit, name = (2**30, "GiB") if largest >= 2**30 else (2**20, "MiB")
+
+    def row(label: str, values: list[str]) -> str:
+        return f"{label:<26}" + "".join(f"{value:>14}" for value in values)
+
+    def sizes(values: list[int]) -> list[str]:
+        return [f"{value / unit:.2f}" for value in values]
+
+    width, height = size or (configs.flow.img_size * configs.vae.downscale,) * 2
+    pictures = "one picture" if batch == 1 else f"{batch} pictures at once"
+    lines = [
+        f"Memory in {name} for {pictures} of {width}x{height}: computed from the configs, not measured.",
+        "8, 6 and 4 bit: of the flow; text encoder and autoencoder are bfloat16 then.",
+        "",
+        row("weights", list(plans)),
+    ]
+    for part in PARTS:
+        lines.append(row(f"  {part}", sizes([each.weights[part] for each in plans.values()])))
+    for title, low_memory in (("peak, all in memory", False), ("peak with --low-memory", True)):
+        lines += ["", row(title, list(plans))]
+        phases = [each.phases(low_memory) for each in plans.values()]
+        lines += [row(f"  {phase}", sizes([each[phase] for each in phases])) for phase in PHASES]
+    lines += ["", row("Macs", list(plans))]
+    lines += [row(f"  {memory} GB", [_verdict(each, memory) for each in plans.values()]) for memory in MACS]
+    shares = ", ".join(f"{usable(memory * 2**30) / 2**30:.1f} of {memory}" for memory in MACS)
+    return [
+        *lines,
+        f"The GPU is taken to get 70% of memory up to 32 GB, 75% above: {shares}.",
+        "That is about what macOS reports as Metal's recommendedMaxWorkingSetSize; it differs between versions.",
+    ]
+
+
+def _verdict(expected: MemoryPlan, gigabytes: int) -> str:
+    if expected.fits(gigabytes):
+        return "yes"
+    return "--low-memory" if expected.fits(gigabytes, low_memory=True) else "no"
+
+
+def _plans(configs: ModelConfigs, size: tuple[int, int] | None, batch: int) -> dict[str, MemoryPlan]:
+    """The plan of each precision that the model's layers can be stored in."""
+    plans = {}
+    if configs.directory is not None and read_config(configs.directory).get("quantization"):
+        plans["as stored"] = plan(configs, size=size, batch=batch, dtype="bfloat16")
+    dense = replace(configs, directory=None)
+    for precision in PRECISIONS:
+        bits = precision if precision.isdigit() else None
+        try:
+            expected = plan(dense, size=size, batch=batch, dtype="bfloat16" if bits else precision, quantization=bits)
+        except StarflowError:
+            if not bits:
+                raise
+            continue
+        plans[f"{bits} bit" if bits else precision] = expected
+    return plans
+
+
+def _release(model: str) -> ModelConfigs | None:
+    """Configs of an official release that has not been converted; None of any other model."""
+    from mlx_starflow.convert.official import RELEASES
+
+    if model.lower() not in RELEASES or Path(model).is_dir():
+        return None
+    return None if (converted_directory(model) / "config.json").is_file() else ModelConfigs.of_release(model)
+
+
+def _architecture(flow: Any) -> dict[str, str]:
+    lines = {}
+    for index, block in reversed(list(enumerate(flow.blocks))):
+        kind = f"{block.num_layers} layers, width {block.channels}" if block.num_layers else "identity"
+        order = "backwards" if block.flip else "forwards"
+        text = ", reads text" if getattr(block, "txt_dim", 0) else ""
+        lines[f"block {index}"] = f"{kind}, {order}{text}"
+    side = flow.img_size // flow.patch_size
+    lines["tokens"] = f"{side * side} of {flow.blocks[0].in_channels} numbers, patches of {flow.patch_size}"
+    if getattr(flow, "txt_size", 0):
+        lines["text"] = f"{flow.txt_size} tokens of {flow.txt_dim} numbers"
     return lines
 
 

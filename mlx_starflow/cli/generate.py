@@ -47,7 +47,11 @@ class Size(click.ParamType):
 @click.option("--steps-dir", type=click.Path(path_type=Path), help="Folder for the picture after each flow block.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Pictures at once.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Precision of the networks.")
-@click.option("--low-memory", is_flag=True, help="Hold one network at a time; slower, each is read when it is needed.")
+@click.option(
+    "--low-memory/--no-low-memory",
+    default=None,
+    help="Hold one network at a time, which takes longer; by default if memory is too small for all of them.",
+)
 @click.option("-v", "--verbose", is_flag=True, help="Say what each phase cost.")
 def generate(
     prompts: tuple[str, ...],
@@ -65,7 +69,7 @@ def generate(
     steps_dir: Path | None,
     batch_size: int,
     dtype: str | None,
-    low_memory: bool,
+    low_memory: bool | None,
     verbose: bool,
     **settings: Any,
 ) -> None:

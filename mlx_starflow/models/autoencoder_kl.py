@@ -7,7 +7,6 @@ as in diffusers' checkpoints; `AutoencoderKL.sanitize` turns such a checkpoint i
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
@@ -17,6 +16,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.models.autoencoder_layers import Conv3x3, DownBlock, GroupNorm, MidBlock, PointwiseConv, UpBlock
+from mlx_starflow.models.autoencoder_strips import decode_in_strips
 
 # Keys of a config.json that are checked apart or do not change the network. Those beginning with "_" are notes.
 _OTHER_KEYS = {"model_type", "quantization", "force_upcast", "act_fn", "down_block_types", "up_block_types"}
@@ -26,7 +27,11 @@ _OLD_PROJECTIONS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn"
 
 _SIZES = ("layers_per_block", "in_channels", "out_channels", "latent_channels", "norm_num_groups")
 
-_NORM_EPS = 1e-6
+WHOLE_PIXELS = 2**17
+"""Pictures of more pixels than this are decoded in strips."""
+
+STRIP_PIXELS = 2**15
+"""About how many pixels such a strip has."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,13 @@ class AutoencoderKLConfig:
     def downscale(self) -> int:
         """Pixels to a latent, in each direction."""
         return 2 ** (len(self.block_out_channels) - 1)
+
+    def tile_rows(self, height: int, width: int) -> int:
+        """Rows of the strips in which latents of this height and width are decoded; 0: they are decoded whole."""
+        height, width = height * self.downscale, width * self.downscale
+        if height * width <= WHOLE_PIXELS:
+            return 0
+        return max(16, STRIP_PIXELS // width)
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> AutoencoderKLConfig:
@@ -144,188 +156,6 @@ class Posterior:
     def sample(self, noise: mx.array) -> mx.array:
         """Raw latents `[B, h, w, C]` from standard normal `noise` of the same shape."""
         return self.mean + mx.exp(0.5 * self.logvar) * noise
-
-
-# Compiled apart from the means: those divide by sizes, and a constant of each size would be a kernel to build.
-@mx.compile
-def _squared_distance(x: mx.array, mean: mx.array) -> mx.array:
-    return mx.square(x.astype(mx.float32) - mean)
-
-
-@mx.compile
-def _normalize(x: mx.array, mean: mx.array, scale: mx.array, bias: mx.array, silu: bool) -> mx.array:
-    y = (x.astype(mx.float32) - mean) * scale + bias
-    return (y * mx.sigmoid(y) if silu else y).astype(x.dtype)
-
-
-class GroupNorm(nn.GroupNorm):
-    """PyTorch's group norm over `[B, H, W, C]`, with SiLU after it if asked for.
-
-    Moments a channel, then a group, need no transposed copy of the picture, and the rest fuses into one pass over it:
-    several times faster than `nn.GroupNorm`. Moments are float32 in every dtype.
-    """
-
-    def __init__(self, groups: int, channels: int):
-        super().__init__(groups, channels, eps=_NORM_EPS, pytorch_compatible=True)
-
-    def __call__(self, x: mx.array, silu: bool = False) -> mx.array:
-        mean = self._group_mean(x.astype(mx.float32))
-        variance = self._group_mean(_squared_distance(x, mean))
-        return _normalize(x, mean, mx.rsqrt(variance + self.eps) * self.weight, self.bias, silu)
-
-    def _group_mean(self, x: mx.array) -> mx.array:
-        """The mean over picture and group, repeated for each channel: `[B, 1, 1, C]`."""
-        B, _, _, C = x.shape
-        # One axis after the other: a single sum over a large picture loses digits in float32.
-        mean = x.mean(axis=1).mean(axis=1).reshape(B, self.num_groups, -1).mean(axis=2, keepdims=True)
-        return mx.repeat(mean, C // self.num_groups, axis=2).reshape(B, 1, 1, C)
-
-
-class PointwiseConv(nn.Conv2d):
-    """A 1x1 convolution, as the matrix product it is: the CPU's convolution copies its input first."""
-
-    def __init__(self, inputs: int, outputs: int):
-        super().__init__(inputs, outputs, kernel_size=1)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return mx.addmm(self.bias, x, self.weight[:, 0, 0].T)
-
-
-class Conv3x3(nn.Conv2d):
-    """A 3x3 convolution that keeps the picture's size."""
-
-    def __init__(self, inputs: int, outputs: int):
-        super().__init__(inputs, outputs, kernel_size=3, padding=1)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        _, H, W, C = x.shape
-        if mx.default_device() == mx.cpu and x.dtype == mx.float32 and C >= 32 and H * W >= 64 * 64:
-            return self._sum_of_products(x)
-        return super().__call__(x)
-
-    def _sum_of_products(self, x: mx.array) -> mx.array:
-        """One matrix product for each of the nine taps.
-
-        MLX's convolution on the CPU gathers nine copies of the input first: more time, and for a large picture
-        gigabytes. Here a tap is a run of rows of the padded picture, read where it lies. Rows that wrap around the
-        picture's edge are computed as well and dropped.
-        """
-        B, H, W, C = x.shape
-        stride = W + 2
-        rows = mx.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)]).reshape(-1, C)
-        lost = 2 * stride + 2
-        count = rows.shape[0] - lost
-        y = self.bias
-        for i in range(3):
-            for j in range(3):
-                start = i * stride + j
-                y = mx.addmm(y, rows[start : start + count], self.weight[:, i, j].T)
-        return mx.pad(y, [(0, lost), (0, 0)]).reshape(B, H + 2, stride, -1)[:, :H, :W]
-
-
-class ResnetBlock(nn.Module):
-    """Two normalized 3x3 convolutions around which the input is added, through a 1x1 one if the width changes."""
-
-    def __init__(self, inputs: int, outputs: int, groups: int):
-        super().__init__()
-        self.norm1 = GroupNorm(groups, inputs)
-        self.conv1 = Conv3x3(inputs, outputs)
-        self.norm2 = GroupNorm(groups, outputs)
-        self.conv2 = Conv3x3(outputs, outputs)
-        if inputs != outputs:
-            self.conv_shortcut = PointwiseConv(inputs, outputs)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        h = self.conv1(self.norm1(x, silu=True))
-        h = self.conv2(self.norm2(h, silu=True))
-        return (self.conv_shortcut(x) if "conv_shortcut" in self else x) + h
-
-
-class Attention(nn.Module):
-    """Single-head self-attention over all positions of the picture."""
-
-    def __init__(self, channels: int, groups: int):
-        super().__init__()
-        self.group_norm = GroupNorm(groups, channels)
-        self.to_q = nn.Linear(channels, channels)
-        self.to_k = nn.Linear(channels, channels)
-        self.to_v = nn.Linear(channels, channels)
-        self.to_out = [nn.Linear(channels, channels)]
-
-    def __call__(self, x: mx.array) -> mx.array:
-        B, H, W, C = x.shape
-        h = self.group_norm(x).reshape(B, 1, H * W, C)
-        h = mx.fast.scaled_dot_product_attention(
-            self.to_q(h), self.to_k(h), self.to_v(h), scale=1 / math.sqrt(C), mask=None
-        )
-        return x + self.to_out[0](h).reshape(B, H, W, C)
-
-
-class Downsample(nn.Module):
-    """Halves the picture: a convolution of stride 2 that sees a zero border on the right and at the bottom only."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.conv(mx.pad(x, [(0, 0), (0, 1), (0, 1), (0, 0)]))
-
-
-class Upsample(nn.Module):
-    """Doubles the picture: every pixel four times, then a convolution."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = Conv3x3(channels, channels)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        B, H, W, C = x.shape
-        x = mx.broadcast_to(x[:, :, None, :, None], (B, H, 2, W, 2, C))
-        return self.conv(x.reshape(B, 2 * H, 2 * W, C))
-
-
-class DownBlock(nn.Module):
-    """The encoder's layers at one resolution, and the step to the next one unless it is the last."""
-
-    def __init__(self, inputs: int, outputs: int, layers: int, groups: int, downsample: bool):
-        super().__init__()
-        self.resnets = [ResnetBlock(inputs if i == 0 else outputs, outputs, groups) for i in range(layers)]
-        self.downsamplers = [Downsample(outputs)] if downsample else []
-
-    def __call__(self, x: mx.array) -> mx.array:
-        for layer in self.resnets + self.downsamplers:
-            x = layer(x)
-        return x
-
-
-class UpBlock(nn.Module):
-    """The decoder's layers at one resolution, and the step to the next one unless it is the last."""
-
-    def __init__(self, inputs: int, outputs: int, layers: int, groups: int, upsample: bool):
-        super().__init__()
-        self.resnets = [ResnetBlock(inputs if i == 0 else outputs, outputs, groups) for i in range(layers)]
-        self.upsamplers = [Upsample(outputs)] if upsample else []
-
-    def __call__(self, x: mx.array) -> mx.array:
-        for layer in self.resnets + self.upsamplers:
-            x = layer(x)
-        return x
-
-
-class MidBlock(nn.Module):
-    """The layers at the latents' resolution, where attention is affordable."""
-
-    def __init__(self, channels: int, groups: int, attention: bool):
-        super().__init__()
-        self.resnets = [ResnetBlock(channels, channels, groups) for _ in range(2)]
-        self.attentions = [Attention(channels, groups)] if attention else []
-
-    def __call__(self, x: mx.array) -> mx.array:
-        x = self.resnets[0](x)
-        for attention in self.attentions:
-            x = attention(x)
-        return self.resnets[1](x)
 
 
 class Encoder(nn.Module):
@@ -420,21 +250,33 @@ class AutoencoderKL(nn.Module):
         mean, logvar = mx.split(moments, 2, axis=-1)
         return Posterior(mean, mx.clip(logvar, -30.0, 20.0))
 
-    def decode(self, latents: mx.array) -> mx.array:
+    def decode(self, latents: mx.array, tile_rows: int | None = None) -> mx.array:
         """The pictures `[B, h * downscale, w * downscale, out_channels]` of raw latents `[B, h, w, latent_channels]`.
 
-        Values are about -1..1 and not clipped.
+        Values are about -1..1 and not clipped. A large picture is computed in strips of rows inside every layer: it
+        takes a third of the memory or less, and differs from the whole one by rounding only. It is then computed at
+        once, picture by picture, and has no gradient.
+
+        Args:
+            latents: raw latents; `unscale` makes them of normalized ones.
+            tile_rows: rows of a strip; 0: none, the whole picture; None: as `AutoencoderKLConfig.tile_rows` says.
 
         Raises:
-            StarflowError: `latents` has another shape.
+            StarflowError: `latents` has another shape, or `tile_rows` is negative.
         """
         channels = self.config.latent_channels
         if latents.ndim != 4 or latents.shape[3] != channels:
             raise StarflowError(f"the autoencoder decodes latents [B, h, w, {channels}], not {list(latents.shape)}")
+        if tile_rows is None:
+            tile_rows = self.config.tile_rows(latents.shape[1], latents.shape[2])
+        if tile_rows < 0:
+            raise StarflowError(f"tile_rows must be 0 or more, not {tile_rows}")
         z = latents.astype(self.decoder.conv_in.weight.dtype)
         if "post_quant_conv" in self:
             z = self.post_quant_conv(z)
-        return self.decoder(z)
+        if not tile_rows:
+            return self.decoder(z)
+        return mx.concatenate([decode_in_strips(self.decoder, z[i : i + 1], tile_rows) for i in range(z.shape[0])])
 
     def scale(self, latents: mx.array) -> mx.array:
         """Raw latents `[B, h, w, C]` to normalized ones, in float32.

@@ -14,7 +14,9 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_starflow.convert.vae import convert_vae
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig, Conv3x3, GroupNorm, PointwiseConv
+from mlx_starflow.models import autoencoder_kl, autoencoder_strips
+from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from mlx_starflow.models.autoencoder_layers import Conv3x3, GroupNorm, PointwiseConv
 
 DATA = Path(__file__).parent.parent / "data" / "sd_vae"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -175,6 +177,74 @@ def test_statistics_are_no_weights():
     vae = tiny_vae(latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
     names = {name for name, _ in tree_flatten(vae.parameters())}
     assert names == {name for name, _ in tree_flatten(tiny_vae().parameters())}
+
+
+# ---- decoding in strips
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 64])
+def test_strips_are_the_whole_picture(rows):
+    vae = load_vae()
+    assert largest_error(vae.decode(GOLDEN["latents"], rows), vae.decode(GOLDEN["latents"], 0)) < 1e-5
+    assert largest_error(vae.decode(GOLDEN["latents"], rows), GOLDEN["decoded_raw"]) < 1e-4
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 5, 4), (1, 1, 1, 4), (1, 13, 1, 4), (1, 40, 24, 4)])
+@pytest.mark.parametrize("changes", [{}, {"mid_block_add_attention": False, "block_out_channels": [8, 16, 16]}])
+def test_strips_of_any_shape(shape, changes):
+    vae = tiny_vae(**changes)
+    z = mx.random.normal(shape)
+    for rows in (3, 6):
+        assert largest_error(vae.decode(z, rows), vae.decode(z, 0)) < 1e-5
+
+
+def test_strips_of_queries(monkeypatch):
+    monkeypatch.setattr(autoencoder_strips, "LOGITS", 100)
+    vae = tiny_vae()
+    z = mx.random.normal((1, 6, 9, 4))
+    assert largest_error(vae.decode(z, 4), vae.decode(z, 0)) < 1e-5
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(mx.bfloat16, 0.05), (mx.float16, 0.01)])
+def test_strips_in_half_precision(dtype, bound):
+    decoded = load_vae(dtype).decode(GOLDEN["latents"], 8)
+    assert decoded.dtype == dtype
+    assert largest_error(decoded, GOLDEN["decoded_raw"]) < bound
+
+
+def test_large_pictures_are_decoded_in_strips(monkeypatch):
+    used = []
+    original = autoencoder_kl.decode_in_strips
+    monkeypatch.setattr(autoencoder_kl, "decode_in_strips", lambda *a: used.append(a[2]) or original(*a))
+    vae = tiny_vae()
+    vae.decode(mx.zeros((2, 16, 16, 4)))
+    assert not used
+    monkeypatch.setattr(autoencoder_kl, "WHOLE_PIXELS", 32 * 32 - 1)
+    vae.decode(mx.zeros((2, 16, 16, 4)))
+    assert used == [autoencoder_kl.STRIP_PIXELS // 32] * 2
+    with pytest.raises(StarflowError, match="tile_rows must be 0 or more, not -1"):
+        vae.decode(mx.zeros((1, 4, 4, 4)), -1)
+
+
+@pytest.mark.parametrize(
+    ("side", "width", "attention", "share"), [(512, 8, True, 0.25), (1024, 4, False, 0.25)], ids=["512", "1024"]
+)
+def test_strips_take_less_memory(side, width, attention, share):
+    config = {"block_out_channels": [width] * 4, "norm_num_groups": 2, "mid_block_add_attention": attention}
+    vae = tiny_vae(**config)
+    z = mx.random.normal((1, side // 8, side // 8, 4))
+    mx.eval(vae.parameters(), z)
+
+    def measured(rows: int | None) -> tuple[mx.array, int]:
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        decoded = vae.decode(z, rows)
+        mx.eval(decoded)
+        return decoded, mx.get_peak_memory() - before
+
+    (strips, less), (whole, more) = measured(None), measured(0)
+    assert largest_error(strips, whole) < 1e-5
+    assert less < share * more
 
 
 # ---- layers

@@ -1,0 +1,75 @@
+import pytest
+from click.testing import CliRunner
+from tiny_model import tiny_flow, write_tiny_model
+
+from mlx_starflow.cli import main
+from mlx_starflow.hub import CACHE_VARIABLE
+from mlx_starflow.saving import save_model
+from mlx_starflow.weights import parameters
+
+
+def info(*words):
+    return CliRunner().invoke(main, ["info", *map(str, words)])
+
+
+def table(output, title):
+    """A table of the report: name -> cells."""
+    lines = output.split(f"\n{title} ")[1].split("\n\n")[0].splitlines()[1:]
+    return {name: cells for name, *cells in (line.strip().rsplit(maxsplit=5) for line in lines) if cells}
+
+
+def test_a_model(tmp_path):
+    result = info(write_tiny_model(tmp_path))
+    assert result.exit_code == 0, result.output
+    assert "block 1        1 layers, width 64" in result.output
+    assert "guidance       1.0" in result.output
+    assert "one picture of 8x8: computed from the configs, not measured" in result.output
+    assert "as stored" not in result.output
+
+
+def test_the_demo_is_quantized():
+    result = info()
+    assert result.exit_code == 0, result.output
+    assert "as stored" in result.output and "quantized" in result.output
+
+
+def test_the_official_release_needs_no_download(tmp_path, monkeypatch):
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    result = info("apple/starflow")
+    assert result.exit_code == 0, result.output
+    assert "flow           3858.28 M parameters" in result.output
+    assert "mlx-starflow convert apple/starflow" in result.output
+    macs = table(result.output, "Macs")
+    assert macs["8 GB"] == ["no", "no", "--low-memory", "--low-memory", "yes"]
+    assert macs["64 GB"] == ["yes"] * 5
+    weights = table(result.output, "weights")
+    assert weights["flow"][1] == "7.19"
+    assert max(map(len, result.output.splitlines())) <= 120
+
+
+def test_size_and_batch(tmp_path):
+    directory = write_tiny_model(tmp_path)
+    small, large = info(directory), info(directory, "--size", "32x16", "--batch-size", 4)
+    assert "4 pictures at once of 32x16" in large.output
+    peaks = [float(table(each.output, "peak, all in memory")["decode"][0]) for each in (small, large)]
+    assert peaks[1] > 2 * peaks[0]
+    result = info(directory, "--size", "9x9")
+    assert result.exit_code == 2 and "multiples of 2 pixels" in result.output
+
+
+def test_a_flow_alone(tmp_path):
+    flow = tiny_flow()
+    save_model(tmp_path, parameters(flow), {"model_type": "starflow", **flow.config.to_dict()})
+    result = info(tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "parameters" in result.output and "Macs" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("{}", "model_type None is not a flow's"), ("{", "not valid JSON"), (None, "no config.json")]
+)
+def test_errors(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    result = info(tmp_path)
+    assert result.exit_code == 2 and message in result.output and "Traceback" not in result.output
