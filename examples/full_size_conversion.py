@@ -2,9 +2,10 @@
 
     python examples/full_size_conversion.py SCRATCH [--quantize 8]
 
-Linux only. Writes SCRATCH/random.pth under the official tensor names, converts it with `mlx-starflow convert flow`, and
-prints the conversion's peak of anonymous memory (what a process holds beside the files that it maps), its time, and
-what it wrote. Kills a second conversion on its way and checks that its output does not load, and that a third completes.
+Linux only. Writes a checkpoint under the official tensor names into SCRATCH, converts it with `mlx-starflow convert
+flow`, and prints the conversion's peak of anonymous memory (what a process holds beside the files that it maps), its
+time, and what it wrote. Kills a second conversion on its way and checks that its output does not load, and that a third
+one completes it.
 """
 
 from __future__ import annotations
