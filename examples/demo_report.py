@@ -56,6 +56,40 @@ def nll(pipe: Pipeline, latents: np.ndarray, names: list[str]) -> str:
     )
 
 
+def likelihood(pipe: Pipeline, train: PictureFolder, held_out: PictureFolder, known: np.ndarray) -> None:
+    names = [captions[0] for captions in train.captions]
+    print(f"NLL of training pictures given their names: {nll(pipe, known, names)}")
+    print(f"NLL of training pictures, no prompt:        {nll(pipe, known, [''] * len(names))}")
+    unseen = [captions[0] for captions in held_out.captions]
+    print(f"NLL of held-out pictures given their names: {nll(pipe, latents_of(pipe, held_out), unseen)}")
+
+
+def names_right(pipe: Pipeline, train: PictureFolder, known: np.ndarray, every: int = 8) -> None:
+    """How often the training picture nearest to a sample (in the latents) has the name that was asked for."""
+    names = [captions[0] for captions in train.captions]
+    asked = list(range(0, len(names), every))
+    result = pipe.generate([names[i] for i in asked], seed=1, progress=None)
+    samples = np.array(result.latents).reshape(len(asked), 1, -1)
+    nearest = [np.square(known.reshape(len(names), -1) - sample).sum(1).argmin() for sample in samples]
+    right = np.mean([names[n] == names[i] for n, i in zip(nearest, asked, strict=True)])
+    print(f"nearest training picture has the name asked for: {right:.1%} of {len(asked)} concepts, seed 1")
+
+
+def draw_grid(pipe: Pipeline, path: Path) -> None:
+    shown = pipe.generate(PROMPTS, seed=1, progress=None)
+    save_image(grid(shown.images, columns=8), path, pipe.grid_metadata(shown))
+    print(f"{path}: {', '.join(PROMPTS)}; seed 1, {pipe.settings}")
+
+
+def time_one_picture(model: str) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        words = [sys.executable, "-m", "mlx_starflow", "generate", "a red apple", "--model", model, "-v"]
+        began = time.perf_counter()
+        done = subprocess.run([*words, "-o", f"{scratch}/a.png"], check=True, capture_output=True, text=True)
+        print(f"one picture, start of Python included: {time.perf_counter() - began:.1f} s")
+        print(done.stdout.splitlines()[-1])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="the folder examples/demo_data.py wrote")
@@ -63,35 +97,14 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     args = parser.parse_args()
     print(f"machine: {platform.platform()}, {platform.processor() or platform.machine()}, MLX {mx.__version__}")
+    time_one_picture(args.model)
     pipe = load(args.model)
+    draw_grid(pipe, args.grid)
     size = pipe.vae.config.sample_size
     train, held_out = (PictureFolder.read(args.data, size=size, splits=(split,)) for split in ("train", "held_out"))
     known = latents_of(pipe, train)
-    names = [captions[0] for captions in train.captions]
-    print(f"NLL of training pictures given their names: {nll(pipe, known, names)}")
-    print(f"NLL of training pictures, no prompt:        {nll(pipe, known, [''] * len(names))}")
-    unseen = [captions[0] for captions in held_out.captions]
-    print(f"NLL of held-out pictures given their names: {nll(pipe, latents_of(pipe, held_out), unseen)}")
-
-    asked = list(range(0, len(names), 4))
-    result = pipe.generate([names[i] for i in asked], seed=1, batch_size=32, progress=None)
-    samples = np.array(result.latents).reshape(len(asked), 1, -1)
-    # A flipped picture has the same name: compare with both.
-    both = np.stack([known, latents_of(pipe, PictureFolder(train.pictures[:, :, ::-1], train.captions, train.rows))], 1)
-    distance = np.stack([np.square(both.reshape(len(names), 2, -1) - sample).sum(2).min(1) for sample in samples])
-    right = [names[nearest] == names[i] for nearest, i in zip(distance.argmin(1), asked, strict=True)]
-    print(f"nearest training picture has the name asked for: {np.mean(right):.1%} of {len(asked)} concepts, seed 1")
-
-    shown = pipe.generate(PROMPTS, seed=1, batch_size=8, progress=None)
-    save_image(grid(shown.images, columns=8), args.grid)
-    print(f"{args.grid}: {', '.join(PROMPTS)}; seed 1, {pipe.settings}")
-
-    with tempfile.TemporaryDirectory() as scratch:
-        words = [sys.executable, "-m", "mlx_starflow", "generate", "a red apple", "--model", args.model, "-v"]
-        began = time.perf_counter()
-        done = subprocess.run([*words, "-o", f"{scratch}/a.png"], check=True, capture_output=True, text=True)
-        print(f"one picture, start of Python included: {time.perf_counter() - began:.1f} s")
-        print(done.stdout.splitlines()[-1])
+    names_right(pipe, train, known)
+    likelihood(pipe, train, held_out, known)
 
 
 if __name__ == "__main__":
