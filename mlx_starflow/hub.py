@@ -35,7 +35,7 @@ def find_model(name: str | Path) -> Path:
     if text == "demo":
         if not (DEMO / "config.json").is_file():
             raise StarflowError(
-                "the demo model is not in this installation; install a release: pip install mlx-starflow"
+                "the demo model is not in this installation; install mlx-starflow again from a clone: pip install ."
             )
         return DEMO
     if text and path.is_dir():
