@@ -8,9 +8,8 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 import yaml
-from click.testing import CliRunner, Result
+from commands import Command
 
-from mlx_starflow.cli import main
 from mlx_starflow.models.tarflow import TarFlowConfig
 from mlx_starflow.weights import load_flow, load_text_encoder, load_vae, load_weights, read_config
 
@@ -18,18 +17,8 @@ DATA = Path(__file__).parents[1] / "data"
 CASES = sorted(path.parent.name for path in DATA.glob("*/model.pth"))
 
 
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, ["convert", *map(str, arguments)])
-
-
-def mistake(*arguments: object) -> str:
-    """The one line that a user's mistake ends in."""
-    result = run(*arguments)
-    assert result.exit_code == 2
-    assert result.stdout == ""
-    assert result.stderr.startswith("Error: ")
-    assert result.stderr.count("\n") == 1
-    return result.stderr
+run = Command("convert")
+mistake = run.mistake
 
 
 @pytest.mark.parametrize("case", CASES)

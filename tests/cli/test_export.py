@@ -5,16 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from click.testing import CliRunner, Result
+from commands import Command
 
-from mlx_starflow.cli import main
 from mlx_starflow.convert import convert_flow, convert_vae, read_checkpoint
 
 DATA = Path(__file__).parents[1] / "data"
 
 
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, ["export", *map(str, arguments)])
+run = Command("export")
 
 
 def convert(out: Path, **options: object) -> Path:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-from click.testing import CliRunner, Result
+from commands import Command
 from quantizable_model import write_pictures, write_quantizable_model
 
-from mlx_starflow.cli import main
 from mlx_starflow.quantization import quantized_layers
 from mlx_starflow.weights import load_flow, load_text_encoder, read_config
 
@@ -23,18 +22,8 @@ def model(tmp_path_factory, pictures):
     return write_quantizable_model(tmp_path_factory.mktemp("trained") / "model", pictures, steps=2)
 
 
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, ["quantize", *map(str, arguments)])
-
-
-def mistake(*arguments: object) -> str:
-    """The one line that a user's mistake ends in."""
-    result = run(*arguments)
-    assert result.exit_code == 2
-    assert result.stdout == ""
-    assert result.stderr.startswith("Error: ")
-    assert result.stderr.count("\n") == 1
-    return result.stderr
+run = Command("quantize")
+mistake = run.mistake
 
 
 def test_quantize(model, tmp_path):
