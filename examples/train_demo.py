@@ -4,8 +4,8 @@
     python examples/train_demo.py data/emoji runs/demo          # hours on two CPU cores; run again to resume
     mlx-starflow generate "a red apple" --model runs/demo/model
 
-Needs PyTorch (`pip install '.[torch]'`): it uses the PyTorch twin of the network, which has the CPU's
-bfloat16 matrix units and vectorized elementwise math where MLX has not. The weights it writes are MLX model directories.
+Needs PyTorch (`pip install '.[torch]'`): it trains the PyTorch twin of the network, which has the CPU's bfloat16 matrix
+units and vectorized elementwise math where MLX has not. The weights it writes are MLX model directories.
 """
 
 from __future__ import annotations
