@@ -13,9 +13,11 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.files import replacing
 
 METADATA_KEY = "mlx-starflow"
 FORMATS = (".png", ".jpg", ".jpeg", ".webp")
+ANIMATIONS = (".gif", ".webp")
 
 
 def to_images(pictures: np.ndarray) -> list[Image.Image]:
@@ -34,10 +36,17 @@ def grid(images: Sequence[Image.Image], columns: int | None = None, gap: int = 2
     return sheet
 
 
-def check_output(path: Path) -> None:
+def numbered(path: Path, count: int) -> list[Path]:
+    """Files for so many pictures: out-1.png, out-2.png and so on; `path` itself for a single one."""
+    if count == 1:
+        return [path]
+    return [path.with_name(f"{path.stem}-{number}{path.suffix}") for number in range(1, count + 1)]
+
+
+def check_output(path: Path, formats: Sequence[str] = FORMATS) -> None:
     """Raise StarflowError if a picture could not be written to `path`: better before the work than after it."""
-    if path.suffix.lower() not in FORMATS:
-        raise StarflowError(f"{path}: pictures are written as {', '.join(FORMATS)}; name the file for instance out.png")
+    if path.suffix.lower() not in formats:
+        raise StarflowError(f"{path}: pictures are written as {', '.join(formats)}; name the file for instance out.png")
     folder = path.parent
     if not folder.is_dir():
         raise StarflowError(f"{path} cannot be written: the folder {folder} does not exist")
@@ -53,13 +62,21 @@ def save_image(image: Image.Image, path: Path, metadata: dict[str, Any] | None =
         info = PngImagePlugin.PngInfo()
         info.add_text(METADATA_KEY, json.dumps(metadata))
         options["pnginfo"] = info
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
+    with replacing(path) as temporary:
         image.save(temporary, **options)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise StarflowError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+def save_animation(images: Sequence[Image.Image], path: Path, seconds: float = 0.1) -> None:
+    """Write pictures of one size as an endless animation, `.gif` or `.webp`, each shown for so many seconds.
+
+    The first and the last one are shown longer. Raises StarflowError.
+    """
+    check_output(path, ANIMATIONS)
+    durations = [round(1000 * seconds)] * len(images)
+    durations[0] = durations[-1] = round(6000 * seconds)
+    options = {"lossless": True} if path.suffix.lower() == ".webp" else {"disposal": 2}
+    with replacing(path) as temporary:
+        images[0].save(temporary, save_all=True, append_images=list(images[1:]), duration=durations, loop=0, **options)
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

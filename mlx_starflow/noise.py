@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.files import replacing
 
 KEY = "noise"
 
@@ -37,13 +37,8 @@ def digest(noise: np.ndarray) -> str:
 
 def save_noise(noise: np.ndarray, path: Path) -> None:
     """Write `[B, H, W, C]` noise as safetensors. Raises StarflowError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file({KEY: np.ascontiguousarray(noise, np.float32)}, temporary)
-        os.replace(temporary, path)
-    except Exception as error:
-        temporary.unlink(missing_ok=True)
-        raise StarflowError(f"{path} cannot be written: {error}") from None
+    with replacing(path) as temporary:
+        temporary.write_bytes(save({KEY: np.ascontiguousarray(noise, np.float32)}))
 
 
 def load_noise(path: Path, shape: Sequence[int]) -> np.ndarray:
