@@ -23,6 +23,9 @@ setup(
         # PyPI's plain mlx has no backend on Linux: the CPU one is an extra there.
         "mlx>=0.30; sys_platform == 'darwin'",
         "mlx[cpu]>=0.30; sys_platform == 'linux'",
+        # A fast BLAS for that CPU backend, which brings a slow one: see mlx_starflow/blas.py.
+        "scipy-openblas32>=0.3.29; sys_platform == 'linux' and platform_machine == 'x86_64'",
+        "scipy-openblas32>=0.3.29; sys_platform == 'linux' and platform_machine == 'aarch64'",
         "numpy",
         "pillow",
         "click",
@@ -33,7 +36,8 @@ setup(
         "huggingface-hub",
     ],
     extras_require={
-        "test": ["pytest", "hypothesis", "ruff"],
+        "finetune": ["mlx-lm"],  # its LoRA and DoRA layers; using adapters does not need it
+        "test": ["pytest", "hypothesis", "ruff", "mlx-lm"],
         "torch": ["torch"],
     },
     entry_points={"console_scripts": ["mlx-starflow = mlx_starflow.cli:main"]},

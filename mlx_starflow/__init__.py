@@ -11,6 +11,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from mlx_starflow import blas
+
 if TYPE_CHECKING:
     from mlx_starflow.pipeline import load as load
     from mlx_starflow.sampling import sample as sample
@@ -21,9 +23,12 @@ __all__ = ["__version__", "load", "load_flow", "sample"]
 
 _HOMES = {"load": "pipeline", "load_flow": "weights", "sample": "sampling"}
 
+blas.install()
+
 
 def __getattr__(name: str) -> Any:
     # Loaded on first use: `mlx-starflow --help` and converters need not wait for MLX.
     if name in _HOMES:
+        blas.check()
         return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

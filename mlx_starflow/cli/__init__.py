@@ -9,7 +9,7 @@ from importlib import import_module
 
 import click
 
-from mlx_starflow import __version__
+from mlx_starflow import __version__, blas
 from mlx_starflow.errors import StarflowError
 
 
@@ -45,6 +45,7 @@ class _UserError(click.ClickException):
 def main() -> None:
     """STARFlow on your own machine: text to pictures with a normalizing flow, in MLX."""
     warnings.showwarning = _warn
+    blas.check()
 
 
 def _warn(message: Warning | str, *_: object) -> None:
