@@ -8,18 +8,15 @@ predicts from the tokens before it:
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.kernels.affine import affine_forward, predict
 from mlx_starflow.models.rope import line_table
 from mlx_starflow.models.transformer import Cache, RMSNorm, TransformerConfig, TransformerLayer
-
-SOFTPLUS_SHIFT = math.log(math.e - 1)
-"""softplus(0 + this) = 1: an untrained block is the identity."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +60,12 @@ class FlowOutput:
         batch = self.z.shape[0]
         return (0.5 * mx.square(self.z)).reshape(batch, -1).mean(1) - self.log_det.reshape(batch, -1).mean(1)
 
-    def loss(self) -> mx.array:
-        """The training objective: mean NLL in nats per dimension, plus the latent-norm penalty where configured."""
-        loss = self.nll().mean()
+    def loss(self, mean_nll: mx.array | None = None) -> mx.array:
+        """The training objective: mean NLL in nats per dimension, plus the latent-norm penalty where configured.
+
+        `mean_nll`: the mean of `nll()`, if it is known already.
+        """
+        loss = self.nll().mean() if mean_nll is None else mean_nll
         if self.penalty:
             loss = loss + self.penalty * sum(mx.square(h).mean() for h in self.hidden[:-1])
         return loss
@@ -93,7 +93,7 @@ class Conditions:
     Attributes:
         table: rotary angles of the text's and the tokens' positions; None if the flow has no rotary positions.
         blocks: each block's condition, data side first.
-        rule: name of the rule by which guidance combines predictions (a key of `sampling.guidance.RULES`).
+        rule: name of the rule by which guidance combines predictions (in `kernels.affine.RULES`).
         temper_null_only: the attention temperature is meant for the null predictions of guidance alone.
     """
 
@@ -186,25 +186,49 @@ class FlowBlock(nn.Module):
             h = run(h, table, None if caches is None else caches[index], temperature)
         return h
 
-    def affine(self, h: mx.array) -> tuple[mx.array, mx.array]:
-        """Hidden states `[B, n, channels]` -> (mu, log sigma), float32 `[B, n, C]`."""
+    def raw(self, h: mx.array) -> mx.array:
+        """Hidden states `[B, n, channels]` -> the network's outputs `[B, n, 2 * C]`, which `kernels.affine` reads."""
         if self.config.use_final_norm:
             h = self.final_norm(h)
-        return self._affine(self.proj_out(h).astype(mx.float32))
+        return self.proj_out(h)
+
+    def affine(self, h: mx.array) -> tuple[mx.array, mx.array]:
+        """Hidden states `[B, n, channels]` -> (mu, log sigma), float32 `[B, n, C]`."""
+        return predict(self.raw(h), self.config.soft_clip, self.config.use_softplus)
 
     def unpredicted(self, tokens: mx.array) -> tuple[mx.array, mx.array]:
         """(mu, log sigma) of tokens that nothing predicts: those of raw outputs 0."""
         zeros = mx.zeros((*tokens.shape[:-1], 2 * tokens.shape[-1]))
-        return self._affine(zeros)
+        return predict(zeros, self.config.soft_clip, self.config.use_softplus)
 
-    def _affine(self, raw: mx.array) -> tuple[mx.array, mx.array]:
-        clip = self.config.soft_clip
-        if clip:
-            raw = clip * mx.tanh(raw / clip)
-        scale, mu = mx.split(raw, 2, axis=-1)
-        if self.config.use_softplus:
-            scale = mx.log(mx.logaddexp(scale + SOFTPLUS_SHIFT, 0.0))
-        return mu, scale
+    def outputs(
+        self,
+        x: mx.array,
+        condition: Condition,
+        table: mx.array | None,
+        keep: mx.array | None = None,
+        temperature: float | mx.array = 1.0,
+        checkpoint: bool = False,
+    ) -> mx.array:
+        """The network's raw outputs `[B, N, 2 * C]` for all tokens x `[B, N, C]`, each from the tokens before it.
+
+        All in the block's order; a token that nothing predicts gets zeros. `keep`, `checkpoint`: see `__call__` and
+        `transform`.
+        """
+        batch, length, _ = x.shape
+        first = self.first_input(batch)
+        inputs = x if first is None else mx.concatenate([first.astype(x.dtype), x[:, :-1]], axis=1)
+        if keep is not None:
+            inputs = inputs * keep[..., None]
+        h = self.embed(inputs, 0, condition.offset)
+        if condition.prefix is not None:
+            h = mx.concatenate([condition.prefix, h], axis=1)
+        table = self.positions(table, h.shape[1])
+        h = self.transform(h, table, temperature=temperature, checkpoint=checkpoint)[:, -length:]
+        if first is not None:
+            return self.raw(h)
+        raw = self.raw(h[:, :-1])
+        return mx.concatenate([mx.zeros((batch, 1, raw.shape[-1]), raw.dtype), raw], axis=1)
 
     def __call__(
         self,
@@ -224,26 +248,11 @@ class FlowBlock(nn.Module):
             return x, mx.zeros_like(x)
         if self.config.flip:
             x = x[:, ::-1]
-        batch, length, _ = x.shape
-        first = self.first_input(batch)
-        inputs = x if first is None else mx.concatenate([first.astype(x.dtype), x[:, :-1]], axis=1)
-        if keep is not None:
-            inputs = inputs * keep[..., None]
-        condition = self.condition(text, batch)
-        h = self.embed(inputs, 0, condition.offset)
-        if condition.prefix is not None:
-            h = mx.concatenate([condition.prefix, h], axis=1)
-        h = self.transform(h, self.positions(table, h.shape[1]), checkpoint=checkpoint)[:, -length:]
-        if first is None:
-            mu0, scale0 = self.unpredicted(x[:, :1])
-            mu, scale = self.affine(h[:, :-1])
-            mu, scale = mx.concatenate([mu0, mu], axis=1), mx.concatenate([scale0, scale], axis=1)
-        else:
-            mu, scale = self.affine(h)
-        z = (x - mu) * mx.exp(-scale)
+        raw = self.outputs(x, self.condition(text, x.shape[0]), table, keep, checkpoint=checkpoint)
+        z, log_det = affine_forward(raw, x, self.config.soft_clip, self.config.use_softplus)
         if self.config.flip:
-            z, scale = z[:, ::-1], scale[:, ::-1]
-        return z, -scale
+            z, log_det = z[:, ::-1], log_det[:, ::-1]
+        return z, log_det
 
 
 def run_blocks(

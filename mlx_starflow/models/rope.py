@@ -1,7 +1,6 @@
 """Rotary positions (arXiv 2104.09864): axial for tokens on a grid, one-dimensional for language-model blocks.
 
-A position is a row of unit complex numbers, one a rotary pair. Tables are gathered by position and multiplied with the
-pairs seen as complex numbers, which is exact and cheaper than slicing and stacking.
+A position is a row of unit complex numbers, one a rotary pair. Tables are gathered by position; `rotate` turns by them.
 """
 
 from __future__ import annotations
@@ -11,6 +10,10 @@ from functools import lru_cache
 
 import mlx.core as mx
 import numpy as np
+
+from mlx_starflow.kernels.plain import rotate
+
+__all__ = ["axial_table", "line_table", "rotate"]
 
 THIRD_AXIS_PAIRS = 8
 """Rotary pairs that text and time positions take from rows and columns."""
@@ -48,28 +51,3 @@ def line_table(head_dim: int, length: int) -> mx.array:
     """Angles of positions 0 to `length` - 1, complex64 `[length, head_dim / 2]`."""
     angles = np.arange(length)[:, None] * BASE ** (-np.arange(0, head_dim, 2) / head_dim)
     return mx.array(np.exp(1j * angles).astype(np.complex64))
-
-
-def rotate(x: mx.array, table: mx.array, half_split: bool = False) -> mx.array:
-    """Turn the rotary pairs of queries or keys `[B, heads, N, D]` by a table's rows `[N, D / 2]`.
-
-    Pairs are dimensions (2i, 2i + 1) or, if `half_split`, (i, i + D / 2).
-    """
-    y = x.astype(mx.float32)
-    if half_split:
-        a, b = mx.split(y, 2, axis=-1)
-        cos, sin = mx.real(table), mx.imag(table)
-        return mx.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-    return _turn(y, table).astype(x.dtype)
-
-
-@mx.custom_function
-def _turn(x: mx.array, table: mx.array) -> mx.array:
-    return mx.view(mx.view(x, mx.complex64) * table, mx.float32)
-
-
-@_turn.vjp
-def _turn_vjp(primals: tuple[mx.array, mx.array], cotangent: mx.array, output: mx.array) -> tuple[mx.array, mx.array]:
-    # Views have no gradient in MLX. That of a rotation is the rotation back; positions are constants.
-    table = primals[1]
-    return _turn(cotangent, mx.conjugate(table)), mx.zeros_like(table)

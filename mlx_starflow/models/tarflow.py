@@ -34,7 +34,8 @@ class TarFlowConfig:
     """The official release's arguments that matter to the network, under their names.
 
     `img_size` counts pixels; `blocks` is how many flow blocks of `layers_per_block` layers there are. Without `nvp`
-    the blocks only shift (they preserve volume), and the prior's variances are learned.
+    the blocks only shift (they preserve volume), and the prior's variances are learned. `noise_type` "uniform" means
+    that pixels are trained with uniform noise within each of their 256 levels, instead of Gaussian noise of `noise_std`.
     """
 
     img_size: int
@@ -48,6 +49,7 @@ class TarFlowConfig:
     nvp: bool = True
     num_classes: int = 0
     noise_std: float = 0.05
+    noise_type: str = "gaussian"
     cfg: float = 0.0
 
     def __post_init__(self) -> None:
@@ -55,6 +57,8 @@ class TarFlowConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise StarflowError(f"flow config: {name} must be a whole number of at least 1, not {value!r}")
+        if self.noise_type not in ("gaussian", "uniform"):
+            raise StarflowError(f"flow config: noise_type must be gaussian or uniform, not {self.noise_type!r}")
         if self.img_size % self.patch_size:
             raise StarflowError(f"flow config: img_size {self.img_size} is no multiple of patch_size {self.patch_size}")
         if self.channels % self.head_dim:
@@ -150,12 +154,10 @@ class TarFlowBlock(FlowBlock):
         h = self.proj_in(tokens.astype(self.dtype)) + positions
         return h if offset is None else h + offset
 
-    def _affine(self, raw: mx.array) -> tuple[mx.array, mx.array]:
-        return super()._affine(raw) if self.config.nvp else (raw, mx.zeros_like(raw))
-
-    def unpredicted(self, tokens: mx.array) -> tuple[mx.array, mx.array]:
-        """(mu, log sigma) of a token that nothing predicts: it passes unchanged."""
-        return mx.zeros(tokens.shape), mx.zeros(tokens.shape)
+    def raw(self, h: mx.array) -> mx.array:
+        """See `FlowBlock.raw`; without `nvp` the network gives means alone, and the log-scales are 0."""
+        raw = super().raw(h)
+        return raw if self.config.nvp else mx.concatenate([mx.zeros_like(raw), raw], axis=-1)
 
 
 class TarFlow(nn.Module):

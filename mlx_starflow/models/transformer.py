@@ -8,7 +8,8 @@ from typing import Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_starflow.models.rope import rotate
+from mlx_starflow.kernels.plain import EPSILON, rms_norm
+from mlx_starflow.kernels.qkv import split_rotate
 
 
 class Cache(Protocol):
@@ -39,18 +40,13 @@ class TransformerConfig:
 class RMSNorm(nn.Module):
     """RMS norm whose weight is stored as an offset from 1."""
 
-    def __init__(self, dims: int, eps: float = 1e-6):
+    def __init__(self, dims: int, eps: float = EPSILON):
         super().__init__()
         self.weight = mx.zeros((dims,))
         self.eps = eps
 
     def __call__(self, x: mx.array) -> mx.array:
-        if mx.default_device() == mx.cpu and x.dtype == mx.float32 and x.shape[-1] % 16 == 0:
-            # MLX's CPU backend adds a row up number by number. Sixteen at a time loses fewer digits, which guided
-            # sampling from a badly conditioned network multiplies.
-            square = mx.square(x).reshape(*x.shape[:-1], -1, 16).mean(-1).mean(-1, keepdims=True)
-            return x * mx.rsqrt(square + self.eps) * (1 + self.weight)
-        return mx.fast.rms_norm(x, 1 + self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 def make_norm(kind: str, dims: int) -> nn.Module:
@@ -80,12 +76,10 @@ class Attention(nn.Module):
         """`[B, N, channels]` and the rotary angles of these N positions; logits are divided by `temperature`,
         a number or one number a sample, `[B, 1, 1, 1]`."""
         batch, length, _ = x.shape
-        qkv = self.qkv(self.norm(x)).reshape(batch, length, -1, self.head_dim).transpose(0, 2, 1, 3)
-        q, k, v = mx.split(qkv, [self.heads, self.heads + self.groups], axis=1)
-        if "query_norm" in self:
-            q, k = self.query_norm(q), self.key_norm(k)
-        if table is not None:
-            q, k = rotate(q, table, self.half_split), rotate(k, table, self.half_split)
+        norm = (self.query_norm.weight, self.key_norm.weight) if "query_norm" in self else ()
+        q, k, v = split_rotate(
+            self.qkv(self.norm(x)), table, *norm, heads=self.heads, groups=self.groups, half_split=self.half_split
+        )
         if cache is not None:
             k, v = cache.update_and_fetch(k, v)
         scale = self.head_dim**-0.5

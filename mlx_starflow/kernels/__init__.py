@@ -1,0 +1,32 @@
+"""Fused Metal kernels, each with a plain-MLX twin that gives the same numbers and is used everywhere else.
+
+Which of the two runs is decided once, when the first is needed: kernels where MLX has a Metal GPU and computes on it by
+default, unless the environment variable MLX_STARFLOW_KERNELS is 0.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import mlx.core as mx
+
+Arrays = Sequence[mx.array]
+
+
+@cache
+def enabled() -> bool:
+    """Whether the Metal kernels run in this process."""
+    return mx.metal.is_available() and mx.default_device() == mx.gpu and os.environ.get("MLX_STARFLOW_KERNELS") != "0"
+
+
+def with_gradient(fused: Callable[..., Arrays], twin: Callable[..., Arrays]) -> Callable[..., Arrays]:
+    """`fused`, a function of two or more arrays, with the gradients of `twin`, which must compute the same."""
+    function = mx.custom_function(fused)
+
+    @function.vjp
+    def _(primals: Arrays, cotangents: Arrays, outputs: Arrays) -> Arrays:
+        return tuple(mx.vjp(lambda *inputs: list(twin(*inputs)), list(primals), list(cotangents))[1])
+
+    return function
