@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.kernels.affine import predict
 from mlx_starflow.models.flow import Condition
 from mlx_starflow.sampling.cache import KVCache
-from mlx_starflow.sampling.guidance import GuidanceRule
-
-
-@dataclass
-class Guidance:
-    """How conditional and null predictions are combined. `annealed` grows the weight linearly over the sequence."""
-
-    rule: GuidanceRule
-    weight: float
-    annealed: bool = False
-
-    def at(self, start: int, count: int, total: int) -> float | mx.array:
-        if not self.annealed:
-            return self.weight
-        return self.weight * (mx.arange(start + 1, start + count + 1) / total)[None, :, None]
+from mlx_starflow.sampling.guidance import Guidance
 
 
 class BlockDecoder:
@@ -74,25 +60,33 @@ class BlockDecoder:
         table = None if self.table is None else self.table[start : start + h.shape[1]]
         return self.block.transform(h, table, self.caches, self.temperature)
 
+    def _inputs(self, x: mx.array, start: int, stop: int) -> mx.array:
+        """What the network reads to predict tokens `start` to `stop`, embedded; once more for guidance."""
+        inputs = x[:, max(start - 1, 0) : stop - 1]
+        if self.copies == 2:
+            inputs = mx.concatenate([inputs, inputs])
+        if start == 0 and self.start is not None:
+            inputs = mx.concatenate([self.start.astype(inputs.dtype), inputs], axis=1)
+        return self.block.embed(inputs, self.known, self.offset)
+
+    def feed(self, x: mx.array, stop: int) -> None:
+        """Fill the cache with the inputs before those that token `stop` of `[B, N, C]` needs."""
+        if stop > self.first:
+            self._transform(self._inputs(x, self.first, stop))
+            mx.eval([(cache.keys, cache.values) for cache in self.caches])
+
     def predict(self, x: mx.array, start: int, stop: int) -> tuple[mx.array, mx.array]:
         """(mu, log sigma) `[B, stop - start, C]` of tokens `start` to `stop`, given the tokens x `[B, N, C]`.
 
         The cache must hold exactly the inputs before those that are needed, and holds them too afterwards.
         """
         self.evaluations += 1
-        inputs = x[:, max(start - 1, 0) : stop - 1]
-        if self.copies == 2:
-            inputs = mx.concatenate([inputs, inputs])
-        if start == 0 and self.start is not None:
-            inputs = mx.concatenate([self.start.astype(inputs.dtype), inputs], axis=1)
-        h = self._transform(self.block.embed(inputs, self.known, self.offset))
-        mu, log_sigma = self.block.affine(h)
-        if self.guidance:
-            (mu, mu_null), (log_sigma, log_sigma_null) = mx.split(mu, 2), mx.split(log_sigma, 2)
-            total = self.length - self.first
-            weight = self.guidance.at(start - self.first, stop - start, total)
-            mu, log_sigma = self.guidance.rule(mu, log_sigma, mu_null, log_sigma_null, weight)
-        return mu, log_sigma
+        raw = self.block.raw(self._transform(self._inputs(x, start, stop)))
+        config = self.block.config
+        if self.guidance is None:
+            return predict(raw, config.soft_clip, config.use_softplus)
+        weight = self.guidance.at(start - self.first, stop - start, self.length - self.first)
+        return self.guidance.affine(raw, config.soft_clip, config.use_softplus, weight)
 
     def trim(self, n: int) -> None:
         """Forget the last `n` inputs."""

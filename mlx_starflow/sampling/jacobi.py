@@ -1,4 +1,4 @@
-"""Inversion by Jacobi iteration: a block of tokens is guessed and all of it corrected at once until it stands still.
+"""Inversion by Jacobi iteration: many tokens are guessed and all of them corrected at once until they stand still.
 
 The fixed point is the sequential sample. Token n of a block is exact after n + 1 sweeps at the latest, since it then
 depends on exact tokens alone; flows are usually there much sooner (arXiv 2412.06329, 2505.12849).
@@ -7,35 +7,36 @@ depends on exact tokens alone; flows are usually there much sooner (arXiv 2412.0
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import mlx.core as mx
 
 from mlx_starflow.sampling.decoder import BlockDecoder
+from mlx_starflow.sampling.methods import JacobiSettings, RollingSettings
+
+BOUND = 1e4
+"""Guesses are kept within this: an infinite one would reach, as NaN, tokens that attention masks it from."""
 
 
-@dataclass(frozen=True)
-class JacobiSettings:
-    """A block of `block_size` tokens is done when the mean square of the change falls below `threshold` times that
-    of the values, or after `max_iterations` sweeps."""
+def invert(
+    decoder: BlockDecoder,
+    z: mx.array,
+    x: mx.array,
+    start: int,
+    settings: JacobiSettings,
+    advance: Callable[[int], None],
+) -> mx.array:
+    """Block after block, each iterated until it stands still, starting from its noise.
 
-    block_size: int = 16
-    threshold: float = 1e-3
-    max_iterations: int = 32
+    Args:
+        z: noise `[B, N, C]` in the block's order.
+        x: the same shape; its first `start` tokens are known.
+        advance: is called with the number of tokens done.
 
-
-def invert(decoder: BlockDecoder, z: mx.array, settings: JacobiSettings, advance: Callable[[int], None]) -> mx.array:
-    """Noise `[B, N, C]` in the block's order -> data in the block's order, starting every block from its noise.
-
-    Calls `advance(n)` after each block of n tokens.
+    Returns:
+        Data in the block's order.
     """
-    x = mx.array(z)
     length = z.shape[1]
-    start = decoder.first
-    if start:
-        mu, log_sigma = decoder.block.unpredicted(z[:, :1])
-        x[:, :1] = z[:, :1] * mx.exp(log_sigma) + mu
-        advance(1)
+    x[:, start:] = z[:, start:]
     while start < length:
         stop = min(start + settings.block_size, length)
         for sweep in range(settings.max_iterations):
@@ -51,3 +52,66 @@ def invert(decoder: BlockDecoder, z: mx.array, settings: JacobiSettings, advance
         advance(stop - start)
         start = stop
     return x
+
+
+def roll(
+    decoder: BlockDecoder,
+    z: mx.array,
+    x: mx.array,
+    start: int,
+    settings: RollingSettings,
+    advance: Callable[[int], None],
+) -> mx.array:
+    """A window that slides past every token whose residual has been measured; arguments as for `invert`.
+
+    An evaluation measures the residual |(x_n - mu_n) / sigma_n - z_n| of every token in the window with the values its
+    inputs have now. The leading tokens within the tolerance are final as they are: nothing that their residual depends
+    on changes any more. The first one that is not gets its new value, which is exact. So at least one token is done
+    each time, and the block's residual is within the tolerance everywhere; a batch advances as its slowest sample does.
+    """
+    length = z.shape[1]
+    x[:, start:] = z[:, start:]
+    entered = start  # tokens before this one have been given their first guess
+    affine = None
+    while start < length:
+        stop = min(start + settings.window, length)
+        if entered < stop:
+            x[:, entered:stop] = _first_guess(x, z, entered, stop, affine, settings)
+            entered = stop
+        mu, log_sigma = decoder.predict(x, start, stop)
+        old, noise = x[:, start:stop], z[:, start:stop]
+        residual = mx.abs((old - mu) * mx.exp(-log_sigma) - noise)
+        good = (residual <= settings.tolerance).all(axis=(0, 2))
+        done = mx.cumprod(good.astype(mx.int32)).sum()
+        new = noise * mx.exp(log_sigma) + mu
+        place = mx.arange(stop - start)[:, None]
+        guess = mx.clip(mx.where(mx.isfinite(new), new, noise), -BOUND, BOUND)
+        x[:, start:stop] = mx.where(place < done, old, mx.where(place == done, new, guess))
+        affine = (mu[:, -1:], log_sigma[:, -1:])
+        mx.eval(x, done, affine)
+        count = min(done.item() + 1, stop - start)
+        # The cache keeps the inputs that predicted these tokens; those behind were guesses.
+        decoder.trim(stop - start - count)
+        advance(count)
+        start += count
+    return x
+
+
+def _first_guess(
+    x: mx.array,
+    z: mx.array,
+    start: int,
+    stop: int,
+    affine: tuple[mx.array, mx.array] | None,
+    settings: RollingSettings,
+) -> mx.array:
+    noise = z[:, start:stop]
+    if settings.guess == "affine" and affine is not None:
+        mu, log_sigma = affine
+        guess = noise * mx.exp(log_sigma) + mu
+        return mx.clip(mx.where(mx.isfinite(guess), guess, noise), -BOUND, BOUND)
+    if settings.guess == "previous" and start >= settings.lag:
+        # Guesses that are themselves copies of tokens this far back: a window may be longer than the lag.
+        source = [start - settings.lag + n % settings.lag for n in range(stop - start)]
+        return x[:, mx.array(source)]
+    return noise

@@ -9,13 +9,17 @@ from typing import Any
 import mlx.core as mx
 from tqdm import tqdm
 
-from mlx_starflow.errors import StarflowError
 from mlx_starflow.sampling import jacobi, sequential
-from mlx_starflow.sampling.decoder import BlockDecoder, Guidance, check_finite
-from mlx_starflow.sampling.guidance import guidance_rule
-from mlx_starflow.sampling.jacobi import JacobiSettings
-
-METHODS = ("sequential", "jacobi")
+from mlx_starflow.sampling.decoder import BlockDecoder, check_finite
+from mlx_starflow.sampling.guided import GuidedFlow
+from mlx_starflow.sampling.methods import (
+    JacobiSettings,
+    Method,
+    RollingSettings,
+    SequentialSettings,
+    Settings,
+    block_settings,
+)
 
 
 @dataclass
@@ -38,9 +42,8 @@ def sample(
     text: mx.array | None = None,
     null_text: mx.array | None = None,
     guidance: float = 0.0,
-    method: str = "sequential",
+    method: Method = "sequential",
     *,
-    jacobi_settings: JacobiSettings | None = None,
     attn_temp: float = 1.0,
     annealed_guidance: bool = False,
     guide_what: str = "ab",
@@ -58,8 +61,8 @@ def sample(
             default -1.
         guidance: weight w >= 0 of classifier-free guidance in the blocks that read the condition (see
             `guidance.guide` and, for a TarFlow, `guidance.extrapolate`).
-        method: "sequential", or "jacobi" for block-wise Jacobi iteration.
-        jacobi_settings: block size, threshold and most sweeps for "jacobi".
+        method: "sequential", "jacobi" (block by block, as in the official release) or "rolling" (a window with
+            certified tokens); or settings of one of them, such as `RollingSettings(window=32)`; or a `SamplingPlan`.
         attn_temp: attention logits are divided by this; in a TarFlow those of guidance's null predictions only.
         annealed_guidance: let the weight grow linearly over the sequence.
         guide_what: what a TarFlow's guidance changes: "b" the mean, "a" the log-scale, "ab" both.
@@ -72,26 +75,26 @@ def sample(
     Raises:
         StarflowError: a wrong argument, or a sample that is not finite.
     """
-    check_arguments(guidance, method, attn_temp)
+    settings = block_settings(method, len(flow.blocks))
     tokens = flow.noise_tokens(z)
     batch, length, _ = tokens.shape
-    conditions = flow.conditions(z.shape, text, null_text, guidance)
-    rule = Guidance(guidance_rule(conditions.rule, guide_what), guidance, annealed_guidance)
-
+    guided = GuidedFlow(
+        flow,
+        z.shape,
+        text,
+        null_text,
+        guidance,
+        attn_temp=attn_temp,
+        annealed_guidance=annealed_guidance,
+        guide_what=guide_what,
+    )
     total = sum(length for block in flow.blocks if not block.is_identity)
     with tqdm(total=total, desc="sampling", unit="tok", disable=progress_off(progress), leave=False) as bar:
         for index in reversed(range(len(flow.blocks))):
-            block = flow.blocks[index]
             evaluations = 0
-            if not block.is_identity:
-                condition = conditions.blocks[index]
-                temperature: float | mx.array = attn_temp
-                if conditions.temper_null_only:
-                    temperature = null_temperature(attn_temp, batch) if condition.guided else 1.0
-                decoder = BlockDecoder(
-                    block, batch, length, conditions.table, condition, rule if condition.guided else None, temperature
-                )
-                tokens = invert_block(decoder, tokens, method, jacobi_settings, bar.update)
+            if not flow.blocks[index].is_identity:
+                decoder = guided.decoder(index, batch, length)
+                tokens = invert_block(decoder, tokens, settings[index], advance=bar.update)
                 evaluations = decoder.evaluations
             if trace is not None:
                 trace.evaluations.append(evaluations)
@@ -104,33 +107,38 @@ def sample(
 def invert_block(
     decoder: BlockDecoder,
     z: mx.array,
-    method: str,
-    settings: JacobiSettings | None,
-    advance: Callable[[int], None],
+    settings: Settings,
+    given: mx.array | None = None,
+    advance: Callable[[int], None] = lambda tokens: None,
 ) -> mx.array:
-    """Invert one block: noise `[B, N, C]` -> data, both in data order."""
+    """Invert one block: noise `[B, N, C]` -> data, both in data order.
+
+    Args:
+        given: data of the tokens that the block reads first, `[B, P, C]` in the block's order, one or more: they stay
+            as they are, and the noise in their place is not used.
+        advance: is called with numbers of tokens as they are done.
+    """
     flip = decoder.block.config.flip
     if flip:
         z = z[:, ::-1]
-    if method == "sequential":
-        x = sequential.invert(decoder, z, advance)
+    x = mx.array(z)
+    start = decoder.first
+    if given is not None:
+        start = given.shape[1]
+        x[:, :start] = given
+        decoder.feed(x, start)
+    elif start:
+        mu, log_sigma = decoder.block.unpredicted(z[:, :1])
+        x[:, :1] = z[:, :1] * mx.exp(log_sigma) + mu
+    advance(start)
+    if isinstance(settings, RollingSettings):
+        x = jacobi.roll(decoder, z, x, start, settings, advance)
+    elif isinstance(settings, JacobiSettings):
+        x = jacobi.invert(decoder, z, x, start, settings, advance)
     else:
-        x = jacobi.invert(decoder, z, settings or JacobiSettings(), advance)
+        assert isinstance(settings, SequentialSettings)
+        x = sequential.invert(decoder, z, x, start, advance)
     return x[:, ::-1] if flip else x
-
-
-def null_temperature(attn_temp: float, batch: int) -> mx.array:
-    """Attention temperatures of a guided batch, `[2B, 1, 1, 1]`: 1 with the condition, `attn_temp` without it."""
-    return mx.array([1.0] * batch + [attn_temp] * batch).reshape(-1, 1, 1, 1)
-
-
-def check_arguments(guidance: float, method: str, attn_temp: float) -> None:
-    if method not in METHODS:
-        raise StarflowError(f"unknown sampling method {method!r}; it must be one of {', '.join(METHODS)}")
-    if not guidance >= 0:
-        raise StarflowError(f"guidance must be 0 or more, not {guidance:g}")
-    if not attn_temp > 0:
-        raise StarflowError(f"the attention temperature must be greater than 0, not {attn_temp:g}")
 
 
 def progress_off(progress: bool | None) -> bool | None:

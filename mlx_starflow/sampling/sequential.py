@@ -9,14 +9,12 @@ import mlx.core as mx
 from mlx_starflow.sampling.decoder import BlockDecoder
 
 
-def invert(decoder: BlockDecoder, z: mx.array, advance: Callable[[int], None]) -> mx.array:
-    """Noise `[B, N, C]` in the block's order -> data in the block's order; calls `advance(1)` after each token."""
-    x = mx.array(z)
-    if decoder.first:
-        mu, log_sigma = decoder.block.unpredicted(z[:, :1])
-        x[:, :1] = z[:, :1] * mx.exp(log_sigma) + mu
-        advance(1)
-    for n in range(decoder.first, z.shape[1]):
+def invert(decoder: BlockDecoder, z: mx.array, x: mx.array, start: int, advance: Callable[[int], None]) -> mx.array:
+    """Noise `[B, N, C]` in the block's order -> data in the block's order, whose first `start` tokens x holds already.
+
+    Calls `advance(1)` after each token.
+    """
+    for n in range(start, z.shape[1]):
         mu, log_sigma = decoder.predict(x, n, n + 1)
         x[:, n : n + 1] = z[:, n : n + 1] * mx.exp(log_sigma) + mu
         # Evaluating each step lets the caches be written in place while Python builds the next one.

@@ -8,8 +8,8 @@ import pytest
 
 from mlx_starflow.sampling import JacobiSettings, SamplingTrace, sample
 from mlx_starflow.sampling.cache import KVCache
-from mlx_starflow.sampling.decoder import BlockDecoder, Guidance
-from mlx_starflow.sampling.guidance import extrapolate, guidance_rule, guide
+from mlx_starflow.sampling.decoder import BlockDecoder
+from mlx_starflow.sampling.guidance import Guidance, extrapolate, guidance_rule, guide
 
 
 def test_cache_keeps_and_trims():
@@ -74,7 +74,7 @@ def test_jacobi_is_exact_after_as_many_sweeps_as_tokens(tiny, size):
     noise = tiny.noise(flow(tiny.x, tiny.text).z)
     settings = JacobiSettings(block_size=size, threshold=0.0, max_iterations=min(size, 6))
     trace = SamplingTrace()
-    x = sample(flow, noise, tiny.text, method="jacobi", jacobi_settings=settings, trace=trace)
+    x = sample(flow, noise, tiny.text, method=settings, trace=trace)
     assert np.abs(np.array(x - tiny.x)).max() < 2e-4
     assert max(trace.evaluations) <= 2 * 6
 
@@ -86,7 +86,7 @@ def test_jacobi_stops_early(tiny_flow):
     for threshold in (1.0, 1e-2, 1e-12):
         trace = SamplingTrace()
         settings = JacobiSettings(threshold=threshold)
-        sample(tiny.flow, noise, tiny.text, method="jacobi", jacobi_settings=settings, trace=trace)
+        sample(tiny.flow, noise, tiny.text, method=settings, trace=trace)
         counts.append(sum(trace.evaluations))
     assert counts[0] < counts[1] < counts[2]
 

@@ -11,10 +11,12 @@ import pytest
 from mlx.utils import tree_map
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.sampling import JacobiSettings, SamplingTrace, sample
+from mlx_starflow.sampling import JacobiSettings, RollingSettings, SamplingTrace, sample
 
 DATA = Path(__file__).parent.parent / "data"
 EXACT = JacobiSettings(threshold=1e-9)
+
+INVERSES = ["sequential", JacobiSettings(3, threshold=1e-13), *(RollingSettings(n, tolerance=1e-6) for n in (1, 3, 99))]
 
 # What each kind of array was made with; the pretrained language model's case names no guidance, and was given 2.
 STARFLOW = {
@@ -22,9 +24,9 @@ STARFLOW = {
     "reverse_of_z": {},
     "reverse_cfg": {"guidance": 2.5},
     "reverse_attn_temp_0.8": {"attn_temp": 0.8},
-    "jacobi": {"method": "jacobi", "jacobi_settings": EXACT},
-    "jacobi_cfg": {"method": "jacobi", "jacobi_settings": EXACT, "guidance": 2.5},
-    "jacobi_cfg_th1e-3": {"method": "jacobi", "jacobi_settings": JacobiSettings(threshold=1e-3), "guidance": 2.5},
+    "jacobi": {"method": EXACT},
+    "jacobi_cfg": {"method": EXACT, "guidance": 2.5},
+    "jacobi_cfg_th1e-3": {"method": JacobiSettings(threshold=1e-3), "guidance": 2.5},
 }
 TARFLOW = {
     "reverse": {},
@@ -82,14 +84,14 @@ def test_float64_weights(golden, kind):
 def test_jacobi_agrees_for_tarflow(golden, kind):
     golden = golden("tarflow")
     settings = JacobiSettings(block_size=5, threshold=1e-12)
-    x = invert(golden, "tarflow", "", kind, method="jacobi", jacobi_settings=settings)
+    x = invert(golden, "tarflow", "", kind, method=settings)
     assert golden.error(x, kind) < 2e-4
 
 
 def test_jacobi_agrees_for_shifted_tokens(golden):
     golden = golden("t2i_shifted")
-    args = (golden.flow, golden["noise"], golden["y"], golden["y_null"], 2.5, "jacobi")
-    assert golden.error(sample(*args, jacobi_settings=EXACT), "reverse_cfg") < 2e-4
+    args = (golden.flow, golden["noise"], golden["y"], golden["y_null"], 2.5, EXACT)
+    assert golden.error(sample(*args), "reverse_cfg") < 2e-4
 
 
 # Errors add up over the tokens; these are off by 0.052, 0.022 and 0.016.
@@ -101,17 +103,16 @@ def test_bfloat16_weights(golden, case, bound):
     assert golden.error(x, "reverse") < bound
 
 
-@pytest.mark.parametrize("method", ["sequential", "jacobi"])
+@pytest.mark.parametrize("method", INVERSES, ids=str)
 def test_sampling_inverts_the_flow(tiny, method):
     flow = tiny.flow
     z = tiny.noise(flow(tiny.x, tiny.text).z)
-    settings = JacobiSettings(block_size=3, threshold=1e-13)
-    x = sample(flow, z, tiny.text, method=method, jacobi_settings=settings)
+    x = sample(flow, z, tiny.text, method=method)
     assert x.shape == tiny.x.shape and x.dtype == mx.float32
     assert np.abs(np.array(x - tiny.x)).max() < 2e-4
     # And the other way round.
     noise = mx.random.normal(z.shape, key=mx.random.key(3))
-    back = tiny.noise(flow(sample(flow, noise, tiny.text, method=method, jacobi_settings=settings), tiny.text).z)
+    back = tiny.noise(flow(sample(flow, noise, tiny.text, method=method), tiny.text).z)
     assert np.abs(np.array(back - noise)).max() < 2e-4
 
 
@@ -194,7 +195,7 @@ def test_trace(tiny_flow, capsys):
     [
         ({"guidance": -1.0}, "guidance must be 0 or more, not -1"),
         ({"guidance": float("nan")}, "guidance must be 0 or more"),
-        ({"method": "parallel"}, "unknown sampling method 'parallel'; it must be one of sequential, jacobi"),
+        ({"method": "parallel"}, "unknown sampling method 'parallel'; it must be one of sequential, jacobi, rolling"),
         ({"attn_temp": 0.0}, "temperature must be greater than 0"),
         ({"guidance": 1.0, "null_text": None}, "guidance needs text and null_text"),
         ({"guidance": 1.0, "text": None}, "guidance needs text and null_text"),

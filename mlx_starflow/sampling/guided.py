@@ -1,0 +1,86 @@
+"""A flow together with its condition and its guidance: one invertible map, run forwards or backwards block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_starflow.errors import StarflowError
+from mlx_starflow.kernels.affine import predict
+from mlx_starflow.models.flow import Condition
+from mlx_starflow.sampling.decoder import BlockDecoder
+from mlx_starflow.sampling.guidance import Guidance
+
+
+class GuidedFlow:
+    """What sampling inverts: with guidance it is a flow too, whose affine maps are the guided ones."""
+
+    def __init__(
+        self,
+        flow: Any,
+        shape: tuple[int, ...],
+        text: mx.array | None = None,
+        null_text: mx.array | None = None,
+        guidance: float = 0.0,
+        *,
+        attn_temp: float = 1.0,
+        annealed_guidance: bool = False,
+        guide_what: str = "ab",
+    ):
+        """`shape` is the noise's; the other arguments are those of `sample`, and so are the errors raised."""
+        check_guidance(guidance, attn_temp)
+        self.flow, self.attn_temp = flow, attn_temp
+        self.conditions = flow.conditions(shape, text, null_text, guidance)
+        self.guidance = Guidance(self.conditions.rule, guidance, annealed_guidance, guide_what)
+
+    def decoder(self, index: int, batch: int, length: int) -> BlockDecoder:
+        """A fresh decoder of block number `index` for `batch` samples of `length` tokens."""
+        condition = self.conditions.blocks[index]
+        rule = self.guidance if condition.guided else None
+        temperature = self.temperature(condition, batch)
+        return BlockDecoder(self.flow.blocks[index], batch, length, self.conditions.table, condition, rule, temperature)
+
+    def temperature(self, condition: Condition, batch: int) -> float | mx.array:
+        """What attention logits of a block are divided by: a number, or one a sample of a guided batch."""
+        if not self.conditions.temper_null_only:
+            return self.attn_temp
+        if not condition.guided:
+            return 1.0
+        return mx.array([1.0] * batch + [self.attn_temp] * batch).reshape(-1, 1, 1, 1)
+
+    def predict(self, index: int, x: mx.array) -> tuple[mx.array, mx.array]:
+        """(mu, log sigma) of all tokens x `[B, N, C]` of block number `index`, in data order, in one evaluation."""
+        block, condition = self.flow.blocks[index], self.conditions.blocks[index]
+        x = x[:, ::-1] if block.config.flip else x
+        batch, length, _ = x.shape
+        inputs = mx.concatenate([x, x]) if condition.guided else x
+        raw = block.outputs(inputs, condition, self.conditions.table, temperature=self.temperature(condition, batch))
+        clip, softplus = block.config.soft_clip, block.config.use_softplus
+        if condition.guided:
+            first = 0 if block.config.sos else 1
+            affine = self.guidance.affine(raw, clip, softplus, self.guidance.at(-first, length, length - first))
+        else:
+            affine = predict(raw, clip, softplus)
+        return tuple(part[:, ::-1] for part in affine) if block.config.flip else affine
+
+    def forward(self, x: mx.array) -> mx.array:
+        """Data tokens `[B, N, C]` -> noise tokens: the guided flow's forward direction."""
+        for index, block in enumerate(self.flow.blocks):
+            if not block.is_identity:
+                mu, log_sigma = self.predict(index, x)
+                x = (x - mu) * mx.exp(-log_sigma)
+                mx.eval(x)
+        return x
+
+    def active(self) -> Iterator[int]:
+        """Numbers of the blocks that do something, in the order of sampling."""
+        return (index for index in reversed(range(len(self.flow.blocks))) if not self.flow.blocks[index].is_identity)
+
+
+def check_guidance(guidance: float, attn_temp: float) -> None:
+    if not guidance >= 0:
+        raise StarflowError(f"guidance must be 0 or more, not {guidance:g}")
+    if not attn_temp > 0:
+        raise StarflowError(f"the attention temperature must be greater than 0, not {attn_temp:g}")

@@ -1,0 +1,167 @@
+"""The ways of inverting a flow block and their settings; which of them to use for each block of a flow."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+from mlx_starflow.errors import StarflowError
+from mlx_starflow.files import replacing
+
+GUESSES = ("noise", "affine", "previous")
+"""First guesses of a token in a rolling window: see `RollingSettings.guess`."""
+
+
+@dataclass(frozen=True)
+class SequentialSettings:
+    """One token after another: exact up to rounding, one network evaluation a token."""
+
+    name: ClassVar[str] = "sequential"
+
+
+@dataclass(frozen=True)
+class JacobiSettings:
+    """Block-wise Jacobi iteration as in the official release.
+
+    A block of `block_size` tokens is done when the mean square of the change falls below `threshold` times that of
+    the values, or after `max_iterations` sweeps.
+    """
+
+    name: ClassVar[str] = "jacobi"
+    block_size: int = 16
+    threshold: float = 1e-3
+    max_iterations: int = 32
+
+    def __post_init__(self) -> None:
+        _at_least(self, "block_size", 1)
+        _at_least(self, "threshold", 0)
+        _at_least(self, "max_iterations", 1)
+
+
+@dataclass(frozen=True)
+class RollingSettings:
+    """Jacobi iteration in a window that slides past every token whose residual has been measured to be small.
+
+    Attributes:
+        window: tokens evaluated at once; more than the sequence has means all of it.
+        tolerance: largest residual |(x - mu) / sigma - z| of a token, in standard deviations of the noise.
+        guess: what a token is taken to be when it enters the window: "noise" its z, "affine" its z mapped as the last
+            token in the window was, "previous" what the token `lag` before it is (where there is one).
+        lag: distance for "previous": a row of an image, a frame of a video.
+    """
+
+    name: ClassVar[str] = "rolling"
+    window: int = 64
+    tolerance: float = 1e-3
+    guess: str = "noise"
+    lag: int = 0
+
+    def __post_init__(self) -> None:
+        _at_least(self, "window", 1)
+        _at_least(self, "tolerance", 0)
+        _at_least(self, "lag", 0)
+        if self.guess not in GUESSES:
+            raise StarflowError(f"unknown first guess {self.guess!r}; it must be one of {', '.join(GUESSES)}")
+        if self.guess == "previous" and not self.lag:
+            raise StarflowError('the first guess "previous" needs a lag: tokens of a row or of a frame')
+
+
+Settings = SequentialSettings | JacobiSettings | RollingSettings
+METHODS: dict[str, type[Settings]] = {kind.name: kind for kind in (SequentialSettings, JacobiSettings, RollingSettings)}
+
+
+def _at_least(settings: Any, key: str, least: int) -> None:
+    value = getattr(settings, key)
+    if not (isinstance(value, (int, float)) and value >= least and math.isfinite(value)):
+        raise StarflowError(f"{settings.name} sampling: {key} must be {least} or more, not {value!r}")
+
+
+PLAN_FILE = "sampling_plan.json"
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """How each block of one flow is inverted, as `tuning.tune` found it.
+
+    Attributes:
+        blocks: settings of each block, data side first.
+        tolerance: largest certificate (`certificate.certify`) that was allowed.
+        measured: what tuning saw: guidance, certificate, evaluations, machine; for people to read.
+    """
+
+    blocks: tuple[Settings, ...]
+    tolerance: float
+    measured: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        blocks = [{"method": block.name, **asdict(block)} for block in self.blocks]
+        return {"version": 1, "tolerance": self.tolerance, "blocks": blocks, "measured": dict(self.measured)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str = "sampling plan") -> SamplingPlan:
+        """Raises StarflowError for what `to_dict` does not write."""
+        try:
+            if values["version"] != 1:
+                raise StarflowError(f"{where}: version {values['version']} is not known; run `mlx-starflow tune` again")
+            blocks = tuple(_settings(block) for block in values["blocks"])
+            return cls(blocks, float(values["tolerance"]), dict(values.get("measured", {})))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise StarflowError(f"{where} is damaged ({error!r}); run `mlx-starflow tune` again") from None
+
+    def save(self, directory: Path) -> Path:
+        """Write the plan into a model directory; returns the file. Raises StarflowError if that cannot be done."""
+        path = directory / PLAN_FILE
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        return path
+
+    @classmethod
+    def find(cls, directory: Path) -> SamplingPlan | None:
+        """The plan in a model directory; None if there is none."""
+        path = directory / PLAN_FILE
+        if not path.is_file():
+            return None
+        try:
+            values = json.loads(path.read_text())
+        except ValueError as error:
+            raise StarflowError(f"{path} is damaged ({error}); run `mlx-starflow tune` again") from None
+        return cls.from_dict(values, str(path))
+
+
+def _settings(values: Mapping[str, Any]) -> Settings:
+    values = dict(values)
+    name = values.pop("method")
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name}")
+    kind = METHODS[name]
+    if unknown := set(values) - {item.name for item in fields(kind)}:
+        raise ValueError(f"unknown settings {', '.join(sorted(unknown))}")
+    return kind(**values)
+
+
+Method = str | Settings | SamplingPlan
+"""How to sample: the name of a method, its settings, or a plan."""
+
+
+def block_settings(method: Method, blocks: int) -> Sequence[Settings]:
+    """The settings of each of a flow's blocks, data side first.
+
+    Raises:
+        StarflowError: there is no such method, or the plan is one of another flow.
+    """
+    if isinstance(method, SamplingPlan):
+        if len(method.blocks) != blocks:
+            raise StarflowError(
+                f"the sampling plan is for {len(method.blocks)} blocks, and this flow has {blocks}; "
+                "run `mlx-starflow tune` again"
+            )
+        return method.blocks
+    if isinstance(method, str):
+        if method not in METHODS:
+            raise StarflowError(f"unknown sampling method {method!r}; it must be one of {', '.join(METHODS)}")
+        method = METHODS[method]()
+    return (method,) * blocks

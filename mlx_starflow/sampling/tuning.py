@@ -1,0 +1,214 @@
+"""Finding the fastest way to invert each block of a flow, on this machine, at a stated certificate.
+
+Which blocks converge in a few sweeps and which do not is a property of the weights (arXiv 2505.12849, 2505.24791); what
+an evaluation of n tokens costs is one of the machine. Both are measured.
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_starflow.errors import StarflowError
+from mlx_starflow.sampling.certificate import Certificate, certify
+from mlx_starflow.sampling.guided import GuidedFlow
+from mlx_starflow.sampling.methods import (
+    JacobiSettings,
+    RollingSettings,
+    SamplingPlan,
+    SequentialSettings,
+    Settings,
+)
+from mlx_starflow.sampling.sampler import SamplingTrace, invert_block, sample
+
+SMALLEST_WINDOW = 8
+DEEP_SHARE = 0.9
+"""How much of the tolerance the deep block, whose residual is the certificate's own, is given at first."""
+OTHERS_SHARE = 0.1
+"""And the others, whose residuals the blocks after them enlarge."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One way of inverting one block: evaluations and seconds for all samples, each sampled by itself."""
+
+    block: int
+    settings: Settings
+    evaluations: int
+    seconds: float
+    residual: float
+
+    def __str__(self) -> str:
+        return f"block {self.block}: {describe(self.settings)}: {self.evaluations} evaluations, {self.seconds:.2f} s"
+
+
+def describe(settings: Settings) -> str:
+    """A few words for people."""
+    if isinstance(settings, RollingSettings):
+        return f"rolling window of {settings.window}, first guess {settings.guess}"
+    if isinstance(settings, JacobiSettings):
+        return f"blocks of {settings.block_size}"
+    return settings.name
+
+
+def tune(
+    flow: Any,
+    z: mx.array,
+    text: mx.array | None = None,
+    null_text: mx.array | None = None,
+    guidance: float = 0.0,
+    *,
+    tolerance: float = 1e-2,
+    report: Callable[[str], None] = lambda line: None,
+) -> SamplingPlan:
+    """Measure methods on a few samples and choose.
+
+    Args:
+        z, text, null_text, guidance: noise and conditions of the samples, as for `sample`; each is tried by itself,
+            since that is how a picture at a time is made.
+        tolerance: largest certificate (|f(x) - z|, standard deviations of the noise) that a sample may have. Where
+            sequential sampling itself does not reach it, as with half-precision weights, twice what that reaches.
+        report: is told what was measured.
+
+    Raises:
+        StarflowError: the tolerance is not positive, or an argument is wrong (see `sample`).
+    """
+    if not tolerance > 0:
+        raise StarflowError(f"the tolerance must be greater than 0, not {tolerance:g}")
+    samples = [_Sample.of(flow, z, text, null_text, guidance, index) for index in range(z.shape[0])]
+    exact = max(one.certificate.max for one in samples)
+    report(f"sequential: {samples[0].evaluations} evaluations, certificate {exact:.1e}")
+    if exact > tolerance / 2:
+        tolerance = 2 * exact
+        report(f"that is all that this precision gives; the tolerance is now {tolerance:.1e}")
+    deep = max(samples[0].guided.active())
+    blocks: list[Settings] = [SequentialSettings()] * len(flow.blocks)
+    for index in samples[0].guided.active():
+        share = DEEP_SHARE if index == deep else OTHERS_SHARE
+        best = _best(index, samples, share * tolerance, report)
+        report(f"-> {best}")
+        blocks[index] = best.settings
+    return _tightened(flow, samples, blocks, deep, guidance, tolerance, report)
+
+
+@dataclass
+class _Sample:
+    """One sample: its noise and condition, and the exact tokens that each block reads and writes."""
+
+    z: mx.array
+    condition: dict[str, Any]
+    guided: GuidedFlow
+    noise: dict[int, mx.array]
+    certificate: Certificate
+    evaluations: list[int]
+
+    @classmethod
+    def of(
+        cls, flow: Any, z: mx.array, text: mx.array | None, null_text: mx.array | None, guidance: float, index: int
+    ) -> _Sample:
+        one = slice(index, index + 1)
+        null = null_text if null_text is None or len(null_text) == 1 else null_text[one]
+        condition = {"text": None if text is None else text[one], "null_text": null, "guidance": guidance}
+        trace = SamplingTrace(keep_states=True)
+        x = sample(flow, z[one], **condition, trace=trace)
+        tokens = [flow.noise_tokens(z[one]), *(flow.tokens(state) for state in trace.states)]
+        noise = dict(zip(reversed(range(len(flow.blocks))), tokens, strict=False))
+        mx.eval(noise)
+        guided = GuidedFlow(flow, z[one].shape, **condition)
+        return cls(z[one], condition, guided, noise, certify(flow, x, z[one], **condition), trace.evaluations)
+
+
+def _try(index: int, samples: list[_Sample], settings: Settings) -> Trial:
+    evaluations, seconds, residual = 0, 0.0, 0.0
+    for one in samples:
+        noise = one.noise[index]
+        decoder = one.guided.decoder(index, *noise.shape[:2])
+        steps = [time.perf_counter()]
+        x = invert_block(
+            decoder, noise, settings, advance=lambda tokens, steps=steps: steps.append(time.perf_counter())
+        )
+        mx.eval(x)
+        steps.append(time.perf_counter())
+        evaluations += decoder.evaluations
+        # The median step, so that a moment in which the machine was busy with something else does not count.
+        seconds += statistics.median(np.diff(steps)) * (len(steps) - 1)
+        mu, log_sigma = one.guided.predict(index, x)
+        residual = max(residual, float(mx.abs((x - mu) * mx.exp(-log_sigma) - noise).max()))
+    return Trial(index, settings, evaluations, seconds, residual)
+
+
+def _best(index: int, samples: list[_Sample], tolerance: float, report: Callable[[str], None]) -> Trial:
+    """The fastest method for a block among those within the tolerance."""
+    length = samples[0].noise[index].shape[1]
+    _try(index, samples[:1], SequentialSettings())  # to warm up
+    trials = [_try(index, samples, SequentialSettings())]
+    report(str(trials[0]))
+
+    def consider(settings: Settings) -> Trial:
+        trial = _try(index, samples, settings)
+        report(str(trial) + ("" if trial.residual <= 2 * tolerance else f", but residual {trial.residual:.1e}"))
+        if trial.residual <= 2 * tolerance:
+            trials.append(trial)
+        return trial
+
+    consider(JacobiSettings(threshold=tolerance**2))
+    window, worse, best = SMALLEST_WINDOW, 0, float("inf")
+    while worse < 2:
+        seconds = consider(RollingSettings(min(window, length), tolerance)).seconds
+        worse, best = (0, seconds) if seconds < best else (worse + 1, best)
+        if window >= length:
+            break
+        window *= 2
+    fastest = min(trials, key=lambda trial: trial.seconds)
+    if isinstance(fastest.settings, RollingSettings):
+        consider(replace(fastest.settings, guess="affine"))
+    return min(trials, key=lambda trial: trial.seconds)
+
+
+def _tightened(
+    flow: Any,
+    samples: list[_Sample],
+    blocks: list[Settings],
+    deep: int,
+    guidance: float,
+    tolerance: float,
+    report: Callable[[str], None],
+) -> SamplingPlan:
+    """The plan of these blocks, with stricter tolerances where the whole flow needs them."""
+    for _ in range(8):
+        measured = {
+            "guidance": guidance,
+            "samples": len(samples),
+            "machine": platform.processor() or platform.machine(),
+        }
+        plan = SamplingPlan(tuple(blocks), tolerance, measured)
+        evaluations, certificates = np.zeros(len(flow.blocks), int), []
+        for one in samples:
+            trace = SamplingTrace()
+            x = sample(flow, one.z, **one.condition, method=plan, trace=trace)
+            evaluations += np.array(trace.evaluations)
+            certificates.append(certify(flow, x, one.z, **one.condition))
+        certificate = Certificate.worst(certificates)
+        report(f"together: {evaluations.tolist()} evaluations for {len(samples)} samples, {certificate}")
+        if certificate.max <= tolerance:
+            measured["certificate"] = certificate.max
+            measured["evaluations"] = [round(float(count) / len(samples), 1) for count in evaluations]
+            return plan
+        blocks = [_stricter(settings, 0.8 if index == deep else 0.3) for index, settings in enumerate(blocks)]
+    report("no faster way is within the tolerance; the plan is sequential")
+    return SamplingPlan((SequentialSettings(),) * len(flow.blocks), tolerance, measured)
+
+
+def _stricter(settings: Settings, factor: float) -> Settings:
+    if isinstance(settings, RollingSettings):
+        return replace(settings, tolerance=settings.tolerance * factor)
+    if isinstance(settings, JacobiSettings):
+        return replace(settings, threshold=settings.threshold * factor**2)
+    return settings

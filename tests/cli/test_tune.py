@@ -1,0 +1,102 @@
+"""`mlx-starflow tune`, the plan it writes, `--method auto` and `--verify`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from commands import Command
+from tiny_model import tiny_flow, write_tiny_model
+
+from mlx_starflow import load
+from mlx_starflow.media import read_metadata
+from mlx_starflow.sampling import JacobiSettings, SamplingPlan, SequentialSettings
+from mlx_starflow.saving import save_model
+from mlx_starflow.weights import parameters
+
+tune = Command("tune")
+generate = Command("generate")
+
+
+@pytest.fixture(scope="module")
+def untuned(tmp_path_factory):
+    return write_tiny_model(tmp_path_factory.mktemp("untuned"))
+
+
+@pytest.fixture
+def model(untuned, tmp_path):
+    return shutil.copytree(untuned, tmp_path / "model")
+
+
+def test_a_plan_is_written(model):
+    result = tune(model, "--tolerance", 0.02)
+    assert result.exit_code == 0, result.output
+    assert "rolling window of 8" in result.output
+    assert "sampling_plan.json is written" in result.output
+    plan = SamplingPlan.find(model)
+    assert plan.tolerance == 0.02
+    assert plan.measured["guidance"] == 1.0
+    assert plan.measured["samples"] == 4
+    assert plan.measured["certificate"] <= 0.02
+    assert load(model).plan == plan
+
+
+def test_a_dry_run_writes_nothing(model, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\n\na dog\n")
+    result = tune(model, "--dry-run", "--prompt-file", prompts, "--guidance", 0)
+    assert result.exit_code == 0, result.output
+    assert "for 2 samples" in result.output
+    assert SamplingPlan.find(model) is None
+
+
+def test_a_flow_without_prompts(tmp_path):
+    flow = tiny_flow(txt_size=0, txt_dim=0)
+    save_model(tmp_path, parameters(flow), {"model_type": "starflow", **flow.config.to_dict()})
+    result = tune(tmp_path, "--tolerance", 0.02)
+    assert result.exit_code == 0, result.output
+    assert SamplingPlan.find(tmp_path).measured["guidance"] == 0.0
+
+
+def test_mistakes(model, tmp_path):
+    assert "nowhere" in tune.mistake(tmp_path / "nowhere")
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n")
+    assert "there is no prompt" in tune.mistake(model, "--prompt-file", empty)
+    assert tune(model, "--tolerance", 0).exit_code == 2
+
+
+def test_auto_follows_the_plan(model, tmp_path):
+    assert load(model).generate("a cat", seed=1).stats.evaluations == [16, 16]
+    SamplingPlan((SequentialSettings(), JacobiSettings(16, max_iterations=3)), 0.1, {}).save(model)
+    result = load(model).generate("a cat", seed=1)
+    assert result.settings.method == "auto"
+    assert result.stats.evaluations[0] <= 3 and result.stats.evaluations[1] == 16
+    assert load(model).generate("a cat", seed=1, method="sequential").stats.evaluations == [16, 16]
+    (model / "sampling_plan.json").write_text("{}")
+    assert "sampling_plan.json is damaged" in generate.mistake("a cat", "-m", model, "-o", tmp_path / "a.png")
+
+
+def test_certificates(model, tmp_path):
+    picture = tmp_path / "cat.png"
+    result = generate("a cat", "a dog", "-m", model, "--seed", 1, "--verify", "-o", picture)
+    assert result.exit_code == 0, result.output
+    assert result.output.count("|f(x) - z| at most") == 2
+    certificate = read_metadata(picture)["certificate"]
+    assert 0 < certificate["rms"] < certificate["max"] < 1e-3
+    # Without --verify it is there, but not printed; with --no-verify it is not there.
+    result = generate("a cat", "-m", model, "--seed", 1, "-o", picture)
+    assert "|f(x) - z|" not in result.output
+    assert "certificate" in read_metadata(picture)
+    assert generate("a cat", "-m", model, "--no-verify", "-o", picture).exit_code == 0
+    assert "certificate" not in read_metadata(picture)
+    assert json.dumps(certificate)  # plain numbers
+
+
+def test_each_picture_has_its_own(model):
+    result = load(model).generate(["a cat", "a dog"], seed=1, images=2, batch_size=3)
+    assert len(result.stats.certificates) == 4
+    assert result.stats.certificate.max == max(each.max for each in result.stats.certificates) < 1e-3
+    assert [how["certificate"]["max"] for how in result.metadata] == [each.max for each in result.stats.certificates]
+    assert load(model).generate("a cat", verify=False).stats.certificate is None

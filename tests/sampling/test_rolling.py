@@ -1,0 +1,118 @@
+"""The rolling window: its tolerance holds by construction, its evaluations, its first guesses, given tokens."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_starflow.sampling import GuidedFlow, JacobiSettings, RollingSettings, SamplingTrace, SequentialSettings, sample
+from mlx_starflow.sampling.sampler import invert_block
+
+EVERY = [
+    SequentialSettings(),
+    JacobiSettings(block_size=2, threshold=1e-13),
+    RollingSettings(window=2, tolerance=1e-6),
+    RollingSettings(window=99, tolerance=1e-6, guess="affine"),
+    RollingSettings(window=3, tolerance=1e-6, guess="previous", lag=2),
+]
+
+
+def guided(tiny, weight: float = 0.7) -> GuidedFlow:
+    shape = tiny.noise(tiny.flow(tiny.x, tiny.text).z).shape
+    can = tiny.text is not None and (tiny.null_text is not None or "class_embed" in tiny.flow.blocks[0])
+    return GuidedFlow(tiny.flow, shape, tiny.text, tiny.null_text, weight if can else 0.0)
+
+
+def block_noise(tiny, key: int = 0) -> mx.array:
+    return mx.random.normal(tiny.flow.tokens(tiny.x).shape, key=mx.random.key(key))
+
+
+@pytest.mark.parametrize("window", [1, 2, 4, 99])
+@pytest.mark.parametrize("tolerance", [0.3, 1e-3])
+def test_every_token_is_within_the_tolerance(tiny, window, tolerance):
+    flow = guided(tiny)
+    z = block_noise(tiny)
+    for index in flow.active():
+        decoder = flow.decoder(index, *z.shape[:2])
+        x = invert_block(decoder, z, RollingSettings(window, tolerance))
+        mu, log_sigma = flow.predict(index, x)
+        residual = mx.abs((x - mu) * mx.exp(-log_sigma) - z).max().item()
+        assert residual <= tolerance + 2e-5
+        tokens = z.shape[1] - decoder.first
+        assert decoder.evaluations <= tokens
+        if window == 1:
+            assert decoder.evaluations == tokens
+
+
+def test_a_loose_tolerance_saves_evaluations(tiny_flow):
+    tiny = tiny_flow("softplus")
+    z = tiny.flow(tiny.x, tiny.text).z
+    counts = []
+    for tolerance in (1e-6, 1e-2, 1.0):
+        trace = SamplingTrace()
+        sample(tiny.flow, z, tiny.text, method=RollingSettings(window=99, tolerance=tolerance), trace=trace)
+        counts.append(sum(trace.evaluations))
+    assert counts[0] > counts[1] > counts[2]
+
+
+def test_independent_tokens_take_one_evaluation(tiny_flow):
+    """A flow whose blocks are the identity: the noise is the right guess."""
+    tiny = tiny_flow("softplus")
+    for block in tiny.flow.blocks:
+        block.proj_out.update({"weight": 0 * block.proj_out.weight, "bias": 0 * block.proj_out.bias})
+    trace = SamplingTrace()
+    x = sample(tiny.flow, tiny.x, tiny.text, method=RollingSettings(window=99), trace=trace)
+    assert trace.evaluations == [1, 1, 1]
+    assert mx.abs(x - tiny.x).max().item() < 1e-6
+
+
+@pytest.mark.parametrize("settings", EVERY, ids=str)
+def test_given_tokens_stay(tiny, settings):
+    """With the first tokens given, the others come out as they do without."""
+    flow = guided(tiny)
+    z = block_noise(tiny)
+    for index in flow.active():
+        flip = -1 if flow.flow.blocks[index].config.flip else 1
+        whole = invert_block(flow.decoder(index, *z.shape[:2]), z, SequentialSettings())
+        for count in (1, 3, z.shape[1]):
+            given = whole[:, ::flip][:, :count]
+            noise = z[:, ::flip] * mx.where(mx.arange(z.shape[1]) < count, 7.0, 1.0)[:, None]
+            x = invert_block(flow.decoder(index, *z.shape[:2]), noise[:, ::flip], settings, given)
+            assert mx.abs(x - whole).max().item() < 1e-4
+
+
+def test_wild_guesses_do_no_harm(tiny_flow):
+    """Log-scales of exp flows run away where guesses are wrong, and must not reach the tokens before them as NaN."""
+    tiny = tiny_flow("exp_all_text")
+    flow = guided(tiny, 0.0)
+    z = block_noise(tiny)
+    index = 0
+    exact = invert_block(flow.decoder(index, *z.shape[:2]), z, SequentialSettings())
+    for wild in (1e30, float("inf")):
+        decoder = flow.decoder(index, *z.shape[:2])
+        predict, calls = decoder.predict, []
+
+        def explode(x, start, stop, predict=predict, calls=calls, wild=wild):
+            mu, log_sigma = predict(x, start, stop)
+            calls.append(stop - start)
+            assert mx.isfinite(mu).all().item()
+            if stop - start > 1:
+                mu[:, 1:] += wild
+            return mu, log_sigma
+
+        decoder.predict = explode
+        x = invert_block(decoder, z, RollingSettings(window=4, tolerance=1e-6))
+        assert mx.abs(x - exact).max().item() < 1e-3 * mx.abs(exact).max().item()
+        assert len(calls) == z.shape[1]
+
+
+def test_a_batch_is_within_the_tolerance_of_single_samples(tiny_flow):
+    tiny = tiny_flow("softplus")
+    z = mx.random.normal(tiny.x.shape, key=mx.random.key(5))
+    settings = RollingSettings(window=4, tolerance=1e-6)
+    together = sample(tiny.flow, z, tiny.text, tiny.null_text, 1.0, settings)
+    for index in range(2):
+        one = slice(index, index + 1)
+        alone = sample(tiny.flow, z[one], tiny.text[one], tiny.null_text, 1.0, settings)
+        assert np.abs(np.array(alone - together[one])).max() < 1e-4

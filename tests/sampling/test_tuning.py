@@ -1,0 +1,46 @@
+"""Tuning: the plan holds its certificate, and the noise of half precision is not taken for a fault."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_map
+
+from mlx_starflow.errors import StarflowError
+from mlx_starflow.sampling import SamplingTrace, certify, sample
+from mlx_starflow.sampling.tuning import tune
+
+
+@pytest.mark.parametrize("family", ["softplus", "shifted", "identity_block", "no_text", "tarflow"])
+def test_a_plan_holds_its_certificate(tiny_flow, family):
+    tiny = tiny_flow(family)
+    guidance = 0.0 if tiny.text is None else 0.5
+    z = mx.random.normal(tiny.noise(tiny.flow(tiny.x, tiny.text).z).shape, key=mx.random.key(0))
+    args = (tiny.flow, z, tiny.text, tiny.null_text, guidance)
+    lines: list[str] = []
+    plan = tune(*args, tolerance=5e-3, report=lines.append)
+    assert plan.tolerance == 5e-3
+    assert len(plan.blocks) == len(tiny.flow.blocks)
+    for index in range(2):
+        one = [None if value is None else value[index : index + 1] for value in (z, tiny.text)]
+        trace = SamplingTrace()
+        x = sample(tiny.flow, *one, tiny.null_text, guidance, plan, trace=trace)
+        assert certify(tiny.flow, x, *one, tiny.null_text, guidance).max <= 5e-3
+    assert lines[0].startswith("sequential: ")
+    assert any("rolling window" in line for line in lines)
+
+
+def test_half_precision(tiny_flow):
+    tiny = tiny_flow("softplus")
+    tiny.flow.update(tree_map(lambda w: w.astype(mx.bfloat16), tiny.flow.parameters()))
+    z = mx.random.normal(tiny.x.shape, key=mx.random.key(0))
+    lines: list[str] = []
+    plan = tune(tiny.flow, z, tiny.text, tolerance=1e-9, report=lines.append)
+    assert 1e-9 < plan.tolerance < 0.2
+    assert any("all that this precision gives" in line for line in lines)
+
+
+def test_tolerance_is_checked(tiny_flow):
+    tiny = tiny_flow("softplus")
+    with pytest.raises(StarflowError, match="tolerance must be greater than 0"):
+        tune(tiny.flow, tiny.x, tiny.text, tolerance=0.0)

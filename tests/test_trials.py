@@ -1,0 +1,48 @@
+"""Noise and conditions to try methods with, for each kind of model."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import pytest
+from tiny_model import tiny_flow, write_tiny_model
+
+from mlx_starflow.errors import StarflowError
+from mlx_starflow.models.tarflow import TarFlow, TarFlowConfig
+from mlx_starflow.noise import draw_noise
+from mlx_starflow.sampling import SamplingPlan, SequentialSettings, sample
+from mlx_starflow.saving import save_model
+from mlx_starflow.trials import prepare
+from mlx_starflow.weights import parameters
+
+
+def test_a_model_that_reads_prompts(tmp_path):
+    write_tiny_model(tmp_path)
+    trials = prepare(tmp_path, ["a cat", "a dog"], seed=5)
+    assert trials.z.shape == (2, 4, 4, 4) and trials.text.shape == (2, 6, 32) and trials.null_text.shape == (1, 6, 32)
+    # The model's own guidance and temperature.
+    assert trials.guidance == 1.0
+    assert mx.allclose(trials.z, 0.8 * mx.array(draw_noise([5, 6], (4, 4, 4))))
+    assert trials.plan is None
+    assert sample(trials.flow, trials.z, **trials.condition).shape == trials.z.shape
+    plan = SamplingPlan((SequentialSettings(),) * 2, 0.1, {})
+    plan.save(tmp_path)
+    assert prepare(tmp_path, ["a cat"], guidance=0.0).plan == plan
+    with pytest.raises(StarflowError, match="there is no prompt"):
+        prepare(tmp_path, [])
+
+
+def test_a_model_without_conditions(tmp_path):
+    flow = tiny_flow(txt_size=0, txt_dim=0)
+    save_model(tmp_path, parameters(flow), {"model_type": "starflow", **flow.config.to_dict()})
+    trials = prepare(tmp_path, ["", ""])
+    assert trials.text is None and trials.guidance == 0.0
+    assert sample(trials.flow, trials.z, **trials.condition).shape == (2, 4, 4, 4)
+
+
+def test_a_model_of_classes(tmp_path):
+    config = {"img_size": 4, "channel_size": 1, "patch_size": 2, "channels": 64, "blocks": 2, "layers_per_block": 1}
+    flow = TarFlow(TarFlowConfig.from_dict({**config, "num_classes": 3}))
+    save_model(tmp_path, parameters(flow), {"model_type": "tarflow", **flow.config.to_dict()})
+    trials = prepare(tmp_path, ["", ""], guidance=1.5)
+    assert trials.text.tolist() == [0, 1]
+    assert sample(trials.flow, trials.z, **trials.condition).shape == (2, 4, 4, 1)
