@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import yaml
@@ -17,6 +17,10 @@ from mlx_starflow.convert.official import released_arguments
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.models.configs import official_arguments
 from mlx_starflow.weights import flow_module, one_line, parse_dtype
+
+if TYPE_CHECKING:
+    from mlx_starflow.models.starflow import STARFlow
+    from mlx_starflow.models.tarflow import TarFlow
 
 _NOTICE = """\
 {license}
@@ -98,6 +102,37 @@ def write_flow(
     """
     check_target(checkpoint.parent, out_dir)
     check_target(checkpoint, out_dir)
+    flow, model_type, tensors = open_flow(checkpoint, arguments, source)
+    changes = [f"cast to {str(dtype).rpartition('.')[2]}"] * (dtype is not None)
+    changes += [f"quantized ({quantize})"] * (quantize is not None)
+    notice = _NOTICE.format(
+        license=LICENSE,
+        checkpoint=checkpoint.name,
+        changes=" and ".join(changes) or "kept as they were",
+        other_parts=other_parts and f"\n{other_parts}\n",
+    )
+    config = {"model_type": model_type, **flow.config.to_dict()}
+    if pipeline:
+        config["pipeline"] = dict(pipeline)
+    return write_module(
+        out_dir,
+        flow,
+        tensors,
+        config,
+        source=checkpoint,
+        dtype=dtype,
+        quantize=quantize,
+        files={"NOTICE": notice.encode()},
+    )
+
+
+def open_flow(
+    checkpoint: Path, arguments: dict[str, Any], source: str | Path
+) -> tuple[STARFlow | TarFlow, str, dict[str, Tensor]]:
+    """The flow of an official checkpoint without its weights, its `model_type`, and its tensors, none of them read yet.
+
+    `source` is what error messages call the arguments. Raises StarflowError.
+    """
     tensors = open_tensors(checkpoint)
     model_type = "tarflow" if any(name.endswith(".pos_embed") for name in tensors) else "starflow"
     module, network, config_class = flow_module(model_type)
@@ -112,31 +147,9 @@ def write_flow(
     elif arguments.get("txt_size") and "txt_dim" not in arguments:
         arguments = {**arguments, "txt_dim": _text_width(tensors, arguments, checkpoint)}
     try:
-        flow_config = config_class.from_official(arguments)
-        flow = network(flow_config)
+        return network(config_class.from_official(arguments)), model_type, tensors
     except (StarflowError, ArithmeticError, AttributeError, TypeError, ValueError) as error:
         raise StarflowError(f"{source}: {one_line(error)}") from error
-    changes = [f"cast to {str(dtype).rpartition('.')[2]}"] * (dtype is not None)
-    changes += [f"quantized ({quantize})"] * (quantize is not None)
-    notice = _NOTICE.format(
-        license=LICENSE,
-        checkpoint=checkpoint.name,
-        changes=" and ".join(changes) or "kept as they were",
-        other_parts=other_parts and f"\n{other_parts}\n",
-    )
-    config = {"model_type": model_type, **flow_config.to_dict()}
-    if pipeline:
-        config["pipeline"] = dict(pipeline)
-    return write_module(
-        out_dir,
-        flow,
-        tensors,
-        config,
-        source=checkpoint,
-        dtype=dtype,
-        quantize=quantize,
-        files={"NOTICE": notice.encode()},
-    )
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

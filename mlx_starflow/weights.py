@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -248,20 +248,30 @@ def flow_module(model_type: str) -> tuple[ModuleType, type[nn.Module], type]:
     return module, getattr(module, network), getattr(module, config)
 
 
-def load_flow(path_or_id: str | Path, dtype: str | mx.Dtype | None = None) -> STARFlow | TarFlow:
+def load_flow(
+    path_or_id: str | Path,
+    dtype: str | mx.Dtype | None = None,
+    adapters: Sequence[tuple[str | Path, float]] = (),
+) -> STARFlow | TarFlow:
     """The flow of a model directory.
 
     Args:
         path_or_id: "demo", a model directory or a Hugging Face repository of one (see `find_model`).
         dtype: "float32", "bfloat16" or "float16"; None: float32 on CPU, bfloat16 on a GPU.
+        adapters: folders of adapters with their strengths (1: as trained), see `adapters.add_adapters`.
 
     Raises:
-        StarflowError: there is no such model, or it is incomplete, damaged or of an unknown type.
+        StarflowError: there is no such model, it is incomplete, damaged or of an unknown type, or an adapter does not
+            fit it.
     """
+    from mlx_starflow.adapters import add_adapters
+
     dtype = parse_dtype(dtype) or default_dtype()
     directory = find_model(path_or_id)
     config = read_config(directory)
-    return _load(new_flow(directory, config), directory, config, dtype)
+    flow = _load(new_flow(directory, config), directory, config, dtype)
+    add_adapters(flow, adapters)
+    return flow
 
 
 def new_flow(directory: Path, config: Mapping[str, Any]) -> STARFlow | TarFlow:
@@ -314,12 +324,16 @@ def load_vae(directory: str | Path, dtype: str | mx.Dtype | None = None) -> Auto
     Raises:
         StarflowError: a file is missing or damaged.
     """
-    from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
-
     directory = Path(directory)
     config = read_config(directory)
-    autoencoder = _new(AutoencoderKL, AutoencoderKLConfig, directory, config)
-    return _load(autoencoder, directory, config, parse_dtype(dtype) or default_dtype())
+    return _load(new_vae(directory, config), directory, config, parse_dtype(dtype) or default_dtype())
+
+
+def new_vae(directory: Path, config: Mapping[str, Any]) -> AutoencoderKL:
+    """The autoencoder that a folder's `config.json` describes, without its weights. Raises StarflowError."""
+    from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+
+    return _new(AutoencoderKL, AutoencoderKLConfig, directory, config)
 
 
 def _new(network: type[M], config_class: type, directory: Path, config: Mapping[str, Any]) -> M:

@@ -80,7 +80,7 @@ def test_steps(pipe):
 
 def test_stats(pipe):
     stats = pipe.generate("a cat", seed=1, images=2, batch_size=1).stats
-    assert list(stats.seconds) == ["text", "flow", "denoise", "decode"]
+    assert list(stats.seconds) == ["text", "flow", "verify", "denoise", "decode"]
     assert all(seconds > 0 for seconds in stats.seconds.values())
     assert stats.tokens == 2 * 2 * 16
     assert stats.evaluations == [32, 32]
@@ -124,3 +124,18 @@ def test_a_flow_alone_does_not_generate(directory, tmp_path):
         (tmp_path / name).write_bytes((directory / name).read_bytes())
     with pytest.raises(StarflowError, match="text_encoder/ folder"):
         load(tmp_path)
+
+
+def test_a_model_of_several_shapes_is_told_the_ratio(pipe, monkeypatch):
+    seen = []
+    batch = type(pipe.tokenizer).batch
+    monkeypatch.setattr(
+        type(pipe.tokenizer), "batch", lambda self, texts, length: seen.extend(texts) or batch(self, texts, length)
+    )
+    pipe.generate("a cat", seed=1)
+    assert seen == ["a cat", ""]
+    seen.clear()
+    monkeypatch.setattr(pipe.config, "mix_aspect", True)
+    with pytest.warns(UserWarning, match="longer than the 6 tokens"):
+        pipe.generate("a cat", seed=1, size=(16, 8))
+    assert seen == ["a cat in a 16:9 aspect ratio.", "in a 16:9 aspect ratio."]

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from mlx_starflow import blas
 from mlx_starflow.errors import StarflowError
 
 
@@ -25,16 +26,40 @@ class Size(click.ParamType):
 @click.argument("prompts", nargs=-1)
 @click.option("--prompt-file", type=click.File("r"), help="Read prompts from a file, one a line; - is standard input.")
 @click.option("-m", "--model", help="demo, a model directory, or a Hub repository.  [default: demo]")
+@click.option(
+    "--lora",
+    "adapters",
+    type=(str, float),
+    multiple=True,
+    metavar="PATH SCALE",
+    help="An adapter's folder and its strength, 1 as trained; give it again for several, which add up.",
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path), default="out.png", show_default=True)
 @click.option(
     "--seed", type=click.IntRange(min=0), help="Of each prompt's first picture; drawn and reported if left out."
 )
 @click.option("-n", "--images", type=click.IntRange(min=1), default=1, show_default=True, help="Pictures a prompt.")
 @click.option(
+    "--best-of",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Sample so many for each picture and keep the one that its prompt fits best, by the flow's likelihoods.",
+)
+@click.option(
     "--guidance", type=float, help="Weight of classifier-free guidance, 0 or more; the model's own by default."
 )
 @click.option("--temperature", type=float, help="Scale of the noise; the model's own by default.")
-@click.option("--method", type=click.Choice(["sequential", "jacobi"]), help="How the flow is inverted.")
+@click.option(
+    "--method",
+    type=click.Choice(["auto", "sequential", "jacobi", "rolling"]),
+    help="How the flow is inverted; auto follows the plan of `mlx-starflow tune`, and is sequential without one.",
+)
+@click.option(
+    "--verify/--no-verify",
+    default=None,
+    help="Say how far the flow, run forwards over each sample, is from its noise; or do not compute it.",
+)
 @click.option("--attn-temp", type=float, help="Divides the attention logits.")
 @click.option("--denoise/--no-denoise", default=None, help="Clean the sample with one score step.")
 @click.option("--size", type=Size(), help="In pixels; the size the model was trained at by default.")
@@ -52,14 +77,25 @@ class Size(click.ParamType):
     default=None,
     help="Hold one network at a time, which takes longer; by default if memory is too small for all of them.",
 )
+@click.option(
+    "--backend",
+    type=click.Choice(["mlx", "torch"]),
+    default="mlx",
+    show_default=True,
+    help="What computes; torch is the PyTorch twin, which makes the same pictures.",
+)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Where torch computes; cuda if there is one.")
+@click.option("--data-parallel", is_flag=True, help="Share the prompts out over the processes of mlx.launch.")
 @click.option("-v", "--verbose", is_flag=True, help="Say what each phase cost.")
 def generate(
     prompts: tuple[str, ...],
     prompt_file: Any,
     model: str | None,
+    adapters: tuple[tuple[str, float], ...],
     output: Path,
     seed: int | None,
     images: int,
+    best_of: int,
     source: Path | None,
     separate: bool,
     columns: int | None,
@@ -70,7 +106,11 @@ def generate(
     batch_size: int,
     dtype: str | None,
     low_memory: bool | None,
+    backend: str,
+    device: str | None,
+    data_parallel: bool,
     verbose: bool,
+    verify: bool | None,
     **settings: Any,
 ) -> None:
     """Make pictures of PROMPTS.
@@ -92,7 +132,10 @@ def generate(
         recipe = _read_recipe(source)
         if asked:
             raise click.UsageError("--from brings its own prompts; leave the others out")
+        if best_of > 1:
+            raise click.UsageError("--from makes the same pictures again; leave out --best-of")
         asked, model = recipe["prompts"], model or recipe["model"]
+        adapters = adapters or recipe.get("adapters", ())
         settings = {**recipe["settings"], **settings}
         wanted_noise = recipe.get("noise_sha256")
         if wanted_noise and load_noise is None:
@@ -103,31 +146,50 @@ def generate(
     if not asked:
         raise click.UsageError('there is no prompt: mlx-starflow generate "a red apple"')
     targets = _targets(output, len(asked) * images, separate)
+    if data_parallel:
+        if save_noise or load_noise or steps_dir:
+            raise click.UsageError("--data-parallel does not go with --save-noise, --load-noise and --steps-dir")
+        asked, targets, seeds = _share(asked, targets, images, seeds)
+        if not asked:
+            return
     for path in targets:
         media.check_output(path)
     if steps_dir is not None:
         _make_folder(steps_dir)
 
     from mlx_starflow.pipeline import load
-    from mlx_starflow.weights import parse_dtype
 
-    pipe = load(model or "demo", dtype=parse_dtype(dtype), low_memory=low_memory)
+    if backend == "mlx":
+        blas.hint_if_slow()
+    elif verify:
+        raise StarflowError("--verify needs the mlx backend: leave one of them out")
+    pipe = load(model or "demo", dtype=dtype, low_memory=low_memory, backend=backend, device=device, adapters=adapters)
     given = None
     if load_noise is not None:
         size = settings.get("size", pipe.settings.size)
-        given = noise.load_noise(load_noise, (len(asked) * images, *pipe.latent_shape(size)))
+        given = noise.load_noise(load_noise, (len(asked) * images * best_of, *pipe.latent_shape(size)))
         if wanted_noise and noise.digest(given) != wanted_noise:
             raise StarflowError(f"{load_noise} is not the noise that {source} was made from")
-    result = pipe.generate(
-        asked,
-        seed=seeds,
-        images=images,
-        noise=given,
-        keep_steps=steps_dir is not None,
-        batch_size=batch_size,
-        progress=None,
-        **settings,
-    )
+    settings |= {
+        "seed": seeds,
+        "images": images,
+        "noise": given,
+        "keep_steps": steps_dir is not None,
+        "batch_size": batch_size,
+        "verify": verify is not False,
+        "progress": None,
+    }
+    fits: list[str] = []
+    if best_of > 1:
+        from mlx_starflow import scoring
+
+        best = scoring.best_of(pipe, asked, best_of, **settings)
+        result, fits = (
+            best.result,
+            [f", prompt fit {fit:.0f} nats, the best of {best_of}" for fit in best.fits.max(axis=1)],
+        )
+    else:
+        result = pipe.generate(asked, **settings)
     if save_noise is not None:
         noise.save_noise(result.noise, save_noise)
     if steps_dir is not None:
@@ -138,14 +200,20 @@ def generate(
     if len(targets) == 1:
         single = len(result.images) == 1
         picture = result.images[0] if single else media.grid(result.images, columns or (images if images > 1 else None))
-        how = result.metadata[0] if single else pipe.grid_metadata(result)
+        # The best of each prompt have seeds of their own: no prompts times seeds make this grid again.
+        again = metadata and (best_of == 1 or len(asked) == 1)
+        how = result.metadata[0] if single else pipe.grid_metadata(result) if again else None
         media.save_image(picture, targets[0], how if metadata else None)
     else:
         for path, picture, how in zip(targets, result.images, result.metadata, strict=True):
             media.save_image(picture, path, how if metadata else None)
     for index, (prompt, each) in enumerate(zip(result.prompts, result.seeds, strict=True)):
         origin = f"noise from {load_noise}" if each is None else f"seed {each}"
-        click.echo(f"{targets[min(index, len(targets) - 1)]}: {prompt!r}, {origin}")
+        fit = fits[index] if fits else ""
+        click.echo(f"{targets[min(index, len(targets) - 1)]}: {prompt!r}, {origin}{fit}")
+    if verify:
+        for prompt, certificate in zip(result.prompts, result.stats.certificates, strict=True):
+            click.echo(f"{prompt!r}: {certificate}")
     if verbose:
         click.echo(str(result.stats))
 
@@ -163,6 +231,23 @@ def _targets(output: Path, count: int, separate: bool) -> list[Path]:
     if not separate or count == 1:
         return [output]
     return [output.with_name(f"{output.stem}-{number}{output.suffix}") for number in range(1, count + 1)]
+
+
+def _share(
+    asked: list[str], targets: list[Path], images: int, seeds: int | list[int] | None
+) -> tuple[list[str], list[Path], int | list[int]]:
+    """This process's prompts and files, and the seeds of all."""
+    from mlx_starflow.noise import draw_seed
+    from mlx_starflow.training import distributed
+
+    if len(targets) < len(asked) * images:
+        raise StarflowError("--data-parallel writes a file for each picture: give --separate too")
+    group = distributed.world()
+    with distributed.peers("generate", group, "run the same command again"):
+        _, seeds = distributed.from_first({}, draw_seed() if seeds is None else seeds, group)
+    chosen = range(group.rank(), len(asked), group.size())
+    files = [targets[index * images + number] for index in chosen for number in range(images)]
+    return [asked[index] for index in chosen], files, seeds
 
 
 def _make_folder(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -136,6 +137,8 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
+    """Pictures `[B, 3, H, W]` to latents `[B, C, h, w]` and back; see `models.autoencoder_kl.AutoencoderKL`."""
+
     def __init__(self, config: AutoencoderKLConfig):
         super().__init__()
         self.config = config
@@ -148,7 +151,7 @@ class AutoencoderKL(nn.Module):
             self.post_quant_conv = nn.Conv2d(channels, channels, 1)
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of the latents, each `[B, C, h, w]`."""
+        """Mean and log-variance of the posterior over raw latents, each `[B, C, h, w]`."""
         h = self.encoder(images)
         if self.config.use_quant_conv:
             h = self.quant_conv(h)
@@ -156,6 +159,26 @@ class AutoencoderKL(nn.Module):
         return mean, logvar.clamp(-30, 20)
 
     def decode(self, latents: Tensor) -> Tensor:
+        """The pictures `[B, 3, H, W]` of raw latents `[B, C, h, w]`; values are about -1..1 and not clipped."""
         if self.config.use_post_quant_conv:
             latents = self.post_quant_conv(latents)
         return self.decoder(latents)
+
+    def scale(self, latents: Tensor) -> Tensor:
+        """Raw latents `[B, C, h, w]` to normalized ones, in float32."""
+        mean, std = self._statistics(latents.device)
+        return (latents.float() - mean) / std * self.config.scaling_factor
+
+    def unscale(self, latents: Tensor) -> Tensor:
+        """The inverse of `scale`: normalized latents `[B, C, h, w]` to raw ones, in float32."""
+        mean, std = self._statistics(latents.device)
+        return latents.float() / self.config.scaling_factor * std + mean
+
+    def _statistics(self, device: torch.device) -> tuple[Tensor | float, Tensor | float]:
+        if self.config.latents_mean is None:
+            return self.config.shift_factor or 0.0, 1.0
+        mean, std = (
+            torch.tensor(values, device=device)[:, None, None]
+            for values in (self.config.latents_mean, self.config.latents_std)
+        )
+        return mean, std

@@ -1,125 +1,286 @@
-"""PyTorch twin of `mlx_starflow.sampling`: sequential and block-wise Jacobi inversion, guidance, score denoising."""
+"""PyTorch twin of `mlx_starflow.sampling`: KV cache, sequential and block-wise Jacobi inversion, guidance, denoising.
+
+Like the MLX code, and unlike the official release, it caches keys after their rotary positions.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from mlx_starflow.reference.starflow import FlowBlock, KVCache, STARFlow, axial_table
+from mlx_starflow.errors import StarflowError
+from mlx_starflow.reference.flow import Condition, FlowBlock
+from mlx_starflow.sampling.guided import check_guidance
+from mlx_starflow.sampling.methods import JacobiSettings, SequentialSettings
+from mlx_starflow.sampling.sampler import progress_off
+
+if TYPE_CHECKING:
+    from mlx_starflow.sampling import SamplingTrace
+
+METHODS = {kind.name: kind for kind in (SequentialSettings, JacobiSettings)}
+
+
+class KVCache:
+    """Keys (already rotated) and values of one layer, for exactly as many positions as the sequence has."""
+
+    def __init__(self, length: int):
+        self.length, self.offset = length, 0
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    def update_and_fetch(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Append `[B, heads, n, D]` and return all that is cached, `[B, heads, offset, D]`."""
+        if self.keys is None:
+            shape = (*keys.shape[:2], self.length, keys.shape[3])
+            self.keys, self.values = keys.new_empty(shape), values.new_empty(shape)
+        start, self.offset = self.offset, self.offset + keys.shape[2]
+        self.keys[:, :, start : self.offset] = keys
+        self.values[:, :, start : self.offset] = values
+        return self.keys[:, :, : self.offset], self.values[:, :, : self.offset]
+
+    def trim(self, n: int) -> None:
+        """Forget the last `n` positions."""
+        self.offset -= min(n, self.offset)
 
 
 def guide(
-    mu: Tensor, log_sigma: Tensor, mu_null: Tensor, log_sigma_null: Tensor, weight: float
+    mu: Tensor, log_sigma: Tensor, mu_null: Tensor, log_sigma_null: Tensor, weight: float | Tensor
 ) -> tuple[Tensor, Tensor]:
-    ratio = torch.exp(2 * (log_sigma - log_sigma_null).clamp(max=0))
-    denominator = 1 + weight - weight * ratio
-    return ((1 + weight) * mu - weight * ratio * mu_null) / denominator, log_sigma - 0.5 * torch.log(denominator)
+    """STARFlow's rule (arXiv 2506.06276); see `sampling.guidance.guide`."""
+    excess = weight * -torch.expm1(2 * (log_sigma - log_sigma_null).clamp(max=0))
+    guided = mu + (weight - excess) / (1 + excess) * (mu - mu_null)
+    return guided, log_sigma - 0.5 * torch.log1p(excess)
+
+
+def extrapolate(
+    mu: Tensor, log_sigma: Tensor, mu_null: Tensor, log_sigma_null: Tensor, weight: float | Tensor, what: str = "ab"
+) -> tuple[Tensor, Tensor]:
+    """TarFlow's rule (arXiv 2412.06329): mean ("b") and log-scale ("a") move away from the null's by `weight`."""
+    if "b" in what:
+        mu = mu + weight * (mu - mu_null)
+    if "a" in what:
+        log_sigma = log_sigma + weight * (log_sigma - log_sigma_null)
+    return mu, log_sigma
+
+
+@dataclass
+class Guidance:
+    """How conditional and null predictions are combined. `annealed` grows the weight linearly over the sequence."""
+
+    rule: Callable[..., tuple[Tensor, Tensor]]
+    weight: float
+    annealed: bool = False
+
+    def at(self, start: int, count: int, total: int, device: torch.device) -> float | Tensor:
+        if not self.annealed:
+            return self.weight
+        return self.weight * (torch.arange(start + 1, start + count + 1, device=device) / total)[None, :, None]
 
 
 class BlockDecoder:
-    """One block fed a few tokens at a time; with guidance the batch runs twice in one evaluation."""
+    """Predicts (mu, log sigma) of tokens from the tokens before them, in the block's order.
+
+    With guidance the network sees the batch twice, once with the null condition, in one evaluation.
+
+    Attributes:
+        first: number of the first token that is predicted (1 if the first one passes unchanged).
+        evaluations: how often the network was run.
+    """
+
+    cache_type = KVCache
 
     def __init__(
         self,
         block: FlowBlock,
         batch: int,
         length: int,
-        table: Tensor,
-        text: Tensor | None,
-        guidance: float,
-        temp: float,
+        table: Tensor | None,
+        condition: Condition,
+        guidance: Guidance | None,
+        temperature: float | Tensor = 1.0,
     ):
-        self.block, self.guidance, self.temperature = block, guidance, temp
+        self.block, self.length, self.guidance, self.temperature = block, length, guidance, temperature
         self.copies = 2 if guidance else 1
-        self.first = 0 if block.config.sos else 1
-        prefix = block.embed_prefix(text)
-        positions = length + (0 if prefix is None else prefix.shape[1])
-        self.table = block.positions(table, positions)
-        self.caches = [KVCache(positions) for _ in block.attn_blocks]
+        self.offset = condition.offset
+        self.start = block.first_input(batch * self.copies)
+        self.first = 0 if self.start is not None else 1
+        self.prefix_length = 0 if condition.prefix is None else condition.prefix.shape[1]
+        positions = self.prefix_length + length
+        self.table = None if table is None else block.positions(table, positions)
+        self.caches = [self.cache_type(positions) for _ in block.attn_blocks]
         self.evaluations = 0
-        if prefix is not None:
-            self._transform(prefix)
+        if condition.prefix is not None:
+            self._transform(condition.prefix)
+
+    @property
+    def known(self) -> int:
+        """How many inputs the cache holds, the start token included."""
+        return self.caches[0].offset - self.prefix_length
 
     def _transform(self, h: Tensor) -> Tensor:
         start = self.caches[0].offset
-        return self.block.transform(h, self.table[start : start + h.shape[1]], self.caches, self.temperature)
+        table = None if self.table is None else self.table[start : start + h.shape[1]]
+        return self.block.transform(h, table, self.caches, self.temperature)
 
     def predict(self, x: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """(mu, log sigma) of tokens `start` to `stop`, given the tokens before them."""
+        """(mu, log sigma) `[B, stop - start, C]` of tokens `start` to `stop`, given the tokens x `[B, N, C]`.
+
+        The cache must hold exactly the inputs before those that are needed, and holds them too afterwards.
+        """
         self.evaluations += 1
         inputs = x[:, max(start - 1, 0) : stop - 1]
-        if start == 0:
-            inputs = torch.cat([self.block.sos_embed.expand(len(x), -1, -1).to(x.dtype), inputs], dim=1)
-        inputs = torch.cat([inputs] * self.copies)
-        mu, log_sigma = self.block.affine(self._transform(self.block.embed(inputs)))
         if self.copies == 2:
+            inputs = torch.cat([inputs, inputs])
+        if start == 0:
+            inputs = torch.cat([self.start.to(inputs.dtype), inputs], dim=1)
+        mu, log_sigma = self.block.affine(self._transform(self.block.embed(inputs, self.known, self.offset)))
+        if self.guidance:
             (mu, mu_null), (log_sigma, log_sigma_null) = mu.chunk(2), log_sigma.chunk(2)
-            mu, log_sigma = guide(mu, log_sigma, mu_null, log_sigma_null, self.guidance)
+            weight = self.guidance.at(start - self.first, stop - start, self.length - self.first, x.device)
+            mu, log_sigma = self.guidance.rule(mu, log_sigma, mu_null, log_sigma_null, weight)
         return mu, log_sigma
 
     def trim(self, n: int) -> None:
+        """Forget the last `n` inputs."""
         for cache in self.caches:
             cache.trim(n)
 
 
-@torch.no_grad()
-def sample(
-    flow: STARFlow,
-    z: Tensor,
-    text: Tensor | None = None,
-    null_text: Tensor | None = None,
-    guidance: float = 0.0,
-    method: str = "sequential",
-    *,
-    block_size: int = 16,
-    threshold: float = 1e-3,
-    max_iterations: int = 32,
-    attn_temp: float = 1.0,
+def invert_sequential(
+    decoder: BlockDecoder, z: Tensor, x: Tensor, start: int, advance: Callable[[int], None]
 ) -> Tensor:
-    """Noise `[B, H, W, C]` -> data; the arguments are those of `mlx_starflow.sample`."""
-    batch, height, width, _ = z.shape
-    p = flow.config.patch_size
-    table = axial_table(flow.config, height // p, width // p, 0 if text is None else text.shape[1]).to(z.device)
-    guided = torch.cat([text, null_text.expand_as(text)]) if guidance else text
-    x = flow.patchify(z.float())
-    for block in reversed(flow.blocks):
-        if block.is_identity:
-            continue
-        weight = guidance if block.config.txt_dim else 0.0
-        decoder = BlockDecoder(block, batch, x.shape[1], table, guided if weight else text, weight, attn_temp)
-        noise = x.flip(1) if block.config.flip else x
-        size = 1 if method == "sequential" else block_size
-        x = invert(decoder, noise, size, threshold, 1 if method == "sequential" else max_iterations)
-        if block.config.flip:
-            x = x.flip(1)
-    return flow.unpatchify(x, height, width)
+    """Noise `[B, N, C]` in the block's order -> data in it, one token after another; x holds its first `start`."""
+    for n in range(start, z.shape[1]):
+        mu, log_sigma = decoder.predict(x, n, n + 1)
+        x[:, n : n + 1] = z[:, n : n + 1] * torch.exp(log_sigma) + mu
+        advance(1)
+    return x
 
 
-def invert(decoder: BlockDecoder, z: Tensor, block_size: int, threshold: float, max_iterations: int) -> Tensor:
-    """Invert one block, both in the block's order; a `block_size` of 1 is sequential inversion."""
-    x = z.clone()
-    start = decoder.first
-    if start:
-        mu, log_sigma = decoder.block.unpredicted(z[:, :1])
-        x[:, :1] = z[:, :1] * torch.exp(log_sigma) + mu
+def invert_jacobi(
+    decoder: BlockDecoder,
+    z: Tensor,
+    x: Tensor,
+    start: int,
+    settings: JacobiSettings,
+    advance: Callable[[int], None],
+) -> Tensor:
+    """The same, block after block of tokens, each iterated from its noise until it stands still."""
     while start < z.shape[1]:
-        stop = min(start + block_size, z.shape[1])
-        for sweep in range(max_iterations):
+        stop = min(start + settings.block_size, z.shape[1])
+        for sweep in range(settings.max_iterations):
             if sweep:
                 decoder.trim(stop - start)
             mu, log_sigma = decoder.predict(x, start, stop)
             new = z[:, start:stop] * torch.exp(log_sigma) + mu
             change = (new - x[:, start:stop]).square().mean() / new.square().mean()
             x[:, start:stop] = new
-            if max_iterations > 1 and change < threshold:
+            if not change.item() >= settings.threshold:
                 break
+        advance(stop - start)
         start = stop
     return x
 
 
-def denoise(flow: STARFlow, x: Tensor, text: Tensor | None = None, noise_std: float | None = None) -> Tensor:
-    """One score step: x + noise_std^2 * d log p(x | text) / dx."""
+def invert_block(
+    decoder: BlockDecoder,
+    z: Tensor,
+    settings: SequentialSettings | JacobiSettings,
+    advance: Callable[[int], None] = lambda tokens: None,
+) -> Tensor:
+    """Invert one block: noise `[B, N, C]` -> data, both in data order."""
+    flip = decoder.block.config.flip
+    z = z.flip(1) if flip else z
+    x, start = z.clone(), decoder.first
+    if start:
+        mu, log_sigma = decoder.block.unpredicted(z[:, :1])
+        x[:, :1] = z[:, :1] * torch.exp(log_sigma) + mu
+        advance(1)
+    if isinstance(settings, JacobiSettings):
+        x = invert_jacobi(decoder, z, x, start, settings, advance)
+    else:
+        x = invert_sequential(decoder, z, x, start, advance)
+    return x.flip(1) if flip else x
+
+
+def sample(
+    flow: Any,
+    z: Tensor,
+    text: Tensor | None = None,
+    null_text: Tensor | None = None,
+    guidance: float = 0.0,
+    method: str | SequentialSettings | JacobiSettings = "sequential",
+    *,
+    attn_temp: float = 1.0,
+    annealed_guidance: bool = False,
+    guide_what: str = "ab",
+    progress: bool | None = False,
+    trace: SamplingTrace | None = None,
+) -> Tensor:
+    """Invert a twin STARFlow or TarFlow, noise -> data; arguments, result and errors are `mlx_starflow.sample`'s.
+
+    `method` is "sequential" or "jacobi", or the settings of one of them.
+    """
+    check_guidance(guidance, attn_temp)
+    settings = METHODS[method]() if isinstance(method, str) and method in METHODS else method
+    if not isinstance(settings, SequentialSettings | JacobiSettings):
+        raise StarflowError(f"the PyTorch twin samples by {' or '.join(METHODS)}, not by {method!r}")
+    with torch.inference_mode():
+        tokens = flow.noise_tokens(z)
+        batch, length, _ = tokens.shape
+        conditions = flow.conditions(z, text, null_text, guidance)
+        rule = guide if conditions.rule == "quotient" else partial(extrapolate, what=guide_what)
+        total = sum(length for block in flow.blocks if not block.is_identity)
+        with tqdm(total=total, desc="sampling", unit="tok", disable=progress_off(progress), leave=False) as bar:
+            for block, condition in reversed(list(zip(flow.blocks, conditions.blocks, strict=True))):
+                evaluations = 0
+                if not block.is_identity:
+                    weight = Guidance(rule, guidance, annealed_guidance) if condition.guided else None
+                    temperature: float | Tensor = attn_temp
+                    if conditions.temper_null_only:
+                        temperature = null_temperature(attn_temp, batch, z.device) if condition.guided else 1.0
+                    decoder = BlockDecoder(block, batch, length, conditions.table, condition, weight, temperature)
+                    tokens = invert_block(decoder, tokens, settings, bar.update)
+                    evaluations = decoder.evaluations
+                if trace is not None:
+                    trace.evaluations.append(evaluations)
+                    if trace.keep_states:
+                        trace.states.append(flow.latents(tokens, z.shape))
+        check_finite(tokens, "the sample")
+        x = flow.latents(tokens, z.shape)
+    # Outside of inference mode, so that the result can take part in gradients.
+    return x.clone()
+
+
+def null_temperature(attn_temp: float, batch: int, device: torch.device) -> Tensor:
+    """Attention temperatures of a guided batch, `[2B, 1, 1, 1]`: 1 with the condition, `attn_temp` without it."""
+    return torch.tensor([1.0] * batch + [attn_temp] * batch, device=device).reshape(-1, 1, 1, 1)
+
+
+def denoise(flow: Any, x: Tensor, text: Tensor | None = None, noise_std: float | None = None) -> Tensor:
+    """One score step (Tweedie's formula): x + noise_std^2 * d log p(x | text) / dx, one sample after another."""
     noise_std = flow.config.noise_std if noise_std is None else noise_std
-    x = x.detach().requires_grad_()
-    total = (flow(x, text).nll() * x[0].numel()).sum()
-    return (x - noise_std**2 * torch.autograd.grad(total, x)[0]).detach()
+    cleaned = []
+    for index in range(len(x)):
+        noisy = x[index : index + 1].detach().float().clone().requires_grad_()
+        condition = None if text is None else text[index : index + 1].detach().clone()
+        negative_log_likelihood = flow(noisy, condition).nll().sum() * noisy.numel()
+        (score,) = torch.autograd.grad(negative_log_likelihood, noisy)
+        cleaned.append(noisy.detach() - noise_std**2 * score)
+    result = torch.cat(cleaned)
+    check_finite(result, "the denoised sample")
+    return result
+
+
+def check_finite(x: Tensor, what: str) -> None:
+    """Raise StarflowError if a tensor holds a NaN or an infinity: better than a black picture."""
+    if not x.isfinite().all():
+        raise StarflowError(
+            f"{what} is not finite: try a lower guidance or temperature, or weights in float32 (--dtype float32)"
+        )

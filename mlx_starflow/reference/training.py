@@ -119,16 +119,17 @@ def autoencoder_loss(
     pictures `[B, 3, H, W]` in -1..1. The noise is `noise_std` in units of each channel's standard deviation, so that
     the decoder learns to read the normalized noisy latents that the flow makes; a third of the batch has less.
     """
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(pictures.device.type, dtype=torch.bfloat16):
         mean, logvar = model.encode(pictures)
     mean, logvar = mean.float(), logvar.float()
     kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
     latents = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
     level = torch.full((len(mean), 1, 1, 1), noise_std)
     level[: len(mean) // 3] *= torch.rand(len(mean) // 3, 1, 1, 1)
+    level = level.to(mean.device)
     spread = mean.std(dim=(0, 2, 3), keepdim=True)
     latents = latents + level * spread * torch.randn_like(mean)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(pictures.device.type, dtype=torch.bfloat16):
         decoded = model.decode(latents)
     error = decoded.float() - pictures
     squared = (error**2).mean()
@@ -172,7 +173,8 @@ def flow_loss(
     """Exact NLL (nats per dimension) of latents `[B, H, W, C]` plus noise, given token ids and mask `[B, L]`."""
     noisy = latents + noise_std * torch.randn_like(latents)
     keep = context_keep(len(latents), latents[0].numel() // model.flow.config.blocks[-1].in_channels, full, partial)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    keep = keep.to(latents.device)
+    with torch.autocast(latents.device.type, dtype=torch.bfloat16):
         text = model.text_encoder.encode(ids, mask)
         out = model.flow(noisy, text, keep)
     nll = out.nll()

@@ -1,24 +1,37 @@
 """The MLX flow against its PyTorch twin, on configs drawn from the whole space that both know."""
 
+from __future__ import annotations
+
 import mlx.core as mx
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten, tree_unflatten
+from twins import DEVICES, both, difference, give_weights, relative, to_numpy
 
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
-from mlx_starflow.sampling import JacobiSettings, denoise, sample
+from mlx_starflow.sampling import JacobiSettings, SamplingTrace, denoise, sample
 
-torch = pytest.importorskip("torch")
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.torch, pytest.mark.parametrize("device", DEVICES)]
+
+# A deep block shaped like a language model, as official configs ask for with `top_block`.
+LANGUAGE_MODEL = {
+    "hf_style_rope": True, "use_swiglu": True, "use_qk_norm": True, "use_post_norm": True, "use_final_norm": True,
+    "use_bias": False, "norm_type": "rms_norm", "num_heads": 3, "num_kv_heads": 1, "head_dim": 8, "channels": 10,
+    "expansion": 2, "num_layers": 2, "use_proj_txt": False, "use_rope": True,
+}  # fmt: skip
 
 CONFIGS = st.fixed_dictionaries(
     {
+        "channel_size": st.integers(1, 4),
         "patch_size": st.sampled_from([1, 2]),
-        "layers_per_block": st.lists(st.integers(0, 2), min_size=1, max_size=3).filter(lambda n: n[-1] > 0),
-        "head_dim": st.sampled_from([32, 64]),
+        "channels": st.sampled_from([64, 96]),
+        "layers_per_block": st.lists(st.integers(0, 2), min_size=1, max_size=4).filter(lambda n: n[-1] > 0),
+        "head_dim": st.sampled_from([24, 32]),
+        "num_heads": st.sampled_from([None, 3]),
         "num_kv_heads": st.sampled_from([None, 1]),
+        "expansion": st.sampled_from([2, 4]),
         "txt_size": st.sampled_from([0, 5]),
         "sos": st.booleans(),
         "seq_order": st.sampled_from(["L2R", "R2L"]),
@@ -33,50 +46,51 @@ CONFIGS = st.fixed_dictionaries(
         "use_post_norm": st.booleans(),
         "norm_type": st.sampled_from(["layer_norm", "rms_norm"]),
         "top_block_channels": st.sampled_from([None, 128]),
+        "top_block": st.sampled_from([None, None, LANGUAGE_MODEL]),
         "latent_norm_regularization": st.sampled_from([0.0, 1e-4]),
     }
 )
+SAMPLING = st.fixed_dictionaries(
+    {
+        "guidance": st.sampled_from([0.0, 1.5]),
+        "attn_temp": st.sampled_from([1.0, 0.8]),
+        "annealed_guidance": st.booleans(),
+    }
+)
+SHAPES = st.sampled_from([(4, 4), (2, 6), (5, 3)])
 
 
-def twins(values: dict, seed: int) -> tuple:
+def make_twins(values: dict, seed: int, device: str) -> tuple:
     """The same random flow twice, far enough from the identity to tell."""
     from mlx_starflow.reference.starflow import STARFlow as Twin
 
-    config = FlowConfig(img_size=4, channel_size=3, channels=64, txt_dim=10, **values)
-    torch.manual_seed(seed)
-    twin = Twin(config)
-    with torch.no_grad():
-        for name, parameter in twin.named_parameters():
-            scale = 0.25 if name.endswith(("norm.weight", "sos_embed")) else 0.5 * parameter.shape[-1] ** -0.5
-            # Mild affine maps: an exponential scale without a clip overflows after a few tokens otherwise.
-            scale = 0.2 * scale if "proj_out" in name else scale
-            parameter.add_(scale * torch.randn_like(parameter))
+    config = FlowConfig(img_size=4, txt_dim=10, **values)
     flow = STARFlow(config)
-    flow.load_weights([(name, mx.array(value.numpy())) for name, value in twin.state_dict().items()])
-    return flow, twin
+    rng = np.random.default_rng(seed)
+    weights = []
+    for name, value in tree_flatten(flow.parameters()):
+        scale = 0.25 if value.ndim == 1 or name.endswith("sos_embed") else value.shape[-1] ** -0.5
+        # Mild affine maps: an exponential scale without a clip overflows after a few tokens otherwise.
+        scale = (0.2 if config.soft_clip else 0.05) * scale if "proj_out" in name else scale
+        noise = scale * rng.standard_normal(value.shape).astype(np.float32)
+        weights.append((name, mx.array(noise) + (value if value.ndim == 1 else 0)))
+    flow.load_weights(weights)
+    return flow, give_weights(Twin(config), flow, device)
 
 
-def inputs(config: FlowConfig, shape: tuple, seed: int) -> tuple:
+def make_inputs(config: FlowConfig, shape: tuple, seed: int) -> tuple:
+    """Data, text and null text."""
     rng = np.random.default_rng(seed)
     p = config.patch_size
-    x = rng.standard_normal((2, p * shape[0], p * shape[1], 3)).astype(np.float32)
-    texts = rng.standard_normal((2, 2, 5, 10)).astype(np.float32) if config.txt_size else (None, None)
-    return x, *texts
+    x = rng.standard_normal((2, p * shape[0], p * shape[1], config.channel_size)).astype(np.float32)
+    text = rng.standard_normal((2, 5, 10)).astype(np.float32) if config.txt_size else None
+    null = rng.standard_normal((1, 5, 10)).astype(np.float32) if config.txt_size else None
+    return x, text, null
 
 
-def both(array):
-    return (None, None) if array is None else (mx.array(array), torch.from_numpy(array))
-
-
-def relative(ours, theirs) -> float:
-    ours, theirs = np.array(ours), theirs.detach().numpy()
-    return float(np.abs(ours - theirs).max() / max(np.abs(theirs).max(), 1e-6))
-
-
-def check(values: dict, shape: tuple, seed: int) -> None:
-    flow, twin = twins(values, seed)
-    x, text, null = inputs(flow.config, shape, seed)
-    (x, x_twin), (text, text_twin), (null, null_twin) = both(x), both(text), both(null)
+def check_forward(flow, twin, x, text, device: str) -> None:
+    """z, log-dets, loss, and its gradients with respect to the weights and the data."""
+    (x, x_twin), (text, text_twin) = both(x, device), both(text, device)
 
     def loss(parameters, x):
         flow.update(parameters)
@@ -84,46 +98,68 @@ def check(values: dict, shape: tuple, seed: int) -> None:
 
     out, theirs = flow(x, text), twin(x_twin.requires_grad_(), text_twin)
     assert relative(out.z, theirs.z) < 1e-5
-    assert relative(out.log_det, theirs.log_det) < 2e-5
-    penalty = flow.config.latent_norm_regularization
-    total = theirs.nll().mean() + penalty * sum(h.square().mean() for h in theirs.hidden[:-1])
-    assert relative(out.loss(), total) < 1e-5
+    assert relative(out.log_det, theirs.log_det) < 1e-5
+    for name in ("block_log_dets", "hidden"):
+        for ours, other in zip(getattr(out, name), getattr(theirs, name), strict=True):
+            assert relative(ours, other) < 1e-5, name
+    assert relative(out.nll(), theirs.nll()) < 1e-5
+    assert relative(out.loss(), theirs.loss()) < 1e-5
 
-    total.backward()
+    theirs.loss().backward()
     _, (gradients, x_gradient) = mx.value_and_grad(loss, argnums=(0, 1))(flow.trainable_parameters(), x)
     assert relative(x_gradient, x_twin.grad) < 1e-4
-    named = dict(tree_flatten(gradients))
-    for name, parameter in twin.named_parameters():
+    gradients = dict(tree_flatten(gradients))
+    expected = dict(twin.named_parameters())
+    assert gradients.keys() == expected.keys()
+    for name, parameter in expected.items():
         # A layer that no output depends on, such as text keys that nothing attends to, has no gradient in PyTorch.
-        theirs = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        assert np.abs(np.array(named[name]) - theirs.numpy()).max() < 1e-4 * max(float(theirs.abs().max()), 1e-3), name
+        gradient = np.zeros(parameter.shape) if parameter.grad is None else to_numpy(parameter.grad)
+        assert np.abs(to_numpy(gradients[name]) - gradient).max() < 1e-4 * max(np.abs(gradient).max(), 1e-3), name
 
+
+def check_sampling(flow, twin, z, text, null, options: dict, device: str) -> None:
     from mlx_starflow.reference import sampling as reference
 
-    weight = 1.5 if text is not None else 0.0
-    z = 0.7 * x
-    z_twin = torch.from_numpy(np.array(z))
-    ours = sample(flow, z, text, null, weight)
-    twins_sample = reference.sample(twin, z_twin, text_twin, null_twin, weight)
-    assert relative(ours, twins_sample) < 2e-4
-    settings = JacobiSettings(block_size=3, threshold=1e-12)
-    jacobi = sample(flow, z, text, null, weight, "jacobi", jacobi_settings=settings)
-    assert relative(jacobi, twins_sample) < 2e-4
-    assert relative(denoise(flow, x, text), reference.denoise(twin, x_twin, text_twin)) < 1e-4
+    (z, z_twin), (text, text_twin), (null, null_twin) = both(z, device), both(text, device), both(null, device)
+    for method in ("sequential", JacobiSettings(block_size=3, threshold=1e-12)):
+        trace, trace_twin = SamplingTrace(keep_states=True), SamplingTrace(keep_states=True)
+        ours = sample(flow, z, text, null, method=method, trace=trace, **options)
+        theirs = reference.sample(twin, z_twin, text_twin, null_twin, method=method, trace=trace_twin, **options)
+        assert difference(ours, theirs) < 2e-4
+        for mine, other in zip(trace.states, trace_twin.states, strict=True):
+            assert difference(mine, other) < 2e-4
+        if method == "sequential":
+            assert trace.evaluations == trace_twin.evaluations
+            sequential = theirs
+        assert difference(theirs, sequential) < 2e-4
 
 
 @pytest.mark.slow
 @settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(values=CONFIGS, shape=st.sampled_from([(4, 4), (2, 6), (5, 3)]), seed=st.integers(0, 2**16))
-def test_mlx_equals_its_twin(values, shape, seed):
-    check(values, shape, seed)
+@given(values=CONFIGS, shape=SHAPES, options=SAMPLING, seed=st.integers(0, 2**16))
+def test_mlx_equals_its_twin(values, shape, options, seed, device):
+    from mlx_starflow.reference import sampling as reference
+
+    flow, twin = make_twins(values, seed, device)
+    x, text, null = make_inputs(flow.config, shape, seed)
+    check_forward(flow, twin, x, text, device)
+    options = options if text is not None else {**options, "guidance": 0.0}
+    check_sampling(flow, twin, 0.7 * x, text, null, options, device)
+    (x, x_twin), (text, text_twin) = both(x, device), both(text, device)
+    assert relative(denoise(flow, x, text), reference.denoise(twin, x_twin, text_twin)) < 1e-4
 
 
-def test_bfloat16_stays_close():
-    flow, twin = twins({"patch_size": 1, "layers_per_block": [2, 2], "txt_size": 5, "use_softplus": True}, 0)
-    x, text, _ = inputs(flow.config, (4, 4), 0)
-    exact = twin(torch.from_numpy(x), torch.from_numpy(text)).z
+def test_bfloat16_stays_close(device):
+    import torch
+
+    values = {"channel_size": 3, "patch_size": 1, "channels": 64, "layers_per_block": [2, 2], "txt_size": 5}
+    flow, twin = make_twins({**values, "use_softplus": True}, 0, device)
+    x, text, _ = make_inputs(flow.config, (4, 4), 0)
+    (x, x_twin), (text, text_twin) = both(x, device), both(text, device)
+    exact = twin(x_twin, text_twin).z
     flow.update(tree_unflatten([(k, v.astype(mx.bfloat16)) for k, v in tree_flatten(flow.parameters())]))
-    assert relative(flow(mx.array(x), mx.array(text)).z, exact) < 0.03
+    assert relative(flow(x, text).z, exact) < 0.03
     twin.to(torch.bfloat16)
-    assert relative(mx.array(twin(torch.from_numpy(x), torch.from_numpy(text)).z.detach().numpy()), exact) < 0.03
+    out = twin(x_twin, text_twin)
+    assert out.z.dtype == out.log_det.dtype == torch.float32
+    assert relative(out.z, exact) < 0.03

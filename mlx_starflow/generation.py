@@ -1,0 +1,133 @@
+"""Records of generating: how pictures are sampled, what it cost, and what came of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mlx_starflow.errors import StarflowError
+from mlx_starflow.sampling.certificate import Certificate
+from mlx_starflow.sampling.guided import check_guidance
+from mlx_starflow.sampling.methods import METHODS
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How pictures are sampled. A model directory's `config.json` may hold its own defaults under "pipeline".
+
+    Attributes:
+        guidance: weight of classifier-free guidance, 0 or more.
+        temperature: the noise is multiplied by this; below 1 gives more typical, less varied pictures.
+        method: "sequential", "jacobi" or "rolling" (see `sampling.sample`), or "auto": what the model's sampling plan
+            says (see `mlx-starflow tune`), sequential if it has none.
+        attn_temp: attention logits are divided by this.
+        denoise: take one score step, which removes the noise that the flow was trained with, before decoding.
+        size: (width, height) in pixels; None is the size that the model was trained at.
+    """
+
+    guidance: float = 0.0
+    temperature: float = 1.0
+    method: str = "auto"
+    attn_temp: float = 1.0
+    denoise: bool = True
+    size: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        check_guidance(self.guidance, self.attn_temp)
+        if self.method not in ("auto", *METHODS):
+            raise StarflowError(
+                f"unknown sampling method {self.method!r}; it must be one of {', '.join(['auto', *METHODS])}"
+            )
+        if not self.temperature >= 0:
+            raise StarflowError(f"the temperature must be 0 or more, not {self.temperature:g}")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> GenerationSettings:
+        known = {item.name for item in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise StarflowError(f"unknown setting {', '.join(unknown)}; this picture may be of a newer version")
+        size = values.get("size")
+        return cls(**{**values, "size": tuple(size) if size else None})
+
+    def to_dict(self) -> dict[str, Any]:
+        return {item.name: getattr(self, item.name) for item in fields(self)}
+
+
+@dataclass
+class GenerationStats:
+    """What generating cost.
+
+    Attributes:
+        seconds: wall time of each phase: text, flow, denoise, decode (loading included if it was put off).
+        memory: bytes of arrays held at most in each phase; empty where nobody counts them (PyTorch on a CPU).
+        tokens: tokens sampled, over all blocks and pictures.
+        evaluations: network evaluations of each flow block, deep block first, summed over batches.
+        certificates: of each picture, if they were asked for.
+    """
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
+    tokens: int = 0
+    evaluations: list[int] = field(default_factory=list)
+    certificates: list[Certificate] = field(default_factory=list)
+
+    @property
+    def certificate(self) -> Certificate | None:
+        """The worst of all pictures'; None if there are none."""
+        return Certificate.worst(self.certificates) if self.certificates else None
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds["flow"] if self.seconds.get("flow") else 0.0
+
+    @property
+    def peak_memory(self) -> int:
+        return max(self.memory.values(), default=0)
+
+    def spend(self, phase: str, seconds: float, memory: int | None) -> None:
+        """Add what one run of a phase took."""
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+        if memory is not None:
+            self.memory[phase] = max(self.memory.get(phase, 0), memory)
+
+    def count(self, evaluations: list[int], tokens: int) -> None:
+        """Add what sampling one batch took."""
+        before = self.evaluations or [0] * len(evaluations)
+        self.evaluations = [a + b for a, b in zip(before, evaluations, strict=True)]
+        self.tokens += tokens
+
+    def __str__(self) -> str:
+        phases = ", ".join(
+            f"{name} {seconds:.2f} s" + (f" {self.memory[name] / 2**20:.0f} MiB" if name in self.memory else "")
+            for name, seconds in self.seconds.items()
+        )
+        evaluations = "+".join(map(str, self.evaluations))
+        return f"{phases}; {self.tokens_per_second:.0f} tokens/s, {evaluations} network evaluations"
+
+
+@dataclass
+class GenerationResult:
+    """Pictures, prompt by prompt and seed by seed, and all there is to know about them.
+
+    Attributes:
+        images: PIL pictures.
+        latents: what was decoded, `[B, h, w, C]`, an array of the framework that computed it.
+        noise: what the pictures came from, before the temperature, `[B, h, w, C]`.
+        prompts: prompt of each picture.
+        seeds: seed of each picture; None where the noise was given.
+        steps: for each picture the states from noise to latents, decoded, if asked for.
+        metadata: of each picture, for `media.save_image`.
+    """
+
+    images: list[Image.Image]
+    latents: Any
+    noise: np.ndarray
+    prompts: list[str]
+    seeds: list[int | None]
+    steps: list[list[Image.Image]]
+    metadata: list[dict[str, Any]]
+    settings: GenerationSettings
+    stats: GenerationStats

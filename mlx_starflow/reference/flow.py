@@ -1,0 +1,205 @@
+"""PyTorch twin of `models/flow.py`: one block of an autoregressive affine flow, and what a forward pass gives."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mlx_starflow.errors import StarflowError
+from mlx_starflow.reference.rope import line_table
+from mlx_starflow.reference.transformer import Cache, RMSNorm, TransformerLayer, causal_mask
+
+if TYPE_CHECKING:
+    from mlx_starflow.models.flow import BlockConfig
+
+SOFTPLUS_SHIFT = math.log(math.e - 1)
+"""softplus(0 + this) = 1: an untrained block is the identity."""
+
+
+@dataclass
+class FlowOutput:
+    """What a forward pass gives, all in data order; see `models.flow.FlowOutput`."""
+
+    z: Tensor
+    log_det: Tensor
+    block_log_dets: list[Tensor]
+    hidden: list[Tensor]
+    penalty: float = 0.0
+
+    def nll(self) -> Tensor:
+        """Negative log-likelihood of each sample, `[B]`, in nats per dimension, without the constant log(2 pi) / 2."""
+        return (0.5 * self.z.square()).flatten(1).mean(1) - self.log_det.flatten(1).mean(1)
+
+    def loss(self) -> Tensor:
+        """The training objective: mean NLL in nats per dimension, plus the latent-norm penalty where configured."""
+        loss = self.nll().mean()
+        if self.penalty:
+            loss = loss + self.penalty * sum(h.square().mean() for h in self.hidden[:-1])
+        return loss
+
+
+@dataclass
+class Condition:
+    """What a block knows besides its tokens: a prefix `[B, L, channels]` and an offset `[B, 1, channels]`; if `guided`,
+    for the batch with the condition and then with the null condition."""
+
+    prefix: Tensor | None = None
+    offset: Tensor | None = None
+    guided: bool = False
+
+
+@dataclass
+class Conditions:
+    """What sampling from a flow needs to know besides the noise; see `models.flow.Conditions`."""
+
+    table: Tensor | None
+    blocks: list[Condition]
+    rule: str
+    temper_null_only: bool = False
+
+
+class FlowBlock(nn.Module):
+    """One autoregressive affine flow over tokens `[B, N, C]`; with no layers it is the identity.
+
+    `condition`, `embed`, `transform` and `affine` are its steps; samplers call them a few tokens at a time.
+    """
+
+    def __init__(self, config: BlockConfig):
+        super().__init__()
+        self.config = config
+        if self.is_identity:
+            return
+        self.proj_in = nn.Linear(config.in_channels, config.channels)
+        self.proj_out = nn.Linear(config.channels, 2 * config.in_channels)
+        # Zero parameters: a new block is the identity, the best start for a flow.
+        nn.init.zeros_(self.proj_out.weight)
+        nn.init.zeros_(self.proj_out.bias)
+        if config.sos:
+            self.sos_embed = nn.Parameter(torch.randn(1, 1, config.in_channels))
+        if config.txt_dim and config.use_proj_txt:
+            self.proj_txt = nn.Linear(config.txt_dim, config.channels)
+        if config.use_final_norm:
+            self.final_norm = RMSNorm(config.channels)
+        self.attn_blocks = nn.ModuleList([TransformerLayer(config) for _ in range(config.num_layers)])
+
+    @property
+    def is_identity(self) -> bool:
+        return self.config.num_layers == 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.proj_in.weight.dtype
+
+    def positions(self, table: Tensor | None, length: int) -> Tensor | None:
+        """Rotary angles of this block's sequence, `length` positions: the flow's axial table or the block's own."""
+        if self.config.hf_style_rope:
+            return line_table(self.config.head_dim, length).to(self.proj_in.weight.device)
+        return table[len(table) - length :]
+
+    def embed_prefix(self, text: Tensor | None) -> Tensor | None:
+        """Text `[B, L, D]` -> what stands before the tokens, `[B, L, channels]`; None if the block reads no text."""
+        if not self.config.txt_dim:
+            return None
+        if text is None:
+            raise StarflowError(f"this flow reads text: give embeddings [batch, length, {self.config.txt_dim}]")
+        text = text.to(self.dtype)
+        return self.proj_txt(text) if self.config.use_proj_txt else text
+
+    def condition(self, text: Tensor | None, batch: int) -> Condition:
+        """What this block makes of the condition that the flow is given for `batch` samples."""
+        return Condition(prefix=self.embed_prefix(text))
+
+    def first_input(self, batch: int) -> Tensor | None:
+        """What predicts the first token, `[B, 1, C]`; None if nothing does and it passes unchanged."""
+        return self.sos_embed.expand(batch, -1, -1) if self.config.sos else None
+
+    def embed(self, tokens: Tensor, start: int = 0, offset: Tensor | None = None) -> Tensor:
+        """Input tokens `[B, n, C]`, the first of them number `start`, -> `[B, n, channels]`.
+
+        `offset` is the condition's; this block's conditions have none.
+        """
+        return self.proj_in(tokens.to(self.dtype))
+
+    def transform(
+        self,
+        h: Tensor,
+        table: Tensor | None,
+        caches: list[Cache] | None = None,
+        temperature: float | Tensor = 1.0,
+    ) -> Tensor:
+        """The transformer's layers over `[B, n, channels]` at the positions whose angles `table` `[n, D/2]` holds."""
+        mask = causal_mask(h.shape[1], caches[0].offset if caches else 0, h.device)
+        for index, layer in enumerate(self.attn_blocks):
+            h = layer(h, table, mask, caches[index] if caches else None, temperature)
+        return h
+
+    def affine(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states `[B, n, channels]` -> (mu, log sigma), float32 `[B, n, C]`."""
+        if self.config.use_final_norm:
+            h = self.final_norm(h)
+        return self._affine(self.proj_out(h).float())
+
+    def unpredicted(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """(mu, log sigma) of tokens that nothing predicts: those of raw outputs 0."""
+        return self._affine(tokens.new_zeros(*tokens.shape[:-1], 2 * tokens.shape[-1]))
+
+    def _affine(self, raw: Tensor) -> tuple[Tensor, Tensor]:
+        clip = self.config.soft_clip
+        if clip:
+            raw = clip * torch.tanh(raw / clip)
+        scale, mu = raw.chunk(2, dim=-1)
+        if self.config.use_softplus:
+            scale = F.softplus(scale + SOFTPLUS_SHIFT).log()
+        return mu, scale
+
+    def forward(
+        self, x: Tensor, text: Tensor | None, table: Tensor | None, keep: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens `[B, N, C]` in data order -> (z, per-dimension log-det), float32, both in data order.
+
+        `keep` `[B, N]`, in the block's order, hides an input from the network where it is 0: a training aid.
+        """
+        if self.is_identity:
+            return x, torch.zeros_like(x)
+        if self.config.flip:
+            x = x.flip(1)
+        batch, length, _ = x.shape
+        first = self.first_input(batch)
+        inputs = x if first is None else torch.cat([first.to(x.dtype), x[:, :-1]], dim=1)
+        if keep is not None:
+            inputs = inputs * keep[..., None]
+        condition = self.condition(text, batch)
+        h = self.embed(inputs, 0, condition.offset)
+        if condition.prefix is not None:
+            h = torch.cat([condition.prefix.to(h.dtype), h], dim=1)
+        h = self.transform(h, self.positions(table, h.shape[1]))[:, -length:]
+        if first is None:
+            parts = self.unpredicted(x[:, :1]), self.affine(h[:, :-1])
+            mu, scale = (torch.cat(pair, dim=1) for pair in zip(*parts, strict=True))
+        else:
+            mu, scale = self.affine(h)
+        z = (x - mu) * torch.exp(-scale)
+        if self.config.flip:
+            z, scale = z.flip(1), scale.flip(1)
+        return z, -scale
+
+
+def run_blocks(
+    blocks: nn.ModuleList,
+    tokens: Tensor,
+    text: Tensor | None,
+    table: Tensor | None,
+    keep: Tensor | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Data -> noise: what each block read and then the noise, and each block's log-det; tokens in data order."""
+    hidden, log_dets = [tokens], []
+    for index, block in enumerate(blocks):
+        h, log_det = block(hidden[-1], text, table, keep if index == len(blocks) - 1 else None)
+        hidden.append(h)
+        log_dets.append(log_det)
+    return hidden, log_dets

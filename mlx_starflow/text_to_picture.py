@@ -1,0 +1,293 @@
+"""Prompts to pictures, whichever framework computes them: requests, seeds, batches, phases, metadata."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from mlx_starflow import __version__
+from mlx_starflow.buckets import closest_ratio
+from mlx_starflow.errors import StarflowError
+from mlx_starflow.generation import GenerationResult, GenerationSettings, GenerationStats
+from mlx_starflow.media import to_images
+from mlx_starflow.models.autoencoder_kl import WHOLE_PIXELS, AutoencoderKLConfig
+from mlx_starflow.models.starflow import FlowConfig
+from mlx_starflow.noise import digest, draw_noise, draw_seed
+from mlx_starflow.prompts import complete_prompt
+from mlx_starflow.sampling import Certificate, SamplingPlan, SamplingTrace
+from mlx_starflow.sampling.sampler import progress_off
+from mlx_starflow.tokenizer import Tokenizer
+from mlx_starflow.weights import read_config
+
+Array = TypeVar("Array")
+
+
+class TextToPicture(ABC, Generic[Array]):
+    """A flow with its text encoder and its autoencoder, read from a model directory.
+
+    A subclass brings the networks and, as the abstract methods below, the five things that they are used for; arrays
+    are those of its framework.
+
+    Attributes:
+        tokenizer: of the text encoder.
+        config, vae_config: of the flow and of the autoencoder.
+        settings: how this model samples unless told otherwise.
+        plan: how method "auto" samples; None is sequentially.
+        adapters: folders of the flow's adapters and their strengths.
+    """
+
+    tokenizer: Tokenizer
+    adapters: Sequence[tuple[str, float]] = ()
+
+    def __init__(self, name: str, directory: Path):
+        self.name, self.directory = name, directory
+        config = read_config(directory)
+        if config.get("model_type") != "starflow" or not config.get("txt_size"):
+            raise StarflowError(f"{name} does not read prompts: use load_flow and sample in Python")
+        for part in ("text_encoder", "vae"):
+            if not (directory / part).is_dir():
+                raise StarflowError(f"{directory} is a flow alone: generating needs its {part}/ folder too")
+        self.config = FlowConfig.from_dict(config)
+        self.vae_config = AutoencoderKLConfig.from_dict(read_config(directory / "vae"))
+        self.plan = SamplingPlan.find(directory)
+        self.settings = GenerationSettings.from_dict({"guidance": self.config.cfg, **config.get("pipeline", {})})
+
+    # ---- what a framework brings
+
+    @abstractmethod
+    def _array(self, values: np.ndarray) -> Array: ...
+
+    @abstractmethod
+    def _concatenate(self, arrays: list[Array]) -> Array: ...
+
+    @abstractmethod
+    def _encode(self, ids: np.ndarray, mask: np.ndarray) -> Array:
+        """Token ids and mask `[B, L]` -> text embeddings `[B, L, D]`, zero at padding."""
+
+    @abstractmethod
+    def _invert(self, z: Array, text: Array, null_text: Array, settings: GenerationSettings, **how: Any) -> Array:
+        """Noise -> data, `[B, h, w, C]`; `how` has `progress` and `trace` of `sampling.sample`."""
+
+    def _certify(
+        self, x: Array, z: Array, text: Array, null_text: Array, settings: GenerationSettings
+    ) -> Certificate | None:
+        """How far the guided flow, run forwards over one sample, is from its noise; None if nobody can say."""
+        return None
+
+    @abstractmethod
+    def _denoise(self, x: Array, text: Array) -> Array:
+        """One score step on data `[B, h, w, C]`."""
+
+    @abstractmethod
+    def _pictures(self, latents: Array) -> np.ndarray:
+        """Normalized latents `[B, h, w, C]` -> pictures, float32 `[B, H, W, 3]`, about -1..1."""
+
+    def _while_generating(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def _done_with(self, part: str) -> None:
+        """Called with the attribute of a network that the next phases do not need."""
+
+    def _start_phase(self) -> None:
+        """Called before each phase; `_finish_phase` after it."""
+
+    def _finish_phase(self) -> int | None:
+        """Wait for what is being computed; the most bytes that this phase held, if known."""
+        return None
+
+    # ---- generating
+
+    def encode_prompts(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> Array:
+        """Prompts -> text embeddings `[B, L, D]`, zero at padding. Warns about a prompt that is cut.
+
+        `size` (width, height), of the pictures in pixels, is told to models that were trained on several shapes.
+        """
+        length = self.config.txt_size
+        ratio = closest_ratio(*size) if size else "1:1"
+        completed = [complete_prompt(prompt, self.config, ratio=ratio) for prompt in prompts]
+        ids, mask, truncated = self.tokenizer.batch(completed, length)
+        for prompt, cut in zip(prompts, truncated, strict=True):
+            if cut:
+                warnings.warn(
+                    f"the prompt is longer than the {length} tokens this model reads; its end is ignored: {prompt!r}",
+                    stacklevel=2,
+                )
+        return self._encode(ids, mask)
+
+    def latent_shape(self, size: tuple[int, int] | None = None) -> tuple[int, int, int]:
+        """(height, width, channels) of the latents of a picture of `size` (width, height) in pixels."""
+        config, scale = self.config, self.vae_config.downscale
+        if size is None:
+            return config.img_size, config.img_size, config.channel_size
+        step = scale * config.patch_size
+        width, height = size
+        if min(size) < step or width % step or height % step:
+            raise StarflowError(f"a size of {width}x{height} does not fit: this model wants multiples of {step} pixels")
+        return height // scale, width // scale, config.channel_size
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        seed: int | Sequence[int] | None = None,
+        images: int = 1,
+        noise: np.ndarray | None = None,
+        keep_steps: bool = False,
+        batch_size: int = 8,
+        verify: bool = True,
+        progress: bool | None = False,
+        **settings: Any,
+    ) -> GenerationResult:
+        """Make pictures.
+
+        Args:
+            prompts: one prompt or several; "" is no prompt at all.
+            seed: of the first picture of each prompt, the next ones count up; or a list, one a picture of a prompt;
+                drawn if None. A seed means one picture, whatever it is generated together with.
+            images: pictures a prompt.
+            noise: use this standard normal noise `[prompts * images, h, w, C]` instead of seeds.
+            keep_steps: also decode the state after each flow block.
+            batch_size: pictures sampled at once.
+            verify: run the flow forwards over each sample and keep the difference from its noise in the result's
+                `stats.certificates` and in the metadata; about as much work as a third of the score step.
+            progress: show progress bars; None shows them on a terminal only.
+            settings: overrides of `GenerationSettings`.
+
+        Raises:
+            StarflowError: a setting is out of range, the noise has the wrong shape, or the result is not finite.
+        """
+        merged = GenerationSettings.from_dict({**self.settings.to_dict(), **settings})
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not prompts:
+            raise StarflowError("there is no prompt")
+        seeds = self._seeds(seed, images, noise)
+        requests = [(prompt, each) for prompt in prompts for each in seeds]
+        shape = self.latent_shape(merged.size)
+        if noise is None:
+            noise = draw_noise([each for _, each in requests], shape)
+        elif noise.shape != (len(requests), *shape):
+            raise StarflowError(f"noise has shape {list(noise.shape)}; needed is {[len(requests), *shape]}")
+
+        stats = GenerationStats()
+        with self._while_generating():
+            with self._phase(stats, "text"):
+                texts = self.encode_prompts([*prompts, ""], merged.size)
+            self._done_with("_text")
+            text = texts[self._array(np.repeat(np.arange(len(prompts)), len(seeds)))]
+            parts = [slice(start, start + batch_size) for start in range(0, len(requests), batch_size)]
+            how = {"progress": progress}
+            hide_batches = progress_off(progress) if len(parts) > 1 else True
+            states = [
+                self._sample(noise[part], text[part], texts[-1:], merged, stats, keep_steps, verify, how)
+                for part in tqdm(parts, desc="batches", disable=hide_batches)
+            ]
+            self._done_with("flow")
+            with self._phase(stats, "decode"):
+                decoded = [[self._decode(state) for state in batch] for batch in states]
+            self._done_with("vae")
+        pictures = [picture for batch in decoded for picture in batch[-1]]
+        steps = [list(images) for batch in decoded for images in zip(*batch, strict=True)] if keep_steps else []
+        return GenerationResult(
+            images=pictures,
+            latents=self._concatenate([batch[-1] for batch in states]),
+            noise=noise,
+            prompts=[prompt for prompt, _ in requests],
+            seeds=[each for _, each in requests],
+            steps=steps,
+            metadata=[
+                self._metadata([p], [s], merged, noise[i : i + 1], certificate)
+                for i, ((p, s), certificate) in enumerate(zip_longest(requests, stats.certificates))
+            ],
+            settings=merged,
+            stats=stats,
+        )
+
+    @contextmanager
+    def _phase(self, stats: GenerationStats, name: str) -> Iterator[None]:
+        self._start_phase()
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            memory = self._finish_phase()
+            stats.spend(name, time.perf_counter() - began, memory)
+
+    def _seeds(self, seed: int | Sequence[int] | None, images: int, noise: np.ndarray | None) -> list[int | None]:
+        if images < 1:
+            raise StarflowError(f"the number of images must be 1 or more, not {images}")
+        if noise is not None:
+            return [None] * images
+        if seed is None:
+            seed = draw_seed()
+        return [seed + k for k in range(images)] if isinstance(seed, int) else list(seed)
+
+    def _sample(
+        self,
+        noise: np.ndarray,
+        text: Array,
+        null_text: Array,
+        settings: GenerationSettings,
+        stats: GenerationStats,
+        keep_steps: bool,
+        verify: bool,
+        how: dict[str, Any],
+    ) -> list[Array]:
+        """Noise -> latents; before them, if asked for, the states on the way: noise, and data after each block."""
+        trace = SamplingTrace(keep_states=keep_steps)
+        z = settings.temperature * self._array(noise)
+        with self._phase(stats, "flow"):
+            x = self._invert(z, text, null_text, settings, trace=trace, **how)
+        blocks = self.config.blocks
+        stats.count(
+            trace.evaluations, sum(block.num_layers > 0 for block in blocks) * noise.size // blocks[0].in_channels
+        )
+        if verify:
+            with self._phase(stats, "verify"):
+                for one in (slice(index, index + 1) for index in range(len(noise))):
+                    if certificate := self._certify(x[one], z[one], text[one], null_text, settings):
+                        stats.certificates.append(certificate)
+        if settings.denoise:
+            with self._phase(stats, "denoise"):
+                x = self._denoise(x, text)
+        return [z, *trace.states, x] if keep_steps else [x]
+
+    def _decode(self, latents: Array) -> list[Image.Image]:
+        # As many pictures at once as make up a large one.
+        count = max(1, WHOLE_PIXELS // (latents.shape[1] * latents.shape[2] * self.vae_config.downscale**2))
+        parts = [latents[start : start + count] for start in range(0, latents.shape[0], count)]
+        return [image for part in parts for image in to_images(self._pictures(part))]
+
+    def _metadata(
+        self,
+        prompts: list[str],
+        seeds: list[int | None],
+        settings: GenerationSettings,
+        noise: np.ndarray,
+        certificate: Certificate | None,
+    ) -> dict[str, Any]:
+        """All that is needed to make pictures again: prompts times seeds, as `generate` takes them."""
+        metadata = {"version": __version__, "model": self.name, "prompts": prompts, "seeds": seeds}
+        if self.adapters:
+            metadata["adapters"] = self.adapters
+        if None in seeds:
+            metadata["noise_sha256"] = digest(noise)
+        if certificate is not None:
+            metadata["certificate"] = asdict(certificate)
+        return {**metadata, "settings": settings.to_dict()}
+
+    def grid_metadata(self, result: GenerationResult) -> dict[str, Any]:
+        """Metadata of a grid of all pictures of a result."""
+        images = len(result.images) // len(dict.fromkeys(result.prompts))
+        prompts, seeds = result.prompts[::images], result.seeds[:images]
+        return self._metadata(prompts, seeds, result.settings, result.noise, result.stats.certificate)

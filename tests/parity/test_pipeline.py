@@ -1,0 +1,114 @@
+"""Prompts to pictures: MLX and PyTorch make the same ones of a seed."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+from commands import Command
+from model_directories import edit_weights, message
+from tiny_model import write_tiny_model
+from twins import DEVICES, difference
+
+from mlx_starflow import load
+from mlx_starflow.media import read_metadata
+
+pytestmark = [pytest.mark.torch, pytest.mark.parametrize("device", DEVICES)]
+
+CASES = [
+    ("tiny", {}),
+    ("tiny", {"method": "jacobi"}),
+    ("tiny", {"guidance": 0.0, "attn_temp": 0.8}),
+    ("tiny", {"size": (16, 8), "denoise": False}),
+    ("demo", {}),
+    ("demo", {"method": "jacobi", "size": (96, 32)}),
+]
+
+generate = Command("generate")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return write_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def pixels(images) -> np.ndarray:
+    return np.stack([np.asarray(image).astype(int) for image in images])
+
+
+@pytest.mark.parametrize(("model", "settings"), CASES, ids=str)
+def test_the_same_pictures(tiny, model, settings, device):
+    prompts = ["a cat", "", "a dog"]
+    ours, theirs = (
+        load(tiny if model == "tiny" else "demo", dtype="float32", backend=backend, device=where).generate(
+            prompts, seed=7, batch_size=2, keep_steps=True, verify=False, **settings
+        )
+        for backend, where in (("mlx", None), ("torch", device))
+    )
+    assert (ours.noise == theirs.noise).all()
+    assert difference(ours.latents, theirs.latents) < 2e-4
+    # 1e-4 of a picture's range is less than one of its 255 steps: rounding may go either way.
+    assert np.abs(pixels(ours.images) - pixels(theirs.images)).max() <= 1
+    for mine, other in zip(ours.steps, theirs.steps, strict=True):
+        assert np.abs(pixels(mine) - pixels(other)).max() <= 1
+    assert ours.metadata == theirs.metadata and ours.prompts == theirs.prompts and ours.seeds == theirs.seeds
+    assert ours.stats.evaluations == theirs.stats.evaluations and ours.stats.tokens == theirs.stats.tokens
+    assert ours.stats.seconds.keys() == theirs.stats.seconds.keys() and "network evaluations" in str(theirs.stats)
+    assert bool(theirs.stats.memory) == (device == "cuda")
+
+
+def test_prompts_and_decoder(tiny, device):
+    ours, theirs = load(tiny, dtype="float32"), load(tiny, dtype="float32", backend="torch", device=device)
+    prompts = ["a cat", "a dog"]
+    assert difference(ours.encode_prompts(prompts), theirs.encode_prompts(prompts)) < 1e-5
+    latents = np.random.default_rng(0).standard_normal((2, 4, 8, 4)).astype(np.float32)
+    assert np.abs(ours._pictures(ours._array(latents)) - theirs._pictures(theirs._array(latents))).max() < 1e-4
+
+
+def test_bfloat16(device):
+    exact, rounded = (
+        load("demo", backend="torch", device=device, dtype=dtype).generate("a red apple", seed=1)
+        for dtype in ("float32", "bfloat16")
+    )
+    assert 0 < difference(exact.latents, rounded.latents) < 0.5
+
+
+def test_from_the_command_line(tiny, tmp_path, device):
+    words = ["a cat", "-m", tiny, "--seed", 3, "--dtype", "float32"]
+    for name, more in (("mlx", ["--no-verify"]), ("torch", ["--backend", "torch", "--device", device, "-v"])):
+        result = generate(*words, *more, "-o", tmp_path / f"{name}.png")
+        assert result.exit_code == 0, result.output
+    assert "tokens/s" in result.output
+    ours, theirs = (tmp_path / f"{name}.png" for name in ("mlx", "torch"))
+    assert read_metadata(ours) == read_metadata(theirs)
+    # The picture of one backend can be made again with the other.
+    assert generate("--from", ours, "--backend", "torch", "-o", tmp_path / "again.png").exit_code == 0
+
+
+def test_options_that_torch_does_not_have(tiny, tmp_path, device):
+    words = ["a cat", "-m", tiny, "-o", tmp_path / "a.png"]
+    torch = [*words, "--backend", "torch", "--device", device]
+    assert "no low-memory mode" in generate.mistake(*torch, "--low-memory")
+    assert "float32 or bfloat16, not in float16" in generate.mistake(*torch, "--dtype", "float16")
+    assert "add --backend torch" in generate.mistake(*words, "--device", device)
+    if "cuda" not in DEVICES:
+        assert "no device cuda" in generate.mistake(*words, "--backend", "torch", "--device", "cuda")
+    assert "unknown backend 'jax'" in message(load, tiny, backend="jax")
+    assert "neither cpu nor cuda" in message(load, tiny, backend="torch", device="tpu")
+    pipe = load(tiny, backend="torch", device=device)
+    assert "sequential or jacobi, not by 'rolling'" in message(pipe.generate, "a cat", method="rolling")
+
+
+def test_a_damaged_model_is_named(tmp_path, device):
+    directory = write_tiny_model(tmp_path)
+    edit_weights(directory / "vae", decoder__conv_in__bias=None)
+    assert "decoder.conv_in.bias" in generate.mistake("a cat", "-m", directory, "--backend", "torch")
+
+
+def test_without_pytorch(tiny, tmp_path, monkeypatch, device):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    for name in [name for name in sys.modules if name.startswith("mlx_starflow.reference")]:
+        monkeypatch.delitem(sys.modules, name)
+    error = generate.mistake("a cat", "-m", tiny, "--backend", "torch", "-o", tmp_path / "a.png")
+    assert "pip install 'mlx-starflow[torch]'" in error
