@@ -1,9 +1,8 @@
 """How much memory generating takes, computed from a model's configs, and what Metal is told about it.
 
-Every formula counts bytes of arrays that exist at once; item sizes are left out below. Constants were fitted to what
-MLX's CPU backend holds (it begins operations before those ahead of them have let go of their memory); tests keep the
-predicted peaks within 15% of the measured ones. On Metal, which needs no gathered copies for convolutions, the same
-formulas err on the side of more.
+Weights are counted exactly; `footprint` has the formulas of the rest. Tests keep the predicted peaks within 15% of what
+MLX's CPU backend holds (it begins operations before those ahead of them have let go of their memory). On Metal, which
+needs no gathered copies for convolutions, the same formulas err on the side of more.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_starflow import footprint
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.models.autoencoder_kl import WHOLE_PIXELS, AutoencoderKL, AutoencoderKLConfig
-from mlx_starflow.models.autoencoder_strips import LOGITS
+from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
 from mlx_starflow.models.t5 import T5Config, T5Encoder
 from mlx_starflow.quantization import quantize_module
@@ -29,7 +28,13 @@ from mlx_starflow.weights import default_dtype, load_weights, one_line, paramete
 PARTS = {"text encoder": "text_encoder", "flow": "flow", "autoencoder": "vae"}
 """The networks of a model, and what they are called in code."""
 
-PHASES = {"text": "text encoder", "flow": "flow", "denoise": "flow", "decode": "autoencoder"}
+PHASES = {
+    "text": "text encoder",
+    "flow": "flow",
+    "verify": "flow",
+    "denoise": "flow",
+    "decode": "autoencoder",
+}
 """The phases of generating, as in `GenerationStats`, and the network that each of them runs."""
 
 PRECISIONS = ("float32", "bfloat16", "8", "6", "4")
@@ -112,7 +117,7 @@ class MemoryPlan:
     Attributes:
         weights: of each network, by part ("text encoder", "flow", "autoencoder").
         kv_cache: of keys and values, at most; part of the flow phase's activations.
-        activations: of each phase ("text", "flow", "denoise", "decode"), what it takes besides weights.
+        activations: of each phase ("text", "flow", "verify", "denoise", "decode"), what it takes besides weights.
     """
 
     weights: dict[str, int]
@@ -202,13 +207,17 @@ def plan(
     tokens = (width // scale // flow.patch_size) * (height // scale // flow.patch_size)
     # Embeddings of the prompts and of no prompt, and of each picture's prompt once more.
     held = (batch + 2) * flow.txt_size * flow.txt_dim * item
-    kv_cache, sampling = _sampling(flow, tokens, batch, guided, item)
+    kv_cache, sampling = footprint.sampling(flow, tokens, batch, guided, item)
     activations = {
-        "text": _text(configs.text_encoder, 2 * flow.txt_size, item),
+        "text": footprint.text(configs.text_encoder, 2 * flow.txt_size, item),
         "flow": held + sampling,
-        "denoise": held + _score(flow, tokens, item),
-        "decode": held + _decode(vae, height // scale, width // scale, batch, item),
+        "verify": held + footprint.forward(flow, tokens, guided, item),
+        "denoise": held + footprint.score(flow, tokens, item),
+        "decode": held + footprint.decode(vae, height // scale, width // scale, batch, item),
     }
+    for phase, part in PHASES.items():
+        if part not in chosen:
+            activations[phase] += _unpacked(configs, part)
     return MemoryPlan(weights, kv_cache, activations)
 
 
@@ -245,107 +254,19 @@ def _stored_bytes(configs: ModelConfigs, part: str, dtype: mx.Dtype) -> int | No
     return _bytes(load_weights(folder), dtype)
 
 
-# ---- activations of each phase
-
-
-def _text(config: T5Config, tokens: int, item: int) -> int:
-    """The text encoder over `tokens` positions, prompt and empty prompt together: twelve hidden layers of its MLP."""
-    return 12 * tokens * config.d_ff * item
-
-
-def _sampling(config: FlowConfig, tokens: int, batch: int, guided: bool, item: int) -> tuple[int, int]:
-    """(KV caches, all activations) of sampling.
-
-    A block caches 2 (keys, values) x layers x positions x heads x head size for each picture, twice if it is guided.
-    While a block reads its text, the cache of the block before it is still there, and about 5 hidden layers of MLPs.
-    A single token's activations do not count.
-    """
-    largest = peak = before = 0
-    for block in reversed(config.blocks):
-        reads = bool(block.txt_dim)
-        copies = batch * (2 if guided and reads else 1)
-        text = config.txt_size if reads else 0
-        cache = 2 * block.num_layers * copies * (text + tokens) * block.num_kv_heads * block.head_dim * item
-        hidden = copies * text * block.channels * block.expansion * item
-        largest = max(largest, cache)
-        peak = max(peak, cache, cache + 4.8 * hidden + before if reads else 0)
-        before = cache
-    return largest, int(peak)
-
-
-def _score(config: FlowConfig, tokens: int, item: int) -> int:
-    """The score step, one picture at a time with layers computed again: what each layer reads is kept; in one layer,
-    forward and backward, are about 5.9 x heads x positions^2 (attention's weights are not fused under a gradient) and
-    8.2 hidden layers of the MLP."""
-    kept, work = 0, 0.0
-    for block in config.blocks:
-        positions = tokens + (config.txt_size if block.txt_dim else 0)
-        kept += block.num_layers * positions * block.channels * item
-        if block.num_layers:
-            logits = block.num_heads * positions**2
-            work = max(work, (5.9 * logits + 8.2 * positions * block.channels * block.expansion) * item)
-    return int(kept + work)
-
-
-def _decode(config: AutoencoderKLConfig, height: int, width: int, batch: int, item: int) -> int:
-    """Decoding latents of `height` x `width`, whole or in strips."""
-    pixels = height * width * config.downscale**2
-    pictures = batch * pixels * (config.out_channels * (item + 4 + 1))
-    if rows := config.tile_rows(height, width):
-        return pictures + _strips(config, height, width, rows, item)
-    return pictures + min(batch, WHOLE_PIXELS // pixels) * _whole(config, height, width, item)
-
-
-def _convolutions(config: AutoencoderKLConfig, height: int, width: int) -> Iterator[tuple[int, int, int, int, bool]]:
-    """(height, width, channels in, channels out, is it after doubling) of the decoder's 3x3 convolutions, in order."""
-    widths = config.block_out_channels[::-1]
-    yield height, width, config.latent_channels, widths[0], False
-    for _ in range(4):
-        yield height, width, widths[0], widths[0], False
-    inputs = widths[0]
-    for index, outputs in enumerate(widths):
-        for _ in range(config.layers_per_block + 1):
-            yield height, width, inputs, outputs, False
-            yield height, width, outputs, outputs, False
-            inputs = outputs
-        if index < len(widths) - 1:
-            height, width = 2 * height, 2 * width
-            yield height, width, outputs, outputs, True
-    yield height, width, inputs, config.out_channels, False
-
-
-def _gathers(pixels: int, channels: int, item: int) -> bool:
-    """Whether the CPU's convolution gathers nine copies of its input; else it reads the picture where it lies."""
-    return item != 4 or channels < 32 or pixels < 64 * 64
-
-
-def _whole(config: AutoencoderKLConfig, height: int, width: int, item: int) -> int:
-    """One picture at once: the largest of 6.6 times a large feature map; the gathered and the made arrays of four
-    convolutions in a row; and the middle's attention weights."""
-    peak = (height * width) ** 2 if config.mid_block_add_attention else 0
-    window: list[float] = []
-    for rows, columns, inputs, outputs, _ in _convolutions(config, height, width):
-        pixels = rows * columns
-        gathers = _gathers(pixels, inputs, item)
-        window.append(pixels * (9 * inputs + 0.7 * outputs) if gathers else 0)
-        peak = max(peak, sum(window[-4:]), 0 if gathers else 6.6 * pixels * inputs)
-    return int(peak * item)
-
-
-def _strips(config: AutoencoderKLConfig, height: int, width: int, strip_rows: int, item: int) -> int:
-    """One picture in strips: a residual block's input and what is between its convolutions (or a picture before and
-    after doubling), with the work on one strip: what its convolution reads 12 times where it gathers, else 3 times.
-    Or, if more, attention's keys, values, input and output and a few rows of weights."""
-    peak = 0.0
-    for rows, columns, inputs, outputs, doubled in _convolutions(config, height, width):
-        strip = min(strip_rows + 2, rows) * columns
-        work = strip * (12 * inputs + outputs if _gathers(strip, inputs, item) else 3 * inputs + 2 * outputs)
-        held = rows * columns * (inputs / 4 if doubled else inputs) + rows * columns * outputs
-        peak = max(peak, held + work)
-    if config.mid_block_add_attention:
-        area, channels = height * width, config.block_out_channels[-1]
-        peak = max(peak, 4 * area * channels + min(max(LOGITS, area), area**2))
-    return int(peak * item)
+def _unpacked(configs: ModelConfigs, part: str) -> int:
+    """What the CPU holds of quantized weights in float32, see `quantization.QuantizedLinear`: a layer and a bit."""
+    if mx.default_device() != mx.cpu or part == "autoencoder" or _stored_bytes(configs, part, mx.float32) is None:
+        return 0
+    text = configs.text_encoder
+    widths = {
+        "flow": [
+            block.channels * (4 * block.num_heads * block.head_dim + 2 * block.channels * block.expansion)
+            for block in configs.flow.blocks
+        ],
+        "text encoder": [text.d_model * (4 * text.num_heads * text.d_kv + 3 * text.d_ff)],
+    }
+    return int(1.35 * 4 * max(widths[part]))
 
 
 # ---- Metal

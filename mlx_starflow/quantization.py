@@ -39,10 +39,37 @@ SHALLOW_BITS = 6
 DENSE_LAYERS = ("proj_in", "proj_out", "relative_attention_bias")
 """Layers that stay as they are: small ones that hand over tokens and affine parameters, and T5's position bias."""
 
+UNPACK_ROWS = 16
+"""From this many rows on, the CPU multiplies by the unpacked weight: see `QuantizedLinear`."""
+
 Choice = bool | dict[str, Any]
 """Whether to quantize a layer, or settings of its own."""
 
 _KEYS = ("group_size", "bits", "mode")
+
+
+class QuantizedLinear(nn.QuantizedLinear):
+    """MLX's layer, faster on the CPU: there the quantized product costs as much for a few rows as unpacking does."""
+
+    @classmethod
+    def of(cls, layer: nn.QuantizedLinear) -> QuantizedLinear:
+        rows, packed = layer.weight.shape
+        made = cls(packed * 32 // layer.bits, rows, "bias" in layer, **_settings(layer))
+        made.update(layer.parameters())
+        return made
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if mx.default_device() != mx.cpu or x.size < UNPACK_ROWS * x.shape[-1]:
+            return super().__call__(x)
+        weight = mx.dequantize(self.weight, self.scales, self.get("biases"), **_settings(self), dtype=x.dtype)
+        return mx.addmm(self.bias, x, weight.T) if "bias" in self else x @ weight.T
+
+
+def _quantize(module: nn.Module, choose: Callable[[str, nn.Module], Choice]) -> None:
+    nn.quantize(module, class_predicate=choose)
+    layers = quantized_layers(module).items()
+    linear = [(path, QuantizedLinear.of(layer)) for path, layer in layers if isinstance(layer, nn.QuantizedLinear)]
+    module.update_modules(tree_unflatten(linear))
 
 
 def quantized_layers(module: nn.Module) -> dict[str, nn.Module]:
@@ -101,7 +128,7 @@ def quantize_module(
         return chosen
 
     try:
-        nn.quantize(module, class_predicate=choose)
+        _quantize(module, choose)
     except ValueError as error:
         raise StarflowError(f"cannot quantize to {how!r}: {error}") from error
     layers = quantized_layers(module)
@@ -186,6 +213,6 @@ def quantize_as(
         return {key: settings[key] for key in _KEYS if key in settings}
 
     try:
-        nn.quantize(module, class_predicate=choose)
+        _quantize(module, choose)
     except (TypeError, ValueError) as error:
         raise StarflowError(f"{what}: quantization of config.json: {error}") from error

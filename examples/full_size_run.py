@@ -1,0 +1,112 @@
+"""Memory and time of the full-size 3B text-to-image model, with random weights, on this machine.
+
+    python examples/full_size_run.py SCRATCH --quantize 8
+    python examples/full_size_run.py SCRATCH --quantize 4
+
+Writes a model directory of the released sizes into SCRATCH (flow, flan-t5-xl encoder, SD-VAE), opens it as any other is
+opened, and prints, phase by phase, the seconds, the most memory that MLX held and what `mlx-starflow info`
+predicts: a prompt's encoding, the first 16 tokens of the deep block with guidance, one forward pass of the whole flow
+(the exact likelihood), and the decoding of one picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import mlx.core as mx
+from mlx.utils import tree_map
+
+from mlx_starflow.convert.official import ARGUMENTS
+from mlx_starflow.memory import NETWORKS, plan
+from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from mlx_starflow.models.starflow import FlowConfig, STARFlow
+from mlx_starflow.models.t5 import T5Config, T5Encoder
+from mlx_starflow.noise import draw_noise
+from mlx_starflow.quantization import quantize_module
+from mlx_starflow.sampling import GuidedFlow, sequential
+from mlx_starflow.saving import save_model
+from mlx_starflow.training.text import train_tokenizer
+from mlx_starflow.weights import load_flow, load_text_encoder, load_vae, parameters
+
+PROMPT = "a corgi in the snow"
+GUIDANCE = 3.6
+TOKENS = 16
+LENGTH = 128
+"""Tokens of a prompt."""
+
+
+def write_random_model(folder: Path, how: str) -> None:
+    """A model directory of the released sizes; nothing of it is ever in memory as a whole."""
+    mx.random.seed(0)
+    # The released YAML does not name the text encoder's width; flan-t5-xl's is 2048.
+    config = FlowConfig.from_official({**ARGUMENTS["starflow_3B_t2i_256x256"], "txt_dim": 2048})
+    flow, encoder = STARFlow(config), T5Encoder(T5Config(**NETWORKS["google/flan-t5-xl"]))
+    autoencoder = AutoencoderKL(AutoencoderKLConfig.from_dict(NETWORKS["stabilityai/sd-vae-ft-ema"]))
+    for network in (flow, encoder, autoencoder):
+        network.update(tree_map(lambda array: 0.02 * mx.random.normal(array.shape), network.parameters()))
+    save_model(folder / "vae", parameters(autoencoder), autoencoder.config.to_dict())
+    settings = {"quantization": quantize_module(encoder, how)}
+    save_model(folder / "text_encoder", parameters(encoder), {**encoder.config.to_dict(), **settings})
+    train_tokenizer([PROMPT, "a cat on a sofa", "the moon over a lake"] * 40, folder / "text_encoder/spiece.model", 60)
+    settings = {"quantization": quantize_module(flow, how), "pipeline": {"guidance": GUIDANCE}}
+    save_model(folder, parameters(flow), {"model_type": "starflow", **config.to_dict(), **settings})
+
+
+@contextmanager
+def phase(what: str, expected: int) -> Iterator[None]:
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    began = time.perf_counter()
+    yield
+    seconds, peak = time.perf_counter() - began, mx.get_peak_memory() / 2**30
+    print(f"{what:<44} {seconds:7.1f} s   peak {peak:6.2f} GiB   predicted {expected / 2**30:6.2f} GiB", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scratch", type=Path, help="folder with 6 GB to spare")
+    parser.add_argument("--quantize", default="8", help="as in `mlx-starflow convert`")
+    args = parser.parse_args()
+    print(f"machine: {platform.platform()}, MLX {mx.__version__} on the {mx.default_device().type.name}", flush=True)
+    folder = args.scratch / f"model-{args.quantize}"
+    if not (folder / "config.json").exists():
+        with phase(f"written with {args.quantize}-bit weights", 0):
+            write_random_model(folder, args.quantize)
+    size = sum(path.stat().st_size for path in folder.glob("**/*.safetensors"))
+    print(f"{size / 1e9:.2f} GB of weights", flush=True)
+
+    expected = plan(folder).phases(low_memory=True)
+    with phase("text: prompt and empty prompt encoded", expected["text"]):
+        encoder, tokenizer = load_text_encoder(folder / "text_encoder")
+        ids, mask, _ = tokenizer.batch([PROMPT, ""], LENGTH)
+        texts = encoder.encode(mx.array(ids), mx.array(mask))
+        mx.eval(texts)
+    del encoder
+    text, null = texts[:1], texts[1:]
+    z = mx.array(draw_noise([0], (32, 32, 4)))
+    with phase(f"flow: first {TOKENS} tokens of the deep block", expected["flow"]):
+        flow = load_flow(folder)
+        guided = GuidedFlow(flow, z.shape, text, null, GUIDANCE)
+        tokens = flow.noise_tokens(z)
+        decoder = guided.decoder(len(flow.blocks) - 1, 1, tokens.shape[1])
+        mx.eval(sequential.invert(decoder, tokens[:, :TOKENS], mx.array(tokens), 0, lambda done: None))
+    del decoder, guided
+    with phase("likelihood: one forward pass of the flow", expected["verify"]):
+        nll = flow(z, text).nll()
+        mx.eval(nll)
+    print(f"likelihood finite: {bool(mx.isfinite(nll).all())}")
+    del flow
+    with phase("decode: one picture", expected["decode"]):
+        vae = load_vae(folder / "vae")
+        picture = vae.decode(vae.unscale(z))
+        mx.eval(picture)
+    print(f"picture of {picture.shape[2]}x{picture.shape[1]} pixels, finite: {bool(mx.isfinite(picture).all())}")
+
+
+if __name__ == "__main__":
+    main()
