@@ -139,7 +139,7 @@ def test_pictures(model, pictures):
     np.testing.assert_allclose(few.latents, every.latents[[0, 11, 22]], atol=1e-5)
     assert few.captions == [every.captions[index] for index in (0, 11, 22)]
     assert "2 pictures or more, not 1" in message(read_pictures, model, pictures, 1)
-    assert "metadata.jsonl does not exist" in message(read_pictures, model, model)
+    assert "holds no training data" in message(read_pictures, model, model)
 
 
 def test_what_it_costs(model, pictures, tmp_path):

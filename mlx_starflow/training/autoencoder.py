@@ -8,10 +8,12 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from mlx_starflow.pictures import scale_pixels
+from mlx_starflow.training.config import TrainingConfig
 from mlx_starflow.training.data import Order, PictureFolder, augmented_crops
 from mlx_starflow.training.objective import autoencoder_loss, autoencoder_noise
 from mlx_starflow.training.optim import assign
-from mlx_starflow.training.trainer import Trainer, TrainingConfig
+from mlx_starflow.training.trainer import Trainer
 
 ZOOM, SHIFT = 0.15, 2
 """How far views of pictures vary, see `augmented_crops`."""
@@ -33,11 +35,6 @@ class PictureViews:
         return {"pictures": scale_pixels(views), **noise}
 
 
-def scale_pixels(pictures: np.ndarray) -> np.ndarray:
-    """uint8 -> float32 in -1..1."""
-    return pictures.astype(np.float32) / 127.5 - 1
-
-
 def train_autoencoder(
     pictures: PictureFolder,
     model_config: AutoencoderKLConfig,
@@ -57,10 +54,10 @@ def train_autoencoder(
     data = PictureViews(pictures.pictures, model_config)
     trainer = Trainer(
         model,
-        lambda model, batch: autoencoder_loss(model, **batch, kl_weight=kl_weight),
         data,
         config,
         out_dir,
+        loss=lambda model, batch: autoencoder_loss(model, **batch, kl_weight=kl_weight),
         name="autoencoder",
         resume=resume,
     )

@@ -1,94 +1,130 @@
-"""Pictures with captions: an image folder with a `metadata.jsonl` (`file_name`, `text`), in memory."""
+"""Captioned pictures in memory, the order in which training takes samples, and random views."""
 
 from __future__ import annotations
 
-import json
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.pictures import UnreadablePicture, crop_picture, decode_picture, no_remarks
+from mlx_starflow.training.sources import Sample, Skip, open_source, skip_report, split_of
+from mlx_starflow.weights import one_line
 
 
 @dataclass
 class PictureFolder:
-    """Pictures `[N, S, S, 3]` (uint8, S = `size`), their captions, and the line of metadata each came with."""
+    """Pictures `[N, S, S, 3]` (uint8, S = `size`), their captions, and the line of metadata each came with.
+
+    `skipped` lists what could not be used.
+    """
 
     pictures: np.ndarray
     captions: list[list[str]]
-    rows: list[dict] = field(repr=False)
+    rows: list[dict[str, Any]] = field(repr=False)
+    skipped: list[Skip] = field(default_factory=list, repr=False)
 
     def __len__(self) -> int:
         return len(self.captions)
 
     @classmethod
-    def read(cls, folder: str | Path, *, size: int, splits: tuple[str, ...] | None = None) -> PictureFolder:
-        """Read `folder/metadata.jsonl` and the pictures it names, resized to `size`.
+    def read(cls, data: str | Path, *, size: int, splits: tuple[str, ...] | None = None) -> PictureFolder:
+        """Read all pictures of a source, see `open_source`: the middle of each, resized to `size` x `size`.
 
-        `splits` keeps only the lines whose `split`, "train" if there is none, is among them. A line's captions are its
-        `text` and, if given, its list `captions`. Raises StarflowError for a missing folder, a broken line or an
-        unreadable picture.
+        `splits` keeps only those whose `split`, "train" if there is none, is among them. Pictures that cannot be read
+        or have no caption are left out, with a warning. In the split "autoencoder" the caption may be missing, and is
+        "" then.
+
+        Raises:
+            StarflowError: there is no such data, its metadata is broken, or no picture can be used.
         """
-        folder = Path(folder)
-        index = folder / "metadata.jsonl"
-        if not index.is_file():
-            raise StarflowError(f"{index} does not exist: training data is a folder of pictures with a metadata.jsonl")
-        rows, captions = [], []
-        for number, line in enumerate(index.read_bytes().splitlines(), 1):
-            if not line.strip():
+        pictures, captions, rows, skipped = [], [], [], []
+        for sample in open_source(data):
+            if isinstance(sample, Skip):
+                skipped.append(sample)
+                continue
+            if splits is not None and sample.split not in splits:
                 continue
             try:
-                row = json.loads(line)
-                texts = [row.get("text", ""), *row.get("captions", [])]
-                if not all(isinstance(text, str) for text in [row["file_name"], *texts]):
-                    raise TypeError
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise StarflowError(f'{index}, line {number}: expected an object with "file_name" and "text"') from None
-            if splits is None or row.get("split", "train") in splits:
-                rows.append(row)
-                captions.append(texts)
-        if not rows:
-            raise StarflowError(
-                f"{index} names no pictures" + (f" in the splits {', '.join(splits)}" if splits else "")
-            )
-        pictures = np.stack([read_picture(folder / row["file_name"], size) for row in rows])
-        return cls(pictures, captions, rows)
+                if sample.split != "autoencoder" and (problem := sample.problem()):
+                    raise UnreadablePicture(problem)
+                with no_remarks():
+                    picture = crop_picture(decode_picture(read_bytes(sample)), size, size)
+            except UnreadablePicture as error:
+                skipped.append(Skip(sample.key, str(error)))
+                continue
+            pictures.append(np.asarray(picture))
+            captions.append(list(sample.captions) or [""])
+            rows.append(dict(sample.row))
+        if not pictures:
+            of = f" of the splits {', '.join(splits)}" if splits else ""
+            raise StarflowError(f"{data} has no usable picture{of}" + (f": {skip_report(skipped)}" if skipped else ""))
+        if skipped:
+            warnings.warn(f"{data}: {skip_report(skipped)}", stacklevel=2)
+        return cls(np.stack(pictures), captions, rows, skipped)
 
-    def only(self, split: str) -> PictureFolder:
-        """The part whose `split` is this one."""
-        chosen = [i for i, row in enumerate(self.rows) if row.get("split", "train") == split]
+    def only(self, *splits: str) -> PictureFolder:
+        """The part whose `split` is one of these."""
+        chosen = [i for i, row in enumerate(self.rows) if split_of(row) in splits]
         return PictureFolder(self.pictures[chosen], [self.captions[i] for i in chosen], [self.rows[i] for i in chosen])
+
+
+def read_bytes(sample: Sample) -> bytes:
+    """The file of a sample's picture. Raises UnreadablePicture."""
+    try:
+        return sample.read()
+    except (OSError, ValueError) as error:  # a path that is none is a ValueError
+        raise UnreadablePicture(one_line(error)) from None
 
 
 class Order:
     """Endless passes over `count` samples, each pass in a new random order.
 
+    With `buckets`, the bucket of each sample, what is taken at once is of one bucket: of each as often as it has
+    samples, chosen at random. Every bucket has passes of its own.
+
     Attributes:
-        left: indices of this pass that are still to come; what a checkpoint keeps.
+        left: indices that this pass has still to use, bucket by bucket; what a checkpoint keeps.
     """
 
-    def __init__(self, count: int):
+    def __init__(self, count: int, buckets: Sequence[int] | np.ndarray | None = None):
         self.count = count
+        self._buckets = np.zeros(count, np.int64) if buckets is None else np.unique(buckets, return_inverse=True)[1]
+        self._members = [np.flatnonzero(self._buckets == bucket) for bucket in range(self._buckets.max(initial=0) + 1)]
         self.left = np.zeros(0, np.int64)
+
+    @property
+    def left(self) -> np.ndarray:
+        return np.concatenate(self._left)
+
+    @left.setter
+    def left(self, indices: np.ndarray) -> None:
+        if len(indices) and (indices.min() < 0 or indices.max() >= self.count):
+            raise StarflowError(
+                f"the checkpoint is of a training on other data: it goes on with picture {indices.max() + 1} of "
+                f"{self.count}; give the same data, or start again"
+            )
+        self._left = [indices[self._buckets[indices] == bucket] for bucket in range(len(self._members))]
 
     def take(self, number: int, rng: np.random.Generator) -> np.ndarray:
         """The next `number` indices."""
-        while len(self.left) < number:
-            self.left = np.concatenate([self.left, rng.permutation(self.count)])
-        taken, self.left = np.split(self.left, [number])
+        bucket = int(self._buckets[rng.integers(self.count)]) if len(self._members) > 1 else 0
+        members, left = self._members[bucket], self._left[bucket]
+        while len(left) < number:
+            left = np.concatenate([left, members[rng.permutation(len(members))]])
+        taken, self._left[bucket] = np.split(left, [number])
         return taken
 
-
-def read_picture(path: Path, size: int) -> np.ndarray:
-    """One picture as uint8 `[size, size, 3]`, transparency on white."""
-    try:
-        picture = Image.open(path).convert("RGBA")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise StarflowError(f"cannot read the picture {path}: {error}") from None
-    flat = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    return np.asarray(flat.resize((size, size), Image.Resampling.LANCZOS))
+    def once(self, number: int) -> Iterator[np.ndarray]:
+        """All indices, each once, `number` or fewer of one bucket at a time; the passes do not notice."""
+        for members in self._members:
+            for start in range(0, len(members), number):
+                yield members[start : start + number]
 
 
 def augmented_crops(

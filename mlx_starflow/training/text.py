@@ -12,12 +12,13 @@ import numpy as np
 import sentencepiece
 
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.files import replacing
 from mlx_starflow.models.starflow import STARFlow
 from mlx_starflow.models.t5 import T5Encoder
 from mlx_starflow.tokenizer import Tokenizer
+from mlx_starflow.training.config import TrainingConfig
 from mlx_starflow.training.data import Order
-from mlx_starflow.training.objective import Metrics, context_keep, context_share, flow_loss
-from mlx_starflow.training.trainer import Batch, TrainingConfig
+from mlx_starflow.training.objective import Batch, Metrics, batch_loss, batch_nll, context_keep, context_share
 
 SPECIAL_TOKENS = 3
 
@@ -30,17 +31,16 @@ class TextFlow(nn.Module):
         self.flow = flow
         self.text_encoder = text_encoder
 
-    def loss(self, batch: Batch) -> tuple[mx.array, Metrics]:
-        """`flow_loss` of a batch of `CaptionedLatents`."""
-        text = self.text_encoder.encode(batch["ids"], batch["mask"])
-        return flow_loss(
-            self.flow,
-            batch["latents"],
-            text,
-            noise_std=self.flow.config.noise_std,
-            noise=batch["noise"],
-            keep=batch["keep"],
-        )
+    def loss(self, batch: Batch, checkpoint: bool = False) -> tuple[mx.array, Metrics]:
+        """`batch_loss` of a batch of `CaptionedLatents`."""
+        return batch_loss(self.flow, self._with_text(batch), checkpoint)
+
+    def nll(self, batch: Batch) -> mx.array:
+        """`batch_nll` of a batch of `CaptionedLatents`."""
+        return batch_nll(self.flow, self._with_text(batch))
+
+    def _with_text(self, batch: Batch) -> Batch:
+        return {**batch, "text": self.text_encoder.encode(batch["ids"], batch["mask"])}
 
 
 class CaptionedLatents:
@@ -69,8 +69,13 @@ class CaptionedLatents:
 
     def batch(self, rng: np.random.Generator, config: TrainingConfig, progress: float) -> dict[str, np.ndarray]:
         """`latents`, `noise`, `keep`, and `ids` and `mask` of the captions."""
-        count = config.batch_size
-        chosen = self.order.take(count, rng)
+        return self.arrays(self.order.take(config.batch_size, rng), rng, config, progress)
+
+    def arrays(
+        self, chosen: np.ndarray, rng: np.random.Generator, config: TrainingConfig, progress: float
+    ) -> dict[str, np.ndarray]:
+        """What `batch` gives, of the pictures with the numbers `chosen`."""
+        count = len(chosen)
         latents = self.latents[chosen, rng.integers(self.latents.shape[1], size=count)]
         texts = [choose_caption(self.captions[index], rng, config.caption_dropout) for index in chosen]
         ids, mask, _ = self.tokenizer.batch(texts, self.text_length)
@@ -129,9 +134,8 @@ def train_tokenizer(captions: Sequence[str], path: Path, vocab_size: int) -> Tok
         reason = (str(error).splitlines() or ["unknown"])[0]
         raise StarflowError(f"no tokenizer can be made of these captions ({reason}); add captions") from None
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(model.getvalue())
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_bytes(model.getvalue())
     return Tokenizer(path)
 
 

@@ -66,7 +66,7 @@ def test_mistakes(model, pictures, tmp_path):
     assert "holds no config.json" in mistake(tmp_path, *out, "--quantize", "4")
     assert "groups of 128 do not divide" in mistake(model, *out, "--quantize", "4", "--group-size", 128)
     assert "is the model's own folder" in mistake(model, "-o", model, "--quantize", "4")
-    assert "does not exist" in mistake(model, *out, "--quantize", "4", "--report", tmp_path)
+    assert "holds no training data" in mistake(model, *out, "--quantize", "4", "--report", tmp_path)
     # A report that cannot be made is noticed before anything is written.
     assert not (tmp_path / "out").exists()
 

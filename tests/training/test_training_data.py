@@ -8,7 +8,7 @@ from PIL import Image
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.models.t5 import T5Config, T5Encoder
-from mlx_starflow.training.data import Order, PictureFolder, augmented_crops, read_picture
+from mlx_starflow.training.data import Order, PictureFolder, augmented_crops
 from mlx_starflow.training.text import (
     CaptionedLatents,
     choose_caption,
@@ -29,52 +29,58 @@ def test_reading_a_folder(picture_folder):
     assert folder.pictures[0, 8, 8].tolist() == [255, 0, 0] and folder.pictures[0, 0, 0].tolist() == [255] * 3
 
 
-def test_splits_and_blank_lines(picture_folder):
+def test_splits_and_captions(picture_folder):
     lines = [
-        {"file_name": "0.png"},
+        {"file_name": "0.png", "text": "one"},
         {"file_name": "1.png", "split": "autoencoder"},
-        {"file_name": "2.png", "split": "x"},
+        {"file_name": "2.png", "text": "three", "split": "x"},
     ]
     write_lines(picture_folder, *map(json.dumps, lines), "", "  ")
     assert len(PictureFolder.read(picture_folder, size=8)) == 3
     folder = PictureFolder.read(picture_folder, size=8, splits=("train", "autoencoder"))
-    assert [row["file_name"] for row in folder.rows] == ["0.png", "1.png"] and folder.captions == [[""], [""]]
+    assert [row["file_name"] for row in folder.rows] == ["0.png", "1.png"] and folder.captions == [["one"], [""]]
     only = folder.only("autoencoder")
     assert len(only) == 1 and np.array_equal(only.pictures[0], folder.pictures[1])
-    with pytest.raises(StarflowError, match="names no pictures in the splits held_out"):
+    with pytest.raises(StarflowError, match=r"has no usable picture of the splits held_out$"):
         PictureFolder.read(picture_folder, size=8, splits=("held_out",))
 
 
-def test_missing_folder(tmp_path):
-    with pytest.raises(StarflowError, match=r"nowhere/metadata.jsonl does not exist: training data is a folder"):
-        PictureFolder.read(tmp_path / "nowhere", size=8)
-
-
-@pytest.mark.parametrize(
-    "line",
-    ["{", "[]", '"file_name"', "3", '{"text": "a"}', '{"file_name": 3}', '{"file_name": "0.png", "text": null}',
-     '{"file_name": "0.png", "captions": 5}', '{"file_name": "0.png", "captions": [1]}', "\xff"],
-)  # fmt: skip
-def test_broken_line(picture_folder, line):
-    picture_folder.joinpath("metadata.jsonl").write_bytes(b'{"file_name": "0.png"}\n' + line.encode("latin-1"))
-    with pytest.raises(StarflowError, match=r'metadata.jsonl, line 2: expected an object with "file_name" and "text"'):
-        PictureFolder.read(picture_folder, size=8)
+def test_other_sources(tmp_path):
+    for name in ("red_panda", "cat"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (10, 8), "red").save(tmp_path / name / "1.png")
+    folder = PictureFolder.read(tmp_path, size=4)
+    assert folder.captions == [["cat"], ["red panda"]] and folder.rows[0] == {"label": "cat"}
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no picture", b"half"])
-def test_unreadable_picture(picture_folder, content):
+def test_unreadable_pictures_are_listed_and_left_out(picture_folder, content):
     path = picture_folder / "3.png"
     whole = path.read_bytes()
     path.unlink()
     if content is not None:
         path.write_bytes(whole[: len(whole) // 2] if content == b"half" else content)
-    with pytest.raises(StarflowError, match=r"cannot read the picture .*3.png"):
+    with pytest.warns(UserWarning, match=r"pictures: skipped 1: 3.png \(.+\)$"):
+        folder = PictureFolder.read(picture_folder, size=8)
+    assert [skip.key for skip in folder.skipped] == ["3.png"]
+    assert [row["file_name"] for row in folder.rows] == [f"{n}.png" for n in (0, 1, 2, 4, 5)]
+
+
+def test_nothing_is_left(picture_folder):
+    write_lines(picture_folder, '{"file_name": "0.png"}', '{"file_name": "gone.png", "text": "x"}')
+    with pytest.raises(StarflowError, match=r"skipped 2: 0.png \(no caption\), gone.png \(No such file.*\)$"):
         PictureFolder.read(picture_folder, size=8)
+    with pytest.raises(StarflowError, match=r"nowhere does not exist; give a folder of pictures with captions"):
+        PictureFolder.read(picture_folder / "nowhere", size=8)
 
 
-def test_transparency_becomes_white(tmp_path):
-    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert (read_picture(tmp_path / "clear.png", 4) == 255).all()
+def test_pictures_are_cut_to_squares(tmp_path):
+    picture = Image.new("RGB", (30, 10), "blue")
+    picture.paste("red", (10, 0, 20, 10))
+    picture.save(tmp_path / "wide.png")
+    write_lines(tmp_path, '{"file_name": "wide.png", "text": "x"}')
+    pixels = PictureFolder.read(tmp_path, size=10).pictures[0]
+    assert (pixels == (255, 0, 0)).all()
 
 
 def test_views_are_moved_pictures():
@@ -93,6 +99,49 @@ def test_order_passes_over_everything():
     assert (np.sort(passes) == np.arange(7)).all()
     assert not np.array_equal(passes[0], passes[1])
     assert order.take(20, rng).shape == (20,) and len(order.left) == 1
+
+
+def test_order_in_buckets():
+    buckets = np.array(["wide", "high", "wide", "wide", "square", "wide"])
+    rng, order = np.random.default_rng(0), Order(6, buckets)
+    taken = [order.take(2, rng) for _ in range(6000)]
+    assert all(len(set(buckets[part])) == 1 for part in taken)
+    # In the long run each sample comes as often as any other, also where its bucket is smaller than a batch.
+    counts = np.bincount(np.concatenate(taken), minlength=6)
+    assert np.abs(counts / 2000 - 1).max() < 0.1
+    wide = np.concatenate([part for part in taken if buckets[part[0]] == "wide"])
+    passes = wide[: len(wide) // 4 * 4].reshape(-1, 4)
+    assert (np.sort(passes) == [0, 2, 3, 5]).all()
+
+
+def test_order_goes_on_where_it_was():
+    for buckets in (None, [0, 1, 1, 0, 0, 2, 1]):
+        straight, first, second = (Order(7, buckets) for _ in range(3))
+        rng, again = np.random.default_rng(1), np.random.default_rng(1)
+        expected = [straight.take(3, rng) for _ in range(20)]
+        found = [first.take(3, again) for _ in range(9)]
+        assert first.left.dtype == np.int64
+        second.left = first.left
+        found += [second.take(3, again) for _ in range(11)]
+        assert np.array_equal(expected, found)
+
+
+def test_order_of_a_single_pass():
+    order = Order(7, [0, 1, 1, 0, 0, 2, 1])
+    order.take(2, np.random.default_rng(0))
+    before = order.left
+    assert [part.tolist() for part in order.once(2)] == [[0, 3], [4], [1, 2], [6], [5]]
+    assert [part.tolist() for part in Order(5).once(3)] == [[0, 1, 2], [3, 4]]
+    assert np.array_equal(order.left, before)
+
+
+def test_order_of_other_data():
+    order = Order(5)
+    order.left = np.array([4, 0])
+    for bad in ([5], [-1]):
+        with pytest.raises(StarflowError, match="the checkpoint is of a training on other data"):
+            order.left = np.array(bad)
+    assert order.left.tolist() == [4, 0]
 
 
 def test_choosing_captions():
