@@ -116,7 +116,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="the folder examples/demo_data.py wrote")
     parser.add_argument("out", type=Path, help="folder for the checkpoint and the finished model")
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=2400)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     pipe = load("demo")
