@@ -18,7 +18,6 @@ import numpy as np
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
 from mlx_starflow.sampling import denoise, sample
 from mlx_starflow.training.data import Order
-from mlx_starflow.training.objective import flow_loss
 from mlx_starflow.training.optim import assign
 from mlx_starflow.training.trainer import Trainer, TrainingConfig
 
@@ -37,7 +36,7 @@ class Spots:
 
     def batch(self, rng: np.random.Generator, config: TrainingConfig, progress: float) -> dict[str, np.ndarray]:
         latents = self.latents[self.order.take(config.batch_size, rng)]
-        return {"x": latents, "noise": rng.standard_normal(latents.shape, dtype=np.float32)}
+        return {"latents": latents, "noise": rng.standard_normal(latents.shape, dtype=np.float32)}
 
 
 def train(out: Path, steps: int, channels: int) -> STARFlow:
@@ -54,10 +53,9 @@ def train(out: Path, steps: int, channels: int) -> STARFlow:
         use_final_norm=True,
     )
     flow = STARFlow(config)
-    training = TrainingConfig(steps=steps, batch_size=64, lr=2e-3, ema=0.99, noise_std=NOISE)
+    training = TrainingConfig(steps=steps, batch_size=64, lr=2e-3, ema=0.99)
     trainer = Trainer(
         flow,
-        lambda flow, batch: flow_loss(flow, batch["x"], noise_std=NOISE, noise=batch["noise"]),
         Spots(),
         training,
         out,

@@ -2,66 +2,140 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
+from mlx_starflow import blas
+
+COUNT, EVERY, SHARE = click.IntRange(min=1), click.IntRange(min=0), click.FloatRange(0, 1)
+
+BOTH = ("seed", "save_seconds", "save_steps", "log_every")
+"""Flags for the autoencoder's training too; the others are for the flow's."""
+
+
+def _take_settings(context: click.Context, param: click.Parameter, path: Path | None) -> None:
+    """What a file says holds where the command line says nothing."""
+    from mlx_starflow.training.settings import read_settings
+
+    if path is not None:
+        known = [p.name for p in context.command.params if p.name != param.name]
+        context.default_map = read_settings(path, known)
+
+
+config_option = click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    is_eager=True,
+    expose_value=False,
+    callback=_take_settings,
+    help="YAML file of these settings, DATA (as data) and flags by their names; the command line goes before it.",
+)
+
+
+def save_settings(context: click.Context, path: Path, effective: Mapping[str, Any]) -> None:
+    """Write all settings of a command as they came out, for `config_option`."""
+    from mlx_starflow.training.settings import write_settings
+
+    settings = {**context.params, **effective}
+    write_settings(path, {name: value for name, value in settings.items() if value is not None})
+
+
+def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The flags that are fields of `TrainingConfig`; one that is left out is None."""
+    options = [
+        click.option("--steps", type=int, help="Steps of the training."),
+        click.option("--batch-size", type=int, help="Samples a step, of all processes together."),
+        click.option("--accumulate", type=int, help="Parts that a batch is computed in, one by one, to save memory."),
+        click.option("--lr", type=float, help="Highest learning rate."),
+        click.option("--warm-up", type=float, help="Share of the steps over which the learning rate rises."),
+        click.option("--optimizer", type=click.Choice(["adamw", "adafactor", "muon", "sinkgd"]), help="What steps."),
+        click.option("--weight-decay", type=float, help="Of the optimizer."),
+        click.option("--clip", type=float, help="Largest norm of the gradient."),
+        click.option("--skip", type=float, help="Skip steps whose gradient's norm is larger; 0: none."),
+        click.option("--ema", type=float, help="Decay of the average of the weights; 0 is none, and saves memory."),
+        click.option(
+            "--dtype",
+            type=click.Choice(["float32", "bfloat16", "float16"]),
+            help="What networks compute in; the trained weights are float32 then.",
+        ),
+        click.option(
+            "--checkpoint-layers/--no-checkpoint-layers", default=None, help="Compute layers twice, to save memory."
+        ),
+        click.option("--noise-std", type=float, help="Noise on the latents."),
+        click.option("--caption-dropout", type=float, help="Share of pictures trained without caption, for guidance."),
+        click.option("--seed", type=click.IntRange(min=0), help="Of everything random."),
+        click.option("--save-seconds", type=float, help="Time between checkpoints."),
+        click.option("--save-steps", type=EVERY, help="Steps between checkpoints; 0: by time alone."),
+        click.option("--log-every", type=COUNT, help="Steps between lines of the log."),
+        click.option("--watch-every", type=EVERY, help="Steps between sample grids and loss curves; 0: none."),
+        click.option("--validate-every", type=EVERY, help="Steps between validations; 0: none but the last."),
+        click.option("--patience", type=EVERY, help="Validations without a better one that end the training; 0: none."),
+        click.option("--shard/--no-shard", default=None, help="Split large weights over processes (not on ring)."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
 
 @click.command()
 @click.argument("data", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Model directory to write.")
+@config_option
 @click.option("--preset", default="small", show_default=True, help="Sizes of the networks: small or demo.")
-@click.option("--steps", type=int, help="Steps of the flow's training; the preset's by default.")
-@click.option("--autoencoder-steps", type=int, help="Steps of the autoencoder's training; the preset's by default.")
-@click.option("--batch-size", type=int, help="Pictures a step of the flow's training; the preset's by default.")
-@click.option("--lr", type=float, help="Highest learning rate of the flow's training; the preset's by default.")
-@click.option("--caption-dropout", type=float, help="Share of pictures trained without caption, for guidance.")
+@click.option("--autoencoder-steps", type=int, help="Steps of the autoencoder's training.")
 @click.option("--text-length", type=click.IntRange(min=2), help="Tokens of a caption that the model reads.")
-@click.option("--save-seconds", type=float, help="Time between checkpoints.")
-@click.option("--log-every", type=int, help="Steps between lines of the log.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@training_options
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Go on where an earlier run stopped.")
+@click.pass_context
 def train(
+    context: click.Context,
     data: Path,
     output: Path,
     preset: str,
-    steps: int | None,
     autoencoder_steps: int | None,
-    batch_size: int | None,
-    lr: float | None,
-    caption_dropout: float | None,
     text_length: int | None,
-    save_seconds: float | None,
-    log_every: int | None,
-    seed: int,
     resume: bool,
+    **settings: Any,
 ) -> None:
-    """Train a text-to-picture model on DATA, a folder of pictures with a metadata.jsonl.
+    """Train a text-to-picture model on DATA, captioned pictures.
 
-    Each line of metadata.jsonl is an object with "file_name", "text" (the caption) and, if you like, "captions" (a
-    list of other captions) and "split" (only "train", the default, reaches the flow). Ctrl-C saves; the same command
-    resumes. Checkpoints and logs are in OUTPUT/training.
+    That is a folder with a metadata.jsonl, each line an object with "file_name", "text" (the caption) and, if you like,
+    "captions" (a list of other captions) and "split" ("train", the default; "validation" is never trained on; else only
+    "autoencoder" is used); or pictures in any other form that `mlx-starflow cache --help` names.
+
+    What is left out is the preset's. Ctrl-C saves; the same command resumes. Checkpoints, logs, pictures to watch, the
+    settings (config.yaml, for --config) and the list of pictures that could not be used are in OUTPUT/training.
+
+    \b
+    mlx-starflow train pictures -o model --watch-every 200
+    mlx.launch -n 2 --backend ring -- mlx-starflow train pictures -o model
     """
+    from mlx_starflow.training import distributed
     from mlx_starflow.training.recipe import get_preset, train_model
 
     chosen = get_preset(preset)
-    both: dict[str, Any] = {"seed": seed, "save_seconds": save_seconds, "log_every": log_every}
-    flow = {**both, "steps": steps, "batch_size": batch_size, "lr": lr, "caption_dropout": caption_dropout}
-    autoencoder = {**both, "steps": autoencoder_steps}
+    given = {name: value for name, value in settings.items() if value is not None}
+    autoencoder = {name: value for name, value in given.items() if name in BOTH}
+    if autoencoder_steps is not None:
+        autoencoder["steps"] = autoencoder_steps
     chosen = replace(
         chosen,
-        flow={**chosen.flow, **_given({"txt_size": text_length})},
-        flow_training=replace(chosen.flow_training, **_given(flow)),
-        autoencoder_training=replace(chosen.autoencoder_training, **_given(autoencoder)),
+        flow={**chosen.flow, **({"txt_size": text_length} if text_length else {})},
+        flow_training=replace(chosen.flow_training, **given),
+        autoencoder_training=replace(chosen.autoencoder_training, **autoencoder),
     )
+    if distributed.world().rank() == 0:
+        blas.hint_if_slow()
+        training = chosen.flow_training
+        effective = {name: getattr(training, name) for name in settings}
+        effective |= {"autoencoder_steps": chosen.autoencoder_training.steps, "text_length": chosen.flow["txt_size"]}
+        save_settings(context, output / "training" / "config.yaml", effective)
     try:
         train_model(data, output, chosen, resume=resume, report=click.echo)
     except KeyboardInterrupt:
         # Said and saved already; 130 is what a shell expects of an interrupted command.
         raise SystemExit(130) from None
-
-
-def _given(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}

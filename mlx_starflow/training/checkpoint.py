@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ class Checkpoint:
         random: the state of the NumPy generator's bit generator.
         order: indices of samples that this pass over the data has still to use.
         config: the training's settings, for comparison.
+        note: what else the training must remember, a JSON object.
     """
 
     step: int
@@ -38,6 +39,7 @@ class Checkpoint:
     random: dict[str, Any]
     order: np.ndarray
     config: dict[str, Any]
+    note: dict[str, Any] = field(default_factory=dict)
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
@@ -58,22 +60,36 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     for part in ("weights", "average", "optimizer"):
         arrays.update({f"{part}:{name}": array for name, array in getattr(checkpoint, part).items()})
     note = {"step": checkpoint.step, "random": _plain(checkpoint.random), "config": checkpoint.config}
+    note["note"] = checkpoint.note
     path = folder / f"checkpoint-{checkpoint.step:08d}.safetensors"
-    temporary = folder / "unfinished.safetensors"
+    write_arrays(path, arrays, {"training": json.dumps(note)})
+    for old in checkpoint_files(folder)[KEPT:]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def write_arrays(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str]) -> None:
+    """Write a safetensors file in one piece: what was there stays until the new one has reached the disk.
+
+    Raises:
+        StarflowError: the folder cannot be written to, or the disk is full.
+    """
+    temporary = path.parent / "unfinished.safetensors"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        mx.save_safetensors(str(temporary), arrays, {"training": json.dumps(note)})
-        # The name must not reach the disk before the contents do.
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        for old in checkpoint_files(folder)[KEPT:]:
-            old.unlink()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            mx.save_safetensors(str(temporary), arrays, metadata)
+            # The name must not reach the disk before the contents do.
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:
         raise StarflowError(
-            f"cannot write the checkpoint {path}: {error}; make room or choose another folder"
+            f"cannot write the checkpoint {path}: {_first_line(error)}; "
+            "make room or choose another folder (checkpoints written before are intact)"
         ) from None
-    return path
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -93,7 +109,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
         for name, array in arrays.items():
             part, _, name = name.partition(":")
             parts[part][name] = array
-        return Checkpoint(note["step"], **parts, random=note["random"], order=order, config=note["config"])
+        return Checkpoint(
+            note["step"], **parts, random=note["random"], order=order, config=note["config"], note=note.get("note", {})
+        )
     except (OSError, RuntimeError, SafetensorError, KeyError, ValueError) as error:
         raise StarflowError(
             f"the checkpoint {path} is damaged or not of this program ({_first_line(error)}); "

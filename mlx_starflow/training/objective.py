@@ -8,7 +8,25 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+Batch = dict[str, Any]
 Metrics = dict[str, mx.array]
+
+
+LEVELS = 256
+"""Values of a pixel's channel."""
+
+
+def noisy(flow: Any, x: mx.array, noise: mx.array) -> mx.array:
+    """Data with the noise that makes its density exist, from standard normal `noise` shaped as x.
+
+    Gaussian of the flow's `noise_std`; where its `noise_type` is "uniform", uniform within each of the 256 levels of
+    pixels in -1..1 (dequantization, arXiv 1511.01844): the normal distribution function makes uniform numbers.
+    """
+    if getattr(flow.config, "noise_type", "gaussian") != "uniform":
+        return x + flow.config.noise_std * noise
+    levels = mx.round((x + 1) * ((LEVELS - 1) / 2))
+    uniform = 0.5 * (1 + mx.erf(noise * math.sqrt(0.5)))
+    return (levels + uniform) * (2 / LEVELS) - 1
 
 
 def flow_loss(
@@ -19,16 +37,20 @@ def flow_loss(
     noise_std: float,
     noise: mx.array | None = None,
     keep: mx.array | None = None,
+    weight: mx.array | None = None,
+    checkpoint: bool = False,
 ) -> tuple[mx.array, Metrics]:
     """Exact negative log-likelihood of noisy data under a flow (STARFlow, arXiv 2506.06276, section 3).
 
     Args:
         flow: a flow; `flow(x, text)` gives its output.
         x: clean data, `[B, H, W, C]`.
-        text: what the flow is conditioned on, `[B, L, D]`.
+        text: what the flow is conditioned on: embeddings `[B, L, D]`, or a TarFlow's labels `[B]`.
         noise_std: standard deviation of the noise that the data is trained with; 0 for none.
         noise: standard normal, shaped as x; None draws it from MLX's own generator.
         keep: `[B, N]`, see `context_keep`; None lets the deep block read every token.
+        weight: of each sample in the loss, `[B]`, about 1; metrics do not know of it.
+        checkpoint: let the gradient compute layers again instead of keeping what they computed.
 
     Returns:
         The loss, a scalar in nats per dimension without the constant log(2 pi) / 2, and metrics: `nll`, over the
@@ -37,13 +59,37 @@ def flow_loss(
     """
     if noise_std:
         x = x + noise_std * (mx.random.normal(x.shape) if noise is None else noise)
+    options = {"checkpoint": True} if checkpoint else {}
+    if keep is not None:
+        options["keep"] = keep
+    out = flow(x, text, **options)
+    nll = out.nll()
+    # Computed once: `mx.compile` (0.32) fails with "_Map_base::at" where loss and metrics compute the same twice.
+    mean = nll.mean()
+    loss = out.loss(mean)
+    if weight is not None:
+        loss = loss + ((weight - 1) * nll).mean()
     if keep is None:
-        out = flow(x, text)
-        return out.loss(), {"nll": out.nll().mean()}
-    out = flow(x, text, keep)
-    nll, kept = out.nll(), keep.sum(axis=1)
+        return loss, {"nll": mean}
+    kept = keep.sum(axis=1)
     metrics = {"nll": _mean_where(nll, kept == keep.shape[1]), "nll-text-only": _mean_where(nll, kept == 1)}
-    return out.loss(), metrics
+    return loss, metrics
+
+
+def batch_loss(flow: Any, batch: Batch, checkpoint: bool = False) -> tuple[mx.array, Metrics]:
+    """`flow_loss` of a batch with the flow's own noise: what `Trainer` trains a flow with.
+
+    The batch holds `latents` (or a TarFlow's pictures) `[B, H, W, C]` and standard normal `noise` of their shape, and
+    may hold `text` (embeddings or labels), `keep` and `weight`.
+    """
+    x = noisy(flow, batch["latents"], batch["noise"])
+    options = {name: batch.get(name) for name in ("text", "keep", "weight")}
+    return flow_loss(flow, x, noise_std=0.0, checkpoint=checkpoint, **options)
+
+
+def batch_nll(flow: Any, batch: Batch) -> mx.array:
+    """Exact NLL of each sample of a batch of `batch_loss`, `[B]`, nats per dimension, without log(2 pi) / 2."""
+    return flow(noisy(flow, batch["latents"], batch["noise"]), batch.get("text")).nll()
 
 
 def _mean_where(values: mx.array, chosen: mx.array) -> mx.array:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.training.optim import GroupedAdamW, assign, cosine, ema_decay, trainable, update_average
+from mlx_starflow.training.optim import assign, cosine, ema_decay, trainable, update_average
+from mlx_starflow.training.optimizers import GroupedOptimizer
 
 
 def test_cosine():
@@ -35,7 +36,7 @@ def test_average_is_its_formula():
 def test_adamw_is_its_formula():
     rng = np.random.default_rng(0)
     weights = {name: rng.standard_normal((2, 3)) for name in ("a", "text.b")}
-    optimizer = GroupedAdamW(
+    optimizer = GroupedOptimizer(
         {name: mx.array(w.astype(np.float32)) for name, w in weights.items()},
         betas=(0.9, 0.98),
         weight_decay=0.1,
@@ -63,8 +64,8 @@ def test_adamw_is_its_formula():
 def test_state_goes_there_and_back():
     weights = {"a": mx.ones((2,)), "b": mx.ones((3,))}
 
-    def make() -> GroupedAdamW:
-        return GroupedAdamW(weights, is_fast=lambda name: name == "b", factor=2.0)
+    def make() -> GroupedOptimizer:
+        return GroupedOptimizer(weights, is_fast=lambda name: name == "b", factor=2.0)
 
     one, other = make(), make()
     updated = one.apply(weights, weights, mx.array(0.1))

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from click.testing import CliRunner
+from PIL import Image
 
 from mlx_starflow import load
 from mlx_starflow.cli import main
@@ -70,6 +72,22 @@ def test_pictures_to_a_model(picture_folder, tmp_path):
     assert np.abs(normalized.std(axis=(0, 1, 2, 3)) - 1).max() < 1e-3
 
 
+def test_other_sources_and_what_is_skipped(tmp_path):
+    data = tmp_path / "pictures"
+    for name in ("red", "blue"):
+        (data / name).mkdir(parents=True)
+        for number in range(3):
+            Image.new("RGB", (20, 12 + number), name).save(data / name / f"{number}.png")
+    (data / "red/bad.png").write_bytes(b"no picture")
+    short = replace(TINY.flow_training, steps=2)
+    preset = replace(TINY, flow_training=short, autoencoder_training=short)
+    told: list[str] = []
+    with pytest.warns(UserWarning, match="skipped 1: red/bad.png"):
+        out = train_model(data, tmp_path / "model", preset, report=told.append)
+    assert told[0].startswith("6 pictures for the flow")
+    assert (out / "training/skipped.txt").read_text().startswith("red/bad.png\tnot a picture")
+
+
 def test_an_interrupted_run_gives_the_same_model(picture_folder, tmp_path, monkeypatch):
     straight = train_model(picture_folder, tmp_path / "straight", TINY)
     resumed = tmp_path / "resumed"
@@ -117,6 +135,62 @@ def test_command(picture_folder, tmp_path, monkeypatch):
     assert json.loads((out / "config.json").read_text())["txt_size"] == 3
 
 
+def test_settings_in_a_file(picture_folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(PRESETS, "small", TINY)
+    out = tmp_path / "model"
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        f"data: {picture_folder}\noutput: {out}\nsteps: 3\nautoencoder-steps: 2\nlr: 1e-3\n"
+        "batch_size: 4\naccumulate: 2\noptimizer: sinkgd\nlog-every: 1\nresume: false\n"
+    )
+    result = CliRunner().invoke(main, ["train", "--config", str(file), "--steps", "5", "--watch-every", "5"])
+    assert result.exit_code == 0, result.output
+    assert len(losses(out / "training/flow/log.jsonl")) == 5
+    assert (out / "training/flow/loss.png").exists() and (out / "training/flow/samples/step-00000005.png").exists()
+    found = yaml.safe_load((out / "training/config.yaml").read_text())
+    expected = {"steps": 5, "lr": 0.001, "optimizer": "sinkgd", "ema": 0.999, "output": str(out), "resume": False}
+    assert {name: found[name] for name in expected} == expected
+    # What was saved is a configuration file: it gives the same model again.
+    before = (out / "model.safetensors").read_bytes()
+    again = tmp_path / "again"
+    saved = str(out / "training/config.yaml")
+    result = CliRunner().invoke(main, ["train", "--config", saved, "-o", str(again)])
+    assert result.exit_code == 0, result.output
+    assert (again / "model.safetensors").read_bytes() == before
+
+
+def test_validation_split(picture_folder, tmp_path, monkeypatch):
+    rows = [json.loads(line) for line in (picture_folder / "metadata.jsonl").read_text().splitlines()]
+    preset = replace(TINY, flow_training=replace(TINY.flow_training, steps=4, batch_size=2, validate_every=2))
+    with pytest.raises(StarflowError, match="has nothing to validate on"):
+        train_model(picture_folder, tmp_path / "out", preset)
+    for row in rows[4:]:
+        row["split"] = "validation"
+    (picture_folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    told = []
+    train_model(picture_folder, tmp_path / "out", preset, report=told.append)
+    assert told[0].startswith("4 pictures for the flow, 4 for the autoencoder")
+    log = (tmp_path / "out/training/flow/log.jsonl").read_text().splitlines()
+    assert sum("validation_nll" in line for line in log) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning-rate: 1", "unknown setting 'learning-rate'; known are accumulate,"),
+        ("- steps", "must hold lines such as 'batch-size: 32'"),
+        ("steps: [", "is not YAML: "),
+        ("steps: many", "Invalid value for '--steps': 'many' is not a valid integer"),
+        ("optimizer: sgd", "Invalid value for '--optimizer': 'sgd' is not one of"),
+    ],
+)
+def test_mistakes_in_the_file_are_one_line(text, message, picture_folder, tmp_path):
+    (tmp_path / "run.yaml").write_text(text)
+    words = ["train", str(picture_folder), "-o", str(tmp_path / "out"), "--config", str(tmp_path / "run.yaml")]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 2 and message in result.stderr and result.stderr.count("\n") == 1
+
+
 def test_interrupted_command(picture_folder, tmp_path, monkeypatch):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
@@ -128,7 +202,7 @@ def test_interrupted_command(picture_folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["nowhere", "-o", "out"], "metadata.jsonl does not exist"),
+        (["nowhere", "-o", "out"], "nowhere does not exist; give a folder of pictures"),
         (["PICTURES", "-o", "out", "--preset", "huge"], "unknown preset 'huge'; it must be one of small, demo"),
         (["PICTURES", "-o", "out", "--steps", "0"], "steps must be greater than 0, not 0"),
         (["PICTURES"], "Missing option '-o'"),

@@ -21,7 +21,7 @@ CONFIG = TrainingConfig(steps=10, batch_size=5, lr=3e-3, log_every=2)
 
 
 def make_trainer(folder: Path, config: TrainingConfig = CONFIG, data: TinyData | None = None, **options) -> Trainer:
-    return Trainer(make_model(), TextFlow.loss, data or TinyData(), config, folder, **options)
+    return Trainer(make_model(), data or TinyData(), config, folder, loss=TextFlow.loss, **options)
 
 
 def last_checkpoint(folder: Path) -> dict[str, np.ndarray]:
@@ -104,7 +104,8 @@ def test_the_loss_falls_and_the_log_says_so(tmp_path, capsys, uncompiled):
     assert [line["step"] for line in lines] == [20, 40, 60]
     assert lines[0]["loss"] > lines[1]["loss"] > lines[2]["loss"]
     assert lines[2]["loss"] < lines[0]["loss"] - 0.05
-    assert set(lines[0]) == {"step", "loss", "grad", "nll", "nll-text-only", "lr", "samples_per_second"}
+    assert set(lines[0]) == {"step", "loss", "grad", "nll", "nll-text-only", "lr", "samples_per_second",
+                             "tokens_per_second", "memory_gb"}  # fmt: skip
     assert capsys.readouterr().err == ""
 
 
@@ -149,7 +150,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, uncompiled):
     other = make_model()
     other.flow.blocks[0].proj_in.weight = mx.zeros((64, 2))
     with pytest.raises(StarflowError, match=r"flow.blocks.0.proj_in.weight is \[32, 2\], the model's is \[64, 2\]"):
-        Trainer(other, TextFlow.loss, TinyData(), CONFIG, tmp_path)
+        Trainer(other, TinyData(), CONFIG, tmp_path, loss=TextFlow.loss)
 
 
 def test_a_damaged_checkpoint_is_told_and_the_older_used(tmp_path, capsys, uncompiled):

@@ -28,7 +28,11 @@ class TinyData:
         self.order = Order(count)
 
     def batch(self, rng: np.random.Generator, config: TrainingConfig, progress: float) -> dict[str, np.ndarray]:
-        chosen = self.order.take(config.batch_size, rng)
+        return self.arrays(self.order.take(config.batch_size, rng), rng, config, progress)
+
+    def arrays(
+        self, chosen: np.ndarray, rng: np.random.Generator, config: TrainingConfig, progress: float
+    ) -> dict[str, np.ndarray]:
         ids = np.stack([chosen + 3, np.ones_like(chosen), np.zeros_like(chosen)], axis=1)
         share = context_share(config.context_full, progress)
         return {

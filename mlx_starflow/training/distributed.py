@@ -1,0 +1,106 @@
+"""Training on several processes: what each of them does with its share, and how they agree."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_starflow.errors import StarflowError
+
+Weights = dict[str, mx.array]
+
+
+def world() -> mx.distributed.Group:
+    """The processes that `mlx.launch` started; without it, this one alone."""
+    return mx.distributed.init()
+
+
+def share(batch: Mapping[str, np.ndarray], part: int, parts: int) -> dict[str, mx.array]:
+    """Rows of part number `part` of a batch that is split into `parts`."""
+    size = len(next(iter(batch.values()))) // parts
+    return {name: mx.array(array[part * size : (part + 1) * size]) for name, array in batch.items()}
+
+
+def average(gradients: Weights, group: mx.distributed.Group) -> Weights:
+    """The mean of the gradients of all processes."""
+    if group.size() == 1:
+        return gradients
+    # As a list: MLX would take the dots in names for a tree.
+    return dict(zip(gradients, nn.average_gradients(list(gradients.values()), group), strict=True))
+
+
+def mean_numbers(rows: Sequence[Mapping[str, float]], group: mx.distributed.Group) -> dict[str, float]:
+    """Means over rows of the same keys, those of all processes: over finite numbers, NaN if there are none.
+
+    But `loss` is not finite if one of them is not.
+    """
+    names = list(rows[0])
+    values = np.array([[row[name] for name in names] for row in rows])
+    finite = np.isfinite(values)
+    sums = np.concatenate([np.where(finite, values, 0).sum(axis=0), finite.sum(axis=0), [len(rows)]])
+    if group.size() > 1:
+        sums = np.array(mx.distributed.all_sum(mx.array(sums.astype(np.float32)), group=group), np.float64)
+    total, count = np.split(sums[:-1], 2)
+    means = {name: t / c if c else math.nan for name, t, c in zip(names, total, count, strict=True)}
+    if count[names.index("loss")] < sums[-1]:
+        means["loss"] = math.nan
+    return means
+
+
+def any_of(flag: bool, group: mx.distributed.Group) -> bool:
+    """Whether it is set in any process."""
+    return flag if group.size() == 1 else bool(mx.distributed.all_sum(mx.array(int(flag)), group=group).item())
+
+
+def wait(group: mx.distributed.Group) -> None:
+    """Return when all processes are here."""
+    any_of(False, group)
+
+
+def from_first(arrays: Weights, note: Any, group: mx.distributed.Group) -> tuple[Weights, Any]:
+    """The arrays and the JSON value of rank 0, on all processes. Arrays must have the same names and shapes."""
+    if group.size() == 1:
+        return arrays, note
+
+    def send(array: mx.array) -> mx.array:
+        sent = mx.distributed.all_sum(array if group.rank() == 0 else mx.zeros_like(array), group=group)
+        mx.eval(sent)
+        return sent
+
+    text = json.dumps(note).encode() if group.rank() == 0 else b""
+    length = send(mx.array(len(text))).item()
+    held = np.zeros(length, np.int32)
+    held[: len(text)] = np.frombuffer(text, np.uint8)
+    note = json.loads(bytes(np.array(send(mx.array(held))).astype(np.uint8)))
+    return {name: send(array) for name, array in arrays.items()}, note
+
+
+def check_sharding(group: mx.distributed.Group) -> None:
+    """Raise StarflowError unless the backend can scatter sums, which sharded training needs."""
+    try:
+        mx.eval(mx.distributed.sum_scatter(mx.ones((group.size(), 1)), group=group))
+    except RuntimeError:
+        raise StarflowError(
+            "training: --shard needs the nccl or jaccl backend, the ring backend cannot scatter sums: "
+            "start it with mlx.launch --backend jaccl (or nccl), or leave --shard out"
+        ) from None
+
+
+@contextmanager
+def peers(name: str, group: mx.distributed.Group, hint: str = "run the same command again to resume") -> Iterator[None]:
+    """Makes one clear line of the end of another process."""
+    try:
+        yield
+    except RuntimeError as error:
+        if group.size() == 1 or "connection" not in str(error):
+            raise
+        raise StarflowError(
+            f"{name}: rank {group.rank()} ends because another process of this run has ended ({error}); {hint}"
+        ) from None

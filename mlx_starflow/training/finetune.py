@@ -1,0 +1,301 @@
+"""Fine-tuning a model directory's flow on captioned pictures: adapters or all weights, anchored to the base or not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import yaml
+
+from mlx_starflow.errors import StarflowError
+from mlx_starflow.files import replacing
+from mlx_starflow.hub import find_model
+from mlx_starflow.media import grid, save_image
+from mlx_starflow.memory import available
+from mlx_starflow.pipeline import Pipeline, load
+from mlx_starflow.quantization import dequantize_module
+from mlx_starflow.saving import save_model
+from mlx_starflow.scoring import Nll
+from mlx_starflow.training.adapters import LAYERS, AdapterConfig, attach, save_adapter
+from mlx_starflow.training.cache_build import CacheSettings, build_cache
+from mlx_starflow.training.cache_files import MANIFEST
+from mlx_starflow.training.config import TrainingConfig
+from mlx_starflow.training.finetune_data import (
+    AnchorPictures,
+    AnchorSamples,
+    FinetuneData,
+    cached_nll,
+    finetune_loss,
+    split_pictures,
+)
+from mlx_starflow.training.finetune_memory import TrainingPlan, fitting_batch, macs, training_plan
+from mlx_starflow.training.fuse import copy_parts
+from mlx_starflow.training.latent_cache import LatentCache
+from mlx_starflow.training.optim import assign
+from mlx_starflow.training.sources import open_source
+from mlx_starflow.training.trainer import Trainer
+from mlx_starflow.weights import load_flow, new_flow, parameters, place_weights, read_config
+from mlx_starflow.weights import load_weights as read_weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """How to fine-tune.
+
+    Attributes:
+        kind: "lora", "dora" or "full", all weights of the flow.
+        rank, scale, dropout, layers, blocks: of adapters, see `AdapterConfig`.
+        steps: optimizer steps.
+        batch_size: samples a step; 0: as many as fit into memory, at most 16.
+        lr: highest learning rate; 0: 2e-3 for adapters, 1e-4 for all weights.
+        caption_dropout: share of samples without their caption, for guidance.
+        ema: decay of the average of the weights.
+        context_full, context_partial: see `objective.context_keep`; they make the flow heed the text more.
+        anchor: share of each batch, up to a half, on which the tuned flow is held to the base, see `anchor`; 0: none.
+        anchor_weight: of the KL divergence there, against the NLL on the rest.
+        anchor_data: pictures whose likelihood is not to be forgotten, as `data` below; None: samples of the base.
+        anchor_samples: how many of these are drawn, for captions of the new pictures.
+        validation: share of the pictures that is held out and measured before and after; at most 100 of them.
+        draws: of the noise for that measurement.
+        samples: pictures in the grid at the end.
+        seed: of everything random.
+        save_seconds, log_every: see `TrainingConfig`.
+    """
+
+    kind: str = "lora"
+    rank: int = 16
+    scale: float = 2.0
+    dropout: float = 0.0
+    layers: tuple[str, ...] = LAYERS
+    blocks: str = "all"
+    steps: int = 400
+    batch_size: int = 0
+    lr: float = 0.0
+    caption_dropout: float = 0.1
+    ema: float = 0.99
+    context_full: float = 0.0
+    context_partial: float = 0.0
+    anchor: float = 0.0
+    anchor_weight: float = 1.0
+    anchor_data: str | None = None
+    anchor_samples: int = 128
+    validation: float = 0.1
+    draws: int = 4
+    samples: int = 8
+    seed: int = 0
+    save_seconds: float = 180.0
+    log_every: int = 20
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("lora", "dora", "full"):
+            raise StarflowError(f"finetune: kind must be lora, dora or full, not {self.kind!r}")
+        if not 0 <= self.anchor <= 0.5:
+            raise StarflowError(f"finetune: the anchor's share must be in 0..0.5, not {self.anchor}")
+        if not 0 <= self.validation <= 0.5:
+            raise StarflowError(f"finetune: validation must be in 0..0.5, not {self.validation}")
+        for name in ("anchor_weight", "batch_size", "lr", "samples"):
+            if getattr(self, name) < 0:
+                raise StarflowError(f"finetune: {name} must be 0 or more, not {getattr(self, name)}")
+        for name in ("anchor_samples", "draws"):
+            if getattr(self, name) < 1:
+                raise StarflowError(f"finetune: {name} must be 1 or more, not {getattr(self, name)}")
+        if self.anchor and self.batch_size == 1:
+            raise StarflowError("finetune: an anchor needs a batch size of 2 or more")
+        if self.anchor_data and not self.anchor:
+            raise StarflowError("finetune: anchor data is used with a share of the batch: give --anchor 0.25")
+
+    def adapter(self) -> AdapterConfig | None:
+        """The adapter's config; None if all weights are trained."""
+        if self.kind == "full":
+            return None
+        names = ("kind", "rank", "scale", "dropout", "layers", "blocks")
+        return AdapterConfig(**{name: getattr(self, name) for name in names})
+
+    def training(self, batch_size: int) -> TrainingConfig:
+        return TrainingConfig(
+            steps=self.steps,
+            batch_size=batch_size,
+            lr=self.lr or (1e-4 if self.kind == "full" else 2e-3),
+            weight_decay=0.0,
+            ema=self.ema,
+            caption_dropout=self.caption_dropout,
+            context_full=self.context_full,
+            context_partial=self.context_partial,
+            seed=self.seed,
+            save_seconds=self.save_seconds,
+            log_every=self.log_every,
+        )
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What a run ends with: the folder to use (an adapter's or a model's), and NLL of held-out pictures, if any."""
+
+    folder: Path
+    before: Nll | None
+    after: Nll | None
+
+    def report(self) -> dict[str, Any]:
+        """Nats per dimension: before, after, and the paired change with its standard error."""
+        if self.before is None or self.after is None:
+            return {}
+        change = self.after - self.before
+        return {
+            "pictures": len(change.prior),
+            "before": self.before.mean,
+            "after": self.after.mean,
+            "change": change.mean,
+            "standard_error": change.standard_error,
+        }
+
+    def __str__(self) -> str:
+        if self.before is None or self.after is None:
+            return f"{self.folder}: done"
+        change = self.after - self.before
+        return (
+            f"{self.folder}: held-out NLL {self.before.mean:.4f} -> {self.after.mean:.4f}, "
+            f"{change.mean:+.4f} +- {change.standard_error:.4f} nats per dimension ({len(change.prior)} pictures)"
+        )
+
+
+def plan_finetune(model: str | Path, config: FinetuneConfig) -> tuple[int, TrainingPlan, str]:
+    """The batch size that `finetune` will use, what a step takes, and what would be chosen on some Macs.
+
+    Nothing but the headers of the weights is read. Raises StarflowError, also if not even one sample fits.
+    """
+    directory = find_model(model)
+    flow = _starflow(directory)
+    place_weights(flow, read_weights(directory), directory, quantization=read_config(directory).get("quantization"))
+    _make_trainable(flow, config)
+    settings = {"copy": bool(config.anchor) and config.kind == "full"}
+    least = 2 if config.anchor else 1
+    size = config.batch_size or fitting_batch(flow, available(), **settings)
+    if size < least:
+        raise StarflowError(
+            f"fine-tuning {model} does not fit into this machine's memory ({available() / 2**30:.1f} GiB): "
+            "quantize it first (mlx-starflow quantize), or train fewer --blocks"
+        )
+    return size, training_plan(flow, size, **settings), macs(flow, **settings)
+
+
+def _starflow(directory: Path) -> Any:
+    config = read_config(directory)
+    if config.get("model_type") != "starflow" or not config.get("txt_size"):
+        raise StarflowError(f"{directory} does not read captions: fine-tuning is for models of latents and prompts")
+    return new_flow(directory, config)
+
+
+def _make_trainable(flow: Any, config: FinetuneConfig) -> None:
+    if adapter := config.adapter():
+        attach(flow, adapter, config.seed)
+    else:
+        dequantize_module(flow)
+        flow.unfreeze()
+
+
+def open_cache(data: str | Path, folder: Path, model: str | Path, report: Callable[[str], None]) -> LatentCache:
+    """A cache for this model: `data` itself if it is one, else one made of it in `folder` (or gone on with)."""
+    if (Path(data).expanduser() / MANIFEST).is_file():
+        return LatentCache(Path(data).expanduser(), model)
+    summary = build_cache(data, folder, model, CacheSettings())
+    if summary.skipped:
+        report(summary.skipped)
+    return LatentCache(folder)
+
+
+def finetune(
+    model: str | Path,
+    data: str | Path,
+    out: str | Path,
+    config: FinetuneConfig | None = None,
+    *,
+    resume: bool = True,
+    report: Callable[[str], None] = lambda line: None,
+) -> FinetuneResult:
+    """Fine-tune a model's flow; autoencoder and text encoder stay as they are.
+
+    Args:
+        model: "demo", a model directory or a Hub repository of one.
+        data: captioned pictures, see `open_source`, or a cache of them, see `build_cache`.
+        out: folder of the run: `adapter/` (or, for "full", `model/`, dense), `grid.png`, `report.json`, `config.yaml`,
+            and in `cache/` and `checkpoints/` what resuming needs.
+        config: see there.
+        resume: go on where an earlier run into `out` stopped; else start again.
+        report: is told, in a line, what goes on.
+
+    Raises:
+        StarflowError: a mistake in the arguments, or what `build_cache` and `Trainer` raise.
+    """
+    config, out = config or FinetuneConfig(), Path(out)
+    if not (Path(data).expanduser() / MANIFEST).is_file():
+        open_source(data)
+    batch_size, plan, _ = plan_finetune(model, config)
+    report(f"batch size {batch_size}, about {plan.peak / 2**20:,.0f} MiB")
+    _write(out / "config.yaml", yaml.safe_dump(_plain(model, data, out, config, batch_size), sort_keys=False))
+    cache = open_cache(data, out / "cache", model, report)
+    pictures, held_out = split_pictures(len(cache), config.validation, 100, config.seed)
+    flow = load_flow(model)
+    before = cached_nll(flow, cache, held_out, draws=config.draws, seed=config.seed) if len(held_out) else None
+    if before:
+        report(f"before: {before}")
+    anchor: AnchorPictures | AnchorSamples | None = None
+    if config.anchor_data:
+        anchor = AnchorPictures(open_cache(config.anchor_data, out / "anchor-cache", model, report))
+    elif config.anchor:
+        anchor = AnchorSamples.draw(flow, cache, pictures, config.anchor_samples, config.seed)
+    base = None
+    if anchor and config.kind == "full":
+        base = load_flow(model)
+        base.freeze()
+    _make_trainable(flow, config)
+    mx.eval(flow.parameters())
+    samples = FinetuneData(cache, pictures, flow.config.noise_std, anchor, config.anchor, config.dropout > 0)
+    loss = partial(finetune_loss, anchor_weight=config.anchor_weight, base=base)
+    training = config.training(batch_size)
+    trainer = Trainer(flow, samples, training, out / "checkpoints", loss=loss, name="finetune", resume=resume)
+    assign(flow, trainer.run())
+    after = cached_nll(flow, cache, held_out, draws=config.draws, seed=config.seed) if before else None
+    folder = _save(flow, model, out, config)
+    result = FinetuneResult(folder, before, after)
+    _write(out / "report.json", json.dumps(result.report(), indent=2) + "\n")
+    if config.samples:
+        shown = held_out if len(held_out) else pictures
+        prompts = [cache.captions[index][0] for index in shown[: config.samples]]
+        pipe: Pipeline = load(folder) if config.kind == "full" else load(model, adapters=[(folder, 1.0)])
+        made = pipe.generate(prompts, seed=config.seed, verify=False)
+        save_image(grid(made.images), out / "grid.png", pipe.grid_metadata(made))
+        report(f"{out / 'grid.png'}: {', '.join(prompts)}; seed {config.seed}")
+    return result
+
+
+def _save(flow: Any, model: str | Path, out: Path, config: FinetuneConfig) -> Path:
+    if adapter := config.adapter():
+        return save_adapter(out / "adapter", flow, adapter, {"model": str(model)})
+    directory = find_model(model)
+    settings = {key: value for key, value in read_config(directory).items() if key != "quantization"}
+    files = copy_parts(directory, out / "model")
+    return save_model(out / "model", parameters(flow), settings, files=files)
+
+
+def _plain(model: str | Path, data: str | Path, out: Path, config: FinetuneConfig, batch_size: int) -> dict[str, Any]:
+    """The effective config, as `finetune --config` reads it."""
+    settings = {**asdict(config), **asdict(config.training(batch_size))}
+    known = {key: settings[key] for key in asdict(config)}
+    kind, rank = known.pop("kind"), known.pop("rank")
+    how = {"full": True} if kind == "full" else {kind: rank}
+    known["layers"] = list(config.layers)
+    return {"model": str(model), "data": str(data), "output": str(out), **how, **known}
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StarflowError(f"{path.parent} cannot be made: {error.strerror or error}") from None
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

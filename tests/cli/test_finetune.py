@@ -1,0 +1,200 @@
+"""`mlx-starflow finetune`: what a run leaves behind, its options from a file, its memory plan."""
+
+from __future__ import annotations
+
+import gc
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import yaml
+from commands import Command
+from PIL import Image
+from tiny_model import tiny_flow, write_tiny_model
+
+from mlx_starflow import load_flow
+from mlx_starflow.adapters import Adapter
+from mlx_starflow.quantization import quantize_module
+from mlx_starflow.requantize import quantize_model
+from mlx_starflow.training.adapters import AdapterConfig, attach
+from mlx_starflow.training.cache_build import build_cache
+from mlx_starflow.training.data import Order
+from mlx_starflow.training.finetune import FinetuneConfig, finetune
+from mlx_starflow.training.finetune_data import FinetuneData, finetune_loss, split_pictures
+from mlx_starflow.training.finetune_memory import training_plan
+from mlx_starflow.training.latent_cache import LatentCache
+from mlx_starflow.training.trainer import Trainer
+from mlx_starflow.weights import parameters
+
+command = Command("finetune")
+QUICK = {"steps": 3, "batch_size": 2, "validation": 0.4, "draws": 1, "samples": 2, "log_every": 1}
+
+
+def options(**values: object) -> list[object]:
+    return [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", value)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    lines = []
+    for index, colour in enumerate(["red", "green", "blue", "black", "yellow", "white"]):
+        Image.new("RGB", (10, 12), colour).save(folder / f"{index}.png")
+        lines.append(json.dumps({"file_name": f"{index}.png", "text": f"a {colour} square"}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cache(model, pictures, tmp_path_factory) -> Path:
+    return build_cache(pictures, tmp_path_factory.mktemp("cache") / "c", model).folder
+
+
+def test_a_run_and_the_same_from_its_config(model, pictures, tmp_path):
+    run = tmp_path / "run"
+    done = command(model, pictures, "-o", run, *options(lora=2, **QUICK))
+    assert done.exit_code == 0, done.output
+    assert "held-out NLL" in done.stdout
+    adapter = Adapter.read(run / "adapter")
+    assert adapter.config["rank"] == 2 and all(parts["lora_a"].shape[1] == 2 for parts in adapter.layers.values())
+    report = json.loads((run / "report.json").read_text())
+    assert report["pictures"] == 2 and report["change"] == pytest.approx(report["after"] - report["before"])
+    assert Image.open(run / "grid.png").width > 8
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["lora"] == 2 and config["steps"] == 3 and config["lr"] == 2e-3
+    # The file says all that a run needs; the command line comes first.
+    again = command("--config", run / "config.yaml", "-o", tmp_path / "again")
+    assert again.exit_code == 0, again.output
+    other = Adapter.read(tmp_path / "again/adapter")
+    same = [mx.array_equal(other.layers[path]["lora_b"], parts["lora_b"]) for path, parts in adapter.layers.items()]
+    assert all(same)
+
+
+def test_dora_with_dropout_anchored_to_samples_of_the_base(model, cache, tmp_path):
+    quantized = quantize_model(model, tmp_path / "quantized", 8)
+    extra = {"dora": 2, "dropout": 0.2, "blocks": "deep", "anchor": 0.5, "anchor_samples": 3, "anchor_weight": 2}
+    done = command(quantized, cache, "-o", tmp_path / "run", *options(**QUICK, **extra))
+    assert done.exit_code == 0, done.output
+    assert Adapter.read(tmp_path / "run/adapter").kind == "dora"
+    rows = [json.loads(line) for line in (tmp_path / "run/checkpoints/log.jsonl").read_text().splitlines()]
+    kl = [row["kl"] for row in rows if "kl" in row]
+    assert kl[0] < 1e-6 < kl[-1]
+    flow = load_flow(quantized, adapters=[(tmp_path / "run/adapter", 1)])
+    assert "gain" in flow.blocks[1].attn_blocks[0].attention.qkv
+
+
+def test_all_weights_anchored_to_pictures(model, cache, pictures, tmp_path):
+    settings = FinetuneConfig(kind="full", anchor=0.5, anchor_data=str(pictures), lr=1e-3, **QUICK)
+    result = finetune(model, cache, tmp_path / "run", settings)
+    tuned, base = parameters(load_flow(result.folder)), parameters(load_flow(model))
+    assert all(mx.any(tuned[name] != base[name]) for name in tuned if name.endswith("proj.weight"))
+    assert result.after.prior.shape == (2,)
+
+
+def test_resumed_is_uninterrupted(model, cache, tmp_path):
+    whole = finetune(model, cache, tmp_path / "whole", FinetuneConfig(rank=2, **QUICK))
+    part = {**QUICK, "samples": 0}
+    kept = finetune(model, cache, tmp_path / "part", FinetuneConfig(rank=2, **part))
+    again = finetune(model, cache, tmp_path / "part", FinetuneConfig(rank=2, **part))
+    first, second, third = (Adapter.read(result.folder).layers for result in (whole, kept, again))
+    for path, parts in first.items():
+        assert mx.array_equal(parts["lora_b"], second[path]["lora_b"])
+        assert mx.array_equal(parts["lora_b"], third[path]["lora_b"])
+
+
+def test_examples(model, cache, pictures, tmp_path):
+    small = ["--model", model, "--steps", 2, "--batch-size", 2, "--rank", 2]
+    shown = _example("lora_style.py", cache, *small, "--out", tmp_path / "style")
+    assert "held-out NLL" in shown and Image.open(tmp_path / "style/strengths.png").width > 80
+    shown = _example("forgetting.py", cache, pictures, *small, "--measured", 2, "--out", tmp_path / "forgetting")
+    assert len(re.findall(r"new [+-]\d", shown)) == 3
+
+
+def _example(name: str, *words: object) -> str:
+    path = Path(__file__).parents[2] / "examples" / name
+    done = subprocess.run([sys.executable, path, *map(str, words)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_dry_run(model, pictures, tmp_path):
+    done = command(model, pictures, "-o", tmp_path / "run", "--dry-run")
+    assert done.exit_code == 0, done.output
+    for word in ("weights", "gradients", "optimizer", "activations", "peak", "16 GB Mac: batch size 16"):
+        assert word in done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "quantization", "batch_size", "img_size"),
+    [("lora", None, 16, 8), ("lora", "8", 4, 8), ("dora", None, 4, 8), ("full", None, 4, 8), ("lora", None, 2, 16)],
+)
+def test_plan_is_what_is_measured(tmp_path, kind, quantization, batch_size, img_size):
+    flow = tiny_flow(channels=128, layers_per_block=[1, 1, 3], txt_size=8, txt_dim=64, img_size=img_size)
+    if quantization:
+        quantize_module(flow, quantization)
+    if kind != "full":
+        attach(flow, AdapterConfig(kind=kind, rank=8))
+    mx.eval(flow.parameters())
+    plan = training_plan(flow, batch_size)
+
+    class Data:
+        order = Order(4)
+
+        def batch(self, rng: np.random.Generator, *_: object) -> dict[str, np.ndarray]:
+            shape = (batch_size, img_size, img_size, 4)
+            latents, noise = rng.standard_normal((2, *shape), dtype=np.float32)
+            return {
+                "latents": latents,
+                "noise": noise,
+                "text": rng.standard_normal((batch_size, 8, 64), dtype=np.float32),
+            }
+
+    # What other tests left behind is not the run's.
+    gc.collect()
+    mx.clear_cache()
+    others = mx.get_active_memory() - plan.weights
+    mx.reset_peak_memory()
+    Trainer(flow, Data(), FinetuneConfig(steps=2).training(batch_size), tmp_path, loss=finetune_loss).run()
+    assert plan.peak == pytest.approx(mx.get_peak_memory() - others, rel=0.25)
+
+
+def test_parts_of_the_data(cache):
+    found = LatentCache(cache)
+    train, held_out = split_pictures(len(found), 0.4, 100, 0)
+    assert sorted([*train, *held_out]) == list(range(6)) and len(held_out) == 2
+    data = FinetuneData(found, train, 0.3)
+    rng = np.random.default_rng(0)
+    taken = {int(index) for _ in range(8) for index in data.order.take(2, rng)}
+    assert taken == set(train.tolist())
+    assert len(split_pictures(5000, 0.1, 100, 0)[1]) == 100
+
+
+def test_mistakes(model, pictures, cache, tmp_path):
+    run = tmp_path / "run"
+    assert "exclude each other" in command.mistake(model, cache, "-o", run, *options(lora=2, dora=2))
+    assert "does not exist" in command.mistake(model, tmp_path / "none", "-o", run)
+    assert "rank must be 1 or more" in command.mistake(model, cache, "-o", run, *options(lora=0))
+    assert "no layer is called 'x'" in command.mistake(model, cache, "-o", run, *options(layers="x"))
+    assert "must be in 0..0.5" in command.mistake(model, cache, "-o", run, *options(anchor=0.9))
+    assert "give --anchor" in command.mistake(model, cache, "-o", run, *options(anchor_data=pictures))
+    other = command("demo", cache, "-o", run, *options(**QUICK))
+    assert other.exit_code == 2 and "another autoencoder" in other.stderr
+    config = tmp_path / "config.yaml"
+    config.write_text("stepps: 3\n")
+    assert "there is no option stepps" in command.mistake(model, cache, "-o", run, "--config", config)
+    config.write_text("steps: many\n")
+    assert "'many' is not a valid integer" in command.mistake(model, cache, "-o", run, "--config", config)
+    config.write_text("a: [")
+    assert "not valid YAML" in command.mistake(model, cache, "-o", run, "--config", config)
+    assert "cannot read" in command.mistake(model, cache, "-o", run, "--config", tmp_path / "none.yaml")
