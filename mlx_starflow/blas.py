@@ -36,7 +36,6 @@ SYSTEM = ("libopenblasp.so.0", "libopenblas.so.0", "libmkl_rt.so.3", "libmkl_rt.
 PREFIX = "scipy_"
 """Before every name in the library of scipy-openblas32."""
 
-
 MKL_VERSION = "MKL_Get_Version_String"
 
 THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")

@@ -50,16 +50,20 @@ def write_model(directory: Path, name: str) -> Path:
 
 
 def check(directory: str | Path, low_memory: bool, bound: float = 0.15, **how) -> None:
-    """Generate, and compare each phase's peak with the predicted one."""
+    """Generate, and compare each phase's peak with the predicted one.
+
+    A peak depends on whether MLX's thread frees memory before the main thread asks for more: the highest of a few
+    runs counts.
+    """
     gc.collect()
     before = mx.get_active_memory()
     size, batch = how.get("size"), how.get("batch", 1)
     pipe = load(directory, low_memory=low_memory)
-    result = pipe.generate("a red cat", seed=1, images=batch, size=size)
+    runs = [pipe.generate("a red cat", seed=1, images=batch, size=size).stats.memory for _ in range(3)]
     expected = plan(pipe.directory, **how).phases(low_memory)
-    assert expected.keys() == result.stats.memory.keys()
     for phase, predicted in expected.items():
-        assert predicted == pytest.approx(result.stats.memory[phase] - before, rel=bound), phase
+        assert predicted == pytest.approx(max(memory[phase] for memory in runs) - before, rel=bound), phase
+    assert expected.keys() == runs[0].keys()
 
 
 @pytest.mark.parametrize(
