@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.kernels.affine import predict
+from mlx_starflow.kernels.affine import affine_inverse, predict
 from mlx_starflow.models.flow import Condition
 from mlx_starflow.sampling.cache import KVCache
 from mlx_starflow.sampling.guidance import Guidance
@@ -75,18 +75,29 @@ class BlockDecoder:
             self._transform(self._inputs(x, self.first, stop))
             mx.eval([(cache.keys, cache.values) for cache in self.caches])
 
+    def _raw(self, x: mx.array, start: int, stop: int) -> mx.array:
+        self.evaluations += 1
+        return self.block.raw(self._transform(self._inputs(x, start, stop)))
+
+    def _weight(self, start: int, stop: int) -> float | mx.array:
+        return self.guidance.at(start - self.first, stop - start, self.length - self.first)
+
     def predict(self, x: mx.array, start: int, stop: int) -> tuple[mx.array, mx.array]:
         """(mu, log sigma) `[B, stop - start, C]` of tokens `start` to `stop`, given the tokens x `[B, N, C]`.
 
         The cache must hold exactly the inputs before those that are needed, and holds them too afterwards.
         """
-        self.evaluations += 1
-        raw = self.block.raw(self._transform(self._inputs(x, start, stop)))
-        config = self.block.config
+        raw, config = self._raw(x, start, stop), self.block.config
         if self.guidance is None:
             return predict(raw, config.soft_clip, config.use_softplus)
-        weight = self.guidance.at(start - self.first, stop - start, self.length - self.first)
-        return self.guidance.affine(raw, config.soft_clip, config.use_softplus, weight)
+        return self.guidance.affine(raw, config.soft_clip, config.use_softplus, self._weight(start, stop))
+
+    def invert(self, x: mx.array, z: mx.array, start: int, stop: int) -> mx.array:
+        """Tokens `start` to `stop` of noise z `[B, N, C]`, mapped to data as `predict` says."""
+        raw, config, z = self._raw(x, start, stop), self.block.config, z[:, start:stop]
+        if self.guidance is None:
+            return affine_inverse(raw, z, config.soft_clip, config.use_softplus)
+        return self.guidance.inverse(raw, z, config.soft_clip, config.use_softplus, self._weight(start, stop))
 
     def trim(self, n: int) -> None:
         """Forget the last `n` inputs."""

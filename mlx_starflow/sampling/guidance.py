@@ -9,7 +9,7 @@ from functools import partial
 import mlx.core as mx
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.kernels.affine import extrapolate, guide, predict
+from mlx_starflow.kernels.affine import affine_inverse, extrapolate, guide, predict
 
 GuidanceRule = Callable[[mx.array, mx.array, mx.array, mx.array, "float | mx.array"], tuple[mx.array, mx.array]]
 """(mu, log sigma) with the condition, (mu, log sigma) without it, weight -> guided (mu, log sigma)."""
@@ -63,3 +63,10 @@ class Guidance:
         mu, log_sigma = predict(raw, clip, softplus)
         (mu, mu_null), (log_sigma, log_sigma_null) = mx.split(mu, 2), mx.split(log_sigma, 2)
         return self.rule(mu, log_sigma, mu_null, log_sigma_null, weight)
+
+    def inverse(self, raw: mx.array, z: mx.array, clip: float, softplus: bool, weight: float | mx.array) -> mx.array:
+        """Raw outputs, as `affine` takes them, and noise `[B, n, C]` -> data."""
+        if isinstance(self.rule, str):
+            return affine_inverse(raw, z, clip, softplus, self.rule, weight, self.what)
+        mu, log_sigma = self.affine(raw, clip, softplus, weight)
+        return z * mx.exp(log_sigma) + mu

@@ -42,8 +42,7 @@ def invert(
         for sweep in range(settings.max_iterations):
             if sweep:
                 decoder.trim(stop - start)
-            mu, log_sigma = decoder.predict(x, start, stop)
-            new = z[:, start:stop] * mx.exp(log_sigma) + mu
+            new = decoder.invert(x, z, start, stop)
             change = mx.square(new - x[:, start:stop]).mean() / mx.square(new).mean()
             x[:, start:stop] = new
             mx.eval(x, change)

@@ -15,8 +15,7 @@ def invert(decoder: BlockDecoder, z: mx.array, x: mx.array, start: int, advance:
     Calls `advance(1)` after each token.
     """
     for n in range(start, z.shape[1]):
-        mu, log_sigma = decoder.predict(x, n, n + 1)
-        x[:, n : n + 1] = z[:, n : n + 1] * mx.exp(log_sigma) + mu
+        x[:, n : n + 1] = decoder.invert(x, z, n, n + 1)
         # Evaluating each step lets the caches be written in place while Python builds the next one.
         mx.async_eval(x)
         advance(1)
