@@ -42,6 +42,8 @@ class Pipeline(TextToPicture[mx.array], PictureMethods):
         low_memory: hold one network at a time, and read it again for the next pictures.
     """
 
+    certifies = True
+
     def __init__(
         self,
         name: str,

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -79,11 +79,9 @@ class TextToPicture(ABC, Generic[Array]):
     def _invert(self, z: Array, text: Array, null_text: Array, settings: GenerationSettings, **how: Any) -> Array:
         """Noise -> data, `[B, h, w, C]`; `how` has `progress` and `trace` of `sampling.sample`."""
 
-    def _certify(
-        self, x: Array, z: Array, text: Array, null_text: Array, settings: GenerationSettings
-    ) -> Certificate | None:
-        """How far the guided flow, run forwards over one sample, is from its noise; None if nobody can say."""
-        return None
+    def _certify(self, x: Array, z: Array, text: Array, null_text: Array, settings: GenerationSettings) -> Certificate:
+        """How far the guided flow, run forwards over one sample, is from its noise; only where `certifies` says so."""
+        raise NotImplementedError
 
     @abstractmethod
     def _denoise(self, x: Array, text: Array) -> Array:
@@ -252,11 +250,10 @@ class TextToPicture(ABC, Generic[Array]):
         stats.count(
             trace.evaluations, sum(block.num_layers > 0 for block in blocks) * noise.size // blocks[0].in_channels
         )
-        if verify:
+        if verify and self.certifies:
             with self._phase(stats, "verify"):
                 for one in (slice(index, index + 1) for index in range(len(noise))):
-                    if certificate := self._certify(x[one], z[one], text[one], null_text, settings):
-                        stats.certificates.append(certificate)
+                    stats.certificates.append(self._certify(x[one], z[one], text[one], null_text, settings))
         if settings.denoise:
             with self._phase(stats, "denoise"):
                 x = self._denoise(x, text)

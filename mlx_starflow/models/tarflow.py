@@ -35,7 +35,7 @@ class TarFlowConfig:
 
     `img_size` counts pixels; `blocks` is how many flow blocks of `layers_per_block` layers there are. Without `nvp`
     the blocks only shift (they preserve volume), and the prior's variances are learned. `noise_type` "uniform" means
-    that pixels are trained with uniform noise within each of their 256 levels, instead of Gaussian noise of `noise_std`.
+    that pixels are trained with uniform noise within each of their 256 levels, not with Gaussian noise of `noise_std`.
     """
 
     img_size: int

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.reference.flow import Condition, FlowBlock
+from mlx_starflow.sampling.guidance import guidance_rule
 from mlx_starflow.sampling.guided import check_guidance
 from mlx_starflow.sampling.methods import JacobiSettings, SequentialSettings
 from mlx_starflow.sampling.sampler import progress_off
@@ -235,6 +236,7 @@ def sample(
         tokens = flow.noise_tokens(z)
         batch, length, _ = tokens.shape
         conditions = flow.conditions(z, text, null_text, guidance)
+        guidance_rule(conditions.rule, guide_what)  # its errors
         rule = guide if conditions.rule == "quotient" else partial(extrapolate, what=guide_what)
         total = sum(length for block in flow.blocks if not block.is_identity)
         with tqdm(total=total, desc="sampling", unit="tok", disable=progress_off(progress), leave=False) as bar:

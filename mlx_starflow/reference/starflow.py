@@ -52,6 +52,8 @@ class STARFlow(nn.Module):
         """What sampling from noise `z` and text `[B, L, D]` needs; guided where blocks read text."""
         both = text
         if guidance > 0:
+            if not any(block.txt_dim for block in self.config.blocks):
+                raise StarflowError("this flow reads no text, so guidance has no effect; use guidance 0")
             if text is None or null_text is None:
                 raise StarflowError("guidance needs text and null_text (the embeddings of an empty prompt)")
             both = torch.cat([text, null_text.expand_as(text)])
