@@ -48,6 +48,7 @@ class TextToPicture(ABC, Generic[Array]):
     """
 
     tokenizer: Tokenizer
+    certifies: ClassVar[bool] = False
     adapters: Sequence[tuple[str, float]] = ()
 
     def __init__(self, name: str, directory: Path):
