@@ -9,7 +9,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_starflow import __version__
+from mlx_starflow import __version__, blas
+from mlx_starflow.chips import find_chips, time_report
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.hub import converted_directory, find_model
 from mlx_starflow.memory import PHASES, PRECISIONS, MemoryPlan, ModelConfigs, parameter_count, plan, usable
@@ -29,6 +30,7 @@ def summarize(model: str) -> dict[str, str]:
     """
     device = mx.default_device().type.name.upper()
     lines = {"mlx-starflow": f"{__version__}, MLX {mx.__version__} on the {device}, Python {platform.python_version()}"}
+    lines["BLAS"] = f"{blas.describe()}, {blas.gflops():.1f} GFLOPS on the CPU"
     if configs := _release(model):
         lines["model"] = f"{model} (starflow), not converted yet: mlx-starflow convert {model}"
         lines |= _architecture(configs.flow)
@@ -66,14 +68,9 @@ def memory_report(model: str, *, size: tuple[int, int] | None = None, batch: int
     Raises:
         StarflowError: there is no such model, or a config is not usable.
     """
-    configs = _release(model)
+    configs = model_configs(model)
     if configs is None:
-        directory = find_model(model)
-        config = read_config(directory)
-        parts_there = all((directory / folder / "config.json").is_file() for folder in PARTS.values())
-        if config.get("model_type") != "starflow" or not config.get("txt_size") or not parts_there:
-            return []
-        configs = ModelConfigs.read(directory)
+        return []
     plans = _plans(configs, size, batch)
     largest = max(each.peak() for each in plans.values())
     unit, name = (2**30, "GiB") if largest >= 2**30 else (2**20, "MiB")
@@ -106,6 +103,40 @@ def memory_report(model: str, *, size: tuple[int, int] | None = None, batch: int
         f"The GPU is taken to get 70% of memory up to 32 GB, 75% above: {shares}.",
         "That is about what macOS reports as Metal's recommendedMaxWorkingSetSize; it differs between versions.",
     ]
+
+
+def time_reports(model: str, chip: str, *, size: tuple[int, int] | None = None) -> list[list[str]]:
+    """How long a picture should take on an Apple chip, estimated from published figures: see `chips`.
+
+    Args:
+        model: as in `summarize`.
+        chip: such as "M4" or "M3 Max"; there are two of the latter, so there are two reports.
+        size: (width, height) of the picture in pixels; None: what the model was trained at.
+
+    Raises:
+        StarflowError: there is no such chip or model, or the model does not make pictures from prompts.
+    """
+    found = find_chips(chip)
+    configs = model_configs(model)
+    if configs is None:
+        raise StarflowError(f"--chip is for models that make pictures from prompts, and {model} is not a whole one")
+    return [time_report(configs, one, size) for one in found]
+
+
+def model_configs(model: str) -> ModelConfigs | None:
+    """The configs of a model that reads prompts, even of a release that is not there; None if it lacks a part.
+
+    Raises:
+        StarflowError: there is no such model, or a config is not usable.
+    """
+    if configs := _release(model):
+        return configs
+    directory = find_model(model)
+    config = read_config(directory)
+    parts_there = all((directory / folder / "config.json").is_file() for folder in PARTS.values())
+    if config.get("model_type") != "starflow" or not config.get("txt_size") or not parts_there:
+        return None
+    return ModelConfigs.read(directory)
 
 
 def _verdict(expected: MemoryPlan, gigabytes: int) -> str:

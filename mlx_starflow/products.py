@@ -1,0 +1,84 @@
+"""What a flow's own matrix products cost on this machine, by themselves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cached_property
+from time import perf_counter
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlx_starflow.traffic import READ_ONCE, evaluation_bytes
+
+
+class WeightProducts:
+    """The products of every block's weights with a few rows: what an evaluation would cost if nothing else did.
+
+    They are computed by the flow's own layers, so in their shapes, precision and way of multiplying, in the order in
+    which sampling comes to them. Going through all blocks every time keeps what the caches of a processor hold
+    between two evaluations to what they hold while sampling.
+    """
+
+    def __init__(self, flow: Any, rows: Sequence[int], rounds: int = 5):
+        """`rows` are the sequences that each block sees at once, data side first: samples, twice where guided."""
+        self.flow, self.rows, self.rounds = flow, list(rows), rounds
+        self.bytes = [evaluation_bytes(block) for block in flow.blocks]
+        self._measured: dict[tuple[int, ...], tuple[float, ...]] = {}
+
+    @cached_property
+    def _layers(self) -> list[list[nn.Module]]:
+        layers = []
+        for block in self.flow.blocks:
+            leaves = tree_flatten(block.leaf_modules(), is_leaf=nn.Module.is_module)
+            wanted = [layer for path, layer in leaves if path.partition(".")[0] not in READ_ONCE]
+            layers.append([layer for layer in wanted if isinstance(layer, nn.Linear | nn.QuantizedLinear)])
+        return layers
+
+    def seconds(self, tokens: Sequence[int]) -> tuple[float, ...]:
+        """Seconds that the products of one evaluation of each block take, data side first, the best of all rounds.
+
+        Args:
+            tokens: how many tokens each block evaluates at once.
+        """
+        tokens = tuple(tokens)
+        if tokens not in self._measured:
+            self._measured[tokens] = self._measure(tokens)
+        return self._measured[tokens]
+
+    def _measure(self, tokens: tuple[int, ...]) -> tuple[float, ...]:
+        best = [math.inf if layers else 0.0 for layers in self._layers]
+        inputs = [self._inputs(index, count) for index, count in enumerate(tokens)]
+        mx.eval(inputs)
+        for _ in range(self.rounds):
+            for index in reversed(range(len(best))):
+                if self._layers[index]:
+                    outputs = [layer(inputs[index][_width(layer)]) for layer in self._layers[index]]
+                    start = perf_counter()
+                    mx.eval(outputs)
+                    best[index] = min(best[index], perf_counter() - start)
+        return tuple(best)
+
+    def _inputs(self, index: int, tokens: int) -> dict[int, mx.array]:
+        key, dtype = mx.random.key(0), self.flow.blocks[index].dtype if self._layers[index] else mx.float32
+        widths = {_width(layer) for layer in self._layers[index]}
+        return {width: mx.random.normal((self.rows[index], tokens, width), dtype, key=key) for width in widths}
+
+    @property
+    def vector_seconds(self) -> tuple[float, ...]:
+        """Of one token: matrix-vector products."""
+        return self.seconds([1] * len(self.rows))
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes of weights a second that matrix-vector products go through, over all blocks."""
+        return sum(self.bytes) / sum(self.vector_seconds)
+
+
+def _width(layer: nn.Module) -> int:
+    """Of a layer's input."""
+    width = layer.weight.shape[1]
+    return width * 32 // layer.bits if isinstance(layer, nn.QuantizedLinear) else width
