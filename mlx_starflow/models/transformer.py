@@ -70,25 +70,26 @@ class Attention(nn.Module):
         if config.use_post_norm:
             self.post_norm = make_norm(config.norm_type, config.channels)
 
-    def __call__(
-        self, x: mx.array, table: mx.array | None, cache: Cache | None = None, temperature: float | mx.array = 1.0
-    ) -> mx.array:
-        """`[B, N, channels]` and the rotary angles of these N positions; logits are divided by `temperature`,
-        a number or one number a sample, `[B, 1, 1, 1]`."""
-        batch, length, _ = x.shape
+    def project(self, x: mx.array, table: mx.array | None) -> tuple[mx.array, mx.array, mx.array]:
+        """`[B, N, channels]` -> queries, keys and values, `[B, heads, N, D]`, turned by the angles of N positions."""
         norm = (self.query_norm.weight, self.key_norm.weight) if "query_norm" in self else ()
-        q, k, v = split_rotate(
-            self.qkv(self.norm(x)), table, *norm, heads=self.heads, groups=self.groups, half_split=self.half_split
-        )
-        if cache is not None:
-            k, v = cache.update_and_fetch(k, v)
+        qkv = self.qkv(self.norm(x))
+        return split_rotate(qkv, table, *norm, heads=self.heads, groups=self.groups, half_split=self.half_split)
+
+    def attend(self, q: mx.array, k: mx.array, v: mx.array, temperature: float | mx.array = 1.0) -> mx.array:
+        """The last N of all positions attend to those up to their own -> `[B, N, heads * D]`."""
+        batch, _, length, _ = q.shape
         scale = self.head_dim**-0.5
         if isinstance(temperature, mx.array):
             q = q / temperature.astype(q.dtype)
         else:
             scale = scale / temperature
         h = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal" if length > 1 else None)
-        h = self.proj(h.transpose(0, 2, 1, 3).reshape(batch, length, -1))
+        return h.transpose(0, 2, 1, 3).reshape(batch, length, -1)
+
+    def merge(self, h: mx.array) -> mx.array:
+        """What `attend` gives -> `[B, N, channels]`."""
+        h = self.proj(h)
         return self.post_norm(h) if "post_norm" in self else h
 
 
@@ -124,8 +125,21 @@ class TransformerLayer(nn.Module):
         self.attention = Attention(config)
         self.mlp = MLP(config)
 
+    def before(self, x: mx.array, table: mx.array | None) -> tuple[mx.array, mx.array, mx.array]:
+        """Queries, keys and values: what attention needs of `[B, N, channels]` and of its positions' rotary angles."""
+        return self.attention.project(x, table)
+
+    def after(self, x: mx.array, h: mx.array) -> mx.array:
+        """The layer's output from its input and what attention made of it."""
+        x = x + self.attention.merge(h)
+        return x + self.mlp(x)
+
     def __call__(
         self, x: mx.array, table: mx.array | None, cache: Cache | None = None, temperature: float | mx.array = 1.0
     ) -> mx.array:
-        x = x + self.attention(x, table, cache, temperature)
-        return x + self.mlp(x)
+        """`[B, N, channels]` and the rotary angles of these N positions; attention's logits are divided by
+        `temperature`, a number or one number a sample, `[B, 1, 1, 1]`."""
+        q, k, v = self.before(x, table)
+        if cache is not None:
+            k, v = cache.update_and_fetch(k, v)
+        return self.after(x, self.attention.attend(q, k, v, temperature))
