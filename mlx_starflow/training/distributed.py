@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import socket
+import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import mlx.core as mx
@@ -15,6 +19,11 @@ import numpy as np
 from mlx_starflow.errors import StarflowError
 
 Weights = dict[str, mx.array]
+
+PATIENCE = 3.0
+"""Seconds in which MLX may find out by itself that a process has ended."""
+CONNECTING = 10.0
+"""Seconds in which processes must have found each other."""
 
 
 def world() -> mx.distributed.Group:
@@ -95,12 +104,55 @@ def check_sharding(group: mx.distributed.Group) -> None:
 
 @contextmanager
 def peers(name: str, group: mx.distributed.Group, hint: str = "run the same command again to resume") -> Iterator[None]:
-    """Makes one clear line of the end of another process."""
+    """Makes one clear line of the end of another process; all processes must enter it together."""
+
+    def message(reason: object) -> str:
+        return f"{name}: rank {group.rank()} ends because another process of this run has ended ({reason}); {hint}"
+
+    links = _links(group) if group.size() > 1 else []
+    over = threading.Event()
+
+    def watch(link: socket.socket) -> None:
+        try:
+            alive = link.recv(1)
+        except OSError:
+            alive = b""
+        # MLX finds out by itself if it is waiting for that process, and waits for ever if it has only yet to start.
+        if not alive and not over.wait(PATIENCE):
+            print(f"Error: {message('it has closed its connection')}", file=sys.stderr, flush=True)
+            os._exit(2)
+
+    for link in links:
+        threading.Thread(target=watch, args=(link,), daemon=True).start()
     try:
         yield
     except RuntimeError as error:
         if group.size() == 1 or "connection" not in str(error):
             raise
-        raise StarflowError(
-            f"{name}: rank {group.rank()} ends because another process of this run has ended ({error}); {hint}"
-        ) from None
+        raise StarflowError(message(error)) from None
+    finally:
+        over.set()
+        for link in links:
+            with suppress(OSError):
+                link.sendall(b".")
+            link.close()
+
+
+def _links(group: mx.distributed.Group) -> list[socket.socket]:
+    """A connection of rank 0 with each of the others, as far as they reach it by its name."""
+    if group.rank() == 0:
+        with socket.create_server(("", 0)) as server:
+            server.settimeout(CONNECTING)
+            from_first({}, [socket.gethostname(), server.getsockname()[1]], group)
+            links: list[socket.socket] = []
+            with suppress(OSError):
+                while len(links) < group.size() - 1:
+                    links.append(server.accept()[0])
+    else:
+        _, (host, port) = from_first({}, None, group)
+        links = []
+        with suppress(OSError):
+            links.append(socket.create_connection((host, port), timeout=CONNECTING))
+    for link in links:
+        link.settimeout(None)
+    return links

@@ -180,8 +180,8 @@ def test_models_that_read_aspect_ratios(model, data, tmp_path):
     for index in range(len(found)):
         ratio = found.ratios[found.buckets[index]]
         captions = ["", *found.captions[index]]
-        prompts = [f"{caption} in a {ratio} aspect ratio.".strip() for caption in captions]
-        expected = np.array(pipe.encode_prompts(prompts))
+        width, height = map(int, ratio.split(":"))
+        expected = np.array(pipe.encode_prompts(captions, size=(width, height)))
         np.testing.assert_allclose(found.text(captions, ratio), expected, atol=1e-5)
 
 
