@@ -11,6 +11,7 @@ import yaml
 from commands import Command
 
 from mlx_starflow.models.tarflow import TarFlowConfig
+from mlx_starflow.sampling import sample
 from mlx_starflow.weights import load_flow, load_text_encoder, load_vae, load_weights, read_config
 
 DATA = Path(__file__).parents[1] / "data"
@@ -32,8 +33,12 @@ def test_flow(case, tmp_path, golden):
     assert "Apple Machine Learning Research Model License Agreement" in lines[1]
     flow = load_flow(out, dtype="float32")
     arrays = golden(case).arrays
-    z = flow(mx.array(arrays["x"]), mx.array(arrays["y"]) if "y" in arrays else None).z
+    text = golden(case).get("y")
+    z = flow(mx.array(arrays["x"]), text).z
     assert golden(case).relative_error(z, "z") < 1e-5
+    # The language model's case has no other sample.
+    kind, guidance = ("reverse_cfg", (golden(case).get("y_null"), 2.0)) if case == "pretrained_lm" else ("reverse", ())
+    assert golden(case).error(sample(flow, golden(case)["noise"], text, *guidance), kind) < 2e-4
 
 
 def test_flow_options(tmp_path):
@@ -47,7 +52,12 @@ def test_text_encoder(tmp_path):
     result = run("text-encoder", DATA / "t5", "-o", tmp_path / "a")
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith(f"{tmp_path / 'a'}: 0.")
-    load_text_encoder(tmp_path / "a")
+    encoder, tokenizer = load_text_encoder(tmp_path / "a", dtype="float32")
+    arrays = mx.load(str(DATA / "t5/golden.safetensors"))
+    hidden = encoder(arrays["input_ids"], arrays["attention_mask"])
+    largest = mx.abs(arrays["last_hidden_state"]).max()
+    assert (mx.abs(hidden - arrays["last_hidden_state"]).max() / largest).item() < 1e-5
+    assert tokenizer.encode("a red apple")
     assert run("text-encoder", DATA / "t5", "-o", tmp_path / "b", "--quantize", "mxfp8").exit_code == 0
     assert read_config(tmp_path / "b")["quantization"]["mode"] == "mxfp8"
 
@@ -56,8 +66,11 @@ def test_vae(tmp_path):
     result = run("vae", DATA / "sd_vae", "-o", tmp_path, "--dtype", "bfloat16")
     assert result.exit_code == 0, result.output
     assert "Apple" not in result.output
-    load_vae(tmp_path)
     assert {w.dtype for w in load_weights(tmp_path).values()} == {mx.bfloat16}
+    assert run("vae", DATA / "sd_vae", "-o", tmp_path).exit_code == 0
+    arrays = mx.load(str(DATA / "sd_vae/golden.safetensors"))
+    decoded = load_vae(tmp_path, dtype="float32").decode(arrays["latents"].transpose(0, 2, 3, 1))
+    assert mx.abs(decoded.transpose(0, 3, 1, 2) - arrays["decoded_raw"]).max().item() < 1e-4
 
 
 def test_mistakes(tmp_path):
