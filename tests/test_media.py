@@ -1,11 +1,12 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.media import grid, read_metadata, save_image, to_images
+from mlx_starflow.media import grid, numbered, read_metadata, save_animation, save_image, to_images
 
 
 def test_to_images_maps_the_range_and_clips():
@@ -62,3 +63,22 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert Image.open(path).getpixel((0, 0)) == (255, 0, 0)
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".webp"])
+def test_animations(tmp_path, suffix):
+    images = [Image.new("RGB", (6, 4), (shade, 90, 200)) for shade in (0, 100, 250)]
+    path = tmp_path / f"path{suffix}"
+    save_animation(images, path, seconds=0.05)
+    with Image.open(path) as opened:
+        assert opened.n_frames == 3 and opened.size == (6, 4) and opened.info["loop"] == 0
+        opened.seek(2)
+        assert np.abs(np.asarray(opened.convert("RGB")).astype(int) - np.asarray(images[2])).max() < 8
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+    with pytest.raises(StarflowError, match=r"written as \.gif, \.webp"):
+        save_animation(images, tmp_path / "path.png")
+
+
+def test_numbered_files():
+    assert numbered(Path("a/out.png"), 1) == [Path("a/out.png")]
+    assert numbered(Path("a/out.png"), 2) == [Path("a/out-1.png"), Path("a/out-2.png")]

@@ -5,6 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from PIL import Image
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
@@ -19,3 +22,29 @@ def test_likelihood():
     nats = [float(number) for number in re.findall(r"(-?\d+\.\d+) nats", output)]
     assert len(nats) == 3 and nats[0] < nats[1]
     assert float(output.split("largest difference is ")[1]) < 1e-3
+
+
+def test_scoring(tmp_path):
+    output = run("scoring.py", str(tmp_path))
+    nll = [float(number) for number in re.findall(r"(\d+\.\d+) \+-", output)]
+    deviations = [float(number) for number in re.findall(r"deviation ([+-]\d+\.\d)", output)]
+    car, upside_down, nothing = deviations
+    assert nll[2] < nll[0] < nll[1]
+    # An empty picture is the most likely one and yet no usual one.
+    assert abs(car) < abs(nothing) and abs(car) < abs(upside_down)
+    assert "taken for: automobile" in output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["car-upside-down.png", "car.png", "nothing.png"]
+
+
+@pytest.mark.slow
+def test_inpainting(tmp_path):
+    output = run("inpainting.py", str(tmp_path / "inpainted.png"))
+    start, end = (float(number) for number in re.findall(r"(?:from|to) (\d\.\d+)", output))
+    assert end < start
+    assert Image.open(tmp_path / "inpainted.png").size == (4 * 66 - 2, 64)
+
+
+def test_interpolation(tmp_path):
+    output = run("interpolation.py", str(tmp_path / "way.webp"))
+    assert float(re.search(r"by (\d+\.\d) of", output)[1]) < 4
+    assert Image.open(tmp_path / "way.webp").n_frames == 9

@@ -1,0 +1,26 @@
+"""Paint the right half of a picture anew, so that it goes with the left half.
+
+python examples/inpainting.py inpainted.png
+"""
+
+from __future__ import annotations
+
+import sys
+
+from mlx_starflow import load
+from mlx_starflow.editing import read_mask
+from mlx_starflow.media import grid
+
+target = sys.argv[1] if len(sys.argv) > 1 else "inpainted.png"
+prompt = "red apple"
+pipe = load("demo")
+picture = pipe.generate(prompt, seed=1).images[0]
+
+mask = read_mask("32,0,32,64", picture.size)  # x, y, width, height; or a black-and-white picture
+result = pipe.inpaint(picture, mask, prompt, steps=10, rounds=2, images=2, seed=1)
+
+hole = picture.copy()
+hole.paste("lightgrey", mask=mask)
+grid([picture, hole, *result.images], columns=4).save(target)
+nll = result.trace.nll.mean(axis=1)
+print(f"NLL from {nll[0]:.3f} to {nll[-1]:.3f} nats per dimension, {result.trace.rate:.0%} of the proposals accepted")

@@ -1,0 +1,34 @@
+"""How likely pictures are under the flow, where they surprise it, and whether that is unusual.
+
+python examples/scoring.py maps
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+from mlx_starflow import load
+from mlx_starflow.scoring import Reference, heat_map
+
+folder = Path(sys.argv[1] if len(sys.argv) > 1 else ".")
+pipe = load("demo")
+reference = Reference.find(pipe.directory)
+
+car = pipe.generate("automobile", seed=1).images[0]
+upside_down = car.rotate(180)
+blank = Image.new("RGB", car.size, "white")
+pictures = {"car": car, "car upside down": upside_down, "nothing": blank}
+
+scores = pipe.score(list(pictures.values()))
+highest = max(score.surprise.max() for score in scores)
+for (name, picture), score in zip(pictures.items(), scores, strict=True):
+    deviation = reference.typicality(score).deviation
+    print(f"{name:<16}{score.nll:8.4f} +- {score.standard_error:.4f} nats per dimension, deviation {deviation:+.1f}")
+    heat_map(picture, score.surprise, 0, highest).save(folder / f"{name.replace(' ', '-')}.png")
+
+labels = ["automobile", "red apple", "cat face"]
+result = pipe.classify([car], labels)
+print(f"the car is taken for: {result.best[0]}, {result.margin[0]:.0f} nats ahead")

@@ -1,0 +1,61 @@
+"""`mlx-starflow decode`: noise to pictures."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import click
+
+from mlx_starflow import blas
+
+
+@click.command()
+@click.argument("noise", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), default="out.png", show_default=True)
+@click.option("-p", "--prompt", help="Another prompt than the one that the pictures were encoded with.")
+@click.option("--guidance", type=click.FloatRange(min=0), help="Another guidance than that of encoding.")
+@click.option("--denoise", is_flag=True, help="Clean the result with one score step, if noise was added on encoding.")
+@click.option("--separate", is_flag=True, help="One file for each picture (out-1.png, ...) instead of a grid.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Pictures at once.")
+@click.option("-m", "--model", help="The one that the pictures were encoded with by default.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Precision of the networks.")
+def decode(
+    noise: Path,
+    output: Path,
+    prompt: str | None,
+    guidance: float | None,
+    denoise: bool,
+    separate: bool,
+    batch_size: int,
+    model: str | None,
+    dtype: str | None,
+) -> None:
+    """Turn NOISE, a file that mlx-starflow encode wrote, into pictures again.
+
+    \b
+    mlx-starflow decode cat.safetensors -o again.png
+    mlx-starflow decode cat.safetensors --prompt "dog face" -o dog.png
+    """
+    from mlx_starflow import media
+    from mlx_starflow.editing import Encoded
+    from mlx_starflow.editing import decode as decode_noise
+    from mlx_starflow.picture_flow import open_picture_flow
+
+    encoded = Encoded.load(noise)
+    targets = media.numbered(output, len(encoded.noise)) if separate else [output]
+    for path in targets:
+        media.check_output(path)
+    blas.hint_if_slow()
+    if prompt is not None:
+        encoded = replace(encoded, prompts=[prompt] * len(encoded.prompts))
+    if guidance is not None:
+        encoded = replace(encoded, guidance=guidance)
+    flow = open_picture_flow(model or encoded.model or "demo", dtype=dtype)
+    images, _ = decode_noise(flow, encoded, denoise=denoise, batch_size=batch_size, progress=None)
+    if len(targets) == 1:
+        media.save_image(images[0] if len(images) == 1 else media.grid(images), output)
+    else:
+        for path, image in zip(targets, images, strict=True):
+            media.save_image(image, path)
+    click.echo(f"{targets[0]}{f' and {len(targets) - 1} more' if len(targets) > 1 else ''}: {len(images)} pictures")

@@ -1,0 +1,21 @@
+"""What exact inversion gives: pictures to noise and back, inpainting, re-prompting, variations, interpolation."""
+
+from mlx_starflow.editing.inpainting import Inpainting, Trace, inpaint
+from mlx_starflow.editing.inversion import Encoded, RoundTrip, decode, encode
+from mlx_starflow.editing.masks import read_mask
+from mlx_starflow.editing.paths import Edit, interpolate, reprompt, vary
+
+__all__ = [
+    "Edit",
+    "Encoded",
+    "Inpainting",
+    "RoundTrip",
+    "Trace",
+    "decode",
+    "encode",
+    "inpaint",
+    "interpolate",
+    "read_mask",
+    "reprompt",
+    "vary",
+]

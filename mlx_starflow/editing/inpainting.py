@@ -1,0 +1,217 @@
+"""Inpainting by Metropolis-Hastings: part of a picture stays, the rest follows the model.
+
+A state is noisy data x whose kept tokens are those of the picture. A proposal perturbs the noise z = f(x) under the
+mask,
+
+    z' = sqrt(1 - s^2) z + s e,   e ~ N(0, 1),
+
+maps it back, and puts the kept tokens in place again (arXiv 2412.06329, 2506.06276). The perturbation leaves the prior
+as it is: what it does to the likelihood of the free tokens is what the prior asks for already. So, of the likelihood
+ratio, the Metropolis-Hastings ratio p(x') q(x | x') / (p(x) q(x' | x)) is the part of the kept tokens: how much better
+they go with their new surroundings. That is exact for one block that reads the kept tokens all before or all after the
+free ones, and a close approximation for several blocks, which mix tokens (docs/likelihood.md measures it). The whole
+likelihood ratio would be right if the proposal were symmetric; it counts the free tokens twice, and its chains drift
+to pictures that are more likely than samples are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from mlx_starflow.editing.maps import cleaned, noise_to_tokens
+from mlx_starflow.editing.masks import check_mask, fill, token_mask
+from mlx_starflow.errors import StarflowError
+from mlx_starflow.media import to_images
+from mlx_starflow.picture_flow import PictureFlow, picture_flow
+from mlx_starflow.pictures import crop_picture, scale_pixels
+from mlx_starflow.pipeline import Pipeline
+from mlx_starflow.sampling import GuidedFlow
+from mlx_starflow.sampling.sampler import progress_off
+from mlx_starflow.scoring.likelihood import noise_and_nats, with_noise
+
+ACCEPT = ("kept", "whole")
+"""Whose likelihood ratio decides: that of the kept tokens, or the whole one."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What Metropolis-Hastings did.
+
+    Attributes:
+        accepted: whether each step's proposal was taken, `[steps, B]`.
+        nll: of each state, in nats per dimension, `[1 + steps, B]`.
+    """
+
+    accepted: np.ndarray
+    nll: np.ndarray
+
+    @property
+    def rate(self) -> float:
+        """Share of the proposals that were accepted."""
+        return float(self.accepted.mean())
+
+    @classmethod
+    def joined(cls, traces: Sequence[Trace]) -> Trace:
+        """Of chains one after the other: each begins where the one before it ended."""
+        accepted = np.concatenate([trace.accepted for trace in traces])
+        return cls(accepted, np.concatenate([traces[0].nll[:1], *(trace.nll[1:] for trace in traces)]))
+
+
+@dataclass(frozen=True)
+class Inpainting:
+    """Pictures whose free part was painted, one a chain.
+
+    Attributes:
+        images: the pictures; outside the mask their pixels are those of the original.
+        data: of the pictures, without noise, `[B, ...]`.
+        trace: what the chains did.
+    """
+
+    images: list[Image.Image]
+    data: np.ndarray
+    trace: Trace
+
+
+def inpaint(
+    model: PictureFlow | Pipeline,
+    image: Image.Image,
+    mask: Image.Image,
+    prompt: str = "",
+    *,
+    steps: int = 20,
+    rounds: int = 3,
+    strength: float = 0.5,
+    accept: str = "kept",
+    images: int = 1,
+    seed: int = 0,
+    size: tuple[int, int] | None = None,
+    progress: bool | None = False,
+) -> Inpainting:
+    """Paint the free part of a picture anew.
+
+    Args:
+        model: a pipeline, or what `open_picture_flow` gives.
+        image: the picture; it is cut about its middle and resized to `size`, and the mask with it.
+        mask: of the picture's size, white where it is free, see `masks.read_mask`.
+        prompt: of the whole picture; "" is none.
+        steps: of Metropolis-Hastings in each round; each costs about as much as generating a picture.
+        rounds: after each, the picture is encoded anew, so that the autoencoder's latents of the kept part know what
+            is beside it. One is enough for a TarFlow, which has no autoencoder.
+        strength: s of the proposals, above 0 and at most 1, which forgets the noise under the mask at each step.
+        accept: "kept" or "whole": the tokens whose likelihood ratio decides, see above.
+        images: chains, each with a picture of its own.
+        seed: of the first chain; the others count up. A seed means one picture.
+        size: (width, height) in pixels; the model's own by default.
+        progress: show a progress bar; None shows it on a terminal only.
+
+    Raises:
+        StarflowError: a setting is out of range, the mask does not fit, or a likelihood is not finite.
+    """
+    _check(steps, rounds, strength, accept, images, seed)
+    if mask.size != image.size:
+        raise StarflowError(f"the mask is {mask.size}, the picture {image.size}; they must have the same size")
+    model = picture_flow(model)
+    width, height = size or model.size
+    free_pixels = np.asarray(crop_picture(mask.convert("L"), width, height)) > 127
+    check_mask(free_pixels, "(resized to the model's pictures)")
+    original = scale_pixels(np.asarray(model.fit(image, size)))
+    picture = np.repeat(fill(original, free_pixels)[None], images, axis=0)
+    condition = model.conditions([prompt] * images, (width, height))
+    model.release("text")
+    seeds = range(seed, seed + images)
+    rngs = [np.random.Generator(np.random.Philox(each)) for each in seeds]
+    flow, tokens, traces = model.flow, None, []
+    with tqdm(total=steps * rounds, desc="inpainting", unit="step", disable=progress_off(progress)) as bar:
+        for _ in range(rounds):
+            kept = model.encode_pictures(picture.astype(np.float32))
+            free = token_mask(free_pixels, model.grid(kept.shape[1:])).reshape(-1)
+            noisy = flow.tokens(mx.array(with_noise(flow, kept, 0, numbers=seeds)))
+            chain = Chain(flow, kept.shape, condition, free)
+            tokens = chain.start(noisy, rngs) if tokens is None else chain.with_kept(noisy, tokens)
+            tokens, trace = chain.run(tokens, rngs, steps, strength, accept, bar.update)
+            traces.append(trace)
+            data = cleaned(flow, flow.latents(tokens, kept.shape), condition)
+            data = flow.latents(chain.with_kept(flow.tokens(mx.array(kept)), flow.tokens(data)), kept.shape)
+            painted = np.clip(model.decode_pictures(np.array(data)), -1, 1)
+            picture = np.where(free_pixels[:, :, None], painted, original)
+    return Inpainting(to_images(picture), np.array(data), Trace.joined(traces))
+
+
+class Chain:
+    """Metropolis-Hastings over the free tokens of noisy data; a batch is as many independent chains."""
+
+    def __init__(self, flow: Any, shape: tuple[int, ...], condition: mx.array | None, free: np.ndarray):
+        """`shape` `[B, ...]` is the data's, `free` `[N]` says which tokens change."""
+        self.flow, self.shape, self.condition = flow, shape, condition
+        self.free, self.mask = free, mx.array(free)[None, :, None]
+        self.guided = GuidedFlow(flow, shape, condition)
+
+    def with_kept(self, kept: mx.array, tokens: mx.array) -> mx.array:
+        """Tokens `[B, N, C]` whose kept ones are those of `kept`."""
+        return mx.where(self.mask, tokens, kept)
+
+    def start(self, kept: mx.array, rngs: Sequence[np.random.Generator]) -> mx.array:
+        """A first state: noise in place of the free tokens, mapped to z, redrawn there, and mapped back."""
+        z, _ = self._forward(self.with_kept(kept, self._normal(rngs, kept.shape)))
+        z = mx.where(self.mask, self._normal(rngs, z.shape), z)
+        return self.with_kept(kept, noise_to_tokens(self.guided, z))
+
+    def run(
+        self,
+        tokens: mx.array,
+        rngs: Sequence[np.random.Generator],
+        steps: int,
+        strength: float,
+        accept: str = "kept",
+        advance: Any = lambda steps: None,
+    ) -> tuple[mx.array, Trace]:
+        """So many steps from tokens `[B, N, C]`; the generators are those of the chains."""
+        decisive = ~self.free if accept == "kept" else np.ones_like(self.free)
+        z, nats = self._forward(tokens)
+        nll, accepted = [nats.sum(axis=1)], []
+        for _ in range(steps):
+            moved = math.sqrt(1 - strength**2) * z + strength * self._normal(rngs, z.shape)
+            moved = noise_to_tokens(self.guided, mx.where(self.mask, moved, z))
+            proposal = self.with_kept(tokens, moved)
+            new_z, new_nats = self._forward(proposal)
+            log_ratio = (nats - new_nats)[:, decisive].sum(axis=1)
+            take = np.log([rng.random() for rng in rngs]) < log_ratio
+            chosen = mx.array(take)[:, None, None]
+            tokens, z = mx.where(chosen, proposal, tokens), mx.where(chosen, new_z, z)
+            nats = np.where(take[:, None], new_nats, nats)
+            mx.eval(tokens, z)
+            nll.append(nats.sum(axis=1))
+            accepted.append(take)
+            advance(1)
+        return tokens, Trace(np.array(accepted).reshape(steps, -1), np.array(nll) / np.prod(self.shape[1:]))
+
+    def _forward(self, tokens: mx.array) -> tuple[mx.array, np.ndarray]:
+        """Standard normal tokens, and nats of each token, `[B, N]`."""
+        z, nats = noise_and_nats(self.flow, self.flow.latents(tokens, self.shape), self.condition)
+        if not np.isfinite(nats).all():
+            raise StarflowError("the likelihood is not finite: try a smaller strength, or float32")
+        return z, nats.sum(axis=1)
+
+    @staticmethod
+    def _normal(rngs: Sequence[np.random.Generator], shape: tuple[int, ...]) -> mx.array:
+        return mx.array(np.stack([rng.standard_normal(shape[1:], np.float32) for rng in rngs]))
+
+
+def _check(steps: int, rounds: int, strength: float, accept: str, images: int, seed: int) -> None:
+    for name, value in {"steps": steps, "rounds": rounds, "images": images}.items():
+        if value < 1:
+            raise StarflowError(f"the number of {name} must be 1 or more, not {value}")
+    if seed < 0:
+        raise StarflowError(f"a seed is a whole number from 0 on, not {seed}")
+    if not 0 < strength <= 1:
+        raise StarflowError(f"the strength of proposals must be above 0 and at most 1, not {strength:g}")
+    if accept not in ACCEPT:
+        raise StarflowError(f"unknown rule {accept!r}; proposals are accepted by {' or '.join(ACCEPT)}")

@@ -1,0 +1,210 @@
+"""Pictures to noise and back, as files, and how exact the round trip is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+from tqdm import tqdm
+
+from mlx_starflow.editing.maps import cleaned, from_noise, to_noise
+from mlx_starflow.errors import StarflowError
+from mlx_starflow.files import replacing
+from mlx_starflow.noise import KEY
+from mlx_starflow.picture_flow import PictureFlow, picture_flow
+from mlx_starflow.pipeline import Pipeline
+from mlx_starflow.sampling import GuidedFlow
+from mlx_starflow.sampling.sampler import progress_off
+from mlx_starflow.scoring.likelihood import with_noise
+from mlx_starflow.weights import one_line
+
+METADATA_KEY = "mlx-starflow"
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Noise that pictures come from, and how they do.
+
+    Attributes:
+        noise: as `sample` takes it, `[B, ...]`; of a picture without training noise it is smaller than standard normal.
+        prompts: of each picture.
+        guidance: weight that it was mapped with; 0 is the flow itself.
+        model: name of the model.
+    """
+
+    noise: np.ndarray
+    prompts: list[str]
+    guidance: float = 0.0
+    model: str = ""
+
+    def save(self, path: Path) -> None:
+        """Write as safetensors, which `generate --load-noise` reads too. Raises StarflowError."""
+        about = {"version": 1, "prompts": self.prompts, "guidance": self.guidance, "model": self.model}
+        with replacing(path) as temporary:
+            noise = np.ascontiguousarray(self.noise, np.float32)
+            temporary.write_bytes(save({KEY: noise}, {METADATA_KEY: json.dumps(about)}))
+
+    @classmethod
+    def load(cls, path: Path) -> Encoded:
+        """Read what `save` wrote. Noise of `generate --save-noise` counts as unprompted. Raises StarflowError."""
+        try:
+            with safe_open(path, framework="numpy") as file:
+                if KEY not in file.keys():  # noqa: SIM118
+                    raise StarflowError(f'{path} holds no tensor "{KEY}": write it with mlx-starflow encode')
+                noise = file.get_tensor(KEY)
+                about = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
+            prompts = [str(prompt) for prompt in about.get("prompts", [""] * len(noise))]
+            guidance, model = float(about.get("guidance", 0)), str(about.get("model", ""))
+        except (OSError, SafetensorError) as error:
+            raise StarflowError(f"{path} cannot be read as a noise file: {one_line(error)}") from None
+        except (ValueError, TypeError, AttributeError):
+            raise StarflowError(f"{path}: its description is damaged; encode the pictures again") from None
+        if len(prompts) != len(noise):
+            raise StarflowError(f"{path} has {len(prompts)} prompts for {len(noise)} pictures; encode them again")
+        return cls(noise.astype(np.float32), prompts, guidance, model)
+
+
+@dataclass(frozen=True)
+class RoundTrip:
+    """What is lost from data to noise and back, and from picture to data and back.
+
+    Attributes:
+        flow_max: largest difference of the data, of normalized latents for instance.
+        flow_rms: its root mean square.
+        autoencoder_rms: of the pictures' pixels, in levels of 0 to 255, without the flow; 0 if there is no autoencoder.
+    """
+
+    flow_max: float
+    flow_rms: float
+    autoencoder_rms: float
+
+    def __str__(self) -> str:
+        return (
+            f"flow: largest error {self.flow_max:.1e}, RMS {self.flow_rms:.1e}; "
+            f"autoencoder: RMS {self.autoencoder_rms:.2f} of 255 levels"
+        )
+
+
+def encode(
+    model: PictureFlow | Pipeline,
+    images: Iterable[Image.Image],
+    prompts: str | Sequence[str] = "",
+    *,
+    guidance: float = 0.0,
+    noise_seed: int | None = None,
+    size: tuple[int, int] | None = None,
+    check: bool = True,
+    batch_size: int = 8,
+    progress: bool | None = False,
+) -> tuple[Encoded, RoundTrip | None]:
+    """Pictures -> the noise that they come from, exactly, given their prompts.
+
+    Args:
+        model: a pipeline, or what `open_picture_flow` gives.
+        images: pictures; each is cut about its middle and resized to `size`.
+        prompts: one for all or one a picture; "" is none.
+        guidance: map as a sampler with this guidance does: its maps are affine and autoregressive too.
+        noise_seed: add the flow's training noise of this seed first. Then the result is standard normal, as far as the
+            flow models the picture; `decode` should then denoise. None: the picture as it is.
+        size: (width, height) in pixels; the model's own by default.
+        check: go the way back too, which takes as long as generating the pictures.
+        batch_size: pictures at once.
+        progress: show a progress bar; None shows it on a terminal only.
+
+    Returns:
+        The noise, and the errors of the way back (None without `check`).
+
+    Raises:
+        StarflowError: there are no pictures, or not as many prompts, or the noise is not finite.
+    """
+    model = picture_flow(model)
+    pictures = [model.fit(image, size) for image in images]
+    data = model.data(pictures, size)
+    lost = _levels(model.images(data)) - _levels(pictures) if check else np.zeros(1)
+    model.release("vae")
+    if noise_seed is not None:
+        data = with_noise(model.flow, data, 0, noise_seed)
+    prompts = [prompts] * len(data) if isinstance(prompts, str) else list(prompts)
+    noise, errors = [], []
+    for part, guided, _ in _batches(model, prompts, len(data), data.shape, guidance, batch_size, progress, "encoding"):
+        x = mx.array(data[part])
+        z = to_noise(guided, x)
+        noise.append(np.array(z))
+        if check:
+            errors.append(np.array(from_noise(guided, z) - x))
+    encoded = Encoded(np.concatenate(noise), prompts, guidance, model.name)
+    if not check:
+        return encoded, None
+    error = np.concatenate(errors)
+    return encoded, RoundTrip(float(np.abs(error).max()), _rms(error), _rms(lost))
+
+
+def decode(
+    model: PictureFlow | Pipeline,
+    encoded: Encoded,
+    *,
+    denoise: bool = False,
+    batch_size: int = 8,
+    progress: bool | None = False,
+) -> tuple[list[Image.Image], np.ndarray]:
+    """Noise -> pictures and their data: the inverse of `encode`.
+
+    Args:
+        model: a pipeline, or what `open_picture_flow` gives.
+        encoded: noise, prompts and guidance.
+        denoise: clean the data with one score step: for noise of pictures that training noise was added to.
+
+    Raises:
+        StarflowError: the noise does not fit the model, or the data are not finite.
+    """
+    model = picture_flow(model)
+    noise, shape = encoded.noise, encoded.noise.shape
+    data = []
+    batches = _batches(model, encoded.prompts, len(noise), shape, encoded.guidance, batch_size, progress, "decoding")
+    for part, guided, condition in batches:
+        x = from_noise(guided, mx.array(noise[part]))
+        data.append(np.array(cleaned(model.flow, x, condition) if denoise else x))
+    model.release("flow")
+    result = np.concatenate(data)
+    return model.images(result), result
+
+
+def _batches(
+    model: PictureFlow,
+    prompts: Sequence[str],
+    count: int,
+    shape: tuple[int, ...],
+    guidance: float,
+    batch_size: int,
+    progress: bool | None,
+    what: str,
+) -> Iterable[tuple[slice, GuidedFlow, Any]]:
+    """Parts of so many pictures, each with the flow under their prompts and these prompts' condition."""
+    if len(prompts) != count:
+        raise StarflowError(f"there are {len(prompts)} prompts for {count} pictures; give one, or one a picture")
+    conditions = model.conditions([*prompts, ""], model.pixels(shape))
+    model.release("text")
+    with tqdm(total=count, desc=what, unit="picture", disable=progress_off(progress)) as bar:
+        for start in range(0, count, batch_size):
+            part = slice(start, min(start + batch_size, count))
+            text = null = None
+            if conditions is not None:
+                text, null = conditions[part], conditions[-1:]
+            yield part, GuidedFlow(model.flow, (part.stop - start, *shape[1:]), text, null, guidance), text
+            bar.update(part.stop - start)
+
+
+def _levels(images: Sequence[Image.Image]) -> np.ndarray:
+    return np.stack([np.asarray(image, np.float32) for image in images])
+
+
+def _rms(values: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(values, dtype=np.float64))))

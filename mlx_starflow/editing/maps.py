@@ -1,0 +1,85 @@
+"""Data to noise and back, under a prompt, under guidance, or under a mixture of two prompts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_starflow.models.tarflow import TarFlow
+from mlx_starflow.sampling import denoise
+from mlx_starflow.sampling.decoder import check_finite
+from mlx_starflow.sampling.guidance import Guidance, guidance_rule
+from mlx_starflow.sampling.guided import GuidedFlow
+from mlx_starflow.sampling.methods import SequentialSettings
+from mlx_starflow.sampling.sampler import invert_block
+from mlx_starflow.scoring.likelihood import is_dequantized
+
+
+class BlendedFlow(GuidedFlow):
+    """A flow whose affine maps lie between those of two conditions.
+
+    With strength s in 0..1 the mean is (1 - s) mu_source + s mu_target, and log sigma likewise; from 1 on the flow's
+    own rule of guidance leads further away from the source, with weight s - 1. Each s gives one more invertible affine
+    autoregressive flow: the source's at 0, the target's at 1.
+    """
+
+    def __init__(self, flow: Any, shape: tuple[int, ...], source: mx.array, target: mx.array, strength: Any):
+        """`shape` is the noise's; `strength` is one number from 0 on, or one a sample, `[B]`."""
+        # Any guidance makes the blocks see both conditions; what is done with them is decided below.
+        super().__init__(flow, shape, target, source, guidance=1.0)
+        further = guidance_rule(self.conditions.rule)
+
+        def rule(
+            mu: mx.array, log_sigma: mx.array, mu_source: mx.array, log_sigma_source: mx.array, s: mx.array
+        ) -> tuple[mx.array, mx.array]:
+            beyond = further(mu, log_sigma, mu_source, log_sigma_source, mx.maximum(s - 1, 0))
+            between = (mu_source + s * (mu - mu_source), log_sigma_source + s * (log_sigma - log_sigma_source))
+            return tuple(mx.where(s > 1, *pair) for pair in zip(beyond, between, strict=True))
+
+        self.guidance = Guidance(rule, mx.array(strength, mx.float32).reshape(-1, 1, 1))
+
+
+def prior_std(flow: Any) -> float | mx.array:
+    """Standard deviation of the prior's tokens: 1, or `[N, C]` where a TarFlow has learned it."""
+    return mx.sqrt(flow.var.astype(mx.float32)) if isinstance(flow, TarFlow) else 1.0
+
+
+def tokens_to_noise(guided: GuidedFlow, tokens: mx.array) -> mx.array:
+    """Data tokens `[B, N, C]` -> standard normal tokens, in data order; one parallel pass."""
+    noise = guided.forward(tokens) / prior_std(guided.flow)
+    check_finite(noise, "the noise")
+    return noise
+
+
+def noise_to_tokens(guided: GuidedFlow, noise: mx.array) -> mx.array:
+    """The exact inverse of `tokens_to_noise`."""
+    return _inverted(guided, noise * prior_std(guided.flow))
+
+
+def _inverted(guided: GuidedFlow, tokens: mx.array) -> mx.array:
+    for index in guided.active():
+        tokens = invert_block(guided.decoder(index, *tokens.shape[:2]), tokens, SequentialSettings())
+    check_finite(tokens, "the sample")
+    return tokens
+
+
+def to_noise(guided: GuidedFlow, x: mx.array) -> mx.array:
+    """Data `[B, ...]` -> noise, shaped as `sample` takes it."""
+    flow = guided.flow
+    noise = tokens_to_noise(guided, flow.tokens(x))
+    return noise if isinstance(flow, TarFlow) else flow.latents(noise, x.shape)
+
+
+def from_noise(guided: GuidedFlow, z: mx.array) -> mx.array:
+    """Noise, shaped as `sample` takes it, -> data: the exact inverse of `to_noise`."""
+    flow = guided.flow
+    return flow.latents(_inverted(guided, flow.noise_tokens(z)), z.shape)
+
+
+def cleaned(flow: Any, x: mx.array, text: mx.array | None) -> mx.array:
+    """A sample `[B, ...]` without the Gaussian noise that the flow was trained with, by one score step.
+
+    The uniform noise of a dequantized pixel model is below what a pixel can show, and stays.
+    """
+    return x if is_dequantized(flow) else denoise(flow, x, text)

@@ -1,0 +1,105 @@
+"""Masks: which part of a picture is free, given as a black-and-white picture or as a rectangle."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from mlx_starflow.errors import StarflowError
+from mlx_starflow.picture_files import read_image
+
+_RECTANGLE = re.compile(r"(-?\d+),(-?\d+),(-?\d+),(-?\d+)")
+
+
+def read_mask(mask: str | Path, size: tuple[int, int]) -> Image.Image:
+    """A mask for a picture of `size` (width, height), mode "L": 255 where it is free, 0 where it is kept.
+
+    Args:
+        mask: "x,y,w,h", the free rectangle in pixels, from the upper left; or a picture's file, white where the
+            picture is free.
+
+    Raises:
+        StarflowError: the file cannot be read or has another size, or nothing or everything is free.
+    """
+    text = str(mask).replace(" ", "")
+    if match := _RECTANGLE.fullmatch(text):
+        x, y, width, height = map(int, match.groups())
+        picture = Image.new("L", size, 0)
+        if width > 0 and height > 0:
+            ImageDraw.Draw(picture).rectangle((x, y, x + width - 1, y + height - 1), fill=255)
+    else:
+        picture = read_image(Path(mask)).convert("L")
+        if picture.size != size:
+            raise StarflowError(
+                f"the mask {mask} is {picture.width}x{picture.height} and the picture {size[0]}x{size[1]}; "
+                "they must have the same size"
+            )
+        picture = picture.point(lambda value: 255 if value > 127 else 0)
+    check_mask(np.asarray(picture) > 0, str(mask))
+    return picture
+
+
+def check_mask(free: np.ndarray, what: str) -> None:
+    """Raise StarflowError unless some of it is free and some is kept."""
+    if not free.any():
+        raise StarflowError(f"the mask {what} leaves nothing free: white, or the rectangle x,y,w,h, is what is painted")
+    if free.all():
+        raise StarflowError(f"the mask {what} keeps nothing of the picture: generate one instead")
+
+
+def token_mask(free: np.ndarray, grid: Sequence[int]) -> np.ndarray:
+    """Free pixels `[height, width]` -> free tokens, bool `[*grid]`: those that any free pixel touches.
+
+    Raises:
+        StarflowError: no token is left that is kept.
+    """
+    rows, columns = grid
+    height, width = free.shape
+    tokens = free.reshape(rows, height // rows, columns, width // columns).any(axis=(1, 3))
+    if tokens.all():
+        raise StarflowError(
+            f"the mask touches every token of the picture (each is {width // columns}x{height // rows} pixels), "
+            "so nothing of it would be kept; make it smaller"
+        )
+    return tokens
+
+
+def fill(picture: np.ndarray, free: np.ndarray) -> np.ndarray:
+    """A picture `[height, width, C]` whose free pixels have the colour of the nearest pixel that is kept.
+
+    What lies there must not reach the autoencoder, whose normalization and attention spread it over the whole picture;
+    neither may a hole of one colour, which spreads as well. Nearest pixels are found by jump flooding (Rong and Tan,
+    2006).
+    """
+    height, width = free.shape
+    rows, columns = np.indices(free.shape)
+    far = 4 * (height + width)
+    nearest = np.where(free[..., None], -far, np.stack([rows, columns], axis=-1))
+    step = 1 << (max(free.shape) - 1).bit_length() >> 1
+    while step:
+        for down in (-step, 0, step):
+            for right in (-step, 0, step):
+                shifted = _shift(nearest, down, right, -far)
+                closer = _distance(shifted, rows, columns) < _distance(nearest, rows, columns)
+                nearest = np.where(closer[..., None], shifted, nearest)
+        step //= 2
+    return picture[nearest[..., 0], nearest[..., 1]]
+
+
+def _distance(points: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    return (points[..., 0] - rows) ** 2 + (points[..., 1] - columns) ** 2
+
+
+def _shift(values: np.ndarray, down: int, right: int, outside: int) -> np.ndarray:
+    """`values[i - down, j - right]` at [i, j], and `outside` where there is nothing."""
+    height, width = values.shape[:2]
+    shifted = np.full_like(values, outside)
+    if abs(down) < height and abs(right) < width:
+        shifted[max(down, 0) : height + min(down, 0), max(right, 0) : width + min(right, 0)] = values[
+            max(-down, 0) : height + min(-down, 0), max(-right, 0) : width + min(-right, 0)
+        ]
+    return shifted

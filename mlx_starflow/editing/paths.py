@@ -1,0 +1,221 @@
+"""Other pictures from a picture's noise: re-prompted, varied, or on the way to a second picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from mlx_starflow.editing.maps import BlendedFlow, cleaned, from_noise, to_noise
+from mlx_starflow.errors import StarflowError
+from mlx_starflow.noise import draw_noise
+from mlx_starflow.picture_flow import PictureFlow, picture_flow
+from mlx_starflow.pipeline import Pipeline
+from mlx_starflow.sampling import GuidedFlow
+from mlx_starflow.sampling.sampler import progress_off
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Pictures on a path.
+
+    Attributes:
+        images: the pictures.
+        data: of the pictures, `[B, ...]`.
+        places: where on the path each is: its strength, or its share of the way.
+    """
+
+    images: list[Image.Image]
+    data: np.ndarray
+    places: list[float]
+
+
+def reprompt(
+    model: PictureFlow | Pipeline,
+    image: Image.Image,
+    source: str,
+    target: str,
+    strengths: Sequence[float] = (1.0,),
+    *,
+    size: tuple[int, int] | None = None,
+    batch_size: int = 8,
+    progress: bool | None = False,
+) -> Edit:
+    """The noise of a picture under one prompt, regenerated under another.
+
+    What the first prompt explains of the picture is replaced, what it does not explain (pose, layout) stays in the
+    noise. The affine maps of strength s lie between those of the two prompts (see `maps.BlendedFlow`): at 0 the
+    picture comes back, at 1 the target prompt alone decides, beyond 1 it is guided away from the source prompt.
+
+    Args:
+        model: a pipeline, or what `open_picture_flow` gives.
+        image: the picture.
+        source: what is on it; "" if it cannot be said.
+        target: what shall be.
+        strengths: one picture for each, 0 or more.
+        size: (width, height) in pixels; the model's own by default.
+        batch_size: pictures at once.
+        progress: show a progress bar; None shows it on a terminal only.
+
+    Raises:
+        StarflowError: a strength is negative, the model reads no prompts, or the result is not finite.
+    """
+    strengths = _numbers(strengths, "strengths")
+    model = picture_flow(model)
+    data = model.data([image], size)
+    conditions = model.conditions([source, target], size)
+    model.release("text")
+    if conditions is None:
+        raise StarflowError(f"{model.name} reads no prompts: use vary or interpolate")
+    z = np.array(to_noise(GuidedFlow(model.flow, data.shape, conditions[:1]), mx.array(data)))
+
+    def regenerate(part: list[float]) -> mx.array:
+        count = len(part)
+        both = (mx.repeat(conditions[i : i + 1], count, axis=0) for i in (0, 1))
+        guided = BlendedFlow(model.flow, (count, *z.shape[1:]), *both, part)
+        return from_noise(guided, mx.array(np.repeat(z, count, axis=0)))
+
+    return _edit(model, strengths, regenerate, batch_size, progress)
+
+
+def vary(
+    model: PictureFlow | Pipeline,
+    image: Image.Image,
+    prompt: str = "",
+    strengths: Sequence[float] = (0.3,),
+    *,
+    images: int = 1,
+    temperature: float | None = None,
+    seed: int = 0,
+    size: tuple[int, int] | None = None,
+    batch_size: int = 8,
+    progress: bool | None = False,
+) -> Edit:
+    """Pictures near a picture: its noise turned towards other noise.
+
+    With strength s the noise is cos(s pi / 2) z + sin(s pi / 2) temperature e, e ~ N(0, 1): a spherical path, which
+    keeps standard normal noise standard normal. At 0 the picture comes back, at 1 the result has nothing of it. The
+    noise that comes in carries the flow's training noise, so these pictures are cleaned by one score step.
+
+    Args:
+        model, image, size, batch_size, progress: as for `reprompt`.
+        prompt: what is on the picture; "" if it cannot be said.
+        strengths: 0 to 1.
+        images: paths; each has all strengths.
+        temperature: of the other noise; the model's own by default.
+        seed: of the first path's noise; the others count up. A seed means one picture.
+
+    Raises:
+        StarflowError: a setting is out of range, or the result is not finite.
+    """
+    strengths = _numbers(strengths, "strengths", 1.0)
+    model = picture_flow(model)
+    temperature = model.temperature if temperature is None else temperature
+    if images < 1 or not temperature >= 0:
+        raise StarflowError(f"images must be 1 or more and the temperature 0 or more, not {images} and {temperature:g}")
+    data = model.data([image], size)
+    condition = model.conditions([prompt], size)
+    model.release("text")
+    z = np.array(to_noise(GuidedFlow(model.flow, data.shape, condition), mx.array(data)))
+    other = temperature * draw_noise(range(seed, seed + images), z.shape[1:])
+    places = [(path, strength) for path in range(images) for strength in strengths]
+
+    def regenerate(part: list[tuple[int, float]]) -> mx.array:
+        angles = np.array([strength for _, strength in part]) * np.pi / 2
+        cos, sin = (_column(f(angles), z.ndim) for f in (np.cos, np.sin))
+        turned = cos * z + sin * other[[path for path, _ in part]]
+        text = None if condition is None else mx.repeat(condition, len(part), axis=0)
+        x = from_noise(GuidedFlow(model.flow, turned.shape, text), mx.array(turned.astype(np.float32)))
+        moved = mx.array(_column(angles > 0, x.ndim))
+        return mx.where(moved, cleaned(model.flow, x, text), x) if any(angles) else x
+
+    edit = _edit(model, places, regenerate, batch_size, progress)
+    return Edit(edit.images, edit.data, [strength for _, strength in places])
+
+
+def interpolate(
+    model: PictureFlow | Pipeline,
+    first: Image.Image,
+    second: Image.Image,
+    prompts: tuple[str, str] = ("", ""),
+    shares: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
+    *,
+    size: tuple[int, int] | None = None,
+    batch_size: int = 8,
+    progress: bool | None = False,
+) -> Edit:
+    """Pictures on the spherical path between the noises of two pictures; both ends are the pictures themselves.
+
+    Each picture is mapped under its own prompt, and on the way the affine maps turn from one prompt's into the other's.
+
+    Args:
+        model, size, batch_size, progress: as for `reprompt`.
+        first, second: the pictures.
+        prompts: what is on them; "" if it cannot be said.
+        shares: of the way, 0 to 1, one picture for each.
+
+    Raises:
+        StarflowError: a share is out of range, or the result is not finite.
+    """
+    shares = _numbers(shares, "shares", 1.0)
+    model = picture_flow(model)
+    data = model.data([first, second], size)
+    conditions = model.conditions(prompts, size)
+    model.release("text")
+    z = np.array(to_noise(GuidedFlow(model.flow, data.shape, conditions), mx.array(data)))
+
+    def regenerate(part: list[float]) -> mx.array:
+        noise = slerp(z[:1], z[1:], np.array(part))
+        if conditions is None:
+            guided: GuidedFlow = GuidedFlow(model.flow, noise.shape)
+        else:
+            both = (mx.repeat(conditions[i : i + 1], len(part), axis=0) for i in (0, 1))
+            guided = BlendedFlow(model.flow, noise.shape, *both, part)
+        return from_noise(guided, mx.array(noise.astype(np.float32)))
+
+    return _edit(model, shares, regenerate, batch_size, progress)
+
+
+def slerp(first: np.ndarray, second: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """Spherical interpolation (Shoemake, 1985) of arrays `[1, ...]` at shares `[S]` of the way: `[S, ...]`.
+
+    Lengths are interpolated as the directions are, by the same weights.
+    """
+    lengths = np.linalg.norm(first) * np.linalg.norm(second)
+    cosine = float((first.astype(np.float64) * second).sum() / lengths) if lengths else 1.0
+    angle = np.arccos(np.clip(cosine, -1, 1))
+    if np.sin(angle) < 1e-4:
+        near, far = 1 - shares, shares  # the great circle is a line here, or any of many
+    else:
+        near, far = np.sin((1 - shares) * angle) / np.sin(angle), np.sin(shares * angle) / np.sin(angle)
+    return _column(near, first.ndim) * first + _column(far, first.ndim) * second
+
+
+def _edit(model: PictureFlow, places: list[Any], regenerate: Any, batch_size: int, progress: bool | None) -> Edit:
+    """Regenerate the picture at every place, so many at once, and decode."""
+    data = []
+    with tqdm(total=len(places), desc="editing", unit="picture", disable=progress_off(progress)) as bar:
+        for start in range(0, len(places), batch_size):
+            part = places[start : start + batch_size]
+            data.append(np.array(regenerate(part)))
+            bar.update(len(part))
+    model.release("flow")
+    result = np.concatenate(data)
+    return Edit(model.images(result), result, places)
+
+
+def _column(values: np.ndarray, ndim: int) -> np.ndarray:
+    return values.reshape(-1, *[1] * (ndim - 1))
+
+
+def _numbers(values: Sequence[float], name: str, most: float = np.inf) -> list[float]:
+    values = [float(value) for value in values]
+    if not values or not all(0 <= value <= most for value in values) or np.inf in values:
+        limits = "0 or more" if most == np.inf else f"0 to {most:g}"
+        raise StarflowError(f"{name} must be numbers, {limits}, not {', '.join(f'{value:g}' for value in values)}")
+    return values

@@ -1,0 +1,89 @@
+"""The pictures that a command is given: files, and folders with or without captions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from mlx_starflow.errors import StarflowError
+from mlx_starflow.pictures import UnreadablePicture, decode_picture, no_remarks
+from mlx_starflow.training.sources import Skip, open_source
+from mlx_starflow.training.sources.folders import METADATA, list_pictures
+from mlx_starflow.training.sources.hub import SAVED
+
+
+@dataclass(frozen=True)
+class PictureFile:
+    """A picture that has not been read yet.
+
+    Attributes:
+        name: its path as the user gave it, or the folder and its name there.
+        caption: the usual one; "" if it has none.
+        read: gives the bytes of its file.
+    """
+
+    name: str
+    caption: str
+    read: Callable[[], bytes]
+
+    def open(self) -> Image.Image:
+        """The picture: RGB, upright, transparency on white. Raises StarflowError."""
+        try:
+            with no_remarks():
+                return decode_picture(self.read())
+        except (OSError, UnreadablePicture) as error:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+            raise StarflowError(f"cannot read the picture {self.name}: {reason}") from None
+
+
+def find_pictures(paths: Iterable[str | Path], split: str | None = None) -> list[PictureFile]:
+    """Pictures in files and folders, in the order given; folders are read as `training.sources.open_source` does.
+
+    Args:
+        split: keep only those of folders whose metadata has this `split` ("train" where it has none).
+
+    A folder that holds nothing but pictures is taken too.
+
+    Raises:
+        StarflowError: there is no such file or folder, or no picture at all.
+    """
+    found: list[PictureFile] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            found += _in_folder(path, split)
+        elif path.is_file():
+            found.append(PictureFile(str(path), "", path.read_bytes))
+        else:
+            raise StarflowError(f"{path} does not exist: give pictures, or folders of pictures")
+    if not found:
+        of = f" of the split {split!r}" if split else ""
+        raise StarflowError(f"there are no pictures{of}: give picture files, or folders of pictures")
+    return found
+
+
+def _in_folder(folder: Path, split: str | None) -> Iterator[PictureFile]:
+    if names := _uncaptioned(folder):
+        for name in names if split in (None, "train") else ():
+            yield PictureFile(str(folder / name), "", (folder / name).read_bytes)
+        return
+    for sample in open_source(folder):
+        if not isinstance(sample, Skip) and split in (None, sample.split):
+            yield PictureFile(str(folder / sample.key), sample.captions[0] if sample.captions else "", sample.read)
+
+
+def _uncaptioned(folder: Path) -> list[str]:
+    """The pictures of a folder that is no training data: there is nothing in it that could hold a caption."""
+    special = (*METADATA, *SAVED)
+    if any(path.suffix == ".tar" or path.name in special for path in folder.iterdir()):
+        return []
+    names = list_pictures(folder)
+    captioned = any((folder / name).with_suffix(".txt").is_file() for name in names)
+    return [] if captioned or all("/" in name for name in names) else names
+
+
+def read_image(path: Path) -> Image.Image:
+    """One picture file: RGB, upright, transparency on white. Raises StarflowError."""
+    return PictureFile(str(path), "", path.read_bytes).open()

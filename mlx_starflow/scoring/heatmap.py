@@ -1,0 +1,63 @@
+"""Maps of numbers, one a token, drawn over the picture that they belong to."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+COLOURS = np.array(
+    [(12, 8, 60), (74, 20, 120), (160, 40, 110), (225, 85, 65), (250, 165, 45), (252, 245, 150)], np.float64
+)
+"""From low to high: lighter all the way, so that it also reads in grey."""
+
+LEAST_SIDE = 256
+"""Maps of smaller pictures are enlarged to at least this many pixels."""
+
+BAR = 22
+
+
+def colours(values: np.ndarray) -> np.ndarray:
+    """Numbers in 0..1, clipped, -> uint8 `[..., 3]`."""
+    place = np.clip(np.nan_to_num(values), 0, 1) * (len(COLOURS) - 1)
+    low = np.minimum(place.astype(int), len(COLOURS) - 2)
+    share = (place - low)[..., None]
+    return np.round(COLOURS[low] * (1 - share) + COLOURS[low + 1] * share).astype(np.uint8)
+
+
+def heat_map(
+    picture: Image.Image,
+    values: np.ndarray,
+    low: float,
+    high: float,
+    *,
+    unit: str = "nats per token",
+    opacity: float = 0.6,
+) -> Image.Image:
+    """A picture and, beside it, the picture under its map, with a scale below.
+
+    Args:
+        picture: what was scored, already cut to the shape that the model saw.
+        values: `[rows, columns]`, in the picture's order.
+        low, high: values at the ends of the colours.
+        unit: what the numbers are.
+        opacity: of the map, 0 to 1.
+    """
+    enlarge = max(1, math.ceil(LEAST_SIDE / min(picture.size)))
+    width, height = (side * enlarge for side in picture.size)
+    picture = picture.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
+    grey = picture.convert("L").convert("RGB")
+    layer = Image.fromarray(colours((values - low) / ((high - low) or 1.0)))
+    layer = layer.resize((width, height), Image.Resampling.NEAREST)
+    sheet = Image.new("RGB", (2 * width + 4, height + BAR), "white")
+    sheet.paste(picture, (0, 0))
+    sheet.paste(Image.blend(grey, layer, opacity), (width + 4, 0))
+    scale = Image.fromarray(colours(np.linspace(0, 1, width))[None].repeat(6, axis=0))
+    sheet.paste(scale, (width + 4, height + 2))
+    draw = ImageDraw.Draw(sheet)
+    top = height + 9
+    draw.text((width + 4, top), f"{low:.3g}", fill="black")
+    end = f"{high:.3g} {unit}"
+    draw.text((sheet.width - draw.textlength(end) - 1, top), end, fill="black")
+    return sheet

@@ -1,0 +1,170 @@
+"""`mlx-starflow edit`, `encode` and `decode`, as a user types them."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from commands import Command
+from picture_models import write_pictures
+from PIL import Image
+from tiny_model import write_tiny_model
+
+from mlx_starflow.editing import Encoded
+
+edit, encode, decode, generate = Command("edit"), Command("encode"), Command("decode"), Command("generate")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    return write_pictures(tmp_path / "pictures", 2)
+
+
+def size(path) -> tuple[int, int]:
+    with Image.open(path) as image:
+        return image.size
+
+
+# ---- edit
+
+
+def test_inpaint(model, pictures, tmp_path):
+    words = ["--mask", "4,0,4,8", "-m", model, "--steps", 2, "--rounds", 2, "-o", tmp_path / "out.png"]
+    result = edit("inpaint", pictures[0], *words, "--images", 2, "--trace", tmp_path / "trace.json", "--seed", 3)
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert [line.split(":")[0] for line in lines[:2]] == ["seed 3", "seed 4"]
+    assert lines[2].endswith("of 8 proposals accepted")
+    assert size(tmp_path / "out.png") == (18, 8)
+    trace = json.loads((tmp_path / "trace.json").read_text())
+    assert np.shape(trace["nll"]) == (5, 2) and np.shape(trace["accepted"]) == (4, 2)
+
+
+def test_a_mask_from_a_file(model, pictures, tmp_path):
+    mask = tmp_path / "mask.png"
+    Image.fromarray(np.tile(np.uint8([0] * 4 + [255] * 4), (8, 1))).save(mask)
+    words = ["-m", model, "--steps", 1, "--rounds", 1, "--accept", "whole", "-o", tmp_path / "out.png"]
+    assert edit("inpaint", pictures[0], "--mask", mask, *words).exit_code == 0
+    kept = [np.asarray(Image.open(path))[:, :4] for path in (tmp_path / "out.png", pictures[0])]
+    assert np.array_equal(*kept)
+
+
+def test_reprompt(model, pictures, tmp_path):
+    words = [pictures[0], "--from", "a cat", "--to", "a dog", "-m", model]
+    result = edit("reprompt", *words, "--strength", 0.5, "-o", tmp_path / "out.png")
+    assert result.stdout == f"{tmp_path / 'out.png'}: strength 0.5\n"
+    assert size(tmp_path / "out.png") == (8, 8)
+    result = edit("reprompt", *words, "--frames", 3, "-o", tmp_path / "out.gif")
+    assert result.stdout.endswith("path 0, 0.5, 1\n")
+    assert Image.open(tmp_path / "out.gif").n_frames == 3
+    assert edit("reprompt", *words, "--frames", 3, "-o", tmp_path / "row.png").exit_code == 0
+    assert size(tmp_path / "row.png") == (28, 8)
+
+
+def test_vary(model, pictures, tmp_path):
+    result = edit("vary", pictures[0], "-m", model, "--images", 3, "--seed", 5, "-o", tmp_path / "out.png")
+    assert result.exit_code == 0, result.output
+    assert size(tmp_path / "out.png") == (18, 18)
+    result = edit("vary", pictures[0], "-m", model, "--frames", 4, "-o", tmp_path / "out.webp")
+    assert result.exit_code == 0, result.output
+    assert Image.open(tmp_path / "out.webp").n_frames == 4
+
+
+def test_interpolate(model, pictures, tmp_path):
+    words = ["--from", "a cat", "--to", "a dog", "--frames", 5, "-m", model]
+    result = edit("interpolate", *pictures, *words, "-o", tmp_path / "out.webp")
+    assert result.exit_code == 0, result.output
+    assert Image.open(tmp_path / "out.webp").n_frames == 5
+
+
+def test_mistakes(model, pictures, tmp_path):
+    one, out = pictures[0], ["-m", model, "-o", tmp_path / "out.png"]
+    assert "leaves nothing free" in edit.mistake("inpaint", one, "--mask", "0,0,0,0", *out)
+    assert "touches every token" in edit.mistake("inpaint", one, "--mask", "0,0,7,7", *out)
+    assert "cannot read the picture" in edit.mistake("inpaint", tmp_path / "none.png", "--mask", "0,0,4,4", *out)
+    assert "cannot be written" in edit.mistake("vary", one, "-m", model, "-o", tmp_path / "none/out.png")
+    assert "pictures are written as" in edit.mistake("vary", one, "-m", model, "-o", tmp_path / "out.gif")
+    assert "leave out --images" in edit.mistake("vary", one, "--frames", 3, "--images", 2, *out)
+    assert "Missing option" in edit.mistake("reprompt", one, *out)
+    assert "multiples of 2" in edit.mistake("vary", one, "--size", "9x9", *out)
+    assert not (tmp_path / "out.png").exists()
+
+
+@pytest.mark.parametrize("command", ["inpaint", "reprompt", "vary", "interpolate"])
+def test_help(command):
+    result = edit(command, "--help")
+    assert result.exit_code == 0 and "mlx-starflow edit" in result.stdout
+
+
+# ---- encode and decode
+
+
+def test_there_and_back(model, pictures, tmp_path):
+    noise = tmp_path / "noise.safetensors"
+    result = encode(*pictures, "-m", model, "--prompt", "a cat", "-o", noise)
+    assert result.exit_code == 0, result.output
+    assert "noise [2, 4, 4, 4]" in result.stdout and "and back: flow: largest error" in result.stdout
+    result = decode(noise, "-o", tmp_path / "grid.png")
+    assert result.exit_code == 0, result.output
+    assert size(tmp_path / "grid.png") == (18, 8)
+    result = decode(noise, "-o", tmp_path / "each.png", "--separate", "--denoise", "--prompt", "a dog", "--guidance", 1)
+    assert result.exit_code == 0, result.output
+    assert size(tmp_path / "each-2.png") == (8, 8)
+
+
+def test_generate_reads_the_noise(model, pictures, tmp_path):
+    noise = tmp_path / "noise.safetensors"
+    encode(pictures[0], "-m", model, "--prompt", "a cat", "-o", noise)
+    decode(noise, "-o", tmp_path / "decoded.png")
+    settings = ["--guidance", 0, "--temperature", 1, "--no-denoise"]
+    result = generate("a cat", "-m", model, "--load-noise", noise, *settings, "-o", tmp_path / "generated.png")
+    assert result.exit_code == 0, result.output
+    first, second = (np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int) for name in ("decoded", "generated"))
+    assert np.abs(first - second).max() <= 1
+
+
+def test_encode_options(model, pictures, tmp_path):
+    noise = tmp_path / "noise.safetensors"
+    folder = pictures[0].parent
+    lines = [{"file_name": f"{n}.png", "text": text} for n, text in enumerate(["a cat", "a dog"])]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    words = ["--captions", "--guidance", 1, "--noise-seed", 3, "--no-check", "--size", "16x8"]
+    result = encode(folder, "-m", model, "-o", noise, *words)
+    assert result.exit_code == 0, result.output
+    assert "and back" not in result.stdout
+    encoded = Encoded.load(noise)
+    assert encoded.prompts == ["a cat", "a dog"] and encoded.guidance == 1 and encoded.noise.shape == (2, 4, 8, 4)
+
+
+def test_noise_that_cannot_be_used(model, pictures, tmp_path):
+    (tmp_path / "bad.safetensors").write_bytes(b"x")
+    assert "cannot be read" in decode.mistake(tmp_path / "bad.safetensors", "-o", tmp_path / "out.png")
+    assert "cannot be read" in decode.mistake(tmp_path / "none.safetensors", "-o", tmp_path / "out.png")
+    assert "cannot be written" in encode.mistake(pictures[0], "-m", model, "-o", tmp_path / "none/noise.safetensors")
+    assert "leave out --prompt" in encode.mistake(
+        pictures[0], "-m", model, "--captions", "--prompt", "a", "-o", tmp_path / "noise.safetensors"
+    )
+
+
+# ---- generate --best-of
+
+
+def test_best_of(model, tmp_path):
+    words = ["-m", model, "--best-of", 3, "--seed", 10, "-o", tmp_path / "out.png"]
+    result = generate("a cat", *words)
+    assert result.exit_code == 0, result.output
+    assert "the best of 3" in result.stdout
+    # The picture says which seed it has, and that makes it again.
+    result = generate("--from", tmp_path / "out.png", "-o", tmp_path / "again.png")
+    assert result.exit_code == 0, result.output
+    assert np.array_equal(*(np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("out", "again")))
+    result = generate("a cat", "a dog", *words, "--images", 2, "--verify")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("the best of 3") == 4
+    assert "leave out --best-of" in generate.mistake("--from", tmp_path / "again.png", "--best-of", 2)

@@ -1,0 +1,104 @@
+"""Pictures to noise and back, in memory and as files."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from model_directories import message
+from picture_models import pictures, write_tiny_tarflow
+from safetensors.numpy import save_file
+
+from mlx_starflow.editing import Encoded, decode, encode
+from mlx_starflow.noise import load_noise, save_noise
+from mlx_starflow.picture_flow import open_picture_flow
+from mlx_starflow.sampling import sample
+
+
+def test_there_and_back(model):
+    images = pictures(3)
+    encoded, trip = encode(model, images, ["1", "", "2"], batch_size=2)
+    data = model.data(images)
+    assert trip.flow_max < 1e-3 and 0 < trip.flow_rms <= trip.flow_max
+    again, back = decode(model, encoded, batch_size=2)
+    np.testing.assert_allclose(back, data, atol=1e-3)
+    for image, expected in zip(again, model.images(data), strict=True):
+        assert np.abs(np.asarray(image).astype(int) - np.asarray(expected)).max() <= 1
+    # It is the noise that the sampler takes.
+    x = sample(model.flow, mx.array(encoded.noise), model.conditions(encoded.prompts))
+    np.testing.assert_allclose(np.array(x), data, atol=1e-3)
+
+
+def test_what_the_autoencoder_loses_is_told_apart(latent_flow, pixel_flow):
+    images = pictures(2)
+    lost = [np.asarray(a, float) - b for a, b in zip(latent_flow.images(latent_flow.data(images)), images, strict=True)]
+    trip = encode(latent_flow, images)[1]
+    assert trip.autoencoder_rms == pytest.approx(np.sqrt(np.square(lost).mean()), rel=1e-4)
+    assert encode(pixel_flow, images)[1].autoencoder_rms == 0
+    assert encode(pixel_flow, images, check=False)[1] is None
+    assert "autoencoder: RMS" in str(trip)
+
+
+def test_guided_maps(model):
+    images = pictures(2)
+    plain = encode(model, images, "1", check=False)[0]
+    guided, trip = encode(model, images, "1", guidance=1.5)
+    assert guided.guidance == 1.5 and trip.flow_max < 1e-3
+    assert np.abs(guided.noise - plain.noise).max() > 1e-3
+    np.testing.assert_allclose(decode(model, guided)[1], model.data(images), atol=1e-3)
+
+
+def test_training_noise_and_denoising(model):
+    images = pictures(2)
+    noisy = encode(model, images, "1", noise_seed=3, check=False)[0]
+    assert np.abs(noisy.noise - encode(model, images, "1", check=False)[0].noise).max() > 1e-3
+    rough, clean = (decode(model, noisy, denoise=denoise)[1] for denoise in (False, True))
+    assert np.abs(rough - clean).max() > 1e-3
+
+
+def test_another_prompt_on_the_way_back(model):
+    encoded, _ = encode(model, pictures(1), "1", check=False)
+    _, other = decode(model, replace(encoded, prompts=[""]))
+    assert np.abs(other - model.data(pictures(1))).max() > 1e-3
+
+
+def test_files(latent_flow, tmp_path):
+    encoded, _ = encode(latent_flow, pictures(2), ["a", "b"], guidance=0.5, check=False)
+    path = tmp_path / "noise.safetensors"
+    encoded.save(path)
+    found = Encoded.load(path)
+    assert np.array_equal(found.noise, encoded.noise)
+    assert (found.prompts, found.guidance, found.model) == (["a", "b"], 0.5, latent_flow.name)
+    # `generate --load-noise` reads it, and files of `generate --save-noise` can be decoded.
+    assert np.array_equal(load_noise(path, encoded.noise.shape), encoded.noise)
+    save_noise(encoded.noise, path)
+    assert Encoded.load(path).prompts == ["", ""]
+
+
+def test_damaged_files(tmp_path):
+    path = tmp_path / "noise.safetensors"
+    assert "cannot be read" in message(Encoded.load, path)
+    path.write_bytes(b"nonsense")
+    assert "cannot be read" in message(Encoded.load, path)
+    save_file({"other": np.zeros(1, np.float32)}, path)
+    assert 'no tensor "noise"' in message(Encoded.load, path)
+    noise = np.zeros((2, 4, 4, 4), np.float32)
+    save_file({"noise": noise}, path, {"mlx-starflow": "{"})
+    assert "description is damaged" in message(Encoded.load, path)
+    save_file({"noise": noise}, path, {"mlx-starflow": '{"prompts": ["a"]}'})
+    assert "has 1 prompts for 2 pictures" in message(Encoded.load, path)
+    assert "cannot be written" in message(Encoded(noise, ["", ""]).save, tmp_path / "none" / "noise.safetensors")
+
+
+def test_mistakes(model):
+    assert "there are 2 prompts for 3 pictures" in message(encode, model, pictures(3), ["1", "2"])
+    assert "there are no pictures" in message(encode, model, [])
+
+
+def test_learned_variances(tmp_path):
+    flow = open_picture_flow(write_tiny_tarflow(tmp_path / "model", nvp=False, num_classes=0))
+    encoded, trip = encode(flow, pictures(1))
+    assert trip.flow_max < 1e-3 and encoded.noise.shape == (1, 16, 12)
+    assert "shape" in message(decode, flow, replace(encoded, noise=encoded.noise[:, :8]))
