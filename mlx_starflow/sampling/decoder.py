@@ -35,6 +35,22 @@ def compiled_pieces(block: Any) -> list[Callable[..., Any]]:
     return [mx.compile(layers[0].before), *map(between, layers, layers[1:]), mx.compile(end)]
 
 
+def compiled_inverse(block: Any, guidance: Guidance | None) -> Callable[[mx.array, mx.array, Any], mx.array]:
+    """(raw outputs, noise, weight of guidance) -> data.
+
+    Not a method: Python's garbage collector cannot see that a compiled method belongs to its object, and would never
+    free either.
+    """
+    clip, softplus = block.config.soft_clip, block.config.use_softplus
+
+    def inverse(raw: mx.array, z: mx.array, weight: float | mx.array) -> mx.array:
+        if guidance is None:
+            return affine_inverse(raw, z, clip, softplus)
+        return guidance.inverse(raw, z, clip, softplus, weight)
+
+    return mx.compile(inverse)
+
+
 class BlockDecoder:
     """Predicts (mu, log sigma) of tokens from the tokens before them, in the block's order.
 
@@ -68,7 +84,7 @@ class BlockDecoder:
         self.table = None if table is None else block.positions(table, positions)
         self.caches = [KVCache(positions) for _ in block.attn_blocks]
         self.pieces = compiled_pieces(block)
-        self.to_data = mx.compile(self._to_data)
+        self.to_data = compiled_inverse(block, guidance)
         self.evaluations = 0
         if prefix is not None:
             self._remember(prefix)
@@ -130,12 +146,6 @@ class BlockDecoder:
         """Tokens `start` to `stop` of noise z `[B, N, C]`, mapped to data as `predict` says."""
         weight = self._weight(start, stop) if self.guidance else 0.0
         return self.to_data(self._raw(x, start, stop), z[:, start:stop], weight)
-
-    def _to_data(self, raw: mx.array, z: mx.array, weight: float | mx.array) -> mx.array:
-        config = self.block.config
-        if self.guidance is None:
-            return affine_inverse(raw, z, config.soft_clip, config.use_softplus)
-        return self.guidance.inverse(raw, z, config.soft_clip, config.use_softplus, weight)
 
     def trim(self, n: int) -> None:
         """Forget the last `n` inputs."""
