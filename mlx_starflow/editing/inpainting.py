@@ -128,21 +128,44 @@ def inpaint(
     model.release("text")
     seeds = range(seed, seed + images)
     rngs = [np.random.Generator(np.random.Philox(each)) for each in seeds]
-    flow, tokens, traces = model.flow, None, []
+    noisy, traces = None, []
     with tqdm(total=steps * rounds, desc="inpainting", unit="step", disable=progress_off(progress)) as bar:
         for _ in range(rounds):
-            kept = model.encode_pictures(picture.astype(np.float32))
+            kept = np.concatenate([model.encode_pictures(each[None]) for each in picture.astype(np.float32)])
+            model.release("vae")
             free = token_mask(free_pixels, model.grid(kept.shape[1:])).reshape(-1)
-            noisy = flow.tokens(mx.array(with_noise(flow, kept, 0, numbers=seeds)))
-            chain = Chain(flow, kept.shape, condition, free)
-            tokens = chain.start(noisy, rngs) if tokens is None else chain.with_kept(noisy, tokens)
-            tokens, trace = chain.run(tokens, rngs, steps, strength, accept, bar.update)
+            chain = Chain(model.flow, kept.shape, condition, free)
+            noisy, data, trace = _round(chain, kept, noisy, seeds, rngs, steps, strength, accept, bar.update)
             traces.append(trace)
-            data = cleaned(flow, flow.latents(tokens, kept.shape), condition)
-            data = flow.latents(chain.with_kept(flow.tokens(mx.array(kept)), flow.tokens(data)), kept.shape)
-            painted = np.clip(model.decode_pictures(np.array(data)), -1, 1)
-            picture = np.where(free_pixels[:, :, None], painted, original)
-    return Inpainting(to_images(picture), np.array(data), Trace.joined(traces))
+            del chain
+            model.release("flow")
+            painted = np.concatenate([model.decode_pictures(each[None]) for each in data])
+            picture = np.where(free_pixels[:, :, None], np.clip(painted, -1, 1), original)
+    return Inpainting(to_images(picture), data, Trace.joined(traces))
+
+
+def _round(
+    chain: Chain,
+    kept: np.ndarray,
+    noisy: mx.array | None,
+    seeds: Sequence[int],
+    rngs: Sequence[np.random.Generator],
+    steps: int,
+    strength: float,
+    accept: str,
+    advance: Any,
+) -> tuple[mx.array, np.ndarray, Trace]:
+    """One round over data without noise, `[B, ...]`: where its noisy tokens end, the data cleaned, and the trace.
+
+    `noisy` is where the round before ended; its free tokens go on.
+    """
+    flow = chain.flow
+    fresh = flow.tokens(mx.array(with_noise(flow, kept, 0, numbers=seeds)))
+    start = chain.start(fresh, rngs) if noisy is None else chain.with_kept(fresh, noisy)
+    end, trace = chain.run(start, rngs, steps, strength, accept, advance)
+    clean = flow.tokens(cleaned(flow, flow.latents(end, kept.shape), chain.condition))
+    tokens = chain.with_kept(flow.tokens(mx.array(kept)), clean)
+    return end, np.array(flow.latents(tokens, kept.shape)), trace
 
 
 class Chain:

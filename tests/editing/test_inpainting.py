@@ -76,6 +76,15 @@ def test_dequantized_pixels(tmp_path):
     assert np.array_equal(np.asarray(result.images[0])[:, :4], np.asarray(image)[:, :4])
 
 
+def test_low_memory_holds_one_network_at_a_time(latent_flow):
+    (image,) = pictures(1)
+    mask = read_mask(RIGHT, (8, 8))
+    frugal = open_picture_flow(latent_flow.directory, low_memory=True)
+    images = [inpaint(model, image, mask, "a", steps=2, rounds=2).images[0] for model in (frugal, latent_flow)]
+    assert np.array_equal(*map(np.asarray, images))
+    assert set(vars(frugal.pipe)) & {"flow", "_text", "vae"} == {"vae"}
+
+
 @pytest.mark.parametrize(
     "options, reason",
     [
