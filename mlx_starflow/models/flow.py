@@ -30,7 +30,9 @@ class BlockConfig(TransformerConfig):
     """Width of the text embeddings that stand before the tokens; 0: this block does not read text."""
     use_proj_txt: bool = True
     flip: bool = False
-    """The block reads its tokens last to first."""
+    """The block reads its tokens last to first; those of a video last to first within each frame."""
+    local: bool = False
+    """The block reads each frame of a video by itself."""
     sos: bool = True
     """A learned start token predicts the first token; else the first token passes through unchanged."""
     use_softplus: bool = True
@@ -91,13 +93,14 @@ class Conditions:
     """What sampling from a flow needs to know besides the noise.
 
     Attributes:
-        table: rotary angles of the text's and the tokens' positions; None if the flow has no rotary positions.
+        tables: for each block, data side first, the rotary angles of the text's and the tokens' positions; None if it
+            has no rotary positions.
         blocks: each block's condition, data side first.
         rule: name of the rule by which guidance combines predictions (in `kernels.affine.RULES`).
         temper_null_only: the attention temperature is meant for the null predictions of guidance alone.
     """
 
-    table: mx.array | None
+    tables: list[mx.array | None]
     blocks: list[Condition]
     rule: str
     temper_null_only: bool = False
@@ -134,6 +137,20 @@ class FlowBlock(nn.Module):
     @property
     def dtype(self) -> mx.Dtype:
         return self.proj_in.weight.dtype
+
+    def arrange(self, x: mx.array, frames: int = 1) -> mx.array:
+        """Tokens `[B, frames * N, C]` in data order -> as this block reads them: the same in its own order, or, if it
+        is local, `[B * frames, N, C]`."""
+        if self.config.local and frames > 1:
+            x, frames = x.reshape(x.shape[0] * frames, -1, x.shape[-1]), 1
+        return _flip(x, frames) if self.config.flip else x
+
+    def restore(self, x: mx.array, frames: int = 1) -> mx.array:
+        """The inverse of `arrange`."""
+        if not (self.config.local and frames > 1):
+            return _flip(x, frames) if self.config.flip else x
+        x = _flip(x, 1) if self.config.flip else x
+        return x.reshape(x.shape[0] // frames, -1, x.shape[-1])
 
     def positions(self, table: mx.array | None, length: int) -> mx.array | None:
         """Rotary angles of this block's sequence, `length` positions: the flow's axial table or the block's own."""
@@ -237,36 +254,47 @@ class FlowBlock(nn.Module):
         table: mx.array | None,
         keep: mx.array | None = None,
         checkpoint: bool = False,
+        frames: int = 1,
     ) -> tuple[mx.array, mx.array]:
         """Tokens `[B, N, C]` in data order -> (z, per-dimension log-det), float32, both in data order.
 
         `keep` `[B, N]`, in the block's order, hides an input from the network where it is 0: a training aid.
-        `checkpoint`: see `transform`.
+        `checkpoint`: see `transform`. `frames`: of a video, N / `frames` tokens each.
         """
         x = x.astype(mx.float32)
         if self.is_identity:
             return x, mx.zeros_like(x)
-        if self.config.flip:
-            x = x[:, ::-1]
+        x = self.arrange(x, frames)
         raw = self.outputs(x, self.condition(text, x.shape[0]), table, keep, checkpoint=checkpoint)
         z, log_det = affine_forward(raw, x, self.config.soft_clip, self.config.use_softplus)
-        if self.config.flip:
-            z, log_det = z[:, ::-1], log_det[:, ::-1]
-        return z, log_det
+        return self.restore(z, frames), self.restore(log_det, frames)
+
+
+def frame_count(shape: tuple[int, ...]) -> int:
+    """Frames of data or noise of `shape`: of a video `[B, T, H, W, C]` T, of anything else one."""
+    return shape[1] if len(shape) == 5 else 1
+
+
+def _flip(x: mx.array, frames: int) -> mx.array:
+    """Each of `frames` equal parts of the sequence `[B, N, C]` last to first."""
+    if frames == 1:
+        return x[:, ::-1]
+    return x.reshape(x.shape[0], frames, -1, x.shape[-1])[:, :, ::-1].reshape(x.shape)
 
 
 def run_blocks(
     blocks: list[FlowBlock],
     tokens: mx.array,
     text: mx.array | None,
-    table: mx.array | None,
+    tables: list[mx.array | None],
     keep: mx.array | None = None,
     checkpoint: bool = False,
+    frames: int = 1,
 ) -> tuple[list[mx.array], list[mx.array]]:
     """Data -> noise: what each block read and then the noise, and each block's log-det; tokens in data order."""
     hidden, log_dets = [tokens], []
-    for index, block in enumerate(blocks):
-        h, log_det = block(hidden[-1], text, table, keep if index == len(blocks) - 1 else None, checkpoint)
+    for index, (block, table) in enumerate(zip(blocks, tables, strict=True)):
+        h, log_det = block(hidden[-1], text, table, keep if index == len(blocks) - 1 else None, checkpoint, frames)
         hidden.append(h)
         log_dets.append(log_det)
     return hidden, log_dets

@@ -23,26 +23,28 @@ BASE = 10000.0
 
 @lru_cache(maxsize=16)
 def axial_table(
-    head_dim: int, height: int, width: int, side: int, text_length: int = 0, third_axis: bool = True
+    head_dim: int, height: int, width: int, side: int, text_length: int = 0, third_axis: bool = True, frames: int = 1
 ) -> mx.array:
-    """Angles of `text_length` text positions followed by a `height` x `width` grid of tokens in raster order.
+    """Angles of `text_length` text positions followed by `frames` `height` x `width` grids of tokens in raster order.
 
     Rows and columns are scaled by `side` / sqrt(height * width), so that every shape covers the grid that the model
-    was trained on; text positions spread over `side` on the third axis, with row and column 0. Returns complex64
-    `[text_length + height * width, head_dim / 2]`.
+    was trained on; text positions spread over `side` on the third axis, with row and column 0; frames count 0, 1, 2
+    there. Returns complex64 `[text_length + frames * height * width, head_dim / 2]`.
     """
     pairs = head_dim // 2
     third = THIRD_AXIS_PAIRS if third_axis else 0
     axis = (pairs - third) // 2
     rates = BASE ** (-2.0 * np.arange(axis) / (pairs - third))
     scale = side / math.sqrt(height * width)
-    angles = np.zeros((text_length + height * width, pairs))
-    grid = angles[text_length:].reshape(height, width, pairs)
-    grid[:, :, :axis] = (np.arange(height) * scale)[:, None, None] * rates
-    grid[:, :, axis : 2 * axis] = (np.arange(width) * scale)[None, :, None] * rates
+    angles = np.zeros((text_length + frames * height * width, pairs))
+    grid = angles[text_length:].reshape(frames, height, width, pairs)
+    grid[..., :axis] = (np.arange(height) * scale)[:, None, None] * rates
+    grid[..., axis : 2 * axis] = (np.arange(width) * scale)[:, None] * rates
     if third:
+        third_rates = BASE ** (-np.arange(third) / third)
         text = np.arange(text_length) / max(text_length, 1) * side
-        angles[:text_length, 2 * axis :] = text[:, None] * BASE ** (-np.arange(third) / third)
+        angles[:text_length, 2 * axis :] = text[:, None] * third_rates
+        grid[..., 2 * axis :] = (np.arange(frames)[:, None] * third_rates)[:, None, None]
     return mx.array(np.exp(1j * angles).astype(np.complex64))
 
 

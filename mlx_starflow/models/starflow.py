@@ -6,7 +6,7 @@ Data passes the shallow blocks first and the deep block, usually the only one th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import mlx.core as mx
@@ -14,11 +14,16 @@ import mlx.nn as nn
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.models.configs import known_arguments, official_arguments, read_config, write_config
-from mlx_starflow.models.flow import BlockConfig, Condition, Conditions, FlowBlock, FlowOutput, run_blocks
+from mlx_starflow.models.denoiser import Denoiser, DenoiserConfig
+from mlx_starflow.models.flow import BlockConfig, Condition, Conditions, FlowBlock, FlowOutput, frame_count, run_blocks
 from mlx_starflow.models.rope import axial_table
+from mlx_starflow.models.transformer import TransformerConfig
 
 VAE_DOWNSCALE = {"stabilityai/sd-vae-ft-ema": 8, "Wan-AI/Wan2.2-TI2V-5B-Diffusers": 16}
 """How much smaller latents are than pictures, for the autoencoders that official configs name."""
+
+DENOISER_LAYERS = 8
+"""Layers of the learned denoiser, in every release."""
 
 
 @dataclass
@@ -78,6 +83,33 @@ class FlowConfig:
         if self.txt_size > 0 and self.txt_dim <= 0:
             raise StarflowError("flow config: txt_dim, the width of the text encoder, is missing")
         self.blocks = [self._block(index) for index in range(len(self.layers_per_block))]
+        if self.vid_size and not (self.temporal_causal and self.shallow_block_local and self.cond_top_only):
+            raise StarflowError(
+                "flow config: a video model needs temporal_causal, shallow_block_local and cond_top_only, as the "
+                "released one has them: its frames could not be made one after another"
+            )
+        self.denoiser = self._denoiser() if self.learnable_self_denoiser else None
+
+    @property
+    def video(self) -> tuple[int, int] | None:
+        """(frames, frames a second) of the videos that a video model is trained on; None for a model of pictures."""
+        if not self.vid_size:
+            return None
+        frames, _, rate = str(self.vid_size).partition(":")
+        return int(frames), int(rate or 16)
+
+    def _denoiser(self) -> DenoiserConfig:
+        shallow = self.blocks[0]
+        values = {item.name: getattr(shallow, item.name) for item in fields(TransformerConfig)}
+        values |= {"num_layers": DENOISER_LAYERS, "channels": self.channels}
+        return DenoiserConfig(
+            **values,
+            in_channels=shallow.in_channels,
+            txt_dim=self.txt_dim if self.conditional_denoiser else 0,
+            use_final_norm=self.use_final_norm,
+            look_ahead=max(self.temporal_causal - 1, 0),
+            window=self.denoiser_window,
+        )
 
     def _block(self, index: int) -> BlockConfig:
         count = len(self.layers_per_block)
@@ -102,6 +134,7 @@ class FlowConfig:
             "txt_dim": self.txt_dim if reads_text else 0,
             # Shallow blocks alternate; the deep block's order depends on how many blocks there are.
             "flip": ((count % 2 == 1) if deep else (index % 2 == 0)) != (self.seq_order == "R2L"),
+            "local": self.shallow_block_local and not deep,
             "sos": self.sos,
             "use_softplus": self.use_softplus,
             "soft_clip": float(self.soft_clip),
@@ -150,35 +183,45 @@ class FlowConfig:
 
 
 def patchify(x: mx.array, patch: int) -> mx.array:
-    """`[B, H, W, C]` -> tokens `[B, H/p * W/p, p * p * C]` in raster order; within a token row, column, channel."""
-    batch, height, width, channels = x.shape
-    x = x.reshape(batch, height // patch, patch, width // patch, patch, channels)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, patch * patch * channels)
+    """`[B, H, W, C]` -> tokens `[B, H/p * W/p, p * p * C]` in raster order; within a token row, column, channel.
+
+    A video `[B, T, H, W, C]` becomes the tokens of its frames, one after another.
+    """
+    *_, height, width, channels = x.shape
+    tokens = x.reshape(-1, height // patch, patch, width // patch, patch, channels).transpose(0, 1, 3, 2, 4, 5)
+    return tokens.reshape(x.shape[0], -1, patch * patch * channels)
 
 
-def unpatchify(tokens: mx.array, patch: int, height: int, width: int) -> mx.array:
-    """The inverse of `patchify`; `height` and `width` count latents."""
-    batch = tokens.shape[0]
-    x = tokens.reshape(batch, height // patch, width // patch, patch, patch, -1)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height, width, -1)
+def unpatchify(tokens: mx.array, patch: int, shape: tuple[int, ...]) -> mx.array:
+    """The inverse of `patchify`, for latents of `shape` `[B, H, W, C]` or `[B, T, H, W, C]`; B is the tokens'."""
+    *_, height, width, channels = shape
+    x = tokens.reshape(-1, height // patch, width // patch, patch, patch, channels).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(tokens.shape[0], *shape[1:])
 
 
 class STARFlow(nn.Module):
-    """The flow over latents `[B, H, W, C]`; any H and W that the patch size divides."""
+    """The flow over latents `[B, H, W, C]`; any H and W that the patch size divides.
+
+    A video model (STARFlow-V, arXiv 2511.20462) reads videos `[B, T, H, W, C]` too: its shallow blocks read each frame
+    by itself, its deep block the text and then frame after frame.
+    """
 
     def __init__(self, config: FlowConfig):
         super().__init__()
-        if config.vid_size or config.learnable_self_denoiser:
-            raise StarflowError("this is a video model, and video models cannot be run yet")
         self.config = config
         self.blocks = [FlowBlock(block) for block in config.blocks]
+        if config.denoiser:
+            self.learnable_self_denoiser = Denoiser(config.denoiser)
 
     def tokens(self, x: mx.array) -> mx.array:
         """Latents -> tokens in raster order, float32. Raises StarflowError if the shape does not fit."""
         patch, channels = self.config.patch_size, self.config.channel_size
-        if x.ndim != 4 or x.shape[-1] != channels or x.shape[1] % patch or x.shape[2] % patch:
+        dimensions = (4, 5) if self.config.vid_size else (4,)
+        if x.ndim not in dimensions or x.shape[-1] != channels or x.shape[-3] % patch or x.shape[-2] % patch:
             raise StarflowError(
-                f"latents have shape {tuple(x.shape)}; this flow reads [batch, height, width, {channels}]"
+                f"latents have shape {tuple(x.shape)}; this flow reads "
+                + ("[batch, frames, height, width, {0}] or " if self.config.vid_size else "").format(channels)
+                + f"[batch, height, width, {channels}]"
                 + (f" with height and width multiples of {patch}" if patch > 1 else "")
             )
         return patchify(x.astype(mx.float32), patch)
@@ -188,14 +231,22 @@ class STARFlow(nn.Module):
         return self.tokens(z)
 
     def latents(self, tokens: mx.array, shape: tuple[int, ...]) -> mx.array:
-        """Tokens in raster order -> latents of `shape` `[B, H, W, C]` (its batch size is ignored)."""
-        return unpatchify(tokens, self.config.patch_size, shape[1], shape[2])
+        """Tokens in raster order -> latents of `shape` `[B, H, W, C]` or `[B, T, H, W, C]`, but for B."""
+        return unpatchify(tokens, self.config.patch_size, shape)
+
+    def tables(self, shape: tuple[int, ...], text_length: int) -> list[mx.array]:
+        """For each block, rotary angles of the text's and the tokens' positions, for latents of `shape`."""
+        whole = self.positions(shape, text_length)
+        frame = self.positions((1, *shape[-3:]), 0)
+        return [frame if block.local else whole for block in self.config.blocks]
 
     def positions(self, shape: tuple[int, ...], text_length: int) -> mx.array:
-        """Rotary angles of the text's and the tokens' positions for latents of `shape` `[B, H, W, C]`."""
+        """Rotary angles of the text's and the tokens' positions for latents of `shape`."""
         config = self.config
-        height, width = shape[1] // config.patch_size, shape[2] // config.patch_size
-        return axial_table(config.head_dim, height, width, config.pt_seq_len, text_length, config.txt_size > 0)
+        height, width = shape[-3] // config.patch_size, shape[-2] // config.patch_size
+        third = config.txt_size > 0 or bool(config.vid_size)
+        side, frames = config.pt_seq_len, frame_count(shape)
+        return axial_table(config.head_dim, height, width, side, text_length, third, frames)
 
     def _check_text(self, text: mx.array | None, batch: int) -> None:
         if text is None:
@@ -231,19 +282,19 @@ class STARFlow(nn.Module):
             condition = Condition() if block.is_identity else block.condition(both if guided else text, batch)
             condition.guided = guided
             conditions.append(condition)
-        return Conditions(self.positions(shape, 0 if text is None else text.shape[1]), conditions, "quotient")
+        return Conditions(self.tables(shape, 0 if text is None else text.shape[1]), conditions, "quotient")
 
     def __call__(
         self, x: mx.array, text: mx.array | None = None, keep: mx.array | None = None, checkpoint: bool = False
     ) -> FlowOutput:
-        """Latents `[B, H, W, C]` and text embeddings `[B, L, D]` -> noise.
+        """Latents `[B, H, W, C]` or `[B, T, H, W, C]` and text embeddings `[B, L, D]` -> noise.
 
         `keep` goes to the deep block (see `FlowBlock`); `checkpoint` lets gradients take less memory and more time.
         """
         tokens = self.tokens(x)
         self._check_text(text, x.shape[0])
-        table = self.positions(x.shape, 0 if text is None else text.shape[1])
-        parts = run_blocks(self.blocks, tokens, text, table, keep, checkpoint)
+        tables = self.tables(x.shape, 0 if text is None else text.shape[1])
+        parts = run_blocks(self.blocks, tokens, text, tables, keep, checkpoint, frame_count(x.shape))
         hidden, log_dets = ([self.latents(t, x.shape) for t in part] for part in parts)
         return FlowOutput(hidden[-1], sum(log_dets), log_dets, hidden, self.config.latent_norm_regularization)
 

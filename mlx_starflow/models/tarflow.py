@@ -248,7 +248,7 @@ class TarFlow(nn.Module):
         conditions = [block.condition(text, batch) for block in self.blocks]
         for condition in conditions:
             condition.guided = guided
-        return Conditions(None, conditions, "extrapolate", temper_null_only=True)
+        return Conditions([None] * len(self.blocks), conditions, "extrapolate", temper_null_only=True)
 
     def _check_labels(self, labels: mx.array | None, batch: int) -> None:
         if labels is None:
@@ -268,7 +268,8 @@ class TarFlow(nn.Module):
         """
         tokens = self.tokens(x)
         self._check_labels(text, x.shape[0])
-        hidden, log_dets = run_blocks(self.blocks, tokens, text, None, checkpoint=checkpoint)
+        tables = [None] * len(self.blocks)
+        hidden, log_dets = run_blocks(self.blocks, tokens, text, tables, checkpoint=checkpoint)
         log_dets = [self.latents(t) for t in log_dets]
         return FlowOutput(hidden[-1], sum(log_dets), log_dets, [self.latents(t) for t in hidden])
 

@@ -1,4 +1,4 @@
-"""The causal transformer inside a flow block: attention, MLP and the layer of both, in every released variant."""
+"""The transformer of flow blocks and denoisers: attention, MLP and the layer of both, in every released variant."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def make_norm(kind: str, dims: int) -> nn.Module:
 
 
 class Attention(nn.Module):
-    """Causal attention with one packed projection: queries, then keys, then values, head by head."""
+    """Attention with one packed projection: queries, then keys, then values, head by head."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
@@ -76,15 +76,18 @@ class Attention(nn.Module):
         qkv = self.qkv(self.norm(x))
         return split_rotate(qkv, table, *norm, heads=self.heads, groups=self.groups, half_split=self.half_split)
 
-    def attend(self, q: mx.array, k: mx.array, v: mx.array, temperature: float | mx.array = 1.0) -> mx.array:
-        """The last N of all positions attend to those up to their own -> `[B, N, heads * D]`."""
+    def attend(
+        self, q: mx.array, k: mx.array, v: mx.array, temperature: float | mx.array = 1.0, causal: bool = True
+    ) -> mx.array:
+        """The last N of all positions attend to those up to their own, or to all -> `[B, N, heads * D]`."""
         batch, _, length, _ = q.shape
         scale = self.head_dim**-0.5
         if isinstance(temperature, mx.array):
             q = q / temperature.astype(q.dtype)
         else:
             scale = scale / temperature
-        h = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal" if length > 1 else None)
+        mask = "causal" if causal and length > 1 else None
+        h = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
         return h.transpose(0, 2, 1, 3).reshape(batch, length, -1)
 
     def merge(self, h: mx.array) -> mx.array:

@@ -1,10 +1,11 @@
-"""Noise -> latents: KV cache, sequential and Jacobi inversion, guidance, denoising. Knows nothing of pixels."""
+"""Noise -> latents: KV cache, inversion, guidance, denoising, videos frame by frame. Knows nothing of pixels."""
 
 from mlx_starflow.sampling.certificate import Certificate, certify
 from mlx_starflow.sampling.denoise import denoise
 from mlx_starflow.sampling.guided import GuidedFlow
 from mlx_starflow.sampling.methods import JacobiSettings, RollingSettings, SamplingPlan, SequentialSettings
 from mlx_starflow.sampling.sampler import SamplingTrace, sample
+from mlx_starflow.sampling.video import denoise_frames, sample_frames
 
 __all__ = [
     "Certificate",
@@ -16,5 +17,7 @@ __all__ = [
     "SequentialSettings",
     "certify",
     "denoise",
+    "denoise_frames",
     "sample",
+    "sample_frames",
 ]

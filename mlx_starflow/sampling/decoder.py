@@ -70,9 +70,15 @@ class BlockDecoder:
         condition: Condition,
         guidance: Guidance | None,
         temperature: float | mx.array = 1.0,
+        frames: int = 1,
     ):
-        """A decoder of `length` tokens; give `guidance` if, and only if, the condition is guided."""
+        """A decoder of `length` tokens; give `guidance` if, and only if, the condition is guided.
+
+        Of a video with `frames` a local block decodes all frames at once: `batch` and `length` are those of
+        `FlowBlock.arrange`.
+        """
         self.block, self.length, self.guidance, self.temperature = block, length, guidance, temperature
+        self.frames = frames
         self.copies = 2 if guidance else 1
         self.offset = condition.offset
         start = block.first_input(batch * self.copies)

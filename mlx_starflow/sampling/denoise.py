@@ -6,7 +6,12 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_starflow.models.flow import frame_count
 from mlx_starflow.sampling.decoder import check_finite
+
+PREDICTION_STD = 0.3
+"""A learned denoiser predicts noise_std^2 / 0.3 times d(-log p)/dx: the release trains it at noise 0.3 and scales its
+target where the noise is another."""
 
 
 def denoise(flow: Any, x: mx.array, text: mx.array | None = None, noise_std: float | None = None) -> mx.array:
@@ -14,13 +19,19 @@ def denoise(flow: Any, x: mx.array, text: mx.array | None = None, noise_std: flo
 
     Args:
         flow: a flow; its weights get no gradient.
-        x: noisy data `[B, H, W, C]`.
+        x: noisy data `[B, H, W, C]`, or videos `[B, T, H, W, C]`.
         text: its condition, as for `flow(x, text)`.
-        noise_std: standard deviation of the training noise; the flow's own by default.
+        noise_std: standard deviation of the training noise; the flow's own by default. A learned denoiser knows it.
 
-    The score is a vector-Jacobian product through the whole flow, computed one sample at a time and with every layer
-    run twice, to save memory.
+    A flow with a learned denoiser predicts the score; in a video, attention is computed frame by frame. Otherwise it is
+    a vector-Jacobian product through the whole flow, computed one sample at a time and with every layer run twice, to
+    save memory.
     """
+    if denoiser := getattr(flow, "learnable_self_denoiser", None):
+        table = flow.positions(x.shape, 0 if text is None else text.shape[1])
+        result = clean(x, flow.latents(denoiser(flow.tokens(x), text, table, frame_count(x.shape)), x.shape))
+        check_finite(result, "the denoised sample")
+        return result
     noise_std = flow.config.noise_std if noise_std is None else noise_std
 
     def negative_log_likelihood(sample: mx.array, condition: mx.array | None) -> mx.array:
@@ -36,3 +47,8 @@ def denoise(flow: Any, x: mx.array, text: mx.array | None = None, noise_std: flo
     result = mx.concatenate(cleaned)
     check_finite(result, "the denoised sample")
     return result
+
+
+def clean(x: mx.array, prediction: mx.array) -> mx.array:
+    """Noisy data and what a learned denoiser predicts of it -> clean data."""
+    return x.astype(mx.float32) - PREDICTION_STD * prediction

@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.kernels.affine import predict
-from mlx_starflow.models.flow import Condition
+from mlx_starflow.models.flow import Condition, frame_count
 from mlx_starflow.sampling.decoder import BlockDecoder
 from mlx_starflow.sampling.guidance import Guidance
 
@@ -31,16 +31,22 @@ class GuidedFlow:
     ):
         """`shape` is the noise's; the other arguments are those of `sample`, and so are the errors raised."""
         check_guidance(guidance, attn_temp)
-        self.flow, self.attn_temp = flow, attn_temp
+        self.flow, self.attn_temp, self.frames = flow, attn_temp, frame_count(shape)
         self.conditions = flow.conditions(shape, text, null_text, guidance)
         self.guidance = Guidance(self.conditions.rule, guidance, annealed_guidance, guide_what)
 
-    def decoder(self, index: int, batch: int, length: int) -> BlockDecoder:
-        """A fresh decoder of block number `index` for `batch` samples of `length` tokens."""
-        condition = self.conditions.blocks[index]
+    def decoder(self, index: int, batch: int, length: int, frames: int | None = None) -> BlockDecoder:
+        """A fresh decoder of block number `index` for `batch` samples of `length` tokens.
+
+        `frames` of a video are decoded, by default all.
+        """
+        block, condition, frames = self.flow.blocks[index], self.conditions.blocks[index], frames or self.frames
         rule = self.guidance if condition.guided else None
         temperature = self.temperature(condition, batch)
-        return BlockDecoder(self.flow.blocks[index], batch, length, self.conditions.table, condition, rule, temperature)
+        if block.config.local:
+            batch, length = batch * frames, length // frames
+        table = self.conditions.tables[index]
+        return BlockDecoder(block, batch, length, table, condition, rule, temperature, frames)
 
     def temperature(self, condition: Condition, batch: int) -> float | mx.array:
         """What attention logits of a block are divided by: a number, or one a sample of a guided batch."""
@@ -53,17 +59,19 @@ class GuidedFlow:
     def predict(self, index: int, x: mx.array) -> tuple[mx.array, mx.array]:
         """(mu, log sigma) of all tokens x `[B, N, C]` of block number `index`, in data order, in one evaluation."""
         block, condition = self.flow.blocks[index], self.conditions.blocks[index]
-        x = x[:, ::-1] if block.config.flip else x
+        x = block.arrange(x, self.frames)
         batch, length, _ = x.shape
         inputs = mx.concatenate([x, x]) if condition.guided else x
-        raw = block.outputs(inputs, condition, self.conditions.table, temperature=self.temperature(condition, batch))
+        table, temperature = self.conditions.tables[index], self.temperature(condition, batch)
+        raw = block.outputs(inputs, condition, table, temperature=temperature)
         clip, softplus = block.config.soft_clip, block.config.use_softplus
         if condition.guided:
             first = 0 if block.config.sos else 1
             affine = self.guidance.affine(raw, clip, softplus, self.guidance.at(-first, length, length - first))
         else:
             affine = predict(raw, clip, softplus)
-        return tuple(part[:, ::-1] for part in affine) if block.config.flip else affine
+        mu, log_sigma = affine
+        return block.restore(mu, self.frames), block.restore(log_sigma, self.frames)
 
     def forward(self, x: mx.array) -> mx.array:
         """Data tokens `[B, N, C]` -> noise tokens: the guided flow's forward direction."""

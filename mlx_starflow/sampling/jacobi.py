@@ -6,7 +6,7 @@ depends on exact tokens alone; flows are usually there much sooner (arXiv 2412.0
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import mlx.core as mx
 
@@ -23,34 +23,39 @@ def invert(
     x: mx.array,
     start: int,
     settings: JacobiSettings,
-    advance: Callable[[int], None],
-) -> mx.array:
-    """Block after block, each iterated until it stands still, starting from its noise.
+) -> Iterator[int]:
+    """Block after block, each iterated until it stands still, starting from its noise or from the frame before it.
+
+    In a video, blocks after the first frame are four times as long, as in the release.
 
     Args:
         z: noise `[B, N, C]` in the block's order.
-        x: the same shape; its first `start` tokens are known.
-        advance: is called with the number of tokens done.
+        x: the same shape; its first `start` tokens are known. Is made data in the block's order.
 
-    Returns:
-        Data in the block's order.
+    Yields:
+        How many tokens are done.
     """
     length = z.shape[1]
+    frame = length if decoder.block.config.local else length // decoder.frames
     x[:, start:] = z[:, start:]
     while start < length:
-        stop = min(start + settings.block_size, length)
+        stop = min(start + settings.block_size * (1 if start <= frame else 4), length)
+        guess = x
+        if start > frame:
+            # The first sweep reads the frame before, the known token at the front included, as in the release.
+            guess = mx.array(x)
+            guess[:, start - 1 : stop] = x[:, start - 1 - frame : stop - frame]
         for sweep in range(settings.max_iterations):
             if sweep:
                 decoder.trim(stop - start)
-            new = decoder.invert(x, z, start, stop)
+            new = decoder.invert(x if sweep else guess, z, start, stop)
             change = mx.square(new - x[:, start:stop]).mean() / mx.square(new).mean()
             x[:, start:stop] = new
             mx.eval(x, change)
             if not change.item() >= settings.threshold:
                 break
-        advance(stop - start)
         start = stop
-    return x
+        yield start
 
 
 def roll(
@@ -59,8 +64,7 @@ def roll(
     x: mx.array,
     start: int,
     settings: RollingSettings,
-    advance: Callable[[int], None],
-) -> mx.array:
+) -> Iterator[int]:
     """A window that slides past every token whose residual has been measured; arguments as for `invert`.
 
     An evaluation measures the residual |(x_n - mu_n) / sigma_n - z_n| of every token in the window with the values its
@@ -91,9 +95,8 @@ def roll(
         count = min(done.item() + 1, stop - start)
         # The cache keeps the inputs that predicted these tokens; those behind were guesses.
         decoder.trim(stop - start - count)
-        advance(count)
         start += count
-    return x
+        yield start
 
 
 def _first_guess(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -116,12 +116,26 @@ def invert_block(
     Args:
         given: data of the tokens that the block reads first, `[B, P, C]` in the block's order, one or more: they stay
             as they are, and the noise in their place is not used.
-        advance: is called with numbers of tokens as they are done.
+        advance: is called with numbers of tokens as they are done; those of a local block's frames count together.
     """
-    flip = decoder.block.config.flip
-    if flip:
-        z = z[:, ::-1]
+    block, frames = decoder.block, decoder.frames
+    z = block.arrange(z, frames)
     x = mx.array(z)
+    parallel = frames if block.config.local else 1
+    before = 0
+    for done in invert_steps(decoder, z, x, settings, given):
+        advance(parallel * (done - before))
+        before = done
+    return block.restore(x, frames)
+
+
+def invert_steps(
+    decoder: BlockDecoder, z: mx.array, x: mx.array, settings: Settings, given: mx.array | None = None
+) -> Iterator[int]:
+    """Invert one block in x, step by step, and yield how many of its tokens are done.
+
+    `z` and x are `[B, N, C]` in the block's order (see `FlowBlock.arrange`); `given` as for `invert_block`.
+    """
     start = decoder.first
     if given is not None:
         start = given.shape[1]
@@ -130,15 +144,14 @@ def invert_block(
     elif start:
         mu, log_sigma = decoder.block.unpredicted(z[:, :1])
         x[:, :1] = z[:, :1] * mx.exp(log_sigma) + mu
-    advance(start)
+    yield start
     if isinstance(settings, RollingSettings):
-        x = jacobi.roll(decoder, z, x, start, settings, advance)
+        yield from jacobi.roll(decoder, z, x, start, settings)
     elif isinstance(settings, JacobiSettings):
-        x = jacobi.invert(decoder, z, x, start, settings, advance)
+        yield from jacobi.invert(decoder, z, x, start, settings)
     else:
         assert isinstance(settings, SequentialSettings)
-        x = sequential.invert(decoder, z, x, start, advance)
-    return x[:, ::-1] if flip else x
+        yield from sequential.invert(decoder, z, x, start)
 
 
 def progress_off(progress: bool | None) -> bool | None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_starflow.models.flow import frame_count
 from mlx_starflow.training.adapters import adapter_layers, without_adapters
 
 
@@ -52,13 +53,15 @@ def anchor_kl(flow: Any, x: mx.array, text: mx.array | None = None, base: Any = 
         changed = {int(path.split(".")[1]) for path in adapter_layers(flow)}
     else:
         frozen, changed = base(x, text), set(range(len(flow.blocks)))
-    table = flow.positions(x.shape, 0 if text is None else text.shape[1])
+    tables = flow.tables(x.shape, 0 if text is None else text.shape[1])
     total = mx.array(0.0)
     for index in sorted(changed):
         read, z, log_det = (
             mx.stop_gradient(flow.tokens(a))
             for a in (frozen.hidden[index], frozen.hidden[index + 1], frozen.block_log_dets[index])
         )
-        tuned_z, tuned_log_det = flow.blocks[index](read, text, table, checkpoint=True)
+        tuned_z, tuned_log_det = flow.blocks[index](
+            read, text, tables[index], checkpoint=True, frames=frame_count(x.shape)
+        )
         total = total + gaussian_kl(z, log_det, tuned_z, tuned_log_det).mean()
     return total

@@ -27,6 +27,15 @@ def test_axial_angles():
         assert np.abs(table[place] - np.exp(1j * np.array(angles))).max() < 1e-6
 
 
+def test_frames_count_on_the_third_axis():
+    table = np.array(axial_table(64, 2, 3, 4, 5, frames=3))
+    assert table.shape == (5 + 18, 32)
+    assert np.array_equal(table[: 5 + 6], np.array(axial_table(64, 2, 3, 4, 5)))
+    turn = np.exp(1j * 2 * 10000.0 ** (-np.arange(8) / 8))
+    assert np.abs(table[5 + 12 :, :24] - table[5:11, :24]).max() == 0
+    assert np.abs(table[5 + 12 :, 24:] - turn).max() < 1e-6
+
+
 def test_axial_angles_without_text():
     table = np.array(axial_table(16, 2, 3, 2, third_axis=False))
     scale = 2 / math.sqrt(6)

@@ -1,0 +1,282 @@
+"""Videos frame by frame: a flow that is causal in time can finish one frame while the next ones are still noise.
+
+The deep block decodes frame after frame; the shallow blocks read one frame each, so that a frame can be brought to
+data as soon as the deep block has passed it; and the learned denoiser needs some of the frames that follow. A video
+that is longer than the model was trained for is made window by window: where a window is full, the deep block reads its
+last frames again, from position 0 on, and goes on from there (STARFlow-V, arXiv 2511.20462).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import mlx.core as mx
+from tqdm import tqdm
+
+from mlx_starflow.errors import StarflowError
+from mlx_starflow.models.denoiser import Denoiser
+from mlx_starflow.models.transformer import TransformerLayer
+from mlx_starflow.sampling.decoder import BlockDecoder, check_finite
+from mlx_starflow.sampling.denoise import clean, denoise
+from mlx_starflow.sampling.guided import GuidedFlow
+from mlx_starflow.sampling.methods import Method, Settings, block_settings
+from mlx_starflow.sampling.sampler import SamplingTrace, invert_block, invert_steps, progress_off
+
+
+def windows(frames: int, window: int | None, context: int | None = None) -> list[tuple[int, int, int]]:
+    """The windows in which a video is made: (first frame, first new frame, stop) of each.
+
+    Args:
+        frames: of the whole video.
+        window: frames that the model reads at most; None: all.
+        context: frames of the window before that each window begins with; None: all but one.
+
+    Raises:
+        StarflowError: the context does not fit into the window.
+    """
+    if window is None or frames <= window:
+        return [(0, 0, frames)]
+    context = window - 1 if context is None else context
+    if not 1 <= context < window:
+        raise StarflowError(f"the context must be 1 to {window - 1} latent frames, less than the window, not {context}")
+    found = [(0, 0, window)]
+    while found[-1][2] < frames:
+        stop = found[-1][2]
+        found.append((stop - context, stop, min(stop + window - context, frames)))
+    return found
+
+
+def sample_frames(
+    flow: Any,
+    noise: Any,
+    text: mx.array | None = None,
+    null_text: mx.array | None = None,
+    guidance: float = 0.0,
+    method: Method = "sequential",
+    *,
+    given: mx.array | None = None,
+    window: int | None = None,
+    context: int | None = None,
+    frames_at_once: int = 1,
+    attn_temp: float = 1.0,
+    progress: bool | None = False,
+    trace: SamplingTrace | None = None,
+) -> Iterator[mx.array]:
+    """Invert a video flow: noise -> data, frames as soon as they are there.
+
+    All frames together are what `sample` makes of the same noise, as long as one window holds them.
+
+    Args:
+        flow: a STARFlow for videos.
+        noise: `[B, T, H, W, C]`: an array, or anything that has this `shape` and gives `noise[:, start:stop]` for one
+            range of frames after the other.
+        text, null_text, guidance, method, attn_temp, progress: as for `sample`.
+        given: the first frames `[B, P, H, W, C]`, P <= T, with the flow's training noise; they come out as they are,
+            and the noise in their place is not used.
+        window: latent frames that the deep block reads at most; None: all.
+        context: how many of them are read again when the window is full; None: all but one.
+        frames_at_once: frames that go through the shallow blocks together: more are faster and come later.
+        trace: its evaluations are filled in when the last frame is done; it keeps no states.
+
+    Yields:
+        Frames `[B, k, H, W, C]`, k <= `frames_at_once` (the given frames in one piece), float32, still with the flow's
+        training noise: see `denoise_frames`.
+
+    Raises:
+        StarflowError: a wrong argument, or a frame that is not finite.
+    """
+    settings = block_settings(method, len(flow.blocks))
+    batch, total, *frame_shape = noise.shape
+    size = flow.tokens(mx.zeros((1, 1, *frame_shape))).shape[1]  # raises StarflowError if the shape does not fit
+    parts = windows(total, window, context)
+    known, read = 0, None
+    if given is not None:
+        known = given.shape[1]
+        if given.shape != (batch, known, *frame_shape) or known > parts[0][2]:
+            most = f"{batch} times at most {parts[0][2]} frames of {tuple(frame_shape)}"
+            raise StarflowError(f"the given frames have shape {tuple(given.shape)}; this video takes {most}")
+        read = _shallow_forward(flow, given)
+    deep = len(flow.blocks) - 1
+    evaluations = [0] * (deep + 1)
+    unknown = (total - known) * size * sum(not block.is_identity for block in flow.blocks)
+    with tqdm(total=unknown, desc="sampling", unit="tok", disable=progress_off(progress), leave=False) as bar:
+        if given is not None:
+            yield given.astype(mx.float32)
+        for first, new, stop in parts:
+            kept = 0 if read is None else read.shape[1] // size
+            if read is not None and new:
+                kept = new - first
+                read = read[:, -kept * size :]
+            frames = stop - first
+            if kept < frames:
+                fresh = mx.array(noise[:, first + kept : stop])
+                z = flow.noise_tokens(mx.concatenate([mx.zeros((batch, kept, *frame_shape)), fresh], axis=1))
+                shape = (batch, frames, *frame_shape)
+                guided = GuidedFlow(flow, shape, text, null_text, guidance, attn_temp=attn_temp)
+                decoder = guided.decoder(deep, batch, frames * size)
+                done = [] if read is None else [read]
+                for tokens in _deep_frames(decoder, z, settings[deep], read, frames_at_once, bar.update):
+                    mx.eval(tokens)
+                    done.append(tokens)
+                    count = tokens.shape[1] // size
+                    for index in guided.active():
+                        if index < deep:
+                            shallow = guided.decoder(index, batch, count * size, count)
+                            tokens = invert_block(shallow, tokens, settings[index], advance=bar.update)
+                            evaluations[index] += shallow.evaluations
+                    check_finite(tokens, "a frame")
+                    yield flow.latents(tokens, (batch, count, *frame_shape))
+                evaluations[deep] += decoder.evaluations
+                read = mx.concatenate(done, axis=1)
+    if trace is not None:
+        trace.evaluations = evaluations[::-1]
+
+
+def _shallow_forward(flow: Any, x: mx.array) -> mx.array:
+    """What the deep block reads of data `[B, T, H, W, C]`: tokens `[B, T * N, C]`."""
+    tokens, frames = flow.tokens(x), x.shape[1]
+    for block, table in list(zip(flow.blocks, flow.tables(x.shape, 0), strict=True))[:-1]:
+        tokens, _ = block(tokens, None, table, frames=frames)
+    mx.eval(tokens)
+    return tokens
+
+
+def _deep_frames(
+    decoder: BlockDecoder,
+    z: mx.array,
+    settings: Settings,
+    read: mx.array | None,
+    frames_at_once: int,
+    advance: Callable[[int], None],
+) -> Iterator[mx.array]:
+    """Noise tokens `[B, T * N, C]` -> what the deep block reads of the frames after those of `read`, which it read
+    before: tokens of at most `frames_at_once` frames at a time; all in data order."""
+    block, frames = decoder.block, decoder.frames
+    size = z.shape[1] // frames
+    out = 0 if read is None else read.shape[1] // size
+    given = None if read is None else block.arrange(read, out)
+    z = block.arrange(z, frames)
+    x = mx.array(z)
+    before = out * size
+    for done in invert_steps(decoder, z, x, settings, given):
+        advance(done - before)
+        before = done
+        while out < frames and done >= (stop := min(out + frames_at_once, frames)) * size:
+            yield block.restore(x[:, out * size : stop * size], stop - out)
+            out = stop
+
+
+def denoise_frames(
+    flow: Any,
+    frames: Iterator[mx.array],
+    text: mx.array | None,
+    total: int,
+    window: int | None = None,
+) -> Iterator[mx.array]:
+    """Clean noisy frames as they come.
+
+    With a learned denoiser a frame is clean as soon as the frames are there that its prediction depends on: the next
+    `num_layers * look_ahead`, or the rest of its window. Without one, the score step cleans a window as a whole. All
+    frames together are what `denoise` makes of the video, as long as one window holds them; in a longer one each
+    window begins with frames that are clean already, as in the release.
+
+    Args:
+        flow: a STARFlow for videos.
+        frames: `[B, k, H, W, C]`, in order, as `sample_frames` yields them.
+        text: embeddings `[B, L, D]`.
+        total: frames there will be.
+        window: frames that the denoiser reads at most; None: all.
+
+    Yields:
+        Clean frames `[B, 1, H, W, C]` in order.
+    """
+    learned = getattr(flow, "learnable_self_denoiser", None)
+    overlap = None if learned is None or window is None else learned.config.window
+    if overlap is not None and window is not None:
+        overlap = min(overlap, window - 1)
+    single = (part[:, index : index + 1] for part in frames for index in range(part.shape[1]))
+    recent: list[mx.array] = []
+    for first, new, stop in windows(total, window, overlap):
+        begin = recent[len(recent) - (new - first) :]
+        recent = []
+        fresh = (next(single) for _ in range(stop - new))
+        cleaned = (_score_steps if learned is None else _denoise_window)(flow, begin, fresh, text, stop - first)
+        for index, frame in enumerate(cleaned):
+            check_finite(frame, "a denoised frame")
+            recent.append(frame if index >= new - first else begin[index])
+            if index >= new - first:
+                yield frame
+
+
+def _score_steps(
+    flow: Any, clean_frames: list[mx.array], noisy: Iterator[mx.array], text: mx.array | None, frames: int
+) -> Iterator[mx.array]:
+    x = denoise(flow, mx.concatenate([*clean_frames, *noisy], axis=1), text)
+    return (x[:, index : index + 1] for index in range(frames))
+
+
+def _denoise_window(
+    flow: Any, clean_frames: list[mx.array], noisy: Iterator[mx.array], text: mx.array | None, frames: int
+) -> Iterator[mx.array]:
+    """All frames of a window, each when the denoiser has seen enough of what follows."""
+    denoiser: Denoiser = flow.learnable_self_denoiser
+    prefix = denoiser.embed_text(text)
+    start = 0 if prefix is None else prefix.shape[1]
+    waiting: list[mx.array] = []
+    layers: list[_StreamedLayer] = []
+    for x in (frame for source in (clean_frames, noisy) for frame in source):
+        if not layers:
+            shape = (x.shape[0], frames, *x.shape[2:])
+            table = flow.positions(shape, start)
+            layers = [_StreamedLayer(layer, denoiser, start, frames, table) for layer in denoiser.attn_blocks]
+        h = denoiser.embed(flow.tokens(x))
+        if prefix is not None and not layers[0].pushed:
+            h = mx.concatenate([prefix, h], axis=1)
+        waiting.append(x)
+        done = [h]
+        for layer in layers:
+            done = [out for h in done for out in layer.push(h)]
+        for h in done:
+            x = waiting.pop(0)
+            tokens = denoiser.predict(h[:, -flow.tokens(x).shape[1] :])
+            yield clean(x, flow.latents(tokens, x.shape))
+
+
+class _StreamedLayer:
+    """A layer of the denoiser, fed frame by frame; it keeps the keys and values of the frames that are still seen."""
+
+    def __init__(self, layer: TransformerLayer, denoiser: Denoiser, start: int, frames: int, table: mx.array):
+        self.layer, self.config, self.start, self.frames, self.table = layer, denoiser.config, start, frames, table
+        self.size = (table.shape[0] - start) // frames
+        self.pushed = self.done = 0
+        self.text: tuple[mx.array, ...] = ()
+        self.seen: dict[int, tuple[mx.array, mx.array]] = {}
+        self.waiting: list[tuple[mx.array, mx.array]] = []
+
+    def push(self, h: mx.array) -> list[mx.array]:
+        """The input of the next frame (of the text and the first frame) -> outputs of the frames that it completes."""
+        begin = self.start + self.pushed * self.size if self.pushed else 0
+        q, k, v = self.layer.before(h, self.table[begin : begin + h.shape[1]])
+        if not self.pushed:
+            self.text = (k[:, :, : self.start], v[:, :, : self.start])
+            k, v = k[:, :, self.start :], v[:, :, self.start :]
+        self.seen[self.pushed] = k, v
+        self.waiting.append((h, q))
+        self.pushed += 1
+        outputs = []
+        while self.waiting:
+            first, stop = self.config.seen(self.done, self.frames)
+            if stop > self.pushed:
+                break
+            for old in [frame for frame in self.seen if frame < first]:
+                del self.seen[old]
+            h, q = self.waiting.pop(0)
+            k, v = (
+                mx.concatenate([self.text[part], *(self.seen[frame][part] for frame in range(first, stop))], axis=2)
+                for part in (0, 1)
+            )
+            outputs.append(self.layer.after(h, self.layer.attention.attend(q, k, v, causal=False)))
+            self.done += 1
+        mx.eval(outputs, list(self.seen.values()), self.waiting)
+        return outputs

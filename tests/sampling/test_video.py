@@ -1,0 +1,194 @@
+"""Videos frame by frame: the same as at once, from given frames, and longer than the model's window."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_starflow.errors import StarflowError
+from mlx_starflow.sampling import (
+    JacobiSettings,
+    RollingSettings,
+    SamplingTrace,
+    certify,
+    denoise,
+    denoise_frames,
+    sample,
+    sample_frames,
+)
+from mlx_starflow.sampling.video import windows
+
+EXACT = JacobiSettings(block_size=8, threshold=1e-9)
+
+
+def whole(frames) -> mx.array:
+    return mx.concatenate(list(frames), axis=1)
+
+
+def distance(a: mx.array, b: mx.array) -> float:
+    assert a.shape == b.shape
+    return mx.abs(a - b).max().item()
+
+
+def gaussian(key: int, *shape: int) -> mx.array:
+    return mx.random.normal(shape, key=mx.random.key(key))
+
+
+# ---- the official release
+
+
+@pytest.mark.parametrize("name, guidance", [("reverse", 0.0), ("reverse_cfg", 2.0)])
+@pytest.mark.parametrize("method", ["sequential", RollingSettings(30, 1e-5, "previous", 24)], ids=str)
+def test_golden_videos(golden, name, guidance, method):
+    case = golden("t2v")
+    given = (case["noise"], case["y"], case["y_null"] if guidance else None, guidance, method)
+    assert case.error(sample(case.flow, *given), name) < 2e-4
+    for count in (1, 2, 9):
+        assert case.error(whole(sample_frames(case.flow, *given, frames_at_once=count)), name) < 2e-4
+
+
+def test_golden_jacobi(golden):
+    case = golden("t2v")
+    x = sample(case.flow, case["noise"], case["y"], case["y_null"], 2.0, EXACT)
+    assert case.error(x, "jacobi_cfg") < 2e-4
+
+
+def test_golden_image_to_video(golden):
+    case = golden("t2v")
+    first = case["i2v_first"]
+    frames = list(sample_frames(case.flow, case["noise"], case["y"], case["y_null"], 2.0, EXACT, given=first))
+    assert frames[0].tolist() == first.tolist()
+    assert case.error(whole(frames), "i2v_jacobi_cfg") < 2e-4
+
+
+def test_golden_longer_than_the_window(golden):
+    case = golden("t2v")
+    condition = (case["y"], case["y_null"], 2.0, EXACT)
+    frames = sample_frames(case.flow, case["long_noise"], *condition, window=5, context=2)
+    assert case.error(whole(frames), "long_jacobi_cfg") < 2e-4
+
+
+def test_golden_denoiser(golden):
+    case = golden("t2v")
+    x, text = case["x"], case["y"]
+    assert case.relative_error((x - denoise(case.flow, x, text)) / 0.3, "denoiser") < 1e-4
+    frame = x[:, 0]
+    assert case.relative_error((frame - denoise(case.flow, frame, text)) / 0.3, "denoiser_image") < 1e-4
+
+
+# ---- one frame after another
+
+
+def test_frames_come_as_soon_as_they_are_there(golden):
+    """Of the sequential evaluations of the deep block, only those of the frames so far are done."""
+    case = golden("t2v")
+    asked = []
+
+    class Noise:
+        shape = case["noise"].shape
+
+        def __getitem__(self, index):
+            asked.append(index)
+            return case["noise"][index]
+
+    stream = sample_frames(case.flow, Noise(), case["y"], window=2, context=1)
+    next(stream), next(stream)
+    assert asked == [(slice(None), slice(0, 2))]
+    next(stream)
+    assert asked[1:] == [(slice(None), slice(2, 3))]
+
+
+def test_the_denoiser_waits_for_no_more_than_it_sees(golden):
+    """Eight layers that look one frame ahead each: frame 0 of 12 needs frames 0 to 8."""
+    case = golden("t2v")
+    x = mx.concatenate([case["x"], case["x"][:, ::-1], case["x"][:, :2]], axis=1)
+    taken = []
+
+    def frames():
+        for index in range(12):
+            taken.append(index)
+            yield x[:, index : index + 1]
+
+    stream = denoise_frames(case.flow, frames(), case["y"], 12)
+    first = next(stream)
+    assert len(taken) == 9
+    assert distance(whole([first, *stream]), denoise(case.flow, x, case["y"])) < 1e-5
+    changed = mx.array(x)
+    changed[:, 9:] += 1.0
+    assert distance(denoise(case.flow, changed, case["y"])[:, :1], first) < 1e-5
+    changed[:, 1] += 1.0
+    assert distance(denoise(case.flow, changed, case["y"])[:, :1], first) > 1e-2
+
+
+def test_long_videos_are_cleaned_window_by_window(golden):
+    """Each window of 5 begins with the 2 frames before it that are clean already, as the release does it."""
+    case = golden("t2v")
+    noisy = case["long_noise"]
+    expected = np.array(noisy)
+    for start, new, stop in ((0, 0, 5), (3, 5, 8)):
+        window = denoise(case.flow, mx.array(expected[:, start:stop]), case["y"])
+        expected[:, new:stop] = np.array(window)[:, new - start :]
+    cleaned = whole(denoise_frames(case.flow, iter([noisy[:, :3], noisy[:, 3:]]), case["y"], 8, window=5))
+    assert np.abs(np.array(cleaned) - expected).max() < 1e-5
+
+
+def test_without_a_learned_denoiser_the_score_cleans(tiny_flow):
+    tiny = tiny_flow("frames")
+    tiny.flow.pop("learnable_self_denoiser")
+    cleaned = whole(denoise_frames(tiny.flow, iter([tiny.x]), tiny.text, 2))
+    assert distance(cleaned, denoise(tiny.flow, tiny.x, tiny.text)) < 1e-6
+
+
+def test_evaluations_are_counted(tiny_flow):
+    tiny, trace = tiny_flow("frames"), SamplingTrace()
+    z = gaussian(0, 2, 4, 2, 3, 2)
+    list(sample_frames(tiny.flow, z, tiny.text, given=tiny.x[:, :1], window=2, context=1, trace=trace))
+    assert trace.evaluations == [18, 18, 18]
+    at_once = SamplingTrace()
+    list(sample_frames(tiny.flow, z, tiny.text, given=tiny.x[:, :1], frames_at_once=9, trace=at_once))
+    assert at_once.evaluations == [18, 6, 6]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_any_number_of_frames_can_be_given(tiny_flow, count):
+    """The first frames of a sample, given, lead to the same sample."""
+    tiny = tiny_flow("frames")
+    z = gaussian(1, 2, 4, 2, 3, 2)
+    x = sample(tiny.flow, z, tiny.text, tiny.null_text, 1.0)
+    assert certify(tiny.flow, x, z, tiny.text, tiny.null_text, 1.0).max < 1e-4
+    other = mx.concatenate([z[:, :count] + 7, z[:, count:]], axis=1)
+    given = x[:, :count]
+    again = whole(sample_frames(tiny.flow, other, tiny.text, tiny.null_text, 1.0, given=given))
+    assert distance(again, x) < 1e-3
+
+
+def test_windows():
+    assert windows(21, None) == [(0, 0, 21)]
+    assert windows(21, 21, 99) == [(0, 0, 21)]
+    assert windows(8, 5, 2) == [(0, 0, 5), (3, 5, 8)]
+    assert windows(7, 3) == [(0, 0, 3), (1, 3, 4), (2, 4, 5), (3, 5, 6), (4, 6, 7)]
+    assert windows(9, 4, 1)[-1] == (6, 7, 9)
+
+
+def test_mistakes(tiny_flow):
+    tiny = tiny_flow("frames")
+    z = gaussian(0, 2, 4, 2, 3, 2)
+    for expected, options in (
+        ("context must be 1 to 1", {"window": 2, "context": 2}),
+        ("context must be 1 to 1", {"window": 2, "context": 0}),
+        ("at most 2 frames", {"given": mx.repeat(tiny.x[:, :1], 3, axis=1), "window": 2}),
+        ("2 times at most 4 frames", {"given": tiny.x[:1]}),
+    ):
+        with pytest.raises(StarflowError, match=expected):
+            list(sample_frames(tiny.flow, z, tiny.text, **options))
+    with pytest.raises(StarflowError, match=r"reads \[batch, frames, height, width, 2\]"):
+        list(sample_frames(tiny.flow, z[..., :1], tiny.text))
+    pictures = tiny_flow("softplus")
+    with pytest.raises(StarflowError, match=r"reads \[batch, height, width, 2\]"):
+        list(sample_frames(pictures.flow, z, pictures.text))
+    broken = mx.where(mx.arange(4)[:, None, None, None] == 2, float("nan"), z)
+    stream = sample_frames(tiny.flow, broken, tiny.text)
+    next(stream), next(stream)
+    with pytest.raises(StarflowError, match="a frame is not finite"):
+        next(stream)
