@@ -119,9 +119,17 @@ class BlockDecoder:
         return self.block.embed(inputs, self.known, self.offset)
 
     def feed(self, x: mx.array, stop: int) -> None:
-        """Fill the cache with the inputs before those that token `stop` of `[B, N, C]` needs."""
-        if stop > self.first:
-            self._remember(self._inputs(x, self.first, stop))
+        """Fill the cache with the inputs before those that token `stop` of `[B, N, C]` needs.
+
+        A frame at a time, so that a long past takes no more memory than the cache.
+        """
+        step = x.shape[1] if self.block.config.local else self.length // self.frames
+        for start in range(self.first, stop, step):
+            self._remember(self._inputs(x, start, min(start + step, stop)))
+
+    def rewind(self) -> None:
+        """Forget all inputs, and keep what stands before them."""
+        self.trim(self.known)
 
     def _raw(self, x: mx.array, start: int, stop: int) -> mx.array:
         self.evaluations += 1

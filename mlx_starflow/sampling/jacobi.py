@@ -36,7 +36,7 @@ def invert(
         How many tokens are done.
     """
     length = z.shape[1]
-    frame = length if decoder.block.config.local else length // decoder.frames
+    frame = length if decoder.block.config.local else decoder.length // decoder.frames
     x[:, start:] = z[:, start:]
     while start < length:
         stop = min(start + settings.block_size * (1 if start <= frame else 4), length)

@@ -23,6 +23,9 @@ from mlx_starflow.sampling.guided import GuidedFlow
 from mlx_starflow.sampling.methods import Method, Settings, block_settings
 from mlx_starflow.sampling.sampler import SamplingTrace, invert_block, invert_steps, progress_off
 
+CONTEXT = 16
+"""Latent frames that are read again when a window is full, by default as in the release."""
+
 
 def windows(frames: int, window: int | None, context: int | None = None) -> list[tuple[int, int, int]]:
     """The windows in which a video is made: (first frame, first new frame, stop) of each.
@@ -30,14 +33,14 @@ def windows(frames: int, window: int | None, context: int | None = None) -> list
     Args:
         frames: of the whole video.
         window: frames that the model reads at most; None: all.
-        context: frames of the window before that each window begins with; None: all but one.
+        context: frames of the window before that each window begins with; None: `CONTEXT`, or all but one.
 
     Raises:
         StarflowError: the context does not fit into the window.
     """
     if window is None or frames <= window:
         return [(0, 0, frames)]
-    context = window - 1 if context is None else context
+    context = min(CONTEXT, window - 1) if context is None else context
     if not 1 <= context < window:
         raise StarflowError(f"the context must be 1 to {window - 1} latent frames, less than the window, not {context}")
     found = [(0, 0, window)]
@@ -75,7 +78,7 @@ def sample_frames(
         given: the first frames `[B, P, H, W, C]`, P <= T, with the flow's training noise; they come out as they are,
             and the noise in their place is not used.
         window: latent frames that the deep block reads at most; None: all.
-        context: how many of them are read again when the window is full; None: all but one.
+        context: how many of them are read again when the window is full; None: `CONTEXT`, or all but one.
         frames_at_once: frames that go through the shallow blocks together: more are faster and come later.
         trace: its evaluations are filled in when the last frame is done; it keeps no states.
 
@@ -100,6 +103,9 @@ def sample_frames(
     deep = len(flow.blocks) - 1
     evaluations = [0] * (deep + 1)
     unknown = (total - known) * size * sum(not block.is_identity for block in flow.blocks)
+    shape = (batch, parts[0][2], *frame_shape)
+    guided = GuidedFlow(flow, shape, text, null_text, guidance, attn_temp=attn_temp)
+    decoder = None
     with tqdm(total=unknown, desc="sampling", unit="tok", disable=progress_off(progress), leave=False) as bar:
         if given is not None:
             yield given.astype(mx.float32)
@@ -112,9 +118,10 @@ def sample_frames(
             if kept < frames:
                 fresh = mx.array(noise[:, first + kept : stop])
                 z = flow.noise_tokens(mx.concatenate([mx.zeros((batch, kept, *frame_shape)), fresh], axis=1))
-                shape = (batch, frames, *frame_shape)
-                guided = GuidedFlow(flow, shape, text, null_text, guidance, attn_temp=attn_temp)
-                decoder = guided.decoder(deep, batch, frames * size)
+                # One decoder for all windows: what it read of the text stays.
+                if decoder is None:
+                    decoder = guided.decoder(deep, batch, frames * size)
+                decoder.rewind()
                 done = [] if read is None else [read]
                 for tokens in _deep_frames(decoder, z, settings[deep], read, frames_at_once, bar.update):
                     mx.eval(tokens)
@@ -127,9 +134,9 @@ def sample_frames(
                             evaluations[index] += shallow.evaluations
                     check_finite(tokens, "a frame")
                     yield flow.latents(tokens, (batch, count, *frame_shape))
-                evaluations[deep] += decoder.evaluations
                 read = mx.concatenate(done, axis=1)
     if trace is not None:
+        evaluations[deep] = 0 if decoder is None else decoder.evaluations
         trace.evaluations = evaluations[::-1]
 
 
@@ -152,8 +159,8 @@ def _deep_frames(
 ) -> Iterator[mx.array]:
     """Noise tokens `[B, T * N, C]` -> what the deep block reads of the frames after those of `read`, which it read
     before: tokens of at most `frames_at_once` frames at a time; all in data order."""
-    block, frames = decoder.block, decoder.frames
-    size = z.shape[1] // frames
+    block, size = decoder.block, decoder.length // decoder.frames
+    frames = z.shape[1] // size
     out = 0 if read is None else read.shape[1] // size
     given = None if read is None else block.arrange(read, out)
     z = block.arrange(z, frames)
