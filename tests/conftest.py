@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import yaml
+from golden_files import golden_case
 from mlx.utils import tree_flatten
 
 from mlx_starflow.convert.pth import read_checkpoint
@@ -49,7 +50,7 @@ class Golden:
 def load_golden(case: str, dtype: mx.Dtype = mx.float32) -> Golden:
     """A case of tests/data with its weights cast to `dtype`."""
     config = yaml.safe_load((DATA / case / "config.yaml").read_text())
-    checkpoint = read_checkpoint(DATA / case / "model.pth")
+    checkpoint = read_checkpoint(golden_case(case) / "model.pth")
     weights = {name: checkpoint.mx(name) for name in checkpoint}
     flow: starflow.STARFlow | tarflow.TarFlow
     if case.startswith("tarflow"):
@@ -63,7 +64,7 @@ def load_golden(case: str, dtype: mx.Dtype = mx.float32) -> Golden:
     arrays = {name: np.array(value) for name, value in mx.load(str(DATA / case / "golden.safetensors")).items()}
     # The release's latents and pictures are channels first; `output.i` is not.
     arrays = {
-        name: value.transpose(0, 2, 3, 1) if value.ndim == 4 and "output" not in name else value
+        name: np.moveaxis(value, -3, -1) if value.ndim > 3 and not ("output" in name or "logdet" in name) else value
         for name, value in arrays.items()
     }
     return Golden(flow, arrays)
@@ -116,6 +117,11 @@ FAMILIES: dict[str, dict[str, object]] = {
         "norm_type": "rms_norm", "head_dim": 24, "num_heads": 2, "num_kv_heads": 1,
     },
     "language_model": {**_STARFLOW, **_RELEASED, "txt_dim": 16, "top_block": _LANGUAGE_MODEL},
+    "frames": {
+        **_STARFLOW, **_RELEASED, "top_block_channels": 64, "vid_size": "9:16", "temporal_causal": 2,
+        "shallow_block_local": True, "learnable_self_denoiser": True, "conditional_denoiser": True,
+        "denoiser_window": 2,
+    },
     "tarflow": {**_TARFLOW, "head_dim": 16, "num_classes": 3},
     "tarflow_vp": {**_TARFLOW, "head_dim": 16, "nvp": False},
 }  # fmt: skip
@@ -138,7 +144,7 @@ def make_tiny(family: str, batch: int = 2) -> Tiny:
     else:
         flow = starflow.STARFlow(starflow.FlowConfig.from_dict(config))
         patch = flow.config.patch_size
-        x = normal(batch, 2 * patch, 3 * patch, flow.config.channel_size)
+        x = normal(batch, *([2] if flow.config.vid_size else []), 2 * patch, 3 * patch, flow.config.channel_size)
         if flow.config.txt_size:
             text, null_text = normal(batch, 3, flow.config.txt_dim), normal(1, 3, flow.config.txt_dim)
     weights = []

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from golden_files import golden_case
 from model_directories import config_of, message, same, save_flow
 from tiny_model import tiny_flow
 
@@ -15,8 +15,6 @@ from mlx_starflow.convert import convert_t5
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.saving import save_model, save_tensors
 from mlx_starflow.weights import load_flow, load_text_encoder, load_weights, parameters
-
-DATA = Path(__file__).parent / "data"
 
 
 def test_round_trip(tmp_path):
@@ -180,7 +178,7 @@ def test_a_folder_without_permission(tmp_path):
 
 
 def test_another_kind_of_model_is_not_overwritten(tmp_path):
-    out = convert_t5(DATA / "t5", tmp_path / "model")
+    out = convert_t5(golden_case("t5"), tmp_path / "model")
     assert "holds another model ('t5', not 'starflow'); give another folder" in message(save_flow, out)
     load_text_encoder(out)
     (out / "config.json").write_text("{")

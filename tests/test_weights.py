@@ -8,6 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from golden_files import golden_case
 from model_directories import edit_config, edit_weights, message, save_flow
 from tiny_model import tiny_flow
 
@@ -113,7 +114,7 @@ def test_load_module_keeps_dtypes():
 
 
 def test_text_encoder(tmp_path):
-    out = convert_t5(DATA / "t5", tmp_path / "t5")
+    out = convert_t5(golden_case("t5"), tmp_path / "t5")
     golden = mx.load(str(DATA / "t5/golden.safetensors"))
     encoder, tokenizer = load_text_encoder(out, dtype="float32")
     hidden = encoder.encode(golden["input_ids"], golden["attention_mask"])
@@ -127,7 +128,7 @@ def test_text_encoder(tmp_path):
 
 
 def test_quantized_text_encoder(tmp_path):
-    out = convert_t5(DATA / "t5", tmp_path / "t5", quantize=8)
+    out = convert_t5(golden_case("t5"), tmp_path / "t5", quantize=8)
     golden = mx.load(str(DATA / "t5/golden.safetensors"))
     encoder, _ = load_text_encoder(out, dtype="float32")
     assert isinstance(encoder, T5Encoder)
@@ -139,10 +140,10 @@ def test_quantized_text_encoder(tmp_path):
 
 
 def test_autoencoder(tmp_path):
-    out = convert_vae(DATA / "sd_vae", tmp_path / "vae")
+    out = convert_vae(golden_case("sd_vae"), tmp_path / "vae")
     golden = mx.load(str(DATA / "sd_vae/golden.safetensors"))
     pictures = load_vae(out, dtype="float32").decode(golden["latents"].transpose(0, 2, 3, 1))
     expected = np.array(golden["decoded_raw"]).transpose(0, 2, 3, 1)
     assert np.abs(np.array(pictures) - expected).max() / np.abs(expected).max() < 1e-4
-    shutil.copy(convert_t5(DATA / "t5", tmp_path / "t5") / "config.json", out)
+    shutil.copy(convert_t5(golden_case("t5"), tmp_path / "t5") / "config.json", out)
     assert f"{out / 'config.json'}: autoencoder config" in message(load_vae, out)

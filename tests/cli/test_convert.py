@@ -9,13 +9,14 @@ import mlx.core as mx
 import pytest
 import yaml
 from commands import Command
+from golden_files import golden_case
 
 from mlx_starflow.models.tarflow import TarFlowConfig
 from mlx_starflow.sampling import sample
 from mlx_starflow.weights import load_flow, load_text_encoder, load_vae, load_weights, read_config
 
 DATA = Path(__file__).parents[1] / "data"
-CASES = sorted(path.parent.name for path in DATA.glob("*/model.pth"))
+CASES = sorted(path.parent.name for path in DATA.glob("*/config.yaml"))
 
 
 run = Command("convert")
@@ -25,7 +26,7 @@ mistake = run.mistake
 @pytest.mark.parametrize("case", CASES)
 def test_flow(case, tmp_path, golden):
     out = tmp_path / "model"
-    result = run("flow", DATA / case / "model.pth", "--config", DATA / case / "config.yaml", "-o", out)
+    result = run("flow", golden_case(case) / "model.pth", "--config", DATA / case / "config.yaml", "-o", out)
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
     assert lines[0].startswith(f"{out}: ")
@@ -42,14 +43,14 @@ def test_flow(case, tmp_path, golden):
 
 
 def test_flow_options(tmp_path):
-    source = [DATA / "t2i/model.pth", "--config", DATA / "t2i/config.yaml", "--output", tmp_path]
+    source = [golden_case("t2i") / "model.pth", "--config", DATA / "t2i/config.yaml", "--output", tmp_path]
     assert run("flow", *source, "--quantize", "8", "--dtype", "bfloat16").exit_code == 0
     assert read_config(tmp_path)["quantization"] == {"group_size": 64, "bits": 8, "mode": "affine"}
     assert {w.dtype for w in load_weights(tmp_path).values()} == {mx.uint32, mx.bfloat16}
 
 
 def test_text_encoder(tmp_path):
-    result = run("text-encoder", DATA / "t5", "-o", tmp_path / "a")
+    result = run("text-encoder", golden_case("t5"), "-o", tmp_path / "a")
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith(f"{tmp_path / 'a'}: 0.")
     encoder, tokenizer = load_text_encoder(tmp_path / "a", dtype="float32")
@@ -58,16 +59,16 @@ def test_text_encoder(tmp_path):
     largest = mx.abs(arrays["last_hidden_state"]).max()
     assert (mx.abs(hidden - arrays["last_hidden_state"]).max() / largest).item() < 1e-5
     assert tokenizer.encode("a red apple")
-    assert run("text-encoder", DATA / "t5", "-o", tmp_path / "b", "--quantize", "mxfp8").exit_code == 0
+    assert run("text-encoder", golden_case("t5"), "-o", tmp_path / "b", "--quantize", "mxfp8").exit_code == 0
     assert read_config(tmp_path / "b")["quantization"]["mode"] == "mxfp8"
 
 
 def test_vae(tmp_path):
-    result = run("vae", DATA / "sd_vae", "-o", tmp_path, "--dtype", "bfloat16")
+    result = run("vae", golden_case("sd_vae"), "-o", tmp_path, "--dtype", "bfloat16")
     assert result.exit_code == 0, result.output
     assert "Apple" not in result.output
     assert {w.dtype for w in load_weights(tmp_path).values()} == {mx.bfloat16}
-    assert run("vae", DATA / "sd_vae", "-o", tmp_path).exit_code == 0
+    assert run("vae", golden_case("sd_vae"), "-o", tmp_path).exit_code == 0
     arrays = mx.load(str(DATA / "sd_vae/golden.safetensors"))
     decoded = load_vae(tmp_path, dtype="float32").decode(arrays["latents"].transpose(0, 2, 3, 1))
     assert mx.abs(decoded.transpose(0, 3, 1, 2) - arrays["decoded_raw"]).max().item() < 1e-4
@@ -76,11 +77,13 @@ def test_vae(tmp_path):
 def test_mistakes(tmp_path):
     config = ["--config", DATA / "t2i/config.yaml", "-o", tmp_path / "out"]
     assert "nothing.pth: No such file" in mistake("flow", tmp_path / "nothing.pth", *config)
-    assert "lacks the tensor blocks.2.proj_txt.weight" in mistake("flow", DATA / "t2i_patch2/model.pth", *config)
+    assert "lacks the tensor blocks.2.proj_txt.weight" in mistake(
+        "flow", golden_case("t2i_patch2") / "model.pth", *config
+    )
     assert "is not a folder" in mistake("text-encoder", tmp_path / "nowhere", "-o", tmp_path / "out")
     assert "is not a folder" in mistake("vae", tmp_path / "nowhere", "-o", tmp_path / "out")
     (tmp_path / "file").write_text("")
-    assert "cannot write" in mistake("vae", DATA / "sd_vae", "-o", tmp_path / "file")
+    assert "cannot write" in mistake("vae", golden_case("sd_vae"), "-o", tmp_path / "file")
     assert not (tmp_path / "out").exists()
 
 
@@ -114,7 +117,7 @@ def test_help(command):
 
 
 def write_tarflow(path: Path, case: str = "tarflow") -> Path:
-    shutil.copy(DATA / case / "model.pth", path)
+    shutil.copy(golden_case(case) / "model.pth", path)
     return path
 
 
@@ -163,7 +166,7 @@ def test_tarflow_with_a_small_config(tmp_path):
 
 
 def test_an_option_instead_of_the_configs(tmp_path):
-    source = [DATA / "t2i/model.pth", "--config", DATA / "t2i/config.yaml", "-o", tmp_path]
+    source = [golden_case("t2i") / "model.pth", "--config", DATA / "t2i/config.yaml", "-o", tmp_path]
     assert run("flow", *source, "--noise-std", "0.25").exit_code == 0
     assert load_flow(tmp_path).config.noise_std == 0.25
 
@@ -187,7 +190,7 @@ def test_tarflow_mistakes(tmp_path):
     assert "has shape" in mistake("flow", named, "--vp", *out)
     assert "class_embed" in mistake("flow", named, "--num-classes", "0", *out)
     # A STARFlow's arguments do not show in its tensors.
-    assert "give the YAML of its arguments (--config YAML)" in mistake("flow", DATA / "t2i/model.pth", *out)
+    assert "give the YAML of its arguments (--config YAML)" in mistake("flow", golden_case("t2i") / "model.pth", *out)
     checkpoint = write_tarflow(tmp_path / "starflow_3B_t2i_256x256.pth", "t2i")
     assert "lacks the tensor" in mistake("flow", checkpoint, *out)  # the released arguments are known by this name
     assert not (tmp_path / "out").exists()

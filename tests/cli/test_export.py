@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from commands import Command
+from golden_files import golden_case
 
 from mlx_starflow.convert import convert_flow, convert_vae, read_checkpoint
 
@@ -16,7 +17,7 @@ run = Command("export")
 
 
 def convert(out: Path, **options: object) -> Path:
-    return convert_flow(DATA / "t2i/model.pth", DATA / "t2i/config.yaml", out, **options)
+    return convert_flow(golden_case("t2i") / "model.pth", DATA / "t2i/config.yaml", out, **options)
 
 
 def test_flow(tmp_path):
@@ -27,7 +28,7 @@ def test_flow(tmp_path):
         f"{out}: {out.stat().st_size / 1e6:.1f} MB",
         f"Pass {model / 'NOTICE'} on with it.",
     ]
-    official, found = read_checkpoint(DATA / "t2i/model.pth"), read_checkpoint(out)
+    official, found = read_checkpoint(golden_case("t2i") / "model.pth"), read_checkpoint(out)
     assert all(np.array_equal(found[name], official[name]) for name in found)
 
 
@@ -39,7 +40,7 @@ def test_quantized(tmp_path):
 
 
 def test_autoencoder(tmp_path):
-    result = run(convert_vae(DATA / "sd_vae", tmp_path / "vae"), tmp_path / "out.safetensors")
+    result = run(convert_vae(golden_case("sd_vae"), tmp_path / "vae"), tmp_path / "out.safetensors")
     assert result.exit_code == 0, result.output
     assert result.stdout.count("\n") == 1
 

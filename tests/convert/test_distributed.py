@@ -11,6 +11,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from golden_files import golden_case
 
 from mlx_starflow.convert import convert_flow, convert_vae
 from mlx_starflow.convert.common import open_tensors
@@ -35,7 +36,7 @@ def save(state: dict, folder: Path) -> Path:
 def official(dtype: str = "float32") -> dict:
     import torch
 
-    state = torch.load(DATA / "t2i/model.pth", weights_only=True)
+    state = torch.load(golden_case("t2i") / "model.pth", weights_only=True)
     return {name: tensor.to(getattr(torch, dtype)) for name, tensor in state.items()}
 
 
@@ -56,7 +57,7 @@ def test_flow(wrapper, dtype, tmp_path, recwarn):
         state = {wrapper: state, "optimizer": {"exp_avg": state["var"]}, "step": 7, "note": "text"}
     folder = save(state, tmp_path / "t2i_model_1_128_3_2_0.30.pth")
     out = convert_flow(folder, CONFIG, tmp_path / "out")
-    assert_same(out, convert_flow(DATA / "t2i/model.pth", CONFIG, tmp_path / "expected", dtype=dtype))
+    assert_same(out, convert_flow(golden_case("t2i") / "model.pth", CONFIG, tmp_path / "expected", dtype=dtype))
     assert not [w for w in recwarn if "torch" in str(w.filename)]
 
 
@@ -65,10 +66,10 @@ def test_autoencoder(tmp_path):
     pytest.importorskip("torch")
     from safetensors.torch import load_file
 
-    state = {f"vae.{n}": t for n, t in load_file(DATA / "sd_vae/diffusion_pytorch_model.safetensors").items()}
+    state = {f"vae.{n}": t for n, t in load_file(golden_case("sd_vae") / "diffusion_pytorch_model.safetensors").items()}
     folder = save(state, tmp_path / "sd-vae-ft-ema_0.30.pth")
     out = convert_vae(folder, tmp_path / "out", config=DATA / "sd_vae/config.json")
-    assert_same(out, convert_vae(DATA / "sd_vae", tmp_path / "expected"))
+    assert_same(out, convert_vae(golden_case("sd_vae"), tmp_path / "expected"))
 
 
 @pytest.mark.torch

@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import yaml
+from golden_files import golden_case
 
 import mlx_starflow.convert
 from mlx_starflow.convert import convert_flow, read_checkpoint
@@ -21,11 +22,11 @@ from mlx_starflow.quantization import quantized_layers
 from mlx_starflow.weights import load_flow, load_weights, read_config
 
 DATA = Path(__file__).parents[1] / "data"
-CASES = sorted(path.parent.name for path in DATA.glob("*/model.pth"))
+CASES = sorted(path.parent.name for path in DATA.glob("*/config.yaml"))
 
 
 def convert(case: str, out: Path, **options: object) -> Path:
-    return convert_flow(DATA / case / "model.pth", DATA / case / "config.yaml", out, **options)
+    return convert_flow(golden_case(case) / "model.pth", DATA / case / "config.yaml", out, **options)
 
 
 def forward(directory: Path, golden: object, **options: object) -> mx.array:
@@ -45,7 +46,7 @@ def write_config(path: Path, values: dict[str, object]) -> Path:
 
 def write_weights(path: Path, case: str = "t2i", change: Callable[[dict], object] | None = None) -> Path:
     """A case's tensors as safetensors, changed."""
-    checkpoint = read_checkpoint(DATA / case / "model.pth")
+    checkpoint = read_checkpoint(golden_case(case) / "model.pth")
     weights = {name: checkpoint.mx(name) for name in checkpoint}
     if change is not None:
         change(weights)
@@ -62,7 +63,7 @@ def test_golden_cases(case, tmp_path, golden):
 
 
 def test_only_dead_buffers_are_dropped(tmp_path):
-    checkpoint = read_checkpoint(DATA / "t2i/model.pth")
+    checkpoint = read_checkpoint(golden_case("t2i") / "model.pth")
     weights = load_weights(convert("t2i", tmp_path))
     dropped = {"var", "feat_rope.freqs_cos", "feat_rope.freqs_sin", *(f"blocks.{i}.attn_mask" for i in range(3))}
     assert set(checkpoint) - set(weights) == dropped
@@ -71,7 +72,7 @@ def test_only_dead_buffers_are_dropped(tmp_path):
 
 def test_a_learned_prior_is_kept(tmp_path):
     weights = load_weights(convert("tarflow_vp", tmp_path))
-    assert np.array_equal(np.array(weights["var"]), read_checkpoint(DATA / "tarflow_vp/model.pth")["var"])
+    assert np.array_equal(np.array(weights["var"]), read_checkpoint(golden_case("tarflow_vp") / "model.pth")["var"])
 
 
 def test_from_safetensors(tmp_path, golden):
@@ -85,7 +86,7 @@ def test_text_width_comes_from_the_checkpoint(case, tmp_path):
     values = arguments(case)
     width = values.pop("txt_dim")
     config = write_config(tmp_path / "config.yaml", values)
-    out = convert_flow(DATA / case / "model.pth", config, tmp_path / "model")
+    out = convert_flow(golden_case(case) / "model.pth", config, tmp_path / "model")
     assert read_config(out)["txt_dim"] == width
     assert load_flow(out).config.txt_dim == width
 
@@ -137,7 +138,7 @@ def test_bfloat16(quantize, tmp_path, golden):
 @pytest.mark.parametrize(("stored", "written"), [("bfloat16", mx.bfloat16), ("float64", mx.float32)])
 def test_the_checkpoints_dtype(stored, written, tmp_path, golden):
     torch = pytest.importorskip("torch")
-    state = torch.load(DATA / "t2i/model.pth", weights_only=True)
+    state = torch.load(golden_case("t2i") / "model.pth", weights_only=True)
     torch.save({name: value.to(getattr(torch, stored)) for name, value in state.items()}, tmp_path / "model.pth")
     out = convert_flow(tmp_path / "model.pth", DATA / "t2i/config.yaml", tmp_path / "model")
     assert {w.dtype for w in load_weights(out).values()} == {written}
@@ -196,7 +197,7 @@ def test_bad_configs(content, message, tmp_path):
     if content is not None:
         config.write_text(content)
     with pytest.raises(StarflowError, match=message) as error:
-        convert_flow(DATA / "t2i/model.pth", config, tmp_path / "model")
+        convert_flow(golden_case("t2i") / "model.pth", config, tmp_path / "model")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "model").exists()
 
@@ -216,13 +217,13 @@ def test_bad_configs(content, message, tmp_path):
 def test_config_of_another_checkpoint(case, changes, message, tmp_path):
     config = write_config(tmp_path / "config.yaml", {**arguments(case), **changes})
     with pytest.raises(StarflowError, match=message):
-        convert_flow(DATA / case / "model.pth", config, tmp_path / "model")
+        convert_flow(golden_case(case) / "model.pth", config, tmp_path / "model")
 
 
 @pytest.mark.parametrize(("checkpoint", "config"), [("t2i", "tarflow"), ("tarflow", "t2i")])
 def test_config_of_another_kind_of_flow(checkpoint, config, tmp_path):
     with pytest.raises(StarflowError):
-        convert_flow(DATA / checkpoint / "model.pth", DATA / config / "config.yaml", tmp_path)
+        convert_flow(golden_case(checkpoint) / "model.pth", DATA / config / "config.yaml", tmp_path)
 
 
 def test_no_text_in_the_checkpoint(tmp_path):
@@ -241,7 +242,7 @@ def test_other_mistakes(tmp_path):
     with pytest.raises(StarflowError, match=r"nothing\.safetensors is missing"):
         convert_flow(tmp_path / "nothing.safetensors", config, tmp_path / "model")
     with pytest.raises(StarflowError, match="own folder"):
-        convert("t2i", DATA / "t2i")
+        convert("t2i", golden_case("t2i"))
     with pytest.raises(StarflowError, match="dtype 'int8' is not one of"):
         convert("t2i", tmp_path / "model", dtype="int8")
     with pytest.raises(StarflowError, match="cannot quantize to '5'; it must be one of 8, 6, 4"):

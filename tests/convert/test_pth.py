@@ -24,6 +24,7 @@ from types import FrameType
 import mlx.core as mx
 import numpy as np
 import pytest
+from golden_files import golden_case
 
 from mlx_starflow.convert import pth, pth_pickle
 from mlx_starflow.convert.pth import Checkpoint, read_checkpoint
@@ -139,7 +140,7 @@ def refusal(path: Path) -> str:
 @pytest.mark.parametrize("case", GOLDEN)
 def test_golden_checkpoints(case):
     expected = json.loads((DATA / "pth" / "golden.json").read_text())[case]
-    checkpoint = read_checkpoint(DATA / case / "model.pth")
+    checkpoint = read_checkpoint(golden_case(case) / "model.pth")
     assert list(checkpoint) == list(expected)
     for name, (dtype, shape, crc) in expected.items():
         values = checkpoint[name]

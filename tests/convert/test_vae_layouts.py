@@ -10,6 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from golden_files import golden_case
 
 from mlx_starflow.convert import convert_vae
 from mlx_starflow.convert.archive import Spec, write_archive
@@ -18,7 +19,7 @@ from mlx_starflow.errors import StarflowError
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from mlx_starflow.weights import load_vae, load_weights, parameters, read_config
 
-DATA = Path(__file__).parents[1] / "data/sd_vae"
+DATA = golden_case("sd_vae")
 OLD = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
 

@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from golden_files import golden_case
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_starflow.convert.vae import convert_vae
@@ -18,7 +19,7 @@ from mlx_starflow.models import autoencoder_kl, autoencoder_strips
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from mlx_starflow.models.autoencoder_layers import Conv3x3, GroupNorm, PointwiseConv
 
-DATA = Path(__file__).parent.parent / "data" / "sd_vae"
+DATA = golden_case("sd_vae")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CONFIG = json.loads((DATA / "config.json").read_text())
 # Channels first in the file.

@@ -10,12 +10,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from golden_files import golden_case
 
 from mlx_starflow.convert.t5 import convert_t5
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.models.t5 import T5Config, T5Encoder, relative_position_buckets, sanitize
 
-DATA = Path(__file__).parent.parent / "data" / "t5"
+DATA = golden_case("t5")
 GOLDEN = {name: np.array(array) for name, array in mx.load(str(DATA / "golden.safetensors")).items()}
 IDS, MASK = mx.array(GOLDEN["input_ids"]), mx.array(GOLDEN["attention_mask"])
 TINY = {"vocab_size": 40, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}

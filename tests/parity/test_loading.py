@@ -10,6 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from golden_files import golden_case
 from model_directories import config_of, edit_config, edit_weights, message, save_flow, wide_flow
 from tiny_model import write_tiny_model
 from twins import DEVICES, both, relative, to_numpy
@@ -94,7 +95,7 @@ def test_a_tarflow(loading, tmp_path, device):
 
 @pytest.mark.parametrize("case", ["t2i", "tarflow", "tarflow_vp"])
 def test_an_official_checkpoint(loading, tmp_path, device, case):
-    checkpoint, config = DATA / case / "model.pth", DATA / case / "config.yaml"
+    checkpoint, config = golden_case(case) / "model.pth", DATA / case / "config.yaml"
     twin = loading.load_flow(checkpoint, device, "float32", config=config)
     other = loading.load_flow(convert_flow(checkpoint, config, tmp_path / "model"), device, "float32")
     assert twin.config == other.config and twin.state_dict().keys() == other.state_dict().keys()
@@ -150,7 +151,7 @@ def test_damaged_files(loading, tmp_path, device):
 
 
 def test_checkpoints_that_do_not_fit(loading, tmp_path, device):
-    checkpoint = DATA / "t2i/model.pth"
+    checkpoint = golden_case("t2i") / "model.pth"
     assert "give the YAML of its arguments" in message(loading.load_flow, checkpoint, device)
     wrong = DATA / "t2i_shifted/config.yaml"
     assert "account for: blocks.0.final_norm.weight" in message(loading.load_flow, checkpoint, device, config=wrong)

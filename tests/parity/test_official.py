@@ -7,6 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from golden_files import golden_case
 from twins import DEVICES, difference, relative
 
 from mlx_starflow.sampling import JacobiSettings
@@ -47,7 +48,7 @@ class Case:
 
         from mlx_starflow.reference.loading import load_flow
 
-        self.flow = load_flow(DATA / name / "model.pth", device, config=DATA / name / "config.yaml")
+        self.flow = load_flow(golden_case(name) / "model.pth", device, config=DATA / name / "config.yaml")
         arrays = mx.load(str(DATA / name / "golden.safetensors"))
         channels_first = {key for key, value in arrays.items() if value.ndim == 4 and "output" not in key}
         self.arrays = {
