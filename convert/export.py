@@ -13,6 +13,7 @@ from mlx_starflow.convert.archive import Spec, check_archive_name, write_archive
 from mlx_starflow.convert.common import Tensor, as_tensor
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from mlx_starflow.models.autoencoder_wan_names import diffusers_tensor
 from mlx_starflow.models.tarflow import TarFlowConfig
 from mlx_starflow.weights import load_weights, one_line, parameters, read_config
 
@@ -26,7 +27,8 @@ def export_model(directory: str | Path, path: str | Path) -> Path:
     * STARFlow: the weights. Its official programs load with `strict=False` and make the buffers they need themselves.
     * TarFlow: the weights and the blocks' `attn_mask`, without which a strict load fails.
     * Text encoder: what Hugging Face's `T5EncoderModel` calls its tensors.
-    * Autoencoder: diffusers' `AutoencoderKL`, convolutions as `[out, in, kh, kw]`.
+    * Autoencoder: diffusers' `AutoencoderKL` or, of videos, `AutoencoderKLWan`, convolutions as `[out, in, kh, kw]` or
+      `[out, in, kt, kh, kw]`.
 
     Args:
         directory: a model directory.
@@ -117,10 +119,17 @@ def _autoencoder(tensors: dict[str, Tensor], config: Mapping[str, Any]) -> None:
             tensors[name] = as_tensor(tensors[name].read().transpose(0, 3, 1, 2))
 
 
+def _video_autoencoder(tensors: dict[str, Tensor], _: Mapping[str, Any]) -> None:
+    for name in list(tensors):
+        present, weight = diffusers_tensor(name, tensors.pop(name).read())
+        tensors[present] = as_tensor(weight)
+
+
 _LAYOUTS: dict[str, Callable[[dict[str, Tensor], Mapping[str, Any]], None] | None] = {
     "starflow": None,
     "tarflow": _tarflow,
     "t5": None,
     "autoencoder_kl": _autoencoder,
+    "autoencoder_wan": _video_autoencoder,
 }
 """By `model_type`, what makes the official tensors of a model directory's, in place; None: they are the same."""

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mlx_starflow.errors import StarflowError
+
 LICENSE = (
     "STARFlow weights that Apple released are for research purposes only: Apple Machine Learning Research Model is "
     "licensed under the Apple Machine Learning Research Model License Agreement (LICENSE_MODEL of "
@@ -14,7 +16,11 @@ LICENSE = (
 )
 """What whoever gets converted official weights has to be told."""
 
-LICENSES = {"google/flan-t5-xl": "Apache License 2.0", "stabilityai/sd-vae-ft-ema": "MIT License"}
+LICENSES = {
+    "google/flan-t5-xl": "Apache License 2.0",
+    "stabilityai/sd-vae-ft-ema": "MIT License",
+    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": "Apache License 2.0",
+}
 """Of the networks beside the flow."""
 
 ARGUMENTS: dict[str, dict[str, Any]] = {
@@ -83,29 +89,62 @@ def released_arguments(checkpoint: Path) -> dict[str, Any] | None:
     return ARGUMENTS.get(_VERSION.sub("", checkpoint.stem))
 
 
+def later_scale(vae: str) -> float:
+    """The factor of all latent frames but a video's first one, behind a colon in the official argument `vae`; else 1.
+
+    Raises:
+        StarflowError: it is not a number above 0.
+    """
+    text = vae.partition(":")[2] or "1"
+    try:
+        factor = float(text)
+    except ValueError:
+        factor = 0.0
+    if not 0 < factor < float("inf"):
+        raise StarflowError(f"vae {vae!r}: the factor behind the colon must be a number above 0, not {text!r}")
+    return factor
+
+
 @dataclass(frozen=True)
 class Release:
     """A released model: where its parts are on the Hugging Face Hub.
 
     Attributes:
-        checkpoint: the flow's file, in the release's own repository.
-        text_encoder, vae: the repositories of the other networks.
-        pipeline: settings that its pictures are best made with.
+        repository: of the flow.
+        checkpoint: the flow's file in it.
+        text_encoder, vae: the repositories of the other networks, as official arguments name them; see `later_scale`.
+        vae_folder: the autoencoder's in its repository.
+        pipeline: settings that its pictures or videos are best made with.
     """
 
+    repository: str
     checkpoint: str
     text_encoder: str
     vae: str
+    vae_folder: str = ""
     pipeline: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def vae_repository(self) -> str:
+        return self.vae.partition(":")[0]
 
 
 RELEASES = {
     "apple/starflow": Release(
+        repository="apple/starflow",
         checkpoint="starflow_3B_t2i_256x256.pth",
         text_encoder="google/flan-t5-xl",
         vae="stabilityai/sd-vae-ft-ema",
         # What the release's own sampling script passes.
         pipeline={"guidance": 3.6},
-    )
+    ),
+    "apple/starflow-v": Release(
+        repository="apple/starflow",
+        checkpoint="starflow-v_7B_t2v_caus_480p_v3.pth",
+        text_encoder="google/flan-t5-xl",
+        vae="Wan-AI/Wan2.2-TI2V-5B-Diffusers:0.6",
+        vae_folder="vae",
+        pipeline={"guidance": 3.5},
+    ),
 }
-"""Releases by repository, lower case."""
+"""Releases by name, lower case: the repository's or, for the video model in the same one, its own."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_starflow.convert.flow import read_arguments, write_flow
-from mlx_starflow.convert.official import LICENSE, LICENSES, RELEASES, released_arguments
+from mlx_starflow.convert.official import LICENSE, LICENSES, RELEASES, later_scale, released_arguments
 from mlx_starflow.convert.t5 import convert_t5
 from mlx_starflow.convert.vae import convert_vae
 from mlx_starflow.errors import StarflowError
@@ -42,8 +42,8 @@ def convert_release(
     settings, is not made again, so a run that was interrupted can simply be repeated.
 
     Args:
-        repository: "apple/starflow".
-        out_dir: folder to write; None: the one in which `load` finds the model by its repository's name, in
+        repository: "apple/starflow", or "apple/starflow-v" for the video model, which is in the same repository.
+        out_dir: folder to write; None: the one in which `load` finds the model by that name, in
             `~/.cache/mlx-starflow` or the folder that the environment variable MLX_STARFLOW_CACHE names.
         quantize: the flow's weights: 8, 6 or 4 bits, "mxfp8", "mxfp4" or "nvfp4".
         dtype: "float32", "bfloat16" or "float16", of all parts. None keeps the flow's and the autoencoder's, and makes
@@ -51,7 +51,8 @@ def convert_release(
         checkpoint: the flow's checkpoint, as `convert_flow` takes it.
         config: the YAML of the flow's arguments; None: the released one's.
         text_encoder: a Hugging Face T5's folder.
-        vae: a diffusers AutoencoderKL's folder, or a checkpoint of one (see `convert_vae`).
+        vae: the folder of a diffusers AutoencoderKL or, of the video model, AutoencoderKLWan, or a checkpoint of one,
+            such as `Wan2.2_VAE.pth` (see `convert_vae`).
         report: is told the licence of the flow's weights, and then what is being done, a line at a time.
 
     Returns:
@@ -73,14 +74,18 @@ def convert_release(
             raise StarflowError(f"{given} does not exist; leave it out to download the release's own")
     flow_name = Path(checkpoint or release.checkpoint)
     arguments = read_arguments(flow_name, config) or released_arguments(Path(release.checkpoint))
-    if arguments.get("vid_size"):
-        raise StarflowError(f"{config or flow_name} is a video model's; convert its parts one by one")
+    kinds = {name: bool(released_arguments(Path(other.checkpoint)).get("vid_size")) for name, other in RELEASES.items()}
+    if (is_video := bool(arguments.get("vid_size"))) != kinds[repository.lower()]:
+        other = next(name for name, kind in kinds.items() if kind == is_video)
+        what = "a video model's" if is_video else "a picture model's"
+        raise StarflowError(f"{config or flow_name} is {what}; convert it with: mlx-starflow convert {other}")
+    factor = later_scale(str(arguments.get("vae") or release.vae)) if is_video else None
     directory = converted_directory(repository) if out_dir is None else Path(out_dir)
     text_dtype = dtype or mx.bfloat16
     sources = {
         "text_encoder": str(text_encoder or release.text_encoder),
-        "vae": str(vae or release.vae),
-        "flow": str(checkpoint or f"{repository}/{release.checkpoint}"),
+        "vae": str(vae or release.vae_repository),
+        "flow": str(checkpoint or f"{release.repository}/{release.checkpoint}"),
     }
 
     def make_text_encoder() -> None:
@@ -88,10 +93,11 @@ def convert_release(
         convert_t5(source, directory / "text_encoder", dtype=text_dtype)
 
     def make_vae() -> None:
-        convert_vae(vae or _fetch_vae(release.vae), directory / "vae", dtype=dtype)
+        source = vae or _fetch_vae(release.vae_repository, release.vae_folder)
+        convert_vae(source, directory / "vae", dtype=dtype, later_scale=factor)
 
     def make_flow() -> None:
-        source = Path(checkpoint or _fetch_checkpoint(repository, release.checkpoint))
+        source = Path(checkpoint or _fetch_checkpoint(release.repository, release.checkpoint))
         others = [_origin(part, sources[part]) for part in ("text_encoder", "vae")]
         write_flow(
             source,
@@ -104,10 +110,11 @@ def convert_release(
             other_parts=" ".join(others),
         )
 
+    vae_settings = {"dtype": _name(dtype), **({"later_scale": factor} if is_video else {})}
     flow_settings = {"dtype": _name(dtype), "quantize": quantize and str(quantize), "config": config and str(config)}
     parts: list[tuple[str, Path, dict[str, Any], Callable[[], None]]] = [
         ("text_encoder", directory / "text_encoder", {"dtype": _name(text_dtype)}, make_text_encoder),
-        ("vae", directory / "vae", {"dtype": _name(dtype)}, make_vae),
+        ("vae", directory / "vae", vae_settings, make_vae),
         ("flow", directory, flow_settings, make_flow),
     ]
     report(LICENSE)
@@ -169,9 +176,10 @@ def _fetch_text_encoder(repository: str) -> Path:
     raise _no_file(repository, "model.safetensors")
 
 
-def _fetch_vae(repository: str) -> Path:
+def _fetch_vae(repository: str, subfolder: str) -> Path:
     for name in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"):
-        folder = fetch(repository, ["config.json", name])
+        inside = PurePosixPath(subfolder)
+        folder = fetch(repository, [str(inside / "config.json"), str(inside / name)]) / subfolder
         if (folder / name).is_file():
             return folder
     raise _no_file(repository, "diffusion_pytorch_model.safetensors")

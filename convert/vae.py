@@ -1,4 +1,4 @@
-"""Autoencoders (SD-VAE) to the autoencoder's part of a model directory."""
+"""Autoencoders (SD-VAE, Wan 2.2's of videos) to the autoencoder's part of a model directory."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from mlx_starflow.convert.common import Tensor, as_tensor, check_target, open_tensors, write_module
 from mlx_starflow.convert.distributed import is_distributed
+from mlx_starflow.convert.wan import WAN_FILE, WAN_VAE, is_official_wan, write_wan
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from mlx_starflow.weights import parse_dtype, read_json
@@ -29,36 +30,56 @@ def convert_vae(
     *,
     dtype: str | mx.Dtype | None = None,
     config: str | Path | None = None,
+    later_scale: float | None = None,
 ) -> Path:
-    """Write an AutoencoderKL as `config.json` and `model.safetensors`, in MLX's layout.
+    """Write an AutoencoderKL or a Wan 2.2 AutoencoderKLWan as `config.json` and `model.safetensors`, in MLX's layout.
 
-    Its tensors may have diffusers' names, with the present or the old ones of the attention's projections; or the names
-    under which the official release keeps autoencoders with a fine-tuned decoder: diffusers' below `vae.`, or
-    `encoder.0`, `encoder.1`, `decoder.0` and `decoder.1` for diffusers' `encoder`, `quant_conv`, `post_quant_conv` and
-    `decoder`.
+    The tensors of an AutoencoderKL may have diffusers' names, with the present or the old ones of the attention's
+    projections; or the names under which the official release keeps autoencoders with a fine-tuned decoder: diffusers'
+    below `vae.`, or `encoder.0`, `encoder.1`, `decoder.0` and `decoder.1` for diffusers' `encoder`, `quant_conv`,
+    `post_quant_conv` and `decoder`. Those of an AutoencoderKLWan may have diffusers' names or the ones in the official
+    `Wan2.2_VAE.pth`.
 
     Args:
-        source: a diffusers folder with `config.json` and its weights, or a checkpoint file of weights alone.
+        source: a diffusers folder with `config.json` and its weights, a checkpoint file of weights alone, or a folder
+            with the file `Wan2.2_VAE.pth`.
         out_dir: folder to write, made if need be. An autoencoder that it holds is replaced.
         dtype: "float32", "bfloat16" or "float16"; None keeps the checkpoint's.
-        config: diffusers' `config.json`; None: the one beside the weights, or that of SD-VAE if there is none.
+        config: diffusers' `config.json`; None: the one beside the weights; if there is none, that of Wan 2.2 for a file
+            with the official names of its tensors, else that of SD-VAE.
+        later_scale: of a video autoencoder, the factor of all latent frames but a video's first one; None: the
+            config's, or else 0.6, with which STARFlow-V was trained.
 
     Returns:
         `out_dir`. Its `config.json` is written last: a folder that has one is whole.
 
     Raises:
-        StarflowError: a file is missing or damaged, the model is no AutoencoderKL this package knows, or its tensors
-            do not fit its config; or `out_dir` cannot be written or holds another kind of model.
+        StarflowError: a file is missing or damaged, the model is no autoencoder this package knows, or its tensors
+            do not fit its config; it has no `later_scale`; or `out_dir` cannot be written or holds another kind of
+            model.
     """
     source, out_dir = Path(source), Path(out_dir)
     dtype = parse_dtype(dtype)
+    if (source / WAN_FILE).is_file():
+        source = source / WAN_FILE
     alone = source.is_file() or is_distributed(source)
     if not alone and not source.is_dir():
         raise StarflowError(f"{source} is not a folder; give the one with the autoencoder's config.json and weights")
     folder = source.parent if alone else source
     check_target(folder, out_dir)
     config_path = Path(config) if config else folder / "config.json"
-    content = SD_VAE if alone and not config and not config_path.is_file() else read_json(config_path)
+    if alone and not config and is_official_wan(open_tensors(source)):
+        # A config.json beside it is that of the video model which the file comes with.
+        content = WAN_VAE
+    elif alone and not config and not config_path.is_file():
+        content = SD_VAE
+    else:
+        content = read_json(config_path)
+    if content.get("_class_name") == WAN_VAE["_class_name"]:
+        weights_path = source if alone else _weights_path(folder)
+        return write_wan(weights_path, content, later_scale, out_dir, config_path=config_path, dtype=dtype)
+    if later_scale is not None:
+        raise StarflowError("later_scale is a video autoencoder's; this one is an AutoencoderKL, of pictures")
     try:
         parsed = AutoencoderKLConfig.from_dict(content)
     except StarflowError as error:

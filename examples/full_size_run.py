@@ -21,11 +21,7 @@ from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_map
 
-from mlx_starflow.convert.official import ARGUMENTS
-from mlx_starflow.memory import NETWORKS, plan
-from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
-from mlx_starflow.models.starflow import FlowConfig, STARFlow
-from mlx_starflow.models.t5 import T5Config, T5Encoder
+from mlx_starflow.memory import ModelConfigs, plan
 from mlx_starflow.noise import draw_noise
 from mlx_starflow.quantization import quantize_module
 from mlx_starflow.sampling import GuidedFlow, sequential
@@ -40,21 +36,24 @@ LENGTH = 128
 """Tokens of a prompt."""
 
 
-def write_random_model(folder: Path, how: str) -> None:
-    """A model directory of the released sizes; nothing of it is ever in memory as a whole."""
+def write_random_model(folder: Path, configs: ModelConfigs, how: str, guidance: float) -> None:
+    """A model directory of these sizes; nothing of it is ever in memory as a whole."""
     mx.random.seed(0)
-    # The released YAML does not name the text encoder's width; flan-t5-xl's is 2048.
-    config = FlowConfig.from_official({**ARGUMENTS["starflow_3B_t2i_256x256"], "txt_dim": 2048})
-    flow, encoder = STARFlow(config), T5Encoder(T5Config(**NETWORKS["google/flan-t5-xl"]))
-    autoencoder = AutoencoderKL(AutoencoderKLConfig.from_dict(NETWORKS["stabilityai/sd-vae-ft-ema"]))
-    for network in (flow, encoder, autoencoder):
+    networks = configs.networks()
+    for network in networks.values():
         network.update(tree_map(lambda array: 0.02 * mx.random.normal(array.shape), network.parameters()))
-    save_model(folder / "vae", parameters(autoencoder), autoencoder.config.to_dict())
+    flow, encoder, autoencoder = networks["flow"], networks["text encoder"], networks["autoencoder"]
+    save_model(folder / "vae", parameters(autoencoder), configs.vae.to_dict())
     settings = {"quantization": quantize_module(encoder, how)}
-    save_model(folder / "text_encoder", parameters(encoder), {**encoder.config.to_dict(), **settings})
+    save_model(folder / "text_encoder", parameters(encoder), {**configs.text_encoder.to_dict(), **settings})
     train_tokenizer([PROMPT, "a cat on a sofa", "the moon over a lake"] * 40, folder / "text_encoder/spiece.model", 60)
-    settings = {"quantization": quantize_module(flow, how), "pipeline": {"guidance": GUIDANCE}}
-    save_model(folder, parameters(flow), {"model_type": "starflow", **config.to_dict(), **settings})
+    settings = {"quantization": quantize_module(flow, how), "pipeline": {"guidance": guidance}}
+    save_model(folder, parameters(flow), {"model_type": "starflow", **configs.flow.to_dict(), **settings})
+
+
+def size_on_disk(folder: Path) -> int:
+    """Bytes of a model directory's weights."""
+    return sum(path.stat().st_size for path in folder.glob("**/*.safetensors"))
 
 
 @contextmanager
@@ -76,9 +75,8 @@ def main() -> None:
     folder = args.scratch / f"model-{args.quantize}"
     if not (folder / "config.json").exists():
         with phase(f"written with {args.quantize}-bit weights", 0):
-            write_random_model(folder, args.quantize)
-    size = sum(path.stat().st_size for path in folder.glob("**/*.safetensors"))
-    print(f"{size / 1e9:.2f} GB of weights", flush=True)
+            write_random_model(folder, ModelConfigs.of_release("apple/starflow"), args.quantize, GUIDANCE)
+    print(f"{size_on_disk(folder) / 1e9:.2f} GB of weights", flush=True)
 
     expected = plan(folder).phases(low_memory=True)
     with phase("text: prompt and empty prompt encoded", expected["text"]):

@@ -10,6 +10,9 @@ from mlx_starflow.errors import StarflowError
 RATIOS = ("1:1", "2:3", "3:2", "16:9", "9:16", "4:5", "5:4", "21:9", "9:21")
 """Width to height, as the release writes them."""
 
+VIDEO_RATIO = "16:9"
+"""Of videos, for models that make several shapes, unless told otherwise; the release's default too."""
+
 
 def ratio_value(ratio: str) -> float:
     """Width over height of a ratio such as "16:9". Raises StarflowError if it is not one."""

@@ -14,7 +14,7 @@ DEMO = Path(__file__).parent / "demo" / "model"
 CACHE_VARIABLE = "MLX_STARFLOW_CACHE"
 """Environment variable that names the folder of converted releases; `~/.cache/mlx-starflow` without it."""
 
-_OFFICIAL = "apple/starflow"
+_OFFICIAL = ("apple/starflow", "apple/starflow-v")
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _FILES = ["*.json", "*.safetensors", "*spiece.model"]
 _CHECKPOINTS = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
@@ -52,7 +52,7 @@ def find_model(name: str | Path) -> Path:
     converted = converted_directory(text)
     if (converted / "config.json").is_file():
         return converted
-    if text.lower() == _OFFICIAL:
+    if text.lower() in _OFFICIAL:
         raise StarflowError(
             f"{text} holds PyTorch checkpoints; download and convert them once with: mlx-starflow convert {text} "
             "(--quantize 8 makes a quarter of the size)"

@@ -18,6 +18,8 @@ from mlx_starflow.files import replacing
 METADATA_KEY = "mlx-starflow"
 FORMATS = (".png", ".jpg", ".jpeg", ".webp")
 ANIMATIONS = (".gif", ".webp")
+MOVIES = (".mp4", ".mov", ".m4v")
+UNDESCRIBED = "{} does not say how it was made: it was not written by mlx-starflow with --metadata"
 
 
 def to_images(pictures: np.ndarray) -> list[Image.Image]:
@@ -79,15 +81,20 @@ def save_animation(images: Sequence[Image.Image], path: Path, seconds: float = 0
         images[0].save(temporary, save_all=True, append_images=list(images[1:]), duration=durations, loop=0, **options)
 
 
-def read_metadata(path: Path) -> dict[str, Any]:
-    """How a PNG that `save_image` wrote was made. Raises StarflowError if it does not say."""
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """How a PNG that `save_image` wrote, or a video, was made. Raises StarflowError if it does not say."""
+    path = Path(path)
+    if path.is_dir() or path.suffix.lower() in (*ANIMATIONS, *MOVIES):
+        from mlx_starflow.video_media import read_video_metadata
+
+        return read_video_metadata(path)
     try:
         with Image.open(path) as image:
             text = getattr(image, "text", {}).get(METADATA_KEY)
     except OSError as error:
         raise StarflowError(f"{path} cannot be read as a picture: {error.strerror or error}") from None
     if text is None:
-        raise StarflowError(f"{path} does not say how it was made: it was not written by mlx-starflow with --metadata")
+        raise StarflowError(UNDESCRIBED.format(path))
     try:
         metadata = json.loads(text)
         if not isinstance(metadata, dict):

@@ -10,16 +10,18 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_starflow import footprint
+from mlx_starflow import footprint, footprint_frames, footprint_video
+from mlx_starflow.buckets import VIDEO_RATIO, bucket_size
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from mlx_starflow.models.autoencoder_wan import AutoencoderWan, AutoencoderWanConfig
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
 from mlx_starflow.models.t5 import T5Config, T5Encoder
 from mlx_starflow.quantization import quantize_module
@@ -55,17 +57,23 @@ NETWORKS: dict[str, dict[str, Any]] = {
         "layers_per_block": 2,
         "sample_size": 256,
     },
+    # The latents' statistics do not matter to memory.
+    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": {
+        "model_type": "autoencoder_wan",
+        "latents_mean": [0.0] * 48,
+        "latents_std": [1.0] * 48,
+    },
 }
 """Configs of the networks that official flows go with."""
 
 
 @dataclass(frozen=True)
 class ModelConfigs:
-    """The three networks of a text-to-picture model; `directory` if there are weights too."""
+    """The three networks of a model of pictures or videos; `directory` if there are weights too."""
 
     flow: FlowConfig
     text_encoder: T5Config
-    vae: AutoencoderKLConfig
+    vae: AutoencoderKLConfig | AutoencoderWanConfig
     directory: Path | None = None
     guidance: float = 0.0
 
@@ -75,7 +83,7 @@ class ModelConfigs:
         directory = Path(directory)
         flow = _read(FlowConfig, directory)
         text_encoder = _read(T5Config, directory / "text_encoder")
-        vae = _read(AutoencoderKLConfig, directory / "vae")
+        vae = _read(_vae_config(read_config(directory / "vae")), directory / "vae")
         guidance = read_config(directory).get("pipeline", {}).get("guidance", flow.cfg)
         return cls(flow, text_encoder, vae, directory, guidance)
 
@@ -89,7 +97,8 @@ class ModelConfigs:
             raise StarflowError(f"unknown release {repository!r}: it must be {', '.join(RELEASES)}")
         text_encoder = T5Config.from_dict(NETWORKS[release.text_encoder])
         arguments = dict(released_arguments(Path(release.checkpoint)) or {}) | {"txt_dim": text_encoder.d_model}
-        vae = AutoencoderKLConfig.from_dict(NETWORKS[release.vae])
+        network = NETWORKS[release.vae_repository]
+        vae = _vae_config(network).from_dict(network)
         flow = FlowConfig.from_official(arguments)
         return cls(flow, text_encoder, vae, None, release.pipeline.get("guidance", flow.cfg))
 
@@ -98,8 +107,12 @@ class ModelConfigs:
         return {
             "text encoder": T5Encoder(self.text_encoder),
             "flow": STARFlow(self.flow),
-            "autoencoder": AutoencoderKL(self.vae),
+            "autoencoder": (AutoencoderKL if isinstance(self.vae, AutoencoderKLConfig) else AutoencoderWan)(self.vae),
         }
+
+
+def _vae_config(config: Mapping[str, Any]) -> type[AutoencoderKLConfig] | type[AutoencoderWanConfig]:
+    return AutoencoderWanConfig if config.get("model_type") == "autoencoder_wan" else AutoencoderKLConfig
 
 
 def _read(config_class: Any, directory: Path) -> Any:
@@ -117,24 +130,33 @@ class MemoryPlan:
     Attributes:
         weights: of each network, by part ("text encoder", "flow", "autoencoder").
         kv_cache: of keys and values, at most; part of the flow phase's activations.
-        activations: of each phase ("text", "flow", "verify", "denoise", "decode"), what it takes besides weights.
+        activations: of each phase ("text", "flow", "verify", "denoise", "decode"), what it takes besides weights;
+            videos are not verified.
+        others: of a phase, what others hold meanwhile where all take turns, frame by frame.
     """
 
     weights: dict[str, int]
     kv_cache: int
     activations: dict[str, int]
+    others: dict[str, int] = field(default_factory=dict)
 
     def phases(self, low_memory: bool = False) -> dict[str, int]:
         """The peak of each phase, with all networks in memory or, with `low_memory`, the phase's own alone."""
         everything = sum(self.weights.values())
         return {
-            phase: (self.weights[part] if low_memory else everything) + self.activations[phase]
+            phase: self.activations[phase]
+            + (self.weights[part] if low_memory else everything + self.others.get(phase, 0))
             for phase, part in PHASES.items()
+            if phase in self.activations
         }
 
     def peak(self, low_memory: bool = False) -> int:
         """The highest peak of all phases."""
         return max(self.phases(low_memory).values())
+
+    def split(self, ranks: int) -> MemoryPlan:
+        """Of one of the processes that compute the flow together, see `tensor_parallel`: activations as for all."""
+        return replace(self, weights={**self.weights, "flow": self.weights["flow"] // ranks})
 
     def fits(self, gigabytes: float, low_memory: bool = False) -> bool:
         """Whether a Mac of this much memory (GiB) runs it: see `usable`."""
@@ -168,6 +190,7 @@ def plan(
     *,
     size: tuple[int, int] | None = None,
     batch: int = 1,
+    frames: int | None = None,
     guidance: float | None = None,
     dtype: str | mx.Dtype | None = None,
     quantization: int | str | Mapping[str, int | str] | None = None,
@@ -176,8 +199,9 @@ def plan(
 
     Args:
         model: a model directory, or its configs.
-        size: (width, height) of the pictures in pixels; None: what the model was trained at.
-        batch: pictures at once.
+        size: (width, height) of the pictures or videos in pixels; None: what the model was trained at.
+        batch: pictures or videos at once.
+        frames: of videos; None: as many as the model was trained at. All longer ones take the same.
         guidance: its weight; guided blocks see everything twice. None: the model's own.
         dtype: of the networks; None: float32 on CPU, bfloat16 on a GPU.
         quantization: of the flow, as `convert --quantize` takes it, or of each part by its name; None: as stored.
@@ -199,26 +223,51 @@ def plan(
     item = dtype.size
     flow, vae = configs.flow, configs.vae
     scale = vae.downscale
-    width, height = size or (flow.img_size * scale, flow.img_size * scale)
     step = scale * flow.patch_size
+    width, height = size or trained_size(flow, vae)
     if min(width, height) < step or width % step or height % step:
         raise StarflowError(f"a size of {width}x{height} does not fit: this model wants multiples of {step} pixels")
     guided = (configs.guidance if guidance is None else guidance) > 0
     tokens = (width // scale // flow.patch_size) * (height // scale // flow.patch_size)
     # Embeddings of the prompts and of no prompt, and of each picture's prompt once more.
     held = (batch + 2) * flow.txt_size * flow.txt_dim * item
-    kv_cache, sampling = footprint.sampling(flow, tokens, batch, guided, item)
-    activations = {
-        "text": footprint.text(configs.text_encoder, 2 * flow.txt_size, item),
-        "flow": held + sampling,
-        "verify": held + footprint.forward(flow, tokens, guided, item),
-        "denoise": held + footprint.score(flow, tokens, item),
-        "decode": held + footprint.decode(vae, height // scale, width // scale, batch, item),
-    }
+    others: dict[str, int] = {}
+    text = footprint.text(configs.text_encoder, 2 * flow.txt_size, item)
+    if flow.video and isinstance(vae, AutoencoderWanConfig):
+        trained = vae.latent_frames(flow.video[0])
+        window = min(trained, vae.latent_frames(frames or flow.video[0]))
+        longer = vae.latent_frames(frames or flow.video[0]) > trained
+        kv_cache, sampling = footprint_frames.sampling(flow, tokens, window, batch, guided, item, longer=longer)
+        kept, cleaning = footprint_frames.cleaning(flow, tokens, window, batch, item)
+        decoding = batch * footprint_video.decode_video(vae, height // scale, width // scale, item)
+        activations = {
+            "text": text,
+            "flow": held + sampling + kept,
+            "denoise": held + kv_cache + cleaning,
+            "decode": held + decoding,
+        }
+        layers = footprint_video.decoder_layers(vae, height // scale, width // scale)
+        state = batch * item * sum(layer.kept * layer.rows * layer.columns * layer.inputs for layer in layers)
+        others = {"flow": state, "denoise": state, "decode": kv_cache + kept}
+    else:
+        kv_cache, sampling = footprint.sampling(flow, tokens, batch, guided, item)
+        activations = {
+            "text": text,
+            "flow": held + sampling,
+            "verify": held + footprint.forward(flow, tokens, guided, item),
+            "denoise": held + footprint.score(flow, tokens, item),
+            "decode": held + footprint.decode(vae, height // scale, width // scale, batch, item),
+        }
     for phase, part in PHASES.items():
-        if part not in chosen:
+        if part not in chosen and phase in activations:
             activations[phase] += _unpacked(configs, part)
-    return MemoryPlan(weights, kv_cache, activations)
+    return MemoryPlan(weights, kv_cache, activations, others)
+
+
+def trained_size(flow: FlowConfig, vae: AutoencoderKLConfig | AutoencoderWanConfig) -> tuple[int, int]:
+    """(width, height) in pixels of what a model makes unless told otherwise: squares, or videos of `VIDEO_RATIO`."""
+    ratio = VIDEO_RATIO if flow.video and flow.mix_aspect else "1:1"
+    return bucket_size(ratio, flow.img_size * vae.downscale, vae.downscale * flow.patch_size)
 
 
 def weight_bytes(network: nn.Module, precision: int | str | mx.Dtype, dtype: mx.Dtype | None = None) -> int:

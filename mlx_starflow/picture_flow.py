@@ -201,11 +201,12 @@ def open_picture_flow(
     directory = find_model(name)
     if read_config(directory).get("model_type") == "tarflow":
         return PixelFlow(str(name), directory, dtype)
-    return LatentFlow(load(name, dtype=dtype, low_memory=low_memory))
+    return picture_flow(load(name, dtype=dtype, low_memory=low_memory))
 
 
 def picture_flow(model: PictureFlow | Pipeline) -> PictureFlow:
     """What `open_picture_flow` gives, of a pipeline that is there already. Raises StarflowError."""
+    model = getattr(model, "pictures", model)  # of a model that makes videos too
     if isinstance(model, PictureFlow):
         return model
     if isinstance(model, Pipeline):

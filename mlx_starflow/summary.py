@@ -13,13 +13,14 @@ from mlx_starflow import __version__, blas
 from mlx_starflow.chips import find_chips, time_report
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.hub import converted_directory, find_model
-from mlx_starflow.memory import PHASES, PRECISIONS, MemoryPlan, ModelConfigs, parameter_count, plan, usable
+from mlx_starflow.memory import PRECISIONS, MemoryPlan, ModelConfigs, parameter_count, plan, trained_size, usable
 from mlx_starflow.weights import load_weights, new_flow, read_config
 
 PARTS = {"flow": ".", "text encoder": "text_encoder", "autoencoder": "vae"}
 
 MACS = (8, 16, 24, 32, 64)
-"""Memory, in GB, of the Macs that `memory_report` speaks of."""
+LARGE_MACS = (32, 64, 96, 128, 192)
+"""Memory, in GB, of the Macs that `memory_report` speaks of, and of those for models that need more."""
 
 
 def summarize(model: str) -> dict[str, str]:
@@ -54,13 +55,16 @@ def summarize(model: str) -> dict[str, str]:
     return lines
 
 
-def memory_report(model: str, *, size: tuple[int, int] | None = None, batch: int = 1) -> list[str]:
+def memory_report(
+    model: str, *, size: tuple[int, int] | None = None, batch: int = 1, frames: int | None = None
+) -> list[str]:
     """What generating takes at each precision, and the Macs it runs on, computed from the model's configs.
 
     Args:
         model: as in `summarize`.
-        size: (width, height) of the pictures in pixels; None: what the model was trained at.
-        batch: pictures at once.
+        size: (width, height) of the pictures or videos in pixels; None: what the model was trained at.
+        batch: pictures or videos at once.
+        frames: of videos; None: as many as the model was trained at.
 
     Returns:
         Lines of text; none for a model that does not read prompts, or lacks its text encoder or autoencoder.
@@ -71,7 +75,7 @@ def memory_report(model: str, *, size: tuple[int, int] | None = None, batch: int
     configs = model_configs(model)
     if configs is None:
         return []
-    plans = _plans(configs, size, batch)
+    plans = _plans(configs, size, batch, frames)
     largest = max(each.peak() for each in plans.values())
     unit, name = (2**30, "GiB") if largest >= 2**30 else (2**20, "MiB")
 
@@ -81,8 +85,11 @@ def memory_report(model: str, *, size: tuple[int, int] | None = None, batch: int
     def sizes(values: list[int]) -> list[str]:
         return [f"{value / unit:.2f}" for value in values]
 
-    width, height = size or (configs.flow.img_size * configs.vae.downscale,) * 2
+    width, height = size or trained_size(configs.flow, configs.vae)
     pictures = "one picture" if batch == 1 else f"{batch} pictures at once"
+    if configs.flow.video:
+        videos = "one video" if batch == 1 else f"{batch} videos at once"
+        pictures = f"{videos} of {frames or configs.flow.video[0]} frames"
     lines = [
         f"Memory in {name} for {pictures} of {width}x{height}: computed from the configs, not measured.",
         "8, 6 and 4 bit: of the flow; text encoder and autoencoder are bfloat16 then.",
@@ -94,10 +101,12 @@ def memory_report(model: str, *, size: tuple[int, int] | None = None, batch: int
     for title, low_memory in (("peak, all in memory", False), ("peak with --low-memory", True)):
         lines += ["", row(title, list(plans))]
         phases = [each.phases(low_memory) for each in plans.values()]
-        lines += [row(f"  {phase}", sizes([each[phase] for each in phases])) for phase in PHASES]
+        lines += [row(f"  {phase}", sizes([each[phase] for each in phases])) for phase in phases[0]]
     lines += ["", row("Macs", list(plans))]
-    lines += [row(f"  {memory} GB", [_verdict(each, memory) for each in plans.values()]) for memory in MACS]
-    shares = ", ".join(f"{usable(memory * 2**30) / 2**30:.1f} of {memory}" for memory in MACS)
+    smallest = min(each.peak(low_memory=True) for each in plans.values())
+    macs = MACS if smallest <= usable(16 * 2**30) else LARGE_MACS
+    lines += [row(f"  {memory} GB", [_verdict(each, memory) for each in plans.values()]) for memory in macs]
+    shares = ", ".join(f"{usable(memory * 2**30) / 2**30:.1f} of {memory}" for memory in macs)
     return [
         *lines,
         f"The GPU is taken to get 70% of memory up to 32 GB, 75% above: {shares}.",
@@ -120,6 +129,8 @@ def time_reports(model: str, chip: str, *, size: tuple[int, int] | None = None) 
     configs = model_configs(model)
     if configs is None:
         raise StarflowError(f"--chip is for models that make pictures from prompts, and {model} is not a whole one")
+    if configs.flow.video:
+        raise StarflowError(f"--chip estimates how long pictures take, and {model} makes videos: leave it out")
     return [time_report(configs, one, size) for one in found]
 
 
@@ -145,16 +156,19 @@ def _verdict(expected: MemoryPlan, gigabytes: int) -> str:
     return "--low-memory" if expected.fits(gigabytes, low_memory=True) else "no"
 
 
-def _plans(configs: ModelConfigs, size: tuple[int, int] | None, batch: int) -> dict[str, MemoryPlan]:
+def _plans(
+    configs: ModelConfigs, size: tuple[int, int] | None, batch: int, frames: int | None
+) -> dict[str, MemoryPlan]:
     """The plan of each precision that the model's layers can be stored in."""
     plans = {}
     if configs.directory is not None and read_config(configs.directory).get("quantization"):
-        plans["as stored"] = plan(configs, size=size, batch=batch, dtype="bfloat16")
+        plans["as stored"] = plan(configs, size=size, batch=batch, frames=frames, dtype="bfloat16")
     dense = replace(configs, directory=None)
     for precision in PRECISIONS:
         bits = precision if precision.isdigit() else None
         try:
-            expected = plan(dense, size=size, batch=batch, dtype="bfloat16" if bits else precision, quantization=bits)
+            dtype = "bfloat16" if bits else precision
+            expected = plan(dense, size=size, batch=batch, frames=frames, dtype=dtype, quantization=bits)
         except StarflowError:
             if not bits:
                 raise
@@ -179,8 +193,13 @@ def _architecture(flow: Any) -> dict[str, str]:
         order = "backwards" if block.flip else "forwards"
         text = ", reads text" if getattr(block, "txt_dim", 0) else ""
         lines[f"block {index}"] = f"{kind}, {order}{text}"
-    side = flow.img_size // flow.patch_size
-    lines["tokens"] = f"{side * side} of {flow.blocks[0].in_channels} numbers, patches of {flow.patch_size}"
+    side, each = flow.img_size // flow.patch_size, " a frame" if getattr(flow, "video", None) else ""
+    lines["tokens"] = f"{side * side}{each} of {flow.blocks[0].in_channels} numbers, patches of {flow.patch_size}"
+    if video := getattr(flow, "video", None):
+        lines["videos"] = f"{video[0]} frames, {video[1]} a second, as trained; pictures too"
+    if denoiser := getattr(flow, "denoiser", None):
+        text = ", reads text" if denoiser.txt_dim else ""
+        lines["denoiser"] = f"{denoiser.num_layers} layers, width {denoiser.channels}{text}"
     if getattr(flow, "txt_size", 0):
         lines["text"] = f"{flow.txt_size} tokens of {flow.txt_dim} numbers"
     return lines

@@ -1,80 +1,32 @@
-"""Prompts to pictures, whichever framework computes them: requests, seeds, batches, phases, metadata."""
+"""Prompts to pictures, whichever framework computes them: requests, batches, phases."""
 
 from __future__ import annotations
 
-import time
-import warnings
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict
+from abc import abstractmethod
+from collections.abc import Sequence
 from itertools import zip_longest
-from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from mlx_starflow import __version__
-from mlx_starflow.buckets import closest_ratio
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.generation import GenerationResult, GenerationSettings, GenerationStats
 from mlx_starflow.media import to_images
-from mlx_starflow.models.autoencoder_kl import WHOLE_PIXELS, AutoencoderKLConfig
-from mlx_starflow.models.starflow import FlowConfig
-from mlx_starflow.noise import digest, draw_noise, draw_seed
-from mlx_starflow.prompts import complete_prompt
-from mlx_starflow.sampling import Certificate, SamplingPlan, SamplingTrace
+from mlx_starflow.models.autoencoder_kl import WHOLE_PIXELS
+from mlx_starflow.noise import draw_noise
+from mlx_starflow.prompted_model import Array, PromptedModel
+from mlx_starflow.sampling import Certificate, SamplingTrace
 from mlx_starflow.sampling.sampler import progress_off
-from mlx_starflow.tokenizer import Tokenizer
-from mlx_starflow.weights import read_config
-
-Array = TypeVar("Array")
 
 
-class TextToPicture(ABC, Generic[Array]):
-    """A flow with its text encoder and its autoencoder, read from a model directory.
+class TextToPicture(PromptedModel[Array]):
+    """A flow with its text encoder and its autoencoder, read from a model directory, that makes pictures."""
 
-    A subclass brings the networks and, as the abstract methods below, the five things that they are used for; arrays
-    are those of its framework.
-
-    Attributes:
-        tokenizer: of the text encoder.
-        config, vae_config: of the flow and of the autoencoder.
-        settings: how this model samples unless told otherwise.
-        plan: how method "auto" samples; None is sequentially.
-        adapters: folders of the flow's adapters and their strengths.
-    """
-
-    tokenizer: Tokenizer
     certifies: ClassVar[bool] = False
-    adapters: Sequence[tuple[str, float]] = ()
-
-    def __init__(self, name: str, directory: Path):
-        self.name, self.directory = name, directory
-        config = read_config(directory)
-        if config.get("model_type") != "starflow" or not config.get("txt_size"):
-            raise StarflowError(f"{name} does not read prompts: use load_flow and sample in Python")
-        for part in ("text_encoder", "vae"):
-            if not (directory / part).is_dir():
-                raise StarflowError(f"{directory} is a flow alone: generating needs its {part}/ folder too")
-        self.config = FlowConfig.from_dict(config)
-        self.vae_config = AutoencoderKLConfig.from_dict(read_config(directory / "vae"))
-        self.plan = SamplingPlan.find(directory)
-        self.settings = GenerationSettings.from_dict({"guidance": self.config.cfg, **config.get("pipeline", {})})
 
     # ---- what a framework brings
-
-    @abstractmethod
-    def _array(self, values: np.ndarray) -> Array: ...
-
-    @abstractmethod
-    def _concatenate(self, arrays: list[Array]) -> Array: ...
-
-    @abstractmethod
-    def _encode(self, ids: np.ndarray, mask: np.ndarray) -> Array:
-        """Token ids and mask `[B, L]` -> text embeddings `[B, L, D]`, zero at padding."""
 
     @abstractmethod
     def _invert(self, z: Array, text: Array, null_text: Array, settings: GenerationSettings, **how: Any) -> Array:
@@ -92,48 +44,7 @@ class TextToPicture(ABC, Generic[Array]):
     def _pictures(self, latents: Array) -> np.ndarray:
         """Normalized latents `[B, h, w, C]` -> pictures, float32 `[B, H, W, 3]`, about -1..1."""
 
-    def _while_generating(self) -> AbstractContextManager[Any]:
-        return nullcontext()
-
-    def _done_with(self, part: str) -> None:
-        """Called with the attribute of a network that the next phases do not need."""
-
-    def _start_phase(self) -> None:
-        """Called before each phase; `_finish_phase` after it."""
-
-    def _finish_phase(self) -> int | None:
-        """Wait for what is being computed; the most bytes that this phase held, if known."""
-        return None
-
     # ---- generating
-
-    def encode_prompts(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> Array:
-        """Prompts -> text embeddings `[B, L, D]`, zero at padding. Warns about a prompt that is cut.
-
-        `size` (width, height), of the pictures in pixels, is told to models that were trained on several shapes.
-        """
-        length = self.config.txt_size
-        ratio = closest_ratio(*size) if size else "1:1"
-        completed = [complete_prompt(prompt, self.config, ratio=ratio) for prompt in prompts]
-        ids, mask, truncated = self.tokenizer.batch(completed, length)
-        for prompt, cut in zip(prompts, truncated, strict=True):
-            if cut:
-                warnings.warn(
-                    f"the prompt is longer than the {length} tokens this model reads; its end is ignored: {prompt!r}",
-                    stacklevel=2,
-                )
-        return self._encode(ids, mask)
-
-    def latent_shape(self, size: tuple[int, int] | None = None) -> tuple[int, int, int]:
-        """(height, width, channels) of the latents of a picture of `size` (width, height) in pixels."""
-        config, scale = self.config, self.vae_config.downscale
-        if size is None:
-            return config.img_size, config.img_size, config.channel_size
-        step = scale * config.patch_size
-        width, height = size
-        if min(size) < step or width % step or height % step:
-            raise StarflowError(f"a size of {width}x{height} does not fit: this model wants multiples of {step} pixels")
-        return height // scale, width // scale, config.channel_size
 
     def generate(
         self,
@@ -212,25 +123,6 @@ class TextToPicture(ABC, Generic[Array]):
             stats=stats,
         )
 
-    @contextmanager
-    def _phase(self, stats: GenerationStats, name: str) -> Iterator[None]:
-        self._start_phase()
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            memory = self._finish_phase()
-            stats.spend(name, time.perf_counter() - began, memory)
-
-    def _seeds(self, seed: int | Sequence[int] | None, images: int, noise: np.ndarray | None) -> list[int | None]:
-        if images < 1:
-            raise StarflowError(f"the number of images must be 1 or more, not {images}")
-        if noise is not None:
-            return [None] * images
-        if seed is None:
-            seed = draw_seed()
-        return [seed + k for k in range(images)] if isinstance(seed, int) else list(seed)
-
     def _sample(
         self,
         noise: np.ndarray,
@@ -265,24 +157,6 @@ class TextToPicture(ABC, Generic[Array]):
         count = max(1, WHOLE_PIXELS // (latents.shape[1] * latents.shape[2] * self.vae_config.downscale**2))
         parts = [latents[start : start + count] for start in range(0, latents.shape[0], count)]
         return [image for part in parts for image in to_images(self._pictures(part))]
-
-    def _metadata(
-        self,
-        prompts: list[str],
-        seeds: list[int | None],
-        settings: GenerationSettings,
-        noise: np.ndarray,
-        certificate: Certificate | None,
-    ) -> dict[str, Any]:
-        """All that is needed to make pictures again: prompts times seeds, as `generate` takes them."""
-        metadata = {"version": __version__, "model": self.name, "prompts": prompts, "seeds": seeds}
-        if self.adapters:
-            metadata["adapters"] = self.adapters
-        if None in seeds:
-            metadata["noise_sha256"] = digest(noise)
-        if certificate is not None:
-            metadata["certificate"] = asdict(certificate)
-        return {**metadata, "settings": settings.to_dict()}
 
     def grid_metadata(self, result: GenerationResult) -> dict[str, Any]:
         """Metadata of a grid of all pictures of a result."""

@@ -24,6 +24,7 @@ from mlx_starflow.quantization import quantize_as, quantized_layers
 
 if TYPE_CHECKING:
     from mlx_starflow.models.autoencoder_kl import AutoencoderKL
+    from mlx_starflow.models.autoencoder_wan import AutoencoderWan
     from mlx_starflow.models.starflow import STARFlow
     from mlx_starflow.models.t5 import T5Config, T5Encoder
     from mlx_starflow.models.tarflow import TarFlow
@@ -216,18 +217,23 @@ def load_module(
             quantized and `quantization` does not say how.
     """
     place_weights(module, weights, what, quantization=quantization)
-    scales = {f"{path}.{kind}" for path in quantized_layers(module) for kind in ("scales", "biases")}
-    loaded = []
-    for name, weight in parameters(module).items():
-        if _is_floating(weight):
-            weight = weight.astype(mx.float32 if name in scales and _on_cpu() else dtype or weight.dtype)
-        loaded.append((name, weight))
-    module.load_weights(loaded)
+    cast_weights(module, dtype)
     try:
         mx.eval(module.parameters())
     except RuntimeError as error:
         raise StarflowError(f"cannot read {what}: {one_line(error)}") from error
     return module
+
+
+def cast_weights(module: nn.Module, dtype: mx.Dtype | None) -> None:
+    """Give a module's weights the dtype that `load_module` says, without reading them."""
+    scales = {f"{path}.{kind}" for path in quantized_layers(module) for kind in ("scales", "biases")}
+    cast = []
+    for name, weight in parameters(module).items():
+        if _is_floating(weight):
+            weight = weight.astype(mx.float32 if name in scales and _on_cpu() else dtype or weight.dtype)
+        cast.append((name, weight))
+    module.load_weights(cast)
 
 
 def _is_floating(array: mx.array) -> bool:
@@ -252,6 +258,7 @@ def load_flow(
     path_or_id: str | Path,
     dtype: str | mx.Dtype | None = None,
     adapters: Sequence[tuple[str | Path, float]] = (),
+    group: mx.distributed.Group | None = None,
 ) -> STARFlow | TarFlow:
     """The flow of a model directory.
 
@@ -259,16 +266,23 @@ def load_flow(
         path_or_id: "demo", a model directory or a Hugging Face repository of one (see `find_model`).
         dtype: "float32", "bfloat16" or "float16"; None: float32 on CPU, bfloat16 on a GPU.
         adapters: folders of adapters with their strengths (1: as trained), see `adapters.add_adapters`.
+        group: processes that compute it together, each with a part of it, see `tensor_parallel`.
 
     Raises:
         StarflowError: there is no such model, it is incomplete, damaged or of an unknown type, or an adapter does not
-            fit it.
+            fit it, or it cannot be split over the group.
     """
     from mlx_starflow.adapters import add_adapters
 
     dtype = parse_dtype(dtype) or default_dtype()
     directory = find_model(path_or_id)
     config = read_config(directory)
+    if group is not None:
+        from mlx_starflow.tensor_parallel import load_part
+
+        if adapters:
+            raise StarflowError("adapters cannot be split over ranks: fuse them into the model first")
+        return load_part(directory, config, dtype, group)
     flow = _load(new_flow(directory, config), directory, config, dtype)
     add_adapters(flow, adapters)
     return flow
@@ -318,19 +332,23 @@ def read_tokenizer(path: Path, config: T5Config) -> Tokenizer:
     return tokenizer
 
 
-def load_vae(directory: str | Path, dtype: str | mx.Dtype | None = None) -> AutoencoderKL:
-    """The image autoencoder in a folder; `dtype` as in `load_flow`.
+def load_vae(directory: str | Path, dtype: str | mx.Dtype | None = None) -> AutoencoderKL | AutoencoderWan:
+    """The autoencoder in a folder, of pictures or of videos; `dtype` as in `load_flow`.
 
     Raises:
-        StarflowError: a file is missing or damaged.
+        StarflowError: a file is missing or damaged, or the folder holds another kind of model.
     """
     directory = Path(directory)
     config = read_config(directory)
     return _load(new_vae(directory, config), directory, config, parse_dtype(dtype) or default_dtype())
 
 
-def new_vae(directory: Path, config: Mapping[str, Any]) -> AutoencoderKL:
+def new_vae(directory: Path, config: Mapping[str, Any]) -> AutoencoderKL | AutoencoderWan:
     """The autoencoder that a folder's `config.json` describes, without its weights. Raises StarflowError."""
+    if config.get("model_type") == "autoencoder_wan":
+        from mlx_starflow.models.autoencoder_wan import AutoencoderWan, AutoencoderWanConfig
+
+        return _new(AutoencoderWan, AutoencoderWanConfig, directory, config)
     from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 
     return _new(AutoencoderKL, AutoencoderKLConfig, directory, config)

@@ -93,6 +93,7 @@ def test_a_path_object_is_never_a_repository(download):
 def test_official_checkpoints_need_converting(download, cache):
     asked = download(AssertionError("must not download"))
     assert "download and convert them once with: mlx-starflow convert apple/starflow" in message("apple/starflow")
+    assert "once with: mlx-starflow convert apple/starflow-v (" in message("apple/starflow-v")
     (cache / "apple--starflow/vae").mkdir(parents=True)  # as a run that was interrupted leaves it
     (cache / "apple--starflow/vae/config.json").write_text("{}")
     assert "mlx-starflow convert Apple/STARFlow" in message("Apple/STARFlow")

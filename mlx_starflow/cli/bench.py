@@ -8,7 +8,7 @@ from functools import partial
 import click
 
 from mlx_starflow import blas
-from mlx_starflow.cli.generate import Size
+from mlx_starflow.sampling_options import Size
 
 
 @click.command()

@@ -38,14 +38,15 @@ class _Group(click.Group):
 def convert() -> None:
     """Turn PyTorch checkpoints into model directories.
 
-    The official release, text encoder and image autoencoder included, downloaded and converted at once:
+    An official release, text encoder and autoencoder included, downloaded and converted at once; apple/starflow-v is
+    the video model:
 
     \b
     mlx-starflow convert apple/starflow --quantize 8
     mlx-starflow generate "a corgi in the snow" --model apple/starflow
 
-    Other checkpoints, part by part. A complete model is a flow with its text encoder and its image autoencoder in
-    folders of its directory:
+    Other checkpoints, part by part. A complete model is a flow with its text encoder and its autoencoder in folders of
+    its directory:
 
     \b
     mlx-starflow convert flow mine.pth --config mine.yaml -o model --quantize 8
@@ -68,13 +69,14 @@ def convert() -> None:
 @click.option("--checkpoint", type=_PATH, metavar="PATH", help="The flow's checkpoint, if you have it already.")
 @click.option("--config", type=_PATH, metavar="YAML", help="The flow's arguments, if they are not the released ones.")
 @click.option("--text-encoder", type=_PATH, metavar="DIR", help="A Hugging Face T5, if you have it already.")
-@click.option("--vae", type=_PATH, metavar="PATH", help="A diffusers AutoencoderKL, if you have it already.")
+@click.option("--vae", type=_PATH, metavar="PATH", help="The autoencoder, if you have it already.")
 def release(repo: str, output: Path | None, **options: Any) -> None:
-    """A whole release from the Hugging Face Hub: apple/starflow.
+    """A whole release from the Hugging Face Hub: apple/starflow for pictures, apple/starflow-v for videos.
 
-    Downloads the flow (apple/starflow), the text encoder (google/flan-t5-xl) and the autoencoder
-    (stabilityai/sd-vae-ft-ema) into Hugging Face's cache, up to 27 GB, and converts them. After an interruption the
-    same command does what is left: files and parts that are complete are kept. --quantize is for the flow.
+    Downloads the flow (both from apple/starflow), the text encoder (google/flan-t5-xl) and the autoencoder
+    (stabilityai/sd-vae-ft-ema or, of videos, Wan-AI/Wan2.2-TI2V-5B-Diffusers) into Hugging Face's cache, 27 GB or more,
+    and converts them. After an interruption the same command does what is left: files and parts that are complete are
+    kept. --quantize is for the flow.
     """
     from mlx_starflow.convert.release import convert_release
 
@@ -137,11 +139,17 @@ def text_encoder(folder: Path, output: Path, quantize: str | None, dtype: str | 
 @click.option("--config", type=_PATH, metavar="JSON", help="Its config.json, if it is not beside the weights.")
 @_required_output
 @_dtype
-def vae(source: Path, config: Path | None, output: Path, dtype: str | None) -> None:
-    """A diffusers AutoencoderKL (SD-VAE) in the folder SOURCE, or SOURCE alone, such as a fine-tuned decoder's file."""
+@click.option(
+    "--later-scale", type=float, metavar="X", help="Of videos: factor of all latent frames but the first (0.6)."
+)
+def vae(source: Path, config: Path | None, output: Path, dtype: str | None, later_scale: float | None) -> None:
+    """A diffusers AutoencoderKL (SD-VAE) in the folder SOURCE, or SOURCE alone, such as a fine-tuned decoder's file.
+
+    SOURCE may also be Wan 2.2's autoencoder of videos: diffusers' folder of it or the official Wan2.2_VAE.pth.
+    """
     from mlx_starflow.convert.vae import convert_vae
 
-    _report(convert_vae(source, output, dtype=dtype, config=config))
+    _report(convert_vae(source, output, dtype=dtype, config=config, later_scale=later_scale))
 
 
 def _report(directory: Path) -> None:

@@ -9,31 +9,15 @@ import click
 
 from mlx_starflow import blas
 from mlx_starflow.errors import StarflowError
-
-
-class Size(click.ParamType):
-    name = "WIDTHxHEIGHT"
-
-    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> tuple[int, int]:
-        try:
-            width, height = (int(side) for side in str(value).lower().split("x"))
-        except ValueError:
-            self.fail(f"{value!r} is not a size such as 64x64", param, context)
-        return width, height
+from mlx_starflow.parallel_options import Ranks, tensor_parallel_option
+from mlx_starflow.sampling_options import Size, lora_option, network_options, sampling_options
 
 
 @click.command()
 @click.argument("prompts", nargs=-1)
 @click.option("--prompt-file", type=click.File("r"), help="Read prompts from a file, one a line; - is standard input.")
 @click.option("-m", "--model", help="demo, a model directory, or a Hub repository.  [default: demo]")
-@click.option(
-    "--lora",
-    "adapters",
-    type=(str, float),
-    multiple=True,
-    metavar="PATH SCALE",
-    help="An adapter's folder and its strength, 1 as trained; give it again for several, which add up.",
-)
+@lora_option
 @click.option("-o", "--output", type=click.Path(path_type=Path), default="out.png", show_default=True)
 @click.option(
     "--seed", type=click.IntRange(min=0), help="Of each prompt's first picture; drawn and reported if left out."
@@ -46,22 +30,7 @@ class Size(click.ParamType):
     show_default=True,
     help="Sample so many for each picture and keep the one that its prompt fits best, by the flow's likelihoods.",
 )
-@click.option(
-    "--guidance", type=float, help="Weight of classifier-free guidance, 0 or more; the model's own by default."
-)
-@click.option("--temperature", type=float, help="Scale of the noise; the model's own by default.")
-@click.option(
-    "--method",
-    type=click.Choice(["auto", "sequential", "jacobi", "rolling"]),
-    help="How the flow is inverted; auto follows the plan of `mlx-starflow tune`, and is sequential without one.",
-)
-@click.option(
-    "--verify/--no-verify",
-    default=None,
-    help="Say how far the flow, run forwards over each sample, is from its noise; or do not compute it.",
-)
-@click.option("--attn-temp", type=float, help="Divides the attention logits.")
-@click.option("--denoise/--no-denoise", default=None, help="Clean the sample with one score step.")
+@sampling_options
 @click.option("--size", type=Size(), help="In pixels; the size the model was trained at by default.")
 @click.option("--separate", is_flag=True, help="One file for each picture (out-1.png, ...) instead of a grid.")
 @click.option("--columns", type=click.IntRange(min=1), help="Pictures in a row of the grid.")
@@ -71,12 +40,7 @@ class Size(click.ParamType):
 @click.option("--load-noise", type=click.Path(path_type=Path), help="Start from saved noise instead of a seed.")
 @click.option("--steps-dir", type=click.Path(path_type=Path), help="Folder for the picture after each flow block.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Pictures at once.")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Precision of the networks.")
-@click.option(
-    "--low-memory/--no-low-memory",
-    default=None,
-    help="Hold one network at a time, which takes longer; by default if memory is too small for all of them.",
-)
+@network_options
 @click.option(
     "--backend",
     type=click.Choice(["mlx", "torch"]),
@@ -87,6 +51,7 @@ class Size(click.ParamType):
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Where torch computes; cuda if there is one.")
 @click.option("--data-parallel", is_flag=True, help="Share the prompts out over the processes of mlx.launch.")
 @click.option("-v", "--verbose", is_flag=True, help="Say what each phase cost.")
+@tensor_parallel_option
 def generate(
     prompts: tuple[str, ...],
     prompt_file: Any,
@@ -111,6 +76,7 @@ def generate(
     data_parallel: bool,
     verbose: bool,
     verify: bool | None,
+    ranks: Ranks,
     **settings: Any,
 ) -> None:
     """Make pictures of PROMPTS.
@@ -129,7 +95,8 @@ def generate(
     wanted_noise = None
     asked = list(prompts) + ([line.strip() for line in prompt_file if line.strip()] if prompt_file else [])
     if source is not None:
-        recipe = _read_recipe(source)
+        with ranks.together():
+            recipe = _read_recipe(source)
         if asked:
             raise click.UsageError("--from brings its own prompts; leave the others out")
         if best_of > 1:
@@ -147,29 +114,46 @@ def generate(
         raise click.UsageError('there is no prompt: mlx-starflow generate "a red apple"')
     targets = _targets(output, len(asked) * images, separate)
     if data_parallel:
+        if ranks.group is not None:
+            raise click.UsageError("--data-parallel and --tensor-parallel do not go together")
         if save_noise or load_noise or steps_dir:
             raise click.UsageError("--data-parallel does not go with --save-noise, --load-noise and --steps-dir")
         asked, targets, seeds = _share(asked, targets, images, seeds)
         if not asked:
             return
-    for path in targets:
-        media.check_output(path)
-    if steps_dir is not None:
-        _make_folder(steps_dir)
+    with ranks.together():
+        if ranks.first:
+            for path in targets:
+                media.check_output(path)
+            if steps_dir is not None:
+                _make_folder(steps_dir)
+    seeds = seeds if load_noise else ranks.seed(seeds)
 
     from mlx_starflow.pipeline import load
 
     if backend == "mlx":
-        blas.hint_if_slow()
+        if ranks.first:
+            blas.hint_if_slow()
     elif verify:
         raise StarflowError("--verify needs the mlx backend: leave one of them out")
-    pipe = load(model or "demo", dtype=dtype, low_memory=low_memory, backend=backend, device=device, adapters=adapters)
+    pipe = load(
+        model or "demo",
+        dtype=dtype,
+        low_memory=low_memory,
+        backend=backend,
+        device=device,
+        adapters=adapters,
+        group=ranks.group,
+    )
+    pipe = getattr(pipe, "pictures", pipe)  # of a model that makes videos too
     given = None
     if load_noise is not None:
         size = settings.get("size", pipe.settings.size)
-        given = noise.load_noise(load_noise, (len(asked) * images * best_of, *pipe.latent_shape(size)))
+        with ranks.together():
+            given = noise.load_noise(load_noise, (len(asked) * images * best_of, *pipe.latent_shape(size)))
         if wanted_noise and noise.digest(given) != wanted_noise:
             raise StarflowError(f"{load_noise} is not the noise that {source} was made from")
+    ranks.agree_on_method(settings.get("method", "auto"), pipe)
     settings |= {
         "seed": seeds,
         "images": images,
@@ -179,17 +163,19 @@ def generate(
         "verify": verify is not False,
         "progress": None,
     }
+    ranks.agree({"prompts": asked, "options": {**settings, "noise": None if given is None else noise.digest(given)}})
     fits: list[str] = []
     if best_of > 1:
         from mlx_starflow import scoring
 
         best = scoring.best_of(pipe, asked, best_of, **settings)
-        result, fits = (
-            best.result,
-            [f", prompt fit {fit:.0f} nats, the best of {best_of}" for fit in best.fits.max(axis=1)],
-        )
+        result = best.result
+        kept = best.fits[range(len(best.chosen)), best.chosen]
+        fits = [f", prompt fit {fit:.0f} nats, the best of {best_of}" for fit in kept]
     else:
         result = pipe.generate(asked, **settings)
+    if not ranks.first:
+        return
     if save_noise is not None:
         noise.save_noise(result.noise, save_noise)
     if steps_dir is not None:
@@ -222,6 +208,8 @@ def _read_recipe(source: Path) -> dict[str, Any]:
     from mlx_starflow import media
 
     recipe = media.read_metadata(source)
+    if "frames" in recipe.get("settings", {}):
+        raise StarflowError(f"{source} is a video: mlx-starflow video --from {source}")
     if missing := [key for key in ("model", "prompts", "seeds", "settings") if key not in recipe]:
         raise StarflowError(f"{source}: its description lacks {', '.join(missing)}")
     return recipe

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_starflow import blas
-from mlx_starflow.cli.generate import Size
+from mlx_starflow.sampling_options import Size
 
 if TYPE_CHECKING:
     from mlx_starflow.picture_files import PictureFile

@@ -145,7 +145,7 @@ class AutoencoderKLConfig:
 
 @dataclass(frozen=True)
 class Posterior:
-    """The encoder's Gaussian over latents, independent in every number: `mean` and `logvar`, both `[B, h, w, C]`.
+    """The encoder's Gaussian over latents, independent in every number: `mean` and `logvar`, of the latents' shape.
 
     `logvar` is the logarithm of the variance, limited to -30..20.
     """
@@ -153,9 +153,14 @@ class Posterior:
     mean: mx.array
     logvar: mx.array
 
+    @property
+    def std(self) -> mx.array:
+        """Standard deviations, of the shape of `mean`."""
+        return mx.exp(0.5 * self.logvar)
+
     def sample(self, noise: mx.array) -> mx.array:
-        """Raw latents `[B, h, w, C]` from standard normal `noise` of the same shape."""
-        return self.mean + mx.exp(0.5 * self.logvar) * noise
+        """Raw latents from standard normal `noise` of the same shape."""
+        return self.mean + self.std * noise
 
 
 class Encoder(nn.Module):

@@ -20,18 +20,19 @@ from urllib.parse import unquote
 import mlx.core as mx
 import pytest
 import yaml
-from tiny_model import SPIECE, tiny_flow, write_tiny_model
+from tiny_model import SPIECE, tiny_flow, write_tiny_model, write_tiny_video_model
 
 from mlx_starflow.convert import convert_release, export_model
 from mlx_starflow.convert.archive import Spec, write_archive
-from mlx_starflow.convert.official import ARGUMENTS, RELEASES, released_arguments
+from mlx_starflow.convert.official import RELEASES, later_scale, released_arguments
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.hub import find_model
 from mlx_starflow.models.starflow import FlowConfig
 from mlx_starflow.weights import load_weights, read_config
 
-CHECKPOINT = "starflow_3B_t2i_256x256.pth"
+CHECKPOINT, VIDEO_CHECKPOINT = "starflow_3B_t2i_256x256.pth", "starflow-v_7B_t2v_caus_480p_v3.pth"
 FLOW, TEXT, VAE = "apple/starflow", "google/flan-t5-xl", "stabilityai/sd-vae-ft-ema"
+VIDEO, VIDEO_VAE = "apple/starflow-v", "Wan-AI/Wan2.2-TI2V-5B-Diffusers"
 PARTS = ("text_encoder", "vae", "flow")
 
 
@@ -174,17 +175,38 @@ def write_release(root: Path) -> None:
     config = {**read_config(model / "vae"), "_class_name": "AutoencoderKL"}
     del config["model_type"]
     (vae / "config.json").write_text(json.dumps(config))
+    write_video_release(root)
     for folder, name in (
-        (root / FLOW, "starflow-v_7B_t2v_caus_480p_v3.pth"),
         (root / FLOW, "README.md"),
         (text, "pytorch_model-00001-of-00002.bin"),
         (text, "tf_model.h5"),
         (vae, "diffusion_pytorch_model.bin"),
+        (root / VIDEO_VAE, "model_index.json"),
+        (root / VIDEO_VAE / "vae", "diffusion_pytorch_model.bin"),
     ):
         (folder / name).write_bytes(b"not to be downloaded")
-    arguments = tiny_flow().config.to_dict() | {"vae": VAE, "img_size": 32}
-    del arguments["txt_dim"]
-    (root / "tiny.yaml").write_text(yaml.safe_dump({"arguments": [{key: value} for key, value in arguments.items()]}))
+    write_arguments(root / "tiny.yaml", tiny_flow().config.to_dict() | {"vae": VAE, "img_size": 32})
+
+
+def write_video_release(root: Path) -> None:
+    """The video model's flow in the same repository, and its autoencoder as a folder of a diffusers pipeline's."""
+    model = write_tiny_video_model(root / "video")
+    shutil.copytree(root / "model/text_encoder", model / "text_encoder", dirs_exist_ok=True)
+    flow = load_weights(model)
+    write_archive(root / FLOW / VIDEO_CHECKPOINT, {n: Spec(w.shape, w.dtype) for n, w in flow.items()}, flow.items())
+    vae = root / VIDEO_VAE / "vae"
+    vae.mkdir(parents=True)
+    export_model(model / "vae", vae / "diffusion_pytorch_model.safetensors")
+    config = {**read_config(model / "vae"), "_class_name": "AutoencoderKLWan", "is_residual": True, "patch_size": 2}
+    del config["model_type"], config["later_scale"]
+    (vae / "config.json").write_text(json.dumps(config))
+    side = 16 * read_config(model)["img_size"]
+    write_arguments(root / "video.yaml", read_config(model) | {"vae": f"{VIDEO_VAE}:0.6", "img_size": side})
+
+
+def write_arguments(path: Path, arguments: dict) -> None:
+    """A flow's config as an official YAML file, which does not have the width of the text."""
+    path.write_text(yaml.safe_dump({"arguments": [{k: v} for k, v in arguments.items() if k != "txt_dim"]}))
 
 
 NEEDED = [
@@ -247,10 +269,10 @@ def run(start):
     return run
 
 
-def assert_model(directory: Path, released: Path, dtype: mx.Dtype = mx.bfloat16) -> None:
+def assert_model(directory: Path, released: Path, dtype: mx.Dtype = mx.bfloat16, original: str = "model") -> None:
     """The directory holds the tiny model that was released."""
     for part in (".", "vae", "text_encoder"):
-        found, expected = load_weights(directory / part), load_weights(released / "model" / part)
+        found, expected = load_weights(directory / part), load_weights(released / original / part)
         assert found.keys() == expected.keys()
         for name, weight in expected.items():
             weight = weight.astype(dtype) if part == "text_encoder" else weight
@@ -313,6 +335,40 @@ def test_everything(hub, run, released, tmp_path, monkeypatch):
     assert not hub.requests
     assert_model(tmp_path / "out", released, mx.float32)
     assert f"--model {tmp_path / 'out'}" in out.splitlines()[-1]
+
+
+def test_the_video_model(hub, run, released, tmp_path, monkeypatch):
+    code, out, err = run(VIDEO, "--config", released / "video.yaml")
+    assert code == 0, err
+    model = tmp_path / "models/apple--starflow-v"
+    assert sorted(name for name in hub.downloads() if not name.startswith(TEXT)) == [
+        f"{VIDEO_VAE}/vae/config.json",
+        f"{VIDEO_VAE}/vae/diffusion_pytorch_model.safetensors",
+        f"{FLOW}/{VIDEO_CHECKPOINT}",
+    ]
+    assert_model(model, released, original="video")
+    assert read_config(model / "vae")["later_scale"] == 0.6
+    config = read_config(model)
+    assert config["vid_size"] == read_config(released / "video")["vid_size"]
+    assert config["img_size"] == read_config(released / "video")["img_size"]
+    assert config["pipeline"] == {"guidance": 3.5}
+    notice = (model / "NOTICE").read_text()
+    words = ("research purposes only", "Apple Machine Learning Research Model", VIDEO_CHECKPOINT)
+    for each in (*words, f"The folder vae holds {VIDEO_VAE} (Apache License 2.0)"):
+        assert each in notice
+    monkeypatch.setenv("MLX_STARFLOW_CACHE", str(tmp_path / "models"))
+    assert find_model(VIDEO) == model
+
+    # Again nothing is made; another factor makes the autoencoder anew.
+    hub.requests.clear()
+    code, out, err = run(VIDEO, "--config", released / "video.yaml")
+    assert status(out) == dict.fromkeys(PARTS, True), err
+    text = (released / "video.yaml").read_text().replace(":0.6", ":0.8")
+    (tmp_path / "other.yaml").write_text(text)
+    code, out, err = run(VIDEO, "--config", tmp_path / "other.yaml", HF_HUB_OFFLINE="1")
+    assert status(out) == {"text_encoder": True, "vae": False, "flow": False}, err
+    assert read_config(model / "vae")["later_scale"] == 0.8
+    assert not hub.requests
 
 
 def test_local_parts_need_no_hub(hub, run, released, tmp_path):
@@ -395,14 +451,22 @@ def test_mistakes(tmp_path):
         assert not (tmp_path / "out").exists()
         return str(error.value)
 
-    assert "unknown release 'apple/starfish': it must be apple/starflow" in mistake("apple/starfish")
+    assert "unknown release 'apple/starfish': it must be apple/starflow, apple/starflow-v;" in mistake("apple/starfish")
     assert "cannot quantize to 5" in mistake(FLOW, quantize=5)
     assert "dtype 'int8' is not one of" in mistake(FLOW, dtype="int8")
     for part in ("checkpoint", "config", "text_encoder", "vae"):
         assert "nowhere does not exist" in mistake(FLOW, **{part: tmp_path / "nowhere"})
-    video = tmp_path / "starflow-v_7B_t2v_caus_480p_v3.pth"
+    picture, video = tmp_path / CHECKPOINT, tmp_path / VIDEO_CHECKPOINT
+    picture.write_bytes(b"")
     video.write_bytes(b"")
-    assert "is a video model's" in mistake(FLOW, checkpoint=video)
+    message = mistake(FLOW, checkpoint=video)
+    assert "is a video model's; convert it with: mlx-starflow convert apple/starflow-v" in message
+    message = mistake(VIDEO, checkpoint=picture)
+    assert message.endswith("is a picture model's; convert it with: mlx-starflow convert apple/starflow")
+    config = tmp_path / "video.yaml"
+    for factor in ("half", "0", "-1", "nan"):
+        config.write_text(yaml.safe_dump({"arguments": [{"vid_size": "81:16"}, {"vae": f"{VIDEO_VAE}:{factor}"}]}))
+        assert f"must be a number above 0, not '{factor}'" in mistake(VIDEO, config=config)
 
 
 def test_a_hub_that_always_cuts(hub, run, released, tmp_path):
@@ -437,5 +501,8 @@ def test_released_arguments():
     video = released_arguments(Path("starflow-v_7B_t2v_caus_480p_v3.pth"))
     assert FlowConfig.from_official({**video, "txt_dim": 2048}).blocks[-1].channels == 4096
     assert released_arguments(Path("mine.pth")) is None
-    assert all(Path(release.checkpoint).stem in ARGUMENTS for release in RELEASES.values())
-    assert [(r.text_encoder, r.vae) for r in RELEASES.values()] == [(arguments["text"], arguments["vae"])]
+    assert all(released_arguments(Path(release.checkpoint)) for release in RELEASES.values())
+    assert later_scale(RELEASES[VIDEO].vae) == 0.6
+    assert later_scale(VIDEO_VAE) == 1.0
+    networks = [(official["text"], official["vae"]) for official in (arguments, video)]
+    assert [(r.text_encoder, r.vae) for r in RELEASES.values()] == networks

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from tiny_model import write_tiny_video_model
+
+from mlx_starflow.video_media import read_video
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -48,3 +51,11 @@ def test_interpolation(tmp_path):
     output = run("interpolation.py", str(tmp_path / "way.webp"))
     assert float(re.search(r"by (\d+\.\d) of", output)[1]) < 4
     assert Image.open(tmp_path / "way.webp").n_frames == 9
+
+
+def test_stream_video(tmp_path):
+    model = write_tiny_video_model(tmp_path / "model")
+    output = run("stream_video.py", str(model), "a cat", str(tmp_path / "cat.mp4"))
+    assert output.count("of 17 after") == 17
+    assert "cat-longer.mp4: 25 frames of 48x32" in output
+    assert len(list(read_video(tmp_path / "cat-longer.mp4"))) == 25

@@ -1,0 +1,158 @@
+"""The config of the video autoencoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import Any
+
+from mlx_starflow.errors import StarflowError
+
+# Keys of a config.json that are checked apart or do not change the network. Those beginning with "_" are notes.
+_OTHER_KEYS = {
+    "model_type", "quantization", "attn_scales", "dropout", "in_channels", "out_channels", "is_residual", "clip_output",
+    "patch_size", "scale_factor_temporal", "scale_factor_spatial",
+}  # fmt: skip
+
+PATCH = 2
+"""Side of the patches of pixels that encoder and decoder work on."""
+
+CHANNELS = 3
+"""Of a picture: red, green, blue."""
+
+STRIP_POSITIONS = 2**13
+"""About how many patches of a frame a strip has."""
+
+
+@dataclass(frozen=True)
+class AutoencoderWanConfig:
+    """The architecture and the latents' normalization, under diffusers' names, with the values of Wan 2.2.
+
+    Attributes:
+        base_dim, decoder_base_dim: width of encoder and decoder at the highest resolution.
+        z_dim: channels of a latent.
+        dim_mult: width at each resolution, the highest first, in multiples of the base.
+        num_res_blocks: residual blocks at each resolution; the decoder has one more.
+        temperal_downsample: for each step to the next resolution, whether it halves the number of frames too.
+        latents_mean, latents_std: one value a latent channel, what `AutoencoderWan.scale` uses.
+        later_scale: factor of normalized latents, except of a video's first frame. STARFlow-V was trained with 0.6.
+    """
+
+    latents_mean: tuple[float, ...]
+    latents_std: tuple[float, ...]
+    base_dim: int = 160
+    decoder_base_dim: int = 256
+    z_dim: int = 48
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    temperal_downsample: tuple[bool, ...] = (False, True, True)
+    later_scale: float = 0.6
+
+    def __post_init__(self) -> None:
+        sizes = {name: getattr(self, name) for name in ("base_dim", "decoder_base_dim", "z_dim", "num_res_blocks")}
+        sizes |= {f"dim_mult[{i}]": value for i, value in enumerate(self.dim_mult)}
+        for name, value in sizes.items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise StarflowError(f"autoencoder config: {name} must be a positive integer, not {value!r}")
+        if not self.dim_mult:
+            raise StarflowError("autoencoder config: dim_mult is empty; it takes one number per resolution")
+        if len(self.temperal_downsample) != len(self.dim_mult) - 1:
+            raise StarflowError(
+                f"autoencoder config: temperal_downsample has {len(self.temperal_downsample)} values, "
+                f"dim_mult {len(self.dim_mult)}; it takes one less"
+            )
+        for name in ("latents_mean", "latents_std"):
+            if len(getattr(self, name)) != self.z_dim:
+                raise StarflowError(
+                    f"autoencoder config: {name} has {len(getattr(self, name))} values, z_dim is {self.z_dim}"
+                )
+        if not all(self.latents_std) or not isinstance(self.later_scale, int | float) or not self.later_scale > 0:
+            raise StarflowError("autoencoder config: latents_std and later_scale must be above 0")
+        for inputs, outputs, cell in self._steps():
+            if inputs * cell % outputs:
+                raise StarflowError(
+                    f"autoencoder config: {cell} x {inputs} channels do not make {outputs}; see dim_mult"
+                )
+
+    def _steps(self) -> list[tuple[int, int, int]]:
+        """(width of the finer side, width of the other one, positions that are one there) of the steps."""
+        cells = [4 * (2 if temporal else 1) for temporal in self.temperal_downsample] + [1]
+        down = [self.base_dim * mult for mult in (1, *self.dim_mult)]
+        up = [self.decoder_base_dim * mult for mult in (self.dim_mult[-1], *self.dim_mult[::-1])]
+        steps = list(zip(down, down[1:], cells, strict=False))
+        return steps + list(zip(up[1:], up, cells[-2::-1], strict=False))
+
+    @property
+    def downscale(self) -> int:
+        """Pixels to a latent, in each direction of space."""
+        return PATCH * 2 ** len(self.temperal_downsample)
+
+    @property
+    def temporal_downscale(self) -> int:
+        """Pixel frames to a latent frame, except a video's first one, which is one frame alone."""
+        return 2 ** sum(self.temperal_downsample)
+
+    @property
+    def latent_channels(self) -> int:
+        return self.z_dim
+
+    def latent_frames(self, frames: int) -> int:
+        """Latent frames of a video of so many frames. Raises StarflowError if there is no such video."""
+        step = self.temporal_downscale
+        if frames < 1 or (frames - 1) % step:
+            more = 1 + -(-max(frames - 1, 0) // step) * step
+            raise StarflowError(
+                f"the autoencoder takes 1 frame and then multiples of {step}, not {frames}; give it {more}"
+            )
+        return 1 + (frames - 1) // step
+
+    def pixel_frames(self, latent_frames: int) -> int:
+        """Frames of a video of so many latent frames, at least 1."""
+        return 1 + self.temporal_downscale * (latent_frames - 1)
+
+    def strip_rows(self, width: int) -> int:
+        """Rows of the strips, at every resolution, of frames of latents of this width."""
+        return max(8, STRIP_POSITIONS // (width * self.downscale // PATCH))
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> AutoencoderWanConfig:
+        """Read diffusers' `config.json` of a Wan 2.2 AutoencoderKLWan, or the one of a model directory.
+
+        Raises:
+            StarflowError: another class or kind (Wan 2.1's has no residual steps and no patches), a value that is
+                missing or unusable, or a key that is not known.
+        """
+        class_name = config.get("_class_name", "AutoencoderKLWan")
+        if class_name != "AutoencoderKLWan":
+            raise StarflowError(f"autoencoder config: _class_name is {class_name!r}; it must be 'AutoencoderKLWan'")
+        model_type = config.get("model_type", "autoencoder_wan")
+        if model_type != "autoencoder_wan":
+            raise StarflowError(f"autoencoder config: model_type is {model_type!r}; it must be 'autoencoder_wan'")
+        if "model_type" not in config and (not config.get("is_residual") or config.get("patch_size") != PATCH):
+            raise StarflowError(
+                "autoencoder config: this is not Wan 2.2's autoencoder (is_residual true, patch_size 2); "
+                "use the folder vae of Wan-AI/Wan2.2-TI2V-5B-Diffusers"
+            )
+        if config.get("attn_scales"):
+            raise StarflowError("autoencoder config: attn_scales is not supported; it must be empty")
+        for key in ("in_channels", "out_channels"):
+            if config.get(key) not in (None, CHANNELS, CHANNELS * PATCH**2):
+                raise StarflowError(f"autoencoder config: {key} is {config[key]!r}; it must be {CHANNELS * PATCH**2}")
+        known = {field.name: field for field in fields(cls)}
+        for key in config:
+            if key not in known and key not in _OTHER_KEYS and not key.startswith("_"):
+                raise StarflowError(f"autoencoder config: {key} is not a setting of an AutoencoderKLWan")
+        for name, field in known.items():
+            if field.default is MISSING and config.get(name) is None:
+                raise StarflowError(f"autoencoder config: {name} is missing; use the config.json of the checkpoint")
+            wants_list = isinstance(field.default, tuple) or field.default is MISSING
+            if wants_list and not isinstance(config.get(name) or [], list | tuple):
+                raise StarflowError(f"autoencoder config: {name} must be a list, not {config[name]!r}")
+        values = {name: config[name] for name in known if config.get(name) is not None}
+        if "decoder_base_dim" not in values and "base_dim" in values:
+            values["decoder_base_dim"] = values["base_dim"]
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as JSON, readable by `from_dict`."""
+        return {"model_type": "autoencoder_wan", **asdict(self)}

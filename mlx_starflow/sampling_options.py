@@ -1,0 +1,64 @@
+"""Options that the commands which make pictures or videos share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import reduce
+from typing import Any, TypeVar
+
+import click
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class Size(click.ParamType):
+    name = "WIDTHxHEIGHT"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> tuple[int, int]:
+        try:
+            width, height = (int(side) for side in str(value).lower().split("x"))
+        except ValueError:
+            self.fail(f"{value!r} is not a size such as 64x64", param, context)
+        return width, height
+
+
+def _together(*options: Callable[[Function], Function]) -> Callable[[Function], Function]:
+    return lambda command: reduce(lambda decorated, option: option(decorated), reversed(options), command)
+
+
+lora_option = click.option(
+    "--lora",
+    "adapters",
+    type=(str, float),
+    multiple=True,
+    metavar="PATH SCALE",
+    help="An adapter's folder and its strength, 1 as trained; give it again for several, which add up.",
+)
+
+sampling_options = _together(
+    click.option(
+        "--guidance", type=float, help="Weight of classifier-free guidance, 0 or more; the model's own by default."
+    ),
+    click.option("--temperature", type=float, help="Scale of the noise; the model's own by default."),
+    click.option(
+        "--method",
+        type=click.Choice(["auto", "sequential", "jacobi", "rolling"]),
+        help="How the flow is inverted; auto follows the plan of `mlx-starflow tune`, and is sequential without one.",
+    ),
+    click.option(
+        "--verify/--no-verify",
+        default=None,
+        help="Say how far the flow, run forwards over each sample, is from its noise; or do not compute it.",
+    ),
+    click.option("--attn-temp", type=float, help="Divides the attention logits."),
+    click.option("--denoise/--no-denoise", default=None, help="Clean the sample of the flow's training noise."),
+)
+
+network_options = _together(
+    click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Precision of the networks."),
+    click.option(
+        "--low-memory/--no-low-memory",
+        default=None,
+        help="Hold one network at a time, which takes longer; by default if memory is too small for all of them.",
+    ),
+)
