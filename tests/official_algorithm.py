@@ -14,6 +14,7 @@ from mlx_starflow.reference.rope import rotate
 from mlx_starflow.reference.sampling import METHODS, BlockDecoder, Guidance, guide, invert_block
 from mlx_starflow.reference.starflow import STARFlow
 from mlx_starflow.reference.transformer import causal_mask
+from mlx_starflow.sampling.methods import JacobiSettings
 
 
 class GrowingCache:
@@ -63,17 +64,19 @@ def sample(
     text: Tensor | None,
     null_text: Tensor | None,
     guidance: float,
-    method: str = "sequential",
+    method: str | JacobiSettings = "sequential",
 ) -> tuple[Tensor, list[int]]:
     """Noise `[B, H, W, C]` -> data, and the network evaluations of each block, deep block first.
 
     Args:
         method: "sequential", one token at a time; or "jacobi", blocks of 16 tokens one after the other, each iterated
-            until the mean square of its change is below 1e-3 of that of its values (`JacobiSettings`' defaults).
+            until the mean square of its change is below 1e-3 of that of its values (`JacobiSettings`' defaults); or
+            other settings of these.
     """
     tokens = flow.tokens(z)
     batch, length, _ = tokens.shape
     conditions = flow.conditions(z, text, null_text, guidance)
+    settings = METHODS[method]() if isinstance(method, str) else method
     evaluations = []
     for block, condition in reversed(list(zip(flow.blocks, conditions.blocks, strict=True))):
         if block.is_identity:
@@ -81,6 +84,6 @@ def sample(
             continue
         rule = Guidance(guide, guidance) if condition.guided else None
         decoder = OfficialDecoder(block, batch, length, conditions.table, condition, rule)
-        tokens = invert_block(decoder, tokens, METHODS[method]())
+        tokens = invert_block(decoder, tokens, settings)
         evaluations.append(decoder.evaluations)
     return flow.latents(tokens, z.shape), evaluations

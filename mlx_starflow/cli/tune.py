@@ -18,6 +18,13 @@ from mlx_starflow import blas
     show_default=True,
     help="Largest |f(x) - z| a sample may have, in standard deviations of the noise.",
 )
+@click.option(
+    "--least",
+    type=click.Choice(["seconds", "evaluations"]),
+    default="seconds",
+    show_default=True,
+    help="What the plan keeps small: time on this machine, or network evaluations, for one that waits for weights.",
+)
 @click.option("--guidance", type=click.FloatRange(min=0), help="What to tune for; the model's own by default.")
 @click.option("--prompt-file", type=click.File("r"), help="Prompts to try, one a line; four simple ones by default.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the first prompt's noise.")
@@ -26,6 +33,7 @@ from mlx_starflow import blas
 def tune(
     model: str,
     tolerance: float,
+    least: str,
     guidance: float | None,
     prompt_file: Any,
     seed: int,
@@ -45,6 +53,6 @@ def tune(
     blas.hint_if_slow()
     prompts = [line.strip() for line in prompt_file if line.strip()] if prompt_file else PROMPTS
     trials = prepare(model, prompts, guidance=guidance, seed=seed, dtype=parse_dtype(dtype))
-    plan = find_plan(trials.flow, trials.z, **trials.condition, tolerance=tolerance, report=click.echo)
+    plan = find_plan(trials.flow, trials.z, **trials.condition, tolerance=tolerance, least=least, report=click.echo)
     if not dry_run:
         click.echo(f"{plan.save(trials.directory)} is written")

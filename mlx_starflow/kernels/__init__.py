@@ -21,6 +21,12 @@ def enabled() -> bool:
     return mx.metal.is_available() and mx.default_device() == mx.gpu and os.environ.get("MLX_STARFLOW_KERNELS") != "0"
 
 
+@cache
+def on_cpu() -> bool:
+    """Whether MLX computes on its CPU backend by default, which computes erf and exp one number at a time."""
+    return mx.default_device() == mx.cpu
+
+
 def with_gradient(fused: Callable[..., Arrays], twin: Callable[..., Arrays]) -> Callable[..., Arrays]:
     """`fused`, a function of two or more arrays, with the gradients of `twin`, which must compute the same."""
     function = mx.custom_function(fused)

@@ -8,6 +8,8 @@ from typing import Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_starflow.kernels.attention import attention
+from mlx_starflow.kernels.gelu import GELU
 from mlx_starflow.kernels.plain import EPSILON, rms_norm
 from mlx_starflow.kernels.qkv import split_rotate
 
@@ -87,7 +89,7 @@ class Attention(nn.Module):
         else:
             scale = scale / temperature
         mask = "causal" if causal and length > 1 else None
-        h = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+        h = attention(q, k, v, scale=scale, mask=mask)
         return h.transpose(0, 2, 1, 3).reshape(batch, length, -1)
 
     def merge(self, h: mx.array) -> mx.array:
@@ -108,7 +110,7 @@ class MLP(nn.Module):
             self.up_proj = nn.Linear(channels, hidden, bias=bias)
             self.down_proj = nn.Linear(hidden, channels, bias=bias)
         else:
-            self.main = [nn.Linear(channels, hidden, bias=bias), nn.GELU(), nn.Linear(hidden, channels, bias=bias)]
+            self.main = [nn.Linear(channels, hidden, bias=bias), GELU(), nn.Linear(hidden, channels, bias=bias)]
         if config.use_post_norm:
             self.post_norm = make_norm(config.norm_type, channels)
 

@@ -1,7 +1,9 @@
 """Finding the fastest way to invert each block of a flow, on this machine, at a stated certificate.
 
-Which blocks converge in a few sweeps and which do not is a property of the weights (arXiv 2505.12849, 2505.24791); what
-an evaluation of n tokens costs is one of the machine. Both are measured.
+Or the one with the fewest network evaluations, which is the fastest where these wait for weights and not for
+arithmetic: on most GPUs, one picture at a time. Which blocks converge in a few sweeps and which do not is a property of
+the weights (arXiv 2505.12849, 2505.24791); what an evaluation of n tokens costs is one of the machine. Both are
+measured.
 """
 
 from __future__ import annotations
@@ -34,6 +36,9 @@ DEEP_SHARE = 0.9
 OTHERS_SHARE = 0.1
 """And the others, whose residuals the blocks after them enlarge."""
 
+COSTS = ("seconds", "evaluations")
+"""What a plan may keep small."""
+
 ALIKE = 1.2
 """Seconds that differ by less than this factor count as equal: repeated measurements do not agree better."""
 
@@ -50,6 +55,9 @@ class Trial:
 
     def __str__(self) -> str:
         return f"block {self.block}: {describe(self.settings)}: {self.evaluations} evaluations, {self.seconds:.2f} s"
+
+    def cost(self, least: str) -> float:
+        return self.seconds if least == "seconds" else self.evaluations
 
 
 def describe(settings: Settings) -> str:
@@ -69,6 +77,7 @@ def tune(
     guidance: float = 0.0,
     *,
     tolerance: float = 1e-2,
+    least: str = "seconds",
     report: Callable[[str], None] = lambda line: None,
 ) -> SamplingPlan:
     """Measure methods on a few samples and choose.
@@ -78,11 +87,14 @@ def tune(
             since that is how a picture at a time is made.
         tolerance: largest certificate (|f(x) - z|, standard deviations of the noise) that a sample may have. Where
             sequential sampling itself does not reach it, as with half-precision weights, twice what that reaches.
+        least: of what the plan shall take the least: "seconds" on this machine, or network "evaluations".
         report: is told what was measured.
 
     Raises:
         StarflowError: the tolerance is not positive, or an argument is wrong (see `sample`).
     """
+    if least not in COSTS:
+        raise StarflowError(f"a plan can take the least {' or '.join(COSTS)}, not {least!r}")
     if not tolerance > 0:
         raise StarflowError(f"the tolerance must be greater than 0, not {tolerance:g}")
     samples = [_Sample.of(flow, z, text, null_text, guidance, index) for index in range(z.shape[0])]
@@ -95,7 +107,7 @@ def tune(
     blocks: list[Settings] = [SequentialSettings()] * len(flow.blocks)
     for index in samples[0].guided.active():
         share = DEEP_SHARE if index == deep else OTHERS_SHARE
-        best = _best(index, samples, share * tolerance, report)
+        best = _best(index, samples, share * tolerance, least, report)
         report(f"-> {best}")
         blocks[index] = best.settings
     return _tightened(flow, samples, blocks, deep, guidance, tolerance, report)
@@ -147,8 +159,8 @@ def _try(index: int, samples: list[_Sample], settings: Settings) -> Trial:
     return Trial(index, settings, evaluations, seconds, residual)
 
 
-def _best(index: int, samples: list[_Sample], tolerance: float, report: Callable[[str], None]) -> Trial:
-    """The fastest method for a block among those within the tolerance."""
+def _best(index: int, samples: list[_Sample], tolerance: float, least: str, report: Callable[[str], None]) -> Trial:
+    """The method for a block that costs least among those within the tolerance."""
     length = samples[0].noise[index].shape[1]
     _try(index, samples[:1], SequentialSettings())  # to warm up
     trials = [_try(index, samples, SequentialSettings())]
@@ -164,19 +176,21 @@ def _best(index: int, samples: list[_Sample], tolerance: float, report: Callable
     consider(JacobiSettings(threshold=tolerance**2))
     window, worse, best = SMALLEST_WINDOW, 0, float("inf")
     while worse < 2:
-        seconds = consider(RollingSettings(min(window, length), tolerance)).seconds
-        worse, best = (0, seconds) if seconds < best else (worse + 1, best)
+        cost = consider(RollingSettings(min(window, length), tolerance)).cost(least)
+        worse, best = (0, cost) if cost < best else (worse + 1, best)
         if window >= length:
             break
         window *= 2
-    chosen = _fastest(trials)
+    chosen = _cheapest(trials, least)
     if isinstance(chosen.settings, RollingSettings):
         consider(replace(chosen.settings, guess="affine"))
-    return _fastest(trials)
+    return _cheapest(trials, least)
 
 
-def _fastest(trials: list[Trial]) -> Trial:
-    """The fastest; among those that are nearly as fast, the one that reads the weights least often."""
+def _cheapest(trials: list[Trial], least: str) -> Trial:
+    """The fastest, or among those that are nearly as fast the one that reads the weights least often; or just this."""
+    if least == "evaluations":
+        return min(trials, key=lambda trial: (trial.evaluations, trial.seconds))
     bound = ALIKE * min(trial.seconds for trial in trials)
     return min((trial for trial in trials if trial.seconds <= bound), key=lambda trial: trial.evaluations)
 

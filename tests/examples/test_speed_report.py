@@ -11,9 +11,11 @@ pytestmark = pytest.mark.torch
 
 SCRIPT = Path(__file__).parents[2] / "examples/speed_report.py"
 SMALL = "--rounds 1 --tune 1 --width 64 --layers 1 1 --side 4 --text 3 --long-side 4 --steps 3".split()
-ROWS = [
-    "official, sequential", "official, jacobi", "twin, sequential", "twin, jacobi", "mlx, sequential", "mlx, jacobi",
-    "mlx, rolling", "mlx, auto", "mlx, auto, equal certificate",
+OFFICIAL = ["official, sequential", "official, jacobi", "twin, sequential", "twin, jacobi"]
+STRICT = ["official, jacobi, as right as auto"]
+OURS = ["mlx, sequential", "mlx, jacobi", "mlx, rolling", "mlx, auto"]
+EQUAL = [
+    "mlx, auto, fewest evaluations", "mlx, auto, equal certificate", "mlx, auto, equal certificate, fewest evaluations",
 ]  # fmt: skip
 
 
@@ -27,17 +29,24 @@ def tables(*words: object) -> list[list[list[str]]]:
 
 def test_both_models(tmp_path):
     random, trained, position, targets = tables(*SMALL, "--trained", write_tiny_model(tmp_path))
+    assert [row[0] for row in random] == OFFICIAL + OURS
+    assert [row[0] for row in trained] == OFFICIAL + STRICT + OURS + EQUAL
     for table in (random, trained):
-        assert [row[0] for row in table] == ROWS
-        assert [row[4] for row in table[::2][:3]] == ["16 + 16 = 32"] * 3
-        assert table[1][4] == table[3][4]
-        most = [float(row[5].split(",")[0]) for row in table]
-        assert max(most[0], most[2], most[4]) < 1e-3
-        assert most[8] <= 1.01 * max(most[1], 2 * most[4])
-    assert len(position) == 2 and len(targets) == 9
+        rows = {row[0]: row for row in table}
+        certificates = {name: float(row[5].split(",")[0]) for name, row in rows.items()}
+        for program in ("official", "twin", "mlx"):
+            assert rows[f"{program}, sequential"][4] == "16 + 16 = 32"
+            assert certificates[f"{program}, sequential"] < 1e-3
+        assert rows["official, jacobi"][4] == rows["twin, jacobi"][4]
+        assert certificates["mlx, auto"] <= 1.01e-2
+    least = 2 * certificates["mlx, sequential"]
+    assert certificates[STRICT[0]] <= 1.01e-2 and certificates[EQUAL[0]] <= 1.01e-2
+    for name in EQUAL[1:]:
+        assert certificates[name] <= 1.01 * max(certificates["official, jacobi"], least)
+    assert len(position) == 2 and len(targets) == 14
     assert {row[2] for row in targets} <= {"met", "not met"}
 
 
 def test_without_a_trained_model():
     random, position, targets = tables(*SMALL)
-    assert len(random) == 9 and len(position) == 2 and len(targets) == 4
+    assert len(random) == 8 and len(position) == 2 and len(targets) == 4

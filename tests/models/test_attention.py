@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_starflow.kernels import attention as kernel
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
 from mlx_starflow.models.tarflow import TarFlow, TarFlowConfig
 from mlx_starflow.sampling import JacobiSettings, RollingSettings, sample
@@ -54,6 +55,7 @@ attention = mx.fast.scaled_dot_product_attention
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     calls = Calls()
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", calls.record)
+    monkeypatch.setattr(kernel, "on_cpu", lambda: False)
     return calls
 
 

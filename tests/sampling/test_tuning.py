@@ -44,3 +44,24 @@ def test_tolerance_is_checked(tiny_flow):
     tiny = tiny_flow("softplus")
     with pytest.raises(StarflowError, match="tolerance must be greater than 0"):
         tune(tiny.flow, tiny.x, tiny.text, tolerance=0.0)
+
+
+def test_fewest_evaluations(tiny_flow):
+    tiny = tiny_flow("softplus")
+    z = mx.random.normal(tiny.x.shape, key=mx.random.key(0))
+    lines: list[str] = []
+    plan = tune(tiny.flow, z, tiny.text, tolerance=5e-3, least="evaluations", report=lines.append)
+    assert len(plan.blocks) == len(tiny.flow.blocks)
+    tried: list[int] = []
+    for line in lines:
+        if line.startswith("block") and "but residual" not in line:
+            tried.append(int(line.split(": ")[2].split()[0]))
+        elif line.startswith("-> "):
+            assert int(line.split(": ")[2].split()[0]) == min(tried)
+            tried.clear()
+
+
+def test_arguments_are_checked(tiny_flow):
+    tiny = tiny_flow("softplus")
+    with pytest.raises(StarflowError, match="least seconds or evaluations, not 'joules'"):
+        tune(tiny.flow, tiny.x, tiny.text, least="joules")
