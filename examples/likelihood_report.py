@@ -36,7 +36,7 @@ from mlx_starflow.pictures import crop_picture
 from mlx_starflow.pipeline import load
 from mlx_starflow.sampling import GuidedFlow
 from mlx_starflow.scoring import Reference, heat_map, score, standard_error, token_nats, with_noise
-from mlx_starflow.scoring.prompts import fit_of_data
+from mlx_starflow.scoring.prompts import fit_of_data, log_likelihoods
 from mlx_starflow.training.data import PictureFolder
 
 WHEELS = ("scikit-image==0.26.0", "scikit-learn==1.9.1")
@@ -130,30 +130,40 @@ class Report:
             shares = ", ".join(f"{share / len(numbers):.1%} (draws: {draws})" for draws, share in right.items())
             print(f"prompt fit picks the caption among {captions}, {what} pictures ({len(numbers)}): {shares}")
 
-    def best_of_eight(self, every: int = 25, candidates: int = 8) -> None:
-        """The best of eight by prompt fit against one sample, judged by the training pictures of that caption."""
-        asked = list(dict.fromkeys(self.known.names[::every]))
+    def best_of_eight(self, every: int = 8, candidates: int = 8) -> None:
+        """The best of eight against one sample, judged by training pictures: how far the nearest one of that name is,
+        and how much further the nearest one of another name."""
+        asked = list(dict.fromkeys(self.known.names[3::every]))
         for what, settings in {
             "the model's settings (guidance 1, temperature 0.7)": {},
             "plain samples (guidance 0, temperature 1)": {"guidance": 0.0, "temperature": 1.0},
         }.items():
-            first, best, least = [], [], []
+            distances, others, nats = [], [], []
             for name in asked:
                 # What `best_of` does, but here all candidates are wanted.
                 seeds = range(100, 100 + candidates)
                 latents = np.array(self.pipe.generate(name, seed=seeds, verify=False, **settings).latents)
-                fits = fit_of_data(self.model, latents, [name], draws=8, numbers=[0] * candidates).mean(axis=0)[:, 0]
-                targets = self.known.data[[each == name for each in self.known.names]]
-                distances = np.sqrt(np.square(latents[:, None] - targets).mean(axis=(2, 3, 4))).min(axis=1)
-                first.append(distances.mean())
-                best.append(distances[fits.argmax()])
-                least.append(distances.min())
-            gain = np.array(first) - best
-            print(f"{what}, {len(asked)} prompts: RMS distance to the nearest training picture of that name")
+                both = log_likelihoods(self.model, latents, [name, ""], draws=8, numbers=[0] * candidates)
+                nats.append(both.mean(axis=0))
+                away = np.sqrt(np.square(latents[:, None] - self.known.data).mean(axis=(2, 3, 4)))
+                own = np.array([each == name for each in self.known.names])
+                distances.append(away[:, own].min(axis=1))
+                others.append(away[:, ~own].min(axis=1))
+            distance, (prompted, unprompted) = np.array(distances), np.array(nats).transpose(2, 0, 1)
+            margin = np.array(others) - distance
             print(
-                f"    one sample {np.mean(first):.4f}, best of {candidates} {np.mean(best):.4f}: nearer by "
-                f"{gain.mean():.4f} +- {standard_error(gain):.4f}; nearest of {candidates} {np.mean(least):.4f}"
+                f"{what}, {len(asked)} prompts: RMS distance to the nearest training picture of that name: "
+                f"one sample {distance.mean():.4f}, nearest of {candidates} {distance.min(axis=1).mean():.4f}; "
+                f"nearest of another name: {margin.mean():.4f} further"
             )
+            for weight in (1.0, 0.5, 0.25, 0.0):
+                best = (prompted - weight * unprompted).argmax(axis=1)
+                gain = distance.mean(axis=1) - distance[range(len(asked)), best]
+                more = margin[range(len(asked)), best] - margin.mean(axis=1)
+                print(
+                    f"    best by log p(x | prompt) - {weight:g} log p(x): nearer by {gain.mean():+.4f} +- "
+                    f"{standard_error(gain):.4f}, others further by {more.mean():+.4f} +- {standard_error(more):.4f}"
+                )
 
     def anomalies(self, count: int = 100) -> None:
         """AUROC of raw NLL and of typicality against pictures of other kinds, without prompts."""

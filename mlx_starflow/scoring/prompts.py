@@ -17,7 +17,7 @@ from mlx_starflow.noise import draw_seed
 from mlx_starflow.picture_flow import PictureFlow, picture_flow
 from mlx_starflow.pipeline import Pipeline
 from mlx_starflow.sampling.sampler import progress_off
-from mlx_starflow.scoring.likelihood import token_nats, with_noise
+from mlx_starflow.scoring.likelihood import at_once, token_nats, with_noise
 
 
 def log_likelihoods(
@@ -40,13 +40,13 @@ def log_likelihoods(
         raise StarflowError(
             "there is nothing to score: give at least one picture, one prompt and one draw of the noise"
         )
-    conditions = model.conditions(prompts, model.pixels(data.shape))
+    conditions = model.conditions(prompts, data.shape)
     model.release("text")
     if conditions is None:
         raise StarflowError(f"{model.name} reads no prompts, so none fits better than another")
     pairs = np.stack(np.divmod(np.arange(len(data) * len(prompts)), len(prompts)))
     result = np.empty((draws, pairs.shape[1]))
-    hide = progress_off(progress)
+    hide, batch_size = progress_off(progress), at_once(batch_size, data.shape)
     with tqdm(total=result.size, desc="scoring", unit="pair", disable=hide) as bar:
         for draw in range(draws):
             noisy = with_noise(model.flow, data, draw, seed, numbers)
@@ -159,11 +159,13 @@ class BestOf:
     Attributes:
         result: what `Pipeline.generate` gives, with the best samples alone.
         fits: log p(x | prompt) - log p(x) in nats of all candidates, `[pictures, candidates]`.
+        scores: what they were chosen by, log p(x | prompt) - weight * log p(x), `[pictures, candidates]`.
         chosen: number of the candidate that was kept, `[pictures]`.
     """
 
     result: GenerationResult
     fits: np.ndarray
+    scores: np.ndarray
     chosen: np.ndarray
 
 
@@ -176,9 +178,13 @@ def best_of(
     seed: int | None = None,
     noise: np.ndarray | None = None,
     draws: int = 4,
+    weight: float = 0.5,
     **options: Any,
 ) -> BestOf:
     """Sample `candidates` pictures for each one that is asked for and keep the one that its prompt fits best.
+
+    Prompt fit alone, which is `weight` 1, also rises where log p(x) falls because a picture is not well made. So the
+    unprompted likelihood counts half; docs/likelihood.md measures what that does.
 
     Args:
         pipe: the pipeline.
@@ -188,6 +194,7 @@ def best_of(
         seed: of the first candidate; the others count up.
         noise: instead of seeds, `[prompts * images * candidates, h, w, C]`.
         draws: of the training noise, for the fit; all candidates see the same.
+        weight: of log p(x), 0 (the most likely picture given the prompt) to 1 (the best prompt fit).
         options: the other arguments of `generate`.
 
     Raises:
@@ -196,6 +203,8 @@ def best_of(
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if candidates < 1:
         raise StarflowError(f"the best is chosen from 1 or more pictures, not {candidates}")
+    if not 0 <= weight <= 1:
+        raise StarflowError(f"the weight of the unprompted likelihood is a number from 0 to 1, not {weight:g}")
     if candidates > 1 and not all(prompt.strip() for prompt in prompts):
         raise StarflowError("an empty prompt fits every picture equally: give a prompt, or leave out the best-of")
     if noise is None:
@@ -205,13 +214,14 @@ def best_of(
         result = pipe.generate(prompts, images=images * candidates, noise=noise, **options)
     model = picture_flow(pipe)
     latents = np.array(result.latents, np.float32)
-    fits = np.empty(len(latents))
+    nats = np.empty((len(latents), 2))
     for prompt in dict.fromkeys(prompts):
         mine = [number for number, each in enumerate(result.prompts) if each == prompt]
-        values = fit_of_data(model, latents[mine], [prompt], draws=draws, numbers=[0] * len(mine))
-        fits[mine] = values.mean(axis=0)[:, 0]
-    fits = fits.reshape(-1, candidates)
-    chosen = fits.argmax(axis=1)
+        each = log_likelihoods(model, latents[mine], [prompt, ""], draws=draws, numbers=[0] * len(mine))
+        nats[mine] = each.mean(axis=0)
+    prompted, unprompted = nats.reshape(-1, candidates, 2).transpose(2, 0, 1)
+    scores = prompted - weight * unprompted
+    chosen = scores.argmax(axis=1)
     kept = np.arange(len(chosen)) * candidates + chosen
     certificates = result.stats.certificates
     best = replace(
@@ -225,4 +235,4 @@ def best_of(
         steps=[result.steps[i] for i in kept] if result.steps else [],
         metadata=[result.metadata[i] for i in kept],
     )
-    return BestOf(best, fits, chosen)
+    return BestOf(best, prompted - unprompted, scores, chosen)

@@ -46,8 +46,8 @@ def test_classify_is_bayes_rule(model):
 def test_best_of(latent_flow):
     pipe = latent_flow.pipe
     best = best_of(pipe, ["a cat", "a dog"], 3, images=2, seed=10, draws=2)
-    assert best.fits.shape == (4, 3)
-    assert (best.fits[range(4), best.chosen] == best.fits.max(axis=1)).all()
+    assert best.fits.shape == best.scores.shape == (4, 3)
+    assert (best.scores[range(4), best.chosen] == best.scores.max(axis=1)).all()
     assert best.result.prompts == ["a cat", "a cat", "a dog", "a dog"]
     expected = [10 + 3 * (number % 2) + best.chosen[number] for number in range(4)]
     assert best.result.seeds == expected
@@ -68,6 +68,17 @@ def test_best_of_given_noise_and_all_that_belongs_to_a_picture(latent_flow):
     assert len(best.result.images) == len(best.result.steps) == len(best.result.stats.certificates) == 2
 
 
+def test_the_weight_of_the_unprompted_likelihood(latent_flow):
+    """At 1 it is the prompt fit that decides, at 0 the likelihood given the prompt; the noise is common to all."""
+    pipe = latent_flow.pipe
+    fit, likelihood, between = (best_of(pipe, "a cat", 4, seed=1, weight=weight) for weight in (1.0, 0.0, 0.25))
+    np.testing.assert_array_equal(fit.scores, fit.fits)
+    np.testing.assert_allclose(between.scores, 0.25 * fit.scores + 0.75 * likelihood.scores, rtol=1e-6)
+    latents = np.array(pipe.generate("a cat", seed=range(1, 5)).latents)
+    nats = log_likelihoods(latent_flow, latents, ["a cat"], numbers=[0] * 4).mean(axis=0)[:, 0]
+    np.testing.assert_allclose(likelihood.scores[0], nats, rtol=1e-4)
+
+
 def test_the_best_of_one_is_that_one(latent_flow):
     best = best_of(latent_flow.pipe, "", 1, seed=3)
     assert best.chosen.tolist() == [0] and best.result.seeds == [3]
@@ -78,6 +89,7 @@ def test_mistakes(latent_flow, pixel_flow, tmp_path):
     assert "must differ" in message(classify, latent_flow, pictures(1), ["a", "a"])
     assert "nothing to score" in message(classify, latent_flow, pictures(1), [])
     assert "not 0" in message(best_of, latent_flow.pipe, "a", 0)
+    assert "from 0 to 1, not 2" in message(best_of, latent_flow.pipe, "a", 2, weight=2)
     assert "empty prompt" in message(best_of, latent_flow.pipe, " ", 2)
     unconditional = open_picture_flow(write_tiny_tarflow(tmp_path / "model", num_classes=0))
     assert "reads no prompts" in message(classify, unconditional, pictures(1), ["", " "])
