@@ -52,18 +52,23 @@ def write_model(directory: Path, name: str) -> Path:
 def check(directory: str | Path, low_memory: bool, bound: float = 0.15, **how) -> None:
     """Generate, and compare each phase's peak with the predicted one.
 
-    A peak depends on whether MLX's thread frees memory before the main thread asks for more: the highest of a few
-    runs counts.
+    A peak depends on whether MLX's thread frees memory before the main thread asks for more: the highest of several
+    runs counts, of more where a busy machine lets the main thread wait.
     """
     gc.collect()
     before = mx.get_active_memory()
     size, batch = how.get("size"), how.get("batch", 1)
     pipe = load(directory, low_memory=low_memory)
-    runs = [pipe.generate("a red cat", seed=1, images=batch, size=size).stats.memory for _ in range(3)]
     expected = plan(pipe.directory, **how).phases(low_memory)
+    highest = dict.fromkeys(expected, 0)
+    for run in range(20):
+        memory = pipe.generate("a red cat", seed=1, images=batch, size=size).stats.memory
+        assert expected.keys() == memory.keys()
+        highest = {phase: max(most, memory[phase] - before) for phase, most in highest.items()}
+        if run >= 2 and all(most * (1 + bound) >= expected[phase] for phase, most in highest.items()):
+            break
     for phase, predicted in expected.items():
-        assert predicted == pytest.approx(max(memory[phase] for memory in runs) - before, rel=bound), phase
-    assert expected.keys() == runs[0].keys()
+        assert predicted == pytest.approx(highest[phase], rel=bound), phase
 
 
 @pytest.mark.parametrize(
