@@ -20,11 +20,16 @@ from mlx_starflow.models.transformer import TransformerLayer
 from mlx_starflow.sampling.decoder import BlockDecoder, check_finite
 from mlx_starflow.sampling.denoise import clean, denoise
 from mlx_starflow.sampling.guided import GuidedFlow
-from mlx_starflow.sampling.methods import Method, Settings, block_settings
+from mlx_starflow.sampling.methods import JacobiSettings, Method, RollingSettings, Settings, block_settings
 from mlx_starflow.sampling.sampler import SamplingTrace, invert_block, invert_steps, progress_off
 
 CONTEXT = 16
 """Latent frames that are read again when a window is full, by default as in the release."""
+
+
+def default_context(window: int) -> int:
+    """Latent frames that are read again when a window of so many is full, unless told otherwise."""
+    return min(CONTEXT, window - 1)
 
 
 def windows(frames: int, window: int | None, context: int | None = None) -> list[tuple[int, int, int]]:
@@ -40,7 +45,7 @@ def windows(frames: int, window: int | None, context: int | None = None) -> list
     """
     if window is None or frames <= window:
         return [(0, 0, frames)]
-    context = min(CONTEXT, window - 1) if context is None else context
+    context = default_context(window) if context is None else context
     if not 1 <= context < window:
         raise StarflowError(f"the context must be 1 to {window - 1} latent frames, less than the window, not {context}")
     found = [(0, 0, window)]
@@ -48,6 +53,19 @@ def windows(frames: int, window: int | None, context: int | None = None) -> list
         stop = found[-1][2]
         found.append((stop - context, stop, min(stop + window - context, frames)))
     return found
+
+
+def for_videos(method: Method, size: int) -> Method:
+    """What the name of a method means for videos with frames of `size` tokens.
+
+    "jacobi" has blocks of 32 tokens, as the release has (four times as long after the first frame), and "rolling" takes
+    the frame before for its first guess.
+    """
+    if method == JacobiSettings.name:
+        return JacobiSettings(block_size=32)
+    if method == RollingSettings.name:
+        return RollingSettings(guess="previous", lag=size)
+    return method
 
 
 def sample_frames(
@@ -74,7 +92,8 @@ def sample_frames(
         flow: a STARFlow for videos.
         noise: `[B, T, H, W, C]`: an array, or anything that has this `shape` and gives `noise[:, start:stop]` for one
             range of frames after the other.
-        text, null_text, guidance, method, attn_temp, progress: as for `sample`.
+        text, null_text, guidance, attn_temp, progress: as for `sample`.
+        method: as for `sample`; the names mean what `for_videos` says.
         given: the first frames `[B, P, H, W, C]`, P <= T, with the flow's training noise; they come out as they are,
             and the noise in their place is not used.
         window: latent frames that the deep block reads at most; None: all.
@@ -89,9 +108,9 @@ def sample_frames(
     Raises:
         StarflowError: a wrong argument, or a frame that is not finite.
     """
-    settings = block_settings(method, len(flow.blocks))
     batch, total, *frame_shape = noise.shape
     size = flow.tokens(mx.zeros((1, 1, *frame_shape))).shape[1]  # raises StarflowError if the shape does not fit
+    settings = block_settings(for_videos(method, size), len(flow.blocks))
     parts = windows(total, window, context)
     known, read = 0, None
     if given is not None:

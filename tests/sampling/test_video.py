@@ -17,7 +17,7 @@ from mlx_starflow.sampling import (
     sample,
     sample_frames,
 )
-from mlx_starflow.sampling.video import windows
+from mlx_starflow.sampling.video import for_videos, windows
 
 EXACT = JacobiSettings(block_size=8, threshold=1e-9)
 
@@ -161,6 +161,16 @@ def test_any_number_of_frames_can_be_given(tiny_flow, count):
     given = x[:, :count]
     again = whole(sample_frames(tiny.flow, other, tiny.text, tiny.null_text, 1.0, given=given))
     assert distance(again, x) < 1e-3
+
+
+@pytest.mark.parametrize("method", ["jacobi", "rolling"])
+def test_methods_by_name(golden, method):
+    case = golden("t2v")
+    x = whole(sample_frames(case.flow, case["noise"], case["y"], case["y_null"], 2.0, method))
+    settings = for_videos(method, 24)
+    again = whole(sample_frames(case.flow, case["noise"], case["y"], case["y_null"], 2.0, settings))
+    assert distance(x, again) == 0
+    assert settings in (JacobiSettings(block_size=32), RollingSettings(guess="previous", lag=24))
 
 
 def test_windows():
