@@ -162,10 +162,10 @@ def concepts(names: Path, pictures: set[str]) -> dict[str, dict]:
     return found
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder to write")
-    out = parser.parse_args().out
+    out = parser.parse_args(arguments).out
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         assets = fetch(PICTURES, Path(scratch)) / "assets"
@@ -174,12 +174,14 @@ def main() -> None:
         known = concepts(names, set(stems))
         eligible = sorted(stem for stem, entry in known.items() if entry["text"] not in {s.lower() for s in SHOWN})
         held_out = set(random.Random(0).sample(eligible, 20))
-        with open(out / "metadata.jsonl", "w") as lines:
+        unfinished = out / "metadata.unfinished"
+        with open(unfinished, "w") as lines:
             for stem in stems:
                 on_white(assets / f"{stem}.webp").save(out / f"{stem}.png")
                 entry = known.get(stem, {"text": "", "captions": [], "tags": [], "subgroup": ""})
                 split = "held_out" if stem in held_out else "train" if stem in known else "autoencoder"
                 lines.write(json.dumps({"file_name": f"{stem}.png", "split": split, **entry}) + "\n")
+        unfinished.rename(out / "metadata.jsonl")
     print(f"{len(stems)} pictures, {len(known)} with captions, {len(held_out)} of them held out, in {out}")
     print("held out:", ", ".join(sorted(known[stem]["text"] for stem in held_out)))
 

@@ -1,7 +1,7 @@
 """What an anchor does against forgetting: fine-tuning with and without it, measured on new and on old pictures.
 
     python examples/demo_data.py data/emoji
-    python examples/style_data.py data/twemoji
+    python examples/style_data.py data/twemoji --style twemoji
     python examples/forgetting.py data/emoji data/twemoji
 
 Half of the old pictures may be given to the anchor; the likelihood on old data is that of others. All likelihoods are

@@ -19,13 +19,15 @@ INTERRUPTED = 130
 @click.argument("model")
 @click.argument("data")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, metavar="RUN", help="The run's folder.")
-@click.option("--lora", type=int, metavar="RANK", help="Train a LoRA adapter of this rank.  [default: 16]")
+@click.option("--lora", type=int, metavar="RANK", help="Train a LoRA adapter of this rank; 0: 16, or what fits.")
 @click.option("--dora", type=int, metavar="RANK", help="Train a DoRA adapter of this rank.")
 @click.option("--full", is_flag=True, help="Train all weights of the flow, and write a model.")
 @click.option("--scale", type=float, help="Multiplies the adapter's change, alpha / rank in papers.  [default: 2]")
 @click.option("--dropout", type=float, help="Share of inputs that an adapter does not see while training.")
 @click.option("--layers", multiple=True, metavar="NAME", help="Layers with an adapter, such as qkv; all by default.")
 @click.option("--blocks", metavar="WHICH", help="all, deep, shallow, or numbers such as 0,2.  [default: all]")
+@click.option("--quantize", metavar="BITS", help="Hold the base so while training: auto, none, 8, 4, mixed, ...")
+@click.option("--checkpoint-layers/--no-checkpoint-layers", default=None, help="Compute layers twice, to save memory.")
 @click.option("--steps", type=int, help="Optimizer steps.  [default: 400]")
 @click.option("--batch-size", type=click.IntRange(min=0), help="By default as many as fit into memory, at most 16.")
 @click.option("--lr", type=float, help="Highest learning rate.  [default: 2e-3, with --full 1e-4]")
@@ -64,6 +66,9 @@ def finetune(
     mlx-starflow generate "a red apple" --lora run/adapter 1
     mlx-starflow finetune my-model my-pictures -o run --dora 8 --blocks deep --anchor 0.25 --anchor-data old-pictures
 
+    What is not said about rank, batch size, the base's precision and computing layers twice is chosen so that it fits
+    into memory: --dry-run prints it, for this machine and for Macs of 16, 32 and 64 GB.
+
     RUN/adapter is the adapter (RUN/model the model, with --full), RUN/grid.png shows samples, RUN/report.json the exact
     likelihood of held-out pictures before and after, RUN/config.yaml all settings. Ctrl-C saves; the same command
     resumes.
@@ -81,8 +86,8 @@ def finetune(
         settings["rank"] = rank
     config = FinetuneConfig(**settings)
     if dry_run:
-        size, plan, macs = plan_finetune(model, config)
-        click.echo(f"{'batch size':<12}{size:12}\n{plan}\n{macs}")
+        choice, macs = plan_finetune(model, config)
+        click.echo(f"here: {choice}\n{choice.plan}\n{macs}")
         return
     blas.hint_if_slow()
     try:

@@ -67,6 +67,8 @@ def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option("--noise-std", type=float, help="Noise on the latents."),
         click.option("--caption-dropout", type=float, help="Share of pictures trained without caption, for guidance."),
+        click.option("--context-full", type=SHARE, help="Share of samples that read the text alone."),
+        click.option("--context-partial", type=SHARE, help="Share of samples that read part of the picture."),
         click.option("--seed", type=click.IntRange(min=0), help="Of everything random."),
         click.option("--save-seconds", type=float, help="Time between checkpoints."),
         click.option("--save-steps", type=EVERY, help="Steps between checkpoints; 0: by time alone."),
@@ -85,35 +87,117 @@ def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.argument("data", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Model directory to write.")
 @config_option
-@click.option("--preset", default="small", show_default=True, help="Sizes of the networks: small or demo.")
+@click.option("--preset", default="small", show_default=True, help="Sizes: small, demo, or tarflow for pixels.")
+@click.option("--model-config", type=click.Path(path_type=Path), help="YAML or JSON file of the flow's sizes instead.")
+@click.option("--encoders", default="demo", show_default=True, help="Model whose encoders a flow alone is trained on.")
+@click.option("--validation", type=SHARE, default=0.1, show_default=True, help="Held out, of a flow alone's pictures.")
 @click.option("--autoencoder-steps", type=int, help="Steps of the autoencoder's training.")
 @click.option("--text-length", type=click.IntRange(min=2), help="Tokens of a caption that the model reads.")
 @training_options
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Go on where an earlier run stopped.")
+@click.option("--dry-run", is_flag=True, help="Say what a flow alone would take in memory, and train nothing.")
 @click.pass_context
 def train(
     context: click.Context,
     data: Path,
     output: Path,
     preset: str,
+    model_config: Path | None,
+    encoders: str,
+    validation: float,
     autoencoder_steps: int | None,
     text_length: int | None,
     resume: bool,
+    dry_run: bool,
     **settings: Any,
 ) -> None:
-    """Train a text-to-picture model on DATA, captioned pictures.
+    """Train a model on DATA, from nothing.
 
-    That is a folder with a metadata.jsonl, each line an object with "file_name", "text" (the caption) and, if you like,
-    "captions" (a list of other captions) and "split" ("train", the default; "validation" is never trained on; else only
-    "autoencoder" is used); or pictures in any other form that `mlx-starflow cache --help` names.
-
-    What is left out is the preset's. Ctrl-C saves; the same command resumes. Checkpoints, logs, pictures to watch, the
-    settings (config.yaml, for --config) and the list of pictures that could not be used are in OUTPUT/training.
+    DATA is a folder of captioned pictures, one with a folder for each class, or in any other form that
+    `mlx-starflow cache --help` names; or a cache that it has made. A metadata.jsonl may have "split" in its lines:
+    "train" (the default), "validation" (never trained on) or "autoencoder" (the flow does not see it).
 
     \b
-    mlx-starflow train pictures -o model --watch-every 200
+    mlx-starflow train pictures -o model                            # all of it: autoencoder, text encoder, flow
+    mlx-starflow train cache -o model --model-config flow.yaml      # a flow alone, on the cache's latents
+    mlx-starflow train cache -o model --model-config flow.yaml --dry-run
+    mlx-starflow train pictures -o model --model-config flow.yaml --encoders my-model      # the same, from pictures
+    mlx-starflow train classes -o model --preset tarflow            # a TarFlow, on pixels, with classes
     mlx.launch -n 2 --backend ring -- mlx-starflow train pictures -o model
+
+    A flow alone takes its autoencoder and its text encoder from the model ENCODERS. What is left out is the preset's or
+    chosen by memory. Ctrl-C saves; the same command resumes. Checkpoints, logs, pictures to watch, the settings
+    (config.yaml, for --config) and the list of pictures that could not be used are in OUTPUT/training.
     """
+    from mlx_starflow.training.cache_files import MANIFEST
+    from mlx_starflow.training.new_flow import read_flow_config
+
+    if model_config is not None:
+        flow = read_flow_config(model_config)
+    elif preset == "tarflow":
+        flow = {"model_type": "tarflow", **TARFLOW}
+    elif (data / MANIFEST).is_file():
+        from mlx_starflow.training.recipe import get_preset
+
+        flow = {"model_type": "starflow", **get_preset(preset).flow, "pipeline": get_preset(preset).pipeline}
+        flow.pop("txt_size")
+    else:
+        flow = None
+    try:
+        if flow is not None:
+            if autoencoder_steps is not None or text_length is not None:
+                raise click.UsageError("a flow alone needs no --autoencoder-steps and no --text-length")
+            _train_flow(context, data, output, flow, encoders, validation, settings, resume, dry_run)
+        else:
+            if dry_run:
+                raise click.UsageError("--dry-run is for a flow alone: a cache, or --model-config")
+            _train_model(context, data, output, preset, autoencoder_steps, text_length, settings, resume)
+    except KeyboardInterrupt:
+        # Said and saved already; 130 is what a shell expects of an interrupted command.
+        raise SystemExit(130) from None
+
+
+TARFLOW = {"img_size": 32, "channel_size": 3, "patch_size": 4, "channels": 256, "blocks": 4, "layers_per_block": 2}
+
+
+def _train_flow(
+    context: click.Context,
+    data: Path,
+    output: Path,
+    flow: dict[str, Any],
+    encoders: str,
+    validation: float,
+    settings: dict[str, Any],
+    resume: bool,
+    dry_run: bool,
+) -> None:
+    from mlx_starflow.training import distributed
+    from mlx_starflow.training.new_flow import NewFlow
+
+    run = NewFlow(data, output, flow, settings, encoders, validation, click.echo)
+    choice, macs = run.plan()
+    if dry_run:
+        click.echo(f"here: {choice}\n{choice.plan}\n{macs}")
+        return
+    if distributed.world().rank() == 0:
+        blas.hint_if_slow()
+        training = run.training_config(choice)
+        save_settings(
+            context, output / "training" / "config.yaml", {name: getattr(training, name) for name in settings}
+        )
+    run.run(resume)
+
+
+def _train_model(
+    context: click.Context,
+    data: Path,
+    output: Path,
+    preset: str,
+    autoencoder_steps: int | None,
+    text_length: int | None,
+    settings: dict[str, Any],
+    resume: bool,
+) -> None:
     from mlx_starflow.training import distributed
     from mlx_starflow.training.recipe import get_preset, train_model
 
@@ -134,8 +218,4 @@ def train(
         effective = {name: getattr(training, name) for name in settings}
         effective |= {"autoencoder_steps": chosen.autoencoder_training.steps, "text_length": chosen.flow["txt_size"]}
         save_settings(context, output / "training" / "config.yaml", effective)
-    try:
-        train_model(data, output, chosen, resume=resume, report=click.echo)
-    except KeyboardInterrupt:
-        # Said and saved already; 130 is what a shell expects of an interrupted command.
-        raise SystemExit(130) from None
+    train_model(data, output, chosen, resume=resume, report=click.echo)

@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.models.checkpoint import checkpoint as checkpointed
 from mlx_starflow.models.transformer import RMSNorm, TransformerConfig, TransformerLayer
 
 
@@ -103,7 +104,7 @@ class Denoiser(nn.Module):
 
         for layer in self.attn_blocks:
             run = _FrameLayer(layer, self.config, start, frames)
-            h = (nn.utils.checkpoint(layer, run) if checkpoint else run)(h, table)
+            h = (checkpointed(layer, run) if checkpoint else run)(h, table)
         return self.predict(h[:, start:])
 
 

@@ -15,6 +15,7 @@ import mlx.nn as nn
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.kernels.affine import affine_forward, predict
+from mlx_starflow.models.checkpoint import checkpoint as checkpointed
 from mlx_starflow.models.rope import line_table
 from mlx_starflow.models.transformer import Cache, RMSNorm, TransformerConfig, TransformerLayer
 
@@ -199,7 +200,7 @@ class FlowBlock(nn.Module):
         With `checkpoint` a gradient computes each layer again instead of keeping what it computed.
         """
         for index, layer in enumerate(self.attn_blocks):
-            run = nn.utils.checkpoint(layer) if checkpoint else layer
+            run = checkpointed(layer) if checkpoint else layer
             h = run(h, table, None if caches is None else caches[index], temperature)
         return h
 

@@ -90,14 +90,17 @@ class CacheModel:
         return {"mean": list(mean), "std": [value / config.scaling_factor for value in std]}
 
 
-def check_model(found: Mapping[str, Any], model: str | Path, cache: Path) -> None:
-    """Raise StarflowError unless a cache with the identity `found` was made for this model."""
+def check_model(found: Mapping[str, Any], model: str | Path, cache: Path, hint: str = "") -> None:
+    """Raise StarflowError unless a cache with the identity `found` was made for this model.
+
+    `hint` says what else to do than to make another cache.
+    """
     expected = CacheModel(model).identity()
     for key, what in DIFFERENCES.items():
         if found.get(key) != expected[key]:
             raise StarflowError(
                 f"{cache} was made with {what} than {model} has: make one for it with "
-                f"mlx-starflow cache DATA -o CACHE --model {model}"
+                f"mlx-starflow cache DATA -o CACHE --model {model}{hint}"
             )
 
 

@@ -18,7 +18,7 @@ from mlx_starflow.hub import find_model
 from mlx_starflow.media import grid, save_image
 from mlx_starflow.memory import available
 from mlx_starflow.pipeline import Pipeline, load
-from mlx_starflow.quantization import dequantize_module
+from mlx_starflow.quantization import QUANTIZATIONS, dequantize_module, quantize_module, quantized_layers
 from mlx_starflow.saving import save_model
 from mlx_starflow.scoring import Nll
 from mlx_starflow.training.adapters import LAYERS, AdapterConfig, attach, save_adapter
@@ -33,13 +33,13 @@ from mlx_starflow.training.finetune_data import (
     finetune_loss,
     split_pictures,
 )
-from mlx_starflow.training.finetune_memory import TrainingPlan, fitting_batch, macs, training_plan
+from mlx_starflow.training.finetune_memory import BATCH_SIZES, PRECISIONS, RANKS, Choice, Planner
 from mlx_starflow.training.fuse import copy_parts
 from mlx_starflow.training.latent_cache import LatentCache
 from mlx_starflow.training.optim import assign
 from mlx_starflow.training.sources import open_source
 from mlx_starflow.training.trainer import Trainer
-from mlx_starflow.weights import load_flow, new_flow, parameters, place_weights, read_config
+from mlx_starflow.weights import default_dtype, load_flow, new_flow, parameters, place_weights, read_config
 from mlx_starflow.weights import load_weights as read_weights
 
 
@@ -49,7 +49,11 @@ class FinetuneConfig:
 
     Attributes:
         kind: "lora", "dora" or "full", all weights of the flow.
-        rank, scale, dropout, layers, blocks: of adapters, see `AdapterConfig`.
+        rank, scale, dropout, layers, blocks: of adapters, see `AdapterConfig`; a rank of 0: 16, or less where memory is
+            short.
+        quantize: how to hold a dense base that an adapter is trained on: "none", as it is; one of `QUANTIZATIONS`; or
+            "auto", as it is if that fits into memory, else in 8 bits, else "mixed".
+        checkpoint_layers: compute layers again for the gradient; None: where memory asks for it.
         steps: optimizer steps.
         batch_size: samples a step; 0: as many as fit into memory, at most 16.
         lr: highest learning rate; 0: 2e-3 for adapters, 1e-4 for all weights.
@@ -68,11 +72,13 @@ class FinetuneConfig:
     """
 
     kind: str = "lora"
-    rank: int = 16
+    rank: int = 0
     scale: float = 2.0
     dropout: float = 0.0
     layers: tuple[str, ...] = LAYERS
     blocks: str = "all"
+    quantize: str = "auto"
+    checkpoint_layers: bool | None = None
     steps: int = 400
     batch_size: int = 0
     lr: float = 0.0
@@ -94,11 +100,16 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         if self.kind not in ("lora", "dora", "full"):
             raise StarflowError(f"finetune: kind must be lora, dora or full, not {self.kind!r}")
+        if self.quantize not in ("auto", "none", *QUANTIZATIONS):
+            known = ", ".join(("auto", "none", *QUANTIZATIONS))
+            raise StarflowError(f"finetune: quantize must be one of {known}, not {self.quantize!r}")
+        if self.kind == "full" and self.quantize not in ("auto", "none"):
+            raise StarflowError("finetune: quantized weights cannot be trained; leave out --quantize or --full")
         if not 0 <= self.anchor <= 0.5:
             raise StarflowError(f"finetune: the anchor's share must be in 0..0.5, not {self.anchor}")
         if not 0 <= self.validation <= 0.5:
             raise StarflowError(f"finetune: validation must be in 0..0.5, not {self.validation}")
-        for name in ("anchor_weight", "batch_size", "lr", "samples"):
+        for name in ("anchor_weight", "batch_size", "lr", "samples", "rank"):
             if getattr(self, name) < 0:
                 raise StarflowError(f"finetune: {name} must be 0 or more, not {getattr(self, name)}")
         for name in ("anchor_samples", "draws"):
@@ -109,17 +120,18 @@ class FinetuneConfig:
         if self.anchor_data and not self.anchor:
             raise StarflowError("finetune: anchor data is used with a share of the batch: give --anchor 0.25")
 
-    def adapter(self) -> AdapterConfig | None:
+    def adapter(self, rank: int) -> AdapterConfig | None:
         """The adapter's config; None if all weights are trained."""
         if self.kind == "full":
             return None
-        names = ("kind", "rank", "scale", "dropout", "layers", "blocks")
-        return AdapterConfig(**{name: getattr(self, name) for name in names})
+        names = ("kind", "scale", "dropout", "layers", "blocks")
+        return AdapterConfig(rank=rank, **{name: getattr(self, name) for name in names})
 
-    def training(self, batch_size: int) -> TrainingConfig:
+    def training(self, batch_size: int, checkpoint_layers: bool = False) -> TrainingConfig:
         return TrainingConfig(
             steps=self.steps,
             batch_size=batch_size,
+            checkpoint_layers=checkpoint_layers,
             lr=self.lr or (1e-4 if self.kind == "full" else 2e-3),
             weight_decay=0.0,
             ema=self.ema,
@@ -163,35 +175,75 @@ class FinetuneResult:
         )
 
 
-def plan_finetune(model: str | Path, config: FinetuneConfig) -> tuple[int, TrainingPlan, str]:
-    """The batch size that `finetune` will use, what a step takes, and what would be chosen on some Macs.
+def plan_finetune(model: str | Path, config: FinetuneConfig, memory: float | None = None) -> tuple[Choice, str]:
+    """What `finetune` will do in `memory` bytes (None: those of this machine), and what it would do on some Macs.
 
-    Nothing but the headers of the weights is read. Raises StarflowError, also if not even one sample fits.
+    Nothing but the headers of the weights is read. Raises StarflowError, also if nothing fits.
     """
     directory = find_model(model)
-    flow = _starflow(directory)
-    place_weights(flow, read_weights(directory), directory, quantization=read_config(directory).get("quantization"))
-    _make_trainable(flow, config)
-    settings = {"copy": bool(config.anchor) and config.kind == "full"}
-    least = 2 if config.anchor else 1
-    size = config.batch_size or fitting_batch(flow, available(), **settings)
-    if size < least:
+    planner = finetune_planner(lambda: _lazy_flow(directory, default_dtype()), config)
+    memory = available() if memory is None else memory
+    choice = planner.choose(memory)
+    if choice is None:
         raise StarflowError(
-            f"fine-tuning {model} does not fit into this machine's memory ({available() / 2**30:.1f} GiB): "
-            "quantize it first (mlx-starflow quantize), or train fewer --blocks"
+            f"fine-tuning {model} does not fit into this machine's memory ({memory / 2**30:.1f} GiB): "
+            "train fewer --blocks, with a smaller --batch-size" + (" or an adapter" if config.kind == "full" else "")
         )
-    return size, training_plan(flow, size, **settings), macs(flow, **settings)
+    return choice, finetune_planner(lambda: _lazy_flow(directory, mx.bfloat16), config).macs()
 
 
-def _starflow(directory: Path) -> Any:
+def finetune_planner(make_flow: Callable[[], Any], config: FinetuneConfig) -> Planner:
+    """The planner of a fine-tuning; `make_flow` makes the base, whose numbers are not computed."""
+
+    def trained(quantization: str | None, rank: int) -> Any:
+        flow = make_flow()
+        _make_trainable(flow, config, quantization, rank)
+        return flow
+
+    adapters = config.kind != "full"
+    precisions: tuple[str | None, ...] = (None,)
+    if adapters and config.quantize == "auto" and not quantized_layers(make_flow()):
+        precisions = PRECISIONS
+    elif config.quantize not in ("auto", "none"):
+        precisions = (config.quantize,)
+    sizes = [size for size in BATCH_SIZES if size > 1 or not config.anchor]
+    return Planner(
+        trained,
+        precisions=precisions,
+        ranks=(0,) if not adapters else (config.rank,) if config.rank else RANKS,
+        batch_sizes=[config.batch_size] if config.batch_size else sizes,
+        checkpoint=config.checkpoint_layers,
+        copy=bool(config.anchor) and not adapters,
+        average=config.ema > 0,
+    )
+
+
+def _lazy_flow(directory: Path, dtype: mx.Dtype) -> Any:
+    """A model directory's flow; each tensor is read when it is computed with."""
     config = read_config(directory)
     if config.get("model_type") != "starflow" or not config.get("txt_size"):
         raise StarflowError(f"{directory} does not read captions: fine-tuning is for models of latents and prompts")
-    return new_flow(directory, config)
+    flow = new_flow(directory, config)
+    place_weights(flow, read_weights(directory), directory, quantization=config.get("quantization"))
+    flow.set_dtype(dtype)
+    return flow
 
 
-def _make_trainable(flow: Any, config: FinetuneConfig) -> None:
-    if adapter := config.adapter():
+def _load_base(model: str | Path, quantization: str | None) -> Any:
+    """A model's flow, quantized if need be; its dense weights are never in memory all at once."""
+    if quantization is None:
+        return load_flow(model)
+    flow = _lazy_flow(find_model(model), default_dtype())
+    quantize_module(flow, quantization)
+    for array in parameters(flow).values():
+        mx.eval(array)
+    return flow
+
+
+def _make_trainable(flow: Any, config: FinetuneConfig, quantization: str | None, rank: int) -> None:
+    if quantization is not None:
+        quantize_module(flow, quantization)
+    if adapter := config.adapter(rank):
         attach(flow, adapter, config.seed)
     else:
         dequantize_module(flow)
@@ -234,12 +286,12 @@ def finetune(
     config, out = config or FinetuneConfig(), Path(out)
     if not (Path(data).expanduser() / MANIFEST).is_file():
         open_source(data)
-    batch_size, plan, _ = plan_finetune(model, config)
-    report(f"batch size {batch_size}, about {plan.peak / 2**20:,.0f} MiB")
-    _write(out / "config.yaml", yaml.safe_dump(_plain(model, data, out, config, batch_size), sort_keys=False))
+    choice, _ = plan_finetune(model, config)
+    report(str(choice))
+    _write(out / "config.yaml", yaml.safe_dump(_plain(model, data, out, config, choice), sort_keys=False))
     cache = open_cache(data, out / "cache", model, report)
     pictures, held_out = split_pictures(len(cache), config.validation, 100, config.seed)
-    flow = load_flow(model)
+    flow = _load_base(model, choice.quantization)
     before = cached_nll(flow, cache, held_out, draws=config.draws, seed=config.seed) if len(held_out) else None
     if before:
         report(f"before: {before}")
@@ -252,15 +304,15 @@ def finetune(
     if anchor and config.kind == "full":
         base = load_flow(model)
         base.freeze()
-    _make_trainable(flow, config)
+    _make_trainable(flow, config, None, choice.rank)
     mx.eval(flow.parameters())
     samples = FinetuneData(cache, pictures, flow.config.noise_std, anchor, config.anchor, config.dropout > 0)
-    loss = partial(finetune_loss, anchor_weight=config.anchor_weight, base=base)
-    training = config.training(batch_size)
+    loss = partial(finetune_loss, anchor_weight=config.anchor_weight, base=base, checkpoint=choice.checkpoint)
+    training = config.training(choice.batch_size, choice.checkpoint)
     trainer = Trainer(flow, samples, training, out / "checkpoints", loss=loss, name="finetune", resume=resume)
     assign(flow, trainer.run())
     after = cached_nll(flow, cache, held_out, draws=config.draws, seed=config.seed) if before else None
-    folder = _save(flow, model, out, config)
+    folder = _save(flow, model, out, config, choice)
     result = FinetuneResult(folder, before, after)
     _write(out / "report.json", json.dumps(result.report(), indent=2) + "\n")
     if config.samples:
@@ -273,22 +325,26 @@ def finetune(
     return result
 
 
-def _save(flow: Any, model: str | Path, out: Path, config: FinetuneConfig) -> Path:
-    if adapter := config.adapter():
-        return save_adapter(out / "adapter", flow, adapter, {"model": str(model)})
+def _save(flow: Any, model: str | Path, out: Path, config: FinetuneConfig, choice: Choice) -> Path:
+    if adapter := config.adapter(choice.rank):
+        about = {"model": str(model)}
+        if choice.quantization:
+            about["base_quantized_to"] = choice.quantization
+        return save_adapter(out / "adapter", flow, adapter, about)
     directory = find_model(model)
     settings = {key: value for key, value in read_config(directory).items() if key != "quantization"}
     files = copy_parts(directory, out / "model")
     return save_model(out / "model", parameters(flow), settings, files=files)
 
 
-def _plain(model: str | Path, data: str | Path, out: Path, config: FinetuneConfig, batch_size: int) -> dict[str, Any]:
+def _plain(model: str | Path, data: str | Path, out: Path, config: FinetuneConfig, choice: Choice) -> dict[str, Any]:
     """The effective config, as `finetune --config` reads it."""
-    settings = {**asdict(config), **asdict(config.training(batch_size))}
+    settings = {**asdict(config), **asdict(config.training(choice.batch_size, choice.checkpoint))}
     known = {key: settings[key] for key in asdict(config)}
-    kind, rank = known.pop("kind"), known.pop("rank")
-    how = {"full": True} if kind == "full" else {kind: rank}
-    known["layers"] = list(config.layers)
+    kind = known.pop("kind")
+    known.pop("rank")
+    how = {"full": True} if kind == "full" else {kind: choice.rank}
+    known |= {"layers": list(config.layers), "quantize": choice.quantization or "none"}
     return {"model": str(model), "data": str(data), "output": str(out), **how, **known}
 
 

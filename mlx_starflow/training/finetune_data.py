@@ -131,13 +131,15 @@ def anchored(batch_size: int, share: float) -> int:
     return min(max(round(share * batch_size), 1), batch_size - 1) if share else 0
 
 
-def finetune_loss(flow: Any, batch: Batch, anchor_weight: float = 1.0, base: Any = None) -> tuple[mx.array, Metrics]:
+def finetune_loss(
+    flow: Any, batch: Batch, anchor_weight: float = 1.0, base: Any = None, checkpoint: bool = True
+) -> tuple[mx.array, Metrics]:
     """NLL of a batch of `FinetuneData` (nats per dimension, without log(2 pi) / 2) plus the anchor's KL divergence.
 
-    Layers are computed again for the gradient, so that memory holds one of them at a time.
+    With `checkpoint`, layers are computed again for the gradient, so that memory holds one of them at a time.
     """
     with dropout_key(flow, batch["dropout"][0] if "dropout" in batch else None):
-        loss, metrics = batch_loss(flow, batch, checkpoint=True)
+        loss, metrics = batch_loss(flow, batch, checkpoint=checkpoint)
         if "anchor_x" in batch:
             metrics["kl"] = anchor_kl(flow, batch["anchor_x"], batch["anchor_text"], base)
             loss = loss + anchor_weight * metrics["kl"]

@@ -35,6 +35,8 @@ class LatentCache:
         shapes: of one picture's latents in each bucket, (h, w, C).
         text_length, text_width: L and D of the text embeddings `[B, L, D]`.
         patch_size: of the flow.
+        identity: of the model it was made with, see `CacheModel.identity`.
+        names_ratio: whether prompts name their picture's aspect ratio.
 
     Raises:
         StarflowError: there is no finished cache, a file is of another size or the index is damaged, or it was made
@@ -48,12 +50,13 @@ class LatentCache:
         if damaged := damaged_files(self.folder, manifest, contents=lambda name: name in small):
             raise _damage(self.folder, damaged)
         settings = manifest["settings"]
+        self.identity = settings["model"]
         if model is not None:
-            check_model(settings["model"], model, self.folder)
+            check_model(self.identity, model, self.folder)
         self.views, self._dtype = settings["views"], settings["dtype"]
         self.text_length, self.patch_size = settings["model"]["text_length"], settings["model"]["patch_size"]
         self.text_width = manifest["text_width"]
-        self._name_ratio = settings["model"]["prompts"]["mix_aspect"]
+        self.names_ratio = settings["model"]["prompts"]["mix_aspect"]
         self._mean, self._std = (np.array(manifest["scale"][name], np.float32) for name in ("mean", "std"))
         self.ratios = list(manifest["buckets"])
         self.shapes = [tuple(bucket["latents"]) for bucket in manifest["buckets"].values()]
@@ -133,7 +136,7 @@ class LatentCache:
         """
         out = np.zeros((len(captions), self.text_length, self.text_width), np.float32)
         for row, caption in zip(out, captions, strict=True):
-            start, count = self._texts[caption, ratio if self._name_ratio else None]
+            start, count = self._texts[caption, ratio if self.names_ratio else None]
             row[:count] = decode_numbers(self._text[start : start + count], self._dtype)
         return out
 
@@ -143,6 +146,7 @@ class CachedLatents:
 
     def __init__(self, cache: LatentCache):
         self.cache = cache
+        self.patch_size = cache.patch_size
         self.order = Order(len(cache), cache.buckets)
 
     def batch(self, rng: np.random.Generator, config: TrainingConfig, progress: float) -> dict[str, np.ndarray]:
@@ -165,10 +169,31 @@ class CachedLatents:
             "text": cache.text(captions, cache.ratios[bucket]),
         }
         if config.context_full or config.context_partial:
-            tokens = (height // cache.patch_size) * (width // cache.patch_size)
+            tokens = (height // self.patch_size) * (width // self.patch_size)
             share = context_share(config.context_full, progress)
             batch["keep"] = context_keep(rng, count, tokens, share, config.context_partial)
         return batch
+
+
+class CachedPart(CachedLatents):
+    """Some pictures of a cache, numbered from 0.
+
+    Args:
+        cache: the pictures.
+        pictures: numbers, in the cache, of those that belong to it.
+        patch_size: of the flow; None: of the flow that the cache was made for.
+    """
+
+    def __init__(self, cache: LatentCache, pictures: np.ndarray, patch_size: int | None = None):
+        self.cache, self.pictures = cache, np.asarray(pictures)
+        self.patch_size = patch_size or cache.patch_size
+        self.order = Order(len(self.pictures), cache.buckets[self.pictures])
+
+    def arrays(
+        self, chosen: np.ndarray, rng: np.random.Generator, config: TrainingConfig, progress: float
+    ) -> dict[str, np.ndarray]:
+        """What `batch` gives, of the pictures with the numbers `chosen` in this part."""
+        return super().arrays(self.pictures[chosen], rng, config, progress)
 
 
 def _damage(folder: Path, names: Sequence[str]) -> StarflowError:

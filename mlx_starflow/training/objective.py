@@ -29,6 +29,15 @@ def noisy(flow: Any, x: mx.array, noise: mx.array) -> mx.array:
     return (levels + uniform) * (2 / LEVELS) - 1
 
 
+def noisy_data(flow: Any, batch: Batch) -> mx.array:
+    """What a flow reads of a batch: its data with noise, and, where there is one, with its `probe`.
+
+    That is zero everywhere; the loss's gradient with respect to it is the one with respect to the noisy data.
+    """
+    x = noisy(flow, batch["latents"], batch["noise"])
+    return x + batch["probe"] if "probe" in batch else x
+
+
 def flow_loss(
     flow: Any,
     x: mx.array,
@@ -44,7 +53,7 @@ def flow_loss(
 
     Args:
         flow: a flow; `flow(x, text)` gives its output.
-        x: clean data, `[B, H, W, C]`.
+        x: clean data, `[B, H, W, C]`, or of videos `[B, T, H, W, C]`.
         text: what the flow is conditioned on: embeddings `[B, L, D]`, or a TarFlow's labels `[B]`.
         noise_std: standard deviation of the noise that the data is trained with; 0 for none.
         noise: standard normal, shaped as x; None draws it from MLX's own generator.
@@ -79,17 +88,18 @@ def flow_loss(
 def batch_loss(flow: Any, batch: Batch, checkpoint: bool = False) -> tuple[mx.array, Metrics]:
     """`flow_loss` of a batch with the flow's own noise: what `Trainer` trains a flow with.
 
-    The batch holds `latents` (or a TarFlow's pictures) `[B, H, W, C]` and standard normal `noise` of their shape, and
-    may hold `text` (embeddings or labels), `keep` and `weight`.
+    The batch holds `latents` (or a TarFlow's pictures) `[B, H, W, C]`, or those of videos `[B, T, H, W, C]`, and
+    standard normal `noise` of their shape, and may hold `text` (embeddings or labels), `keep`, `weight` and `probe`,
+    see `noisy_data`.
     """
-    x = noisy(flow, batch["latents"], batch["noise"])
+    x = noisy_data(flow, batch)
     options = {name: batch.get(name) for name in ("text", "keep", "weight")}
     return flow_loss(flow, x, noise_std=0.0, checkpoint=checkpoint, **options)
 
 
 def batch_nll(flow: Any, batch: Batch) -> mx.array:
     """Exact NLL of each sample of a batch of `batch_loss`, `[B]`, nats per dimension, without log(2 pi) / 2."""
-    return flow(noisy(flow, batch["latents"], batch["noise"]), batch.get("text")).nll()
+    return flow(noisy_data(flow, batch), batch.get("text")).nll()
 
 
 def _mean_where(values: mx.array, chosen: mx.array) -> mx.array:

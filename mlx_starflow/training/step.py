@@ -11,10 +11,12 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from mlx_starflow.models.checkpoint import weights_first
 from mlx_starflow.training import distributed
 from mlx_starflow.training.config import TrainingConfig
 from mlx_starflow.training.optim import Weights, assign, clipped, trainable, update_average
 from mlx_starflow.training.optimizers import GroupedOptimizer, embedding_names
+from mlx_starflow.training.score_matching import denoiser_loss, denoiser_weights, new_probe, split_weights
 from mlx_starflow.training.sharding import Shards
 
 Numbers = dict[str, mx.array]
@@ -49,6 +51,7 @@ class StepMaker:
     ):
         self.model, self.loss, self.extra_loss, self.config, self.group = model, loss, extra_loss, config, group
         self.random = extra_loss is not None
+        self._denoiser = denoiser_weights(model)
         self.dtype = None if config.dtype is None else getattr(mx, config.dtype)
         if self.dtype is not None:
             assign(model, {name: weight.astype(mx.float32) for name, weight in trainable(model).items()})
@@ -98,38 +101,62 @@ class StepMaker:
             rows.append({name: value.item() for name, value in numbers.items()})
         if self.config.accumulate > 1:
             total = {name: gradient / self.config.accumulate for name, gradient in total.items()}
-        gradients, norm = self._averaged(total)
+        gradients, norms = self._averaged(total)
         total = None
-        means = {**distributed.mean_numbers(rows, self.group), "grad": norm.item()}
-        if self.config.skip and means["grad"] > self.config.skip:
+        means = {**distributed.mean_numbers(rows, self.group), **{name: norm.item() for name, norm in norms.items()}}
+        if self.config.skip and max(norm.item() for norm in norms.values()) > self.config.skip:
             return means, False
         self._update(gradients, lr, decay)
         mx.eval(self._state)
         return means, True
 
-    def _averaged(self, gradients: Weights) -> tuple[Weights, mx.array]:
-        """The clipped mean over processes, and its norm before. Those of shared weights are means already."""
+    def _averaged(self, gradients: Weights) -> tuple[Weights, Numbers]:
+        """The clipped mean over processes, and its norms before. Those of shared weights are means already."""
         if self.shards is None:
-            return clipped(distributed.average(gradients, self.group), self.config.clip)
+            return self._clipped(distributed.average(gradients, self.group))
         own = {name: gradient for name, gradient in gradients.items() if name not in self.shards.names}
-        gradients = {**gradients, **distributed.average(own, self.group)}
-        return clipped(gradients, self.config.clip, self.shards.squares(gradients))
+        return self._clipped({**gradients, **distributed.average(own, self.group)})
+
+    def _clipped(self, gradients: Weights) -> tuple[Weights, Numbers]:
+        """Gradients of the flow and of its denoiser, each with a norm of at most `config.clip`, and what it was."""
+        flow, denoiser = split_weights(gradients, self._denoiser)
+        flow, norm = clipped(flow, self.config.clip, self.shards.squares(flow) if self.shards else None)
+        norms = {"grad": norm}
+        if denoiser:
+            denoiser, norms["denoiser-grad"] = clipped(denoiser, self.config.clip)
+        return {**flow, **denoiser}, norms
 
     def _plain_gradients(self, batch: dict[str, mx.array], key: mx.array) -> tuple[Weights, Numbers]:
         held = dict(tree_flatten(self.model.parameters()))
+        weights, denoiser = split_weights(trainable(self.model), self._denoiser)
+        probe = new_probe(batch) if denoiser else {}
 
-        def objective(weights: Weights) -> tuple[mx.array, Numbers]:
-            assign(self.model, weights if self.dtype is None else self._cast({**held, **weights}))
-            loss, metrics = self.loss(self.model, batch)
+        def objective(weights: Weights, probe: dict[str, mx.array]) -> tuple[mx.array, Numbers]:
+            self._hold(held, weights)
+            loss, metrics = self.loss(self.model, {**batch, **probe})
             numbers = {"loss": loss, **metrics}
             if self.extra_loss is not None:
                 term, named = self.extra_loss(self.model, batch, key)
                 numbers = {"loss": loss + term, **metrics, "extra": term, **named}
             return numbers["loss"], numbers
 
-        (_, numbers), gradients = mx.value_and_grad(objective)(trainable(self.model))
+        def matching(weights: Weights, gradient: mx.array) -> mx.array:
+            self._hold(held, weights)
+            return denoiser_loss(self.model, batch, gradient, self.config.checkpoint_layers)
+
+        with weights_first():
+            if not denoiser:
+                (_, numbers), gradients = mx.value_and_grad(objective)(weights, probe)
+            else:
+                (_, numbers), (gradients, probe) = mx.value_and_grad(objective, argnums=(0, 1))(weights, probe)
+                numbers["denoiser"], own = mx.value_and_grad(matching)(denoiser, probe["probe"])
+                gradients = {**gradients, **own}
         assign(self.model, held)
         return gradients, numbers
+
+    def _hold(self, held: Weights, weights: Weights) -> None:
+        """Have the model compute with these weights, in the dtype it computes in."""
+        assign(self.model, weights if self.dtype is None else self._cast({**held, **weights}))
 
     def _cast(self, weights: Weights) -> Weights:
         floating = {name: w for name, w in weights.items() if mx.issubdtype(w.dtype, mx.floating)}
@@ -145,9 +172,9 @@ class StepMaker:
         self, batch: dict[str, mx.array], key: mx.array, lr: mx.array, decay: mx.array
     ) -> Numbers:
         gradients, numbers = self._plain_gradients(batch, key)
-        gradients, norm = clipped(gradients, self.config.clip)
+        gradients, norms = self._clipped(gradients)
         self._plain_update(gradients, lr, decay)
-        return {**numbers, "grad": norm}
+        return {**numbers, **norms}
 
     def whole_state(self) -> tuple[Weights, Weights, Weights]:
         """Weights, average and optimizer state for a checkpoint."""

@@ -33,13 +33,14 @@ class TextFlow(nn.Module):
 
     def loss(self, batch: Batch, checkpoint: bool = False) -> tuple[mx.array, Metrics]:
         """`batch_loss` of a batch of `CaptionedLatents`."""
-        return batch_loss(self.flow, self._with_text(batch), checkpoint)
+        return batch_loss(self.flow, self.with_text(batch), checkpoint)
 
     def nll(self, batch: Batch) -> mx.array:
         """`batch_nll` of a batch of `CaptionedLatents`."""
-        return batch_nll(self.flow, self._with_text(batch))
+        return batch_nll(self.flow, self.with_text(batch))
 
-    def _with_text(self, batch: Batch) -> Batch:
+    def with_text(self, batch: Batch) -> Batch:
+        """A batch of `CaptionedLatents` with the embeddings of its captions, `text`."""
         return {**batch, "text": self.text_encoder.encode(batch["ids"], batch["mask"])}
 
 

@@ -62,7 +62,9 @@ class Trainer:
         config: settings.
         out_dir: folder of the checkpoints, of `log.jsonl` and of pictures to watch.
         loss: `loss(model, batch)` -> (scalar loss, metrics); `batch_loss`, that of a flow, by default. It is compiled:
-            it must draw nothing random.
+            it must draw nothing random. For a flow with a learned denoiser it must take its noisy data from
+            `objective.noisy_data`, since the gradient with respect to that is what the denoiser learns, see
+            `score_matching`; the error of its prediction is logged as `denoiser`.
         extra_loss: `extra_loss(model, batch, key)` -> (term, numbers): the scalar term is added to the loss, and it and
             the named scalars `numbers` are logged. `key` is a random key of MLX, another one in each step.
         validation: held-out data, with an `arrays` method as `CachedLatents` has.
@@ -285,8 +287,13 @@ class Trainer:
             assign(self.model, weights)
 
     def _check_finite(self, numbers: dict[str, float]) -> None:
-        for key, what in (("loss", "the loss"), ("grad", "the gradient")):
-            if not math.isfinite(numbers[key]):
+        for key, what in (
+            ("loss", "the loss"),
+            ("grad", "the gradient"),
+            ("denoiser", "the denoiser's loss"),
+            ("denoiser-grad", "the denoiser's gradient"),
+        ):
+            if not math.isfinite(numbers.get(key, 0.0)):
                 last = next(iter(checkpoint_files(self.folder)), None)
                 raise StarflowError(
                     f"{self.name}: {what} is not finite at step {self.step + 1}; "

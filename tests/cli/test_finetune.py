@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -19,14 +20,17 @@ from tiny_model import tiny_flow, write_tiny_model
 
 from mlx_starflow import load_flow
 from mlx_starflow.adapters import Adapter
+from mlx_starflow.convert.official import ARGUMENTS
+from mlx_starflow.memory import usable
+from mlx_starflow.models.starflow import FlowConfig, STARFlow
 from mlx_starflow.quantization import quantize_module
 from mlx_starflow.requantize import quantize_model
 from mlx_starflow.training.adapters import AdapterConfig, attach
 from mlx_starflow.training.cache_build import build_cache
 from mlx_starflow.training.data import Order
-from mlx_starflow.training.finetune import FinetuneConfig, finetune
+from mlx_starflow.training.finetune import FinetuneConfig, finetune, finetune_planner
 from mlx_starflow.training.finetune_data import FinetuneData, finetune_loss, split_pictures
-from mlx_starflow.training.finetune_memory import training_plan
+from mlx_starflow.training.finetune_memory import Planner, training_plan
 from mlx_starflow.training.latent_cache import LatentCache
 from mlx_starflow.training.trainer import Trainer
 from mlx_starflow.weights import parameters
@@ -116,6 +120,8 @@ def test_examples(model, cache, pictures, tmp_path):
     small = ["--model", model, "--steps", 2, "--batch-size", 2, "--rank", 2]
     shown = _example("lora_style.py", cache, *small, "--out", tmp_path / "style")
     assert "held-out NLL" in shown and Image.open(tmp_path / "style/strengths.png").width > 80
+    _example("lora_trainer.py", cache, tmp_path / "trainer", *small)
+    assert Adapter.read(tmp_path / "trainer/adapter").config["rank"] == 2
     shown = _example("forgetting.py", cache, pictures, *small, "--measured", 2, "--out", tmp_path / "forgetting")
     assert len(re.findall(r"new [+-]\d", shown)) == 3
 
@@ -130,23 +136,86 @@ def _example(name: str, *words: object) -> str:
 def test_dry_run(model, pictures, tmp_path):
     done = command(model, pictures, "-o", tmp_path / "run", "--dry-run")
     assert done.exit_code == 0, done.output
-    for word in ("weights", "gradients", "optimizer", "activations", "peak", "16 GB Mac: batch size 16"):
+    for word in ("weights", "gradients", "optimizer", "activations", "peak", "16 GB Mac: batch size 16, rank 16"):
         assert word in done.stdout
     assert not (tmp_path / "run").exists()
 
 
+@pytest.fixture(scope="module")
+def full_size() -> FlowConfig:
+    """That of the released model; its weights are never computed."""
+    return FlowConfig.from_official({**ARGUMENTS["starflow_3B_t2i_256x256"], "txt_dim": 2048})
+
+
+def planner(config: FlowConfig, settings: FinetuneConfig) -> Planner:
+    def make() -> STARFlow:
+        flow = STARFlow(config)
+        flow.set_dtype(mx.bfloat16)
+        return flow
+
+    return finetune_planner(make, settings)
+
+
+def test_what_is_chosen_for_the_full_size(full_size):
+    plans = planner(full_size, FinetuneConfig())
+    small, middle, large = (plans.choose(usable(gigabytes * 2**30)) for gigabytes in (16, 32, 64))
+    assert all(choice.checkpoint and choice.rank == 16 for choice in (small, middle, large))
+    assert large.quantization is None and large.batch_size == 16
+    assert middle.quantization is None and middle.batch_size == 8
+    assert small.quantization == "mixed" and small.batch_size >= 2
+    assert all(c.plan.peak <= usable(gb * 2**30) for c, gb in ((small, 16), (middle, 32), (large, 64)))
+    # Less and less memory: samples go before the rank, and then nothing fits.
+    chosen = [plans.choose(memory) for memory in np.linspace(12e9, 3e9, 40)]
+    fitting = [choice for choice in chosen if choice]
+    assert {choice.quantization for choice in fitting} == {"mixed"} and chosen[-1] is None
+    order = [(choice.batch_size, choice.rank) for choice in fitting]
+    assert order == sorted(order, reverse=True) and order[0][0] > 1 and order[-1] == (1, 4)
+    assert len(plans.macs().splitlines()) == 3 and "16 GB Mac: batch size" in plans.macs()
+
+
+def test_what_is_said_is_not_chosen(full_size):
+    said = FinetuneConfig(batch_size=4, rank=3, quantize="none", checkpoint_layers=True, kind="dora")
+    choice = planner(full_size, said).choose(200e9)
+    assert (choice.batch_size, choice.rank, choice.quantization, choice.checkpoint) == (4, 3, None, True)
+    assert planner(full_size, said).choose(8e9) is None
+    full = planner(full_size, FinetuneConfig(kind="full")).choose(200e9)
+    assert full.rank == 0 and full.plan.optimizer == 3 * full.plan.weights
+    quantized = planner(full_size, FinetuneConfig(quantize="4")).choose(200e9)
+    assert quantized.quantization == "4"
+
+
+def test_a_base_quantized_for_the_training_alone(model, cache, tmp_path):
+    done = command(model, cache, "-o", tmp_path / "run", *options(lora=2, quantize=8, **QUICK))
+    assert done.exit_code == 0, done.output
+    assert "base quantized to 8" in done.stdout
+    assert json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())["base_quantized_to"] == "8"
+    assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["quantize"] == "8"
+    load_flow(model, adapters=[(tmp_path / "run/adapter", 1)])
+
+
+@pytest.mark.parametrize("checkpoint", [True, False])
 @pytest.mark.parametrize(
     ("kind", "quantization", "batch_size", "img_size"),
-    [("lora", None, 16, 8), ("lora", "8", 4, 8), ("dora", None, 4, 8), ("full", None, 4, 8), ("lora", None, 2, 16)],
+    [
+        ("lora", None, 16, 8),
+        ("lora", "8", 4, 8),
+        ("dora", None, 4, 8),
+        ("full", None, 4, 8),
+        ("lora", None, 2, 16),
+        ("lora", "bfloat16", 8, 8),
+    ],
 )
-def test_plan_is_what_is_measured(tmp_path, kind, quantization, batch_size, img_size):
+def test_plan_is_what_is_measured(tmp_path, kind, quantization, batch_size, img_size, checkpoint):
     flow = tiny_flow(channels=128, layers_per_block=[1, 1, 3], txt_size=8, txt_dim=64, img_size=img_size)
-    if quantization:
+    if quantization == "bfloat16":
+        flow.set_dtype(mx.bfloat16)
+    elif quantization:
         quantize_module(flow, quantization)
     if kind != "full":
         attach(flow, AdapterConfig(kind=kind, rank=8))
     mx.eval(flow.parameters())
-    plan = training_plan(flow, batch_size)
+    plan = training_plan(flow, batch_size, checkpoint=checkpoint)
+    loss = partial(finetune_loss, checkpoint=checkpoint)
 
     class Data:
         order = Order(4)
@@ -165,7 +234,7 @@ def test_plan_is_what_is_measured(tmp_path, kind, quantization, batch_size, img_
     mx.clear_cache()
     others = mx.get_active_memory() - plan.weights
     mx.reset_peak_memory()
-    Trainer(flow, Data(), FinetuneConfig(steps=2).training(batch_size), tmp_path, loss=finetune_loss).run()
+    Trainer(flow, Data(), FinetuneConfig(steps=2).training(batch_size), tmp_path, loss=loss).run()
     assert plan.peak == pytest.approx(mx.get_peak_memory() - others, rel=0.25)
 
 
@@ -184,7 +253,9 @@ def test_mistakes(model, pictures, cache, tmp_path):
     run = tmp_path / "run"
     assert "exclude each other" in command.mistake(model, cache, "-o", run, *options(lora=2, dora=2))
     assert "does not exist" in command.mistake(model, tmp_path / "none", "-o", run)
-    assert "rank must be 1 or more" in command.mistake(model, cache, "-o", run, *options(lora=0))
+    assert "rank must be 0 or more" in command.mistake(model, cache, "-o", run, *options(lora=-1))
+    assert "quantize must be one of" in command.mistake(model, cache, "-o", run, *options(quantize=3))
+    assert "leave out --quantize" in command.mistake(model, cache, "-o", run, "--full", *options(quantize=8))
     assert "no layer is called 'x'" in command.mistake(model, cache, "-o", run, *options(layers="x"))
     assert "must be in 0..0.5" in command.mistake(model, cache, "-o", run, *options(anchor=0.9))
     assert "give --anchor" in command.mistake(model, cache, "-o", run, *options(anchor_data=pictures))

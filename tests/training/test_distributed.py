@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,12 +12,13 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+import processes
 import pytest
 from click.testing import CliRunner
 from PIL import Image
 from training.test_trainer import CONFIG, Stops, last_checkpoint, make_trainer
 from training.test_training_options import held_out, lines
-from training.tiny_training import TinyData
+from training.tiny_training import TinyData, make_model
 
 from mlx_starflow.cli import main
 from mlx_starflow.errors import StarflowError
@@ -34,38 +33,12 @@ BATCH = replace(CONFIG, steps=4, batch_size=4, context_full=0.0, context_partial
 
 
 def start(task: str, folder: Path, ranks: int = 2) -> list[subprocess.Popen]:
-    hosts = []
-    with_sockets = [socket.socket() for _ in range(ranks)]
-    for each in with_sockets:
-        each.bind(("127.0.0.1", 0))
-        hosts.append([f"127.0.0.1:{each.getsockname()[1]}"])
-    for each in with_sockets:
-        each.close()
-    folder.mkdir(exist_ok=True)
-    (folder / "hosts.json").write_text(json.dumps(hosts))
-    processes = []
-    for rank in range(ranks):
-        environment = {
-            **os.environ,
-            "MLX_RANK": str(rank),
-            "MLX_HOSTFILE": str(folder / "hosts.json"),
-            "PYTHONPATH": str(HERE.parents[1]),
-        }
-        command = [sys.executable, str(HERE), task, str(folder)]
-        processes.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        )
-    return processes
+    return processes.start(folder, [[HERE, task, folder]] * ranks)
 
 
-def finish(processes: list[subprocess.Popen]) -> list[tuple[int, str]]:
+def finish(started: list[subprocess.Popen]) -> list[tuple[int, str]]:
     """Each one's exit code and what it said."""
-    try:
-        said = [process.communicate(timeout=120) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [(process.returncode, out + err) for process, (out, err) in zip(processes, said, strict=True)]
+    return [(code, out + err) for code, out, err in processes.finish(started)]
 
 
 def run(task: str, folder: Path) -> list[str]:
@@ -91,6 +64,24 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
     assert found.keys() == whole.keys()
     for name, gradient in whole.items():
         assert np.abs(found[name] - gradient).max() <= 1e-5 * max(np.abs(gradient).max(), 1e-3), name
+
+
+def test_a_learned_denoiser_too(tmp_path):
+    run("denoiser", tmp_path)
+    found, numbers = denoiser_gradients()
+    expected = dict(np.load(tmp_path / "gradients.npz"))
+    for name in ("loss", "denoiser"):
+        assert expected.pop(name) == pytest.approx(numbers[name], rel=1e-5)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert np.abs(found[name] - gradient).max() <= 1e-5 * max(np.abs(gradient).max(), 1e-3), name
+
+
+def denoiser_gradients() -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    from training.test_training_options import gradients
+
+    options = {"learnable_self_denoiser": True, "conditional_denoiser": True}
+    return gradients(BATCH, TinyData().batch(np.random.default_rng(1), BATCH, 0.0), model=make_model(**options))
 
 
 def test_a_run_of_two_is_a_run_of_one(tmp_path):
@@ -227,6 +218,10 @@ def task(name: str, folder: Path) -> None:
         found, numbers = gradients(BATCH, batch)
         if rank == 0:
             np.savez(folder / "gradients.npz", loss=numbers["loss"], **found)
+    elif name == "denoiser":
+        found, numbers = denoiser_gradients()
+        if rank == 0:
+            np.savez(folder / "gradients.npz", loss=numbers["loss"], denoiser=numbers["denoiser"], **found)
     elif name == "train":
         # Another working folder for each rank: what rank 1 wrote would show.
         train(folder if rank == 0 else folder / "rank1")

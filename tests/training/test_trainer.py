@@ -20,8 +20,10 @@ from mlx_starflow.training.trainer import Trainer, TrainingConfig
 CONFIG = TrainingConfig(steps=10, batch_size=5, lr=3e-3, log_every=2)
 
 
-def make_trainer(folder: Path, config: TrainingConfig = CONFIG, data: TinyData | None = None, **options) -> Trainer:
-    return Trainer(make_model(), data or TinyData(), config, folder, loss=TextFlow.loss, **options)
+def make_trainer(
+    folder: Path, config: TrainingConfig = CONFIG, data: TinyData | None = None, *, model=None, **options
+) -> Trainer:
+    return Trainer(model or make_model(), data or TinyData(), config, folder, loss=TextFlow.loss, **options)
 
 
 def last_checkpoint(folder: Path) -> dict[str, np.ndarray]:

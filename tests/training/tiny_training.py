@@ -44,8 +44,10 @@ class TinyData:
         }
 
 
-def make_model() -> TextFlow:
+def make_model(**changes: object) -> TextFlow:
     mx.random.seed(3)
-    model = TextFlow(STARFlow(FlowConfig(**FLOW)), T5Encoder(T5Config(**TEXT, feed_forward_proj="gated-gelu")))
+    model = TextFlow(
+        STARFlow(FlowConfig(**{**FLOW, **changes})), T5Encoder(T5Config(**TEXT, feed_forward_proj="gated-gelu"))
+    )
     initialize_text_encoder(model.text_encoder)
     return model
