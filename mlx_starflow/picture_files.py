@@ -1,4 +1,4 @@
-"""The pictures that a command is given: files, and folders with or without captions."""
+"""The pictures and videos that a command is given: files, and folders of pictures with or without captions."""
 
 from __future__ import annotations
 
@@ -9,28 +9,52 @@ from pathlib import Path
 from PIL import Image
 
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.media import ANIMATIONS, MOVIES
 from mlx_starflow.pictures import UnreadablePicture, decode_picture, no_remarks
 from mlx_starflow.training.sources import Skip, open_source
 from mlx_starflow.training.sources.folders import METADATA, list_pictures
 from mlx_starflow.training.sources.hub import SAVED
 
+VIDEOS = (*MOVIES, ".mkv", ".webm", ".avi", ".mpg", ".mpeg")
+"""How names of videos end, in lower case; animations can be pictures too."""
+
 
 @dataclass(frozen=True)
 class PictureFile:
-    """A picture that has not been read yet.
+    """A picture, or a video, that has not been read yet.
 
     Attributes:
         name: its path as the user gave it, or the folder and its name there.
         caption: the usual one; "" if it has none.
         read: gives the bytes of its file.
+        path: of that file, if it is one that the user named.
     """
 
     name: str
     caption: str
     read: Callable[[], bytes]
+    path: Path | None = None
+
+    @property
+    def is_video(self) -> bool:
+        """Whether it is a video, or an animation, in a file that the user named."""
+        if self.path is None or self.path.suffix.lower() not in (*VIDEOS, *ANIMATIONS):
+            return False
+        if self.path.suffix.lower() in VIDEOS:
+            return True
+        try:
+            with no_remarks(), Image.open(self.path) as opened:
+                return getattr(opened, "n_frames", 1) > 1
+        except Exception:  # reading it will tell what is wrong with it
+            return False
 
     def open(self) -> Image.Image:
         """The picture: RGB, upright, transparency on white. Raises StarflowError."""
+        if Path(self.name).suffix.lower() in VIDEOS:
+            raise StarflowError(
+                f"{self.name} is a video, and this takes pictures: score, classify and encode take videos, with a "
+                "model that makes videos"
+            )
         try:
             with no_remarks():
                 return decode_picture(self.read())
@@ -55,7 +79,7 @@ def find_pictures(paths: Iterable[str | Path], split: str | None = None) -> list
         if path.is_dir():
             found += _in_folder(path, split)
         elif path.is_file():
-            found.append(PictureFile(str(path), "", path.read_bytes))
+            found.append(PictureFile(str(path), "", path.read_bytes, path))
         else:
             raise StarflowError(f"{path} does not exist: give pictures, or folders of pictures")
     if not found:

@@ -1,15 +1,15 @@
 """A flow together with the way from pictures and prompts to what it reads, and back: what scoring and editing need.
 
-Both kinds of picture models look alike here: latents of an autoencoder with text embeddings, and a TarFlow's pixels
-with class numbers.
+All kinds of models look alike here: latents of an autoencoder with text embeddings, of pictures or of videos, and a
+TarFlow's pixels with class numbers.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,9 +23,13 @@ from mlx_starflow.media import to_images
 from mlx_starflow.memory import available
 from mlx_starflow.models.autoencoder_kl import WHOLE_PIXELS
 from mlx_starflow.models.tarflow import TarFlow
+from mlx_starflow.picture_files import PictureFile
 from mlx_starflow.pictures import crop_picture, scale_pixels
 from mlx_starflow.pipeline import Pipeline, load
 from mlx_starflow.quantization import dequantize_module, quantized_layers
+from mlx_starflow.video_media import read_video
+from mlx_starflow.video_requests import VideoModel
+from mlx_starflow.video_sources import encode_frames
 from mlx_starflow.weights import load_flow, read_config
 
 BATCH = 16
@@ -63,15 +67,16 @@ class PictureFlow(ABC):
         """The inverse: pictures `[B, H, W, 3]`, about -1..1."""
 
     @abstractmethod
-    def conditions(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> mx.array | None:
+    def conditions(self, prompts: Sequence[str], shape: Sequence[int] | None = None) -> mx.array | None:
         """The condition of each prompt, "" meaning none, as the flow takes it; None for a flow that reads none.
 
-        `size` is that of the pictures in pixels, the model's own by default.
+        `shape` `[B, ...]` is that of the data, or noise, that it is about; that of the model's own pictures by default.
         """
 
     @abstractmethod
     def grid(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """How the tokens of data of `shape` `[...]`, without the batch, lie: (rows, columns)."""
+        """How the tokens of data of `shape` `[...]`, without the batch, lie: (rows, columns), of a video
+        (latent frames, rows, columns)."""
 
     def pixels(self, shape: Sequence[int]) -> tuple[int, int]:
         """(width, height) in pixels of the pictures that data, or noise, of `shape` `[B, ...]` are of."""
@@ -99,6 +104,10 @@ class PictureFlow(ABC):
             raise StarflowError("there are no pictures")
         return np.concatenate(parts)
 
+    def each_data(self, images: Iterable[Image.Image], size: tuple[int, int] | None = None) -> list[np.ndarray]:
+        """`data` of each picture, `[...]`; videos may differ in shape."""
+        return list(self.data(images, size))
+
     def images(self, data: np.ndarray | mx.array) -> list[Image.Image]:
         """Data -> pictures."""
         data = np.array(data, np.float32)
@@ -109,11 +118,17 @@ class PictureFlow(ABC):
 
 
 class LatentFlow(PictureFlow):
-    """A text-to-picture pipeline's flow."""
+    """A text-to-picture pipeline's flow.
+
+    Attributes:
+        fps: frames a second of its videos; 0 for a model of pictures.
+        frame_step: frames of a video that a latent frame stands for, but the first, which stands for one.
+    """
 
     dimension = "latent dimension"
+    fps, frame_step = 0, 1
 
-    def __init__(self, pipe: Pipeline):
+    def __init__(self, pipe: Pipeline | VideoModel):
         self.pipe, self.name, self.directory = pipe, pipe.name, pipe.directory
         side = pipe.config.img_size * pipe.vae_config.downscale
         self.size = (side, side)
@@ -132,25 +147,120 @@ class LatentFlow(PictureFlow):
         vae = self.pipe.vae
         return np.array(vae.decode(vae.unscale(mx.array(data))).astype(mx.float32))
 
-    def conditions(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> mx.array:
+    def conditions(self, prompts: Sequence[str], shape: Sequence[int] | None = None) -> mx.array:
+        size = self.size if shape is None else self.pixels(shape)
+        fps = self.fps if shape is not None and len(shape) == 5 else 0
         numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
         unique, parts = list(numbers), []
         for start in range(0, len(unique), BATCH):
-            parts.append(self.pipe.encode_prompts(unique[start : start + BATCH], size or self.size))
+            parts.append(self.pipe.encode_prompts(unique[start : start + BATCH], size, fps))
             mx.eval(parts[-1])
         return mx.concatenate(parts)[mx.array([numbers[prompt] for prompt in prompts])]
 
     def pixels(self, shape: Sequence[int]) -> tuple[int, int]:
         scale = self.pipe.vae_config.downscale
-        return shape[2] * scale, shape[1] * scale
+        return shape[-2] * scale, shape[-3] * scale
 
     def grid(self, shape: Sequence[int]) -> tuple[int, ...]:
-        return tuple(side // self.pipe.config.patch_size for side in shape[:-1])
+        return *shape[:-3], *(side // self.pipe.config.patch_size for side in shape[-3:-1])
 
     def release(self, part: str) -> None:
         if self.pipe.low_memory:
             self.pipe.__dict__.pop({"text": "_text"}.get(part, part), None)
             mx.clear_cache()
+
+
+class VideoFlow(LatentFlow):
+    """A text-to-video pipeline's flow: of videos, whose frames are given one by one, and of pictures, which are stills.
+
+    Data of videos are `[B, T, h, w, C]`, T latent frames.
+    """
+
+    pipe: VideoModel
+
+    def __init__(self, pipe: VideoModel):
+        super().__init__(pipe)
+        self.fps, self.frame_step = pipe.settings.fps, pipe.vae_config.temporal_downscale
+
+    def conditions(self, prompts: Sequence[str], shape: Sequence[int] | None = None) -> mx.array:
+        if shape is not None and len(shape) == 5 and shape[1] > self.pipe.window:
+            raise StarflowError(
+                f"{shape[1]} latent frames are more than the {self.pipe.window} that {self.name} was trained on: "
+                "give a shorter video"
+            )
+        return super().conditions(prompts, shape)
+
+    def fit(self, image: Any, size: tuple[int, int] | None = None) -> Any:
+        """As of every flow; of a video a list of its frames, without those at the end that make no whole latent frame.
+
+        A video's `size` is by default its own, if the model makes it, or that of the nearest shape.
+
+        Raises:
+            StarflowError: it has no frames, or more than the model was trained on, or the size does not fit.
+        """
+        if isinstance(image, Image.Image):
+            return super().fit(image, size)
+        waiting = iter(image)
+        first = next(waiting, None)
+        if first is None:
+            raise StarflowError("the video has no frames")
+        size = self.pipe.size_for(first, size)
+        step, most = self.frame_step, self.pipe.config.video[0]
+        frames = [super(VideoFlow, self).fit(each, size) for each in islice(chain([first], waiting), most + step)]
+        del frames[len(frames) - (len(frames) - 1) % step :]
+        if len(frames) > most:
+            raise StarflowError(
+                f"{getattr(image, 'path', 'the video')} has more than the {most} frames that {self.name} was trained "
+                f"on: give a part of it, such as its beginning with --frames {most}"
+            )
+        return frames
+
+    def data(self, images: Iterable[Any], size: tuple[int, int] | None = None) -> np.ndarray:
+        """As of every flow; videos taken together must have as many frames and one size."""
+        images, videos = _one_kind(images)
+        if not videos:
+            return super().data(images, size)
+        parts = self.each_data(images, size)
+        if len({part.shape for part in parts}) > 1:
+            raise StarflowError(
+                "the videos differ in size or in the number of frames: give --size and --frames, or take one at a time"
+            )
+        return np.stack(parts)
+
+    def each_data(self, images: Iterable[Any], size: tuple[int, int] | None = None) -> list[np.ndarray]:
+        images, videos = _one_kind(images)
+        if not videos:
+            return list(super().data(images, size))
+        fitted = (self.fit(video, size) for video in images)
+        return [np.array(encode_frames(self.pipe.vae, frames, frames[0].size))[0] for frames in fitted]
+
+    def images(self, data: np.ndarray | mx.array) -> list[Any]:
+        """Data -> pictures, or lists of a video's frames."""
+        if data.ndim == 4:
+            return super().images(data)
+        return [list(self._frames(mx.array(video)[None])) for video in data]
+
+    def _frames(self, latents: mx.array) -> Iterator[Image.Image]:
+        vae = self.pipe.vae
+        decoder = vae.decoder_stream()
+        for index in range(latents.shape[1]):
+            pixels = decoder.push(vae.unscale(latents[:, index : index + 1], index))
+            yield from to_images(np.array(pixels.astype(mx.float32))[0])
+
+
+def _one_kind(images: Iterable[Any]) -> tuple[Iterator[Any], bool]:
+    """The same pictures or videos, and whether they are videos."""
+    waiting = iter(images)
+    first = next(waiting, None)
+    videos = first is not None and not isinstance(first, Image.Image)
+
+    def alike() -> Iterator[Any]:
+        for each in () if first is None else chain([first], waiting):
+            if isinstance(each, Image.Image) == videos:
+                raise StarflowError("give pictures or videos, not both together")
+            yield each
+
+    return alike(), videos
 
 
 class PixelFlow(PictureFlow):
@@ -176,7 +286,7 @@ class PixelFlow(PictureFlow):
     def decode_pictures(self, data: np.ndarray) -> np.ndarray:
         return np.broadcast_to(data, (*data.shape[:-1], 3))
 
-    def conditions(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> mx.array | None:
+    def conditions(self, prompts: Sequence[str], shape: Sequence[int] | None = None) -> mx.array | None:
         classes = self.flow.config.num_classes
         numbers = []
         for prompt in prompts:
@@ -194,7 +304,7 @@ class PixelFlow(PictureFlow):
 def open_picture_flow(
     name: str | Path = "demo", *, dtype: str | mx.Dtype | None = None, low_memory: bool | None = None
 ) -> PictureFlow:
-    """A model to score and edit pictures with: "demo", a model directory, or a Hub repository of one.
+    """A model to score and edit pictures, or videos, with: "demo", a model directory, or a Hub repository of one.
 
     Arguments and errors are those of `pipeline.load`; a TarFlow's directory is taken too.
     """
@@ -204,11 +314,34 @@ def open_picture_flow(
     return picture_flow(load(name, dtype=dtype, low_memory=low_memory))
 
 
-def picture_flow(model: PictureFlow | Pipeline) -> PictureFlow:
+def open_files(model: PictureFlow, files: Sequence[PictureFile], frames: int | None = None) -> Iterator[Any]:
+    """The pictures, or, for a model of videos, the videos in files, each opened when it is asked for.
+
+    Args:
+        frames: of videos, so many from their start; all by default.
+
+    Raises:
+        StarflowError: there are pictures and videos, a file cannot be read, a video has not so many frames, or the
+            model makes no videos of so many.
+    """
+    videos = [each.is_video for each in files] if isinstance(model, VideoFlow) else [False]
+    if len(set(videos)) > 1:
+        raise StarflowError("give pictures or videos, not both together: stills and videos are scored differently")
+    if not videos[0]:
+        if frames is not None:
+            raise StarflowError("--frames is about videos, and there are none: leave it out")
+        return (each.open() for each in files)
+    if frames is not None:
+        model.pipe.latent_frames(frames)
+    return (read_video(each.name, fps=model.fps, frames=frames) for each in files)
+
+
+def picture_flow(model: PictureFlow | Pipeline | VideoModel) -> PictureFlow:
     """What `open_picture_flow` gives, of a pipeline that is there already. Raises StarflowError."""
-    model = getattr(model, "pictures", model)  # of a model that makes videos too
     if isinstance(model, PictureFlow):
         return model
+    if isinstance(model, VideoModel):
+        return VideoFlow(model)
     if isinstance(model, Pipeline):
         return LatentFlow(model)
     raise StarflowError("scoring and editing need the mlx backend: load(name, backend='mlx')")

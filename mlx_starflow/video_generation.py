@@ -23,8 +23,8 @@ class VideoSettings(GenerationSettings):
         frames: of the video, 1 + a multiple of 4 (for the released autoencoder); 1 is a picture. Of a continuation
             they are the new ones, a multiple of 4.
         fps: frames a second; models that were trained on several rates are told.
-        context: latent frames of the past that a window of a long video, or a continuation, begins with; None: all but
-            one of those that the model was trained on.
+        context: latent frames of the past that a window of a long video, or a continuation, begins with; None: 16, as
+            in the release, and at most all but one of those that the model was trained on.
     """
 
     frames: int = 1

@@ -19,6 +19,7 @@ from mlx_starflow.mlx_model import MLXModel
 from mlx_starflow.models.autoencoder_wan import AutoencoderWan, AutoencoderWanConfig
 from mlx_starflow.noise import check_seeds
 from mlx_starflow.picture_files import read_image
+from mlx_starflow.sampling.video import default_context
 from mlx_starflow.video_generation import Given, VideoSettings
 from mlx_starflow.video_media import read_video
 from mlx_starflow.video_sources import encode_frames, last_frames
@@ -170,7 +171,7 @@ class VideoModel(MLXModel):
         if chosen.get("frames") == 1:
             raise StarflowError("a video that begins with a picture has more than 1 frame")
         image = read_image(Path(source)) if isinstance(source, str | Path) else source
-        size = self._size_for(image, chosen)
+        size = self.size_for(image, chosen.get("size"))
         given = Given("image", encode_frames(self.vae, [image], size), shown=True)
         return given, {**chosen, "size": size}
 
@@ -188,11 +189,11 @@ class VideoModel(MLXModel):
         return Given("video", latents, shown=False), {**chosen, "size": size, "frames": frames}
 
     def _past_video(self, source: Video, chosen: dict[str, Any]) -> tuple[Given, dict[str, Any]]:
-        step, context = self.vae_config.temporal_downscale, chosen.get("context")
+        step, context = self.vae_config.temporal_downscale, chosen.get("context", default_context(self.window))
         frames = chosen.get("frames", step * (self.window - 1))
         self.latent_frames(frames, new=True)
         images, size = self._frames(source, chosen)
-        kept = last_frames(images, step, context or self.window - 1)
+        kept = last_frames(images, step, context)
         if len(kept) <= step:
             raise StarflowError(f"the video to go on from has fewer than {1 + step} frames: give a longer one")
         # In training, a video to go on with has lost its first latent frame, which alone stands for one frame.
@@ -207,13 +208,16 @@ class VideoModel(MLXModel):
         first = next(images, None)
         if first is None:
             raise StarflowError("the video that is given has no frames")
-        return chain([first], images), self._size_for(first, chosen)
+        return chain([first], images), self.size_for(first, chosen.get("size"))
 
-    def _size_for(self, image: Image.Image, chosen: dict[str, Any]) -> tuple[int, int]:
-        """The size asked for; or a picture's own, if the model makes it; or that of the nearest shape."""
+    def size_for(self, image: Image.Image, size: tuple[int, int] | None = None) -> tuple[int, int]:
+        """The size asked for; or a picture's own, if the model makes it; or that of the nearest shape.
+
+        Raises StarflowError if the size asked for does not fit.
+        """
         ratios = RATIOS if self.config.mix_aspect else ("1:1",)
         made = [self.size_of(ratio) for ratio in ratios]
         own = image.size if image.size in made else self.size_of(closest_ratio(*image.size, ratios))
-        size = chosen.get("size", own)
+        size = size or own
         self.latent_shape(size)  # raises StarflowError if it does not fit
         return size

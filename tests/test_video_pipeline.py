@@ -12,6 +12,7 @@ from mlx_starflow.errors import StarflowError
 from mlx_starflow.memory import plan
 from mlx_starflow.noise import VideoNoise, draw_noise
 from mlx_starflow.sampling import denoise, sample
+from mlx_starflow.sampling.video import default_context
 from mlx_starflow.video_media import VideoWriter
 from mlx_starflow.video_pipeline import VideoPipeline
 from mlx_starflow.video_sources import encode_frames, last_frames
@@ -200,6 +201,15 @@ def test_going_on_from_a_video(pipe, source, seen):
     # With a context of 2 latent frames, what was before the last 9 frames is not seen.
     short = pipe.generate("it goes on", seed=2, extend=source, frames=8, context=2).videos[0]
     assert differs(pipe.generate("it goes on", seed=2, extend=source[4:], frames=8, context=2).videos[0], short) == 0
+
+
+def test_a_continuation_sees_16_latent_frames_by_default(tmp_path):
+    pipe = load(write_tiny_video_model(tmp_path, vid_size="81:16"))
+    frames = [Image.new("RGB", (16, 16))] * 85
+    for chosen, seen in (({}, 16), ({"context": 19}, 19)):
+        given, _ = pipe._past_video(frames, {"size": (16, 16), **chosen})
+        assert given.latents.shape[1] == seen
+    assert [default_context(window) for window in (21, 17, 5)] == [16, 16, 4]
 
 
 def test_a_continuation_is_decoded_after_its_source(pipe, source):

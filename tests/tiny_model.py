@@ -39,6 +39,7 @@ def tiny_flow(**changes: object) -> STARFlow:
 
 def write_tiny_model(directory: Path) -> Path:
     """Write a model directory that `mlx_starflow.load` reads; pictures are 8x8."""
+    mx.random.seed(4)
     vae = AutoencoderKL(AutoencoderKLConfig(block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4))
     return _write(directory, tiny_flow(), vae)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from mlx_starflow import blas
-from mlx_starflow.cli.score import PICTURES, model_options, noise_options, table_options
+from mlx_starflow.cli.score import FRAMES, PICTURES, model_options, noise_options, table_options
 
 
 @click.command()
@@ -18,6 +18,7 @@ from mlx_starflow.cli.score import PICTURES, model_options, noise_options, table
 @table_options
 @noise_options
 @model_options
+@FRAMES
 def classify(
     pictures: tuple[Path, ...],
     labels: str | None,
@@ -30,6 +31,7 @@ def classify(
     batch_size: int,
     model: str,
     size: tuple[int, int] | None,
+    frames: int | None,
     dtype: str | None,
 ) -> None:
     """Say which of some labels each of PICTURES has, by Bayes' rule with the flow as p(picture | label).
@@ -41,7 +43,7 @@ def classify(
     follow from it and are nearly always close to 0 or 1.
     """
     from mlx_starflow.picture_files import find_pictures
-    from mlx_starflow.picture_flow import PixelFlow, open_picture_flow
+    from mlx_starflow.picture_flow import PixelFlow, open_files, open_picture_flow
     from mlx_starflow.records import check_text_output, write_csv, write_json
     from mlx_starflow.scoring import classify as classify_pictures
 
@@ -59,7 +61,7 @@ def classify(
         raise click.UsageError('there are no labels: mlx-starflow classify cat.png --labels "cat face,dog face"')
     result = classify_pictures(
         flow,
-        (each.open() for each in found),
+        open_files(flow, found, frames),
         names,
         draws=draws,
         seed=seed,

@@ -1,4 +1,4 @@
-"""`mlx-starflow encode`: pictures to the noise that they come from."""
+"""`mlx-starflow encode`: pictures, or videos, to the noise that they come from."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from mlx_starflow import blas
-from mlx_starflow.cli.score import PICTURES, model_options
+from mlx_starflow.cli.score import FRAMES, PICTURES, model_options
 
 
 @click.command()
@@ -20,8 +20,15 @@ from mlx_starflow.cli.score import PICTURES, model_options
 @click.option(
     "--check/--no-check", default=True, help="Go the way back too, and say how exact it is.  [default: check]"
 )
-@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Pictures at once.")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="Pictures, or latent frames, at once.",
+)
 @model_options
+@FRAMES
 def encode(
     pictures: tuple[Path, ...],
     output: Path,
@@ -33,17 +40,19 @@ def encode(
     batch_size: int,
     model: str,
     size: tuple[int, int] | None,
+    frames: int | None,
     dtype: str | None,
 ) -> None:
-    """Turn PICTURES into the noise that they come from, exactly.
+    """Turn PICTURES, or videos, into the noise that they come from, exactly.
 
     \b
     mlx-starflow encode cat.png --prompt "cat face" -o cat.safetensors
     mlx-starflow decode cat.safetensors -o again.png
+    mlx-starflow encode street.mp4 -m my-video-model -o street.safetensors
     """
     from mlx_starflow.editing import encode as encode_pictures
     from mlx_starflow.picture_files import find_pictures
-    from mlx_starflow.picture_flow import open_picture_flow
+    from mlx_starflow.picture_flow import open_files, open_picture_flow
     from mlx_starflow.records import check_text_output
 
     if captions and prompt:
@@ -51,9 +60,10 @@ def encode(
     found = find_pictures(pictures)
     check_text_output(output)
     blas.hint_if_slow()
+    flow = open_picture_flow(model, dtype=dtype)
     encoded, trip = encode_pictures(
-        open_picture_flow(model, dtype=dtype),
-        (each.open() for each in found),
+        flow,
+        open_files(flow, found, frames),
         [each.caption for each in found] if captions else prompt,
         guidance=guidance,
         noise_seed=noise_seed,

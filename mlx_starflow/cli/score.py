@@ -1,8 +1,8 @@
-"""`mlx-starflow score`: how likely pictures are, and where they surprise."""
+"""`mlx-starflow score`: how likely pictures and videos are, and where they surprise."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 PICTURES = click.argument("pictures", nargs=-1, required=True, type=click.Path(path_type=Path))
 """Files, and folders of pictures."""
+
+FRAMES = click.option(
+    "--frames", type=click.IntRange(min=1), help="Of videos: so many from their start, 1 + a multiple of 4."
+)
 
 REDDEST = 6.0
 """Standard deviations at the end of the colours of a map of typicality."""
@@ -45,7 +49,13 @@ model_options = with_options(
 noise_options = with_options(
     click.option("--draws", type=click.IntRange(min=1), default=4, show_default=True, help="Of the training noise."),
     click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the training noise."),
-    click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True, help="Pictures at once."),
+    click.option(
+        "--batch-size",
+        type=click.IntRange(min=1),
+        default=16,
+        show_default=True,
+        help="Pictures, or latent frames, at once.",
+    ),
 )
 
 table_options = with_options(
@@ -76,6 +86,7 @@ table_options = with_options(
 @table_options
 @noise_options
 @model_options
+@FRAMES
 def score(
     pictures: tuple[Path, ...],
     prompt: str,
@@ -91,19 +102,23 @@ def score(
     model: str,
     size: tuple[int, int] | None,
     dtype: str | None,
+    frames: int | None,
 ) -> None:
     """Score PICTURES, files or folders of them: exact negative log-likelihood in nats per dimension.
 
     \b
     mlx-starflow score cat.png --prompt "cat face"
     mlx-starflow score photos --map maps --csv scores.csv
+    mlx-starflow score street.mp4 -m my-video-model --map maps
+
+    A model that makes videos scores videos too, with each latent frame given those before it; pictures are stills.
 
     Lower is more likely. The likelihood is that of the picture with the noise that the flow was trained with; it is
     averaged over draws of that noise, whose standard error is printed. A low value alone does not make a picture
     usual: see the deviation from the model's own pictures (mlx-starflow calibrate), in standard deviations.
     """
     from mlx_starflow.picture_files import find_pictures
-    from mlx_starflow.picture_flow import open_picture_flow
+    from mlx_starflow.picture_flow import VideoFlow, open_files, open_picture_flow
     from mlx_starflow.records import check_text_output, write_csv, write_json
     from mlx_starflow.scoring import Reference
     from mlx_starflow.scoring import score as score_pictures
@@ -118,13 +133,16 @@ def score(
         make_folder(map_dir)
     blas.hint_if_slow()
     flow = open_picture_flow(model, dtype=dtype)
+    items = open_files(flow, found, frames)
     reference = Reference.find(flow.directory)
+    if map_of == "typicality" and map_dir is not None and isinstance(flow, VideoFlow) and found[0].is_video:
+        raise click.UsageError("--map-of typicality is about pictures: a video has maps of surprise")
     if map_of == "typicality" and map_dir is not None and reference is None:
         raise click.UsageError("there are no reference pictures to compare with: run mlx-starflow calibrate first")
     prompts = [each.caption for each in found] if captions else [prompt] * len(found)
     scores = score_pictures(
         flow,
-        (each.open() for each in found),
+        items,
         prompts,
         draws=draws,
         seed=seed,
@@ -136,9 +154,9 @@ def score(
         _row(*each, reference, prompted=captions or bool(prompt)) for each in zip(found, prompts, scores, strict=True)
     ]
     if map_dir is not None:
-        _write_maps(flow, found, scores, rows, size, map_dir, map_of)
+        _write_maps(flow, open_files(flow, found, frames), found, scores, rows, size, map_dir, map_of)
     if csv_file is not None:
-        write_csv(rows, csv_file)
+        write_csv(_with_frames(rows), csv_file)
     if json_file is not None:
         write_json({"model": model, "unit": f"nats per {flow.dimension}", "pictures": rows}, json_file)
     if Path("-") not in (csv_file, json_file):
@@ -159,11 +177,23 @@ def _row(
     picture: PictureFile, prompt: str, result: Score, reference: Reference | None, prompted: bool
 ) -> dict[str, Any]:
     row = {"picture": picture.name, "prompt": prompt, **result.to_dict()}
-    if reference is not None and ("prompted" in reference.nll or not prompted):
+    if reference is not None and not result.frames and ("prompted" in reference.nll or not prompted):
         typicality = reference.typicality(result, prompted)
         row["deviation"] = typicality.deviation
         row["deviation_map"] = None if typicality.map is None else typicality.map.tolist()
     return row
+
+
+def _with_frames(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same lines; after a video's, one for each latent frame, by its number."""
+    if "frames" not in rows[0]:
+        return rows
+    lines: list[dict[str, Any]] = []
+    for row in rows:
+        own = {**row, "dimensions": row["dimensions"] // len(row["frames"])}
+        frames = [{**own, "latent_frame": number, **frame} for number, frame in enumerate(row["frames"])]
+        lines += [{**row, "latent_frame": ""}, *frames]
+    return lines
 
 
 def _print(rows: list[dict[str, Any]], dimension: str) -> None:
@@ -179,6 +209,8 @@ def _print(rows: list[dict[str, Any]], dimension: str) -> None:
         error = "" if row["standard_error"] is None else f"{row['standard_error']:.4f}"
         values = "".join(f"  {row[key]:14.3f}" for key in more)
         click.echo(f"{row['picture']:<{width}}  {row['nll']:8.4f}  {error:>7}{values}")
+        if "frames" in row:
+            click.echo("  by latent frame: " + " ".join(f"{frame['nll']:.3f}" for frame in row["frames"]))
     if len(rows) > 1:
         nll = np.array([row["nll"] for row in rows])
         click.echo(f"{f'mean of {len(rows)}':<{width}}  {nll.mean():8.4f}  {standard_error(nll):7.4f}")
@@ -187,6 +219,7 @@ def _print(rows: list[dict[str, Any]], dimension: str) -> None:
 
 def _write_maps(
     flow: PictureFlow,
+    items: Iterable[Any],
     found: list[PictureFile],
     scores: list[Score],
     rows: list[dict[str, Any]],
@@ -197,8 +230,10 @@ def _write_maps(
     import numpy as np
 
     from mlx_starflow.errors import StarflowError
-    from mlx_starflow.media import save_image
+    from mlx_starflow.media import ANIMATIONS, save_image
     from mlx_starflow.scoring import heat_map
+    from mlx_starflow.scoring.heatmap import heat_map_frames
+    from mlx_starflow.video_media import VideoWriter
 
     if kind == "typicality":
         if any(row.get("deviation_map") is None for row in rows):
@@ -211,12 +246,18 @@ def _write_maps(
         maps = [each.surprise for each in scores]
         low, high, unit = min(map(np.min, maps)), max(map(np.max, maps)), "nats per token"
     taken: set[str] = set()
-    for picture, values in zip(found, maps, strict=True):
+    for picture, item, values in zip(found, items, maps, strict=True):
         stem = name = Path(picture.name).stem
         number = 1
         while name in taken:
             number += 1
             name = f"{stem}-{number}"
         taken.add(name)
-        image = heat_map(flow.fit(picture.open(), size), values, float(low), float(high), unit=unit)
-        save_image(image, folder / f"{name}.{kind}.png")
+        fitted, ends = flow.fit(item, size), (float(low), float(high))
+        if values.ndim == 2:
+            save_image(heat_map(fitted, values, *ends, unit=unit), folder / f"{name}.{kind}.png")
+            continue
+        own = Path(picture.name).suffix.lower()
+        with VideoWriter(folder / f"{name}.{kind}{own if own in ANIMATIONS else '.mp4'}", flow.fps) as writer:
+            for image in heat_map_frames(fitted, values, *ends, flow.frame_step, unit=unit):
+                writer.add(image)

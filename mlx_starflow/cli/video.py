@@ -49,7 +49,8 @@ SOURCES = ("image", "video", "extend")
 @click.option(
     "--context",
     type=click.IntRange(min=1),
-    help="Latent frames, of 4 frames each, that the next window of a long video begins with; all but one by default.",
+    help="Latent frames, of 4 frames each, that a continuation, or a later window of a long video, begins with; 16 by "
+    "default.",
 )
 @click.option("--seed", type=click.IntRange(min=0), help="Drawn and reported if left out.")
 @sampling_options

@@ -124,15 +124,16 @@ def inpaint(
     check_mask(free_pixels, "(resized to the model's pictures)")
     original = scale_pixels(np.asarray(model.fit(image, size)))
     picture = np.repeat(fill(original, free_pixels)[None], images, axis=0)
-    condition = model.conditions([prompt] * images, (width, height))
-    model.release("text")
     seeds = range(seed, seed + images)
     rngs = [np.random.Generator(np.random.Philox(each)) for each in seeds]
-    noisy, traces = None, []
+    condition, noisy, traces = None, None, []
     with tqdm(total=steps * rounds, desc="inpainting", unit="step", disable=progress_off(progress)) as bar:
-        for _ in range(rounds):
+        for number in range(rounds):
             kept = np.concatenate([model.encode_pictures(each[None]) for each in picture.astype(np.float32)])
             model.release("vae")
+            if number == 0:
+                condition = model.conditions([prompt] * images, kept.shape)
+                model.release("text")
             free = token_mask(free_pixels, model.grid(kept.shape[1:])).reshape(-1)
             chain = Chain(model.flow, kept.shape, condition, free)
             noisy, data, trace = _round(chain, kept, noisy, seeds, rngs, steps, strength, accept, bar.update)

@@ -1,9 +1,9 @@
-"""Pictures to noise and back, as files, and how exact the round trip is."""
+"""Pictures, or videos, to noise and back, as files, and how exact the round trip is."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ from mlx_starflow.picture_flow import PictureFlow, picture_flow
 from mlx_starflow.pipeline import Pipeline
 from mlx_starflow.sampling import GuidedFlow
 from mlx_starflow.sampling.sampler import progress_off
-from mlx_starflow.scoring.likelihood import with_noise
+from mlx_starflow.scoring.likelihood import at_once, unit_of, with_noise
+from mlx_starflow.video_requests import VideoModel
 from mlx_starflow.weights import one_line
 
 METADATA_KEY = "mlx-starflow"
@@ -94,8 +95,8 @@ class RoundTrip:
 
 
 def encode(
-    model: PictureFlow | Pipeline,
-    images: Iterable[Image.Image],
+    model: PictureFlow | Pipeline | VideoModel,
+    images: Iterable[Image.Image | Iterable[Image.Image]],
     prompts: str | Sequence[str] = "",
     *,
     guidance: float = 0.0,
@@ -109,14 +110,15 @@ def encode(
 
     Args:
         model: a pipeline, or what `open_picture_flow` gives.
-        images: pictures; each is cut about its middle and resized to `size`.
+        images: pictures; each is cut about its middle and resized to `size`. For a model of videos also videos of as
+            many frames: the frames of each.
         prompts: one for all or one a picture; "" is none.
         guidance: map as a sampler with this guidance does: its maps are affine and autoregressive too.
         noise_seed: add the flow's training noise of this seed first. Then the result is standard normal, as far as the
             flow models the picture; `decode` should then denoise. None: the picture as it is.
         size: (width, height) in pixels; the model's own by default.
         check: go the way back too, which takes as long as generating the pictures.
-        batch_size: pictures at once.
+        batch_size: pictures, or latent frames of videos, at once.
         progress: show a progress bar; None shows it on a terminal only.
 
     Returns:
@@ -128,7 +130,7 @@ def encode(
     model = picture_flow(model)
     pictures = [model.fit(image, size) for image in images]
     data = model.data(pictures, size)
-    lost = _levels(model.images(data)) - _levels(pictures) if check else np.zeros(1)
+    lost = _lost_levels(model.images(data), pictures) if check else 0.0
     model.release("vae")
     if noise_seed is not None:
         data = with_noise(model.flow, data, 0, noise_seed)
@@ -144,18 +146,18 @@ def encode(
     if not check:
         return encoded, None
     error = np.concatenate(errors)
-    return encoded, RoundTrip(float(np.abs(error).max()), _rms(error), _rms(lost))
+    return encoded, RoundTrip(float(np.abs(error).max()), _rms(error), lost)
 
 
 def decode(
-    model: PictureFlow | Pipeline,
+    model: PictureFlow | Pipeline | VideoModel,
     encoded: Encoded,
     *,
     denoise: bool = False,
     batch_size: int = 8,
     progress: bool | None = False,
-) -> tuple[list[Image.Image], np.ndarray]:
-    """Noise -> pictures and their data: the inverse of `encode`.
+) -> tuple[list[Any], np.ndarray]:
+    """Noise -> pictures (of videos lists of frames) and their data: the inverse of `encode`.
 
     Args:
         model: a pipeline, or what `open_picture_flow` gives.
@@ -190,9 +192,10 @@ def _batches(
     """Parts of so many pictures, each with the flow under their prompts and these prompts' condition."""
     if len(prompts) != count:
         raise StarflowError(f"there are {len(prompts)} prompts for {count} pictures; give one, or one a picture")
-    conditions = model.conditions([*prompts, ""], model.pixels(shape))
+    conditions = model.conditions([*prompts, ""], shape)
     model.release("text")
-    with tqdm(total=count, desc=what, unit="picture", disable=progress_off(progress)) as bar:
+    batch_size = at_once(batch_size, shape)
+    with tqdm(total=count, desc=what, unit=unit_of(shape), disable=progress_off(progress)) as bar:
         for start in range(0, count, batch_size):
             part = slice(start, min(start + batch_size, count))
             text = null = None
@@ -202,8 +205,15 @@ def _batches(
             bar.update(part.stop - start)
 
 
-def _levels(images: Sequence[Image.Image]) -> np.ndarray:
-    return np.stack([np.asarray(image, np.float32) for image in images])
+def _lost_levels(made: Sequence[Any], given: Sequence[Any]) -> float:
+    """RMS difference of pictures, or of frames of videos, of one size."""
+    pairs = zip(_frames(made), _frames(given), strict=True)
+    return _rms(np.array([_rms(np.subtract(ours, theirs, dtype=np.float32)) for ours, theirs in pairs]))
+
+
+def _frames(images: Iterable[Any]) -> Iterator[Image.Image]:
+    for each in images:
+        yield from each if isinstance(each, list) else [each]
 
 
 def _rms(values: np.ndarray) -> float:

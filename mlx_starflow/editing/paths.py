@@ -68,7 +68,7 @@ def reprompt(
     strengths = _numbers(strengths, "strengths")
     model = picture_flow(model)
     data = model.data([image], size)
-    conditions = model.conditions([source, target], size)
+    conditions = model.conditions([source, target], data.shape)
     model.release("text")
     if conditions is None:
         raise StarflowError(f"{model.name} reads no prompts: use vary or interpolate")
@@ -119,7 +119,7 @@ def vary(
     if images < 1 or not temperature >= 0:
         raise StarflowError(f"images must be 1 or more and the temperature 0 or more, not {images} and {temperature:g}")
     data = model.data([image], size)
-    condition = model.conditions([prompt], size)
+    condition = model.conditions([prompt], data.shape)
     model.release("text")
     z = np.array(to_noise(GuidedFlow(model.flow, data.shape, condition), mx.array(data)))
     other = temperature * draw_noise(range(seed, seed + images), z.shape[1:])
@@ -165,7 +165,7 @@ def interpolate(
     shares = _numbers(shares, "shares", 1.0)
     model = picture_flow(model)
     data = model.data([first, second], size)
-    conditions = model.conditions(prompts, size)
+    conditions = model.conditions(prompts, data.shape)
     model.release("text")
     z = np.array(to_noise(GuidedFlow(model.flow, data.shape, conditions), mx.array(data)))
 

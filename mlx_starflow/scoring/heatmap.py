@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -61,3 +62,18 @@ def heat_map(
     end = f"{high:.3g} {unit}"
     draw.text((sheet.width - draw.textlength(end) - 1, top), end, fill="black")
     return sheet
+
+
+def heat_map_frames(
+    frames: Iterable[Image.Image], values: np.ndarray, low: float, high: float, step: int, *, unit: str
+) -> Iterator[Image.Image]:
+    """`heat_map` of every frame of a video.
+
+    Args:
+        frames: of the video, 1 + a multiple of `step`.
+        values: `[latent frames, rows, columns]`: the first latent frame's are the first frame's, each further one's
+            those of `step` frames.
+        low, high, unit: as in `heat_map`.
+    """
+    for number, frame in enumerate(frames):
+        yield heat_map(frame, values[(number + step - 1) // step], low, high, unit=unit)

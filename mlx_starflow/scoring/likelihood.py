@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.models.flow import frame_count
 from mlx_starflow.models.tarflow import TarFlow
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
@@ -113,6 +114,16 @@ def with_noise(
 
 
 # ---- likelihood
+
+
+def at_once(batch_size: int, shape: Sequence[int]) -> int:
+    """How many data of `shape` `[B, ...]` to take at once: a video counts as many pictures as it has latent frames."""
+    return max(1, batch_size // frame_count(shape))
+
+
+def unit_of(shape: Sequence[int]) -> str:
+    """What data of `shape` `[B, ...]` are, for progress bars."""
+    return "video" if len(shape) == 5 else "picture"
 
 
 def noise_and_nats(flow: Any, x: mx.array, text: mx.array | None = None) -> tuple[mx.array, np.ndarray]:

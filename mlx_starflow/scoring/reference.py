@@ -97,9 +97,11 @@ class Reference:
         """Of a picture that was scored with a prompt or without.
 
         Raises:
-            StarflowError: it was scored with a prompt, and the reference's pictures had none.
+            StarflowError: it was scored with a prompt, and the reference's pictures had none; or it is a video.
         """
         kind = "prompted" if prompted else "unprompted"
+        if score.frames:
+            raise StarflowError("the model's reference are pictures: a video cannot be compared with them")
         if kind not in self.nll:
             raise StarflowError(
                 "the model's reference pictures had no captions: score without a prompt, or run `mlx-starflow "

@@ -10,6 +10,7 @@ import pytest
 from model_directories import message
 from picture_models import pictures, write_tiny_tarflow
 from safetensors.numpy import save_file
+from tiny_model import write_tiny_video_model
 
 from mlx_starflow.editing import Encoded, decode, encode
 from mlx_starflow.noise import load_noise, save_noise
@@ -102,3 +103,37 @@ def test_learned_variances(tmp_path):
     encoded, trip = encode(flow, pictures(1))
     assert trip.flow_max < 1e-3 and encoded.noise.shape == (1, 16, 12)
     assert "shape" in message(decode, flow, replace(encoded, noise=encoded.noise[:, :8]))
+
+
+@pytest.fixture(scope="module")
+def video_flow(tmp_path_factory):
+    return open_picture_flow(write_tiny_video_model(tmp_path_factory.mktemp("video")))
+
+
+def test_videos_there_and_back(video_flow):
+    videos = [pictures(9, (48, 32)), pictures(9, (48, 32))[::-1]]
+    encoded, trip = encode(video_flow, videos, ["a cat", ""])
+    assert encoded.noise.shape == (2, 3, 2, 3, 4)
+    assert trip.flow_max < 1e-3 and trip.autoencoder_rms > 1
+    again, data = decode(video_flow, encoded)
+    np.testing.assert_allclose(data, video_flow.data(videos), atol=1e-3)
+    # The autoencoder's part is what it loses by itself.
+    given = np.concatenate([np.stack(frames) for frames in videos]).astype(np.float32)
+    made = np.concatenate([np.stack(frames) for frames in again]).astype(np.float32)
+    assert trip.autoencoder_rms == pytest.approx(np.sqrt(np.square(made - given).mean()), rel=1e-2)
+    guided, trip = encode(video_flow, videos[:1], "a cat", guidance=1.5)
+    assert trip.flow_max < 1e-3
+    assert np.abs(guided.noise - encoded.noise[:1]).max() > 1e-3
+
+
+def test_the_video_sampler_takes_encoded_noise(video_flow):
+    frames = pictures(9, (48, 32))
+    encoded, _ = encode(video_flow, [frames], "a cat", check=False)
+    options = {"frames": 9, "size": (48, 32), "temperature": 1.0, "guidance": 0.0, "denoise": False}
+    result = video_flow.pipe.generate("a cat", noise=encoded.noise, **options)
+    np.testing.assert_allclose(np.array(result.latents), video_flow.data([frames]), atol=1e-3)
+
+
+def test_noise_of_too_long_a_video(video_flow):
+    long = Encoded(np.zeros((1, 6, 2, 2, 4), np.float32), [""])
+    assert "more than the 5" in message(decode, video_flow, long)

@@ -30,10 +30,10 @@ def test_statistics_tell_pictures_from_draws():
 
 
 def test_typicality_of_the_reference_itself(model):
-    data = model.data(pictures(8))
+    data = model.data(pictures(16))
     reference = calibrate(model, data, draws=2)
-    assert reference.pictures == 8 and set(reference.nll) == {"unprompted"}
-    deviations = [reference.typicality(each).deviation for each in score(model, pictures(8), draws=2)]
+    assert reference.pictures == 16 and set(reference.nll) == {"unprompted"}
+    deviations = [reference.typicality(each).deviation for each in score(model, pictures(16), draws=2)]
     assert abs(np.mean(deviations)) < 1e-6
     assert 0.5 < np.std(deviations) < 1.5
     typicality = reference.typicality(score(model, pictures(1), draws=2)[0])
