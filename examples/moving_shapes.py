@@ -33,7 +33,7 @@ from mlx_starflow.training.data import Order
 from mlx_starflow.training.objective import context_keep
 from mlx_starflow.training.optim import assign
 from mlx_starflow.training.trainer import Trainer
-from mlx_starflow.video_media import VideoWriter
+from mlx_starflow.video.media import VideoWriter
 from mlx_starflow.weights import parameters
 
 FRAMES, SIDE, PATCH = 8, 16, 4

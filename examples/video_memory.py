@@ -25,7 +25,7 @@ from mlx_starflow.memory import ModelConfigs
 from mlx_starflow.models.autoencoder_wan import AutoencoderWanConfig
 from mlx_starflow.models.starflow import FlowConfig
 from mlx_starflow.models.t5 import T5Config
-from mlx_starflow.video_media import VideoWriter
+from mlx_starflow.video.media import VideoWriter
 
 LENGTHS = (81, 161, 481)
 SIDE = 96

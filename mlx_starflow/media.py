@@ -85,7 +85,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     """How a PNG that `save_image` wrote, or a video, was made. Raises StarflowError if it does not say."""
     path = Path(path)
     if path.is_dir() or path.suffix.lower() in (*ANIMATIONS, *MOVIES):
-        from mlx_starflow.video_media import read_video_metadata
+        from mlx_starflow.video.media import read_video_metadata
 
         return read_video_metadata(path)
     try:

@@ -17,9 +17,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_starflow import footprint, footprint_frames, footprint_video
 from mlx_starflow.buckets import VIDEO_RATIO, bucket_size
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.footprint import autoencoder_wan as wan_footprint
+from mlx_starflow.footprint import frames as frames_footprint
+from mlx_starflow.footprint import pictures as pictures_footprint
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from mlx_starflow.models.autoencoder_wan import AutoencoderWan, AutoencoderWanConfig
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
@@ -232,31 +234,31 @@ def plan(
     # Embeddings of the prompts and of no prompt, and of each picture's prompt once more.
     held = (batch + 2) * flow.txt_size * flow.txt_dim * item
     others: dict[str, int] = {}
-    text = footprint.text(configs.text_encoder, 2 * flow.txt_size, item)
+    text = pictures_footprint.text(configs.text_encoder, 2 * flow.txt_size, item)
     if flow.video and isinstance(vae, AutoencoderWanConfig):
         trained = vae.latent_frames(flow.video[0])
         window = min(trained, vae.latent_frames(frames or flow.video[0]))
         longer = vae.latent_frames(frames or flow.video[0]) > trained
-        kv_cache, sampling = footprint_frames.sampling(flow, tokens, window, batch, guided, item, longer=longer)
-        kept, cleaning = footprint_frames.cleaning(flow, tokens, window, batch, item)
-        decoding = batch * footprint_video.decode_video(vae, height // scale, width // scale, item)
+        kv_cache, sampling = frames_footprint.sampling(flow, tokens, window, batch, guided, item, longer=longer)
+        kept, cleaning = frames_footprint.cleaning(flow, tokens, window, batch, item)
+        decoding = batch * wan_footprint.decode_video(vae, height // scale, width // scale, item)
         activations = {
             "text": text,
             "flow": held + sampling + kept,
             "denoise": held + kv_cache + cleaning,
             "decode": held + decoding,
         }
-        layers = footprint_video.decoder_layers(vae, height // scale, width // scale)
+        layers = wan_footprint.decoder_layers(vae, height // scale, width // scale)
         state = batch * item * sum(layer.kept * layer.rows * layer.columns * layer.inputs for layer in layers)
         others = {"flow": state, "denoise": state, "decode": kv_cache + kept}
     else:
-        kv_cache, sampling = footprint.sampling(flow, tokens, batch, guided, item)
+        kv_cache, sampling = pictures_footprint.sampling(flow, tokens, batch, guided, item)
         activations = {
             "text": text,
             "flow": held + sampling,
-            "verify": held + footprint.forward(flow, tokens, guided, item),
-            "denoise": held + footprint.score(flow, tokens, item),
-            "decode": held + footprint.decode(vae, height // scale, width // scale, batch, item),
+            "verify": held + pictures_footprint.forward(flow, tokens, guided, item),
+            "denoise": held + pictures_footprint.score(flow, tokens, item),
+            "decode": held + pictures_footprint.decode(vae, height // scale, width // scale, batch, item),
         }
     for phase, part in PHASES.items():
         if part not in chosen and phase in activations:

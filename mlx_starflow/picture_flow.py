@@ -27,9 +27,9 @@ from mlx_starflow.picture_files import PictureFile
 from mlx_starflow.pictures import crop_picture, scale_pixels
 from mlx_starflow.pipeline import Pipeline, load
 from mlx_starflow.quantization import dequantize_module, quantized_layers
-from mlx_starflow.video_media import read_video
-from mlx_starflow.video_requests import VideoModel
-from mlx_starflow.video_sources import encode_frames
+from mlx_starflow.video.media import read_video
+from mlx_starflow.video.requests import VideoModel
+from mlx_starflow.video.sources import encode_frames
 from mlx_starflow.weights import load_flow, read_config
 
 BATCH = 16

@@ -24,7 +24,7 @@ from mlx_starflow.weights import parse_dtype, read_config
 
 if TYPE_CHECKING:
     from mlx_starflow.reference.pipeline import TorchPipeline
-    from mlx_starflow.video_pipeline import VideoPipeline
+    from mlx_starflow.video.pipeline import VideoPipeline
 
 BACKENDS = ("mlx", "torch")
 
@@ -109,7 +109,7 @@ def load(
     dtype, directory = parse_dtype(dtype), find_model(name)
     kind: type[Pipeline] | type[VideoPipeline] = Pipeline
     if read_config(directory).get("vid_size"):
-        from mlx_starflow.video_pipeline import VideoPipeline
+        from mlx_starflow.video.pipeline import VideoPipeline
 
         kind = VideoPipeline
     pipe = kind(str(name), directory, dtype=dtype, low_memory=bool(low_memory), adapters=adapters, group=group)

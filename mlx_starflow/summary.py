@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_starflow import __version__, blas
-from mlx_starflow.chips import find_chips, time_report
+from mlx_starflow.bench.chips import find_chips, time_report
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.hub import converted_directory, find_model
 from mlx_starflow.memory import PRECISIONS, MemoryPlan, ModelConfigs, parameter_count, plan, trained_size, usable

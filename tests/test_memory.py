@@ -11,8 +11,9 @@ import pytest
 from mlx.utils import tree_flatten
 from tiny_model import SPIECE, write_tiny_model
 
-from mlx_starflow import footprint, load, memory
+from mlx_starflow import load, memory
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.footprint.pictures import decode
 from mlx_starflow.hub import DEMO
 from mlx_starflow.memory import ModelConfigs, parameter_count, plan, usable, weight_bytes
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
@@ -96,7 +97,7 @@ def test_predicted_decoding_in_strips(width):
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     mx.eval(vae.decode(z))
-    assert footprint.decode(config, 48, 48, 1, 4) == pytest.approx(mx.get_peak_memory() - before, rel=0.15)
+    assert decode(config, 48, 48, 1, 4) == pytest.approx(mx.get_peak_memory() - before, rel=0.15)
 
 
 # ---- weights

@@ -41,8 +41,8 @@ def bench(
     times longer it takes than its own weight products alone; memory held at most; and its certificate, the distance
     between the noise and what the flow makes of the sample.
     """
-    from mlx_starflow.benchmark import bench as measure
-    from mlx_starflow.trials import PROMPTS
+    from mlx_starflow.bench.benchmark import bench as measure
+    from mlx_starflow.bench.trials import PROMPTS
 
     blas.hint_if_slow()
     result = measure(

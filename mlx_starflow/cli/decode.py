@@ -50,7 +50,7 @@ def decode(
     from mlx_starflow.editing import Encoded
     from mlx_starflow.editing import decode as decode_noise
     from mlx_starflow.picture_flow import open_picture_flow
-    from mlx_starflow.video_media import VideoWriter, check_video_output
+    from mlx_starflow.video.media import VideoWriter, check_video_output
 
     encoded = Encoded.load(noise)
     videos = encoded.noise.ndim == 5

@@ -233,7 +233,7 @@ def _write_maps(
     from mlx_starflow.media import ANIMATIONS, save_image
     from mlx_starflow.scoring import heat_map
     from mlx_starflow.scoring.heatmap import heat_map_frames
-    from mlx_starflow.video_media import VideoWriter
+    from mlx_starflow.video.media import VideoWriter
 
     if kind == "typicality":
         if any(row.get("deviation_map") is None for row in rows):

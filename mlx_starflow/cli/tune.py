@@ -46,8 +46,8 @@ def tune(
     samples are those of sequential sampling up to the tolerance: run the flow over them, and the noise they were made
     of comes back with at most this difference.
     """
+    from mlx_starflow.bench.trials import PROMPTS, prepare
     from mlx_starflow.sampling.tuning import tune as find_plan
-    from mlx_starflow.trials import PROMPTS, prepare
     from mlx_starflow.weights import parse_dtype
 
     blas.hint_if_slow()

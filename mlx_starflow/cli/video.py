@@ -17,7 +17,7 @@ from mlx_starflow.sampling_options import Size, lora_option, network_options, sa
 if TYPE_CHECKING:
     from PIL import Image
 
-    from mlx_starflow.video_generation import VideoStream
+    from mlx_starflow.video.generation import VideoStream
 
 PATH = click.Path(path_type=Path)
 SOURCES = ("image", "video", "extend")
@@ -102,7 +102,7 @@ def video(
     An empty prompt ("") gives a video of anything.
     """
     from mlx_starflow import noise
-    from mlx_starflow.video_media import VideoWriter, check_video_output
+    from mlx_starflow.video.media import VideoWriter, check_video_output
 
     given = {name: path for name, path in zip(SOURCES, (image, video, extend), strict=True) if path is not None}
     settings = {name: value for name, value in settings.items() if value is not None}
@@ -127,7 +127,7 @@ def video(
             check_video_output(output, stream)
 
     from mlx_starflow.pipeline import load
-    from mlx_starflow.video_pipeline import VideoPipeline
+    from mlx_starflow.video.pipeline import VideoPipeline
 
     if ranks.first:
         blas.hint_if_slow()
@@ -179,7 +179,7 @@ def video(
 
 
 def _source_frames(path: Path, frames: VideoStream) -> Iterator[Image.Image]:
-    from mlx_starflow.video_media import read_video
+    from mlx_starflow.video.media import read_video
 
     return read_video(path, fps=frames.fps, size=frames.size)
 

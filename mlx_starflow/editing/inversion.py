@@ -24,7 +24,7 @@ from mlx_starflow.pipeline import Pipeline
 from mlx_starflow.sampling import GuidedFlow
 from mlx_starflow.sampling.sampler import progress_off
 from mlx_starflow.scoring.likelihood import at_once, unit_of, with_noise
-from mlx_starflow.video_requests import VideoModel
+from mlx_starflow.video.requests import VideoModel
 from mlx_starflow.weights import one_line
 
 METADATA_KEY = "mlx-starflow"

@@ -22,7 +22,7 @@ from mlx_starflow.scoring.likelihood import (
     standard_error,
     unit_of,
 )
-from mlx_starflow.video_requests import VideoModel
+from mlx_starflow.video.requests import VideoModel
 
 
 @dataclass(frozen=True)

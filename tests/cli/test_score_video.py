@@ -12,7 +12,7 @@ from picture_models import pictures
 from PIL import Image
 from tiny_model import write_tiny_model, write_tiny_video_model
 
-from mlx_starflow.video_media import VideoWriter, read_video
+from mlx_starflow.video.media import VideoWriter, read_video
 
 score, classify, calibrate = Command("score"), Command("classify"), Command("calibrate")
 encode, decode, edit, video = Command("encode"), Command("decode"), Command("edit"), Command("video")

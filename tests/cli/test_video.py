@@ -9,7 +9,7 @@ from PIL import Image
 from tiny_model import write_tiny_model, write_tiny_video_model
 
 from mlx_starflow.media import read_metadata
-from mlx_starflow.video_media import VideoWriter, read_video
+from mlx_starflow.video.media import VideoWriter, read_video
 
 video = Command("video")
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from tiny_model import write_tiny_video_model
 
-from mlx_starflow.video_media import read_video
+from mlx_starflow.video.media import read_video
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

@@ -20,9 +20,9 @@ from mlx_starflow.models.autoencoder_wan import AutoencoderWan, AutoencoderWanCo
 from mlx_starflow.noise import check_seeds
 from mlx_starflow.picture_files import read_image
 from mlx_starflow.sampling.video import default_context
-from mlx_starflow.video_generation import Given, VideoSettings
-from mlx_starflow.video_media import read_video
-from mlx_starflow.video_sources import encode_frames, last_frames
+from mlx_starflow.video.generation import Given, VideoSettings
+from mlx_starflow.video.media import read_video
+from mlx_starflow.video.sources import encode_frames, last_frames
 
 Picture = Image.Image | str | Path
 Video = Iterable[Image.Image] | str | Path

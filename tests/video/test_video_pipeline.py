@@ -13,9 +13,9 @@ from mlx_starflow.memory import plan
 from mlx_starflow.noise import VideoNoise, draw_noise
 from mlx_starflow.sampling import denoise, sample
 from mlx_starflow.sampling.video import default_context
-from mlx_starflow.video_media import VideoWriter
-from mlx_starflow.video_pipeline import VideoPipeline
-from mlx_starflow.video_sources import encode_frames, last_frames
+from mlx_starflow.video.media import VideoWriter
+from mlx_starflow.video.pipeline import VideoPipeline
+from mlx_starflow.video.sources import encode_frames, last_frames
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import pytest
 from commands import Command
 from tiny_model import tiny_flow, write_tiny_model
 
-from mlx_starflow.chips import (
+from mlx_starflow.bench.chips import (
     CHIPS,
     PHASES,
     Chip,
@@ -20,6 +20,7 @@ from mlx_starflow.chips import (
     time_report,
     weight_costs,
 )
+from mlx_starflow.bench.traffic import evaluation_bytes
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.hub import CACHE_VARIABLE, DEMO
 from mlx_starflow.memory import ModelConfigs
@@ -28,7 +29,6 @@ from mlx_starflow.models.t5 import T5Config
 from mlx_starflow.quantization import quantize_module
 from mlx_starflow.sampling import JacobiSettings, RollingSettings, SamplingPlan
 from mlx_starflow.saving import save_model
-from mlx_starflow.traffic import evaluation_bytes
 from mlx_starflow.weights import parameters
 
 info = Command("info")

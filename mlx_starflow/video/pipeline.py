@@ -21,8 +21,8 @@ from mlx_starflow.media import to_images
 from mlx_starflow.noise import VideoNoise, draw_noise, draw_side_noise
 from mlx_starflow.pipeline import Pipeline
 from mlx_starflow.sampling import SamplingTrace, certify, denoise_frames, sample_frames
-from mlx_starflow.video_generation import VideoResult, VideoStream
-from mlx_starflow.video_requests import Picture, Video, VideoModel, VideoRequest
+from mlx_starflow.video.generation import VideoResult, VideoStream
+from mlx_starflow.video.requests import Picture, Video, VideoModel, VideoRequest
 
 
 class VideoPipeline(VideoModel):
@@ -85,7 +85,7 @@ class VideoPipeline(VideoModel):
             size: (width, height) in pixels; by default 16:9, or the nearest shape to what is given.
             fps: frames a second; by default as the model was trained.
             image: the first frame, a picture or its file.
-            video: frames to make the video from, one by one, or a video file: see `video_media.read_video`.
+            video: frames to make the video from, one by one, or a video file: see `video.media.read_video`.
             extend: frames, or a video file, to go on from; the frames that come are those after it.
             noise: standard normal noise of the frames to be made, `[1, t, h, w, C]`, instead of a seed.
             frames_at_once: latent frames that go through the flow's shallow blocks together.

@@ -12,11 +12,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_starflow.products import WeightProducts
+from mlx_starflow.bench.products import WeightProducts
+from mlx_starflow.bench.traffic import READ_ONCE, evaluation_bytes, tokens_at_once
+from mlx_starflow.bench.trials import Trials
 from mlx_starflow.sampling import Certificate, GuidedFlow, SamplingTrace, certify, sample
 from mlx_starflow.sampling.methods import Method, Settings, block_settings
-from mlx_starflow.traffic import READ_ONCE, evaluation_bytes, tokens_at_once
-from mlx_starflow.trials import Trials
 
 Run = Callable[[], tuple[mx.array, list[int]]]
 """Samples once: gives the sample and the network evaluations of each block, deep block first."""

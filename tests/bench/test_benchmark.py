@@ -5,15 +5,15 @@ import mlx.nn as nn
 import pytest
 from tiny_model import tiny_flow, write_tiny_model
 
-from mlx_starflow.benchmark import ALL_METHODS, bench
-from mlx_starflow.contenders import Contender, Task, measure
+from mlx_starflow.bench.benchmark import ALL_METHODS, bench
+from mlx_starflow.bench.contenders import Contender, Task, measure
+from mlx_starflow.bench.products import WeightProducts
+from mlx_starflow.bench.traffic import cache_bytes, evaluation_bytes, evaluation_weights, tokens_at_once
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.models.tarflow import TarFlow, TarFlowConfig
-from mlx_starflow.products import WeightProducts
 from mlx_starflow.quantization import quantize_module
 from mlx_starflow.sampling import Certificate, JacobiSettings, RollingSettings, SamplingPlan, SequentialSettings
 from mlx_starflow.saving import save_model
-from mlx_starflow.traffic import cache_bytes, evaluation_bytes, evaluation_weights, tokens_at_once
 from mlx_starflow.weights import parameters
 
 WIDTH, CHANNELS = 64, 4

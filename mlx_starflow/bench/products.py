@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_starflow.traffic import READ_ONCE, evaluation_bytes
+from mlx_starflow.bench.traffic import READ_ONCE, evaluation_bytes
 
 
 class WeightProducts:

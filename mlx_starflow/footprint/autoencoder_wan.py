@@ -1,4 +1,4 @@
-"""Bytes that encoding and decoding a video takes besides weights, from the autoencoder's config; see `footprint`.
+"""Bytes that encoding and decoding a video takes besides weights, from the autoencoder's config.
 
 Both work on one latent frame's frames at a time, so the length does not count. What is held from one to the next are
 the last two frames of every temporal convolution's input; on top comes the work on one strip of rows.

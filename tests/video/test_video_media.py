@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlx_starflow import video_media
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.media import read_metadata
-from mlx_starflow.video_media import VideoWriter, read_video
+from mlx_starflow.video import media
+from mlx_starflow.video.media import VideoWriter, read_video
 
 METADATA = {"prompts": ["ein Käfer"], "settings": {"fps": 16}}
 
@@ -79,7 +79,7 @@ def test_another_frame_rate(tmp_path):
 
 def test_durations_of_animations_add_up(tmp_path):
     for name in ("a.webp", "a.gif"):
-        timed = video_media._animation_frames(write(tmp_path / name, frames(7), fps=16))[1]
+        timed = media._animation_frames(write(tmp_path / name, frames(7), fps=16))[1]
         assert [end for _, _, end in timed][-1] == pytest.approx(7 / 16, abs=0.006)
 
 

@@ -12,15 +12,15 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
-from mlx_starflow import footprint
+from mlx_starflow.bench.traffic import cache_bytes, evaluation_bytes, evaluation_weights, tokens_at_once
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.footprint.pictures import convolutions
 from mlx_starflow.memory import PRECISIONS, MemoryPlan, ModelConfigs, parameter_count, plan
 from mlx_starflow.models.autoencoder_kl import AutoencoderKLConfig
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
 from mlx_starflow.models.t5 import T5Config, T5Encoder
 from mlx_starflow.quantization import quantize_module
 from mlx_starflow.sampling.methods import SamplingPlan
-from mlx_starflow.traffic import cache_bytes, evaluation_bytes, evaluation_weights, tokens_at_once
 from mlx_starflow.weights import load_weights, parse_dtype, place_weights, read_config
 
 OPERATIONS = 256
@@ -179,7 +179,7 @@ def decode_cost(config: AutoencoderKLConfig, height: int, width: int, weights: i
     """Of the decoder's convolutions and of its attention, for latents of `height` x `width`."""
     operations = sum(
         2.0 * 9 * inputs * outputs * rows * columns
-        for rows, columns, inputs, outputs, _ in footprint.convolutions(config, height, width)
+        for rows, columns, inputs, outputs, _ in convolutions(config, height, width)
     )
     if config.mid_block_add_attention:
         operations += 4.0 * config.block_out_channels[-1] * (height * width) ** 2

@@ -70,7 +70,7 @@ class VideoStream(Iterator[Image.Image]):
         prompt, seed, settings: what it is made of; no seed where the noise was given.
         frames: how many will come.
         fps, size: frames a second, and (width, height).
-        metadata: all that is needed to make it again, for `video_media.VideoWriter`.
+        metadata: all that is needed to make it again, for `video.media.VideoWriter`.
         stats: what the frames so far have cost.
     """
 
@@ -121,7 +121,7 @@ class VideoResult:
         noise: what the videos came from, before the temperature; the same shape.
         prompts: prompt of each video.
         seeds: seed of each video; None where the noise was given.
-        metadata: of each video, for `video_media.VideoWriter`.
+        metadata: of each video, for `video.media.VideoWriter`.
     """
 
     videos: list[list[Image.Image]]

@@ -1,0 +1,1 @@
+"""How fast sampling is: contenders timed side by side, their traffic, and estimates for chips."""

@@ -1,0 +1,1 @@
+"""Videos: requests, their frames one by one, and video files."""
