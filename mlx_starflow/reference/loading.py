@@ -101,6 +101,8 @@ def load_flow(
         path = find_model(path)
         stored = read_config(path)
         flow_config, tensors = _stored(new_flow(path, stored), path, stored)
+    if isinstance(flow_config, FlowConfig) and flow_config.vid_size:
+        raise StarflowError(f"{path} makes videos, which PyTorch's twin does not know: use --backend mlx")
     twin = STARFlow if isinstance(flow_config, FlowConfig) else TarFlow
     return _fill(twin, flow_config, tensors, path, device, dtype)
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from golden_files import golden_case
 from model_directories import config_of, edit_config, edit_weights, message, save_flow, wide_flow
-from tiny_model import write_tiny_model
+from tiny_model import write_tiny_model, write_tiny_video_model
 from twins import DEVICES, both, relative, to_numpy
 
 from mlx_starflow import load_flow as load_mlx
@@ -131,6 +131,10 @@ def test_tensors_that_do_not_fit(loading, tmp_path, device):
     assert "does not account for: extra" in message(loading.load_flow, directory, device)
     edit_config(directory, model_type="llama")
     assert "model_type 'llama' is not a flow's" in message(loading.load_flow, directory, device)
+
+
+def test_video_models(loading, tmp_path, device):
+    assert "makes videos" in message(loading.load_flow, write_tiny_video_model(tmp_path), device)
 
 
 def test_damaged_files(loading, tmp_path, device):
