@@ -147,6 +147,19 @@ Method = str | Settings | SamplingPlan
 """How to sample: the name of a method, its settings, or a plan."""
 
 
+def for_videos(method: Method, size: int) -> Method:
+    """What the name of a method means for videos with frames of `size` tokens.
+
+    "jacobi" has blocks of 32 tokens, as the release has (four times as long after the first frame), and "rolling" takes
+    the frame before for its first guess.
+    """
+    if method == JacobiSettings.name:
+        return JacobiSettings(block_size=32)
+    if method == RollingSettings.name:
+        return RollingSettings(guess="previous", lag=size)
+    return method
+
+
 def block_settings(method: Method, blocks: int) -> Sequence[Settings]:
     """The settings of each of a flow's blocks, data side first.
 

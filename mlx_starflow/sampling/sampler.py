@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 from tqdm import tqdm
 
+from mlx_starflow.models.flow import frame_count
 from mlx_starflow.sampling import jacobi, sequential
 from mlx_starflow.sampling.decoder import BlockDecoder, check_finite
 from mlx_starflow.sampling.guided import GuidedFlow
@@ -19,6 +20,7 @@ from mlx_starflow.sampling.methods import (
     SequentialSettings,
     Settings,
     block_settings,
+    for_videos,
 )
 
 
@@ -54,7 +56,8 @@ def sample(
 
     Args:
         flow: a STARFlow or a TarFlow.
-        z: noise, standard normal where the flow's likelihood is meant: `[B, H, W, C]`, or a TarFlow's tokens
+        z: noise, standard normal where the flow's likelihood is meant: `[B, H, W, C]`, of a video `[B, T, H, W, C]`
+            (see `sample_frames`, which gives frames one by one), or a TarFlow's tokens
             `[B, N, C * p * p]` (a TarFlow with a learned prior scales them first: see `TarFlow.standardize`).
         text: embeddings `[B, L, D]`, or a TarFlow's integer labels `[B]`; None for a flow without either.
         null_text: embeddings of the empty prompt, `[B or 1, L, D]`; needed for guidance. A TarFlow's is a label, by
@@ -63,6 +66,7 @@ def sample(
             `guidance.guide` and, for a TarFlow, `guidance.extrapolate`).
         method: "sequential", "jacobi" (block by block, as in the official release) or "rolling" (a window with
             certified tokens); or settings of one of them, such as `RollingSettings(window=32)`; or a `SamplingPlan`.
+            For videos the names mean what `methods.for_videos` says.
         attn_temp: attention logits are divided by this; in a TarFlow those of guidance's null predictions only.
         annealed_guidance: let the weight grow linearly over the sequence.
         guide_what: what a TarFlow's guidance changes: "b" the mean, "a" the log-scale, "ab" both.
@@ -75,9 +79,11 @@ def sample(
     Raises:
         StarflowError: a wrong argument, or a sample that is not finite.
     """
-    settings = block_settings(method, len(flow.blocks))
     tokens = flow.noise_tokens(z)
     batch, length, _ = tokens.shape
+    if (frames := frame_count(z.shape)) > 1:
+        method = for_videos(method, length // frames)
+    settings = block_settings(method, len(flow.blocks))
     guided = GuidedFlow(
         flow,
         z.shape,

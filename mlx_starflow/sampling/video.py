@@ -20,7 +20,7 @@ from mlx_starflow.models.transformer import TransformerLayer
 from mlx_starflow.sampling.decoder import BlockDecoder, check_finite
 from mlx_starflow.sampling.denoise import clean, denoise
 from mlx_starflow.sampling.guided import GuidedFlow
-from mlx_starflow.sampling.methods import JacobiSettings, Method, RollingSettings, Settings, block_settings
+from mlx_starflow.sampling.methods import Method, Settings, block_settings, for_videos
 from mlx_starflow.sampling.sampler import SamplingTrace, invert_block, invert_steps, progress_off
 
 CONTEXT = 16
@@ -55,19 +55,6 @@ def windows(frames: int, window: int | None, context: int | None = None) -> list
     return found
 
 
-def for_videos(method: Method, size: int) -> Method:
-    """What the name of a method means for videos with frames of `size` tokens.
-
-    "jacobi" has blocks of 32 tokens, as the release has (four times as long after the first frame), and "rolling" takes
-    the frame before for its first guess.
-    """
-    if method == JacobiSettings.name:
-        return JacobiSettings(block_size=32)
-    if method == RollingSettings.name:
-        return RollingSettings(guess="previous", lag=size)
-    return method
-
-
 def sample_frames(
     flow: Any,
     noise: Any,
@@ -93,7 +80,7 @@ def sample_frames(
         noise: `[B, T, H, W, C]`: an array, or anything that has this `shape` and gives `noise[:, start:stop]` for one
             range of frames after the other.
         text, null_text, guidance, attn_temp, progress: as for `sample`.
-        method: as for `sample`; the names mean what `for_videos` says.
+        method: as for `sample`; the names mean what `methods.for_videos` says.
         given: the first frames `[B, P, H, W, C]`, P <= T, with the flow's training noise; they come out as they are,
             and the noise in their place is not used.
         window: latent frames that the deep block reads at most; None: all.

@@ -17,7 +17,8 @@ from mlx_starflow.sampling import (
     sample,
     sample_frames,
 )
-from mlx_starflow.sampling.video import for_videos, windows
+from mlx_starflow.sampling.methods import for_videos
+from mlx_starflow.sampling.video import windows
 
 EXACT = JacobiSettings(block_size=8, threshold=1e-9)
 
@@ -170,6 +171,8 @@ def test_methods_by_name(golden, method):
     settings = for_videos(method, 24)
     again = whole(sample_frames(case.flow, case["noise"], case["y"], case["y_null"], 2.0, settings))
     assert distance(x, again) == 0
+    at_once = sample(case.flow, case["noise"], case["y"], case["y_null"], 2.0, settings)
+    assert distance(sample(case.flow, case["noise"], case["y"], case["y_null"], 2.0, method), at_once) == 0
     assert settings in (JacobiSettings(block_size=32), RollingSettings(guess="previous", lag=24))
 
 
