@@ -17,7 +17,16 @@ from PIL import Image, ImageSequence
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.files import replacing
-from mlx_starflow.media import ANIMATIONS, METADATA_KEY, MOVIES, UNDESCRIBED, check_output, read_metadata, save_image
+from mlx_starflow.media import (
+    ANIMATIONS,
+    FORMATS,
+    METADATA_KEY,
+    MOVIES,
+    UNDESCRIBED,
+    check_output,
+    read_metadata,
+    save_image,
+)
 from mlx_starflow.pictures import crop_picture, decode_picture, no_remarks
 
 CRF = 18
@@ -40,8 +49,9 @@ def check_video_output(path: Path, live: bool = False) -> None:
     formats = (*MOVIES, *ANIMATIONS)
     if path.suffix.lower() not in formats:
         known = ", ".join(formats)
+        still = "; one picture: mlx-starflow generate --model MODEL" if path.suffix.lower() in FORMATS else ""
         raise StarflowError(
-            f"{path}: videos are written as {known}, or as frames into a folder (a name without suffix)"
+            f"{path}: videos are written as {known}, or as frames into a folder (a name without suffix){still}"
         )
     check_output(path, formats)
     if path.suffix.lower() in MOVIES:
