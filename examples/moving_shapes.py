@@ -26,7 +26,7 @@ from mlx_starflow import load, load_flow
 from mlx_starflow.media import grid, save_image, to_images
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
 from mlx_starflow.noise import draw_noise
-from mlx_starflow.sampling import denoise_frames, sample_frames
+from mlx_starflow.sampling import denoise, denoise_frames, sample_frames
 from mlx_starflow.saving import save_model
 from mlx_starflow.training.config import TrainingConfig
 from mlx_starflow.training.data import Order
@@ -169,6 +169,16 @@ def colours(videos: np.ndarray) -> list[str]:
     return [min(COLOURS, key=lambda name: np.abs(colour - np.array(COLOURS[name])).sum()) for colour in mean]
 
 
+def left_over(flow: STARFlow, text: np.ndarray, count: int = 16) -> tuple[float, float]:
+    """Root mean square error of new videos with the training's noise, and of what the denoiser makes of them."""
+    rng = np.random.default_rng(1)
+    chosen = rng.permutation(len(PROMPTS))[:count]
+    x = to_latents(draw_videos([PROMPTS[index] for index in chosen], rng))
+    noisy = x + flow.config.noise_std * rng.standard_normal(x.shape, dtype=np.float32)
+    cleaned = denoise(flow, mx.array(noisy), mx.array(text[chosen]))
+    return tuple(float(np.sqrt(np.square(np.array(each) - x).mean())) for each in (noisy, cleaned))
+
+
 def strip(videos: np.ndarray, scale: int = 3) -> Image.Image:
     """Each video as a row of its frames."""
     frames = [image for video in videos for image in to_images(video)]
@@ -222,6 +232,8 @@ def main(arguments: list[str] | None = None) -> None:
     coloured = [found == words[1] for found, words in zip(colours(videos), asked, strict=True)]
     save_image(strip(videos[::7]), args.out / "videos.png")
     print(f"{args.out / 'videos.png'}: {', '.join(PROMPTS[::7])}")
+    before, after = left_over(flow, embeddings[:-1])
+    print(f"error of new videos with noise: {before:.3f}, cleaned by the denoiser: {after:.3f} (colours are -1 to 1)")
     print(f"moves as asked: {sum(right)} of {len(right)}; has the colour asked for: {sum(coloured)} of {len(coloured)}")
 
 
