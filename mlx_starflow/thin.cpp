@@ -16,6 +16,8 @@ constexpr int ROWS = 2;  // 16 registers
 constexpr int ROWS = 4;
 #endif
 constexpr int COLUMNS = 4;
+constexpr int LINE = 16;  // numbers in a line of the cache
+constexpr int AHEAD = 4;  // columns: rows of w are too short for the processor to see by itself that it reads on and on
 
 typedef float Vector __attribute__((vector_size(4 * LANES)));
 typedef float Unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -45,6 +47,8 @@ inline void tile(const Product& p, int row, int column) {
     Vector s[R * C] = {};
     int i = 0;
     for (; i + LANES <= p.k; i += LANES) {
+        if (i % LINE == 0)
+            for (int c = 0; c < C; c++) __builtin_prefetch(w + (c + AHEAD) * p.ldw + i);
         Vector b[C];
         for (int c = 0; c < C; c++) b[c] = *(const Unaligned*)(w + c * p.ldw + i);
         for (int r = 0; r < R; r++) {
