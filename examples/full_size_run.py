@@ -22,6 +22,7 @@ import mlx.core as mx
 from mlx.utils import tree_map
 
 from mlx_starflow.memory import ModelConfigs, plan
+from mlx_starflow.models.starflow import STARFlow
 from mlx_starflow.noise import draw_noise
 from mlx_starflow.quantization import quantize_module
 from mlx_starflow.sampling import GuidedFlow, sequential
@@ -66,6 +67,32 @@ def phase(what: str, expected: int) -> Iterator[None]:
     print(f"{what:<44} {seconds:7.1f} s   peak {peak:6.2f} GiB   predicted {expected / 2**30:6.2f} GiB", flush=True)
 
 
+def encode_prompt(folder: Path, prompt: str, length: int, expected: int) -> tuple[mx.array, mx.array]:
+    """Embeddings `[1, length, D]` of a prompt and of the empty one."""
+    with phase("text: prompt and empty prompt encoded", expected):
+        encoder, tokenizer = load_text_encoder(folder / "text_encoder")
+        ids, mask, _ = tokenizer.batch([prompt, ""], length)
+        texts = encoder.encode(mx.array(ids), mx.array(mask))
+        mx.eval(texts)
+    return texts[:1], texts[1:]
+
+
+def begin_sampling(
+    folder: Path, z: mx.array, text: mx.array, null: mx.array, guidance: float, expected: int
+) -> tuple[STARFlow, int]:
+    """Load the flow and sample its first tokens: the flow, and the bytes of the deep block's KV cache."""
+    with phase(f"flow: first {TOKENS} tokens of the deep block", expected):
+        flow = load_flow(folder)
+        guided = GuidedFlow(flow, z.shape, text, null, guidance)
+        tokens = flow.noise_tokens(z)
+        decoder = guided.decoder(len(flow.blocks) - 1, 1, tokens.shape[1])
+        x = mx.array(tokens)
+        for _ in sequential.invert(decoder, tokens[:, :TOKENS], x, 0):
+            pass
+        mx.eval(x)
+    return flow, sum(cache.keys.nbytes + cache.values.nbytes for cache in decoder.caches)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scratch", type=Path, help="folder with 6 GB to spare")
@@ -79,24 +106,9 @@ def main() -> None:
     print(f"{size_on_disk(folder) / 1e9:.2f} GB of weights", flush=True)
 
     expected = plan(folder).phases(low_memory=True)
-    with phase("text: prompt and empty prompt encoded", expected["text"]):
-        encoder, tokenizer = load_text_encoder(folder / "text_encoder")
-        ids, mask, _ = tokenizer.batch([PROMPT, ""], LENGTH)
-        texts = encoder.encode(mx.array(ids), mx.array(mask))
-        mx.eval(texts)
-    del encoder
-    text, null = texts[:1], texts[1:]
+    text, null = encode_prompt(folder, PROMPT, LENGTH, expected["text"])
     z = mx.array(draw_noise([0], (32, 32, 4)))
-    with phase(f"flow: first {TOKENS} tokens of the deep block", expected["flow"]):
-        flow = load_flow(folder)
-        guided = GuidedFlow(flow, z.shape, text, null, GUIDANCE)
-        tokens = flow.noise_tokens(z)
-        decoder = guided.decoder(len(flow.blocks) - 1, 1, tokens.shape[1])
-        x = mx.array(tokens)
-        for _ in sequential.invert(decoder, tokens[:, :TOKENS], x, 0):
-            pass
-        mx.eval(x)
-    del decoder, guided
+    flow, _ = begin_sampling(folder, z, text, null, GUIDANCE, expected["flow"])
     with phase("likelihood: one forward pass of the flow", expected["verify"]):
         nll = flow(z, text).nll()
         mx.eval(nll)

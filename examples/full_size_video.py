@@ -18,17 +18,16 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from full_size_run import phase, size_on_disk, write_random_model
+from full_size_run import begin_sampling, encode_prompt, phase, size_on_disk, write_random_model
 
 from mlx_starflow.memory import ModelConfigs, plan
 from mlx_starflow.noise import draw_noise
-from mlx_starflow.sampling import GuidedFlow, denoise_frames, sequential
-from mlx_starflow.weights import load_flow, load_text_encoder, load_vae
+from mlx_starflow.sampling import denoise_frames
+from mlx_starflow.weights import load_vae
 
 RELEASE = "apple/starflow-v"
 PROMPT = "a corgi runs through the snow"
 GUIDANCE = 3.5
-TOKENS = 16
 
 
 def main() -> None:
@@ -50,28 +49,13 @@ def main() -> None:
 
     expected = plan(folder, size=(width, height), frames=args.frames).phases(low_memory=True)
     length = configs.flow.txt_size
-    with phase("text: prompt and empty prompt encoded", expected["text"]):
-        encoder, tokenizer = load_text_encoder(folder / "text_encoder")
-        ids, mask, _ = tokenizer.batch([PROMPT, ""], length)
-        texts = encoder.encode(mx.array(ids), mx.array(mask))
-        mx.eval(texts)
-    del encoder
-    text, null = texts[:1], texts[1:]
+    text, null = encode_prompt(folder, PROMPT, length, expected["text"])
     latents = configs.vae.latent_frames(args.frames)
     shape = (height // configs.vae.downscale, width // configs.vae.downscale, configs.flow.channel_size)
     z = mx.array(draw_noise([0], (latents, *shape)))
-    with phase(f"flow: first {TOKENS} tokens of the deep block", expected["flow"]):
-        flow = load_flow(folder)
-        guided = GuidedFlow(flow, z.shape, text, null, GUIDANCE)
-        tokens = flow.noise_tokens(z)
-        decoder = guided.decoder(len(flow.blocks) - 1, 1, tokens.shape[1])
-        x = mx.array(tokens)
-        for _ in sequential.invert(decoder, tokens[:, :TOKENS], x, 0):
-            pass
-        mx.eval(x)
-    cache = sum(cache.keys.nbytes + cache.values.nbytes for cache in decoder.caches)
-    print(f"KV cache of the deep block: {cache / 2**30:.2f} GiB, for {tokens.shape[1]} tokens and {length} of text")
-    del decoder, guided
+    flow, cache = begin_sampling(folder, z, text, null, GUIDANCE, expected["flow"])
+    tokens = flow.noise_tokens(z).shape[1]
+    print(f"KV cache of the deep block: {cache / 2**30:.2f} GiB, for {tokens} tokens and {length} of text")
 
     pushed = min(latents, 3)
 

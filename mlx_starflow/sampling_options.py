@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import reduce
-from typing import Any, TypeVar
+from typing import Any
 
 import click
-
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Size(click.ParamType):
@@ -22,8 +19,15 @@ class Size(click.ParamType):
         return width, height
 
 
-def _together(*options: Callable[[Function], Function]) -> Callable[[Function], Function]:
-    return lambda command: reduce(lambda decorated, option: option(decorated), reversed(options), command)
+def with_options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Several click options as one decorator, in this order."""
+
+    def decorate(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
 
 
 lora_option = click.option(
@@ -35,7 +39,7 @@ lora_option = click.option(
     help="An adapter's folder and its strength, 1 as trained; give it again for several, which add up.",
 )
 
-sampling_options = _together(
+sampling_options = with_options(
     click.option(
         "--guidance", type=float, help="Weight of classifier-free guidance, 0 or more; the model's own by default."
     ),
@@ -54,11 +58,19 @@ sampling_options = _together(
     click.option("--denoise/--no-denoise", default=None, help="Clean the sample of the flow's training noise."),
 )
 
-network_options = _together(
+network_options = with_options(
     click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Precision of the networks."),
     click.option(
         "--low-memory/--no-low-memory",
         default=None,
         help="Hold one network at a time, which takes longer; by default if memory is too small for all of them.",
     ),
+)
+
+latent_batch_option = click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="Pictures, or latent frames, at once.",
 )

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from mlx_starflow import blas
+from mlx_starflow.sampling_options import latent_batch_option
 
 
 @click.command()
@@ -19,13 +20,7 @@ from mlx_starflow import blas
 @click.option(
     "--separate", is_flag=True, help="One file for each picture (out-1.png, ...), as for videos, instead of a grid."
 )
-@click.option(
-    "--batch-size",
-    type=click.IntRange(min=1),
-    default=8,
-    show_default=True,
-    help="Pictures, or latent frames, at once.",
-)
+@latent_batch_option
 @click.option("-m", "--model", help="The one that the pictures were encoded with by default.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Precision of the networks.")
 def decode(

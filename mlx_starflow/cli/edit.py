@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import click
 
 from mlx_starflow import blas
-from mlx_starflow.cli.score import model_options, with_options
+from mlx_starflow.cli.score import model_options
+from mlx_starflow.sampling_options import with_options
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -8,6 +8,7 @@ import click
 
 from mlx_starflow import blas
 from mlx_starflow.cli.score import FRAMES, PICTURES, model_options
+from mlx_starflow.sampling_options import latent_batch_option
 
 
 @click.command()
@@ -20,13 +21,7 @@ from mlx_starflow.cli.score import FRAMES, PICTURES, model_options
 @click.option(
     "--check/--no-check", default=True, help="Go the way back too, and say how exact it is.  [default: check]"
 )
-@click.option(
-    "--batch-size",
-    type=click.IntRange(min=1),
-    default=8,
-    show_default=True,
-    help="Pictures, or latent frames, at once.",
-)
+@latent_batch_option
 @model_options
 @FRAMES
 def encode(

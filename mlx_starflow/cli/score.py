@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from mlx_starflow import blas
-from mlx_starflow.sampling_options import Size
+from mlx_starflow.sampling_options import Size, with_options
 
 if TYPE_CHECKING:
     from mlx_starflow.picture_files import PictureFile
@@ -25,17 +25,6 @@ FRAMES = click.option(
 
 REDDEST = 6.0
 """Standard deviations at the end of the colours of a map of typicality."""
-
-
-def with_options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Several click options as one decorator, in this order."""
-
-    def decorate(command: Any) -> Any:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return decorate
 
 
 model_options = with_options(

@@ -8,7 +8,7 @@ as in diffusers' checkpoints; `AutoencoderKL.sanitize` turns such a checkpoint i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.models.autoencoder_layers import Conv3x3, DownBlock, GroupNorm, MidBlock, PointwiseConv, UpBlock
 from mlx_starflow.models.autoencoder_strips import decode_in_strips
+from mlx_starflow.models.configs import autoencoder_settings, check_autoencoder
 
 # Keys of a config.json that are checked apart or do not change the network. Those beginning with "_" are notes.
 _OTHER_KEYS = {"model_type", "quantization", "force_upcast", "act_fn", "down_block_types", "up_block_types"}
@@ -102,24 +103,12 @@ class AutoencoderKLConfig:
             StarflowError: another class, other blocks than Down/UpEncoderBlock2D, another activation than SiLU, a
                 width or depth that is missing or unusable, or a key that is not known.
         """
-        class_name = config.get("_class_name", "AutoencoderKL")
-        if class_name != "AutoencoderKL":
-            raise StarflowError(f"autoencoder config: _class_name is {class_name!r}; it must be 'AutoencoderKL'")
-        model_type = config.get("model_type", "autoencoder_kl")
-        if model_type != "autoencoder_kl":
-            raise StarflowError(f"autoencoder config: model_type is {model_type!r}; it must be 'autoencoder_kl'")
+        check_autoencoder(config, "AutoencoderKL", "autoencoder_kl")
         if config.get("act_fn", "silu") not in ("silu", "swish"):
             raise StarflowError(f"autoencoder config: act_fn {config['act_fn']!r} is not supported; it must be 'silu'")
 
-        known = {field.name: field for field in fields(cls)}
-        for key in config:
-            if key not in known and key not in _OTHER_KEYS and not key.startswith("_"):
-                raise StarflowError(f"autoencoder config: {key} is not a setting of an AutoencoderKL")
-        for name, field in known.items():
-            if field.default is MISSING and config.get(name) is None:
-                raise StarflowError(f"autoencoder config: {name} is missing; use the config.json of the checkpoint")
-
-        widths = config["block_out_channels"]
+        values = autoencoder_settings(cls, config, _OTHER_KEYS, "AutoencoderKL")
+        widths = values["block_out_channels"]
         if not isinstance(widths, list | tuple):
             raise StarflowError(f"autoencoder config: block_out_channels must be a list, not {widths!r}")
         for key, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
@@ -133,7 +122,6 @@ class AutoencoderKLConfig:
                     f"autoencoder config: {key} has {len(config[key])} blocks, block_out_channels has {len(widths)}"
                 )
 
-        values = {name: config[name] for name in known if config.get(name) is not None}
         if isinstance(values.get("sample_size"), list | tuple):
             values["sample_size"] = max(values["sample_size"])
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})

@@ -7,6 +7,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.models.configs import autoencoder_settings, check_autoencoder
 
 # Keys of a config.json that are checked apart or do not change the network. Those beginning with "_" are notes.
 _OTHER_KEYS = {
@@ -122,12 +123,7 @@ class AutoencoderWanConfig:
             StarflowError: another class or kind (Wan 2.1's has no residual steps and no patches), a value that is
                 missing or unusable, or a key that is not known.
         """
-        class_name = config.get("_class_name", "AutoencoderKLWan")
-        if class_name != "AutoencoderKLWan":
-            raise StarflowError(f"autoencoder config: _class_name is {class_name!r}; it must be 'AutoencoderKLWan'")
-        model_type = config.get("model_type", "autoencoder_wan")
-        if model_type != "autoencoder_wan":
-            raise StarflowError(f"autoencoder config: model_type is {model_type!r}; it must be 'autoencoder_wan'")
+        check_autoencoder(config, "AutoencoderKLWan", "autoencoder_wan")
         if "model_type" not in config and (not config.get("is_residual") or config.get("patch_size") != PATCH):
             raise StarflowError(
                 "autoencoder config: this is not Wan 2.2's autoencoder (is_residual true, patch_size 2); "
@@ -138,17 +134,11 @@ class AutoencoderWanConfig:
         for key in ("in_channels", "out_channels"):
             if config.get(key) not in (None, CHANNELS, CHANNELS * PATCH**2):
                 raise StarflowError(f"autoencoder config: {key} is {config[key]!r}; it must be {CHANNELS * PATCH**2}")
-        known = {field.name: field for field in fields(cls)}
-        for key in config:
-            if key not in known and key not in _OTHER_KEYS and not key.startswith("_"):
-                raise StarflowError(f"autoencoder config: {key} is not a setting of an AutoencoderKLWan")
-        for name, field in known.items():
-            if field.default is MISSING and config.get(name) is None:
-                raise StarflowError(f"autoencoder config: {name} is missing; use the config.json of the checkpoint")
+        values = autoencoder_settings(cls, config, _OTHER_KEYS, "AutoencoderKLWan")
+        for field in fields(cls):
             wants_list = isinstance(field.default, tuple) or field.default is MISSING
-            if wants_list and not isinstance(config.get(name) or [], list | tuple):
-                raise StarflowError(f"autoencoder config: {name} must be a list, not {config[name]!r}")
-        values = {name: config[name] for name in known if config.get(name) is not None}
+            if wants_list and not isinstance(values.get(field.name) or [], list | tuple):
+                raise StarflowError(f"autoencoder config: {field.name} must be a list, not {values[field.name]!r}")
         if "decoder_base_dim" not in values and "base_dim" in values:
             values["decoder_base_dim"] = values["base_dim"]
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})

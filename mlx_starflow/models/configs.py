@@ -1,8 +1,8 @@
-"""Reading flow configs: a model directory's `config.json`, and the official release's YAML files."""
+"""Reading configs: model directories', the official release's YAML files, and those of diffusers' autoencoders."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, asdict, fields
 from typing import Any, TypeVar
 
@@ -58,3 +58,29 @@ def _plain(key: str, value: Any, kind: str) -> Any:
     except (TypeError, ValueError):
         raise StarflowError(f"flow config: {key} must be a number, not {value!r}") from None
     return value
+
+
+def check_autoencoder(config: Mapping[str, Any], class_name: str, model_type: str) -> None:
+    """Raise StarflowError if an autoencoder's `config.json` names another class of diffusers or another model type."""
+    for key, expected in (("_class_name", class_name), ("model_type", model_type)):
+        if (found := config.get(key, expected)) != expected:
+            raise StarflowError(f"autoencoder config: {key} is {found!r}; it must be {expected!r}")
+
+
+def autoencoder_settings(
+    cls: type, config: Mapping[str, Any], others: Collection[str], class_name: str
+) -> dict[str, Any]:
+    """The fields of an autoencoder's config dataclass that its `config.json` has; keys with "_" are notes.
+
+    Raises:
+        StarflowError: a key is neither a field nor one of `others`, or a field without a default is missing.
+    """
+    known = {field.name: field for field in fields(cls)}
+    for key in config:
+        if key not in known and key not in others and not key.startswith("_"):
+            raise StarflowError(f"autoencoder config: {key} is not a setting of an {class_name}")
+    values = {name: config[name] for name in known if config.get(name) is not None}
+    for name, field in known.items():
+        if field.default is MISSING and name not in values:
+            raise StarflowError(f"autoencoder config: {name} is missing; use the config.json of the checkpoint")
+    return values
