@@ -90,7 +90,7 @@ def begin_sampling(
         for _ in sequential.invert(decoder, tokens[:, :TOKENS], x, 0):
             pass
         mx.eval(x)
-    return flow, sum(cache.keys.nbytes + cache.values.nbytes for cache in decoder.caches)
+    return flow, decoder.layers.cache_bytes
 
 
 def main() -> None:

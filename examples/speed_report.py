@@ -18,7 +18,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ import mlx.core as mx
 import numpy as np
 import torch
 
-from mlx_starflow import blas, thin
+from mlx_starflow import blas, native
 from mlx_starflow.bench.contenders import Contender, Measurement, Task, measure, product_seconds, twin_bytes
 from mlx_starflow.bench.products import WeightProducts
 from mlx_starflow.bench.traffic import READ_ONCE, evaluation_bytes
@@ -159,18 +159,16 @@ class TwinProducts(WeightProducts):
             for block in flow.blocks
         ]
 
-    @torch.inference_mode()
-    def _measure(self, tokens: tuple[int, ...]) -> tuple[float, ...]:
-        best = [float("inf")] * len(tokens)
-        for _ in range(self.rounds):
-            for index in reversed(range(len(tokens))):
-                layers = self.twin[index]
-                inputs = [torch.randn(self.rows[index], tokens[index], layer.in_features) for layer in layers]
-                start = time.perf_counter()
-                for layer, x in zip(layers, inputs, strict=True):
-                    layer(x)
-                best[index] = min(best[index], time.perf_counter() - start)
-        return tuple(best)
+    def _multiplier(self, index: int, tokens: int) -> Callable[[], None]:
+        layers = self.twin[index]
+        inputs = [torch.randn(self.rows[index], tokens, layer.in_features) for layer in layers]
+
+        @torch.inference_mode()
+        def multiply() -> None:
+            for layer, x in zip(layers, inputs, strict=True):
+                layer(x)
+
+        return multiply
 
 
 # ---- the comparison
@@ -300,8 +298,7 @@ def filled(guided: GuidedFlow, index: int, x: mx.array, start: int) -> object:
     """A decoder that knows the tokens before number `start`, fed a few at a time to save memory."""
     decoder = guided.decoder(index, 1, x.shape[1])
     for begin in range(decoder.first, start, NEAR):
-        decoder.predict(x, begin, min(begin + NEAR, start))
-        mx.eval([(cache.keys, cache.values) for cache in decoder.caches])
+        mx.eval(decoder.predict(x, begin, min(begin + NEAR, start)))
     return decoder
 
 
@@ -355,9 +352,9 @@ def main() -> None:
     args = parser.parse_args()
     chosen = [f"{name}={os.environ[name]}" for name in THREADS if name in os.environ]
     print(platform.platform(), platform.processor() or platform.machine(), os.cpu_count(), "CPUs", *chosen)
-    few = ", few rows by thin.cpp" if thin.installed() else ""
+    layers = ", layers in C++" if native.available() else ""
     print(
-        f"MLX {mx.__version__}, {blas.describe()}{few}; PyTorch {torch.__version__}, {torch.get_num_threads()} threads"
+        f"MLX {mx.__version__}, {blas.describe()}{layers}; PyTorch {torch.__version__}, {torch.get_num_threads()} threads"
     )
     flow = random_flow(args.width, args.layers, args.side, args.text)
     random = compare("Random weights", random_pictures(flow, args.tune), args.rounds)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from mlx_starflow import blas, thin
+from mlx_starflow import blas
 
 if TYPE_CHECKING:
     from mlx_starflow.pipeline import load as load
@@ -24,7 +24,6 @@ __all__ = ["__version__", "load", "load_flow", "sample"]
 _HOMES = {"load": "pipeline", "load_flow": "weights", "sample": "sampling"}
 
 blas.install()
-thin.install()
 
 
 def __getattr__(name: str) -> Any:

@@ -186,14 +186,19 @@ def _loads(name: str, neighbour: str) -> bool:
 def _set_threads(library: ctypes.CDLL) -> None:
     """Leave a CPU to MLX. BLAS threads wait for each other in a loop: on a CPU that has other work to do, such as
     MLX's own thread, one holds up all, and a product can take longer than with a single thread."""
-    if any(map(os.environ.get, THREADS)):
+    if chosen_threads():
         return
     for name in ("openblas_set_num_threads", f"{PREFIX}openblas_set_num_threads", "MKL_Set_Num_Threads"):
         if function := getattr(library, name, None):
-            function(max(1, _cpus() - 1))
+            function(max(1, cpus() - 1))
 
 
-def _cpus() -> int:
+def chosen_threads() -> int | None:
+    """How many threads the environment asks for."""
+    return next((int(value) for name in THREADS if (value := os.environ.get(name, "")).isdecimal()), None)
+
+
+def cpus() -> int:
     """How many CPUs the process may keep busy."""
     count = len(os.sched_getaffinity(0))
     try:

@@ -185,7 +185,7 @@ def test_threads_leave_a_cpu_to_mlx():
 import ctypes, os
 os.sched_setaffinity(0, {0})
 from mlx_starflow import blas
-print(ctypes.CDLL({1!r}).scipy_openblas_get_num_threads(), blas._cpus())
+print(ctypes.CDLL({1!r}).scipy_openblas_get_num_threads(), blas.cpus())
 """
     unset = dict.fromkeys(blas.THREADS, "")
     cpus = sorted(os.sched_getaffinity(0))
@@ -204,7 +204,7 @@ def test_cpus_of_a_container(tmp_path, monkeypatch, text, cpus):
     (tmp_path / "cpu.max").write_text(text)
     monkeypatch.setattr(blas, "CPU_QUOTA", str(tmp_path / "cpu.max"))
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
-    assert blas._cpus() == cpus
+    assert blas.cpus() == cpus
 
 
 @linux

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from time import perf_counter
 from typing import Any
 
@@ -12,15 +12,19 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlx_starflow import native
 from mlx_starflow.bench.traffic import READ_ONCE, evaluation_bytes
+from mlx_starflow.models.flow import Condition
+
+
+IN_A_ROW = 3
 
 
 class WeightProducts:
     """The products of every block's weights with a few rows: what an evaluation would cost if nothing else did.
 
-    They are computed by the flow's own layers, so in their shapes, precision and way of multiplying, in the order in
-    which sampling comes to them. Going through all blocks every time keeps what the caches of a processor hold
-    between two evaluations to what they hold while sampling.
+    They are computed as sampling computes them: in the same shapes, precision and way of multiplying, several times in
+    a row for each block, so that the caches of a processor hold what they hold while sampling.
     """
 
     def __init__(self, flow: Any, rows: Sequence[int], rounds: int = 5):
@@ -51,16 +55,23 @@ class WeightProducts:
 
     def _measure(self, tokens: tuple[int, ...]) -> tuple[float, ...]:
         best = [math.inf if layers else 0.0 for layers in self._layers]
-        inputs = [self._inputs(index, count) for index, count in enumerate(tokens)]
-        mx.eval(inputs)
+        multiply = {index: self._multiplier(index, tokens[index]) for index, time in enumerate(best) if time}
         for _ in range(self.rounds):
-            for index in reversed(range(len(best))):
-                if self._layers[index]:
-                    outputs = [layer(inputs[index][_width(layer)]) for layer in self._layers[index]]
+            for index in reversed(multiply):
+                for _ in range(IN_A_ROW):
                     start = perf_counter()
-                    mx.eval(outputs)
+                    multiply[index]()
                     best[index] = min(best[index], perf_counter() - start)
         return tuple(best)
+
+    def _multiplier(self, index: int, tokens: int) -> Callable[[], None]:
+        """What computes the products of one evaluation of a block."""
+        block, rows = self.flow.blocks[index], self.rows[index]
+        if network := native.network(block, rows, 1, None, Condition(), 1.0):
+            return partial(network.multiply, tokens)
+        layers, inputs = self._layers[index], self._inputs(index, tokens)
+        mx.eval(inputs)
+        return lambda: mx.eval([layer(inputs[_width(layer)]) for layer in layers])
 
     def _inputs(self, index: int, tokens: int) -> dict[int, mx.array]:
         key, dtype = mx.random.key(0), self.flow.blocks[index].dtype if self._layers[index] else mx.float32

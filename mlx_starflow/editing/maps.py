@@ -6,6 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_starflow.kernels.plain import Array, namespace
 from mlx_starflow.models.tarflow import TarFlow
 from mlx_starflow.sampling import denoise
 from mlx_starflow.sampling.decoder import check_finite
@@ -31,11 +32,12 @@ class BlendedFlow(GuidedFlow):
         further = guidance_rule(self.conditions.rule)
 
         def rule(
-            mu: mx.array, log_sigma: mx.array, mu_source: mx.array, log_sigma_source: mx.array, s: mx.array
-        ) -> tuple[mx.array, mx.array]:
-            beyond = further(mu, log_sigma, mu_source, log_sigma_source, mx.maximum(s - 1, 0))
+            mu: Array, log_sigma: Array, mu_source: Array, log_sigma_source: Array, s: Array
+        ) -> tuple[Array, Array]:
+            arrays = namespace(mu)
+            beyond = further(mu, log_sigma, mu_source, log_sigma_source, arrays.maximum(s - 1, 0))
             between = (mu_source + s * (mu - mu_source), log_sigma_source + s * (log_sigma - log_sigma_source))
-            return tuple(mx.where(s > 1, *pair) for pair in zip(beyond, between, strict=True))
+            return tuple(arrays.where(s > 1, *pair) for pair in zip(beyond, between, strict=True))
 
         self.guidance = Guidance(rule, mx.array(strength, mx.float32).reshape(-1, 1, 1))
 

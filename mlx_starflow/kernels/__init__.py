@@ -18,7 +18,12 @@ Arrays = Sequence[mx.array]
 @cache
 def enabled() -> bool:
     """Whether the Metal kernels run in this process."""
-    return mx.metal.is_available() and mx.default_device() == mx.gpu and os.environ.get("MLX_STARFLOW_KERNELS") != "0"
+    return mx.metal.is_available() and mx.default_device() == mx.gpu and not switched_off()
+
+
+def switched_off() -> bool:
+    """Whether the user wants everything computed by MLX's own operations."""
+    return os.environ.get("MLX_STARFLOW_KERNELS") == "0"
 
 
 @cache

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from mlx_starflow.kernels import Arrays, enabled, with_gradient
+from mlx_starflow.kernels.plain import Array, namespace
 
 SOFTPLUS_SHIFT = math.log(math.e - 1)
 """softplus(0 + this) = 1: an untrained block is the identity."""
@@ -46,14 +47,14 @@ def affine_forward(raw: mx.array, x: mx.array, clip: float, softplus: bool) -> t
 
 
 def predict(
-    raw: mx.array,
+    raw: Array,
     clip: float,
     softplus: bool,
     rule: str | None = None,
-    weight: float | mx.array = 0.0,
+    weight: float | Array = 0.0,
     what: str = "ab",
-) -> tuple[mx.array, mx.array]:
-    """(mu, log sigma), float32 `[B, N, C]`, guided if there is a rule.
+) -> tuple[Array, Array]:
+    """(mu, log sigma), float32 `[B, N, C]`, guided if there is a rule; of NumPy arrays by NumPy.
 
     Args:
         raw: what the network gives for each token, `[B, N, 2 * C]`; with a rule `[2 * B, N, 2 * C]`: of all samples
@@ -71,16 +72,16 @@ def predict(
 
 
 def affine_inverse(
-    raw: mx.array,
-    z: mx.array,
+    raw: Array,
+    z: Array,
     clip: float,
     softplus: bool,
     rule: str | None = None,
-    weight: float | mx.array = 0.0,
+    weight: float | Array = 0.0,
     what: str = "ab",
-) -> mx.array:
+) -> Array:
     """Noise -> data: x = z * sigma + mu, float32, for z `[B, N, C]`; other arguments as for `predict`."""
-    z = z.astype(mx.float32)
+    z = z.astype(namespace(z).float32)
     if enabled():
         inputs = (raw, _limit(clip), *_weights(raw, rule, weight), z)
         return _fused("inverse", bool(clip), softplus, rule, what)(*inputs)[0]
@@ -88,30 +89,31 @@ def affine_inverse(
 
 
 def affine_twin(
-    raw: mx.array,
+    raw: Array,
     clip: float | mx.array,
     softplus: bool,
     rule: str | None = None,
-    weight: float | mx.array = 0.0,
+    weight: float | Array = 0.0,
     what: str = "ab",
-) -> tuple[mx.array, mx.array]:
-    """`predict` in plain MLX."""
-    raw = raw.astype(mx.float32)
+) -> tuple[Array, Array]:
+    """`predict` in plain MLX, or in NumPy."""
+    arrays = namespace(raw)
+    raw = raw.astype(arrays.float32)
     if isinstance(clip, mx.array) or clip:
-        raw = clip * mx.tanh(raw / clip)
-    log_sigma, mu = mx.split(raw, 2, axis=-1)
+        raw = clip * arrays.tanh(raw / clip)
+    log_sigma, mu = arrays.split(raw, 2, axis=-1)
     if softplus:
-        log_sigma = mx.log(mx.logaddexp(log_sigma + SOFTPLUS_SHIFT, 0.0))
+        log_sigma = arrays.log(arrays.logaddexp(log_sigma + SOFTPLUS_SHIFT, 0.0))
     if rule is None:
         return mu, log_sigma
-    (mu, mu_null), (log_sigma, log_sigma_null) = mx.split(mu, 2), mx.split(log_sigma, 2)
+    (mu, mu_null), (log_sigma, log_sigma_null) = arrays.split(mu, 2), arrays.split(log_sigma, 2)
     combine = {"quotient": guide, "extrapolate": partial(extrapolate, what=what)}[rule]
     return combine(mu, log_sigma, mu_null, log_sigma_null, weight)
 
 
 def guide(
-    mu: mx.array, log_sigma: mx.array, mu_null: mx.array, log_sigma_null: mx.array, weight: float | mx.array
-) -> tuple[mx.array, mx.array]:
+    mu: Array, log_sigma: Array, mu_null: Array, log_sigma_null: Array, weight: float | Array
+) -> tuple[Array, Array]:
     """STARFlow's rule (arXiv 2506.06276): (mu, log sigma) of the Gaussian p_cond^(1 + w) / p_null^w, made safe.
 
     Where the conditional Gaussian is the wider one, the quotient would not be normalizable: there the null's variance
@@ -119,19 +121,20 @@ def guide(
     """
     # With r = (sigma / sigma_null)^2, at most 1: mu' = ((1 + w) mu - w r mu_null) / d and sigma'^2 = sigma^2 / d, where
     # d = 1 + w - w r. As differences they lose no digits where the two predictions are close.
-    excess = weight * -mx.expm1(2 * mx.minimum(log_sigma - log_sigma_null, 0.0))
+    arrays = namespace(mu)
+    excess = weight * -arrays.expm1(2 * arrays.minimum(log_sigma - log_sigma_null, 0.0))
     guided = mu + (weight - excess) / (1 + excess) * (mu - mu_null)
-    return guided, log_sigma - 0.5 * mx.log1p(excess)
+    return guided, log_sigma - 0.5 * arrays.log1p(excess)
 
 
 def extrapolate(
-    mu: mx.array,
-    log_sigma: mx.array,
-    mu_null: mx.array,
-    log_sigma_null: mx.array,
-    weight: float | mx.array,
+    mu: Array,
+    log_sigma: Array,
+    mu_null: Array,
+    log_sigma_null: Array,
+    weight: float | Array,
     what: str = "ab",
-) -> tuple[mx.array, mx.array]:
+) -> tuple[Array, Array]:
     """TarFlow's rule (arXiv 2412.06329): mean ("b") and log-scale ("a") move away from the null's by `weight`."""
     if "b" in what:
         mu = mu + weight * (mu - mu_null)
@@ -144,8 +147,8 @@ def _forward(mu: mx.array, log_sigma: mx.array, x: mx.array) -> tuple[mx.array, 
     return (x - mu) * mx.exp(-log_sigma), -log_sigma
 
 
-def _inverse(mu: mx.array, log_sigma: mx.array, z: mx.array) -> tuple[mx.array]:
-    return (z * mx.exp(log_sigma) + mu,)
+def _inverse(mu: Array, log_sigma: Array, z: Array) -> tuple[Array]:
+    return (z * namespace(z).exp(log_sigma) + mu,)
 
 
 def _predict(mu: mx.array, log_sigma: mx.array) -> tuple[mx.array, mx.array]:

@@ -15,6 +15,7 @@ import mlx.nn as nn
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.kernels.affine import affine_forward, predict
+from mlx_starflow.kernels.plain import Array
 from mlx_starflow.models.checkpoint import checkpoint as checkpointed
 from mlx_starflow.models.rope import line_table
 from mlx_starflow.models.transformer import Cache, RMSNorm, TransformerConfig, TransformerLayer
@@ -181,11 +182,17 @@ class FlowBlock(nn.Module):
         return mx.broadcast_to(self.sos_embed, (batch, 1, self.config.in_channels))
 
     def embed(self, tokens: mx.array, start: int = 0, offset: mx.array | None = None) -> mx.array:
-        """Input tokens `[B, n, C]`, the first of them number `start`, -> `[B, n, channels]`.
+        """Input tokens `[B, n, C]`, the first of them number `start` in the block's order, -> `[B, n, channels]`.
 
-        `offset` is the condition's; this block's conditions have none.
+        `offset` is the condition's.
         """
-        return self.proj_in(tokens.astype(self.dtype))
+        h = self.proj_in(tokens.astype(self.dtype))
+        added = self.added(start, start + tokens.shape[1], offset)
+        return h if added is None else h + added
+
+    def added(self, start: int, stop: int, offset: mx.array | None) -> mx.array | None:
+        """What `embed` adds to the projections of tokens `start` to `stop`, `[B or 1, n, channels]`; here nothing."""
+        return None
 
     def transform(
         self,
@@ -208,7 +215,11 @@ class FlowBlock(nn.Module):
         """Hidden states `[B, n, channels]` -> the network's outputs `[B, n, 2 * C]`, which `kernels.affine` reads."""
         if self.config.use_final_norm:
             h = self.final_norm(h)
-        return self.proj_out(h)
+        return self.complete(self.proj_out(h))
+
+    def complete(self, raw: Array) -> Array:
+        """What the last layer gives -> raw outputs: the same."""
+        return raw
 
     def affine(self, h: mx.array) -> tuple[mx.array, mx.array]:
         """Hidden states `[B, n, channels]` -> (mu, log sigma), float32 `[B, n, C]`."""

@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.kernels.plain import Array, namespace
 from mlx_starflow.models.configs import known_arguments, official_arguments, read_config, write_config
 from mlx_starflow.models.flow import BlockConfig, Condition, Conditions, FlowBlock, FlowOutput, run_blocks
 
@@ -143,21 +144,21 @@ class TarFlowBlock(FlowBlock):
         offset = mx.where((text == -1).reshape(-1, 1, 1), mean, offset)
         return Condition(offset=mx.where(unknown, float("nan"), offset))
 
-    def embed(self, tokens: mx.array, start: int = 0, offset: mx.array | None = None) -> mx.array:
-        """Input tokens `[B, n, C]`, the first of them number `start` in the block's order, -> `[B, n, channels]`."""
-        stop = start + tokens.shape[1]
+    def added(self, start: int, stop: int, offset: mx.array | None) -> mx.array:
+        """Learned positions of tokens `start` to `stop`, in the block's order, and the embedded label."""
         if self.config.flip:
             count = self.config.num_patches
             positions = self.pos_embed[count - stop : count - start][::-1]
         else:
             positions = self.pos_embed[start:stop]
-        h = self.proj_in(tokens.astype(self.dtype)) + positions
-        return h if offset is None else h + offset
+        return positions[None] if offset is None else positions + offset
 
-    def raw(self, h: mx.array) -> mx.array:
-        """See `FlowBlock.raw`; without `nvp` the network gives means alone, and the log-scales are 0."""
-        raw = super().raw(h)
-        return raw if self.config.nvp else mx.concatenate([mx.zeros_like(raw), raw], axis=-1)
+    def complete(self, raw: Array) -> Array:
+        """Without `nvp` the network gives means alone, and the log-scales are 0."""
+        if self.config.nvp:
+            return raw
+        arrays = namespace(raw)
+        return arrays.concatenate([arrays.zeros_like(raw), raw], axis=-1)
 
 
 class TarFlow(nn.Module):

@@ -6,36 +6,20 @@ from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.kernels.affine import affine_inverse, predict
+from mlx_starflow.kernels.plain import Array
 from mlx_starflow.models.flow import Condition
-from mlx_starflow.sampling.cache import KVCache
 from mlx_starflow.sampling.guidance import Guidance
+from mlx_starflow.sampling.network import cached_network
+
+quietly = np.errstate(over="ignore", divide="ignore", invalid="ignore")
+"""Guesses may be far off: a result that is not finite is for `check_finite`, not for NumPy, to report."""
 
 
-def compiled_pieces(block: Any) -> list[Callable[..., Any]]:
-    """What a block computes between one attention and the next: everything that the caches have no part in.
-
-    Compiled, a piece costs Python one call. The first takes (h, angles) to queries, keys and values, the last takes
-    (h, what attention gave) to raw outputs, those between both to (h, queries, keys, values).
-    """
-    layers = block.attn_blocks
-
-    def between(before: Any, layer: Any) -> Callable[..., Any]:
-        def piece(h: mx.array, attended: mx.array, table: mx.array | None) -> tuple[mx.array, ...]:
-            h = before.after(h, attended)
-            return h, *layer.before(h, table)
-
-        return mx.compile(piece)
-
-    def end(h: mx.array, attended: mx.array) -> mx.array:
-        return block.raw(layers[-1].after(h, attended))
-
-    return [mx.compile(layers[0].before), *map(between, layers, layers[1:]), mx.compile(end)]
-
-
-def compiled_inverse(block: Any, guidance: Guidance | None) -> Callable[[mx.array, mx.array, Any], mx.array]:
+def inverse_of(block: Any, guidance: Guidance | None) -> Callable[[Array, Array, Any], Array]:
     """(raw outputs, noise, weight of guidance) -> data.
 
     Not a method: Python's garbage collector cannot see that a compiled method belongs to its object, and would never
@@ -43,22 +27,24 @@ def compiled_inverse(block: Any, guidance: Guidance | None) -> Callable[[mx.arra
     """
     clip, softplus = block.config.soft_clip, block.config.use_softplus
 
-    def inverse(raw: mx.array, z: mx.array, weight: float | mx.array) -> mx.array:
+    def inverse(raw: Array, z: Array, weight: float | Array) -> Array:
         if guidance is None:
             return affine_inverse(raw, z, clip, softplus)
         return guidance.inverse(raw, z, clip, softplus, weight)
 
-    return mx.compile(inverse)
+    return inverse
 
 
 class BlockDecoder:
     """Predicts (mu, log sigma) of tokens from the tokens before them, in the block's order.
 
-    With guidance the network sees the batch twice, once with the null condition, in one evaluation.
+    With guidance the network sees the batch twice, once with the null condition, in one evaluation. Tokens are `own`
+    arrays: MLX's, or NumPy's where the network is computed outside of MLX.
 
     Attributes:
         first: number of the first token that is predicted (1 if the first one passes unchanged).
         evaluations: how often the network was run.
+        arrays, own, launch, evaluate: those of its `CachedNetwork`.
     """
 
     def __init__(
@@ -77,76 +63,55 @@ class BlockDecoder:
         Of a video with `frames` a local block decodes all frames at once: `batch` and `length` are those of
         `FlowBlock.arrange`.
         """
-        self.block, self.length, self.guidance, self.temperature = block, length, guidance, temperature
-        self.frames = frames
+        self.block, self.length, self.guidance, self.frames = block, length, guidance, frames
         self.copies = 2 if guidance else 1
-        self.offset = condition.offset
+        self.network = cached_network(block, batch * self.copies, length, table, condition, temperature)
+        self.arrays, self.own = self.network.arrays, self.network.own
+        self.launch, self.evaluate = self.network.launch, self.network.evaluate
         start = block.first_input(batch * self.copies)
         self.first = 0 if start is not None else 1
-        self.start = start
-        prefix = condition.prefix
-        self.prefix_length = 0 if prefix is None else prefix.shape[1]
-        positions = self.prefix_length + length
-        self.table = None if table is None else block.positions(table, positions)
-        self.caches = [KVCache(positions) for _ in block.attn_blocks]
-        self.pieces = compiled_pieces(block)
-        self.to_data = compiled_inverse(block, guidance)
+        self.start = None if start is None else self.own(start.astype(mx.float32))
+        inverse = inverse_of(block, guidance)
+        self.to_data = mx.compile(inverse) if self.arrays is mx else inverse
         self.evaluations = 0
-        if prefix is not None:
-            self._remember(prefix)
 
     @property
     def known(self) -> int:
         """How many inputs the cache holds, the start token included."""
-        return self.caches[0].offset - self.prefix_length
+        return self.network.known
 
-    def _remember(self, h: mx.array) -> None:
-        """Fill the caches with embedded inputs that predict nothing."""
-        self.block.transform(h, self._positions(h), self.caches, self.temperature)
-        mx.eval([(cache.keys, cache.values) for cache in self.caches])
-
-    def _positions(self, h: mx.array) -> mx.array | None:
-        start = self.caches[0].offset
-        return None if self.table is None else self.table[start : start + h.shape[1]]
-
-    def _inputs(self, x: mx.array, start: int, stop: int) -> mx.array:
-        """What the network reads to predict tokens `start` to `stop`, embedded; once more for guidance."""
+    def _inputs(self, x: Array, start: int, stop: int) -> Array:
+        """What the network reads to predict tokens `start` to `stop`; once more for guidance."""
         inputs = x[:, max(start - 1, 0) : stop - 1]
         if self.copies == 2:
-            inputs = mx.concatenate([inputs, inputs])
+            inputs = self.arrays.concatenate([inputs, inputs])
         if start == 0 and self.start is not None:
-            inputs = mx.concatenate([self.start.astype(inputs.dtype), inputs], axis=1)
-        return self.block.embed(inputs, self.known, self.offset)
+            inputs = self.arrays.concatenate([self.start, inputs], axis=1)
+        return inputs
 
-    def feed(self, x: mx.array, stop: int) -> None:
+    def feed(self, x: Array, stop: int) -> None:
         """Fill the cache with the inputs before those that token `stop` of `[B, N, C]` needs.
 
         A frame at a time, so that a long past takes no more memory than the cache.
         """
         step = x.shape[1] if self.block.config.local else self.length // self.frames
         for start in range(self.first, stop, step):
-            self._remember(self._inputs(x, start, min(start + step, stop)))
+            self.network.remember(self._inputs(x, start, min(start + step, stop)))
 
     def rewind(self) -> None:
         """Forget all inputs, and keep what stands before them."""
         self.trim(self.known)
 
-    def _raw(self, x: mx.array, start: int, stop: int) -> mx.array:
+    def _raw(self, x: Array, start: int, stop: int) -> Array:
         self.evaluations += 1
-        h = self._inputs(x, start, stop)
-        table = self._positions(h)
-        begin, *between, end = self.pieces
-        q, k, v = begin(h, table)
-        for layer, cache, piece in zip(self.block.attn_blocks, self.caches, [*between, None], strict=True):
-            attended = layer.attention.attend(q, *cache.update_and_fetch(k, v), self.temperature)
-            if piece is not None:
-                h, q, k, v = piece(h, attended, table)
-        return end(h, attended)
+        return self.network(self._inputs(x, start, stop))
 
-    def _weight(self, start: int, stop: int) -> float | mx.array:
-        return self.guidance.at(start - self.first, stop - start, self.length - self.first)
+    def _weight(self, start: int, stop: int) -> float | Array:
+        weight = self.guidance.at(start - self.first, stop - start, self.length - self.first)
+        return self.own(weight) if isinstance(weight, mx.array) else weight
 
-    def predict(self, x: mx.array, start: int, stop: int) -> tuple[mx.array, mx.array]:
+    @quietly
+    def predict(self, x: Array, start: int, stop: int) -> tuple[Array, Array]:
         """(mu, log sigma) `[B, stop - start, C]` of tokens `start` to `stop`, given the tokens x `[B, N, C]`.
 
         The cache must hold exactly the inputs before those that are needed, and holds them too afterwards.
@@ -156,15 +121,15 @@ class BlockDecoder:
             return predict(raw, config.soft_clip, config.use_softplus)
         return self.guidance.affine(raw, config.soft_clip, config.use_softplus, self._weight(start, stop))
 
-    def invert(self, x: mx.array, z: mx.array, start: int, stop: int) -> mx.array:
+    @quietly
+    def invert(self, x: Array, z: Array, start: int, stop: int) -> Array:
         """Tokens `start` to `stop` of noise z `[B, N, C]`, mapped to data as `predict` says."""
         weight = self._weight(start, stop) if self.guidance else 0.0
         return self.to_data(self._raw(x, start, stop), z[:, start:stop], weight)
 
     def trim(self, n: int) -> None:
         """Forget the last `n` inputs."""
-        for cache in self.caches:
-            cache.trim(n)
+        self.network.trim(n)
 
 
 def check_finite(x: mx.array, what: str) -> None:

@@ -10,8 +10,9 @@ import mlx.core as mx
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.kernels.affine import affine_inverse, extrapolate, guide, predict
+from mlx_starflow.kernels.plain import Array, namespace
 
-GuidanceRule = Callable[[mx.array, mx.array, mx.array, mx.array, "float | mx.array"], tuple[mx.array, mx.array]]
+GuidanceRule = Callable[[Array, Array, Array, Array, "float | Array"], tuple[Array, Array]]
 """(mu, log sigma) with the condition, (mu, log sigma) without it, weight -> guided (mu, log sigma)."""
 
 
@@ -56,17 +57,18 @@ class Guidance:
             return self.weight
         return self.weight * (mx.arange(start + 1, start + count + 1) / total)[None, :, None]
 
-    def affine(self, raw: mx.array, clip: float, softplus: bool, weight: float | mx.array) -> tuple[mx.array, mx.array]:
+    def affine(self, raw: Array, clip: float, softplus: bool, weight: float | Array) -> tuple[Array, Array]:
         """Raw outputs `[2 * B, n, 2 * C]`, with the condition and then without -> (mu, log sigma) `[B, n, C]`."""
         if isinstance(self.rule, str):
             return predict(raw, clip, softplus, self.rule, weight, self.what)
         mu, log_sigma = predict(raw, clip, softplus)
-        (mu, mu_null), (log_sigma, log_sigma_null) = mx.split(mu, 2), mx.split(log_sigma, 2)
+        split = namespace(raw).split
+        (mu, mu_null), (log_sigma, log_sigma_null) = split(mu, 2), split(log_sigma, 2)
         return self.rule(mu, log_sigma, mu_null, log_sigma_null, weight)
 
-    def inverse(self, raw: mx.array, z: mx.array, clip: float, softplus: bool, weight: float | mx.array) -> mx.array:
+    def inverse(self, raw: Array, z: Array, clip: float, softplus: bool, weight: float | Array) -> Array:
         """Raw outputs, as `affine` takes them, and noise `[B, n, C]` -> data."""
         if isinstance(self.rule, str):
             return affine_inverse(raw, z, clip, softplus, self.rule, weight, self.what)
         mu, log_sigma = self.affine(raw, clip, softplus, weight)
-        return z * mx.exp(log_sigma) + mu
+        return z * namespace(z).exp(log_sigma) + mu

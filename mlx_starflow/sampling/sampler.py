@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 from tqdm import tqdm
 
+from mlx_starflow.kernels.plain import Array
 from mlx_starflow.models.flow import frame_count
 from mlx_starflow.sampling import jacobi, sequential
 from mlx_starflow.sampling.decoder import BlockDecoder, check_finite
@@ -125,31 +126,32 @@ def invert_block(
         advance: is called with numbers of tokens as they are done; those of a local block's frames count together.
     """
     block, frames = decoder.block, decoder.frames
-    z = block.arrange(z, frames)
-    x = mx.array(z)
+    z = decoder.own(block.arrange(z, frames))
+    x = decoder.arrays.array(z)
     parallel = frames if block.config.local else 1
     before = 0
     for done in invert_steps(decoder, z, x, settings, given):
         advance(parallel * (done - before))
         before = done
-    return block.restore(x, frames)
+    return block.restore(mx.array(x), frames)
 
 
 def invert_steps(
-    decoder: BlockDecoder, z: mx.array, x: mx.array, settings: Settings, given: mx.array | None = None
+    decoder: BlockDecoder, z: Array, x: Array, settings: Settings, given: mx.array | None = None
 ) -> Iterator[int]:
     """Invert one block in x, step by step, and yield how many of its tokens are done.
 
-    `z` and x are `[B, N, C]` in the block's order (see `FlowBlock.arrange`); `given` as for `invert_block`.
+    `z` and x are `[B, N, C]` in the block's order (see `FlowBlock.arrange`), the decoder's `own` arrays; `given` as for
+    `invert_block`.
     """
     start = decoder.first
     if given is not None:
         start = given.shape[1]
-        x[:, :start] = given
+        x[:, :start] = decoder.own(given)
         decoder.feed(x, start)
     elif start:
-        mu, log_sigma = decoder.block.unpredicted(z[:, :1])
-        x[:, :1] = z[:, :1] * mx.exp(log_sigma) + mu
+        mu, log_sigma = map(decoder.own, decoder.block.unpredicted(z[:, :1]))
+        x[:, :1] = z[:, :1] * decoder.arrays.exp(log_sigma) + mu
     yield start
     if isinstance(settings, RollingSettings):
         yield from jacobi.roll(decoder, z, x, start, settings)

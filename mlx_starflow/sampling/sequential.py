@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import mlx.core as mx
-
+from mlx_starflow.kernels.plain import Array
 from mlx_starflow.sampling.decoder import BlockDecoder
 
 
-def invert(decoder: BlockDecoder, z: mx.array, x: mx.array, start: int) -> Iterator[int]:
+def invert(decoder: BlockDecoder, z: Array, x: Array, start: int) -> Iterator[int]:
     """Noise `[B, N, C]` in the block's order -> data x in the block's order, whose first `start` tokens are known.
 
     Works in x and yields, after each token, how many are done.
@@ -17,5 +16,5 @@ def invert(decoder: BlockDecoder, z: mx.array, x: mx.array, start: int) -> Itera
     for n in range(start, z.shape[1]):
         x[:, n : n + 1] = decoder.invert(x, z, n, n + 1)
         # Evaluating each step lets the caches be written in place while Python builds the next one.
-        mx.async_eval(x)
+        decoder.launch(x)
         yield n + 1

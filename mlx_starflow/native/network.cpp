@@ -1,0 +1,366 @@
+// A flow block's network over a few tokens, with a KV cache: see network.py, which holds the same structures.
+
+#include <algorithm>
+#include <memory>
+
+#include "products.h"
+#include "team.h"
+
+namespace starflow {
+
+enum NormKind { NONE = 0, LAYER_NORM = 1, RMS_NORM = 2 };
+
+struct Norm {
+    int32_t kind;
+    float epsilon;
+    const float *weight, *bias;  // of an RMS norm: an offset from 1, and none
+};
+
+struct Linear {
+    int32_t inputs, outputs;
+    const float *weight, *bias;  // [outputs, inputs]; the bias may be missing
+};
+
+struct Layer {
+    Norm attention_norm, query_norm, key_norm, attention_post, mlp_norm, mlp_post;
+    Linear qkv, proj, gate, up, down;  // without a gate, exact GELU follows `up`
+    float *keys, *values;              // [batch, groups, capacity, head_dim]
+};
+
+struct Block {
+    int32_t count, channels, heads, groups, head_dim, half_split, capacity, batch;
+    const Layer* layers;
+    Linear input;  // its weight is transposed, [inputs, outputs]: tokens are short
+    Norm norm;
+    Linear output;
+};
+
+struct Tokens {
+    int32_t length, offset;  // how many are new in each sequence, and how many the cache holds
+    const float* angles;     // cosine and sine of each new position's pairs, or nothing
+    const float* scales;     // [batch], of attention's scores
+    const float* inputs;     // [batch, length, inputs]; nothing: they are embedded already
+    const float* added;      // [batch, ...] to what they are embedded as, or nothing; `added_step` from one to the next
+    int64_t added_step;
+    float* hidden;   // [batch, length, channels], embedded inputs, replaced by what the layers make of them
+    float* outputs;  // [batch, length, outputs], or nothing
+};
+
+namespace {
+
+Team& team = *new Team;  // outlives everything: its threads do not end
+
+// Numbers: so many of weights, or of rows to normalize, are worth handing to a thread.
+constexpr int PIECE = 1 << 14;
+
+// Numbers that begin on a line of the cache, kept for the next time they are needed.
+class Buffer {
+  public:
+    float* of(size_t numbers) {
+        if (numbers > size) {
+            size = (numbers + 1023) / 1024 * 1024;
+            memory.reset(static_cast<float*>(std::aligned_alloc(64, 4 * size)));
+            std::fill(memory.get(), memory.get() + size, 0.0f);
+        }
+        return memory.get();
+    }
+
+  private:
+    std::unique_ptr<float, void (*)(void*)> memory{nullptr, std::free};
+    size_t size = 0;
+};
+
+void normalize(const Norm& norm, const float* x, float* y, int width) {
+    if (norm.kind == NONE) {
+        if (x != y) std::copy(x, x + width, y);
+        return;
+    }
+    const int whole = width / LANES * LANES, left = width - whole;
+    float mean = 0;
+    if (norm.kind == LAYER_NORM) {
+        Vector total = load_some(x + whole, left);
+        for (int i = 0; i < whole; i += LANES) total += load(x + i);
+        mean = sum(total) / width;
+    }
+    Vector square = load_some(x + whole, left, mean) - mean;
+    square *= square;
+    for (int i = 0; i < whole; i += LANES) {
+        const Vector d = load(x + i) - mean;
+        square += d * d;
+    }
+    const float scale = 1 / std::sqrt(sum(square) / width + norm.epsilon);
+    const float offset = norm.kind == RMS_NORM;
+    auto some = [&](int i, auto take, auto put) {
+        Vector v = (take(x + i) - mean) * scale;
+        if (norm.weight) v *= take(norm.weight + i) + offset;
+        if (norm.bias) v += take(norm.bias + i);
+        put(y + i, v);
+    };
+    for (int i = 0; i < whole; i += LANES) some(i, load, store);
+    if (left)
+        some(
+            whole, [=](const float* from) { return load_some(from, left); },
+            [=](float* to, Vector v) { store_some(to, v, left); });
+}
+
+// Turn the pairs of one head by one position's angles.
+void rotate(float* x, const float* angles, int dim, bool half_split) {
+    for (int i = 0; i < dim / 2; i++) {
+        float &a = half_split ? x[i] : x[2 * i], &b = half_split ? x[i + dim / 2] : x[2 * i + 1];
+        const float cosine = angles[2 * i], sine = angles[2 * i + 1], first = a, second = b;
+        a = first * cosine - second * sine;
+        b = first * sine + second * cosine;
+    }
+}
+
+// scores[0..count) -> e^(score - largest), zeros up to `padded`; returns the reciprocal of their sum.
+float exponentials(float* scores, int count, int padded) {
+    Vector most = all(-INFINITY);
+    const int whole = count / LANES * LANES;
+    for (int i = 0; i < whole; i += LANES) most = larger(most, load(scores + i));
+    most = larger(most, load_some(scores + whole, count - whole, -INFINITY));
+    const float top = largest(most);
+    Vector total = {};
+    for (int i = 0; i < whole; i += LANES) {
+        const Vector e = exponential(load(scores + i) - top);
+        store(scores + i, e);
+        total += e;
+    }
+    float rest = 0;
+    if (whole < count) {
+        const Vector e = exponential(load_some(scores + whole, count - whole) - top);
+        for (int i = whole; i < count; i++) rest += scores[i] = e[i - whole];
+    }
+    std::fill(scores + count, scores + padded, 0.0f);
+    return 1 / (sum(total) + rest);
+}
+
+// Weighted sums of the rows of values for R queries.
+template <int R>
+void mix(const float* weights, int stride, const float* values, int dim, int keys, const float* factors, float* to,
+         ptrdiff_t row) {
+    constexpr int WIDE = 4;
+    auto some = [&]<int W>(int from) {
+        Vector s[R * W] = {};
+        for (int j = 0; j < keys; j++) {
+            Vector v[W];
+            for (int w = 0; w < W; w++) v[w] = load(values + j * dim + from + w * LANES);
+            for (int r = 0; r < R; r++)
+                for (int w = 0; w < W; w++) s[r * W + w] += weights[r * stride + j] * v[w];
+        }
+        for (int r = 0; r < R; r++)
+            for (int w = 0; w < W; w++) store(to + r * row + from + w * LANES, s[r * W + w] * factors[r]);
+    };
+    int i = 0;
+    for (; i + WIDE * LANES <= dim; i += WIDE * LANES) some.template operator()<WIDE>(i);
+    for (; i < dim; i += LANES) some.template operator()<1>(i);
+}
+
+class Evaluation {
+  public:
+    Evaluation(const Block& block, const Tokens& tokens)
+        : block(block), tokens(tokens), turn(team), rows(block.batch * tokens.length) {}
+
+    void run() {
+        allocate();
+        if (tokens.inputs) embed();
+        for (int i = 0; i < block.count; i++) {
+            const Layer& layer = block.layers[i];
+            norm_rows(layer.attention_norm);
+            product(layer.qkv, a, qkv);
+            attention(layer);
+            add(layer.proj, attended, layer.attention_post);
+            norm_rows(layer.mlp_norm);
+            mlp(layer);
+            add(layer.down, inner, layer.mlp_post);
+        }
+        if (tokens.outputs) {
+            norm_rows(block.norm);
+            product(block.output, a, tokens.outputs);
+        }
+    }
+
+    void multiply() {
+        allocate();
+        for (int i = 0; i < block.count; i++) {
+            const Layer& layer = block.layers[i];
+            product(layer.qkv, a, qkv);
+            product(layer.proj, attended, branch);
+            if (layer.gate.weight) product(layer.gate, a, inner);
+            product(layer.up, a, inner);
+            product(layer.down, inner, branch);
+        }
+    }
+
+  private:
+    void allocate() {
+        static thread_local Buffer memory[5];
+        const Layer& first = block.layers[0];
+        a = memory[0].of(size_t(rows) * block.channels);
+        qkv = memory[1].of(size_t(rows) * first.qkv.outputs);
+        attended = memory[2].of(size_t(rows) * first.proj.inputs);
+        inner = memory[3].of(size_t(rows) * first.up.outputs);
+        branch = memory[4].of(size_t(rows) * block.channels);
+    }
+
+    void embed() {
+        const int width = block.channels, inputs = block.input.inputs;
+        each_row([&](int row) {
+            const int sample = row / tokens.length, n = row % tokens.length;
+            const float* x = tokens.inputs + size_t(row) * inputs;
+            const float* added = tokens.added ? tokens.added + sample * tokens.added_step + size_t(n) * width : nullptr;
+            float* h = tokens.hidden + size_t(row) * width;
+            for (int c = 0; c < width; c++) h[c] = block.input.bias[c] + (added ? added[c] : 0);
+            for (int i = 0; i < inputs; i++) {
+                const float* weight = block.input.weight + size_t(i) * width;
+                for (int c = 0; c < width; c++) h[c] += x[i] * weight[c];
+            }
+        });
+    }
+
+    int pieces(const Linear& linear, int& width) const {
+        width = (std::max(PIECE / linear.inputs, 1) + GROUP - 1) / GROUP * GROUP;
+        return (linear.outputs + width - 1) / width;
+    }
+
+    // work(from, stop) for parts of a projection's outputs.
+    template <typename Work>
+    void outputs(const Linear& linear, Work work) {
+        int width;
+        const int count = pieces(linear, width);
+        turn.all(count, [&](int i) { work(i * width, std::min((i + 1) * width, linear.outputs)); });
+    }
+
+    template <typename To>
+    void project(const Linear& linear, const float* x, int from, int stop, To to) {
+        const float* bias = linear.bias;
+        products(x, linear.inputs, rows, linear.weight, linear.inputs, from, stop, linear.inputs,
+                 [&](int row, int column, float sum) { to(row, column, bias ? sum + bias[column] : sum); });
+    }
+
+    void product(const Linear& linear, const float* x, float* y) {
+        outputs(linear, [&](int from, int stop) {
+            project(linear, x, from, stop,
+                    [&](int row, int column, float sum) { y[size_t(row) * linear.outputs + column] = sum; });
+        });
+    }
+
+    // What a branch gives, normalized where the layer wants that, is added to what it began with.
+    void add(const Linear& linear, const float* x, const Norm& norm) {
+        if (norm.kind == NONE) {
+            outputs(linear, [&](int from, int stop) {
+                project(linear, x, from, stop, [&](int row, int column, float sum) {
+                    tokens.hidden[size_t(row) * linear.outputs + column] += sum;
+                });
+            });
+            return;
+        }
+        product(linear, x, branch);
+        each_row([&](int row) {
+            float *y = branch + size_t(row) * block.channels, *h = tokens.hidden + size_t(row) * block.channels;
+            normalize(norm, y, y, block.channels);
+            for (int i = 0; i < block.channels; i++) h[i] += y[i];
+        });
+    }
+
+    void mlp(const Layer& layer) {
+        const int width = layer.up.outputs;
+        outputs(layer.up, [&](int from, int stop) {
+            auto put = [&](int row, int column, float sum) { inner[size_t(row) * width + column] = sum; };
+            if (layer.gate.weight) {
+                project(layer.gate, a, from, stop, put);
+                activate(from, stop, width, gelu_tanh);
+                project(layer.up, a, from, stop,
+                        [&](int row, int column, float sum) { inner[size_t(row) * width + column] *= sum; });
+            } else {
+                project(layer.up, a, from, stop, put);
+                activate(from, stop, width, gelu);
+            }
+        });
+    }
+
+    template <typename Function>
+    void activate(int from, int stop, int width, Function function) {
+        for (int row = 0; row < rows; row++) {
+            float* y = inner + size_t(row) * width;
+            int i = from;
+            for (; i + LANES <= stop; i += LANES) store(y + i, function(load(y + i)));
+            if (i < stop) store_some(y + i, function(load_some(y + i, stop - i)), stop - i);
+        }
+    }
+
+    void norm_rows(const Norm& norm) {
+        each_row([&](int row) {
+            normalize(norm, tokens.hidden + size_t(row) * block.channels, a + size_t(row) * block.channels, block.channels);
+        });
+    }
+
+    template <typename Work>
+    void each_row(Work work) {
+        turn.all(rows, work, size_t(rows) * block.channels < PIECE);
+    }
+
+    // A piece is a sequence's group of heads that share keys and values.
+    void attention(const Layer& layer) {
+        turn.all(block.batch * block.groups, [&](int i) { attend(layer, i / block.groups, i % block.groups); });
+    }
+
+    void attend(const Layer& layer, int sample, int group) {
+        static thread_local Buffer memory;
+        const int dim = block.head_dim, length = tokens.length, offset = tokens.offset, ratio = block.heads / block.groups;
+        const int keys = offset + length, stride = (keys + LANES - 1) / LANES * LANES;
+        const ptrdiff_t row = layer.qkv.outputs, to = layer.proj.inputs;
+        float* scores = memory.of(size_t(TILE) * stride);
+        float* first = qkv + size_t(sample) * length * row;
+        const size_t cache = (size_t(sample) * block.groups + group) * block.capacity * dim;
+        float *key = layer.keys + cache, *value = layer.values + cache;
+        for (int n = 0; n < length; n++) {
+            const float* angles = tokens.angles ? tokens.angles + size_t(n) * dim : nullptr;
+            float* now = first + n * row;
+            auto turned = [&](const Norm& norm, float* x) {
+                normalize(norm, x, x, dim);
+                if (angles) rotate(x, angles, dim, block.half_split);
+            };
+            for (int head = group * ratio; head < (group + 1) * ratio; head++) turned(layer.query_norm, now + head * dim);
+            float* k = now + (block.heads + group) * dim;
+            turned(layer.key_norm, k);
+            std::copy(k, k + dim, key + size_t(offset + n) * dim);
+            const float* v = k + block.groups * dim;
+            std::copy(v, v + dim, value + size_t(offset + n) * dim);
+        }
+        auto queries = [&]<int R>(int head, int n) {
+            const int seen = offset + n + R;
+            const float* q = first + n * row + head * dim;
+            products(q, row, R, key, dim, 0, seen, dim,
+                     [&](int r, int j, float sum) { scores[r * stride + j] = sum * tokens.scales[sample]; });
+            float factors[R];
+            for (int r = 0; r < R; r++) factors[r] = exponentials(scores + r * stride, offset + n + r + 1, seen);
+            mix<R>(scores, stride, value, dim, seen, factors, attended + (size_t(sample) * length + n) * to + head * dim, to);
+        };
+        for (int head = group * ratio; head < (group + 1) * ratio; head++) {
+            int n = 0;
+            for (; n + TILE <= length; n += TILE) queries.template operator()<TILE>(head, n);
+            for (; n < length; n++) queries.template operator()<1>(head, n);
+        }
+    }
+
+    const Block& block;
+    const Tokens& tokens;
+    Team::Turn turn;
+    const int rows;
+    float *a, *qkv, *attended, *inner, *branch;
+};
+
+}  // namespace
+}  // namespace starflow
+
+extern "C" void starflow_threads(int threads) { starflow::team.grow(threads); }
+
+extern "C" void starflow_network(const starflow::Block* block, const starflow::Tokens* tokens) {
+    starflow::Evaluation(*block, *tokens).run();
+}
+
+// The products of one evaluation with weights, and nothing else: what it would take if nothing else did.
+extern "C" void starflow_products(const starflow::Block* block, const starflow::Tokens* tokens) {
+    starflow::Evaluation(*block, *tokens).multiply();
+}

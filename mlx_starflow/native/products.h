@@ -1,0 +1,68 @@
+// Products of activations with weights that are read once and where they lie. A BLAS packs the weights first, which for
+// a few rows costs more than the product.
+#pragma once
+
+#include <cstddef>
+
+#include "vectors.h"
+
+namespace starflow {
+
+#if defined(__AVX512F__)
+constexpr int TILE = 4;  // 32 registers of 16 numbers
+#else
+constexpr int TILE = 2;
+#endif
+constexpr int GROUP = 4;  // rows of w
+constexpr int AHEAD = 4;  // rows of w: they are too short for the processor to see by itself that it reads on and on
+
+// Sums over i of x[r][i] * w[c][i] for R rows of x and C of w, in the order r, c. Each is rounded alike whatever R and C.
+template <int R, int C>
+inline void tile(const float* x, ptrdiff_t ldx, const float* w, ptrdiff_t ldw, int k, float* out, bool prefetch) {
+    Vector s[R * C] = {};
+    int i = 0;
+    for (; i + LANES <= k; i += LANES) {
+        if (prefetch)
+            for (int c = 0; c < C; c++) __builtin_prefetch(w + (c + AHEAD) * ldw + i);
+        Vector b[C];
+        for (int c = 0; c < C; c++) b[c] = load(w + c * ldw + i);
+        for (int r = 0; r < R; r++) {
+            const Vector a = load(x + r * ldx + i);
+            for (int c = 0; c < C; c++) s[r * C + c] += a * b[c];
+        }
+    }
+    if (i < k)
+        for (int r = 0; r < R; r++)
+            for (int c = 0; c < C; c++)
+                s[r * C + c] += load_some(x + r * ldx + i, k - i) * load_some(w + c * ldw + i, k - i);
+    store_some(out, sums<R * C>(s), R * C);
+}
+
+// to(row, column, sum) for m rows of x and rows [from, stop) of w.
+template <typename To>
+inline void products(const float* x, ptrdiff_t ldx, int m, const float* w, ptrdiff_t ldw, int from, int stop, int k, To to) {
+    float out[LANES];
+    auto some = [&]<int R, int C>(int row, int column) {
+        tile<R, C>(x + row * ldx, ldx, w + column * ldw, ldw, k, out, row == 0);
+        for (int r = 0; r < R; r++)
+            for (int c = 0; c < C; c++) to(row + r, column + c, out[r * C + c]);
+    };
+    int column = from;
+    for (; column + GROUP <= stop; column += GROUP) {
+        int row = 0;
+        if constexpr (TILE == 4)
+            for (; row + 4 <= m; row += 4) some.template operator()<4, GROUP>(row, column);
+        for (; row + 2 <= m; row += 2)
+            if constexpr (TILE == 4) {
+                some.template operator()<2, GROUP>(row, column);
+            } else {
+                some.template operator()<2, GROUP / 2>(row, column);
+                some.template operator()<2, GROUP / 2>(row, column + GROUP / 2);
+            }
+        for (; row < m; row++) some.template operator()<1, GROUP>(row, column);
+    }
+    for (; column < stop; column++)
+        for (int row = 0; row < m; row++) some.template operator()<1, 1>(row, column);
+}
+
+}  // namespace starflow
