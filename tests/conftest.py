@@ -15,6 +15,7 @@ import yaml
 from golden_files import golden_case
 from mlx.utils import tree_flatten
 
+from mlx_starflow import native
 from mlx_starflow.convert.pth import read_checkpoint
 from mlx_starflow.models import starflow, tarflow
 
@@ -165,6 +166,12 @@ def make_tiny(family: str, batch: int = 2) -> Tiny:
 def tiny(request: pytest.FixtureRequest) -> Tiny:
     """A tiny flow of each family; each test gets its own."""
     return make_tiny(request.param)
+
+
+@pytest.fixture
+def in_mlx(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sampling computes in MLX, as on a Mac, even where there is C++ for it."""
+    monkeypatch.setattr(native, "available", lambda: False)
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ from functools import cache, partial
 from typing import NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_starflow.kernels import Arrays, enabled, with_gradient
 from mlx_starflow.kernels.plain import Array, namespace
@@ -54,7 +55,7 @@ def predict(
     weight: float | Array = 0.0,
     what: str = "ab",
 ) -> tuple[Array, Array]:
-    """(mu, log sigma), float32 `[B, N, C]`, guided if there is a rule; of NumPy arrays by NumPy.
+    """(mu, log sigma), float32 `[B, N, C]`, guided if there is a rule. NumPy arrays give float64 ones.
 
     Args:
         raw: what the network gives for each token, `[B, N, 2 * C]`; with a rule `[2 * B, N, 2 * C]`: of all samples
@@ -80,8 +81,9 @@ def affine_inverse(
     weight: float | Array = 0.0,
     what: str = "ab",
 ) -> Array:
-    """Noise -> data: x = z * sigma + mu, float32, for z `[B, N, C]`; other arguments as for `predict`."""
-    z = z.astype(namespace(z).float32)
+    """Noise -> data: x = z * sigma + mu for z `[B, N, C]`; other arguments and dtypes as for `predict`."""
+    if isinstance(z, mx.array):
+        z = z.astype(mx.float32)
     if enabled():
         inputs = (raw, _limit(clip), *_weights(raw, rule, weight), z)
         return _fused("inverse", bool(clip), softplus, rule, what)(*inputs)[0]
@@ -96,9 +98,10 @@ def affine_twin(
     weight: float | Array = 0.0,
     what: str = "ab",
 ) -> tuple[Array, Array]:
-    """`predict` in plain MLX, or in NumPy."""
+    """`predict` in plain MLX, or in NumPy: there in float64, since a few numbers cost nothing, and what is rounded here
+    the network may multiply in the tokens that follow."""
     arrays = namespace(raw)
-    raw = raw.astype(arrays.float32)
+    raw = raw.astype(mx.float32 if arrays is mx else np.float64)
     if isinstance(clip, mx.array) or clip:
         raw = clip * arrays.tanh(raw / clip)
     log_sigma, mu = arrays.split(raw, 2, axis=-1)

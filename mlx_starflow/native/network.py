@@ -117,16 +117,16 @@ class NativeNetwork:
             output=self._linear(block.proj_out),
         )
         self._block.input.weight = self._hold(mx.contiguous(block.proj_in.weight.T))
-        self._angles = None if table is None else np.array(table)
+        self._angles = None if table is None else np.array(table, order="C")
         self._scales = np.empty(batch, np.float32)
         self._scales[:] = config.head_dim**-0.5 / np.array(temperature).reshape(-1)
         added = block.added(0, length, condition.offset)
-        self._added = None if added is None else np.array(mx.broadcast_to(added, (batch, length, config.channels)))
+        self._added = None if added is None else np.array(mx.broadcast_to(added, (batch, length, config.channels)), order="C")
         self._complete = block.complete
         self._library = library.load()
         if prefix is not None:
             for start, stop in self._parts(self.prefix_length):
-                self._run(np.array(prefix[:, start:stop]))
+                self._run(np.array(prefix[:, start:stop], order="C"))
 
     @property
     def known(self) -> int:
@@ -148,7 +148,7 @@ class NativeNetwork:
         self.position -= n
 
     def own(self, array: mx.array | np.ndarray) -> np.ndarray:
-        return array if isinstance(array, np.ndarray) else np.array(array)
+        return array if isinstance(array, np.ndarray) else np.array(array, order="C")
 
     def launch(self, *arrays: np.ndarray) -> None:
         """NumPy has computed them."""

@@ -50,7 +50,7 @@ def test_off_means_off(monkeypatch, undecided, tiny_flow):
 
 
 @pytest.mark.parametrize("family", ["softplus", "shifted_softplus", "modern", "language_model", "tarflow"])
-def test_models_give_the_same_numbers(kernels_on, tiny_flow, family):
+def test_models_give_the_same_numbers(kernels_on, in_mlx, tiny_flow, family):
     tiny = tiny_flow(family)
     flow, text = tiny.flow, tiny.text
     null = None if family == "tarflow" else tiny.null_text

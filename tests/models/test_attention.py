@@ -52,7 +52,7 @@ attention = mx.fast.scaled_dot_product_attention
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+def calls(monkeypatch: pytest.MonkeyPatch, in_mlx: None) -> Calls:
     calls = Calls()
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", calls.record)
     monkeypatch.setattr(kernel, "on_cpu", lambda: False)
