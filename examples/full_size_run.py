@@ -90,7 +90,7 @@ def begin_sampling(
         for _ in sequential.invert(decoder, tokens[:, :TOKENS], x, 0):
             pass
         mx.eval(x)
-    return flow, decoder.layers.cache_bytes
+    return flow, decoder.network.cache_bytes
 
 
 def main() -> None:

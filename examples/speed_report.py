@@ -266,24 +266,25 @@ def cost_by_position(flow: STARFlow, steps: int, rounds: int) -> float:
     task = random_pictures(flow, 1)
     block, index = flow.blocks[-1], len(flow.blocks) - 1
     guided = GuidedFlow(flow, task.z.shape, **task.condition)
-    x = flow.tokens(task.z)
     starts = (min(NEAR, task.length - steps), task.length - steps)
-    decoders = [filled(guided, index, x, start) for start in starts]
+    decoders = [filled(guided, index, flow.tokens(task.z), start) for start in starts]
+    z = decoders[0].own(flow.tokens(task.z))
+    x = decoders[0].arrays.array(z)
     seconds: list[list[float]] = [[], []]
     for number in range(rounds + 1):
         for start, decoder, times in zip(starts, decoders, seconds, strict=True):
             began = time.perf_counter()
             for n in range(start, start + steps):
-                mu, log_sigma = decoder.predict(x, n, n + 1)
-                x[:, n : n + 1] = x[:, n : n + 1] * mx.exp(log_sigma) + mu
-                mx.async_eval(x)
-            mx.eval(x)
+                x[:, n : n + 1] = decoder.invert(x, z, n, n + 1)
+                decoder.launch(x)
+            decoder.evaluate(x)
             if number:  # the first is to warm up
                 times.append((time.perf_counter() - began) / steps)
             decoder.trim(steps)
     config = block.config
-    position = 2 * 2 * config.num_layers * config.num_kv_heads * config.head_dim * x.dtype.size
-    read = [evaluation_bytes(block) + position * (decoders[0].prefix_length + start + steps // 2) for start in starts]
+    position = 2 * 2 * config.num_layers * config.num_kv_heads * config.head_dim * block.dtype.size
+    prefix = 0 if guided.conditions.blocks[index].prefix is None else guided.conditions.blocks[index].prefix.shape[1]
+    read = [evaluation_bytes(block) + position * (prefix + start + steps // 2) for start in starts]
     near, far = (statistics.median(times) for times in seconds)
     expected = near * read[1] / read[0]
     print(f"\n## The cost of a token\n\nDeep block of {config.num_layers} layers of width {config.channels}, guided.\n")
@@ -298,7 +299,7 @@ def filled(guided: GuidedFlow, index: int, x: mx.array, start: int) -> object:
     """A decoder that knows the tokens before number `start`, fed a few at a time to save memory."""
     decoder = guided.decoder(index, 1, x.shape[1])
     for begin in range(decoder.first, start, NEAR):
-        mx.eval(decoder.predict(x, begin, min(begin + NEAR, start)))
+        decoder.evaluate(*decoder.predict(decoder.own(x), begin, min(begin + NEAR, start)))
     return decoder
 
 

@@ -28,7 +28,7 @@ struct Layer {
 };
 
 struct Block {
-    int32_t count, channels, heads, groups, head_dim, half_split, capacity, batch;
+    int32_t count, channels, heads, groups, head_dim, half_split, batch, capacity;
     const Layer* layers;
     Linear input;  // its weight is transposed, [inputs, outputs]: tokens are short
     Norm norm;
@@ -52,6 +52,7 @@ Team& team = *new Team;  // outlives everything: its threads do not end
 
 // Numbers: so many of weights, or of rows to normalize, are worth handing to a thread.
 constexpr int PIECE = 1 << 14;
+constexpr int QUERIES = 16;  // of a piece of attention
 
 // Numbers that begin on a line of the cache, kept for the next time they are needed.
 class Buffer {
@@ -103,6 +104,8 @@ void normalize(const Norm& norm, const float* x, float* y, int width) {
             [=](float* to, Vector v) { store_some(to, v, left); });
 }
 
+int whole_vectors(int numbers) { return (numbers + LANES - 1) / LANES * LANES; }
+
 // Turn the pairs of one head by one position's angles.
 void rotate(float* x, const float* angles, int dim, bool half_split) {
     for (int i = 0; i < dim / 2; i++) {
@@ -113,40 +116,35 @@ void rotate(float* x, const float* angles, int dim, bool half_split) {
     }
 }
 
-// scores[0..count) -> e^(score - largest), zeros up to `padded`; returns the reciprocal of their sum.
-float exponentials(float* scores, int count, int padded) {
-    Vector most = all(-INFINITY);
-    const int whole = count / LANES * LANES;
-    for (int i = 0; i < whole; i += LANES) most = larger(most, load(scores + i));
-    most = larger(most, load_some(scores + whole, count - whole, -INFINITY));
+// scores[0..count) -> e^(score - largest), and zeros up to `stop`; returns the reciprocal of their sum. There is room for
+// a whole vector.
+float exponentials(float* scores, int count, int stop) {
+    const int padded = whole_vectors(count);
+    std::fill(scores + count, scores + padded, -INFINITY);
+    Vector most = all(-INFINITY), total = {};
+    for (int i = 0; i < padded; i += LANES) most = larger(most, load(scores + i));
     const float top = largest(most);
-    Vector total = {};
-    for (int i = 0; i < whole; i += LANES) {
+    for (int i = 0; i < padded; i += LANES) {
         const Vector e = exponential(load(scores + i) - top);
         store(scores + i, e);
         total += e;
     }
-    float rest = 0;
-    if (whole < count) {
-        const Vector e = exponential(load_some(scores + whole, count - whole) - top);
-        for (int i = whole; i < count; i++) rest += scores[i] = e[i - whole];
-    }
-    std::fill(scores + count, scores + padded, 0.0f);
-    return 1 / (sum(total) + rest);
+    std::fill(scores + count, scores + std::max(stop, padded), 0.0f);
+    return 1 / sum(total);
 }
 
-// Weighted sums of the rows of values for R queries.
+// For R rows of weights: factor times the weighted sum of `count` rows of values.
 template <int R>
-void mix(const float* weights, int stride, const float* values, int dim, int keys, const float* factors, float* to,
+void mix(const float* weights, int next, const float* values, int dim, int count, const float* factors, float* to,
          ptrdiff_t row) {
     constexpr int WIDE = 4;
     auto some = [&]<int W>(int from) {
         Vector s[R * W] = {};
-        for (int j = 0; j < keys; j++) {
+        for (int j = 0; j < count; j++) {
             Vector v[W];
             for (int w = 0; w < W; w++) v[w] = load(values + j * dim + from + w * LANES);
             for (int r = 0; r < R; r++)
-                for (int w = 0; w < W; w++) s[r * W + w] += weights[r * stride + j] * v[w];
+                for (int w = 0; w < W; w++) s[r * W + w] += weights[r * next + j] * v[w];
         }
         for (int r = 0; r < R; r++)
             for (int w = 0; w < W; w++) store(to + r * row + from + w * LANES, s[r * W + w] * factors[r]);
@@ -235,13 +233,16 @@ class Evaluation {
     void project(const Linear& linear, const float* x, int from, int stop, To to) {
         const float* bias = linear.bias;
         products(x, linear.inputs, rows, linear.weight, linear.inputs, from, stop, linear.inputs,
-                 [&](int row, int column, float sum) { to(row, column, bias ? sum + bias[column] : sum); });
+                 [&]<int C>(int row, int column, typename Few<C>::Type sums) {
+                     to.template operator()<C>(row, column, bias ? sums + Few<C>::load(bias + column) : sums);
+                 });
     }
 
     void product(const Linear& linear, const float* x, float* y) {
         outputs(linear, [&](int from, int stop) {
-            project(linear, x, from, stop,
-                    [&](int row, int column, float sum) { y[size_t(row) * linear.outputs + column] = sum; });
+            project(linear, x, from, stop, [&]<int C>(int row, int column, typename Few<C>::Type sums) {
+                Few<C>::store(y + size_t(row) * linear.outputs + column, sums);
+            });
         });
     }
 
@@ -249,8 +250,9 @@ class Evaluation {
     void add(const Linear& linear, const float* x, const Norm& norm) {
         if (norm.kind == NONE) {
             outputs(linear, [&](int from, int stop) {
-                project(linear, x, from, stop, [&](int row, int column, float sum) {
-                    tokens.hidden[size_t(row) * linear.outputs + column] += sum;
+                project(linear, x, from, stop, [&]<int C>(int row, int column, typename Few<C>::Type sums) {
+                    float* h = tokens.hidden + size_t(row) * linear.outputs + column;
+                    Few<C>::store(h, Few<C>::load(h) + sums);
                 });
             });
             return;
@@ -266,12 +268,16 @@ class Evaluation {
     void mlp(const Layer& layer) {
         const int width = layer.up.outputs;
         outputs(layer.up, [&](int from, int stop) {
-            auto put = [&](int row, int column, float sum) { inner[size_t(row) * width + column] = sum; };
+            auto put = [&]<int C>(int row, int column, typename Few<C>::Type sums) {
+                Few<C>::store(inner + size_t(row) * width + column, sums);
+            };
             if (layer.gate.weight) {
                 project(layer.gate, a, from, stop, put);
                 activate(from, stop, width, gelu_tanh);
-                project(layer.up, a, from, stop,
-                        [&](int row, int column, float sum) { inner[size_t(row) * width + column] *= sum; });
+                project(layer.up, a, from, stop, [&]<int C>(int row, int column, typename Few<C>::Type sums) {
+                    float* y = inner + size_t(row) * width + column;
+                    Few<C>::store(y, Few<C>::load(y) * sums);
+                });
             } else {
                 project(layer.up, a, from, stop, put);
                 activate(from, stop, width, gelu);
@@ -297,50 +303,77 @@ class Evaluation {
 
     template <typename Work>
     void each_row(Work work) {
-        turn.all(rows, work, size_t(rows) * block.channels < PIECE);
+        const int some = std::max(1, PIECE / 2 / block.channels);
+        turn.all((rows + some - 1) / some, [&](int i) {
+            for (int row = i * some; row < std::min((i + 1) * some, rows); row++) work(row);
+        });
     }
 
-    // A piece is a sequence's group of heads that share keys and values.
+    // Pieces are groups of heads that share keys and values, of many tokens further divided.
     void attention(const Layer& layer) {
-        turn.all(block.batch * block.groups, [&](int i) { attend(layer, i / block.groups, i % block.groups); });
+        const int groups = block.batch * block.groups, parts = (tokens.length + QUERIES - 1) / QUERIES;
+        auto attend = [&](int i) { this->attend(layer, i % groups, i / groups * QUERIES); };
+        if (parts == 1) {
+            turn.all(groups, [&](int i) {
+                turn_heads(layer, i);
+                attend(i);
+            });
+        } else {
+            turn.all(groups, [&](int i) { turn_heads(layer, i); });
+            turn.all(groups * parts, attend);
+        }
     }
 
-    void attend(const Layer& layer, int sample, int group) {
-        static thread_local Buffer memory;
-        const int dim = block.head_dim, length = tokens.length, offset = tokens.offset, ratio = block.heads / block.groups;
-        const int keys = offset + length, stride = (keys + LANES - 1) / LANES * LANES;
-        const ptrdiff_t row = layer.qkv.outputs, to = layer.proj.inputs;
-        float* scores = memory.of(size_t(TILE) * stride);
-        float* first = qkv + size_t(sample) * length * row;
-        const size_t cache = (size_t(sample) * block.groups + group) * block.capacity * dim;
-        float *key = layer.keys + cache, *value = layer.values + cache;
-        for (int n = 0; n < length; n++) {
+    size_t cached(int group) const { return size_t(group) * block.capacity * block.head_dim; }
+
+    float* packed(const Layer& layer, int group) const {
+        return qkv + size_t(group / block.groups) * tokens.length * layer.qkv.outputs;
+    }
+
+    // Norms and rotation of a group's queries and keys, which the cache gets, and values as well.
+    void turn_heads(const Layer& layer, int group) {
+        const int dim = block.head_dim, ratio = block.heads / block.groups, number = group % block.groups;
+        for (int n = 0; n < tokens.length; n++) {
             const float* angles = tokens.angles ? tokens.angles + size_t(n) * dim : nullptr;
-            float* now = first + n * row;
-            auto turned = [&](const Norm& norm, float* x) {
+            float* token = packed(layer, group) + size_t(n) * layer.qkv.outputs;
+            auto turned = [&](const Norm& norm, int head) {
+                float* x = token + head * dim;
                 normalize(norm, x, x, dim);
                 if (angles) rotate(x, angles, dim, block.half_split);
+                return x;
             };
-            for (int head = group * ratio; head < (group + 1) * ratio; head++) turned(layer.query_norm, now + head * dim);
-            float* k = now + (block.heads + group) * dim;
-            turned(layer.key_norm, k);
-            std::copy(k, k + dim, key + size_t(offset + n) * dim);
-            const float* v = k + block.groups * dim;
-            std::copy(v, v + dim, value + size_t(offset + n) * dim);
+            for (int head = number * ratio; head < (number + 1) * ratio; head++) turned(layer.query_norm, head);
+            const float *key = turned(layer.key_norm, block.heads + number), *value = key + block.groups * dim;
+            const size_t to = cached(group) + size_t(tokens.offset + n) * dim;
+            std::copy(key, key + dim, layer.keys + to);
+            std::copy(value, value + dim, layer.values + to);
         }
+    }
+
+    // Up to QUERIES tokens from number `from` on.
+    void attend(const Layer& layer, int group, int from) {
+        static thread_local Buffer memory;
+        const int dim = block.head_dim, ratio = block.heads / block.groups, number = group % block.groups;
+        const int sample = group / block.groups, stop = std::min(from + QUERIES, tokens.length);
+        const int stride = whole_vectors(tokens.offset + stop);
+        const ptrdiff_t row = layer.qkv.outputs, width = layer.proj.inputs;
+        float* scores = memory.of(size_t(TILE) * stride);
+        const float *keys = layer.keys + cached(group), *values = layer.values + cached(group);
         auto queries = [&]<int R>(int head, int n) {
-            const int seen = offset + n + R;
-            const float* q = first + n * row + head * dim;
-            products(q, row, R, key, dim, 0, seen, dim,
-                     [&](int r, int j, float sum) { scores[r * stride + j] = sum * tokens.scales[sample]; });
+            const int seen = tokens.offset + n + R;
             float factors[R];
-            for (int r = 0; r < R; r++) factors[r] = exponentials(scores + r * stride, offset + n + r + 1, seen);
-            mix<R>(scores, stride, value, dim, seen, factors, attended + (size_t(sample) * length + n) * to + head * dim, to);
+            const float* q = packed(layer, group) + n * row + head * dim;
+            products(q, row, R, keys, dim, 0, seen, dim, [&]<int C>(int r, int j, typename Few<C>::Type sums) {
+                Few<C>::store(scores + r * stride + j, sums * tokens.scales[sample]);
+            });
+            for (int r = 0; r < R; r++) factors[r] = exponentials(scores + r * stride, seen - R + r + 1, seen);
+            float* to = attended + (size_t(sample) * tokens.length + n) * width + head * dim;
+            mix<R>(scores, stride, values, dim, seen, factors, to, width);
         };
-        for (int head = group * ratio; head < (group + 1) * ratio; head++) {
-            int n = 0;
-            for (; n + TILE <= length; n += TILE) queries.template operator()<TILE>(head, n);
-            for (; n < length; n++) queries.template operator()<1>(head, n);
+        for (int head = number * ratio; head < (number + 1) * ratio; head++) {
+            int n = from;
+            for (; n + TILE <= stop; n += TILE) queries.template operator()<TILE>(head, n);
+            for (; n < stop; n++) queries.template operator()<1>(head, n);
         }
     }
 

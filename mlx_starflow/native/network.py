@@ -16,7 +16,7 @@ from mlx_starflow.models.transformer import RMSNorm, TransformerLayer
 from mlx_starflow.native import library
 
 LANES = 16
-"""Heads must be a multiple of this wide."""
+"""Numbers that C++ computes with at once: heads must be a multiple of this wide."""
 
 MOST_ROWS = 128
 """So many positions of all sequences go through the layers together; more gain nothing, and take more memory."""
@@ -32,7 +32,7 @@ class _Linear(Structure):
 
 _NORMS = ("attention_norm", "query_norm", "key_norm", "attention_post", "mlp_norm", "mlp_post")
 _LINEARS = ("qkv", "proj", "gate", "up", "down")
-_SIZES = ("count", "channels", "heads", "groups", "head_dim", "half_split", "capacity", "batch")
+_SIZES = ("count", "channels", "heads", "groups", "head_dim", "half_split", "batch", "capacity")
 
 
 class _Layer(Structure):
@@ -109,8 +109,8 @@ class NativeNetwork:
             groups=config.num_kv_heads,
             head_dim=config.head_dim,
             half_split=config.hf_style_rope,
-            capacity=self.capacity,
             batch=batch,
+            capacity=self.capacity,
             layers=self._layers,
             input=self._linear(block.proj_in),
             norm=self._norm(block.get("final_norm")),

@@ -38,14 +38,13 @@ inline void tile(const float* x, ptrdiff_t ldx, const float* w, ptrdiff_t ldw, i
     store_some(out, sums<R * C>(s), R * C);
 }
 
-// to(row, column, sum) for m rows of x and rows [from, stop) of w.
+// to.operator()<C>(row, column, sums of C columns) for m rows of x and rows [from, stop) of w.
 template <typename To>
 inline void products(const float* x, ptrdiff_t ldx, int m, const float* w, ptrdiff_t ldw, int from, int stop, int k, To to) {
-    float out[LANES];
+    alignas(64) float out[LANES];
     auto some = [&]<int R, int C>(int row, int column) {
         tile<R, C>(x + row * ldx, ldx, w + column * ldw, ldw, k, out, row == 0);
-        for (int r = 0; r < R; r++)
-            for (int c = 0; c < C; c++) to(row + r, column + c, out[r * C + c]);
+        for (int r = 0; r < R; r++) to.template operator()<C>(row + r, column, Few<C>::load(out + r * C));
     };
     int column = from;
     for (; column + GROUP <= stop; column += GROUP) {

@@ -29,10 +29,10 @@ class Team {
             if (mine) team.owner.unlock();
         }
 
-        // work(i) for each i below `pieces`, in no order. Of a task that is not worth a thread's while, `alone`.
+        // work(i) for each i below `pieces`, in no order.
         template <typename Work>
-        void all(int pieces, Work&& work, bool alone = false) {
-            if (alone || !mine || !team.helpers || pieces < 2)
+        void all(int pieces, Work&& work) {
+            if (!mine || !team.helpers || pieces < 2)
                 for (int i = 0; i < pieces; i++) work(i);
             else
                 team.share(pieces, work);

@@ -16,6 +16,19 @@ typedef float Unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_a
 inline Vector load(const float* from) { return *(const Unaligned*)from; }
 inline void store(float* to, Vector v) { *(Unaligned*)to = v; }
 
+// A few numbers side by side.
+template <int COUNT>
+struct Few {
+    typedef float Type __attribute__((vector_size(4 * COUNT)));
+
+    static Type load(const float* from) {
+        Type v;
+        std::memcpy(&v, from, sizeof v);
+        return v;
+    }
+    static void store(float* to, Type v) { std::memcpy(to, &v, sizeof v); }
+};
+
 inline Vector all(float value) { return value - Vector{}; }
 
 inline Vector larger(Vector a, Vector b) { return a > b ? a : b; }
