@@ -80,28 +80,27 @@ void normalize(const Norm& norm, const float* x, float* y, int width) {
     float mean = 0;
     if (norm.kind == LAYER_NORM) {
         Vector total = load_some(x + whole, left);
-        for (int i = 0; i < whole; i += LANES) total += load(x + i);
+        for (int i = 0; i < whole; i += LANES) total = total + load(x + i);
         mean = sum(total) / width;
     }
-    Vector square = load_some(x + whole, left, mean) - mean;
-    square *= square;
+    const Vector middle = all(mean), last = load_some(x + whole, left, mean) - middle;
+    Vector square = last * last;
     for (int i = 0; i < whole; i += LANES) {
-        const Vector d = load(x + i) - mean;
-        square += d * d;
+        const Vector d = load(x + i) - middle;
+        accumulate(square, d, d);
     }
-    const float scale = 1 / std::sqrt(sum(square) / width + norm.epsilon);
-    const float offset = norm.kind == RMS_NORM;
+    const Vector scale = all(1 / std::sqrt(sum(square) / width + norm.epsilon)), offset = all(norm.kind == RMS_NORM);
     auto some = [&](int i, auto take, auto put) {
-        Vector v = (take(x + i) - mean) * scale;
-        if (norm.weight) v *= take(norm.weight + i) + offset;
-        if (norm.bias) v += take(norm.bias + i);
+        Vector v = (take(x + i) - middle) * scale;
+        if (norm.weight) v = v * (take(norm.weight + i) + offset);
+        if (norm.bias) v = v + take(norm.bias + i);
         put(y + i, v);
     };
     for (int i = 0; i < whole; i += LANES) some(i, load, store);
     if (left)
         some(
             whole, [=](const float* from) { return load_some(from, left); },
-            [=](float* to, Vector v) { store_some(to, v, left); });
+            [=](float* to, const Vector& v) { store_some(to, v, left); });
 }
 
 int whole_vectors(int numbers) { return (numbers + LANES - 1) / LANES * LANES; }
@@ -121,13 +120,13 @@ void rotate(float* x, const float* angles, int dim, bool half_split) {
 float exponentials(float* scores, int count, int stop) {
     const int padded = whole_vectors(count);
     std::fill(scores + count, scores + padded, -INFINITY);
-    Vector most = all(-INFINITY), total = {};
+    Vector most = all(-INFINITY), total;
     for (int i = 0; i < padded; i += LANES) most = larger(most, load(scores + i));
-    const float top = largest(most);
+    const Vector top = all(largest(most));
     for (int i = 0; i < padded; i += LANES) {
         const Vector e = exponential(load(scores + i) - top);
         store(scores + i, e);
-        total += e;
+        total = total + e;
     }
     std::fill(scores + count, scores + std::max(stop, padded), 0.0f);
     return 1 / sum(total);
@@ -137,17 +136,17 @@ float exponentials(float* scores, int count, int stop) {
 template <int R>
 void mix(const float* weights, int next, const float* values, int dim, int count, const float* factors, float* to,
          ptrdiff_t row) {
-    constexpr int WIDE = 4;
+    constexpr int WIDE = 4 / PARTS;
     auto some = [&]<int W>(int from) {
-        Vector s[R * W] = {};
+        Vector s[R * W];
         for (int j = 0; j < count; j++) {
             Vector v[W];
             for (int w = 0; w < W; w++) v[w] = load(values + j * dim + from + w * LANES);
             for (int r = 0; r < R; r++)
-                for (int w = 0; w < W; w++) s[r * W + w] += weights[r * next + j] * v[w];
+                for (int w = 0; w < W; w++) accumulate(s[r * W + w], all(weights[r * next + j]), v[w]);
         }
         for (int r = 0; r < R; r++)
-            for (int w = 0; w < W; w++) store(to + r * row + from + w * LANES, s[r * W + w] * factors[r]);
+            for (int w = 0; w < W; w++) store(to + r * row + from + w * LANES, s[r * W + w] * all(factors[r]));
     };
     int i = 0;
     for (; i + WIDE * LANES <= dim; i += WIDE * LANES) some.template operator()<WIDE>(i);

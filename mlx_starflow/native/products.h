@@ -8,34 +8,39 @@
 
 namespace starflow {
 
-#if defined(__AVX512F__)
-constexpr int TILE = 4;  // 32 registers of 16 numbers
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int TILE = 4;  // rows of x; there are 32 registers
 #else
 constexpr int TILE = 2;
 #endif
 constexpr int GROUP = 4;  // rows of w
 constexpr int AHEAD = 4;  // rows of w: they are too short for the processor to see by itself that it reads on and on
 
-// Sums over i of x[r][i] * w[c][i] for R rows of x and C of w, in the order r, c. Each is rounded alike whatever R and C.
+// Sums over i of x[r][i] * w[c][i] for R rows of x and C of w, in the order r, c, with room for LANES. Each is rounded alike whatever R and C.
 template <int R, int C>
 inline void tile(const float* x, ptrdiff_t ldx, const float* w, ptrdiff_t ldw, int k, float* out, bool prefetch) {
-    Vector s[R * C] = {};
-    int i = 0;
-    for (; i + LANES <= k; i += LANES) {
-        if (prefetch)
-            for (int c = 0; c < C; c++) __builtin_prefetch(w + (c + AHEAD) * ldw + i);
-        Vector b[C];
-        for (int c = 0; c < C; c++) b[c] = load(w + c * ldw + i);
-        for (int r = 0; r < R; r++) {
-            const Vector a = load(x + r * ldx + i);
-            for (int c = 0; c < C; c++) s[r * C + c] += a * b[c];
+    const int whole = k / LANES * LANES;
+    Vector s[R * C];
+    for (int p = 0; p < PARTS; p++) {  // one register of each vector at a time, so that all sums find room in registers
+        Register part[R * C] = {};
+        for (int i = p * WIDTH; i < whole; i += LANES) {
+            if (prefetch && p == 0)
+                for (int c = 0; c < C; c++) __builtin_prefetch(w + (c + AHEAD) * ldw + i);
+            Register b[C];
+            for (int c = 0; c < C; c++) b[c] = Few<WIDTH>::load(w + c * ldw + i);
+            for (int r = 0; r < R; r++) {
+                const Register a = Few<WIDTH>::load(x + r * ldx + i);
+                for (int c = 0; c < C; c++) part[r * C + c] += a * b[c];
+            }
         }
+        for (int n = 0; n < R * C; n++) s[n].part[p] = part[n];
     }
-    if (i < k)
+    if (whole < k)
         for (int r = 0; r < R; r++)
             for (int c = 0; c < C; c++)
-                s[r * C + c] += load_some(x + r * ldx + i, k - i) * load_some(w + c * ldw + i, k - i);
-    store_some(out, sums<R * C>(s), R * C);
+                accumulate(s[r * C + c], load_some(x + r * ldx + whole, k - whole),
+                           load_some(w + c * ldw + whole, k - whole));
+    store(out, sums<R * C>(s));
 }
 
 // to.operator()<C>(row, column, sums of C columns) for m rows of x and rows [from, stop) of w.
@@ -51,13 +56,7 @@ inline void products(const float* x, ptrdiff_t ldx, int m, const float* w, ptrdi
         int row = 0;
         if constexpr (TILE == 4)
             for (; row + 4 <= m; row += 4) some.template operator()<4, GROUP>(row, column);
-        for (; row + 2 <= m; row += 2)
-            if constexpr (TILE == 4) {
-                some.template operator()<2, GROUP>(row, column);
-            } else {
-                some.template operator()<2, GROUP / 2>(row, column);
-                some.template operator()<2, GROUP / 2>(row, column + GROUP / 2);
-            }
+        for (; row + 2 <= m; row += 2) some.template operator()<2, GROUP>(row, column);
         for (; row < m; row++) some.template operator()<1, GROUP>(row, column);
     }
     for (; column < stop; column++)
