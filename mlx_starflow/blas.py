@@ -38,8 +38,6 @@ PREFIX = "scipy_"
 
 MKL_VERSION = "MKL_Get_Version_String"
 
-OPENBLAS_THREADS = "openblas_get_num_threads"
-
 THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
 
 CPU_QUOTA = "/sys/fs/cgroup/cpu.max"
@@ -96,14 +94,6 @@ def gflops(size: int = 1024, seconds: float = 0.15) -> float:
         mx.eval(mx.matmul(matrix, matrix, stream=mx.cpu))
         best = min(best, perf_counter() - begin)
     return 2e-9 * size**3 / best
-
-
-def threads() -> int:
-    """How many threads an OpenBLAS in use has; 1 for any other BLAS."""
-    for name in (OPENBLAS_THREADS, PREFIX + OPENBLAS_THREADS):
-        if function := getattr(_in_use.library, name, None):
-            return function()
-    return 1
 
 
 @cache

@@ -16,7 +16,6 @@ from mlx_starflow import native
 from mlx_starflow.bench.traffic import READ_ONCE, evaluation_bytes
 from mlx_starflow.models.flow import Condition
 
-
 IN_A_ROW = 3
 
 

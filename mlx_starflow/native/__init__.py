@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from mlx_starflow.native.library import available
+from mlx_starflow.native.library import available, threads
 from mlx_starflow.native.network import NativeNetwork, Unsuitable
 
-__all__ = ["NativeNetwork", "available", "network"]
+__all__ = ["NativeNetwork", "available", "network", "threads"]
 
 
 def network(*arguments: Any) -> NativeNetwork | None:

@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 
 from mlx_starflow import blas
+from mlx_starflow.errors import StarflowError
 from mlx_starflow.files import replacing
 from mlx_starflow.kernels import on_cpu, switched_off
 
@@ -32,13 +33,18 @@ def load() -> ctypes.CDLL | None:
     """The library; None where there is no compiler, one that is too old, or no place for what it makes."""
     try:
         library = ctypes.CDLL(str(_built()))
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, StarflowError, subprocess.SubprocessError):
         return None
     for name in ("starflow_network", "starflow_products"):
         function = getattr(library, name)
         function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_void_p), None
-    library.starflow_threads(min(blas.chosen_threads() or blas.cpus(), MOST_THREADS))
+    library.starflow_threads(threads())
     return library
+
+
+def threads() -> int:
+    """How many compute: all that there are, since MLX has nothing to do in the meantime."""
+    return min(blas.chosen_threads() or blas.cpus(), MOST_THREADS)
 
 
 def _built() -> Path:

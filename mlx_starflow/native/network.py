@@ -121,7 +121,9 @@ class NativeNetwork:
         self._scales = np.empty(batch, np.float32)
         self._scales[:] = config.head_dim**-0.5 / np.array(temperature).reshape(-1)
         added = block.added(0, length, condition.offset)
-        self._added = None if added is None else np.array(mx.broadcast_to(added, (batch, length, config.channels)), order="C")
+        self._added = (
+            None if added is None else np.array(mx.broadcast_to(added, (batch, length, config.channels)), order="C")
+        )
         self._complete = block.complete
         self._library = library.load()
         if prefix is not None:
@@ -186,7 +188,9 @@ class NativeNetwork:
         norms = [attention.get(name) for name in ("norm", "query_norm", "key_norm", "post_norm")]
         norms += [mlp.norm, mlp.get("post_norm")]
         linears = [attention.qkv, attention.proj]
-        linears += [mlp.gate_proj, mlp.up_proj, mlp.down_proj] if "gate_proj" in mlp else [None, mlp.main[0], mlp.main[2]]
+        linears += (
+            [mlp.gate_proj, mlp.up_proj, mlp.down_proj] if "gate_proj" in mlp else [None, mlp.main[0], mlp.main[2]]
+        )
         return _Layer(*map(self._norm, norms), *map(self._linear, linears))
 
     def _norm(self, norm: nn.Module | None) -> _Norm:

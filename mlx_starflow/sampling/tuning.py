@@ -40,7 +40,8 @@ COSTS = ("seconds", "evaluations")
 """What a plan may keep small."""
 
 ALIKE = 1.2
-"""Seconds that differ by less than this factor count as equal: repeated measurements do not agree better."""
+"""Costs that differ by less than this factor count as equal. Repeated measurements of seconds do not agree better; and
+an evaluation is not saved at any price."""
 
 
 @dataclass(frozen=True)
@@ -188,11 +189,10 @@ def _best(index: int, samples: list[_Sample], tolerance: float, least: str, repo
 
 
 def _cheapest(trials: list[Trial], least: str) -> Trial:
-    """The fastest, or among those that are nearly as fast the one that reads the weights least often; or just this."""
-    if least == "evaluations":
-        return min(trials, key=lambda trial: (trial.evaluations, trial.seconds))
-    bound = ALIKE * min(trial.seconds for trial in trials)
-    return min((trial for trial in trials if trial.seconds <= bound), key=lambda trial: trial.evaluations)
+    """Among the trials that cost about as little as any, the one that is better by the other measure."""
+    bound = ALIKE * min(trial.cost(least) for trial in trials)
+    (other,) = (cost for cost in COSTS if cost != least)
+    return min((trial for trial in trials if trial.cost(least) <= bound), key=lambda trial: trial.cost(other))
 
 
 def _tightened(
