@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_starflow import __version__, blas
+from mlx_starflow import __version__, blas, native
 from mlx_starflow.bench.chips import find_chips, time_report
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.hub import converted_directory, find_model
@@ -32,6 +32,8 @@ def summarize(model: str) -> dict[str, str]:
     device = mx.default_device().type.name.upper()
     lines = {"mlx-starflow": f"{__version__}, MLX {mx.__version__} on the {device}, Python {platform.python_version()}"}
     lines["BLAS"] = f"{blas.describe()}, {blas.gflops():.1f} GFLOPS on the CPU"
+    if native.available():
+        lines["sampling"] = f"in C++ on {native.threads()} CPUs, where weights are float32"
     if configs := _release(model):
         lines["model"] = f"{model} (starflow), not converted yet: mlx-starflow convert {model}"
         lines |= _architecture(configs.flow)

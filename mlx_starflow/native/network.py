@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_starflow.adapters import AdaptedLinear
 from mlx_starflow.models.flow import Condition
 from mlx_starflow.models.transformer import RMSNorm, TransformerLayer
 from mlx_starflow.native import library
@@ -88,7 +89,7 @@ class NativeNetwork:
     ):
         """Arguments as for `sampling.network.CompiledNetwork`.
 
-        Raises Unsuitable for a block with quantized, adapted or sharded weights, or others than float32.
+        Raises Unsuitable for a block with quantized or sharded weights, or others than float32.
         """
         config, prefix = block.config, condition.prefix
         if config.head_dim % LANES:
@@ -205,6 +206,8 @@ class NativeNetwork:
     def _linear(self, linear: nn.Module | None) -> _Linear:
         if linear is None:
             return _Linear()
+        if type(linear) is AdaptedLinear:
+            linear = linear.fuse()
         if type(linear) is not nn.Linear:
             raise Unsuitable
         outputs, inputs = linear.weight.shape

@@ -11,6 +11,7 @@ import pytest
 from mlx.utils import tree_map_with_path
 
 from mlx_starflow import native
+from mlx_starflow.adapters import AdaptedLinear
 from mlx_starflow.models.flow import BlockConfig, Condition, FlowBlock
 from mlx_starflow.models.tarflow import TarFlowBlock, TarFlowBlockConfig
 from mlx_starflow.native.network import MOST_ROWS, Unsuitable
@@ -149,16 +150,28 @@ def half() -> FlowBlock:
 
 
 def other_layer() -> FlowBlock:
-    class Adapted(nn.Linear):
+    class Other(nn.Linear):
         pass
 
     block = make("plain")
-    block.attn_blocks[1].attention.proj = Adapted(64, 64)
+    block.attn_blocks[1].attention.proj = Other(64, 64)
     return block
 
 
 def narrow_heads() -> FlowBlock:
     return FlowBlock(BlockConfig(in_channels=3, num_layers=1, channels=24, head_dim=8, num_heads=3, num_kv_heads=3))
+
+
+def test_adapters_are_added_to_the_weights():
+    block = make("modern")
+    layer = AdaptedLinear(block.attn_blocks[0].attention.qkv)
+    layer.add(draw(5, 64, 3), 0.1 * draw(6, 3, 128), 0.1 * draw(7, 128))
+    block.attn_blocks[0].attention.qkv = layer
+    x = draw(3, 2, LENGTH, 3)
+    plain = run(networks("modern")[0], x)
+    actual, expected = (run(network, x) for network in networks("modern", block=block))
+    assert np.abs(actual - expected).max() < 1e-5 * np.abs(expected).max()
+    assert np.abs(actual - plain).max() > 0.01
 
 
 @pytest.mark.parametrize("block", [quantized, half, other_layer, narrow_heads])
