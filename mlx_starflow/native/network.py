@@ -113,18 +113,16 @@ class NativeNetwork:
             batch=batch,
             capacity=self.capacity,
             layers=self._layers,
-            input=self._linear(block.proj_in),
+            input=self._linear(block.proj_in, transposed=True),
             norm=self._norm(block.get("final_norm")),
             output=self._linear(block.proj_out),
         )
-        self._block.input.weight = self._hold(mx.contiguous(block.proj_in.weight.T))
         self._angles = None if table is None else np.array(table, order="C")
         self._scales = np.empty(batch, np.float32)
         self._scales[:] = config.head_dim**-0.5 / np.array(temperature).reshape(-1)
-        added = block.added(0, length, condition.offset)
-        self._added = (
-            None if added is None else np.array(mx.broadcast_to(added, (batch, length, config.channels)), order="C")
-        )
+        self._added = block.added(0, length, condition.offset)
+        if self._added is not None:
+            self._added = np.array(mx.broadcast_to(self._added, (batch, length, config.channels)), order="C")
         self._complete = block.complete
         self._library = library.load()
         if prefix is not None:
@@ -188,11 +186,9 @@ class NativeNetwork:
         attention, mlp = layer.attention, layer.mlp
         norms = [attention.get(name) for name in ("norm", "query_norm", "key_norm", "post_norm")]
         norms += [mlp.norm, mlp.get("post_norm")]
-        linears = [attention.qkv, attention.proj]
-        linears += (
-            [mlp.gate_proj, mlp.up_proj, mlp.down_proj] if "gate_proj" in mlp else [None, mlp.main[0], mlp.main[2]]
-        )
-        return _Layer(*map(self._norm, norms), *map(self._linear, linears))
+        gated = "gate_proj" in mlp
+        rest = (mlp.gate_proj, mlp.up_proj, mlp.down_proj) if gated else (None, mlp.main[0], mlp.main[2])
+        return _Layer(*map(self._norm, norms), *map(self._linear, (attention.qkv, attention.proj, *rest)))
 
     def _norm(self, norm: nn.Module | None) -> _Norm:
         if norm is None:
@@ -203,7 +199,7 @@ class NativeNetwork:
             return _Norm(kind=1, epsilon=norm.eps, weight=self._hold(norm.weight), bias=self._hold(norm.bias))
         raise Unsuitable
 
-    def _linear(self, linear: nn.Module | None) -> _Linear:
+    def _linear(self, linear: nn.Module | None, transposed: bool = False) -> _Linear:
         if linear is None:
             return _Linear()
         if type(linear) is AdaptedLinear:
@@ -211,8 +207,8 @@ class NativeNetwork:
         if type(linear) is not nn.Linear:
             raise Unsuitable
         outputs, inputs = linear.weight.shape
-        bias = self._hold(linear.bias) if "bias" in linear else None
-        return _Linear(inputs=inputs, outputs=outputs, weight=self._hold(linear.weight), bias=bias)
+        weight = self._hold(mx.contiguous(linear.weight.T) if transposed else linear.weight)
+        return _Linear(inputs, outputs, weight, self._hold(linear.bias) if "bias" in linear else None)
 
     def _hold(self, array: mx.array) -> int:
         """Where an array's numbers are, and stay while this lives."""

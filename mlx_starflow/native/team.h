@@ -11,6 +11,8 @@ namespace starflow {
 inline void rest() {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
 #endif
 }
 

@@ -164,9 +164,10 @@ def narrow_heads() -> FlowBlock:
 
 def test_adapters_are_added_to_the_weights():
     block = make("modern")
-    layer = AdaptedLinear(block.attn_blocks[0].attention.qkv)
-    layer.add(draw(5, 64, 3), 0.1 * draw(6, 3, 128), 0.1 * draw(7, 128))
-    block.attn_blocks[0].attention.qkv = layer
+    for parent, name in ((block.attn_blocks[0].attention, "qkv"), (block.attn_blocks[1].mlp, "down_proj")):
+        outputs, inputs = parent[name].weight.shape
+        parent[name] = AdaptedLinear(parent[name])
+        parent[name].add(draw(5, inputs, 3), 0.1 * draw(6, 3, outputs), 0.1 * draw(7, outputs))
     x = draw(3, 2, LENGTH, 3)
     plain = run(networks("modern")[0], x)
     actual, expected = (run(network, x) for network in networks("modern", block=block))
