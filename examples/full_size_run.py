@@ -86,10 +86,9 @@ def begin_sampling(
         guided = GuidedFlow(flow, z.shape, text, null, guidance)
         tokens = flow.noise_tokens(z)
         decoder = guided.decoder(len(flow.blocks) - 1, 1, tokens.shape[1])
-        x = mx.array(tokens)
-        for _ in sequential.invert(decoder, tokens[:, :TOKENS], x, 0):
+        z = decoder.own(tokens[:, :TOKENS])
+        for _ in sequential.invert(decoder, z, decoder.arrays.array(z), 0):
             pass
-        mx.eval(x)
     return flow, decoder.network.cache_bytes
 
 

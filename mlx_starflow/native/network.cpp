@@ -1,6 +1,7 @@
 // A flow block's network over a few tokens, with a KV cache: see network.py, which holds the same structures.
 
 #include <algorithm>
+#include <cstdlib>
 #include <memory>
 
 #include "products.h"
@@ -202,12 +203,13 @@ class Evaluation {
 
     void embed() {
         const int width = block.channels, inputs = block.input.inputs;
+        const float* bias = block.input.bias;
         each_row([&](int row) {
             const int sample = row / tokens.length, n = row % tokens.length;
             const float* x = tokens.inputs + size_t(row) * inputs;
             const float* added = tokens.added ? tokens.added + sample * tokens.added_step + size_t(n) * width : nullptr;
             float* h = tokens.hidden + size_t(row) * width;
-            for (int c = 0; c < width; c++) h[c] = block.input.bias[c] + (added ? added[c] : 0);
+            for (int c = 0; c < width; c++) h[c] = (bias ? bias[c] : 0) + (added ? added[c] : 0);
             for (int i = 0; i < inputs; i++) {
                 const float* weight = block.input.weight + size_t(i) * width;
                 for (int c = 0; c < width; c++) h[c] += x[i] * weight[c];
@@ -215,17 +217,11 @@ class Evaluation {
         });
     }
 
-    int pieces(const Linear& linear, int& width) const {
-        width = (std::max(PIECE / linear.inputs, 1) + GROUP - 1) / GROUP * GROUP;
-        return (linear.outputs + width - 1) / width;
-    }
-
     // work(from, stop) for parts of a projection's outputs.
     template <typename Work>
     void outputs(const Linear& linear, Work work) {
-        int width;
-        const int count = pieces(linear, width);
-        turn.all(count, [&](int i) { work(i * width, std::min((i + 1) * width, linear.outputs)); });
+        const int width = std::max(1, PIECE / GROUP / linear.inputs) * GROUP;
+        turn.all((linear.outputs + width - 1) / width, [&](int i) { work(i * width, std::min((i + 1) * width, linear.outputs)); });
     }
 
     template <typename To>

@@ -43,7 +43,7 @@ def test_both_models(tmp_path):
     assert certificates[STRICT[0]] <= 1.01e-2 and certificates[EQUAL[0]] <= 1.01e-2
     for name in EQUAL[1:]:
         assert certificates[name] <= 1.01 * max(certificates["official, jacobi"], least)
-    assert len(position) == 2 and len(targets) == 14
+    assert len(position) == 2 and len(targets) == 17
     assert {row[2] for row in targets} <= {"met", "not met"}
 
 
