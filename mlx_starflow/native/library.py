@@ -16,7 +16,9 @@ from mlx_starflow.errors import StarflowError
 from mlx_starflow.files import replacing
 from mlx_starflow.kernels import on_cpu, switched_off
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("network.cpp", "products.h", "team.h", "vectors.h"))
+SOURCES = tuple(
+    Path(__file__).with_name(name) for name in ("network.cpp", "products.h", "team.h", "vectors.h", "weights.h")
+)
 COMPILE = ("g++", "-std=c++20", "-O3", "-march=native", "-Wno-psabi", "-fPIC", "-shared", "-pthread")
 
 MOST_THREADS = 8

@@ -6,6 +6,7 @@
 
 #include "products.h"
 #include "team.h"
+#include "weights.h"
 
 namespace starflow {
 
@@ -17,11 +18,6 @@ struct Norm {
     const float *weight, *bias;  // of an RMS norm: an offset from 1, and none
 };
 
-struct Linear {
-    int32_t inputs, outputs;
-    const float *weight, *bias;  // [outputs, inputs]; the bias may be missing
-};
-
 struct Layer {
     Norm attention_norm, query_norm, key_norm, attention_post, mlp_norm, mlp_post;
     Linear qkv, proj, gate, up, down;  // without a gate, exact GELU follows `up`
@@ -31,7 +27,7 @@ struct Layer {
 struct Block {
     int32_t count, channels, heads, groups, head_dim, half_split, batch, capacity;
     const Layer* layers;
-    Linear input;  // its weight is transposed, [inputs, outputs]: tokens are short
+    Linear input;  // dense, its weight transposed, [inputs, outputs]: tokens are short
     Norm norm;
     Linear output;
 };
@@ -203,7 +199,7 @@ class Evaluation {
 
     void embed() {
         const int width = block.channels, inputs = block.input.inputs;
-        const float* bias = block.input.bias;
+        const float *weights = static_cast<const float*>(block.input.weight), *bias = block.input.bias;
         each_row([&](int row) {
             const int sample = row / tokens.length, n = row % tokens.length;
             const float* x = tokens.inputs + size_t(row) * inputs;
@@ -211,7 +207,7 @@ class Evaluation {
             float* h = tokens.hidden + size_t(row) * width;
             for (int c = 0; c < width; c++) h[c] = (bias ? bias[c] : 0) + (added ? added[c] : 0);
             for (int i = 0; i < inputs; i++) {
-                const float* weight = block.input.weight + size_t(i) * width;
+                const float* weight = weights + size_t(i) * width;
                 for (int c = 0; c < width; c++) h[c] += x[i] * weight[c];
             }
         });
@@ -226,11 +222,22 @@ class Evaluation {
 
     template <typename To>
     void project(const Linear& linear, const float* x, int from, int stop, To to) {
+        static thread_local Buffer memory;
+        const int width = linear.inputs;
         const float* bias = linear.bias;
-        products(x, linear.inputs, rows, linear.weight, linear.inputs, from, stop, linear.inputs,
-                 [&]<int C>(int row, int column, typename Few<C>::Type sums) {
-                     to.template operator()<C>(row, column, bias ? sums + Few<C>::load(bias + column) : sums);
-                 });
+        auto put = [&]<int C>(int row, int column, typename Few<C>::Type sums) {
+            to.template operator()<C>(row, column, bias ? sums + Few<C>::load(bias + column) : sums);
+        };
+        auto dense = [&](int row, int) { return static_cast<const float*>(linear.weight) + size_t(row) * width; };
+        auto unpacked = [&](int row, int count) {
+            float* some = memory.of(size_t(GROUP) * width);
+            for (int i = 0; i < count; i++) unpack_row(linear, row + i, some + i * width);
+            return some;
+        };
+        if (linear.bits)
+            products(x, width, rows, unpacked, width, from, stop, width, put);
+        else
+            products(x, width, rows, dense, width, from, stop, width, put);
     }
 
     void product(const Linear& linear, const float* x, float* y) {
@@ -358,7 +365,8 @@ class Evaluation {
             const int seen = tokens.offset + n + R;
             float factors[R];
             const float* q = packed(layer, group) + n * row + head * dim;
-            products(q, row, R, keys, dim, 0, seen, dim, [&]<int C>(int r, int j, typename Few<C>::Type sums) {
+            auto at = [&](int j, int) { return keys + size_t(j) * dim; };
+            products(q, row, R, at, dim, 0, seen, dim, [&]<int C>(int r, int j, typename Few<C>::Type sums) {
                 Few<C>::store(scores + r * stride + j, sums * tokens.scales[sample]);
             });
             for (int r = 0; r < R; r++) factors[r] = exponentials(scores + r * stride, seen - R + r + 1, seen);

@@ -28,7 +28,10 @@ class _Norm(Structure):
 
 
 class _Linear(Structure):
-    _fields_ = (("inputs", c_int32), ("outputs", c_int32), ("weight", c_void_p), ("bias", c_void_p))
+    _fields_ = (
+        *((name, c_int32) for name in ("inputs", "outputs", "bits", "group")),
+        *((name, c_void_p) for name in ("weight", "scales", "zeros", "bias")),
+    )
 
 
 _NORMS = ("attention_norm", "query_norm", "key_norm", "attention_post", "mlp_norm", "mlp_post")
@@ -89,7 +92,7 @@ class NativeNetwork:
     ):
         """Arguments as for `sampling.network.CompiledNetwork`.
 
-        Raises Unsuitable for a block with quantized or sharded weights, or others than float32.
+        Raises Unsuitable for a block with sharded weights, or others than float32 and MLX's affine quantization of it.
         """
         config, prefix = block.config, condition.prefix
         if config.head_dim % LANES:
@@ -203,17 +206,27 @@ class NativeNetwork:
         if linear is None:
             return _Linear()
         if type(linear) is AdaptedLinear:
-            linear = linear.fuse()
+            linear = linear.fuse(dequantize=True)
+        bias = self._hold(linear.bias) if "bias" in linear else None
+        if isinstance(linear, nn.QuantizedLinear) and not transposed:
+            return self._quantized(linear, bias)
         if type(linear) is not nn.Linear:
             raise Unsuitable
         outputs, inputs = linear.weight.shape
         weight = self._hold(mx.contiguous(linear.weight.T) if transposed else linear.weight)
-        return _Linear(inputs, outputs, weight, self._hold(linear.bias) if "bias" in linear else None)
+        return _Linear(inputs, outputs, weight=weight, bias=bias)
 
-    def _hold(self, array: mx.array) -> int:
+    def _quantized(self, linear: nn.QuantizedLinear, bias: int | None) -> _Linear:
+        if linear.mode != "affine" or linear.bits not in (4, 6, 8) or linear.group_size % LANES:
+            raise Unsuitable
+        outputs, groups = linear.scales.shape
+        tensors = self._hold(linear.weight, mx.uint32), self._hold(linear.scales), self._hold(linear.biases)
+        return _Linear(groups * linear.group_size, outputs, linear.bits, linear.group_size, *tensors, bias)
+
+    def _hold(self, array: mx.array, dtype: mx.Dtype = mx.float32) -> int:
         """Where an array's numbers are, and stay while this lives."""
         mx.eval(array)
-        view = np.asarray(array) if array.dtype == mx.float32 else None
+        view = np.asarray(array) if array.dtype == dtype else None
         if view is None or not view.flags.c_contiguous:
             raise Unsuitable
         self._held.append(array)

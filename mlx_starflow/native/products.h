@@ -43,24 +43,28 @@ inline void tile(const float* x, ptrdiff_t ldx, const float* w, ptrdiff_t ldw, i
     store(out, sums<R * C>(s));
 }
 
-// to.operator()<C>(row, column, sums of C columns) for m rows of x and rows [from, stop) of w.
-template <typename To>
-inline void products(const float* x, ptrdiff_t ldx, int m, const float* w, ptrdiff_t ldw, int from, int stop, int k, To to) {
+// to.operator()<C>(row, column, sums of C columns) for m rows of x and rows [from, stop) of w; `rows(column, count)` says
+// where some rows of w lie, `ldw` numbers apart.
+template <typename Rows, typename To>
+inline void products(const float* x, ptrdiff_t ldx, int m, Rows rows, ptrdiff_t ldw, int from, int stop, int k, To to) {
     alignas(64) float out[LANES];
-    auto some = [&]<int R, int C>(int row, int column) {
-        tile<R, C>(x + row * ldx, ldx, w + column * ldw, ldw, k, out, row == 0);
+    auto some = [&]<int R, int C>(const float* w, int row, int column) {
+        tile<R, C>(x + row * ldx, ldx, w, ldw, k, out, row == 0);
         for (int r = 0; r < R; r++) to.template operator()<C>(row + r, column, Few<C>::load(out + r * C));
     };
     int column = from;
     for (; column + GROUP <= stop; column += GROUP) {
+        const float* w = rows(column, GROUP);
         int row = 0;
         if constexpr (TILE == 4)
-            for (; row + 4 <= m; row += 4) some.template operator()<4, GROUP>(row, column);
-        for (; row + 2 <= m; row += 2) some.template operator()<2, GROUP>(row, column);
-        for (; row < m; row++) some.template operator()<1, GROUP>(row, column);
+            for (; row + 4 <= m; row += 4) some.template operator()<4, GROUP>(w, row, column);
+        for (; row + 2 <= m; row += 2) some.template operator()<2, GROUP>(w, row, column);
+        for (; row < m; row++) some.template operator()<1, GROUP>(w, row, column);
     }
-    for (; column < stop; column++)
-        for (int row = 0; row < m; row++) some.template operator()<1, 1>(row, column);
+    for (; column < stop; column++) {
+        const float* w = rows(column, 1);
+        for (int row = 0; row < m; row++) some.template operator()<1, 1>(w, row, column);
+    }
 }
 
 }  // namespace starflow

@@ -137,9 +137,21 @@ def test_infinite_guesses_stay_where_they_are():
     assert not np.isfinite(actual[:, 21:]).any()
 
 
-def quantized() -> FlowBlock:
+@pytest.mark.parametrize("how", ["8", "6", "4"])
+@pytest.mark.parametrize("group_size", [32, 64])
+def test_quantized_weights(how, group_size):
+    block = make("modern")
+    quantize_module(block, how, group_size)
+    x = draw(3, 2, LENGTH, 3)
+    for start, stop in ((0, 1), (1, LENGTH)):
+        actual, expected = (run(network, x[:, start:stop]) for network in networks("modern", block=block))
+        assert np.abs(actual - expected).max() < 1e-5 * np.abs(expected).max()
+    assert np.abs(run(networks("modern")[0], x[:, :1]) - run(networks("modern", block=block)[0], x[:, :1])).max() > 1e-4
+
+
+def floating_point_quantization() -> FlowBlock:
     block = FlowBlock(BlockConfig(in_channels=3, num_layers=1, **PLAIN))
-    quantize_module(block, "8")
+    quantize_module(block, "mxfp4")
     return block
 
 
@@ -175,7 +187,7 @@ def test_adapters_are_added_to_the_weights():
     assert np.abs(actual - plain).max() > 0.01
 
 
-@pytest.mark.parametrize("block", [quantized, half, other_layer, narrow_heads])
+@pytest.mark.parametrize("block", [floating_point_quantization, half, other_layer, narrow_heads])
 def test_mlx_computes_what_cpp_does_not_know(block):
     block = block()
     arguments = (block, 1, 4, None, Condition(), 1.0)
