@@ -11,7 +11,7 @@ import pytest
 from mlx.utils import tree_flatten
 from tiny_model import SPIECE, write_tiny_model
 
-from mlx_starflow import load, memory
+from mlx_starflow import load, memory, native
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.footprint.pictures import decode
 from mlx_starflow.hub import DEMO
@@ -72,6 +72,7 @@ def check(directory: str | Path, low_memory: bool, bound: float = 0.15, **how) -
         assert predicted == pytest.approx(highest[phase], rel=bound), phase
 
 
+@pytest.mark.usefixtures("in_mlx")
 @pytest.mark.parametrize(
     ("name", "batch", "low_memory"),
     [("narrow", 3, False), ("narrow", 3, True), ("wide", 1, True), ("patches", 2, True), ("patches", 1, False)],
@@ -80,10 +81,23 @@ def test_predicted_peaks(tmp_path, name, batch, low_memory):
     check(write_model(tmp_path, name), low_memory, batch=batch)
 
 
+@pytest.mark.usefixtures("in_mlx")
 def test_predicted_peaks_of_a_quantized_model():
     check("demo", low_memory=True)
 
 
+@pytest.mark.skipif(not native.available(), reason="there is no compiler, or no Linux CPU")
+def test_sampling_in_cpp_takes_the_weights_and_the_cache():
+    gc.collect()
+    before = mx.get_active_memory()
+    pipe = load("demo", low_memory=True)
+    predicted = plan(pipe.directory)
+    taken = max(pipe.generate("a red cat", seed=1).stats.memory["flow"] for _ in range(3)) - before
+    assert predicted.weights["flow"] + predicted.kv_cache == pytest.approx(taken, rel=0.1)
+    assert taken < predicted.phases(low_memory=True)["flow"]
+
+
+@pytest.mark.usefixtures("in_mlx")
 def test_predicted_peaks_of_another_size(tmp_path):
     check(write_model(tmp_path, "narrow"), low_memory=True, size=(96, 48))
 
