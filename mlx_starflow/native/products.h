@@ -16,7 +16,8 @@ constexpr int TILE = 2;
 constexpr int GROUP = 4;  // rows of w
 constexpr int AHEAD = 4;  // rows of w: they are too short for the processor to see by itself that it reads on and on
 
-// Sums over i of x[r][i] * w[c][i] for R rows of x and C of w, in the order r, c, with room for LANES. Each is rounded alike whatever R and C.
+// Sums over i of x[r][i] * w[c][i] for R rows of x and C of w, in the order r, c; `out` has room for LANES. Each is
+// rounded alike whatever R and C.
 template <int R, int C>
 inline void tile(const float* x, ptrdiff_t ldx, const float* w, ptrdiff_t ldw, int k, float* out, bool prefetch) {
     const int whole = k / LANES * LANES;
