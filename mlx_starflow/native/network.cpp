@@ -112,8 +112,8 @@ void rotate(float* x, const float* angles, int dim, bool half_split) {
     }
 }
 
-// scores[0..count) -> e^(score - largest), and zeros up to `stop`; returns the reciprocal of their sum. There is room for
-// a whole vector.
+// scores[0..count) -> e^(score - largest), and zeros up to `stop`; returns the reciprocal of their sum. There is room
+// for a whole vector.
 float exponentials(float* scores, int count, int stop) {
     const int padded = whole_vectors(count);
     std::fill(scores + count, scores + padded, -INFINITY);
@@ -217,7 +217,8 @@ class Evaluation {
     template <typename Work>
     void outputs(const Linear& linear, Work work) {
         const int width = std::max(1, PIECE / GROUP / linear.inputs) * GROUP;
-        turn.all((linear.outputs + width - 1) / width, [&](int i) { work(i * width, std::min((i + 1) * width, linear.outputs)); });
+        turn.all((linear.outputs + width - 1) / width,
+                 [&](int i) { work(i * width, std::min((i + 1) * width, linear.outputs)); });
     }
 
     template <typename To>
@@ -299,7 +300,8 @@ class Evaluation {
 
     void norm_rows(const Norm& norm) {
         each_row([&](int row) {
-            normalize(norm, tokens.hidden + size_t(row) * block.channels, a + size_t(row) * block.channels, block.channels);
+            const size_t from = size_t(row) * block.channels;
+            normalize(norm, tokens.hidden + from, a + from, block.channels);
         });
     }
 

@@ -44,8 +44,8 @@ inline void tile(const float* x, ptrdiff_t ldx, const float* w, ptrdiff_t ldw, i
     store(out, sums<R * C>(s));
 }
 
-// to.operator()<C>(row, column, sums of C columns) for m rows of x and rows [from, stop) of w; `rows(column, count)` says
-// where some rows of w lie, `ldw` numbers apart.
+// to.operator()<C>(row, column, sums of C columns) for m rows of x and rows [from, stop) of w; `rows(column, count)`
+// says where some rows of w lie, `ldw` numbers apart.
 template <typename Rows, typename To>
 inline void products(const float* x, ptrdiff_t ldx, int m, Rows rows, ptrdiff_t ldw, int from, int stop, int k, To to) {
     alignas(64) float out[LANES];

@@ -1,4 +1,5 @@
-// Sixteen numbers at a time, in as many registers as that takes: sums are added up in the same order on every processor.
+// Sixteen numbers at a time, in as many registers as that takes: sums are added up in the same order on every
+// processor.
 #pragma once
 
 #include <cmath>
