@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 from test_blas import output, packaged
@@ -31,6 +33,23 @@ print(type(network).__name__, hashlib.sha256(raw.tobytes()).hexdigest(), float(n
 def test_as_many_threads_as_you_like_give_the_same_numbers():
     results = {output(SAMPLE, packaged(), OPENBLAS_NUM_THREADS=threads) for threads in ("1", "2", "5")}
     assert len(results) == 1 and results.pop().startswith("NativeNetwork ")
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names processors of one family")
+@pytest.mark.parametrize("processor", ["x86-64", "x86-64-v3", "x86-64-v4"])
+def test_other_processors_give_the_same_numbers(tmp_path, processor):
+    """Registers of 4, 8 and 16 numbers; the last digit depends on whether there is a fused multiplication and sum."""
+    needed = {"x86-64-v3": "avx2", "x86-64-v4": "avx512vl"}.get(processor, "sse2")
+    if needed not in Path("/proc/cpuinfo").read_text().split():
+        pytest.skip(f"this processor has no {needed}")
+    chosen = f"""
+from mlx_starflow.native import library
+library.COMPILE = tuple("-march={processor}" if word == "-march=native" else word for word in library.COMPILE)
+"""
+    cache = {"XDG_CACHE_HOME": str(tmp_path)}
+    name, _, size = output(chosen + SAMPLE, packaged(), **cache).split()
+    assert name == "NativeNetwork"
+    assert abs(float(size) - float(output(SAMPLE, packaged(), **cache).split()[2])) < 1e-5 * float(size)
 
 
 def test_it_is_built_once(tmp_path):
