@@ -159,7 +159,7 @@ class TwinProducts(WeightProducts):
             for block in flow.blocks
         ]
 
-    def _multiplier(self, index: int, tokens: int) -> Callable[[], None]:
+    def _products(self, index: int, tokens: int) -> Callable[[], Callable[[], None]]:
         layers = self.twin[index]
         inputs = [torch.randn(self.rows[index], tokens, layer.in_features) for layer in layers]
 
@@ -168,7 +168,7 @@ class TwinProducts(WeightProducts):
             for layer, x in zip(layers, inputs, strict=True):
                 layer(x)
 
-        return multiply
+        return lambda: multiply
 
 
 # ---- the comparison
@@ -283,7 +283,7 @@ def cost_by_position(flow: STARFlow, steps: int, rounds: int) -> float:
             decoder.trim(steps)
     config = block.config
     position = 2 * 2 * config.num_layers * config.num_kv_heads * config.head_dim * block.dtype.size
-    prefix = 0 if guided.conditions.blocks[index].prefix is None else guided.conditions.blocks[index].prefix.shape[1]
+    prefix = decoders[0].network.prefix_length
     read = [evaluation_bytes(block) + position * (prefix + start + steps // 2) for start in starts]
     near, far = (statistics.median(times) for times in seconds)
     expected = near * read[1] / read[0]

@@ -176,7 +176,7 @@ def _loads(name: str, neighbour: str) -> bool:
 def _set_threads(library: ctypes.CDLL) -> None:
     """Leave a CPU to MLX. BLAS threads wait for each other in a loop: on a CPU that has other work to do, such as
     MLX's own thread, one holds up all, and a product can take longer than with a single thread."""
-    if chosen_threads():
+    if any(map(os.environ.get, THREADS)):
         return
     for name in ("openblas_set_num_threads", f"{PREFIX}openblas_set_num_threads", "MKL_Set_Num_Threads"):
         if function := getattr(library, name, None):
@@ -184,8 +184,9 @@ def _set_threads(library: ctypes.CDLL) -> None:
 
 
 def chosen_threads() -> int | None:
-    """How many threads the environment asks for."""
-    return next((int(value) for name in THREADS if (value := os.environ.get(name, "")).isdecimal()), None)
+    """How many threads the environment asks for; of a list, one number a level of nesting, the first counts."""
+    values = (os.environ.get(name, "").partition(",")[0] for name in THREADS)
+    return next((int(value) for value in values if value.isdecimal()), None)
 
 
 def cpus() -> int:

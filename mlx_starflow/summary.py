@@ -33,7 +33,7 @@ def summarize(model: str) -> dict[str, str]:
     lines = {"mlx-starflow": f"{__version__}, MLX {mx.__version__} on the {device}, Python {platform.python_version()}"}
     lines["BLAS"] = f"{blas.describe()}, {blas.gflops():.1f} GFLOPS on the CPU"
     if native.available():
-        lines["sampling"] = f"in C++ on {native.threads()} CPUs, where weights are float32"
+        lines["sampling"] = f"in C++ on {native.threads()} CPUs; half precision, mxfp and nvfp in MLX"
     if configs := _release(model):
         lines["model"] = f"{model} (starflow), not converted yet: mlx-starflow convert {model}"
         lines |= _architecture(configs.flow)

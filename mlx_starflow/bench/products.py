@@ -54,23 +54,24 @@ class WeightProducts:
 
     def _measure(self, tokens: tuple[int, ...]) -> tuple[float, ...]:
         best = [math.inf if layers else 0.0 for layers in self._layers]
-        multiply = {index: self._multiplier(index, tokens[index]) for index, time in enumerate(best) if time}
+        products = {index: self._products(index, tokens[index]) for index, time in enumerate(best) if time}
         for _ in range(self.rounds):
-            for index in reversed(multiply):
+            for index in reversed(products):
                 for _ in range(IN_A_ROW):
+                    multiply = products[index]()
                     start = perf_counter()
-                    multiply[index]()
+                    multiply()
                     best[index] = min(best[index], perf_counter() - start)
         return tuple(best)
 
-    def _multiplier(self, index: int, tokens: int) -> Callable[[], None]:
-        """What computes the products of one evaluation of a block."""
+    def _products(self, index: int, tokens: int) -> Callable[[], Callable[[], None]]:
+        """What prepares the products of one evaluation of a block, and gives what computes them."""
         block, rows = self.flow.blocks[index], self.rows[index]
         if network := native.network(block, rows, 1, None, Condition(), 1.0):
-            return partial(network.multiply, tokens)
+            return lambda: partial(network.multiply, tokens)
         layers, inputs = self._layers[index], self._inputs(index, tokens)
         mx.eval(inputs)
-        return lambda: mx.eval([layer(inputs[_width(layer)]) for layer in layers])
+        return lambda: partial(mx.eval, [layer(inputs[_width(layer)]) for layer in layers])
 
     def _inputs(self, index: int, tokens: int) -> dict[int, mx.array]:
         key, dtype = mx.random.key(0), self.flow.blocks[index].dtype if self._layers[index] else mx.float32

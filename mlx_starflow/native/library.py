@@ -54,12 +54,21 @@ def _built() -> Path:
     parts = [*(source.read_bytes() for source in SOURCES), " ".join(COMPILE).encode(), _processor()]
     made_of = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
     path = _cache() / f"network-{made_of}.so"
-    if not path.exists():
+    if not _whole(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             command = [*COMPILE, str(SOURCES[0]), "-o", str(temporary)]
             subprocess.run(command, check=True, capture_output=True, stdin=subprocess.DEVNULL, timeout=120)
+            library = temporary.read_bytes()
+            temporary.write_bytes(library + hashlib.sha256(library).digest())  # a loader does not read beyond its end
     return path
+
+
+def _whole(path: Path) -> bool:
+    """Whether a library is there with its checksum behind it: loading a damaged one would end the program."""
+    library = path.read_bytes() if path.exists() else b""
+    size = hashlib.sha256().digest_size
+    return hashlib.sha256(library[:-size]).digest() == library[-size:]
 
 
 def _cache() -> Path:

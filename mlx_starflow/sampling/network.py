@@ -19,11 +19,13 @@ class CachedNetwork(Protocol):
 
     Attributes:
         arrays: the module of the arrays that it takes and gives, mlx.core or numpy.
-        known: how many tokens it remembers, besides what stands before them.
+        prefix_length: how many positions stand before the tokens.
+        known: how many tokens it remembers.
         cache_bytes: of keys and values, room for later ones included.
     """
 
     arrays: ModuleType
+    prefix_length: int
     known: int
     cache_bytes: int
 

@@ -61,6 +61,15 @@ def test_it_is_built_once(tmp_path):
     assert len(times) == 1
 
 
+def test_a_damaged_library_is_built_again(tmp_path):
+    cache = {"XDG_CACHE_HOME": str(tmp_path)}
+    good = output(SAMPLE, packaged(), **cache)
+    (built,) = (tmp_path / "mlx-starflow").iterdir()
+    for half in (built.read_bytes()[:5000], b""):
+        built.write_bytes(half)
+        assert output(SAMPLE, packaged(), **cache) == good
+
+
 @pytest.mark.parametrize(
     "environment",
     [{"PATH": "/nowhere"}, {"XDG_CACHE_HOME": "/proc/nowhere"}, {"MLX_STARFLOW_KERNELS": "0"}],
