@@ -259,3 +259,20 @@ theirs = torch.from_numpy(a) @ torch.from_numpy(b).T
 np.testing.assert_allclose(theirs.numpy(), np.array(x @ y.T), rtol=0, atol=1e-4)
 """
     assert output(code) == "right\n"
+
+
+@pytest.mark.parametrize(
+    ("variables", "threads"),
+    [
+        ({}, None),
+        ({"OMP_NUM_THREADS": "4,2"}, 4),
+        ({"OMP_NUM_THREADS": "3", "OPENBLAS_NUM_THREADS": "2"}, 2),
+        ({"MKL_NUM_THREADS": "many"}, None),
+    ],
+)
+def test_threads_that_the_environment_asks_for(monkeypatch, variables, threads):
+    for name in blas.THREADS:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert blas.chosen_threads() == threads
