@@ -24,7 +24,7 @@ from typing import BinaryIO, NamedTuple
 import mlx.core as mx
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.weights import one_line
+from mlx_starflow.model_dir.weights import one_line
 
 
 class Spec(NamedTuple):

@@ -14,9 +14,9 @@ from mlx.utils import tree_unflatten
 from mlx_starflow.convert.distributed import is_distributed, open_distributed
 from mlx_starflow.convert.pth import Checkpoint, read_checkpoint
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.quantization import quantize_module, quantized_layers
-from mlx_starflow.saving import save_tensors
-from mlx_starflow.weights import (
+from mlx_starflow.model_dir.quantization import quantize_module, quantized_layers
+from mlx_starflow.model_dir.saving import save_tensors
+from mlx_starflow.model_dir.weights import (
     DTYPES,
     check_shapes,
     one_line,

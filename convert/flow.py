@@ -15,8 +15,8 @@ from mlx_starflow.convert.common import Tensor, check_target, open_tensors, writ
 from mlx_starflow.convert.official import LICENSE as LICENSE
 from mlx_starflow.convert.official import released_arguments
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.model_dir.weights import flow_module, one_line, parse_dtype
 from mlx_starflow.models.configs import official_arguments
-from mlx_starflow.weights import flow_module, one_line, parse_dtype
 
 if TYPE_CHECKING:
     from mlx_starflow.models.starflow import STARFlow

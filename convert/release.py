@@ -15,10 +15,10 @@ from mlx_starflow.convert.official import LICENSE, LICENSES, RELEASES, later_sca
 from mlx_starflow.convert.t5 import convert_t5
 from mlx_starflow.convert.vae import convert_vae
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.hub import converted_directory, fetch
+from mlx_starflow.model_dir.hub import converted_directory, fetch
+from mlx_starflow.model_dir.quantization import QUANTIZATIONS
+from mlx_starflow.model_dir.weights import one_line, parse_dtype, read_index, read_json
 from mlx_starflow.models.t5 import encoder_name
-from mlx_starflow.quantization import QUANTIZATIONS
-from mlx_starflow.weights import one_line, parse_dtype, read_index, read_json
 
 _RECORD = "conversion.json"
 

@@ -22,10 +22,10 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_starflow import load
-from mlx_starflow.media import grid, save_image
-from mlx_starflow.noise import draw_noise
-from mlx_starflow.pipeline import Pipeline
-from mlx_starflow.training.data import PictureFolder
+from mlx_starflow.media.images import grid, save_image
+from mlx_starflow.media.noise import draw_noise
+from mlx_starflow.pipelines.pipeline import Pipeline
+from mlx_starflow.training.data.image_folder import PictureFolder
 
 PROMPTS = (
     "red apple, slice of pizza, grinning face, cat face, dog face, red heart, purple heart, rocket, sun, rainbow, "

@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 
 from mlx_starflow import load_flow
-from mlx_starflow.training.adapters import AdapterConfig, attach
-from mlx_starflow.training.finetune import FinetuneConfig, open_cache
-from mlx_starflow.training.finetune_data import AnchorPictures, AnchorSamples, FinetuneData, cached_nll, finetune_loss
-from mlx_starflow.training.latent_cache import LatentCache
-from mlx_starflow.training.optim import assign
-from mlx_starflow.training.trainer import Trainer
+from mlx_starflow.training.data.latent_cache import LatentCache
+from mlx_starflow.training.finetuning.adapters import AdapterConfig, attach
+from mlx_starflow.training.finetuning.data import AnchorPictures, AnchorSamples, FinetuneData, cached_nll, finetune_loss
+from mlx_starflow.training.finetuning.finetune import FinetuneConfig, open_cache
+from mlx_starflow.training.loop.schedules import assign
+from mlx_starflow.training.loop.trainer import Trainer
 
 
 def halves(cache: LatentCache, measured: int) -> tuple[np.ndarray, np.ndarray]:

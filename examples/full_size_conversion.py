@@ -24,8 +24,8 @@ import numpy as np
 from mlx_starflow.convert.archive import Spec, write_archive
 from mlx_starflow.convert.official import ARGUMENTS
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.model_dir.weights import load_flow, parameters
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
-from mlx_starflow.weights import load_flow, parameters
 
 NAME = "starflow_3B_t2i_256x256"
 

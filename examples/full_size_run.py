@@ -21,14 +21,14 @@ from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_map
 
-from mlx_starflow.memory import ModelConfigs, plan
+from mlx_starflow.media.noise import draw_noise
+from mlx_starflow.model_dir.quantization import quantize_module
+from mlx_starflow.model_dir.saving import save_model
+from mlx_starflow.model_dir.weights import load_flow, load_text_encoder, load_vae, parameters
 from mlx_starflow.models.starflow import STARFlow
-from mlx_starflow.noise import draw_noise
-from mlx_starflow.quantization import quantize_module
+from mlx_starflow.planning.memory import ModelConfigs, plan
 from mlx_starflow.sampling import GuidedFlow, sequential
-from mlx_starflow.saving import save_model
-from mlx_starflow.training.text import train_tokenizer
-from mlx_starflow.weights import load_flow, load_text_encoder, load_vae, parameters
+from mlx_starflow.training.recipes.text import train_tokenizer
 
 PROMPT = "a corgi in the snow"
 GUIDANCE = 3.6

@@ -20,10 +20,10 @@ import mlx.core as mx
 import numpy as np
 from full_size_run import begin_sampling, encode_prompt, phase, size_on_disk, write_random_model
 
-from mlx_starflow.memory import ModelConfigs, plan
-from mlx_starflow.noise import draw_noise
+from mlx_starflow.media.noise import draw_noise
+from mlx_starflow.model_dir.weights import load_vae
+from mlx_starflow.planning.memory import ModelConfigs, plan
 from mlx_starflow.sampling import denoise_frames
-from mlx_starflow.weights import load_vae
 
 RELEASE = "apple/starflow-v"
 PROMPT = "a corgi runs through the snow"

@@ -9,7 +9,7 @@ import sys
 
 from mlx_starflow import load
 from mlx_starflow.editing import read_mask
-from mlx_starflow.media import grid
+from mlx_starflow.media.images import grid
 
 target = sys.argv[1] if len(sys.argv) > 1 else "inpainted.png"
 prompt = "red apple"

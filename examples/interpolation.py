@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from mlx_starflow import load
-from mlx_starflow.media import save_animation
+from mlx_starflow.media.images import save_animation
 
 target = Path(sys.argv[1] if len(sys.argv) > 1 else "way.webp")
 prompts = ("red heart", "green apple")

@@ -29,15 +29,15 @@ from PIL import Image
 from mlx_starflow.editing import encode, inpaint, interpolate, read_mask, reprompt
 from mlx_starflow.editing.inpainting import Chain
 from mlx_starflow.editing.maps import noise_to_tokens
-from mlx_starflow.media import grid, save_image
+from mlx_starflow.likelihood import Reference, heat_map, score, standard_error, token_nats, with_noise
+from mlx_starflow.likelihood.prompts import fit_of_data, log_likelihoods
+from mlx_starflow.media.images import grid, save_image
+from mlx_starflow.media.pixels import crop_picture
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
-from mlx_starflow.picture_flow import LatentFlow
-from mlx_starflow.pictures import crop_picture
-from mlx_starflow.pipeline import load
+from mlx_starflow.pipelines.picture_flow import LatentFlow
+from mlx_starflow.pipelines.pipeline import load
 from mlx_starflow.sampling import GuidedFlow
-from mlx_starflow.scoring import Reference, heat_map, score, standard_error, token_nats, with_noise
-from mlx_starflow.scoring.prompts import fit_of_data, log_likelihoods
-from mlx_starflow.training.data import PictureFolder
+from mlx_starflow.training.data.image_folder import PictureFolder
 
 WHEELS = ("scikit-image==0.26.0", "scikit-learn==1.9.1")
 PHOTOGRAPHS = (

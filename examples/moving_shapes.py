@@ -23,18 +23,18 @@ import numpy as np
 from PIL import Image
 
 from mlx_starflow import load, load_flow
-from mlx_starflow.media import grid, save_image, to_images
+from mlx_starflow.media.images import grid, save_image, to_images
+from mlx_starflow.media.noise import draw_noise
+from mlx_starflow.media.videos import VideoWriter
+from mlx_starflow.model_dir.saving import save_model
+from mlx_starflow.model_dir.weights import parameters
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
-from mlx_starflow.noise import draw_noise
 from mlx_starflow.sampling import denoise, denoise_frames, sample_frames
-from mlx_starflow.saving import save_model
-from mlx_starflow.training.config import TrainingConfig
-from mlx_starflow.training.data import Order
-from mlx_starflow.training.objective import context_keep
-from mlx_starflow.training.optim import assign
-from mlx_starflow.training.trainer import Trainer
-from mlx_starflow.video.media import VideoWriter
-from mlx_starflow.weights import parameters
+from mlx_starflow.training.data.image_folder import Order
+from mlx_starflow.training.loop.config import TrainingConfig
+from mlx_starflow.training.loop.objective import context_keep
+from mlx_starflow.training.loop.schedules import assign
+from mlx_starflow.training.loop.trainer import Trainer
 
 FRAMES, SIDE, PATCH = 8, 16, 4
 COLOURS = {"red": (1.0, -0.8, -0.8), "green": (-0.8, 0.7, -0.8), "blue": (-0.6, -0.5, 1.0), "yellow": (1.0, 0.9, -0.8)}

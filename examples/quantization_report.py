@@ -16,8 +16,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_starflow.quantization import QUANTIZATIONS
-from mlx_starflow.requantize import Comparison, measure, quantize_model, read_pictures
+from mlx_starflow.likelihood.requantize import Comparison, measure, quantize_model, read_pictures
+from mlx_starflow.model_dir.quantization import QUANTIZATIONS
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from mlx_starflow import load
-from mlx_starflow.scoring import Reference, heat_map
+from mlx_starflow.likelihood import Reference, heat_map
 
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else ".")
 pipe = load("demo")

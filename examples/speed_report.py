@@ -27,19 +27,19 @@ import mlx.core as mx
 import numpy as np
 import torch
 
-from mlx_starflow import blas, native
 from mlx_starflow.bench.contenders import Contender, Measurement, Task, measure, product_seconds, twin_bytes
 from mlx_starflow.bench.products import WeightProducts
-from mlx_starflow.bench.traffic import READ_ONCE, evaluation_bytes
 from mlx_starflow.bench.trials import PROMPTS, prepare
+from mlx_starflow.cpu import blas, native
+from mlx_starflow.media.noise import draw_noise
+from mlx_starflow.model_dir.quantization import dequantize_module
+from mlx_starflow.model_dir.weights import parameters
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
-from mlx_starflow.noise import draw_noise
-from mlx_starflow.quantization import dequantize_module
+from mlx_starflow.planning.traffic import READ_ONCE, evaluation_bytes
 from mlx_starflow.reference.sampling import sample as sample_twin
 from mlx_starflow.reference.starflow import STARFlow as TwinSTARFlow
 from mlx_starflow.sampling import GuidedFlow, JacobiSettings, SamplingPlan, SamplingTrace, SequentialSettings
 from mlx_starflow.sampling.tuning import describe, tune
-from mlx_starflow.weights import parameters
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import official_algorithm

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from mlx_starflow import load
-from mlx_starflow.video.media import VideoWriter, read_video
+from mlx_starflow.media.videos import VideoWriter, read_video
 
 model, prompt, target = sys.argv[1], sys.argv[2], Path(sys.argv[3])
 pipe = load(model)

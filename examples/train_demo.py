@@ -25,22 +25,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mlx_starflow.model_dir.quantization import quantize_module
+from mlx_starflow.model_dir.saving import save_model
+from mlx_starflow.model_dir.weights import load_module, parameters
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL as MLXAutoencoderKL
 from mlx_starflow.models.starflow import STARFlow as MLXSTARFlow
 from mlx_starflow.models.t5 import T5Config
 from mlx_starflow.models.t5 import T5Encoder as MLXT5Encoder
-from mlx_starflow.quantization import quantize_module
+from mlx_starflow.models.tokenizer import Tokenizer
 from mlx_starflow.reference.autoencoder_kl import AutoencoderKL
 from mlx_starflow.reference.sampling import sample
 from mlx_starflow.reference.starflow import STARFlow
 from mlx_starflow.reference.t5 import T5Encoder
 from mlx_starflow.reference.training import TextFlow, autoencoder_loss, flow_loss, run
-from mlx_starflow.saving import save_model
-from mlx_starflow.tokenizer import Tokenizer
-from mlx_starflow.training.data import PictureFolder, augmented_crops
-from mlx_starflow.training.recipe import get_preset
-from mlx_starflow.training.text import train_tokenizer
-from mlx_starflow.weights import load_module, parameters
+from mlx_starflow.training.data.image_folder import PictureFolder, augmented_crops
+from mlx_starflow.training.recipes.recipe import get_preset
+from mlx_starflow.training.recipes.text import train_tokenizer
 
 PRESET = get_preset("demo")
 SIZE = PRESET.size

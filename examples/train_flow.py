@@ -17,9 +17,9 @@ import numpy as np
 
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
 from mlx_starflow.sampling import denoise, sample
-from mlx_starflow.training.data import Order
-from mlx_starflow.training.optim import assign
-from mlx_starflow.training.trainer import Trainer, TrainingConfig
+from mlx_starflow.training.data.image_folder import Order
+from mlx_starflow.training.loop.schedules import assign
+from mlx_starflow.training.loop.trainer import Trainer, TrainingConfig
 
 SIDE = 8
 NOISE = 0.1

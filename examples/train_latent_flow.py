@@ -23,15 +23,15 @@ import torch
 from torch import Tensor, nn
 
 from mlx_starflow import load
+from mlx_starflow.model_dir.quantization import quantize_module
+from mlx_starflow.model_dir.saving import save_model
+from mlx_starflow.model_dir.weights import load_module, parameters
 from mlx_starflow.models.starflow import FlowConfig
 from mlx_starflow.models.starflow import STARFlow as MLXSTARFlow
-from mlx_starflow.pipeline import Pipeline
-from mlx_starflow.quantization import quantize_module
+from mlx_starflow.pipelines.pipeline import Pipeline
 from mlx_starflow.reference.starflow import STARFlow
 from mlx_starflow.reference.training import run
-from mlx_starflow.saving import save_model
-from mlx_starflow.training.data import PictureFolder, augmented_crops
-from mlx_starflow.weights import load_module, parameters
+from mlx_starflow.training.data.image_folder import PictureFolder, augmented_crops
 
 VIEWS = 3
 

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_starflow.media import grid, save_image
+from mlx_starflow.media.images import grid, save_image
+from mlx_starflow.model_dir.saving import save_model
+from mlx_starflow.model_dir.weights import parameters
 from mlx_starflow.models.tarflow import TarFlow, TarFlowConfig
-from mlx_starflow.saving import save_model
-from mlx_starflow.training.labelled import LabelledPictures, draw_classes
-from mlx_starflow.training.optim import assign
-from mlx_starflow.training.trainer import Trainer, TrainingConfig
-from mlx_starflow.weights import parameters
+from mlx_starflow.training.data.labelled import LabelledPictures, draw_classes
+from mlx_starflow.training.loop.schedules import assign
+from mlx_starflow.training.loop.trainer import Trainer, TrainingConfig
 
 
 def main(arguments: list[str] | None = None) -> None:

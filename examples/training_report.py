@@ -51,10 +51,10 @@ def mlx_step(channels: int, batch: int, checkpoint: bool, compiled: bool) -> Cal
     import mlx.core as mx
 
     from mlx_starflow.models.starflow import STARFlow
-    from mlx_starflow.training import distributed
-    from mlx_starflow.training.config import TrainingConfig
-    from mlx_starflow.training.objective import batch_loss
-    from mlx_starflow.training.step import StepMaker
+    from mlx_starflow.training.loop import distributed
+    from mlx_starflow.training.loop.config import TrainingConfig
+    from mlx_starflow.training.loop.objective import batch_loss
+    from mlx_starflow.training.loop.step import StepMaker
 
     if not compiled:
         mx.disable_compile()
@@ -123,7 +123,7 @@ def parts(channels: int, batch: int, turns: int) -> dict[str, float]:
     import mlx.nn as nn
 
     from mlx_starflow.models.starflow import STARFlow
-    from mlx_starflow.training.objective import batch_loss
+    from mlx_starflow.training.loop.objective import batch_loss
 
     flow = STARFlow(config(channels))
     data = {name: mx.array(array) for name, array in arrays(batch).items()}

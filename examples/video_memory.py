@@ -21,11 +21,11 @@ import mlx.core as mx
 from full_size_run import write_random_model
 
 from mlx_starflow import load
-from mlx_starflow.memory import ModelConfigs
-from mlx_starflow.models.autoencoder_wan import AutoencoderWanConfig
+from mlx_starflow.media.videos import VideoWriter
+from mlx_starflow.models.autoencoder_wan.network import AutoencoderWanConfig
 from mlx_starflow.models.starflow import FlowConfig
 from mlx_starflow.models.t5 import T5Config
-from mlx_starflow.video.media import VideoWriter
+from mlx_starflow.planning.memory import ModelConfigs
 
 LENGTHS = (81, 161, 481)
 SIDE = 96

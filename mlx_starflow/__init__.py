@@ -11,17 +11,17 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from mlx_starflow import blas
+from mlx_starflow.cpu import blas
 
 if TYPE_CHECKING:
-    from mlx_starflow.pipeline import load as load
+    from mlx_starflow.model_dir.weights import load_flow as load_flow
+    from mlx_starflow.pipelines.pipeline import load as load
     from mlx_starflow.sampling import sample as sample
-    from mlx_starflow.weights import load_flow as load_flow
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load", "load_flow", "sample"]
 
-_HOMES = {"load": "pipeline", "load_flow": "weights", "sample": "sampling"}
+_HOMES = {"load": "pipelines.pipeline", "load_flow": "model_dir.weights", "sample": "sampling"}
 
 blas.install()
 

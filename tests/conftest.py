@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from zlib import crc32
 
 import mlx.core as mx
 import numpy as np
 import pytest
 import yaml
-from golden_files import golden_case
+from helpers.golden_files import golden_case
+from helpers.paths import DATA
 from mlx.utils import tree_flatten
 
-from mlx_starflow import native
 from mlx_starflow.convert.pth import read_checkpoint
+from mlx_starflow.cpu import native
 from mlx_starflow.models import starflow, tarflow
-
-DATA = Path(__file__).parent / "data"
 
 
 @dataclass

@@ -10,13 +10,13 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_starflow import blas
 from mlx_starflow.bench.contenders import Contender, Measurement, Task, measure, product_seconds, torch_contenders
 from mlx_starflow.bench.products import WeightProducts
 from mlx_starflow.bench.trials import PROMPTS, Trials, prepare
+from mlx_starflow.cpu import blas
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.model_dir.weights import default_dtype, parse_dtype
 from mlx_starflow.sampling.methods import METHODS
-from mlx_starflow.weights import default_dtype, parse_dtype
 
 ALL_METHODS = (*METHODS, "auto")
 BACKENDS = ("torch",)

@@ -13,8 +13,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_starflow.bench.products import WeightProducts
-from mlx_starflow.bench.traffic import READ_ONCE, evaluation_bytes, tokens_at_once
 from mlx_starflow.bench.trials import Trials
+from mlx_starflow.planning.traffic import READ_ONCE, evaluation_bytes, tokens_at_once
 from mlx_starflow.sampling import Certificate, GuidedFlow, SamplingTrace, certify, sample
 from mlx_starflow.sampling.methods import Method, Settings, block_settings
 

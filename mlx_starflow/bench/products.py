@@ -12,9 +12,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_starflow import native
-from mlx_starflow.bench.traffic import READ_ONCE, evaluation_bytes
+from mlx_starflow.cpu import native
 from mlx_starflow.models.flow import Condition
+from mlx_starflow.planning.traffic import READ_ONCE, evaluation_bytes
 
 IN_A_ROW = 3
 

@@ -10,12 +10,12 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.hub import find_model
+from mlx_starflow.media.noise import draw_noise
+from mlx_starflow.model_dir.hub import find_model
+from mlx_starflow.model_dir.weights import load_flow
 from mlx_starflow.models.starflow import STARFlow
-from mlx_starflow.noise import draw_noise
-from mlx_starflow.pipeline import load
+from mlx_starflow.pipelines.pipeline import load
 from mlx_starflow.sampling import SamplingPlan
-from mlx_starflow.weights import load_flow
 
 PROMPTS = ("a red apple", "a cat face", "a rocket", "a slice of pizza")
 

@@ -9,7 +9,9 @@ from importlib import import_module
 
 import click
 
-from mlx_starflow import __version__, blas
+from mlx_starflow import __version__
+from mlx_starflow.cli import commands
+from mlx_starflow.cpu import blas
 from mlx_starflow.errors import StarflowError
 
 
@@ -17,12 +19,12 @@ class Commands(click.Group):
     """Finds subcommands by looking, and imports one only when it is used."""
 
     def list_commands(self, context: click.Context) -> list[str]:
-        return sorted(module.name for module in pkgutil.iter_modules(__path__))
+        return sorted(module.name for module in pkgutil.iter_modules(commands.__path__))
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         if name not in self.list_commands(context):
             return None
-        return getattr(import_module(f"{__name__}.{name}"), name)
+        return getattr(import_module(f"{commands.__name__}.{name}"), name)
 
     def invoke(self, context: click.Context) -> object:
         try:

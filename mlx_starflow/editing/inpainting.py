@@ -29,13 +29,13 @@ from tqdm import tqdm
 from mlx_starflow.editing.maps import cleaned, noise_to_tokens
 from mlx_starflow.editing.masks import check_mask, fill, token_mask
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.media import to_images
-from mlx_starflow.picture_flow import PictureFlow, picture_flow
-from mlx_starflow.pictures import crop_picture, scale_pixels
-from mlx_starflow.pipeline import Pipeline
+from mlx_starflow.likelihood.nll import noise_and_nats, with_noise
+from mlx_starflow.media.images import to_images
+from mlx_starflow.media.pixels import crop_picture, scale_pixels
+from mlx_starflow.pipelines.picture_flow import PictureFlow, picture_flow
+from mlx_starflow.pipelines.pipeline import Pipeline
 from mlx_starflow.sampling import GuidedFlow
 from mlx_starflow.sampling.sampler import progress_off
-from mlx_starflow.scoring.likelihood import noise_and_nats, with_noise
 
 ACCEPT = ("kept", "whole")
 """Whose likelihood ratio decides: that of the kept tokens, or the whole one."""

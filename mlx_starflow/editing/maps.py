@@ -7,6 +7,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_starflow.kernels.plain import Array, namespace
+from mlx_starflow.likelihood.nll import is_dequantized
 from mlx_starflow.models.tarflow import TarFlow
 from mlx_starflow.sampling import denoise
 from mlx_starflow.sampling.decoder import check_finite
@@ -14,7 +15,6 @@ from mlx_starflow.sampling.guidance import Guidance, guidance_rule
 from mlx_starflow.sampling.guided import GuidedFlow
 from mlx_starflow.sampling.methods import SequentialSettings
 from mlx_starflow.sampling.sampler import invert_block
-from mlx_starflow.scoring.likelihood import is_dequantized
 
 
 class BlendedFlow(GuidedFlow):

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.picture_files import read_image
+from mlx_starflow.media.image_files import read_image
 
 _RECTANGLE = re.compile(r"(-?\d+),(-?\d+),(-?\d+),(-?\d+)")
 

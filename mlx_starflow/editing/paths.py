@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 from mlx_starflow.editing.maps import BlendedFlow, cleaned, from_noise, to_noise
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.noise import draw_noise
-from mlx_starflow.picture_flow import PictureFlow, picture_flow
-from mlx_starflow.pipeline import Pipeline
+from mlx_starflow.media.noise import draw_noise
+from mlx_starflow.pipelines.picture_flow import PictureFlow, picture_flow
+from mlx_starflow.pipelines.pipeline import Pipeline
 from mlx_starflow.sampling import GuidedFlow
 from mlx_starflow.sampling.sampler import progress_off
 

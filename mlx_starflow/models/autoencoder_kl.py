@@ -16,8 +16,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.models.autoencoder_kl_tiling import decode_in_strips
 from mlx_starflow.models.autoencoder_layers import Conv3x3, DownBlock, GroupNorm, MidBlock, PointwiseConv, UpBlock
-from mlx_starflow.models.autoencoder_strips import decode_in_strips
 from mlx_starflow.models.configs import autoencoder_settings, check_autoencoder
 
 # Keys of a config.json that are checked apart or do not change the network. Those beginning with "_" are notes.

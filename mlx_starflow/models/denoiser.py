@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.models.checkpoint import checkpoint as checkpointed
+from mlx_starflow.models.gradient_checkpointing import checkpoint as checkpointed
 from mlx_starflow.models.transformer import RMSNorm, TransformerConfig, TransformerLayer
 
 

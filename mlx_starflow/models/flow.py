@@ -16,7 +16,7 @@ import mlx.nn as nn
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.kernels.affine import affine_forward, predict
 from mlx_starflow.kernels.plain import Array
-from mlx_starflow.models.checkpoint import checkpoint as checkpointed
+from mlx_starflow.models.gradient_checkpointing import checkpoint as checkpointed
 from mlx_starflow.models.rope import line_table
 from mlx_starflow.models.transformer import Cache, RMSNorm, TransformerConfig, TransformerLayer
 

@@ -19,15 +19,9 @@ from mlx_starflow.convert.common import Tensor as Stored
 from mlx_starflow.convert.common import as_tensor
 from mlx_starflow.convert.flow import open_flow, read_arguments
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.hub import find_model
-from mlx_starflow.models.starflow import FlowConfig
-from mlx_starflow.quantization import dequantize_module
-from mlx_starflow.reference.autoencoder_kl import AutoencoderKL
-from mlx_starflow.reference.starflow import STARFlow
-from mlx_starflow.reference.t5 import T5Encoder
-from mlx_starflow.reference.tarflow import TarFlow
-from mlx_starflow.tokenizer import Tokenizer
-from mlx_starflow.weights import (
+from mlx_starflow.model_dir.hub import find_model
+from mlx_starflow.model_dir.quantization import dequantize_module
+from mlx_starflow.model_dir.weights import (
     check_shapes,
     load_weights,
     new_flow,
@@ -39,6 +33,12 @@ from mlx_starflow.weights import (
     read_config,
     read_tokenizer,
 )
+from mlx_starflow.models.starflow import FlowConfig
+from mlx_starflow.models.tokenizer import Tokenizer
+from mlx_starflow.reference.autoencoder_kl import AutoencoderKL
+from mlx_starflow.reference.starflow import STARFlow
+from mlx_starflow.reference.t5 import T5Encoder
+from mlx_starflow.reference.tarflow import TarFlow
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlx_starflow.generation import GenerationSettings
+from mlx_starflow.models.tokenizer import Tokenizer
+from mlx_starflow.pipelines.results import GenerationSettings
+from mlx_starflow.pipelines.text_to_picture import TextToPicture
 from mlx_starflow.reference.autoencoder_kl import AutoencoderKL
 from mlx_starflow.reference.loading import load_flow, load_text_encoder, load_vae, parse_device, parse_dtype
 from mlx_starflow.reference.sampling import denoise, sample
 from mlx_starflow.reference.starflow import STARFlow
 from mlx_starflow.reference.t5 import T5Encoder
-from mlx_starflow.text_to_picture import TextToPicture
-from mlx_starflow.tokenizer import Tokenizer
 
 
 class TorchPipeline(TextToPicture[Tensor]):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.files import replacing
+from mlx_starflow.media.files import replacing
 
 GUESSES = ("noise", "affine", "previous")
 """First guesses of a token in a rolling window: see `RollingSettings.guess`."""

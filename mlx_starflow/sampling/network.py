@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from mlx_starflow import native
+from mlx_starflow.cpu import native
 from mlx_starflow.kernels.plain import Array
 from mlx_starflow.models.flow import Condition
 from mlx_starflow.sampling.cache import KVCache

@@ -3,18 +3,18 @@
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from tiny_model import tiny_flow, write_tiny_model
+from helpers.tiny_model import tiny_flow, write_tiny_model
 
 from mlx_starflow.bench.benchmark import ALL_METHODS, bench
 from mlx_starflow.bench.contenders import Contender, Task, measure
 from mlx_starflow.bench.products import WeightProducts
-from mlx_starflow.bench.traffic import cache_bytes, evaluation_bytes, evaluation_weights, tokens_at_once
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.model_dir.quantization import quantize_module
+from mlx_starflow.model_dir.saving import save_model
+from mlx_starflow.model_dir.weights import parameters
 from mlx_starflow.models.tarflow import TarFlow, TarFlowConfig
-from mlx_starflow.quantization import quantize_module
+from mlx_starflow.planning.traffic import cache_bytes, evaluation_bytes, evaluation_weights, tokens_at_once
 from mlx_starflow.sampling import Certificate, JacobiSettings, RollingSettings, SamplingPlan, SequentialSettings
-from mlx_starflow.saving import save_model
-from mlx_starflow.weights import parameters
 
 WIDTH, CHANNELS = 64, 4
 LINEAR = 3 * WIDTH * WIDTH + WIDTH * WIDTH + 8 * WIDTH * WIDTH  # of one layer: qkv, proj, two of the MLP

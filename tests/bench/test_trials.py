@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import mlx.core as mx
 import pytest
-from tiny_model import tiny_flow, write_tiny_model
+from helpers.tiny_model import tiny_flow, write_tiny_model
 
 from mlx_starflow.bench.trials import prepare
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.media.noise import draw_noise
+from mlx_starflow.model_dir.saving import save_model
+from mlx_starflow.model_dir.weights import parameters
 from mlx_starflow.models.tarflow import TarFlow, TarFlowConfig
-from mlx_starflow.noise import draw_noise
 from mlx_starflow.sampling import SamplingPlan, SequentialSettings, sample
-from mlx_starflow.saving import save_model
-from mlx_starflow.weights import parameters
 
 
 def test_a_model_that_reads_prompts(tmp_path):

@@ -1,8 +1,8 @@
 import json
 
 import pytest
-from commands import Command
-from tiny_model import write_tiny_model
+from helpers.commands import Command
+from helpers.tiny_model import write_tiny_model
 
 bench = Command("bench")
 

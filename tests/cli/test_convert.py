@@ -8,14 +8,14 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 import yaml
-from commands import Command
-from golden_files import golden_case
+from helpers.commands import Command
+from helpers.golden_files import golden_case
+from helpers.paths import DATA
 
+from mlx_starflow.model_dir.weights import load_flow, load_text_encoder, load_vae, load_weights, read_config
 from mlx_starflow.models.tarflow import TarFlowConfig
 from mlx_starflow.sampling import sample
-from mlx_starflow.weights import load_flow, load_text_encoder, load_vae, load_weights, read_config
 
-DATA = Path(__file__).parents[1] / "data"
 CASES = sorted(path.parent.name for path in DATA.glob("*/config.yaml"))
 
 

@@ -6,10 +6,10 @@ import json
 
 import numpy as np
 import pytest
-from commands import Command
-from picture_models import write_pictures
+from helpers.commands import Command
+from helpers.picture_models import write_pictures
+from helpers.tiny_model import write_tiny_model
 from PIL import Image
-from tiny_model import write_tiny_model
 
 from mlx_starflow.editing import Encoded
 

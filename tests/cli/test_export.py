@@ -5,13 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from commands import Command
-from golden_files import golden_case
+from helpers.commands import Command
+from helpers.golden_files import golden_case
+from helpers.paths import DATA
 
 from mlx_starflow.convert import convert_flow, convert_vae, read_checkpoint
-
-DATA = Path(__file__).parents[1] / "data"
-
 
 run = Command("export")
 

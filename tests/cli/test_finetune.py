@@ -14,26 +14,27 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import yaml
-from commands import Command
+from helpers.commands import Command
+from helpers.paths import EXAMPLES
+from helpers.tiny_model import tiny_flow, write_tiny_model
 from PIL import Image
-from tiny_model import tiny_flow, write_tiny_model
 
 from mlx_starflow import load_flow
-from mlx_starflow.adapters import Adapter
 from mlx_starflow.convert.official import ARGUMENTS
-from mlx_starflow.memory import usable
+from mlx_starflow.likelihood.requantize import quantize_model
+from mlx_starflow.model_dir.adapters import Adapter
+from mlx_starflow.model_dir.quantization import quantize_module
+from mlx_starflow.model_dir.weights import parameters
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
-from mlx_starflow.quantization import quantize_module
-from mlx_starflow.requantize import quantize_model
-from mlx_starflow.training.adapters import AdapterConfig, attach
-from mlx_starflow.training.cache_build import build_cache
-from mlx_starflow.training.data import Order
-from mlx_starflow.training.finetune import FinetuneConfig, finetune, finetune_planner
-from mlx_starflow.training.finetune_data import FinetuneData, finetune_loss, split_pictures
-from mlx_starflow.training.finetune_memory import Planner, training_plan
-from mlx_starflow.training.latent_cache import LatentCache
-from mlx_starflow.training.trainer import Trainer
-from mlx_starflow.weights import parameters
+from mlx_starflow.planning.finetune_memory import Planner, training_plan
+from mlx_starflow.planning.memory import usable
+from mlx_starflow.training.data.cache_build import build_cache
+from mlx_starflow.training.data.image_folder import Order
+from mlx_starflow.training.data.latent_cache import LatentCache
+from mlx_starflow.training.finetuning.adapters import AdapterConfig, attach
+from mlx_starflow.training.finetuning.data import FinetuneData, finetune_loss, split_pictures
+from mlx_starflow.training.finetuning.finetune import FinetuneConfig, finetune, finetune_planner
+from mlx_starflow.training.loop.trainer import Trainer
 
 command = Command("finetune")
 QUICK = {"steps": 3, "batch_size": 2, "validation": 0.4, "draws": 1, "samples": 2, "log_every": 1}
@@ -127,7 +128,7 @@ def test_examples(model, cache, pictures, tmp_path):
 
 
 def _example(name: str, *words: object) -> str:
-    path = Path(__file__).parents[2] / "examples" / name
+    path = EXAMPLES / name
     done = subprocess.run([sys.executable, path, *map(str, words)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -8,14 +8,14 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from commands import Command
+from helpers.commands import Command
+from helpers.tiny_model import write_tiny_model
 from PIL import Image
-from tiny_model import write_tiny_model
 
 from mlx_starflow import load, load_flow
-from mlx_starflow.quantization import quantized_layers
-from mlx_starflow.requantize import quantize_model
-from mlx_starflow.training.adapters import AdapterConfig, adapter_layers, attach, save_adapter
+from mlx_starflow.likelihood.requantize import quantize_model
+from mlx_starflow.model_dir.quantization import quantized_layers
+from mlx_starflow.training.finetuning.adapters import AdapterConfig, adapter_layers, attach, save_adapter
 
 fuse, generate = Command("fuse"), Command("generate")
 

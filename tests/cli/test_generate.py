@@ -3,11 +3,11 @@ import json
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from helpers.tiny_model import write_tiny_model
 from PIL import Image
-from tiny_model import write_tiny_model
 
 from mlx_starflow.cli import main
-from mlx_starflow.media import read_metadata
+from mlx_starflow.media.images import read_metadata
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,11 @@
 import pytest
 from click.testing import CliRunner
-from tiny_model import tiny_flow, write_tiny_model
+from helpers.tiny_model import tiny_flow, write_tiny_model
 
 from mlx_starflow.cli import main
-from mlx_starflow.hub import CACHE_VARIABLE
-from mlx_starflow.saving import save_model
-from mlx_starflow.weights import parameters
+from mlx_starflow.model_dir.hub import CACHE_VARIABLE
+from mlx_starflow.model_dir.saving import save_model
+from mlx_starflow.model_dir.weights import parameters
 
 
 def info(*words):

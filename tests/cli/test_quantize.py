@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
-from commands import Command
-from quantizable_model import write_pictures, write_quantizable_model
+from helpers.commands import Command
+from helpers.quantizable_model import write_pictures, write_quantizable_model
 
-from mlx_starflow.quantization import quantized_layers
-from mlx_starflow.weights import load_flow, load_text_encoder, read_config
+from mlx_starflow.model_dir.quantization import quantized_layers
+from mlx_starflow.model_dir.weights import load_flow, load_text_encoder, read_config
 
 
 @pytest.fixture(scope="module")

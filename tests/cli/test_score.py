@@ -7,10 +7,10 @@ import json
 
 import numpy as np
 import pytest
-from commands import Command
-from picture_models import write_pictures, write_tiny_tarflow
+from helpers.commands import Command
+from helpers.picture_models import write_pictures, write_tiny_tarflow
+from helpers.tiny_model import write_tiny_model
 from PIL import Image
-from tiny_model import write_tiny_model
 
 score, classify, calibrate = Command("score"), Command("classify"), Command("calibrate")
 

@@ -7,12 +7,12 @@ import json
 
 import numpy as np
 import pytest
-from commands import Command
-from picture_models import pictures
+from helpers.commands import Command
+from helpers.picture_models import pictures
+from helpers.tiny_model import write_tiny_model, write_tiny_video_model
 from PIL import Image
-from tiny_model import write_tiny_model, write_tiny_video_model
 
-from mlx_starflow.video.media import VideoWriter, read_video
+from mlx_starflow.media.videos import VideoWriter, read_video
 
 score, classify, calibrate = Command("score"), Command("classify"), Command("calibrate")
 encode, decode, edit, video = Command("encode"), Command("decode"), Command("edit"), Command("video")

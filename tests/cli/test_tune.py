@@ -6,14 +6,14 @@ import json
 import shutil
 
 import pytest
-from commands import Command
-from tiny_model import tiny_flow, write_tiny_model
+from helpers.commands import Command
+from helpers.tiny_model import tiny_flow, write_tiny_model
 
 from mlx_starflow import load
-from mlx_starflow.media import read_metadata
+from mlx_starflow.media.images import read_metadata
+from mlx_starflow.model_dir.saving import save_model
+from mlx_starflow.model_dir.weights import parameters
 from mlx_starflow.sampling import JacobiSettings, SamplingPlan, SequentialSettings
-from mlx_starflow.saving import save_model
-from mlx_starflow.weights import parameters
 
 tune = Command("tune")
 generate = Command("generate")

@@ -4,12 +4,12 @@ import time
 
 import numpy as np
 import pytest
-from commands import Command
+from helpers.commands import Command
+from helpers.tiny_model import write_tiny_model, write_tiny_video_model
 from PIL import Image
-from tiny_model import write_tiny_model, write_tiny_video_model
 
-from mlx_starflow.media import read_metadata
-from mlx_starflow.video.media import VideoWriter, read_video
+from mlx_starflow.media.images import read_metadata
+from mlx_starflow.media.videos import VideoWriter, read_video
 
 video = Command("video")
 

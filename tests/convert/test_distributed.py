@@ -11,14 +11,14 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from golden_files import golden_case
+from helpers.golden_files import golden_case
+from helpers.paths import DATA
 
 from mlx_starflow.convert import convert_flow, convert_vae
 from mlx_starflow.convert.common import open_tensors
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.weights import load_weights
+from mlx_starflow.model_dir.weights import load_weights
 
-DATA = Path(__file__).parents[1] / "data"
 CONFIG = DATA / "t2i/config.yaml"
 
 

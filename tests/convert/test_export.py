@@ -13,16 +13,16 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import yaml
-from golden_files import golden_case
+from helpers.golden_files import golden_case
+from helpers.paths import DATA
 
 from mlx_starflow.convert import archive, convert_flow, convert_t5, convert_vae, export_model, read_checkpoint
 from mlx_starflow.convert.archive import Spec, write_archive
 from mlx_starflow.convert.common import open_tensors
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.model_dir.weights import load_flow, load_weights, read_config
 from mlx_starflow.models.starflow import FlowConfig, is_dead_buffer
-from mlx_starflow.weights import load_flow, load_weights, read_config
 
-DATA = Path(__file__).parents[1] / "data"
 CASES = sorted(path.parent.name for path in DATA.glob("*/config.yaml"))
 SUFFIXES = [".pth", ".safetensors"]
 
@@ -81,7 +81,7 @@ def test_dtypes(suffix, dtype, tmp_path):
 
 
 def test_shards(tmp_path):
-    from mlx_starflow.saving import save_model
+    from mlx_starflow.model_dir.saving import save_model
 
     model = convert("t2i", tmp_path / "model")
     save_model(tmp_path / "shards", load_weights(model), read_config(model), max_shard_gb=1e-3)
@@ -121,7 +121,7 @@ def test_layers_with_settings_of_their_own(tmp_path):
     parts = mx.quantize(dense, group_size=32, bits=4)
     weights |= zip([f"{path}.{part}" for part in ("weight", "scales", "biases")], parts, strict=True)
     config["quantization"][path] = {"group_size": 32, "bits": 4, "mode": "affine"}
-    from mlx_starflow.saving import save_model
+    from mlx_starflow.model_dir.saving import save_model
 
     save_model(model, weights, config)
     found = read(export_model(model, tmp_path / "out.pth"))[f"{path}.weight"]

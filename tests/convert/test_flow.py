@@ -13,15 +13,15 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import yaml
-from golden_files import golden_case
+from helpers.golden_files import golden_case
+from helpers.paths import DATA
 
 import mlx_starflow.convert
 from mlx_starflow.convert import convert_flow, read_checkpoint
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.quantization import quantized_layers
-from mlx_starflow.weights import load_flow, load_weights, read_config
+from mlx_starflow.model_dir.quantization import quantized_layers
+from mlx_starflow.model_dir.weights import load_flow, load_weights, read_config
 
-DATA = Path(__file__).parents[1] / "data"
 CASES = sorted(path.parent.name for path in DATA.glob("*/config.yaml"))
 
 
@@ -115,8 +115,8 @@ def test_quantized(quantize, mode, bound, tmp_path, golden):
 
 
 def test_quantizing_while_writing_is_quantizing_the_module(tmp_path):
-    from mlx_starflow.quantization import quantize_module
-    from mlx_starflow.weights import parameters
+    from mlx_starflow.model_dir.quantization import quantize_module
+    from mlx_starflow.model_dir.weights import parameters
 
     flow = load_flow(convert("t2i_modern", tmp_path / "dense"), dtype="float32")
     quantize_module(flow, 8)

@@ -20,15 +20,15 @@ from urllib.parse import unquote
 import mlx.core as mx
 import pytest
 import yaml
-from tiny_model import SPIECE, tiny_flow, write_tiny_model, write_tiny_video_model
+from helpers.tiny_model import SPIECE, tiny_flow, write_tiny_model, write_tiny_video_model
 
 from mlx_starflow.convert import convert_release, export_model
 from mlx_starflow.convert.archive import Spec, write_archive
 from mlx_starflow.convert.official import RELEASES, later_scale, released_arguments
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.hub import find_model
+from mlx_starflow.model_dir.hub import find_model
+from mlx_starflow.model_dir.weights import load_weights, read_config
 from mlx_starflow.models.starflow import FlowConfig
-from mlx_starflow.weights import load_weights, read_config
 
 CHECKPOINT, VIDEO_CHECKPOINT = "starflow_3B_t2i_256x256.pth", "starflow-v_7B_t2v_caus_480p_v3.pth"
 FLOW, TEXT, VAE = "apple/starflow", "google/flan-t5-xl", "stabilityai/sd-vae-ft-ema"

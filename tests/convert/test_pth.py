@@ -24,13 +24,13 @@ from types import FrameType
 import mlx.core as mx
 import numpy as np
 import pytest
-from golden_files import golden_case
+from helpers.golden_files import golden_case
+from helpers.paths import DATA
 
 from mlx_starflow.convert import pth, pth_pickle
 from mlx_starflow.convert.pth import Checkpoint, read_checkpoint
 from mlx_starflow.errors import StarflowError
 
-DATA = Path(__file__).parents[1] / "data"
 GOLDEN = ("tarflow_vp", "t2i")
 MLX_DTYPES = {name: mx.bool_ if name == "bool" else getattr(mx, name) for name in pth.NUMPY_DTYPES}
 

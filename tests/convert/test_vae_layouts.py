@@ -10,14 +10,14 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from golden_files import golden_case
+from helpers.golden_files import golden_case
 
 from mlx_starflow.convert import convert_vae
 from mlx_starflow.convert.archive import Spec, write_archive
 from mlx_starflow.convert.vae import SD_VAE
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.model_dir.weights import load_vae, load_weights, parameters, read_config
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
-from mlx_starflow.weights import load_vae, load_weights, parameters, read_config
 
 DATA = golden_case("sd_vae")
 OLD = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}

@@ -1,5 +1,5 @@
 """See picture_fixtures."""
 
-from picture_fixtures import latent_flow, model, pixel_flow
+from helpers.picture_fixtures import latent_flow, model, pixel_flow
 
 __all__ = ["latent_flow", "model", "pixel_flow"]

@@ -7,15 +7,15 @@ import math
 import mlx.core as mx
 import numpy as np
 import pytest
-from model_directories import message
-from picture_models import pictures, write_tiny_tarflow
+from helpers.model_directories import message
+from helpers.picture_models import pictures, write_tiny_tarflow
+from helpers.tiny_model import tiny_flow as random_flow
 from PIL import Image
-from tiny_model import tiny_flow as random_flow
 
 from mlx_starflow.editing import Trace, inpaint, read_mask
 from mlx_starflow.editing.inpainting import Chain
 from mlx_starflow.editing.maps import noise_to_tokens
-from mlx_starflow.picture_flow import open_picture_flow
+from mlx_starflow.pipelines.picture_flow import open_picture_flow
 from mlx_starflow.sampling import GuidedFlow
 
 RIGHT = "4,0,4,8"

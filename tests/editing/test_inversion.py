@@ -7,14 +7,14 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
-from model_directories import message
-from picture_models import pictures, write_tiny_tarflow
+from helpers.model_directories import message
+from helpers.picture_models import pictures, write_tiny_tarflow
+from helpers.tiny_model import write_tiny_video_model
 from safetensors.numpy import save_file
-from tiny_model import write_tiny_video_model
 
 from mlx_starflow.editing import Encoded, decode, encode
-from mlx_starflow.noise import load_noise, save_noise
-from mlx_starflow.picture_flow import open_picture_flow
+from mlx_starflow.media.noise import load_noise, save_noise
+from mlx_starflow.pipelines.picture_flow import open_picture_flow
 from mlx_starflow.sampling import sample
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from helpers.model_directories import message
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_directories import message
 from PIL import Image
 
 from mlx_starflow.editing import read_mask

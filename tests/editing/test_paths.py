@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from model_directories import message
-from picture_models import pictures, write_tiny_tarflow
+from helpers.model_directories import message
+from helpers.picture_models import pictures, write_tiny_tarflow
 
 from mlx_starflow.editing import interpolate, reprompt, vary
 from mlx_starflow.editing.paths import slerp
-from mlx_starflow.picture_flow import open_picture_flow
+from mlx_starflow.pipelines.picture_flow import open_picture_flow
 from mlx_starflow.sampling import denoise, sample
 
 
@@ -44,7 +44,7 @@ def test_vary(model):
 
 
 def test_full_strength_is_a_sample(latent_flow):
-    from mlx_starflow.noise import draw_noise
+    from mlx_starflow.media.noise import draw_noise
 
     (image,) = pictures(1)
     edit = vary(latent_flow, image, "a cat", [1.0], temperature=0.5, seed=9)

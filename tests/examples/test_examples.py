@@ -3,15 +3,13 @@
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from helpers.paths import EXAMPLES
+from helpers.tiny_model import write_tiny_video_model
 from PIL import Image
-from tiny_model import write_tiny_video_model
 
-from mlx_starflow.video.media import read_video
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
+from mlx_starflow.media.videos import read_video
 
 
 def run(name: str, *words: str) -> str:

@@ -1,14 +1,14 @@
 """The measures of examples/likelihood_report.py."""
 
 import importlib.util
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.paths import EXAMPLES
 from PIL import Image
 
-SCRIPT = Path(__file__).parents[2] / "examples/likelihood_report.py"
+SCRIPT = EXAMPLES / "likelihood_report.py"
 
 
 @pytest.fixture(scope="module")

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.paths import EXAMPLES
 from PIL import Image
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture

@@ -2,14 +2,14 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from tiny_model import write_tiny_model
+from helpers.paths import EXAMPLES
+from helpers.tiny_model import write_tiny_model
 
 pytestmark = pytest.mark.torch
 
-SCRIPT = Path(__file__).parents[2] / "examples/speed_report.py"
+SCRIPT = EXAMPLES / "speed_report.py"
 SMALL = "--rounds 1 --tune 1 --width 64 --layers 1 1 --side 4 --text 3 --long-side 4 --steps 3".split()
 OFFICIAL = ["official, sequential", "official, jacobi", "twin, sequential", "twin, jacobi"]
 STRICT = ["official, jacobi, as right as auto"]

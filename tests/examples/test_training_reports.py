@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
+from helpers.paths import EXAMPLES
 
-from mlx_starflow.training.config import OPTIMIZERS
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
+from mlx_starflow.training.loop.config import OPTIMIZERS
 
 
 def test_optimizer_report(capsys, monkeypatch):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
-import metal_shim
 import mlx.core as mx
 import pytest
+from helpers import metal_shim
 
 from mlx_starflow.kernels import affine, qkv
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 
-import metal_shim
 import mlx.core as mx
 import numpy as np
 import pytest
-from metal_shim import ShimError
+from helpers import metal_shim
+from helpers.metal_shim import ShimError
 
 pytestmark = pytest.mark.skipif(metal_shim.COMPILER is None, reason="g++ is not installed")
 

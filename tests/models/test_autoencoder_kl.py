@@ -10,12 +10,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from golden_files import golden_case
+from helpers.golden_files import golden_case
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_starflow.convert.vae import convert_vae
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.models import autoencoder_kl, autoencoder_strips
+from mlx_starflow.models import autoencoder_kl
+from mlx_starflow.models import autoencoder_kl_tiling as autoencoder_strips
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from mlx_starflow.models.autoencoder_layers import Conv3x3, GroupNorm, PointwiseConv
 

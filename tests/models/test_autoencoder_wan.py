@@ -7,15 +7,15 @@ import json
 import mlx.core as mx
 import numpy as np
 import pytest
-from golden_files import golden_case
+from helpers.golden_files import golden_case
 from mlx.utils import tree_flatten
 
 from mlx_starflow.convert.pth import read_checkpoint
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.models import autoencoder_wan_layers as layers
-from mlx_starflow.models.autoencoder_wan import AutoencoderWan, AutoencoderWanConfig
-from mlx_starflow.models.autoencoder_wan_names import present_name
-from mlx_starflow.models.autoencoder_wan_strips import StreamState, joined, resplit, whole
+from mlx_starflow.models.autoencoder_wan import layers as layers
+from mlx_starflow.models.autoencoder_wan.names import present_name
+from mlx_starflow.models.autoencoder_wan.network import AutoencoderWan, AutoencoderWanConfig
+from mlx_starflow.models.autoencoder_wan.tiling import StreamState, joined, resplit, whole
 
 DATA = golden_case("wan_vae")
 # Channels first in the file.

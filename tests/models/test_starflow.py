@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.paths import DATA
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.models.flow import frame_count
 from mlx_starflow.models.starflow import FlowConfig, STARFlow, patchify, sanitize, unpatchify
 
-DATA = Path(__file__).parent.parent / "data"
 CASES = [
     (path.parent.name, name.removesuffix("x"))
     for path in sorted(DATA.glob("*/golden.safetensors"))

@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from golden_files import golden_case
+from helpers.golden_files import golden_case
 
 from mlx_starflow.convert.t5 import convert_t5
 from mlx_starflow.errors import StarflowError

@@ -10,23 +10,22 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from golden_files import golden_case
-from model_directories import config_of, edit_config, edit_weights, message, save_flow, wide_flow
-from tiny_model import write_tiny_model, write_tiny_video_model
-from twins import DEVICES, both, relative, to_numpy
+from helpers.golden_files import golden_case
+from helpers.model_directories import config_of, edit_config, edit_weights, message, save_flow, wide_flow
+from helpers.paths import DATA
+from helpers.tiny_model import write_tiny_model, write_tiny_video_model
+from helpers.twins import DEVICES, both, relative, to_numpy
 
 from mlx_starflow import load_flow as load_mlx
 from mlx_starflow.convert import convert_flow
+from mlx_starflow.model_dir.quantization import QUANTIZATIONS, quantize_module
+from mlx_starflow.model_dir.saving import save_model
+from mlx_starflow.model_dir.weights import load_text_encoder as load_mlx_encoder
+from mlx_starflow.model_dir.weights import load_vae as load_mlx_vae
+from mlx_starflow.model_dir.weights import parameters
 from mlx_starflow.models.tarflow import TarFlow, TarFlowConfig
-from mlx_starflow.quantization import QUANTIZATIONS, quantize_module
-from mlx_starflow.saving import save_model
-from mlx_starflow.weights import load_text_encoder as load_mlx_encoder
-from mlx_starflow.weights import load_vae as load_mlx_vae
-from mlx_starflow.weights import parameters
 
 pytestmark = [pytest.mark.torch, pytest.mark.parametrize("device", DEVICES)]
-
-DATA = Path(__file__).parent.parent / "data"
 
 
 @pytest.fixture

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import mlx.core as mx
 import numpy as np
 import pytest
-from golden_files import golden_case
-from twins import DEVICES, difference, relative
+from helpers.golden_files import golden_case
+from helpers.paths import DATA
+from helpers.twins import DEVICES, difference, relative
 
 from mlx_starflow.sampling import JacobiSettings
 
 pytestmark = [pytest.mark.torch, pytest.mark.parametrize("device", DEVICES)]
 
-DATA = Path(__file__).parent.parent / "data"
 EXACT = JacobiSettings(threshold=1e-9)
 IMAGE_CASES = ["t2i", "t2i_patch2", "t2i_all_text", "t2i_shifted", "t2i_identity_block", "t2i_modern", "pretrained_lm"]
 TARFLOW_CASES = ["tarflow", "tarflow_vp"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from twins import DEVICES, both, difference, give_weights
+from helpers.twins import DEVICES, both, difference, give_weights
 
 from mlx_starflow.sampling import SamplingTrace
 

@@ -9,8 +9,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_starflow.models.tarflow import TarFlow, TarFlowConfig
-from mlx_starflow.training.objective import batch_loss
-from mlx_starflow.training.optim import assign, trainable
+from mlx_starflow.training.loop.objective import batch_loss
+from mlx_starflow.training.loop.schedules import assign, trainable
 
 LABELS = np.array([0, 2, -1, 1, 1], np.int32)
 

@@ -8,17 +8,17 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from training.tiny_training import FLOW, TEXT, TinyData
-from twins import DEVICES
+from helpers.tiny_training import FLOW, TEXT, TinyData
+from helpers.twins import DEVICES
 
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
 from mlx_starflow.models.t5 import T5Config, T5Encoder
-from mlx_starflow.training import objective
-from mlx_starflow.training.optim import assign, cosine, ema_decay, trainable, update_average
-from mlx_starflow.training.optimizers import GroupedOptimizer
-from mlx_starflow.training.text import TextFlow
-from mlx_starflow.training.trainer import TrainingConfig
+from mlx_starflow.training.loop import objective
+from mlx_starflow.training.loop.optimizers import GroupedOptimizer
+from mlx_starflow.training.loop.schedules import assign, cosine, ema_decay, trainable, update_average
+from mlx_starflow.training.loop.trainer import TrainingConfig
+from mlx_starflow.training.recipes.text import TextFlow
 
 pytestmark = pytest.mark.torch
 

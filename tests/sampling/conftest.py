@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mlx_starflow import native
+from mlx_starflow.cpu import native
 
 
 @pytest.fixture(autouse=True, params=["native", "mlx"])

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.paths import DATA
 from mlx.utils import tree_map
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
 from mlx_starflow.sampling import denoise
 
-DATA = Path(__file__).parent.parent / "data"
 ARRAYS = [
     (path.parent.name, name)
     for path in sorted(DATA.glob("*/golden.safetensors"))

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.paths import DATA
 from mlx.utils import tree_map
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.sampling import JacobiSettings, RollingSettings, SamplingTrace, sample
 
-DATA = Path(__file__).parent.parent / "data"
 EXACT = JacobiSettings(threshold=1e-9)
 
 INVERSES = ["sequential", JacobiSettings(3, threshold=1e-13), *(RollingSettings(n, tolerance=1e-6) for n in (1, 3, 99))]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import mlx.core as mx
 import pytest
+from helpers.paths import DATA
 
 from mlx_starflow import load, load_flow
-from mlx_starflow.noise import draw_noise
-from mlx_starflow.quantization import dequantize_module
+from mlx_starflow.media.noise import draw_noise
+from mlx_starflow.model_dir.quantization import dequantize_module
 from mlx_starflow.sampling import RollingSettings, SamplingTrace, certify, sample
 from mlx_starflow.sampling.tuning import tune
 
@@ -17,7 +16,7 @@ from mlx_starflow.sampling.tuning import tune
 @pytest.fixture(scope="module")
 def trained():
     """The flow, and what one picture of it is made of: noise, texts and guidance."""
-    flow = load_flow(Path(__file__).parent.parent / "data/latent_flow")
+    flow = load_flow(DATA / "latent_flow")
     dequantize_module(flow)
     text, null = mx.split(load("demo").encode_prompts(["a slice of pizza", ""]), 2)
     return flow, mx.array(draw_noise([7], (16, 16, 4))), text, null, 2.5

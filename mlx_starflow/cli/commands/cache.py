@@ -1,0 +1,88 @@
+"""`mlx-starflow cache`: pictures and captions, encoded once, for training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mlx_starflow.cpu import blas
+
+if TYPE_CHECKING:
+    from mlx_starflow.training.data.cache_build import CacheSummary
+
+INTERRUPTED = 130
+"""What a shell expects of a command that Ctrl-C ended."""
+
+
+@click.command()
+@click.argument("data", metavar="DATA")
+@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="CACHE", help="Folder to write.")
+@click.option("-m", "--model", default="demo", show_default=True, help="Whose encoders: demo, a folder or a Hub repo.")
+@click.option("--size", type=int, help="Side of the pictures in pixels; by default the model's.")
+@click.option("--buckets/--square", default=None, help="Nine aspect ratios, or squares; by default as the model.")
+@click.option("--views", type=int, default=1, show_default=True, help="Of each picture: its middle, then random parts.")
+@click.option("--flip", is_flag=True, help="Mirror every second view. Captions may name left and right, or letters.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float16", "bfloat16", "float32"]),
+    default="float16",
+    show_default=True,
+    help="Of the numbers on disk.",
+)
+@click.option("--batch-size", type=int, default=8, show_default=True, help="Pictures to encode at once.")
+@click.option("--split", default="train", show_default=True, help="Take pictures whose metadata has this split.")
+@click.option("--caption-column", metavar="NAME", help="Field of the metadata that holds the caption, such as text.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the random views.")
+@click.option("--resume/--no-resume", default=True, show_default=True, help="Go on where an earlier run stopped.")
+@click.option("--check", is_flag=True, help="DATA is a cache: compare the checksums of its files.")
+def cache(data: str, output: Path | None, model: str, resume: bool, check: bool, **settings: Any) -> None:
+    """Encode the pictures of DATA and their captions once, so that training needs no encoder.
+
+    DATA is a folder of pictures with a .txt file beside each, with a metadata.jsonl or metadata.csv (file_name, text),
+    or with a folder for each class; a folder of .tar shards in the webdataset convention; or a data set of the library
+    datasets, hf:NAME or saved to disk. Pictures that cannot be read or have no caption are skipped and listed. Ctrl-C
+    stops, the same command goes on.
+
+    \b
+    mlx-starflow cache my-pictures -o my-cache --model my-model
+    mlx-starflow cache my-cache --check
+    """
+    if check:
+        _check(Path(data))
+        return
+    if output is None:
+        raise click.UsageError("Missing option '-o' / '--output'.")
+
+    from mlx_starflow.training.data.cache_build import CacheSettings, build_cache
+
+    blas.hint_if_slow()
+    try:
+        summary = build_cache(data, output, model, CacheSettings(**settings), resume=resume)
+    except KeyboardInterrupt:
+        click.echo("stopped: the same command goes on where this one was", err=True)
+        raise SystemExit(INTERRUPTED) from None
+    for line in _remarks(summary):
+        click.echo(line, err=True)
+    done = "was finished already" if summary.finished_before else "finished"
+    size = f"{summary.bytes / 2**20:.1f} MiB"
+    click.echo(f"{summary.folder} {done}: {summary.pictures} pictures, {summary.texts} texts, {size}")
+
+
+def _check(folder: Path) -> None:
+    from mlx_starflow.training.data.latent_cache import LatentCache
+
+    found = LatentCache(folder)
+    found.check()
+    click.echo(f"{folder} is intact: {len(found)} pictures, {found.bytes / 2**20:.1f} MiB")
+
+
+def _remarks(summary: CacheSummary) -> Iterator[str]:
+    if summary.skipped:
+        yield summary.skipped
+    if summary.enlarged:
+        yield f"{summary.enlarged} pictures are smaller than they are encoded, and were enlarged"
+    if summary.cut:
+        yield f"{summary.cut} captions are longer than the model reads, and were cut"

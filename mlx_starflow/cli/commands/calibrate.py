@@ -1,0 +1,57 @@
+"""`mlx-starflow calibrate`: what the likelihood of a model's own pictures is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mlx_starflow.cli.commands.score import PICTURES, noise_options
+from mlx_starflow.cpu import blas
+
+
+@click.command()
+@PICTURES
+@click.option("-m", "--model", required=True, help="A model directory.")
+@click.option("--split", default="train", show_default=True, help='Of a metadata.jsonl: only lines with this "split".')
+@click.option("--limit", type=click.IntRange(min=2), help="Most pictures, spread evenly; all by default.")
+@noise_options
+def calibrate(
+    pictures: tuple[Path, ...], model: str, split: str, limit: int | None, draws: int, seed: int, batch_size: int
+) -> None:
+    """Measure the likelihood of PICTURES, such as a model was trained on, and keep it in the model's directory.
+
+    \b
+    mlx-starflow calibrate my-pictures -m my-model
+
+    Then mlx-starflow score says how unusual a picture's likelihood is: its deviation from the mean of these pictures,
+    in their standard deviations. With captions there are statistics with and without a prompt.
+    """
+    from mlx_starflow.likelihood import calibrate as measure
+    from mlx_starflow.likelihood.calibration import describe
+    from mlx_starflow.media.image_files import find_pictures
+    from mlx_starflow.pipelines.picture_flow import open_picture_flow
+
+    found = find_pictures(pictures, split)
+    if limit is not None and limit < len(found):
+        found = [found[number * len(found) // limit] for number in range(limit)]
+    blas.hint_if_slow()
+    flow = open_picture_flow(model)
+    data = flow.data(each.open() for each in found)
+    flow.release("vae")
+    captions = [each.caption for each in found]
+    reference = measure(
+        flow,
+        data,
+        captions if all(captions) else None,
+        draws=draws,
+        seed=seed,
+        batch_size=batch_size,
+        progress=None,
+    )
+    path = reference.save(flow.directory)
+    for kind, statistics in reference.nll.items():
+        click.echo(
+            f"{kind}: {describe(statistics)} nats per {flow.dimension} (mean and spread of {len(found)} pictures)"
+        )
+    click.echo(f"written: {path}")

@@ -1,0 +1,91 @@
+"""`mlx-starflow classify`: which label a picture has, by Bayes' rule."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mlx_starflow.cli.commands.score import FRAMES, PICTURES, model_options, noise_options, table_options
+from mlx_starflow.cpu import blas
+
+
+@click.command()
+@PICTURES
+@click.option("-l", "--labels", help="Comma between them; all classes by default, if the model is a TarFlow.")
+@click.option("--label-file", type=click.File("r"), help="Labels from a file, one a line; - is standard input.")
+@click.option("--split", help='Of folders with a metadata.jsonl: only lines with this "split".')
+@table_options
+@noise_options
+@model_options
+@FRAMES
+def classify(
+    pictures: tuple[Path, ...],
+    labels: str | None,
+    label_file: click.utils.LazyFile | None,
+    split: str | None,
+    csv_file: Path | None,
+    json_file: Path | None,
+    draws: int,
+    seed: int,
+    batch_size: int,
+    model: str,
+    size: tuple[int, int] | None,
+    frames: int | None,
+    dtype: str | None,
+) -> None:
+    """Say which of some labels each of PICTURES has, by Bayes' rule with the flow as p(picture | label).
+
+    \b
+    mlx-starflow classify cat.png --labels "cat face,dog face,rocket"
+
+    All labels see the same noise. The margin is what the best label is ahead of the second, in nats; probabilities
+    follow from it and are nearly always close to 0 or 1.
+    """
+    from mlx_starflow.likelihood import classify as classify_pictures
+    from mlx_starflow.media.image_files import find_pictures
+    from mlx_starflow.media.tables import check_text_output, write_csv, write_json
+    from mlx_starflow.pipelines.picture_flow import PixelFlow, open_files, open_picture_flow
+
+    names = [label.strip() for label in (labels or "").split(",")] + [line.strip() for line in label_file or ()]
+    names = [name for name in names if name]
+    found = find_pictures(pictures, split)
+    for path in (csv_file, json_file):
+        if path is not None:
+            check_text_output(path)
+    blas.hint_if_slow()
+    flow = open_picture_flow(model, dtype=dtype)
+    if not names and isinstance(flow, PixelFlow):
+        names = [str(number) for number in range(flow.flow.config.num_classes)]
+    if not names:
+        raise click.UsageError('there are no labels: mlx-starflow classify cat.png --labels "cat face,dog face"')
+    result = classify_pictures(
+        flow,
+        open_files(flow, found, frames),
+        names,
+        draws=draws,
+        seed=seed,
+        batch_size=batch_size,
+        size=size,
+        progress=None,
+    )
+    rows = []
+    for number, picture in enumerate(found):
+        posterior = [float(value) for value in result.posterior[number]]
+        rows.append(
+            {
+                "picture": picture.name,
+                "label": result.best[number],
+                "probability": max(posterior),
+                "margin_nats": float(result.margin[number]) if len(names) > 1 else None,
+                "posterior": dict(zip(names, posterior, strict=True)),
+            }
+        )
+    if csv_file is not None:
+        write_csv(rows, csv_file)
+    if json_file is not None:
+        write_json({"model": model, "labels": names, "pictures": rows}, json_file)
+    if Path("-") not in (csv_file, json_file):
+        for row in rows:
+            margin = "" if row["margin_nats"] is None else f", {row['margin_nats']:.1f} nats ahead"
+            click.echo(f"{row['picture']}: {row['label']} ({row['probability']:.1%}{margin})")

@@ -1,0 +1,74 @@
+"""`mlx-starflow decode`: noise to pictures, or to videos."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import click
+
+from mlx_starflow.cli.options.sampling import latent_batch_option
+from mlx_starflow.cpu import blas
+
+
+@click.command()
+@click.argument("noise", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="By default out.png, or out.mp4 of a video.")
+@click.option("-p", "--prompt", help="Another prompt than the one that the pictures were encoded with.")
+@click.option("--guidance", type=click.FloatRange(min=0), help="Another guidance than that of encoding.")
+@click.option("--denoise", is_flag=True, help="Clean the result with one score step, if noise was added on encoding.")
+@click.option(
+    "--separate", is_flag=True, help="One file for each picture (out-1.png, ...), as for videos, instead of a grid."
+)
+@latent_batch_option
+@click.option("-m", "--model", help="The one that the pictures were encoded with by default.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Precision of the networks.")
+def decode(
+    noise: Path,
+    output: Path | None,
+    prompt: str | None,
+    guidance: float | None,
+    denoise: bool,
+    separate: bool,
+    batch_size: int,
+    model: str | None,
+    dtype: str | None,
+) -> None:
+    """Turn NOISE, a file that mlx-starflow encode wrote, into pictures or videos again.
+
+    \b
+    mlx-starflow decode cat.safetensors -o again.png
+    mlx-starflow decode cat.safetensors --prompt "dog face" -o dog.png
+    mlx-starflow decode street.safetensors -o again.mp4
+    """
+    from mlx_starflow.editing import Encoded
+    from mlx_starflow.editing import decode as decode_noise
+    from mlx_starflow.media import images as media
+    from mlx_starflow.media.videos import VideoWriter, check_video_output
+    from mlx_starflow.pipelines.picture_flow import open_picture_flow
+
+    encoded = Encoded.load(noise)
+    videos = encoded.noise.ndim == 5
+    output = output or Path("out.mp4" if videos else "out.png")
+    targets = media.numbered(output, len(encoded.noise)) if separate or videos else [output]
+    for path in targets:
+        (check_video_output if videos else media.check_output)(path)
+    blas.hint_if_slow()
+    if prompt is not None:
+        encoded = replace(encoded, prompts=[prompt] * len(encoded.prompts))
+    if guidance is not None:
+        encoded = replace(encoded, guidance=guidance)
+    flow = open_picture_flow(model or encoded.model or "demo", dtype=dtype)
+    images, _ = decode_noise(flow, encoded, denoise=denoise, batch_size=batch_size, progress=None)
+    if videos:
+        for path, frames in zip(targets, images, strict=True):
+            with VideoWriter(path, flow.fps) as writer:
+                for frame in frames:
+                    writer.add(frame)
+    elif len(targets) == 1:
+        media.save_image(images[0] if len(images) == 1 else media.grid(images), output)
+    else:
+        for path, image in zip(targets, images, strict=True):
+            media.save_image(image, path)
+    more = f" and {len(targets) - 1} more" if len(targets) > 1 else ""
+    click.echo(f"{targets[0]}{more}: {len(images)} {'videos' if videos else 'pictures'}")

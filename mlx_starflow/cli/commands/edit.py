@@ -1,0 +1,332 @@
+"""`mlx-starflow edit`: inpaint, re-prompt, vary and interpolate pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from mlx_starflow.cli.commands.score import model_options
+from mlx_starflow.cli.options.sampling import with_options
+from mlx_starflow.cpu import blas
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from mlx_starflow.editing import Edit
+    from mlx_starflow.pipelines.picture_flow import PictureFlow
+
+PICTURE = click.Path(path_type=Path)
+
+output_option = click.option("-o", "--output", type=PICTURE, default="out.png", show_default=True)
+batch_option = click.option(
+    "--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Pictures at once."
+)
+seed_option = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the first one.")
+count_option = click.option(
+    "-n", "--images", type=click.IntRange(min=1), default=1, show_default=True, help="Pictures to make."
+)
+path_options = with_options(
+    click.option("--frames", type=click.IntRange(min=2), help="Pictures on the way there; .webp and .gif move."),
+    click.option("--seconds", type=click.FloatRange(min=0.01), default=0.1, show_default=True, help="Of each frame."),
+)
+
+
+@click.group()
+def edit() -> None:
+    """Edit a picture by the noise that it comes from.
+
+    Every picture is cut about its middle and resized to what the model was trained on (or --size).
+    """
+
+
+@edit.command()
+@click.argument("picture", type=PICTURE)
+@click.option("--mask", required=True, help="The free part: x,y,w,h in pixels, or a picture that is white there.")
+@click.option("-p", "--prompt", default="", help="What is on the whole picture.")
+@output_option
+@click.option("--steps", type=click.IntRange(min=1), default=20, show_default=True, help="Proposals in each round.")
+@click.option(
+    "--rounds",
+    type=click.IntRange(min=1),
+    default=3,
+    show_default=True,
+    help="Between them the picture is encoded anew, with what was painted.",
+)
+@click.option(
+    "--strength",
+    type=click.FloatRange(min=0, max=1, min_open=True),
+    default=0.5,
+    show_default=True,
+    help="Of proposals: how much of the noise under the mask is new.",
+)
+@click.option(
+    "--accept",
+    type=click.Choice(["kept", "whole"]),
+    default="kept",
+    show_default=True,
+    help="Proposals by the likelihood ratio of the kept tokens, or by the whole one, which seeks likely pictures.",
+)
+@count_option
+@seed_option
+@click.option("--trace", type=PICTURE, metavar="FILE", help="Write acceptance and likelihood of every step as JSON.")
+@model_options
+def inpaint(
+    picture: Path,
+    mask: str,
+    prompt: str,
+    output: Path,
+    steps: int,
+    rounds: int,
+    strength: float,
+    accept: str,
+    images: int,
+    seed: int,
+    trace: Path | None,
+    model: str,
+    size: tuple[int, int] | None,
+    dtype: str | None,
+) -> None:
+    """Paint a part of PICTURE anew, by Metropolis-Hastings.
+
+    \b
+    mlx-starflow edit inpaint cat.png --mask 32,0,32,64 --prompt "cat face" -o whole.png
+    """
+    from mlx_starflow.editing import inpaint as paint
+    from mlx_starflow.editing import read_mask
+    from mlx_starflow.media.images import check_output
+    from mlx_starflow.media.tables import check_text_output, write_json
+
+    image = _read(picture)
+    free = read_mask(mask, image.size)
+    check_output(output)
+    if trace is not None:
+        check_text_output(trace)
+    flow = _open(model, dtype)
+    result = paint(
+        flow,
+        image,
+        free,
+        prompt,
+        steps=steps,
+        rounds=rounds,
+        strength=strength,
+        accept=accept,
+        images=images,
+        seed=seed,
+        size=size,
+        progress=None,
+    )
+    _save(result.images, output)
+    if trace is not None:
+        write_json({"accepted": result.trace.accepted.tolist(), "nll": result.trace.nll.tolist()}, trace)
+    for number in range(images):
+        nll = result.trace.nll[:, number]
+        click.echo(f"seed {seed + number}: {_thinned(nll)} nats per {flow.dimension}")
+    click.echo(f"{output}: {result.trace.rate:.0%} of {steps * rounds * images} proposals accepted")
+
+
+@edit.command()
+@click.argument("picture", type=PICTURE)
+@click.option("--from", "source", default="", help="What is on the picture.")
+@click.option("--to", "target", required=True, help="What shall be.")
+@click.option(
+    "--strength",
+    type=click.FloatRange(min=0),
+    default=1.0,
+    show_default=True,
+    help="0 gives the picture back, 1 is the new prompt's, more leads further away from the old one.",
+)
+@path_options
+@output_option
+@batch_option
+@model_options
+def reprompt(
+    picture: Path,
+    source: str,
+    target: str,
+    strength: float,
+    frames: int | None,
+    seconds: float,
+    output: Path,
+    batch_size: int,
+    model: str,
+    size: tuple[int, int] | None,
+    dtype: str | None,
+) -> None:
+    """Make of PICTURE what another prompt says.
+
+    \b
+    mlx-starflow edit reprompt apple.png --from "red apple" --to "green apple" -o green.png
+    mlx-starflow edit reprompt dog.png --from "dog face" --to "cat face" --frames 16 -o dog-cat.webp
+    """
+    from mlx_starflow.editing import reprompt as regenerate
+
+    image = _read(picture)
+    _check(output, frames)
+    result = regenerate(
+        _open(model, dtype),
+        image,
+        source,
+        target,
+        _places(strength, frames),
+        size=size,
+        batch_size=batch_size,
+        progress=None,
+    )
+    _write(result, output, frames, seconds)
+
+
+@edit.command()
+@click.argument("picture", type=PICTURE)
+@click.option("-p", "--prompt", default="", help="What is on the picture.")
+@click.option(
+    "--strength",
+    type=click.FloatRange(min=0, max=1),
+    default=0.3,
+    show_default=True,
+    help="0 gives the picture back, 1 has nothing of it.",
+)
+@click.option("--temperature", type=click.FloatRange(min=0), help="Scale of the new noise; the model's own by default.")
+@count_option
+@seed_option
+@path_options
+@output_option
+@batch_option
+@model_options
+def vary(
+    picture: Path,
+    prompt: str,
+    strength: float,
+    temperature: float | None,
+    images: int,
+    seed: int,
+    frames: int | None,
+    seconds: float,
+    output: Path,
+    batch_size: int,
+    model: str,
+    size: tuple[int, int] | None,
+    dtype: str | None,
+) -> None:
+    """Make pictures like PICTURE.
+
+    \b
+    mlx-starflow edit vary tulip.png --prompt tulip --images 4 -o tulips.png
+    """
+    from mlx_starflow.editing import vary as regenerate
+
+    if frames and images > 1:
+        raise click.UsageError("--frames shows the way to one picture: leave out --images")
+    image = _read(picture)
+    _check(output, frames)
+    result = regenerate(
+        _open(model, dtype),
+        image,
+        prompt,
+        _places(strength, frames),
+        images=images,
+        temperature=temperature,
+        seed=seed,
+        size=size,
+        batch_size=batch_size,
+        progress=None,
+    )
+    _write(result, output, frames, seconds)
+
+
+@edit.command()
+@click.argument("first", type=PICTURE)
+@click.argument("second", type=PICTURE)
+@click.option("--from", "source", default="", help="What is on the first picture.")
+@click.option("--to", "target", default="", help="What is on the second picture.")
+@path_options
+@output_option
+@batch_option
+@model_options
+def interpolate(
+    first: Path,
+    second: Path,
+    source: str,
+    target: str,
+    frames: int | None,
+    seconds: float,
+    output: Path,
+    batch_size: int,
+    model: str,
+    size: tuple[int, int] | None,
+    dtype: str | None,
+) -> None:
+    """Show pictures on the way from FIRST to SECOND; 16 if --frames does not say otherwise.
+
+    \b
+    mlx-starflow edit interpolate heart.png car.png --from "red heart" --to car -o way.webp
+    """
+    from mlx_starflow.editing import interpolate as regenerate
+
+    frames = frames or 16
+    images = _read(first), _read(second)
+    _check(output, frames)
+    result = regenerate(
+        _open(model, dtype),
+        *images,
+        (source, target),
+        _places(1.0, frames),
+        size=size,
+        batch_size=batch_size,
+        progress=None,
+    )
+    _write(result, output, frames, seconds)
+
+
+# ---- what they share
+
+
+def _read(path: Path) -> Image.Image:
+    from mlx_starflow.media.image_files import read_image
+
+    return read_image(path)
+
+
+def _open(model: str, dtype: str | None) -> PictureFlow:
+    from mlx_starflow.pipelines.picture_flow import open_picture_flow
+
+    blas.hint_if_slow()
+    return open_picture_flow(model, dtype=dtype)
+
+
+def _places(end: float, frames: int | None) -> list[float]:
+    return [end] if frames is None else [end * number / (frames - 1) for number in range(frames)]
+
+
+def _check(output: Path, frames: int | None) -> None:
+    from mlx_starflow.media.images import ANIMATIONS, FORMATS, check_output
+
+    check_output(output, FORMATS if frames is None else tuple(dict.fromkeys([*ANIMATIONS, *FORMATS])))
+
+
+def _write(result: Edit, output: Path, frames: int | None, seconds: float) -> None:
+    from mlx_starflow.media.images import ANIMATIONS, save_animation
+
+    if frames is not None and output.suffix.lower() in ANIMATIONS:
+        save_animation(result.images, output, seconds)
+    else:
+        _save(result.images, output, len(result.images) if frames else None)
+    where = ", ".join(f"{place:.2g}" for place in result.places)
+    click.echo(f"{output}: {'strength' if frames is None else 'path'} {where}")
+
+
+def _save(images: list[Image.Image], output: Path, columns: int | None = None) -> None:
+    from mlx_starflow.media.images import grid, save_image
+
+    save_image(images[0] if len(images) == 1 else grid(images, columns), output)
+
+
+def _thinned(values: object, most: int = 8) -> str:
+    """Some of a long list of numbers, evenly spread, with the first and the last."""
+    import numpy as np
+
+    numbers = np.asarray(values)
+    chosen = np.unique(np.linspace(0, len(numbers) - 1, min(most, len(numbers))).round().astype(int))
+    return " ".join(f"{number:.3f}" for number in numbers[chosen])

@@ -1,0 +1,73 @@
+"""`mlx-starflow encode`: pictures, or videos, to the noise that they come from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mlx_starflow.cli.commands.score import FRAMES, PICTURES, model_options
+from mlx_starflow.cli.options.sampling import latent_batch_option
+from mlx_starflow.cpu import blas
+
+
+@click.command()
+@PICTURES
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Noise file, .safetensors.")
+@click.option("-p", "--prompt", default="", help="What is on the pictures; of a TarFlow the number of a class.")
+@click.option("--captions", is_flag=True, help="Take each picture's own caption from its folder as its prompt.")
+@click.option("--guidance", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Map with guidance.")
+@click.option("--noise-seed", type=click.IntRange(min=0), help="Add training noise of this seed before mapping.")
+@click.option(
+    "--check/--no-check", default=True, help="Go the way back too, and say how exact it is.  [default: check]"
+)
+@latent_batch_option
+@model_options
+@FRAMES
+def encode(
+    pictures: tuple[Path, ...],
+    output: Path,
+    prompt: str,
+    captions: bool,
+    guidance: float,
+    noise_seed: int | None,
+    check: bool,
+    batch_size: int,
+    model: str,
+    size: tuple[int, int] | None,
+    frames: int | None,
+    dtype: str | None,
+) -> None:
+    """Turn PICTURES, or videos, into the noise that they come from, exactly.
+
+    \b
+    mlx-starflow encode cat.png --prompt "cat face" -o cat.safetensors
+    mlx-starflow decode cat.safetensors -o again.png
+    mlx-starflow encode street.mp4 -m my-video-model -o street.safetensors
+    """
+    from mlx_starflow.editing import encode as encode_pictures
+    from mlx_starflow.media.image_files import find_pictures
+    from mlx_starflow.media.tables import check_text_output
+    from mlx_starflow.pipelines.picture_flow import open_files, open_picture_flow
+
+    if captions and prompt:
+        raise click.UsageError("--captions brings each picture's own prompt: leave out --prompt")
+    found = find_pictures(pictures)
+    check_text_output(output)
+    blas.hint_if_slow()
+    flow = open_picture_flow(model, dtype=dtype)
+    encoded, trip = encode_pictures(
+        flow,
+        open_files(flow, found, frames),
+        [each.caption for each in found] if captions else prompt,
+        guidance=guidance,
+        noise_seed=noise_seed,
+        size=size,
+        check=check,
+        batch_size=batch_size,
+        progress=None,
+    )
+    encoded.save(output)
+    click.echo(f"{output}: noise {list(encoded.noise.shape)}, standard deviation {encoded.noise.std():.3f}")
+    if trip is not None:
+        click.echo(f"and back: {trip}")

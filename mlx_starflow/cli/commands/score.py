@@ -1,0 +1,252 @@
+"""`mlx-starflow score`: how likely pictures and videos are, and where they surprise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mlx_starflow.cli.options.sampling import Size, with_options
+from mlx_starflow.cpu import blas
+
+if TYPE_CHECKING:
+    from mlx_starflow.likelihood import Reference, Score
+    from mlx_starflow.media.image_files import PictureFile
+    from mlx_starflow.pipelines.picture_flow import PictureFlow
+
+PICTURES = click.argument("pictures", nargs=-1, required=True, type=click.Path(path_type=Path))
+"""Files, and folders of pictures."""
+
+FRAMES = click.option(
+    "--frames", type=click.IntRange(min=1), help="Of videos: so many from their start, 1 + a multiple of 4."
+)
+
+REDDEST = 6.0
+"""Standard deviations at the end of the colours of a map of typicality."""
+
+
+model_options = with_options(
+    click.option(
+        "-m", "--model", default="demo", show_default=True, help="demo, a model directory, or a Hub repository."
+    ),
+    click.option("--size", type=Size(), help="Of the pictures, in pixels; the model's own by default."),
+    click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Precision of the networks."),
+)
+
+noise_options = with_options(
+    click.option("--draws", type=click.IntRange(min=1), default=4, show_default=True, help="Of the training noise."),
+    click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the training noise."),
+    click.option(
+        "--batch-size",
+        type=click.IntRange(min=1),
+        default=16,
+        show_default=True,
+        help="Pictures, or latent frames, at once.",
+    ),
+)
+
+table_options = with_options(
+    click.option(
+        "--csv", "csv_file", type=click.Path(path_type=Path), metavar="FILE", help="Write a table; - prints it."
+    ),
+    click.option(
+        "--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write JSON; - prints it."
+    ),
+)
+
+
+@click.command()
+@PICTURES
+@click.option("-p", "--prompt", default="", help="What is on the pictures; of a TarFlow the number of a class.")
+@click.option("--captions", is_flag=True, help="Take each picture's own caption from its folder as its prompt.")
+@click.option("--split", help='Of folders with a metadata.jsonl: only lines with this "split".')
+@click.option(
+    "--map", "map_dir", type=click.Path(path_type=Path), metavar="DIR", help="Write heat-maps to this folder."
+)
+@click.option(
+    "--map-of",
+    type=click.Choice(["surprise", "typicality"]),
+    default="surprise",
+    show_default=True,
+    help="Nats of each token, or how unusual they are there.",
+)
+@table_options
+@noise_options
+@model_options
+@FRAMES
+def score(
+    pictures: tuple[Path, ...],
+    prompt: str,
+    captions: bool,
+    split: str | None,
+    map_dir: Path | None,
+    map_of: str,
+    csv_file: Path | None,
+    json_file: Path | None,
+    draws: int,
+    seed: int,
+    batch_size: int,
+    model: str,
+    size: tuple[int, int] | None,
+    dtype: str | None,
+    frames: int | None,
+) -> None:
+    """Score PICTURES, files or folders of them: exact negative log-likelihood in nats per dimension.
+
+    \b
+    mlx-starflow score cat.png --prompt "cat face"
+    mlx-starflow score photos --map maps --csv scores.csv
+    mlx-starflow score street.mp4 -m my-video-model --map maps
+
+    A model that makes videos scores videos too, with each latent frame given those before it; pictures are stills.
+
+    Lower is more likely. The likelihood is that of the picture with the noise that the flow was trained with; it is
+    averaged over draws of that noise, whose standard error is printed. A low value alone does not make a picture
+    usual: see the deviation from the model's own pictures (mlx-starflow calibrate), in standard deviations.
+    """
+    from mlx_starflow.likelihood import Reference
+    from mlx_starflow.likelihood import score as score_pictures
+    from mlx_starflow.media.image_files import find_pictures
+    from mlx_starflow.media.tables import check_text_output, write_csv, write_json
+    from mlx_starflow.pipelines.picture_flow import VideoFlow, open_files, open_picture_flow
+
+    if captions and prompt:
+        raise click.UsageError("--captions brings each picture's own prompt: leave out --prompt")
+    found = find_pictures(pictures, split)
+    for path in (csv_file, json_file):
+        if path is not None:
+            check_text_output(path)
+    if map_dir is not None:
+        make_folder(map_dir)
+    blas.hint_if_slow()
+    flow = open_picture_flow(model, dtype=dtype)
+    items = open_files(flow, found, frames)
+    reference = Reference.find(flow.directory)
+    if map_of == "typicality" and map_dir is not None and isinstance(flow, VideoFlow) and found[0].is_video:
+        raise click.UsageError("--map-of typicality is about pictures: a video has maps of surprise")
+    if map_of == "typicality" and map_dir is not None and reference is None:
+        raise click.UsageError("there are no reference pictures to compare with: run mlx-starflow calibrate first")
+    prompts = [each.caption for each in found] if captions else [prompt] * len(found)
+    scores = score_pictures(
+        flow,
+        items,
+        prompts,
+        draws=draws,
+        seed=seed,
+        batch_size=batch_size,
+        size=size,
+        progress=None,
+    )
+    rows = [
+        _row(*each, reference, prompted=captions or bool(prompt)) for each in zip(found, prompts, scores, strict=True)
+    ]
+    if map_dir is not None:
+        _write_maps(flow, open_files(flow, found, frames), found, scores, rows, size, map_dir, map_of)
+    if csv_file is not None:
+        write_csv(_with_frames(rows), csv_file)
+    if json_file is not None:
+        write_json({"model": model, "unit": f"nats per {flow.dimension}", "pictures": rows}, json_file)
+    if Path("-") not in (csv_file, json_file):
+        _print(rows, flow.dimension)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder for output. Raises StarflowError."""
+    from mlx_starflow.errors import StarflowError
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StarflowError(f"the folder {folder} cannot be made: {error.strerror}") from None
+
+
+def _row(
+    picture: PictureFile, prompt: str, result: Score, reference: Reference | None, prompted: bool
+) -> dict[str, Any]:
+    row = {"picture": picture.name, "prompt": prompt, **result.to_dict()}
+    if reference is not None and not result.frames and ("prompted" in reference.nll or not prompted):
+        typicality = reference.typicality(result, prompted)
+        row["deviation"] = typicality.deviation
+        row["deviation_map"] = None if typicality.map is None else typicality.map.tolist()
+    return row
+
+
+def _with_frames(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same lines; after a video's, one for each latent frame, by its number."""
+    if "frames" not in rows[0]:
+        return rows
+    lines: list[dict[str, Any]] = []
+    for row in rows:
+        own = {**row, "dimensions": row["dimensions"] // len(row["frames"])}
+        frames = [{**own, "latent_frame": number, **frame} for number, frame in enumerate(row["frames"])]
+        lines += [{**row, "latent_frame": ""}, *frames]
+    return lines
+
+
+def _print(rows: list[dict[str, Any]], dimension: str) -> None:
+    import numpy as np
+
+    from mlx_starflow.likelihood import standard_error
+
+    width = max(7, *(len(row["picture"]) for row in rows))
+    more = [key for key in ("bits_per_pixel_dimension", "deviation") if key in rows[0]]
+    titles = {"bits_per_pixel_dimension": "bits/pixel dim", "deviation": "deviation"}
+    click.echo(f"{'picture':<{width}}  {'NLL':>8}  {'+-':>7}" + "".join(f"  {titles[key]:>14}" for key in more))
+    for row in rows:
+        error = "" if row["standard_error"] is None else f"{row['standard_error']:.4f}"
+        values = "".join(f"  {row[key]:14.3f}" for key in more)
+        click.echo(f"{row['picture']:<{width}}  {row['nll']:8.4f}  {error:>7}{values}")
+        if "frames" in row:
+            click.echo("  by latent frame: " + " ".join(f"{frame['nll']:.3f}" for frame in row["frames"]))
+    if len(rows) > 1:
+        nll = np.array([row["nll"] for row in rows])
+        click.echo(f"{f'mean of {len(rows)}':<{width}}  {nll.mean():8.4f}  {standard_error(nll):7.4f}")
+    click.echo(f"NLL in nats per {dimension}, {rows[0]['draws']} draws of the training noise")
+
+
+def _write_maps(
+    flow: PictureFlow,
+    items: Iterable[Any],
+    found: list[PictureFile],
+    scores: list[Score],
+    rows: list[dict[str, Any]],
+    size: tuple[int, int] | None,
+    folder: Path,
+    kind: str,
+) -> None:
+    import numpy as np
+
+    from mlx_starflow.errors import StarflowError
+    from mlx_starflow.likelihood import heat_map
+    from mlx_starflow.likelihood.heatmap import heat_map_frames
+    from mlx_starflow.media.images import ANIMATIONS, save_image
+    from mlx_starflow.media.videos import VideoWriter
+
+    if kind == "typicality":
+        if any(row.get("deviation_map") is None for row in rows):
+            raise StarflowError(
+                "the model's reference pictures had another size, or no captions: no map can be compared with theirs"
+            )
+        maps = [np.abs(row["deviation_map"]) for row in rows]
+        low, high, unit = 0.0, REDDEST, "standard deviations"
+    else:
+        maps = [each.surprise for each in scores]
+        low, high, unit = min(map(np.min, maps)), max(map(np.max, maps)), "nats per token"
+    taken: set[str] = set()
+    for picture, item, values in zip(found, items, maps, strict=True):
+        stem = name = Path(picture.name).stem
+        number = 1
+        while name in taken:
+            number += 1
+            name = f"{stem}-{number}"
+        taken.add(name)
+        fitted, ends = flow.fit(item, size), (float(low), float(high))
+        if values.ndim == 2:
+            save_image(heat_map(fitted, values, *ends, unit=unit), folder / f"{name}.{kind}.png")
+            continue
+        own = Path(picture.name).suffix.lower()
+        with VideoWriter(folder / f"{name}.{kind}{own if own in ANIMATIONS else '.mp4'}", flow.fps) as writer:
+            for image in heat_map_frames(fitted, values, *ends, flow.frame_step, unit=unit):
+                writer.add(image)

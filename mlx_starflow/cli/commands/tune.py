@@ -1,0 +1,58 @@
+"""`mlx-starflow tune`: find the fastest way to sample from a model on this machine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from mlx_starflow.cpu import blas
+
+
+@click.command()
+@click.argument("model", default="demo")
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1e-2,
+    show_default=True,
+    help="Largest |f(x) - z| a sample may have, in standard deviations of the noise.",
+)
+@click.option(
+    "--least",
+    type=click.Choice(["seconds", "evaluations"]),
+    default="seconds",
+    show_default=True,
+    help="What the plan keeps small: time on this machine, or network evaluations, for one that waits for weights.",
+)
+@click.option("--guidance", type=click.FloatRange(min=0), help="What to tune for; the model's own by default.")
+@click.option("--prompt-file", type=click.File("r"), help="Prompts to try, one a line; four simple ones by default.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the first prompt's noise.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Precision of the flow.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be chosen.")
+def tune(
+    model: str,
+    tolerance: float,
+    least: str,
+    guidance: float | None,
+    prompt_file: Any,
+    seed: int,
+    dtype: str | None,
+    dry_run: bool,
+) -> None:
+    """Measure on a few prompts how fast each block of MODEL's flow can be inverted, and write a sampling plan.
+
+    The plan, sampling_plan.json in the model's directory, is what --method auto follows, which is the default. Its
+    samples are those of sequential sampling up to the tolerance: run the flow over them, and the noise they were made
+    of comes back with at most this difference.
+    """
+    from mlx_starflow.bench.trials import PROMPTS, prepare
+    from mlx_starflow.model_dir.weights import parse_dtype
+    from mlx_starflow.sampling.tuning import tune as find_plan
+
+    blas.hint_if_slow()
+    prompts = [line.strip() for line in prompt_file if line.strip()] if prompt_file else PROMPTS
+    trials = prepare(model, prompts, guidance=guidance, seed=seed, dtype=parse_dtype(dtype))
+    plan = find_plan(trials.flow, trials.z, **trials.condition, tolerance=tolerance, least=least, report=click.echo)
+    if not dry_run:
+        click.echo(f"{plan.save(trials.directory)} is written")

@@ -1,0 +1,200 @@
+"""`mlx-starflow video`: prompts, pictures and videos to videos."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from tqdm import tqdm
+
+from mlx_starflow.cli.options.parallel import Ranks, tensor_parallel_option
+from mlx_starflow.cli.options.sampling import Size, lora_option, network_options, sampling_options
+from mlx_starflow.cpu import blas
+from mlx_starflow.errors import StarflowError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from mlx_starflow.pipelines.video_results import VideoStream
+
+PATH = click.Path(path_type=Path)
+SOURCES = ("image", "video", "extend")
+
+
+@click.command()
+@click.argument("prompt", required=False)
+@click.option("-m", "--model", help="A model directory, or a Hub repository, of a model that makes videos.")
+@lora_option
+@click.option(
+    "-o",
+    "--output",
+    type=PATH,
+    default="out.mp4",
+    show_default=True,
+    help="An .mp4, .mov, .m4v, .webp or .gif file; or, without a suffix, a folder for the frames.",
+)
+@click.option("--image", type=PATH, help="A picture that the video begins with.")
+@click.option("--video", type=PATH, help="A video, or folder of frames, to make this one from.")
+@click.option("--extend", type=PATH, help="A video, or folder of frames, to go on from.")
+@click.option(
+    "--frames",
+    type=click.IntRange(min=1),
+    help="1 + a multiple of 4; with --extend, of the new ones, a multiple of 4. As the model was trained by default.",
+)
+@click.option("--fps", type=click.IntRange(min=1), help="Frames a second; as the model was trained by default.")
+@click.option("--size", type=Size(), help="In pixels; see --ratio.")
+@click.option("--ratio", help="Shape, at the area that the model was trained at.  [default: 16:9, or as what is given]")
+@click.option(
+    "--context",
+    type=click.IntRange(min=1),
+    help="Latent frames, of 4 frames each, that a continuation, or a later window of a long video, begins with; 16 by "
+    "default.",
+)
+@click.option("--seed", type=click.IntRange(min=0), help="Drawn and reported if left out.")
+@sampling_options
+@click.option("--stream", is_flag=True, help="Write each frame as soon as it is finished, to be watched meanwhile.")
+@click.option(
+    "--keep-source/--no-keep-source", default=True, help="With --extend, begin the file with the video it goes on from."
+)
+@click.option("--crf", type=click.IntRange(0, 51), default=18, show_default=True, help="Quality of H.264, 0 the best.")
+@click.option("--metadata/--no-metadata", default=True, help="Say in the file how it was made.  [default: metadata]")
+@click.option("--from", "source", type=PATH, help="Make this video again.")
+@click.option("--save-noise", type=PATH, help="Write the noise the video came from.")
+@click.option("--load-noise", type=PATH, help="Start from saved noise instead of a seed.")
+@network_options
+@click.option("-v", "--verbose", is_flag=True, help="Say what each phase cost.")
+@tensor_parallel_option
+def video(
+    prompt: str | None,
+    model: str | None,
+    adapters: tuple[tuple[str, float], ...],
+    output: Path,
+    image: Path | None,
+    video: Path | None,
+    extend: Path | None,
+    size: tuple[int, int] | None,
+    ratio: str | None,
+    seed: int | None,
+    verify: bool | None,
+    stream: bool,
+    keep_source: bool,
+    crf: int,
+    metadata: bool,
+    source: Path | None,
+    save_noise: Path | None,
+    load_noise: Path | None,
+    dtype: str | None,
+    low_memory: bool | None,
+    verbose: bool,
+    ranks: Ranks,
+    **settings: Any,
+) -> None:
+    """Make a video of PROMPT.
+
+    \b
+    mlx-starflow video "waves at a beach" -m my-video-model
+    mlx-starflow video "waves at a beach" -m my-video-model --frames 481 --stream -o long.mp4
+    mlx-starflow video "it begins to rain" -m my-video-model --image street.jpg
+    mlx-starflow video "the camera goes on" -m my-video-model --extend walk.mp4
+
+    An empty prompt ("") gives a video of anything.
+    """
+    from mlx_starflow.media import noise
+    from mlx_starflow.media.videos import VideoWriter, check_video_output
+
+    given = {name: path for name, path in zip(SOURCES, (image, video, extend), strict=True) if path is not None}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    if size and ratio:
+        raise click.UsageError("--size and --ratio both say the shape; leave one of them out")
+    recipe: dict[str, Any] = {}
+    if source is not None:
+        if prompt is not None:
+            raise click.UsageError("--from brings its own prompt; leave the other out")
+        with ranks.together():
+            recipe = _read_recipe(source, given, load_noise)
+        prompt, model = recipe["prompts"][0], model or recipe["model"]
+        adapters = adapters or recipe.get("adapters", ())
+        seed = recipe["seeds"][0] if seed is None else seed
+        settings = {**recipe["settings"], **settings}
+    if prompt is None:
+        raise click.UsageError('there is no prompt: mlx-starflow video "waves at a beach" -m MODEL')
+    if model is None:
+        raise click.UsageError("give a model that makes videos: --model DIR")
+    with ranks.together():
+        if ranks.first:
+            check_video_output(output, stream)
+
+    from mlx_starflow.pipelines.pipeline import load
+    from mlx_starflow.pipelines.video import VideoPipeline
+
+    if ranks.first:
+        blas.hint_if_slow()
+    pipe = load(model, dtype=dtype, low_memory=low_memory, adapters=adapters, group=ranks.group)
+    if not isinstance(pipe, VideoPipeline):
+        raise StarflowError(f"{model} makes pictures, not videos: mlx-starflow generate --model {model}")
+    if size or ratio:
+        settings["size"] = size or pipe.size_of(ratio)
+    loaded = None
+    if load_noise is not None:
+        with ranks.together():
+            loaded = noise.read_noise(load_noise)
+        if recipe.get("noise_sha256") not in (None, noise.digest(loaded)):
+            raise StarflowError(f"{load_noise} is not the noise that {source} was made from")
+    ranks.agree_on_method(settings.get("method", "auto"), pipe)
+    ranks.agree_on_files(given)
+    ranks.agree({"prompt": prompt, "options": {**settings, "noise": None if loaded is None else noise.digest(loaded)}})
+    frames = pipe.stream(
+        prompt,
+        seed=seed if loaded is not None else ranks.seed(seed),
+        **given,
+        **settings,
+        noise=loaded,
+        live=stream,
+        frames_at_once=1 if stream else 16,
+        verify=bool(verify),
+        progress=None,
+    )
+    if not ranks.first:
+        for _ in frames:
+            pass
+        return
+    if save_noise is not None:
+        noise.save_noise(frames.noise(), save_noise)
+    how = frames.metadata if metadata else None
+    with VideoWriter(output, frames.fps, crf=crf, metadata=how, live=stream) as writer:
+        if extend is not None and keep_source:
+            for frame in _source_frames(extend, frames):
+                writer.add(frame)
+        for frame in tqdm(frames, total=frames.frames, desc="frames", unit="frame", disable=None):
+            writer.add(frame)
+    origin = f"noise from {load_noise}" if frames.seed is None else f"seed {frames.seed}"
+    width, height = frames.size
+    click.echo(f"{output}: {prompt!r}, {writer.frames} frames of {width}x{height} at {frames.fps} a second, {origin}")
+    if verify:
+        click.echo(f"{prompt!r}: {frames.stats.certificate}")
+    if verbose:
+        click.echo(str(frames.stats))
+
+
+def _source_frames(path: Path, frames: VideoStream) -> Iterator[Image.Image]:
+    from mlx_starflow.media.videos import read_video
+
+    return read_video(path, fps=frames.fps, size=frames.size)
+
+
+def _read_recipe(source: Path, given: dict[str, Path], load_noise: Path | None) -> dict[str, Any]:
+    from mlx_starflow.media import images as media
+
+    recipe = media.read_metadata(source)
+    if "frames" not in recipe.get("settings", {}):
+        raise StarflowError(f"{source} is no video of this program: mlx-starflow generate --from {source}")
+    if missing := [key for key in ("model", "prompts", "seeds") if key not in recipe]:
+        raise StarflowError(f"{source}: its description lacks {', '.join(missing)}")
+    for kind, name in recipe.get("source", {}).items():
+        if kind not in given:
+            raise StarflowError(f"{source} was made from another file: give it with --{kind} {name or 'FILE'}")
+    if recipe.get("noise_sha256") and load_noise is None:
+        raise StarflowError(f"{source} was made from a noise file: give it with --load-noise")
+    return recipe

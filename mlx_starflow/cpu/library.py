@@ -1,0 +1,82 @@
+"""network.cpp as a library: compiled once for each kind of processor, and loaded."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+from mlx_starflow.cpu import blas
+from mlx_starflow.errors import StarflowError
+from mlx_starflow.kernels import on_cpu, switched_off
+from mlx_starflow.media.files import replacing
+
+SOURCES = tuple(
+    Path(__file__).with_name(name) for name in ("network.cpp", "products.h", "team.h", "vectors.h", "weights.h")
+)
+COMPILE = ("g++", "-std=c++20", "-O3", "-march=native", "-Wno-psabi", "-fPIC", "-shared", "-pthread")
+
+MOST_THREADS = 8
+"""More do not read memory faster."""
+
+
+def available() -> bool:
+    """Whether MLX computes on a Linux CPU, and network.cpp could be compiled there."""
+    return sys.platform == "linux" and on_cpu() and not switched_off() and load() is not None
+
+
+@cache
+def load() -> ctypes.CDLL | None:
+    """The library; None where there is no compiler, one that is too old, or no place for what it makes."""
+    try:
+        library = ctypes.CDLL(str(_built()))
+    except (OSError, StarflowError, subprocess.SubprocessError):
+        return None
+    for name in ("starflow_network", "starflow_products"):
+        function = getattr(library, name)
+        function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_void_p), None
+    library.starflow_threads(threads())
+    return library
+
+
+def threads() -> int:
+    """How many compute: all that there are, since MLX has nothing to do in the meantime."""
+    return min(blas.chosen_threads() or blas.cpus(), MOST_THREADS)
+
+
+def _built() -> Path:
+    """The compiled library, from the cache if it was made for such a processor before."""
+    parts = [*(source.read_bytes() for source in SOURCES), " ".join(COMPILE).encode(), _processor()]
+    made_of = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+    path = _cache() / f"network-{made_of}.so"
+    if not _whole(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            command = [*COMPILE, str(SOURCES[0]), "-o", str(temporary)]
+            subprocess.run(command, check=True, capture_output=True, stdin=subprocess.DEVNULL, timeout=120)
+            library = temporary.read_bytes()
+            temporary.write_bytes(library + hashlib.sha256(library).digest())  # a loader does not read beyond its end
+    return path
+
+
+def _whole(path: Path) -> bool:
+    """Whether a library is there with its checksum behind it: loading a damaged one would end the program."""
+    library = path.read_bytes() if path.exists() else b""
+    size = hashlib.sha256().digest_size
+    return hashlib.sha256(library[:-size]).digest() == library[-size:]
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx-starflow"
+
+
+def _processor() -> bytes:
+    """What machine code may take for granted: a home directory may be shared by machines that differ in it."""
+    lines = Path("/proc/cpuinfo").read_bytes().splitlines()
+    flags = next((line for line in lines if line.startswith((b"flags", b"Features"))), b"")
+    return platform.machine().encode() + flags

@@ -1,0 +1,237 @@
+"""network.cpp seen from Python: the structures that both share, and what fills them."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_starflow.cpu import library
+from mlx_starflow.model_dir.adapters import AdaptedLinear
+from mlx_starflow.models.flow import Condition
+from mlx_starflow.models.transformer import RMSNorm, TransformerLayer
+
+LANES = 16
+"""Numbers that C++ computes with at once: heads must be a multiple of this wide."""
+
+MOST_ROWS = 128
+"""So many positions of all sequences go through the layers together; more gain nothing, and take more memory."""
+
+
+class _Norm(Structure):
+    _fields_ = (("kind", c_int32), ("epsilon", c_float), ("weight", c_void_p), ("bias", c_void_p))
+
+
+class _Linear(Structure):
+    _fields_ = (
+        *((name, c_int32) for name in ("inputs", "outputs", "bits", "group")),
+        *((name, c_void_p) for name in ("weight", "scales", "zeros", "bias")),
+    )
+
+
+_NORMS = ("attention_norm", "query_norm", "key_norm", "attention_post", "mlp_norm", "mlp_post")
+_LINEARS = ("qkv", "proj", "gate", "up", "down")
+_SIZES = ("count", "channels", "heads", "groups", "head_dim", "half_split", "batch", "capacity")
+
+
+class _Layer(Structure):
+    _fields_ = (
+        *((name, _Norm) for name in _NORMS),
+        *((name, _Linear) for name in _LINEARS),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+    )
+
+
+class _Block(Structure):
+    _fields_ = (
+        *((name, c_int32) for name in _SIZES),
+        ("layers", POINTER(_Layer)),
+        ("input", _Linear),
+        ("norm", _Norm),
+        ("output", _Linear),
+    )
+
+
+class _Tokens(Structure):
+    _fields_ = (
+        ("length", c_int32),
+        ("offset", c_int32),
+        ("angles", c_void_p),
+        ("scales", c_void_p),
+        ("inputs", c_void_p),
+        ("added", c_void_p),
+        ("added_step", c_int64),
+        ("hidden", c_void_p),
+        ("outputs", c_void_p),
+    )
+
+
+class Unsuitable(Exception):
+    """network.cpp does not know such a block."""
+
+
+class NativeNetwork:
+    """See `sampling.network.CachedNetwork`: this one takes NumPy arrays, and gives them."""
+
+    arrays = np
+
+    def __init__(
+        self,
+        block: Any,
+        batch: int,
+        length: int,
+        table: mx.array | None,
+        condition: Condition,
+        temperature: float | mx.array,
+    ):
+        """Arguments as for `sampling.network.CompiledNetwork`.
+
+        Raises Unsuitable for a block with sharded weights, or others than float32 and MLX's affine quantization of it.
+        """
+        config, prefix = block.config, condition.prefix
+        if config.head_dim % LANES:
+            raise Unsuitable
+        self.batch, self.prefix_length, self.position = batch, 0 if prefix is None else prefix.shape[1], 0
+        self.capacity = self.prefix_length + length
+        mx.eval(block.parameters())
+        self._held: list[Any] = []  # what C++ has addresses of
+        self._layers = (_Layer * config.num_layers)(*(self._layer(layer) for layer in block.attn_blocks))
+        shape = (batch, config.num_kv_heads, self.capacity, config.head_dim)
+        for layer in self._layers:
+            layer.keys, layer.values = self._hold(mx.zeros(shape)), self._hold(mx.zeros(shape))
+        self.cache_bytes = 8 * len(self._layers) * math.prod(shape)
+        self._block = _Block(
+            count=config.num_layers,
+            channels=config.channels,
+            heads=config.num_heads,
+            groups=config.num_kv_heads,
+            head_dim=config.head_dim,
+            half_split=config.hf_style_rope,
+            batch=batch,
+            capacity=self.capacity,
+            layers=self._layers,
+            input=self._linear(block.proj_in, transposed=True),
+            norm=self._norm(block.get("final_norm")),
+            output=self._linear(block.proj_out),
+        )
+        self._angles = None if table is None else np.array(table, order="C")
+        self._scales = np.empty(batch, np.float32)
+        self._scales[:] = config.head_dim**-0.5 / np.array(temperature).reshape(-1)
+        self._added = block.added(0, length, condition.offset)
+        if self._added is not None:
+            self._added = np.array(mx.broadcast_to(self._added, (batch, length, config.channels)), order="C")
+        self._complete = block.complete
+        self._library = library.load()
+        if prefix is not None:
+            for start, stop in self._parts(self.prefix_length):
+                self._run(np.array(prefix[:, start:stop], order="C"))
+
+    @property
+    def known(self) -> int:
+        return self.position - self.prefix_length
+
+    def __call__(self, tokens: np.ndarray) -> np.ndarray:
+        raw = []
+        for start, stop in self._parts(tokens.shape[1]):
+            inputs = np.ascontiguousarray(tokens[:, start:stop])
+            hidden = np.empty((*inputs.shape[:2], self._block.channels), np.float32)
+            raw.append(np.empty((*inputs.shape[:2], self._block.output.outputs), np.float32))
+            self._run(hidden, inputs, raw[-1])
+        return self._complete(np.concatenate(raw, axis=1) if len(raw) > 1 else raw[0])
+
+    def remember(self, tokens: np.ndarray) -> None:
+        self(tokens)
+
+    def trim(self, n: int) -> None:
+        self.position -= n
+
+    def own(self, array: mx.array | np.ndarray) -> np.ndarray:
+        return array if isinstance(array, np.ndarray) else np.array(array, order="C")
+
+    def launch(self, *arrays: np.ndarray) -> None:
+        """NumPy has computed them."""
+
+    evaluate = launch
+
+    def multiply(self, length: int) -> None:
+        """Only multiply `length` positions with the weights, and remember nothing: for measurements."""
+        tokens = _Tokens(length=length)
+        self._library.starflow_products(ctypes.byref(self._block), ctypes.byref(tokens))
+
+    def _parts(self, length: int) -> list[tuple[int, int]]:
+        step = max(1, MOST_ROWS // self.batch)
+        return [(start, min(start + step, length)) for start in range(0, length, step)]
+
+    def _run(self, hidden: np.ndarray, inputs: np.ndarray | None = None, outputs: np.ndarray | None = None) -> None:
+        """Tokens `[B, n, C]` -> raw outputs; or embedded ones, `[B, n, channels]`, with no outputs."""
+        length = hidden.shape[1]
+        assert self.position + length <= self.capacity and hidden.dtype == np.float32
+        tokens = _Tokens(length=length, offset=self.position, scales=_address(self._scales), hidden=_address(hidden))
+        if self._angles is not None:
+            tokens.angles = _address(self._angles[self.position :])
+        if inputs is not None:
+            assert inputs.dtype == np.float32
+            tokens.inputs, tokens.outputs = _address(inputs), _address(outputs)
+            if self._added is not None:
+                tokens.added, tokens.added_step = _address(self._added[:, self.known :]), self._added[0].size
+        self._library.starflow_network(ctypes.byref(self._block), ctypes.byref(tokens))
+        self.position += length
+
+    def _layer(self, layer: TransformerLayer) -> _Layer:
+        if type(layer) is not TransformerLayer:
+            raise Unsuitable
+        attention, mlp = layer.attention, layer.mlp
+        norms = [attention.get(name) for name in ("norm", "query_norm", "key_norm", "post_norm")]
+        norms += [mlp.norm, mlp.get("post_norm")]
+        gated = "gate_proj" in mlp
+        rest = (mlp.gate_proj, mlp.up_proj, mlp.down_proj) if gated else (None, mlp.main[0], mlp.main[2])
+        return _Layer(*map(self._norm, norms), *map(self._linear, (attention.qkv, attention.proj, *rest)))
+
+    def _norm(self, norm: nn.Module | None) -> _Norm:
+        if norm is None:
+            return _Norm()
+        if type(norm) is RMSNorm:
+            return _Norm(kind=2, epsilon=norm.eps, weight=self._hold(norm.weight))
+        if type(norm) is nn.LayerNorm:
+            return _Norm(kind=1, epsilon=norm.eps, weight=self._hold(norm.weight), bias=self._hold(norm.bias))
+        raise Unsuitable
+
+    def _linear(self, linear: nn.Module | None, transposed: bool = False) -> _Linear:
+        if linear is None:
+            return _Linear()
+        if type(linear) is AdaptedLinear:
+            linear = linear.fuse(dequantize=True)
+        bias = self._hold(linear.bias) if "bias" in linear else None
+        if isinstance(linear, nn.QuantizedLinear) and not transposed:
+            return self._quantized(linear, bias)
+        if type(linear) is not nn.Linear:
+            raise Unsuitable
+        outputs, inputs = linear.weight.shape
+        weight = self._hold(mx.contiguous(linear.weight.T) if transposed else linear.weight)
+        return _Linear(inputs, outputs, weight=weight, bias=bias)
+
+    def _quantized(self, linear: nn.QuantizedLinear, bias: int | None) -> _Linear:
+        if linear.mode != "affine" or linear.bits not in (4, 6, 8) or linear.group_size % LANES:
+            raise Unsuitable
+        outputs, groups = linear.scales.shape
+        tensors = self._hold(linear.weight, mx.uint32), self._hold(linear.scales), self._hold(linear.biases)
+        return _Linear(groups * linear.group_size, outputs, linear.bits, linear.group_size, *tensors, bias)
+
+    def _hold(self, array: mx.array, dtype: mx.Dtype = mx.float32) -> int:
+        """Where an array's numbers are, and stay while this lives."""
+        mx.eval(array)
+        view = np.asarray(array) if array.dtype == dtype else None
+        if view is None or not view.flags.c_contiguous:
+            raise Unsuitable
+        self._held.append(array)
+        return _address(view)
+
+
+def _address(array: np.ndarray) -> int:
+    return array.ctypes.data

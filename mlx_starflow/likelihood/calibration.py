@@ -1,0 +1,208 @@
+"""Typicality: how far a picture's likelihood is from what the model's training pictures have.
+
+The most likely point of a density in many dimensions is not a typical one: samples gather where likelihood times volume
+is large, and flat, simple pictures can be more likely than every training picture (arXiv 1810.09136). So what tells
+an anomaly is a likelihood that is unusual, be it low or high (arXiv 1906.02994).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_starflow.errors import StarflowError
+from mlx_starflow.likelihood.scores import Score, score_data
+from mlx_starflow.model_dir.weights import load_weights, one_line, read_json
+from mlx_starflow.pipelines.picture_flow import PictureFlow
+
+REFERENCE_FILE = "likelihood.json"
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Mean and variances of numbers of any shape over pictures and, within a picture, over draws of the noise."""
+
+    mean: np.ndarray
+    between: np.ndarray
+    within: np.ndarray
+
+    @classmethod
+    def of(cls, values: np.ndarray) -> Statistics:
+        """Of `[pictures, draws, ...]`, 2 or more of both."""
+        within = values.var(axis=1, ddof=1).mean(axis=0)
+        means = values.mean(axis=1)
+        between = np.maximum(means.var(axis=0, ddof=1) - within / values.shape[1], 0)
+        return cls(means.mean(axis=0), between, within)
+
+    def std(self, draws: int) -> np.ndarray:
+        """Standard deviation of a picture's mean over so many draws."""
+        return np.sqrt(self.between + self.within / draws)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {key: getattr(self, key).tolist() for key in ("mean", "between", "within")}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Statistics:
+        parts = [np.asarray(values[key], np.float64) for key in ("mean", "between", "within")]
+        if not all(np.isfinite(part).all() and part.shape == parts[0].shape for part in parts):
+            raise ValueError("not finite")
+        return cls(*parts)
+
+
+@dataclass(frozen=True)
+class Typicality:
+    """How unusual a picture's likelihood is.
+
+    Attributes:
+        deviation: (NLL - mean) / std, in standard deviations of the reference pictures: positive is less likely than
+            usual, negative more.
+        map: the same of each token's nats, `[*grid]`; None for a picture of another size than the reference's.
+    """
+
+    deviation: float
+    map: np.ndarray | None
+
+    @property
+    def distance(self) -> float:
+        """|NLL - mean| / std: the larger, the less typical."""
+        return abs(self.deviation)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the likelihood of a model's own pictures is: statistics of NLL (nats per dimension) and of tokens' nats.
+
+    Attributes:
+        fingerprint: of the weights that it belongs to.
+        pictures: how many there were.
+        nll: "unprompted", and "prompted" if the pictures had captions: statistics of the NLL, scalars.
+        tokens: the same of each token's nats, `[*grid]`.
+    """
+
+    fingerprint: str
+    pictures: int
+    nll: Mapping[str, Statistics]
+    tokens: Mapping[str, Statistics]
+
+    def typicality(self, score: Score, prompted: bool = False) -> Typicality:
+        """Of a picture that was scored with a prompt or without.
+
+        Raises:
+            StarflowError: it was scored with a prompt, and the reference's pictures had none; or it is a video.
+        """
+        kind = "prompted" if prompted else "unprompted"
+        if score.frames:
+            raise StarflowError("the model's reference are pictures: a video cannot be compared with them")
+        if kind not in self.nll:
+            raise StarflowError(
+                "the model's reference pictures had no captions: score without a prompt, or run `mlx-starflow "
+                "calibrate` on a folder of pictures with a metadata.jsonl"
+            )
+        draws = len(score.nats)
+        deviation = _deviation(np.asarray(score.nll), self.nll[kind], draws)
+        tokens = self.tokens[kind]
+        same = score.surprise.shape == tokens.mean.shape
+        return Typicality(float(deviation), _deviation(score.surprise, tokens, draws) if same else None)
+
+    # ---- files
+
+    def save(self, directory: Path) -> Path:
+        """Write into a model directory. Raises StarflowError."""
+        path = directory / REFERENCE_FILE
+        values = {"version": 1, "fingerprint": self.fingerprint, "pictures": self.pictures}
+        for name in ("nll", "tokens"):
+            values[name] = {kind: each.to_dict() for kind, each in getattr(self, name).items()}
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            temporary.write_text(json.dumps(values, indent=1) + "\n")
+            os.replace(temporary, path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise StarflowError(f"{path} cannot be written: {one_line(error)}") from None
+        return path
+
+    @classmethod
+    def find(cls, directory: Path) -> Reference | None:
+        """The reference in a model directory; None if there is none, or if the weights are others now.
+
+        Raises:
+            StarflowError: the file is damaged.
+        """
+        path = directory / REFERENCE_FILE
+        if not path.is_file():
+            return None
+        values = read_json(path)
+        try:
+            if values["version"] != 1:
+                raise ValueError("another version")
+            statistics = [
+                {kind: Statistics.from_dict(each) for kind, each in values[name].items()} for name in ("nll", "tokens")
+            ]
+            reference = cls(str(values["fingerprint"]), int(values["pictures"]), *statistics)
+            if "unprompted" not in reference.nll or reference.nll.keys() != reference.tokens.keys():
+                raise ValueError("incomplete")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise StarflowError(f"{path} is damaged ({error}); run `mlx-starflow calibrate` again") from None
+        return reference if reference.fingerprint == fingerprint(directory) else None
+
+
+def _deviation(values: np.ndarray, statistics: Statistics, draws: int) -> np.ndarray:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.nan_to_num((values - statistics.mean) / statistics.std(draws), nan=0.0)
+
+
+def fingerprint(directory: Path) -> str:
+    """Tells a model's weights from others by the layers that every training changes and no quantization touches."""
+    digest = hashlib.sha256()
+    for name, array in sorted(load_weights(directory).items()):
+        if ".proj_out." in name:
+            digest.update(name.encode())
+            digest.update(np.array(array.astype(mx.float32)).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def calibrate(
+    model: PictureFlow,
+    data: np.ndarray,
+    captions: Sequence[str] | None = None,
+    *,
+    draws: int = 4,
+    seed: int = 0,
+    batch_size: int = 16,
+    progress: bool | None = False,
+) -> Reference:
+    """Reference statistics from pictures that the model should take to be usual.
+
+    Args:
+        model: what `open_picture_flow` gives.
+        data: the pictures as `PictureFlow.data` gives them, `[B, ...]`, 2 or more.
+        captions: of each picture, if they have any: then there are also statistics for pictures with their prompt.
+        draws: of the training noise, 2 or more.
+
+    Raises:
+        StarflowError: there are too few pictures or draws, or the likelihood is not finite.
+    """
+    if len(data) < 2 or draws < 2:
+        raise StarflowError(f"statistics need 2 pictures and 2 draws or more, not {len(data)} and {draws}")
+    nll, tokens = {}, {}
+    for kind, prompts in {"unprompted": "", "prompted": captions}.items():
+        if prompts is None:
+            continue
+        scores = score_data(model, data, prompts, draws=draws, seed=seed, batch_size=batch_size, progress=progress)
+        nll[kind] = Statistics.of(np.stack([each.draws for each in scores]))
+        tokens[kind] = Statistics.of(np.stack([each.nats.sum(axis=1) for each in scores]))
+    return Reference(fingerprint(model.directory), len(data), nll, tokens)
+
+
+def describe(statistics: Statistics) -> str:
+    """Mean and standard deviation between pictures, as text."""
+    return f"{float(statistics.mean):.4f} +- {math.sqrt(float(statistics.between)):.4f}"

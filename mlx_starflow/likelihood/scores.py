@@ -1,0 +1,183 @@
+"""Scores of pictures and videos: exact NLL with its error, and where in the picture, or when, it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from mlx_starflow.errors import StarflowError
+from mlx_starflow.likelihood.nll import (
+    at_once,
+    bits_per_dimension,
+    drawn_nats,
+    is_dequantized,
+    standard_error,
+    unit_of,
+)
+from mlx_starflow.pipelines.picture_flow import PictureFlow, picture_flow
+from mlx_starflow.pipelines.pipeline import Pipeline
+from mlx_starflow.pipelines.video_requests import VideoModel
+from mlx_starflow.sampling.sampler import progress_off
+
+
+@dataclass(frozen=True)
+class Score:
+    """Exact likelihood of one picture, or video, with the noise that the flow was trained with.
+
+    Attributes:
+        nats: -log p in nats of each draw of the noise, part (the prior, then the flow's blocks) and token, tokens in
+            the picture's order: `[draws, 1 + blocks, *grid]`, with the grid (rows, columns) or, of a video, (latent
+            frames, rows, columns).
+        dimensions: of the data.
+        dequantized: the flow models pixels made continuous, so that bits per dimension mean something.
+    """
+
+    nats: np.ndarray
+    dimensions: int
+    dequantized: bool = False
+
+    @property
+    def draws(self) -> np.ndarray:
+        """NLL of each draw of the noise, `[draws]`, in nats per dimension."""
+        return self.nats.reshape(len(self.nats), -1).sum(axis=1) / self.dimensions
+
+    @property
+    def nll(self) -> float:
+        """Nats per dimension, mean over draws."""
+        return float(self.draws.mean())
+
+    @property
+    def standard_error(self) -> float:
+        """Of `nll`, from the spread of the draws; NaN for a single one."""
+        return standard_error(self.draws)
+
+    @property
+    def surprise(self) -> np.ndarray:
+        """Nats of each token, `[*grid]`, mean over draws. They sum to `nll * dimensions`."""
+        return self.nats.mean(axis=0).sum(axis=0)
+
+    @property
+    def prior(self) -> float:
+        """The prior's part of `nll`."""
+        return float(self.nats[:, 0].mean(axis=0).sum() / self.dimensions)
+
+    @property
+    def frames(self) -> list[Score]:
+        """Of a video, -log p of each latent frame given those before it; none of a picture.
+
+        The parts of `nats` that a frame has are that exactly: z and the log-determinants of a frame depend on it and
+        the frames before it alone, since the shallow blocks read each frame by itself and the deep block is causal in
+        time. So the mean of the frames' `nll` is the video's.
+        """
+        if self.nats.ndim < 5:
+            return []
+        count = self.nats.shape[2]
+        return [Score(self.nats[:, :, frame], self.dimensions // count) for frame in range(count)]
+
+    @property
+    def bits(self) -> float | None:
+        """Bits per pixel and channel, of a dequantized pixel model; None for any other."""
+        return bits_per_dimension(self.nll) if self.dequantized else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers: nats per dimension, and the surprise map in nats per token."""
+        values = {
+            "nll": self.nll,
+            "standard_error": None if len(self.nats) < 2 else self.standard_error,
+            "draws": len(self.nats),
+            "dimensions": self.dimensions,
+            "prior": self.prior,
+            "surprise": self.surprise.tolist(),
+        }
+        if frames := self.frames:
+            own = ("nll", "standard_error", "prior")
+            values["frames"] = [{key: each[key] for key in own} for each in (frame.to_dict() for frame in frames)]
+        return values | ({"bits_per_pixel_dimension": self.bits} if self.dequantized else {})
+
+
+def score(
+    model: PictureFlow | Pipeline | VideoModel,
+    images: Iterable[Image.Image | Iterable[Image.Image]],
+    prompts: str | Sequence[str] = "",
+    *,
+    draws: int = 4,
+    seed: int = 0,
+    batch_size: int = 16,
+    size: tuple[int, int] | None = None,
+    progress: bool | None = False,
+) -> list[Score]:
+    """Score pictures: exact likelihood under the model, given a prompt or none.
+
+    Args:
+        model: a pipeline, or what `open_picture_flow` gives.
+        images: pictures; each is cut about its middle and resized to `size`. For a model of videos also videos, of any
+            lengths up to the model's: the frames of each.
+        prompts: one for all or one a picture; "" is no prompt. For a TarFlow: numbers of classes.
+        draws: of the training noise, which is added to the picture's latents; 1 or more.
+        seed: of the noise. A picture's noise follows from its number in `images`, the draw and the seed alone.
+        batch_size: pictures, or latent frames of videos, at once.
+        size: (width, height) in pixels; the model's own by default.
+        progress: show a progress bar; None shows it on a terminal only.
+
+    Raises:
+        StarflowError: there are no pictures, or not as many prompts, or the likelihood is not finite.
+    """
+    model = picture_flow(model)
+    data = model.each_data(tqdm(images, desc="reading", unit="picture", disable=progress_off(progress)), size)
+    model.release("vae")
+    return score_data(model, data, prompts, draws=draws, seed=seed, batch_size=batch_size, progress=progress)
+
+
+def score_data(
+    model: PictureFlow,
+    data: np.ndarray | Sequence[np.ndarray],
+    prompts: str | Sequence[str] = "",
+    *,
+    draws: int = 4,
+    seed: int = 0,
+    batch_size: int = 16,
+    progress: bool | None = False,
+) -> list[Score]:
+    """`score` of data `[B, ...]` without noise, such as `PictureFlow.data` gives or latents of a sample.
+
+    Also of a list of data `[...]` of different shapes.
+    """
+    prompts = [prompts] * len(data) if isinstance(prompts, str) else list(prompts)
+    if len(prompts) != len(data):
+        raise StarflowError(f"there are {len(prompts)} prompts for {len(data)} pictures; give one, or one a picture")
+    # Data of one shape are scored together.
+    shapes: dict[tuple[int, ...], list[int]] = {}
+    for number, each in enumerate(data):
+        shapes.setdefault(each.shape, []).append(number)
+    texts = [model.conditions([prompts[n] for n in own], (len(own), *shape)) for shape, own in shapes.items()]
+    model.release("text")
+    scores: dict[int, Score] = {}
+    unit = unit_of(data[0][None].shape)
+    with tqdm(total=len(data), desc="scoring", unit=unit, disable=progress_off(progress)) as bar:
+        for (shape, own), text in zip(shapes.items(), texts, strict=True):
+            grid, dimensions = model.grid(shape), int(np.prod(shape))
+            count = at_once(batch_size, (1, *shape))
+            for part in _parts(len(own), count):
+                nats = drawn_nats(
+                    model.flow,
+                    np.stack([data[number] for number in own[part]]),
+                    None if text is None else text[part],
+                    draws=draws,
+                    seed=seed,
+                    batch_size=count,
+                    numbers=own[part],
+                )
+                for number, each in zip(own[part], nats.swapaxes(0, 1), strict=True):
+                    each = each.reshape(*each.shape[:2], *grid)
+                    scores[number] = Score(each, dimensions, is_dequantized(model.flow))
+                bar.update(part.stop - part.start)
+    return [scores[number] for number in range(len(data))]
+
+
+def _parts(count: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))

@@ -1,0 +1,104 @@
+"""Pictures on disk: grids, PNG files that say how they were made, and writing that never leaves half a file."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, PngImagePlugin
+
+from mlx_starflow.errors import StarflowError
+from mlx_starflow.media.files import replacing
+
+METADATA_KEY = "mlx-starflow"
+FORMATS = (".png", ".jpg", ".jpeg", ".webp")
+ANIMATIONS = (".gif", ".webp")
+MOVIES = (".mp4", ".mov", ".m4v")
+UNDESCRIBED = "{} does not say how it was made: it was not written by mlx-starflow with --metadata"
+
+
+def to_images(pictures: np.ndarray) -> list[Image.Image]:
+    """`[B, H, W, 3]` in -1..1 -> PIL pictures; values outside are clipped."""
+    return [Image.fromarray(picture) for picture in np.round((np.clip(pictures, -1, 1) + 1) * 127.5).astype(np.uint8)]
+
+
+def grid(images: Sequence[Image.Image], columns: int | None = None, gap: int = 2) -> Image.Image:
+    """Pictures side by side, left to right and top to bottom, on white; nearly square unless `columns` is given."""
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
+    width, height = (max(image.size[axis] for image in images) + gap for axis in (0, 1))
+    sheet = Image.new("RGB", (columns * width - gap, rows * height - gap), "white")
+    for index, image in enumerate(images):
+        sheet.paste(image, (index % columns * width, index // columns * height))
+    return sheet
+
+
+def numbered(path: Path, count: int) -> list[Path]:
+    """Files for so many pictures: out-1.png, out-2.png and so on; `path` itself for a single one."""
+    if count == 1:
+        return [path]
+    return [path.with_name(f"{path.stem}-{number}{path.suffix}") for number in range(1, count + 1)]
+
+
+def check_output(path: Path, formats: Sequence[str] = FORMATS) -> None:
+    """Raise StarflowError if a picture could not be written to `path`: better before the work than after it."""
+    if path.suffix.lower() not in formats:
+        raise StarflowError(f"{path}: pictures are written as {', '.join(formats)}; name the file for instance out.png")
+    folder = path.parent
+    if not folder.is_dir():
+        raise StarflowError(f"{path} cannot be written: the folder {folder} does not exist")
+    if path.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
+        raise StarflowError(f"{path} cannot be written: no permission, or it is a folder")
+
+
+def save_image(image: Image.Image, path: Path, metadata: dict[str, Any] | None = None) -> None:
+    """Write a picture; `metadata` goes into a PNG's text (other formats carry none). Raises StarflowError."""
+    check_output(path)
+    options: dict[str, Any] = {}
+    if metadata is not None and path.suffix.lower() == ".png":
+        info = PngImagePlugin.PngInfo()
+        info.add_text(METADATA_KEY, json.dumps(metadata))
+        options["pnginfo"] = info
+    with replacing(path) as temporary:
+        image.save(temporary, **options)
+
+
+def save_animation(images: Sequence[Image.Image], path: Path, seconds: float = 0.1) -> None:
+    """Write pictures of one size as an endless animation, `.gif` or `.webp`, each shown for so many seconds.
+
+    The first and the last one are shown longer. Raises StarflowError.
+    """
+    check_output(path, ANIMATIONS)
+    durations = [round(1000 * seconds)] * len(images)
+    durations[0] = durations[-1] = round(6000 * seconds)
+    options = {"lossless": True} if path.suffix.lower() == ".webp" else {"disposal": 2}
+    with replacing(path) as temporary:
+        images[0].save(temporary, save_all=True, append_images=list(images[1:]), duration=durations, loop=0, **options)
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """How a PNG that `save_image` wrote, or a video, was made. Raises StarflowError if it does not say."""
+    path = Path(path)
+    if path.is_dir() or path.suffix.lower() in (*ANIMATIONS, *MOVIES):
+        from mlx_starflow.media.videos import read_video_metadata
+
+        return read_video_metadata(path)
+    try:
+        with Image.open(path) as image:
+            text = getattr(image, "text", {}).get(METADATA_KEY)
+    except OSError as error:
+        raise StarflowError(f"{path} cannot be read as a picture: {error.strerror or error}") from None
+    if text is None:
+        raise StarflowError(UNDESCRIBED.format(path))
+    try:
+        metadata = json.loads(text)
+        if not isinstance(metadata, dict):
+            raise ValueError
+    except ValueError:
+        raise StarflowError(f"{path}: its description is damaged") from None
+    return metadata

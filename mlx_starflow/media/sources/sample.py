@@ -1,0 +1,119 @@
+"""What every source of training data gives: samples, and notes on what it had to leave out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from mlx_starflow.media.files import replacing
+
+CAPTION_FIELDS = ("text", "caption", "prompt")
+"""Fields that hold a sample's caption, the first of them that is there; `captions` holds a list of further ones."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A picture that has not been read yet, and what is known about it.
+
+    Attributes:
+        key: what the picture is called in its source, such as its path; the same in every pass.
+        captions: its usual caption first, none of them empty; there may be none.
+        read: gives the bytes of the picture's file; raises OSError or `UnreadablePicture`.
+        row: the line of metadata it came with.
+    """
+
+    key: str
+    captions: tuple[str, ...]
+    read: Callable[[], bytes]
+    row: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def split(self) -> str:
+        """`split` of the metadata, "train" if it has none."""
+        return split_of(self.row)
+
+    def problem(self) -> str | None:
+        """Why its captions are no use, if so."""
+        if not self.captions:
+            return "no caption"
+        try:
+            "".join(self.captions).encode()
+        except UnicodeEncodeError:
+            return "its caption is not valid Unicode"
+        return None
+
+
+@dataclass(frozen=True)
+class Skip:
+    """Something that cannot be used: what it is called, and in a few words why."""
+
+    key: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{_printable(self.key)} ({_printable(self.reason)})"
+
+
+class Source(Protocol):
+    """Where samples come from. Each pass over it gives the same in the same order; pictures can be read at any time.
+
+    Attributes:
+        total: how many samples and skips a pass gives, if that is known beforehand.
+    """
+
+    total: int | None
+
+    def __iter__(self) -> Iterator[Sample | Skip]: ...
+
+
+def clean(text: str) -> str:
+    """A caption on one line, without spaces around it: what the tokenizer makes of it anyway."""
+    return " ".join(text.split())
+
+
+def captions_of(row: Mapping[str, Any], column: str | None = None) -> tuple[str, ...]:
+    """The captions in a line of metadata, from the field `column` or else `CAPTION_FIELDS`, and from `captions`.
+
+    Fields may hold a text, a list of texts or nothing. Raises TypeError if they hold anything else.
+    """
+    name = column or next((name for name in CAPTION_FIELDS if row.get(name) is not None), CAPTION_FIELDS[0])
+    texts: list[Any] = []
+    for field_name in dict.fromkeys([name, "captions"]):
+        value = row.get(field_name)
+        texts += [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"{name} is not a text")
+    return tuple(dict.fromkeys(filter(None, map(clean, texts))))
+
+
+def split_of(row: Mapping[str, Any]) -> str:
+    """The split that a line of metadata says its picture belongs to."""
+    return str(row.get("split") or "train")
+
+
+def skip_report(skips: Sequence[Skip], file: Path | None = None) -> str:
+    """One line: how many were skipped, the first of them, and the file that lists all."""
+    names = ", ".join(map(str, skips[:3])) + (", ..." if len(skips) > 3 else "")
+    return f"skipped {len(skips)}: {names}" + (f"; all of them are in {file}" if file else "")
+
+
+def skip_line(skip: Skip) -> str:
+    """A line of the file that lists what was skipped: key, tab, reason."""
+    return f"{_printable(skip.key)}\t{_printable(skip.reason)}\n"
+
+
+def write_skips(path: Path, skips: Sequence[Skip]) -> None:
+    """Write the list; none, no file. Raises StarflowError."""
+    if not skips:
+        path.unlink(missing_ok=True)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text("".join(map(skip_line, skips)), encoding="utf-8")
+
+
+def _printable(text: str) -> str:
+    """Names in archives may hold anything: what a terminal would obey or UTF-8 cannot write is spelled out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -1,0 +1,49 @@
+"""Tables of results as CSV and JSON."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlx_starflow.errors import StarflowError
+from mlx_starflow.media.files import replacing
+
+STDOUT = Path("-")
+
+
+def check_text_output(path: Path) -> None:
+    """Raise StarflowError if a text file could not be written to `path`: better before the work than after it."""
+    if path != STDOUT and (path.is_dir() or not path.parent.is_dir()):
+        raise StarflowError(f"{path} cannot be written: it is a folder, or the folder {path.parent} does not exist")
+
+
+def write_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Rows of the same plain values, with a line of names; "-" is standard output. Lists are left out.
+
+    Raises:
+        StarflowError: it cannot be written.
+    """
+    names = [name for name, value in rows[0].items() if not isinstance(value, list | dict)]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    _write(text.getvalue(), path)
+
+
+def write_json(content: Any, path: Path) -> None:
+    """Plain values, indented; "-" is standard output. Raises StarflowError if it cannot be written."""
+    _write(json.dumps(content, indent=1, allow_nan=False) + "\n", path)
+
+
+def _write(text: str, path: Path) -> None:
+    if path == STDOUT:
+        sys.stdout.write(text)
+        return
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

@@ -1,0 +1,181 @@
+"""One flow on several processes, each with a part of every large matrix (arXiv 1909.08053, section 3).
+
+A rank has some of the heads of each attention, their keys and values included, and some of the hidden numbers of each
+MLP. Its two parts of a layer's output are added up over all ranks: two messages of the size of `[B, N, channels]` a
+layer. Everything else, the small projections at a flow's ends included, every rank computes for itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.nn.layers.distributed import shard_linear
+from mlx.utils import tree_flatten
+
+from mlx_starflow.errors import StarflowError
+from mlx_starflow.model_dir.hub import find_model
+from mlx_starflow.model_dir.weights import (
+    cast_weights,
+    default_dtype,
+    load_weights,
+    new_flow,
+    one_line,
+    parse_dtype,
+    place_weights,
+    read_config,
+)
+from mlx_starflow.models.starflow import STARFlow
+from mlx_starflow.models.tarflow import TarFlow
+from mlx_starflow.models.transformer import MLP, Attention
+
+SAMPLES = 64
+"""Places in a file of weights that ranks compare."""
+SAMPLE_BYTES = 4096
+
+
+def load_part(
+    directory: Path, config: Mapping[str, Any], dtype: mx.Dtype, group: mx.distributed.Group
+) -> STARFlow | TarFlow:
+    """This rank's part of the flow of a model directory; of each tensor, only its part stays in memory.
+
+    Raises:
+        StarflowError: as `weights.load_flow`, or its layers cannot be split into so many parts.
+    """
+    flow = new_flow(directory, config)
+    weights = load_weights(directory)
+    place_weights(flow, weights, directory, quantization=config.get("quantization"))
+    weights.clear()  # a whole tensor that is still known here would stay in memory
+    cast_weights(flow, dtype)
+    shard(flow, group, directory)
+    try:
+        # One after another: MLX reads a tensor whole before it takes a part.
+        for _, weight in tree_flatten(flow.parameters()):
+            mx.eval(weight)
+            mx.clear_cache()
+    except RuntimeError as error:
+        raise StarflowError(f"cannot read {directory}: {one_line(error)}") from error
+    return flow
+
+
+def shard(module: nn.Module, group: mx.distributed.Group, what: str | Path) -> None:
+    """Let every attention and MLP of a module, dense or quantized, keep this rank's part. Reads nothing.
+
+    Raises:
+        StarflowError: `what` cannot be split so; the module is as it was then.
+    """
+    parts = [part for _, part in module.named_modules() if isinstance(part, Attention | MLP)]
+    for part in parts:
+        _check(part, group.size(), what)
+    for part in parts:
+        if isinstance(part, Attention):
+            dim = part.head_dim
+            segments = [part.heads * dim, (part.heads + part.groups) * dim]
+            part.qkv = shard_linear(part.qkv, "all-to-sharded", segments=segments, group=group)
+            part.proj = shard_linear(part.proj, "sharded-to-all", group=group)
+            part.heads, part.groups = part.heads // group.size(), part.groups // group.size()
+        elif "gate_proj" in part:
+            part.gate_proj = shard_linear(part.gate_proj, "all-to-sharded", group=group)
+            part.up_proj = shard_linear(part.up_proj, "all-to-sharded", group=group)
+            part.down_proj = shard_linear(part.down_proj, "sharded-to-all", group=group)
+        else:
+            first, activation, last = part.main
+            first = shard_linear(first, "all-to-sharded", group=group)
+            part.main = [first, activation, shard_linear(last, "sharded-to-all", group=group)]
+
+
+def _check(part: Attention | MLP, ranks: int, what: str | Path) -> None:
+    if isinstance(part, Attention):
+        for count, heads in ((part.heads, "attention heads"), (part.groups, "heads of keys and values")):
+            if count % ranks:
+                raise StarflowError(f"{what}: {count} {heads} cannot be split into {ranks} parts; start fewer ranks")
+        last = part.proj
+    else:
+        last = part.down_proj if "down_proj" in part else part.main[2]
+    columns = last.weight.shape[1]
+    if isinstance(last, nn.QuantizedLinear):
+        columns = columns * 32 // last.bits // last.group_size
+    if columns % ranks:
+        parts = "groups of quantized weights" if isinstance(last, nn.QuantizedLinear) else "hidden numbers of an MLP"
+        raise StarflowError(f"{what}: {columns} {parts} cannot be split into {ranks} parts; start fewer ranks")
+
+
+# ---- what all ranks must have in common
+
+
+def agree(group: mx.distributed.Group, facts: Mapping[str, object] | StarflowError) -> None:
+    """Raise StarflowError on every rank unless all of them name the same facts.
+
+    Args:
+        facts: values by what they are called; all ranks must give the same names. Or the mistake that kept this rank
+            from finding out, which is raised again here, while the others say which rank made it.
+    """
+    names = [] if isinstance(facts, StarflowError) else sorted(facts)
+    digests = [sha256(repr(facts[name]).encode()).digest() for name in names]
+    failed = isinstance(facts, StarflowError)
+    said = np.array([[failed]], np.int32)
+    bad = np.flatnonzero(np.array(mx.distributed.all_gather(mx.array(said), group=group)))
+    if isinstance(facts, StarflowError):
+        raise facts
+    if len(bad):
+        raise StarflowError(f"rank {bad[0]} of this run ends with a mistake of its own, which it names")
+    if not names:
+        return
+    mine = np.frombuffer(b"".join(digests), np.uint8).astype(np.int32)[None]
+    all_of_them = np.array(mx.distributed.all_gather(mx.array(mine), group=group))
+    different = (all_of_them != all_of_them[:1]).reshape(len(all_of_them), len(names), -1).any(axis=(0, 2))
+    for name, differs in zip(names, different, strict=True):
+        if differs:
+            raise StarflowError(f"the ranks of this run do not have the same {name}; make it the same on every machine")
+
+
+@contextmanager
+def together(group: mx.distributed.Group | None) -> Iterator[None]:
+    """A StarflowError in this block on one rank ends all of them; all ranks must enter it."""
+    mistake: StarflowError | None = None
+    try:
+        yield
+    except StarflowError as error:
+        mistake = error
+    if group is not None:
+        agree(group, mistake or {})
+    elif mistake is not None:
+        raise mistake
+
+
+def check_same(name: str | Path, dtype: str | mx.Dtype | None, group: mx.distributed.Group) -> None:
+    """Raise StarflowError on every rank unless all of them can read the same model at the same precision."""
+    facts: dict[str, object] = {}
+    with together(group):
+        directory = find_model(name)
+        read_config(directory)
+        facts = {
+            f"files of the model {name}": fingerprint(directory),
+            "precision (--dtype)": str(parse_dtype(dtype) or default_dtype()),
+            "version of MLX": mx.__version__,
+        }
+    agree(group, facts)
+
+
+def fingerprint(directory: Path) -> str:
+    """What tells one model directory from another: its files' names and sizes, and samples of what is in them."""
+    digest = sha256()
+    for path in sorted(directory.rglob("*")):
+        if not path.is_file() or path.suffix not in (".json", ".safetensors", ".model"):
+            continue
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(directory).as_posix()}\0{size}\0".encode())
+        try:
+            with open(path, "rb") as file:
+                for place in sorted({int(at) for at in np.linspace(0, max(size - SAMPLE_BYTES, 0), SAMPLES)}):
+                    file.seek(place)
+                    digest.update(file.read(SAMPLE_BYTES))
+        except OSError as error:
+            raise StarflowError(f"cannot read {path}: {one_line(error)}") from error
+    return digest.hexdigest()

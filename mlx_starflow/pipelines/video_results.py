@@ -1,0 +1,134 @@
+"""Records of making videos: how they are sampled, what they begin with, and what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from PIL import Image
+
+from mlx_starflow.errors import StarflowError
+from mlx_starflow.pipelines.results import GenerationSettings, GenerationStats
+
+
+@dataclass(frozen=True)
+class VideoSettings(GenerationSettings):
+    """How videos are sampled; what is not said here is as for pictures.
+
+    Attributes:
+        size: (width, height) in pixels.
+        frames: of the video, 1 + a multiple of 4 (for the released autoencoder); 1 is a picture. Of a continuation
+            they are the new ones, a multiple of 4.
+        fps: frames a second; models that were trained on several rates are told.
+        context: latent frames of the past that a window of a long video, or a continuation, begins with; None: 16, as
+            in the release, and at most all but one of those that the model was trained on.
+    """
+
+    frames: int = 1
+    fps: int = 16
+    context: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.frames < 1:
+            raise StarflowError(f"the number of frames must be 1 or more, not {self.frames}")
+        if self.fps < 1:
+            raise StarflowError(f"the frame rate must be 1 or more frames a second, not {self.fps}")
+        if self.context is not None and self.context < 1:
+            raise StarflowError(f"the context must be 1 or more latent frames, not {self.context}")
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a video begins with.
+
+    Attributes:
+        kind: "image", its first frame; "video", the video that it is made from; "extend", the one that it goes on from.
+        latents: normalized, without noise, `[1, P, h, w, C]`.
+        shown: whether they are part of the video that comes out.
+        past: latents that stand before the video, for the decoder, `[1, p, h, w, C]`.
+    """
+
+    kind: str
+    latents: mx.array
+    shown: bool
+    past: mx.array | None = None
+
+    @property
+    def prefix(self) -> str:
+        """What stands before the prompt; the words are the release's."""
+        return {"video": "(v2v) ", "extend": "(extend) "}.get(self.kind, "")
+
+
+class VideoStream(Iterator[Image.Image]):
+    """The frames of one video, each as soon as it is finished.
+
+    Attributes:
+        prompt, seed, settings: what it is made of; no seed where the noise was given.
+        frames: how many will come.
+        fps, size: frames a second, and (width, height).
+        metadata: all that is needed to make it again, for `video.media.VideoWriter`.
+        stats: what the frames so far have cost.
+    """
+
+    def __init__(
+        self,
+        prompt: str,
+        seed: int | None,
+        settings: VideoSettings,
+        metadata: dict[str, Any],
+        stats: GenerationStats,
+        noise: Callable[[], np.ndarray],
+        images: Iterator[Image.Image],
+    ):
+        self.prompt, self.seed, self.settings, self.metadata, self.stats = prompt, seed, settings, metadata, stats
+        self._noise, self._images = noise, images
+
+    @property
+    def frames(self) -> int:
+        return self.settings.frames
+
+    @property
+    def fps(self) -> int:
+        return self.settings.fps
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.settings.size
+
+    def __next__(self) -> Image.Image:
+        return next(self._images)
+
+    def noise(self) -> np.ndarray:
+        """What the video comes from, before the temperature, `[1, t, h, w, C]`: for `noise.save_noise`."""
+        return self._noise()
+
+    def close(self) -> None:
+        """Make no more frames."""
+        self._images.close()
+
+
+@dataclass
+class VideoResult:
+    """Videos, prompt by prompt and seed by seed, and all there is to know about them.
+
+    Attributes:
+        videos: the frames of each.
+        latents: what was decoded, `[B, t, h, w, C]`, or of pictures `[B, h, w, C]`.
+        noise: what the videos came from, before the temperature; the same shape.
+        prompts: prompt of each video.
+        seeds: seed of each video; None where the noise was given.
+        metadata: of each video, for `video.media.VideoWriter`.
+    """
+
+    videos: list[list[Image.Image]]
+    latents: mx.array
+    noise: np.ndarray
+    prompts: list[str]
+    seeds: list[int | None]
+    metadata: list[dict[str, Any]]
+    settings: VideoSettings
+    stats: GenerationStats

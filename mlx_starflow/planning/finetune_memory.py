@@ -1,0 +1,212 @@
+"""How much memory training a flow takes, computed from its config before anything is loaded, and what that allows.
+
+Every term counts bytes of arrays that exist at once. The constants were fitted to what MLX's CPU backend holds in small
+runs; a test keeps the sum within 25% of measured peaks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlx_starflow.model_dir.quantization import quantized_layers
+from mlx_starflow.models.starflow import FlowConfig
+from mlx_starflow.models.tarflow import TarFlowConfig
+from mlx_starflow.planning.memory import usable
+from mlx_starflow.training.finetuning.adapters import adapter_layers
+
+MACS = (16, 32, 64)
+"""Memory, in GiB, of the Macs that a plan names."""
+
+BATCH_SIZES = (16, 8, 4, 2, 1)
+ENOUGH = 8
+"""Samples a step that a smaller base is better than fewer of."""
+
+PRECISIONS = (None, "8", "mixed")
+"""Of a frozen base, the best first: as it is stored, and as `quantize_module` takes it."""
+
+RANKS = (16, 8, 4)
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What one step takes, in bytes.
+
+    Attributes:
+        weights: of the flow, and of the frozen copy of it that anchoring a full fine-tuning needs.
+        gradients, optimizer: of what is trained; the latter is AdamW's two moments, or what another optimizer keeps,
+            and the averaged weights.
+        activations: what a step computes and keeps for the gradient, and what else it holds for a while.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def peak(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+    def __str__(self) -> str:
+        parts = ("weights", "gradients", "optimizer", "activations", "peak")
+        return "\n".join(f"{part:<12}{getattr(self, part) / 2**20:12,.1f} MiB" for part in parts)
+
+
+def training_plan(
+    flow: nn.Module,
+    batch_size: int,
+    *,
+    tokens: int | None = None,
+    copy: bool = False,
+    checkpoint: bool = True,
+    average: bool = True,
+    moments: int = 2,
+    half: bool = False,
+) -> TrainingPlan:
+    """Memory of training steps of `batch_size` samples.
+
+    Args:
+        flow: with adapters or without, frozen as it will be trained; its numbers are not computed.
+        batch_size: samples at once, those of the anchor among them.
+        tokens: of a sample; None: as the flow was trained.
+        copy: a frozen copy of the flow is held besides.
+        checkpoint: layers are computed again for the gradient.
+        average: the moving average of what is trained is held.
+        moments: numbers that the optimizer keeps of each weight.
+        half: networks compute in half precision, with trained weights in float32.
+    """
+    config: FlowConfig | TarFlowConfig = flow.config
+    stored = sum(array.nbytes for _, array in tree_flatten(flow.parameters()))
+    trained = sum(array.nbytes for _, array in tree_flatten(flow.trainable_parameters()))
+    tokens = tokens or (config.img_size // config.patch_size) ** 2
+    adapted = adapter_layers(flow).values()
+    dense = sum(math.prod(layer.lora_a.shape[:1] + layer.lora_b.shape[1:]) for layer in adapted if "m" in layer)
+    # Quantized layers are unpacked for each product, and DoRA computes whole weights.
+    unpacked = [layer.weight.size * 32 // layer.bits for layer in quantized_layers(flow).values()]
+    # In half precision, sums and softmax are float32 still.
+    item = 3 if half else (min(array.itemsize for array in _floating(flow)) + 4) / 2
+    work = item * batch_size * _activations(config, tokens, checkpoint)
+    work += item * (8.5 * max(unpacked, default=0) + 0.9 * dense)
+    return TrainingPlan(
+        weights=stored * (2 if copy else 1) + (trained // 2 if half else 0),
+        gradients=trained,
+        optimizer=(moments + average) * trained,
+        # The optimizer's new numbers come when activations have gone.
+        activations=int(max(work - trained, 0.8 * (moments + average) * trained)),
+    )
+
+
+def _floating(flow: nn.Module) -> list[mx.array]:
+    arrays = [array for _, array in tree_flatten(flow.parameters())]
+    return [array for array in arrays if mx.issubdtype(array.dtype, mx.floating)]
+
+
+def _activations(config: FlowConfig | TarFlowConfig, tokens: int, checkpoint: bool) -> float:
+    """How many numbers a sample takes.
+
+    With layers computed again, what each layer reads; and in one layer, forwards and backwards, 40 times that, 4 hidden
+    layers of the MLP and 4 x heads x positions^2 (attention's weights are not fused under a gradient). Else for each
+    layer 15 times what it reads, 3.5 hidden layers and 1.5 x heads x positions^2.
+    """
+    kept = work = 0.0
+    latents = isinstance(config, FlowConfig)
+    for block in config.blocks if latents else map(config.block, range(config.blocks)):
+        if not block.num_layers:
+            continue
+        positions = tokens + (config.txt_size if latents and block.txt_dim else 0)
+        reads, hidden = positions * block.channels, positions * block.channels * block.expansion
+        logits = block.num_heads * positions**2
+        if checkpoint:
+            kept += block.num_layers * reads
+            work = max(work, 40 * reads + 4 * hidden + 4 * logits)
+        else:
+            kept += block.num_layers * (15 * reads + 3.5 * hidden + 1.5 * logits)
+    return kept + work
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What fits into some memory.
+
+    Attributes:
+        batch_size: samples a step.
+        checkpoint: layers are computed again for the gradient.
+        quantization: of the frozen base, as `quantize_module` takes it; None: as it is stored.
+        rank: of the adapter.
+        plan: what a step takes.
+    """
+
+    batch_size: int
+    checkpoint: bool
+    quantization: str | None
+    rank: int
+    plan: TrainingPlan
+
+    def __str__(self) -> str:
+        base = f"base quantized to {self.quantization}, " if self.quantization else ""
+        rank = f"rank {self.rank}, " if self.rank else ""
+        layers = "layers computed twice" if self.checkpoint else "layers computed once"
+        return f"batch size {self.batch_size}, {base}{rank}{layers}, {self.plan.peak / 2**30:,.1f} GiB"
+
+
+class Planner:
+    """Finds settings that fit.
+
+    What is given up, in this order: layers that are computed once, samples down to `ENOUGH`, the base's precision, the
+    other samples, the adapter's rank.
+
+    Args:
+        make_flow: from the base's quantization and the adapter's rank, the flow as it will be trained; its numbers are
+            not computed.
+        precisions, ranks: to choose from, the best first.
+        batch_sizes: to choose from, the largest first.
+        checkpoint: None: whichever fits.
+        settings: `copy`, `average`, `moments` and `half` of `training_plan`.
+    """
+
+    def __init__(
+        self,
+        make_flow: Callable[[str | None, int], nn.Module],
+        *,
+        precisions: Sequence[str | None] = (None,),
+        ranks: Sequence[int] = (0,),
+        batch_sizes: Sequence[int] = BATCH_SIZES,
+        checkpoint: bool | None = None,
+        **settings: Any,
+    ):
+        self.flow = cache(make_flow)
+        self.precisions, self.ranks, self.batch_sizes = precisions, ranks, batch_sizes
+        self.checkpoints = (False, True) if checkpoint is None else (checkpoint,)
+        self.settings = settings
+
+    def choose(self, memory: float) -> Choice | None:
+        """What to do with `memory` bytes; None if nothing fits."""
+        most = self.batch_sizes[0]
+        many = [size for size in self.batch_sizes if size >= min(ENOUGH, most)]
+        few = [size for size in self.batch_sizes if size not in many]
+        best, least = self.ranks[0], self.precisions[-1]
+        tried = [(precision, best, size) for precision in self.precisions for size in many]
+        tried += [(least, best, size) for size in few]
+        tried += [(least, rank, size) for rank in self.ranks[1:] for size in self.batch_sizes[-1:]]
+        for precision, rank, size in tried:
+            for checkpoint in self.checkpoints:
+                plan = training_plan(self.flow(precision, rank), size, checkpoint=checkpoint, **self.settings)
+                if plan.peak <= memory:
+                    return Choice(size, checkpoint, precision, rank, plan)
+        return None
+
+    def macs(self) -> str:
+        """A line for each Mac in `MACS`: what is chosen there."""
+        lines = []
+        for gigabytes in MACS:
+            choice = self.choose(usable(gigabytes * 2**30))
+            lines.append(f"{gigabytes} GB Mac: {choice or 'does not fit'}")
+        return "\n".join(lines)

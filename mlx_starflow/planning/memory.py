@@ -1,0 +1,346 @@
+"""How much memory generating takes, computed from a model's configs, and what Metal is told about it.
+
+Weights are counted exactly; `footprint` has the formulas of the rest. Tests keep the predicted peaks within 15% of what
+MLX's CPU backend holds (it begins operations before those ahead of them have let go of their memory). On Metal, which
+needs no gathered copies for convolutions, the same formulas err on the side of more.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_starflow.errors import StarflowError
+from mlx_starflow.media.buckets import VIDEO_RATIO, bucket_size
+from mlx_starflow.model_dir.quantization import quantize_module
+from mlx_starflow.model_dir.weights import default_dtype, load_weights, one_line, parameters, parse_dtype, read_config
+from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from mlx_starflow.models.autoencoder_wan.network import AutoencoderWan, AutoencoderWanConfig
+from mlx_starflow.models.starflow import FlowConfig, STARFlow
+from mlx_starflow.models.t5 import T5Config, T5Encoder
+from mlx_starflow.planning.footprint import autoencoder_wan as wan_footprint
+from mlx_starflow.planning.footprint import images as pictures_footprint
+from mlx_starflow.planning.footprint import videos as frames_footprint
+
+PARTS = {"text encoder": "text_encoder", "flow": "flow", "autoencoder": "vae"}
+"""The networks of a model, and what they are called in code."""
+
+PHASES = {
+    "text": "text encoder",
+    "flow": "flow",
+    "verify": "flow",
+    "denoise": "flow",
+    "decode": "autoencoder",
+}
+"""The phases of generating, as in `GenerationStats`, and the network that each of them runs."""
+
+PRECISIONS = ("float32", "bfloat16", "8", "6", "4")
+"""What networks are stored in: dtypes, and bits of quantized weights."""
+
+NETWORKS: dict[str, dict[str, Any]] = {
+    "google/flan-t5-xl": {
+        "vocab_size": 32128,
+        "d_model": 2048,
+        "d_kv": 64,
+        "d_ff": 5120,
+        "num_layers": 24,
+        "num_heads": 32,
+        "feed_forward_proj": "gated-gelu",
+    },
+    "stabilityai/sd-vae-ft-ema": {
+        "block_out_channels": [128, 256, 512, 512],
+        "layers_per_block": 2,
+        "sample_size": 256,
+    },
+    # The latents' statistics do not matter to memory.
+    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": {
+        "model_type": "autoencoder_wan",
+        "latents_mean": [0.0] * 48,
+        "latents_std": [1.0] * 48,
+    },
+}
+"""Configs of the networks that official flows go with."""
+
+
+@dataclass(frozen=True)
+class ModelConfigs:
+    """The three networks of a model of pictures or videos; `directory` if there are weights too."""
+
+    flow: FlowConfig
+    text_encoder: T5Config
+    vae: AutoencoderKLConfig | AutoencoderWanConfig
+    directory: Path | None = None
+    guidance: float = 0.0
+
+    @classmethod
+    def read(cls, directory: str | Path) -> ModelConfigs:
+        """Of a model directory. Raises StarflowError if a `config.json` is missing or not usable."""
+        directory = Path(directory)
+        flow = _read(FlowConfig, directory)
+        text_encoder = _read(T5Config, directory / "text_encoder")
+        vae = _read(_vae_config(read_config(directory / "vae")), directory / "vae")
+        guidance = read_config(directory).get("pipeline", {}).get("guidance", flow.cfg)
+        return cls(flow, text_encoder, vae, directory, guidance)
+
+    @classmethod
+    def of_release(cls, repository: str) -> ModelConfigs:
+        """Of an official release, "apple/starflow", from what is known about it. Raises StarflowError."""
+        from mlx_starflow.convert.official import RELEASES, released_arguments
+
+        release = RELEASES.get(repository.lower())
+        if release is None:
+            raise StarflowError(f"unknown release {repository!r}: it must be {', '.join(RELEASES)}")
+        text_encoder = T5Config.from_dict(NETWORKS[release.text_encoder])
+        arguments = dict(released_arguments(Path(release.checkpoint)) or {}) | {"txt_dim": text_encoder.d_model}
+        network = NETWORKS[release.vae_repository]
+        vae = _vae_config(network).from_dict(network)
+        flow = FlowConfig.from_official(arguments)
+        return cls(flow, text_encoder, vae, None, release.pipeline.get("guidance", flow.cfg))
+
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks by part, newly made; nothing of them is computed, so they take no memory."""
+        return {
+            "text encoder": T5Encoder(self.text_encoder),
+            "flow": STARFlow(self.flow),
+            "autoencoder": (AutoencoderKL if isinstance(self.vae, AutoencoderKLConfig) else AutoencoderWan)(self.vae),
+        }
+
+
+def _vae_config(config: Mapping[str, Any]) -> type[AutoencoderKLConfig] | type[AutoencoderWanConfig]:
+    return AutoencoderWanConfig if config.get("model_type") == "autoencoder_wan" else AutoencoderKLConfig
+
+
+def _read(config_class: Any, directory: Path) -> Any:
+    config = read_config(directory)
+    try:
+        return config_class.from_dict(config)
+    except (StarflowError, ArithmeticError, TypeError, ValueError) as error:
+        raise StarflowError(f"{directory / 'config.json'}: {one_line(error)}") from error
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What generating will take, in bytes.
+
+    Attributes:
+        weights: of each network, by part ("text encoder", "flow", "autoencoder").
+        kv_cache: of keys and values, at most; part of the flow phase's activations.
+        activations: of each phase ("text", "flow", "verify", "denoise", "decode"), what it takes besides weights;
+            videos are not verified.
+        others: of a phase, what others hold meanwhile where all take turns, frame by frame.
+    """
+
+    weights: dict[str, int]
+    kv_cache: int
+    activations: dict[str, int]
+    others: dict[str, int] = field(default_factory=dict)
+
+    def phases(self, low_memory: bool = False) -> dict[str, int]:
+        """The peak of each phase, with all networks in memory or, with `low_memory`, the phase's own alone."""
+        everything = sum(self.weights.values())
+        return {
+            phase: self.activations[phase]
+            + (self.weights[part] if low_memory else everything + self.others.get(phase, 0))
+            for phase, part in PHASES.items()
+            if phase in self.activations
+        }
+
+    def peak(self, low_memory: bool = False) -> int:
+        """The highest peak of all phases."""
+        return max(self.phases(low_memory).values())
+
+    def split(self, ranks: int) -> MemoryPlan:
+        """Of one of the processes that compute the flow together, see `tensor_parallel`: activations as for all."""
+        return replace(self, weights={**self.weights, "flow": self.weights["flow"] // ranks})
+
+    def fits(self, gigabytes: float, low_memory: bool = False) -> bool:
+        """Whether a Mac of this much memory (GiB) runs it: see `usable`."""
+        return self.peak(low_memory) <= usable(gigabytes * 2**30)
+
+
+def usable(memory: float) -> int:
+    """Bytes of a Mac's `memory` that its GPU may use.
+
+    That is what macOS gives as Metal's recommendedMaxWorkingSetSize. Users report two thirds to three quarters of
+    memory on Macs of up to 32 GB and three quarters or more above, depending on the version of macOS; taken here are
+    70% and 75%. `sysctl iogpu.wired_limit_mb` changes it.
+    """
+    return int(memory * (0.70 if memory <= 32 * 2**30 else 0.75))
+
+
+def available() -> int:
+    """Bytes that networks on this machine may use: Metal's working set, or most of the memory of a CPU's machine."""
+    if mx.metal.is_available():
+        info = mx.device_info()
+        return int(info.get("max_recommended_working_set_size") or usable(info["memory_size"]))
+    try:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return 2**63 - 1  # unknown: whatever is asked for
+    return int(0.9 * memory)
+
+
+def plan(
+    model: str | Path | ModelConfigs,
+    *,
+    size: tuple[int, int] | None = None,
+    batch: int = 1,
+    frames: int | None = None,
+    guidance: float | None = None,
+    dtype: str | mx.Dtype | None = None,
+    quantization: int | str | Mapping[str, int | str] | None = None,
+) -> MemoryPlan:
+    """Predict the memory of generating from a model's configs.
+
+    Args:
+        model: a model directory, or its configs.
+        size: (width, height) of the pictures or videos in pixels; None: what the model was trained at.
+        batch: pictures or videos at once.
+        frames: of videos; None: as many as the model was trained at. All longer ones take the same.
+        guidance: its weight; guided blocks see everything twice. None: the model's own.
+        dtype: of the networks; None: float32 on CPU, bfloat16 on a GPU.
+        quantization: of the flow, as `convert --quantize` takes it, or of each part by its name; None: as stored.
+
+    Raises:
+        StarflowError: a config is missing or not usable, a network cannot be quantized so, or the size does not fit.
+    """
+    configs = model if isinstance(model, ModelConfigs) else ModelConfigs.read(model)
+    dtype = parse_dtype(dtype) or default_dtype()
+    if quantization is not None and not isinstance(quantization, Mapping):
+        quantization = {"flow": quantization}
+    chosen = dict(quantization or {})
+    if unknown := set(chosen) - set(PARTS):
+        raise StarflowError(f"there is no part {', '.join(sorted(unknown))}; parts are {', '.join(PARTS)}")
+    weights = {}
+    for part, network in configs.networks().items():
+        stored = None if part in chosen else _stored_bytes(configs, part, dtype)
+        weights[part] = weight_bytes(network, chosen.get(part) or dtype, dtype) if stored is None else stored
+    item = dtype.size
+    flow, vae = configs.flow, configs.vae
+    scale = vae.downscale
+    step = scale * flow.patch_size
+    width, height = size or trained_size(flow, vae)
+    if min(width, height) < step or width % step or height % step:
+        raise StarflowError(f"a size of {width}x{height} does not fit: this model wants multiples of {step} pixels")
+    guided = (configs.guidance if guidance is None else guidance) > 0
+    tokens = (width // scale // flow.patch_size) * (height // scale // flow.patch_size)
+    # Embeddings of the prompts and of no prompt, and of each picture's prompt once more.
+    held = (batch + 2) * flow.txt_size * flow.txt_dim * item
+    others: dict[str, int] = {}
+    text = pictures_footprint.text(configs.text_encoder, 2 * flow.txt_size, item)
+    if flow.video and isinstance(vae, AutoencoderWanConfig):
+        trained = vae.latent_frames(flow.video[0])
+        window = min(trained, vae.latent_frames(frames or flow.video[0]))
+        longer = vae.latent_frames(frames or flow.video[0]) > trained
+        kv_cache, sampling = frames_footprint.sampling(flow, tokens, window, batch, guided, item, longer=longer)
+        kept, cleaning = frames_footprint.cleaning(flow, tokens, window, batch, item)
+        decoding = batch * wan_footprint.decode_video(vae, height // scale, width // scale, item)
+        activations = {
+            "text": text,
+            "flow": held + sampling + kept,
+            "denoise": held + kv_cache + cleaning,
+            "decode": held + decoding,
+        }
+        layers = wan_footprint.decoder_layers(vae, height // scale, width // scale)
+        state = batch * item * sum(layer.kept * layer.rows * layer.columns * layer.inputs for layer in layers)
+        others = {"flow": state, "denoise": state, "decode": kv_cache + kept}
+    else:
+        kv_cache, sampling = pictures_footprint.sampling(flow, tokens, batch, guided, item)
+        activations = {
+            "text": text,
+            "flow": held + sampling,
+            "verify": held + pictures_footprint.forward(flow, tokens, guided, item),
+            "denoise": held + pictures_footprint.score(flow, tokens, item),
+            "decode": held + pictures_footprint.decode(vae, height // scale, width // scale, batch, item),
+        }
+    for phase, part in PHASES.items():
+        if part not in chosen and phase in activations:
+            activations[phase] += _unpacked(configs, part)
+    return MemoryPlan(weights, kv_cache, activations, others)
+
+
+def trained_size(flow: FlowConfig, vae: AutoencoderKLConfig | AutoencoderWanConfig) -> tuple[int, int]:
+    """(width, height) in pixels of what a model makes unless told otherwise: squares, or videos of `VIDEO_RATIO`."""
+    ratio = VIDEO_RATIO if flow.video and flow.mix_aspect else "1:1"
+    return bucket_size(ratio, flow.img_size * vae.downscale, vae.downscale * flow.patch_size)
+
+
+def weight_bytes(network: nn.Module, precision: int | str | mx.Dtype, dtype: mx.Dtype | None = None) -> int:
+    """Bytes of a network's weights in a dtype, or quantized to bits (or as `quantize_module` takes it).
+
+    The network is only looked at; if it is quantized here, it is a quantized one afterwards. What quantization leaves
+    as it is counts as `dtype`, by default bfloat16.
+    """
+    if precision in ("float32", "bfloat16", "float16") or isinstance(precision, mx.Dtype):
+        dtype = parse_dtype(precision)
+    else:
+        quantize_module(network, precision)
+    return _bytes(parameters(network), dtype or mx.bfloat16)
+
+
+def parameter_count(network: nn.Module) -> int:
+    """Numbers in a dense network's weights."""
+    return sum(value.size for value in parameters(network).values())
+
+
+def _bytes(arrays: Mapping[str, mx.array], dtype: mx.Dtype) -> int:
+    """Bytes of arrays when floating ones are cast to `dtype`; nothing is computed."""
+    return sum(a.size * dtype.size if mx.issubdtype(a.dtype, mx.floating) else a.nbytes for a in arrays.values())
+
+
+def _stored_bytes(configs: ModelConfigs, part: str, dtype: mx.Dtype) -> int | None:
+    """Of a quantized part of a model directory, from its files' headers; None of a dense one."""
+    if configs.directory is None:
+        return None
+    folder = configs.directory if part == "flow" else configs.directory / PARTS[part]
+    if not read_config(folder).get("quantization"):
+        return None
+    return _bytes(load_weights(folder), dtype)
+
+
+def _unpacked(configs: ModelConfigs, part: str) -> int:
+    """What the CPU holds of quantized weights in float32, see `quantization.QuantizedLinear`: a layer and a bit."""
+    if mx.default_device() != mx.cpu or part == "autoencoder" or _stored_bytes(configs, part, mx.float32) is None:
+        return 0
+    text = configs.text_encoder
+    widths = {
+        "flow": [
+            block.channels * (4 * block.num_heads * block.head_dim + 2 * block.channels * block.expansion)
+            for block in configs.flow.blocks
+        ],
+        "text encoder": [text.d_model * (4 * text.num_heads * text.d_kv + 3 * text.d_ff)],
+    }
+    return int(1.35 * 4 * max(widths[part]))
+
+
+# ---- Metal
+
+
+@contextmanager
+def metal_limits() -> Iterator[None]:
+    """While generating on Metal: wire memory and bound the cache of freed buffers; elsewhere nothing happens.
+
+    Memory that is wired is not paged out between the tokens of a long sample; as much as macOS recommends at most is.
+    A cache of an eighth of that is enough for the arrays of one token or layer; it is unbounded otherwise. The limits
+    that were there before come back afterwards. This has not run on Metal hardware yet.
+    """
+    if not mx.metal.is_available():
+        yield
+        return
+    most = available()
+    cache = mx.set_cache_limit(most // 8)
+    wired = mx.set_wired_limit(most)
+    try:
+        yield
+    finally:
+        # Work that is under way must not lose its wired memory.
+        mx.synchronize()
+        mx.set_wired_limit(wired)
+        mx.set_cache_limit(cache)

@@ -1,0 +1,232 @@
+"""A model in a few lines: architecture, sizes, defaults, licence, and the memory that generating takes."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_starflow import __version__
+from mlx_starflow.cpu import blas, native
+from mlx_starflow.errors import StarflowError
+from mlx_starflow.model_dir.hub import converted_directory, find_model
+from mlx_starflow.model_dir.weights import load_weights, new_flow, read_config
+from mlx_starflow.planning.chips import find_chips, time_report
+from mlx_starflow.planning.memory import (
+    PRECISIONS,
+    MemoryPlan,
+    ModelConfigs,
+    parameter_count,
+    plan,
+    trained_size,
+    usable,
+)
+
+PARTS = {"flow": ".", "text encoder": "text_encoder", "autoencoder": "vae"}
+
+MACS = (8, 16, 24, 32, 64)
+LARGE_MACS = (32, 64, 96, 128, 192)
+"""Memory, in GB, of the Macs that `memory_report` speaks of, and of those for models that need more."""
+
+
+def summarize(model: str) -> dict[str, str]:
+    """Name -> one line of text about a model. Raises StarflowError.
+
+    Args:
+        model: "demo", a directory or a Hub repository; an official release need not be there.
+    """
+    device = mx.default_device().type.name.upper()
+    lines = {"mlx-starflow": f"{__version__}, MLX {mx.__version__} on the {device}, Python {platform.python_version()}"}
+    lines["BLAS"] = f"{blas.describe()}, {blas.gflops():.1f} GFLOPS on the CPU"
+    if native.available():
+        lines["sampling"] = f"in C++ on {native.threads()} CPUs; half precision, mxfp and nvfp in MLX"
+    if configs := _release(model):
+        lines["model"] = f"{model} (starflow), not converted yet: mlx-starflow convert {model}"
+        lines |= _architecture(configs.flow)
+        for part, network in configs.networks().items():
+            lines[part] = f"{parameter_count(network) / 1e6:.2f} M parameters"
+        lines["guidance"] = str(configs.guidance)
+        return lines
+    directory = find_model(model)
+    config = read_config(directory)
+    lines["model"] = f"{model} ({config.get('model_type')}) in {directory}"
+    lines |= _architecture(new_flow(directory, config).config)
+    for part, folder in PARTS.items():
+        if (directory / folder / "config.json").is_file():
+            lines[part] = _size(directory / folder)
+    if quantization := config.get("quantization"):
+        lines["quantized"] = f"{quantization.get('bits')} bits, groups of {quantization.get('group_size')}"
+    for name, value in config.get("pipeline", {}).items():
+        lines[name] = str(value)
+    if licences := [path.name for path in sorted(directory.iterdir()) if path.stem.upper() in ("LICENSE", "NOTICE")]:
+        lines["licence"] = f"see {', '.join(licences)} there"
+    return lines
+
+
+def memory_report(
+    model: str, *, size: tuple[int, int] | None = None, batch: int = 1, frames: int | None = None
+) -> list[str]:
+    """What generating takes at each precision, and the Macs it runs on, computed from the model's configs.
+
+    Args:
+        model: as in `summarize`.
+        size: (width, height) of the pictures or videos in pixels; None: what the model was trained at.
+        batch: pictures or videos at once.
+        frames: of videos; None: as many as the model was trained at.
+
+    Returns:
+        Lines of text; none for a model that does not read prompts, or lacks its text encoder or autoencoder.
+
+    Raises:
+        StarflowError: there is no such model, or a config is not usable.
+    """
+    configs = model_configs(model)
+    if configs is None:
+        return []
+    plans = _plans(configs, size, batch, frames)
+    largest = max(each.peak() for each in plans.values())
+    unit, name = (2**30, "GiB") if largest >= 2**30 else (2**20, "MiB")
+
+    def row(label: str, values: list[str]) -> str:
+        return f"{label:<26}" + "".join(f"{value:>14}" for value in values)
+
+    def sizes(values: list[int]) -> list[str]:
+        return [f"{value / unit:.2f}" for value in values]
+
+    width, height = size or trained_size(configs.flow, configs.vae)
+    pictures = "one picture" if batch == 1 else f"{batch} pictures at once"
+    if configs.flow.video:
+        videos = "one video" if batch == 1 else f"{batch} videos at once"
+        pictures = f"{videos} of {frames or configs.flow.video[0]} frames"
+    lines = [
+        f"Memory in {name} for {pictures} of {width}x{height}: computed from the configs, not measured.",
+        "8, 6 and 4 bit: of the flow; text encoder and autoencoder are bfloat16 then.",
+        "",
+        row("weights", list(plans)),
+    ]
+    for part in PARTS:
+        lines.append(row(f"  {part}", sizes([each.weights[part] for each in plans.values()])))
+    for title, low_memory in (("peak, all in memory", False), ("peak with --low-memory", True)):
+        lines += ["", row(title, list(plans))]
+        phases = [each.phases(low_memory) for each in plans.values()]
+        lines += [row(f"  {phase}", sizes([each[phase] for each in phases])) for phase in phases[0]]
+    lines += ["", row("Macs", list(plans))]
+    smallest = min(each.peak(low_memory=True) for each in plans.values())
+    macs = MACS if smallest <= usable(16 * 2**30) else LARGE_MACS
+    lines += [row(f"  {memory} GB", [_verdict(each, memory) for each in plans.values()]) for memory in macs]
+    shares = ", ".join(f"{usable(memory * 2**30) / 2**30:.1f} of {memory}" for memory in macs)
+    return [
+        *lines,
+        f"The GPU is taken to get 70% of memory up to 32 GB, 75% above: {shares}.",
+        "That is about what macOS reports as Metal's recommendedMaxWorkingSetSize; it differs between versions.",
+    ]
+
+
+def time_reports(model: str, chip: str, *, size: tuple[int, int] | None = None) -> list[list[str]]:
+    """How long a picture should take on an Apple chip, estimated from published figures: see `chips`.
+
+    Args:
+        model: as in `summarize`.
+        chip: such as "M4" or "M3 Max"; there are two of the latter, so there are two reports.
+        size: (width, height) of the picture in pixels; None: what the model was trained at.
+
+    Raises:
+        StarflowError: there is no such chip or model, or the model does not make pictures from prompts.
+    """
+    found = find_chips(chip)
+    configs = model_configs(model)
+    if configs is None:
+        raise StarflowError(f"--chip is for models that make pictures from prompts, and {model} is not a whole one")
+    if configs.flow.video:
+        raise StarflowError(f"--chip estimates how long pictures take, and {model} makes videos: leave it out")
+    return [time_report(configs, one, size) for one in found]
+
+
+def model_configs(model: str) -> ModelConfigs | None:
+    """The configs of a model that reads prompts, even of a release that is not there; None if it lacks a part.
+
+    Raises:
+        StarflowError: there is no such model, or a config is not usable.
+    """
+    if configs := _release(model):
+        return configs
+    directory = find_model(model)
+    config = read_config(directory)
+    parts_there = all((directory / folder / "config.json").is_file() for folder in PARTS.values())
+    if config.get("model_type") != "starflow" or not config.get("txt_size") or not parts_there:
+        return None
+    return ModelConfigs.read(directory)
+
+
+def _verdict(expected: MemoryPlan, gigabytes: int) -> str:
+    if expected.fits(gigabytes):
+        return "yes"
+    return "--low-memory" if expected.fits(gigabytes, low_memory=True) else "no"
+
+
+def _plans(
+    configs: ModelConfigs, size: tuple[int, int] | None, batch: int, frames: int | None
+) -> dict[str, MemoryPlan]:
+    """The plan of each precision that the model's layers can be stored in."""
+    plans = {}
+    if configs.directory is not None and read_config(configs.directory).get("quantization"):
+        plans["as stored"] = plan(configs, size=size, batch=batch, frames=frames, dtype="bfloat16")
+    dense = replace(configs, directory=None)
+    for precision in PRECISIONS:
+        bits = precision if precision.isdigit() else None
+        try:
+            dtype = "bfloat16" if bits else precision
+            expected = plan(dense, size=size, batch=batch, frames=frames, dtype=dtype, quantization=bits)
+        except StarflowError:
+            if not bits:
+                raise
+            continue
+        plans[f"{bits} bit" if bits else precision] = expected
+    return plans
+
+
+def _release(model: str) -> ModelConfigs | None:
+    """Configs of an official release that has not been converted; None of any other model."""
+    from mlx_starflow.convert.official import RELEASES
+
+    if model.lower() not in RELEASES or Path(model).is_dir():
+        return None
+    return None if (converted_directory(model) / "config.json").is_file() else ModelConfigs.of_release(model)
+
+
+def _architecture(flow: Any) -> dict[str, str]:
+    lines = {}
+    for index, block in reversed(list(enumerate(flow.blocks))):
+        kind = f"{block.num_layers} layers, width {block.channels}" if block.num_layers else "identity"
+        order = "backwards" if block.flip else "forwards"
+        text = ", reads text" if getattr(block, "txt_dim", 0) else ""
+        lines[f"block {index}"] = f"{kind}, {order}{text}"
+    side, each = flow.img_size // flow.patch_size, " a frame" if getattr(flow, "video", None) else ""
+    lines["tokens"] = f"{side * side}{each} of {flow.blocks[0].in_channels} numbers, patches of {flow.patch_size}"
+    if video := getattr(flow, "video", None):
+        lines["videos"] = f"{video[0]} frames, {video[1]} a second, as trained; pictures too"
+    if denoiser := getattr(flow, "denoiser", None):
+        text = ", reads text" if denoiser.txt_dim else ""
+        lines["denoiser"] = f"{denoiser.num_layers} layers, width {denoiser.channels}{text}"
+    if getattr(flow, "txt_size", 0):
+        lines["text"] = f"{flow.txt_size} tokens of {flow.txt_dim} numbers"
+    return lines
+
+
+def _size(directory: Path) -> str:
+    """Parameters as the file counts them (packed weights unpacked) and bytes on disk."""
+    weights = load_weights(directory)
+    quantization = read_config(directory).get("quantization") or {}
+    count = 0
+    for name, value in weights.items():
+        if name.removesuffix(".scales") + ".weight" in weights and name.endswith(".scales"):
+            continue
+        if name.endswith(".biases") and name.removesuffix(".biases") + ".scales" in weights:
+            continue
+        packed = value.dtype == mx.uint32 and name.removesuffix(".weight") + ".scales" in weights
+        count += value.size * 32 // quantization["bits"] if packed else value.size
+    size = sum(value.nbytes for value in weights.values())
+    return f"{count / 1e6:.2f} M parameters, {size / 2**20:.1f} MiB"

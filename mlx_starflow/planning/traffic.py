@@ -1,0 +1,52 @@
+"""What network evaluations read from memory: weights and KV caches, in bytes; and how many tokens they are for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_starflow.model_dir.weights import parameters
+from mlx_starflow.models.flow import BlockConfig
+from mlx_starflow.sampling.methods import JacobiSettings, RollingSettings, Settings
+
+READ_ONCE = ("sos_embed", "proj_txt", "pos_embed", "class_embed")
+"""Weights of a block that make its condition or its first input, or of which an evaluation reads single rows."""
+
+
+def evaluation_weights(block: Any) -> dict[str, mx.array]:
+    """The weights that every network evaluation of a flow block reads, by name; those of quantized layers packed."""
+    return {name: value for name, value in parameters(block).items() if name.partition(".")[0] not in READ_ONCE}
+
+
+def evaluation_bytes(block: Any, dtype: mx.Dtype | None = None) -> int:
+    """Their bytes, as they are stored, or with floating ones in `dtype`. Nothing is computed."""
+    return sum(
+        value.size * dtype.size if dtype is not None and mx.issubdtype(value.dtype, mx.floating) else value.nbytes
+        for value in evaluation_weights(block).values()
+    )
+
+
+def cache_bytes(config: BlockConfig, prefix: int, tokens: int, copies: int, item: int) -> int:
+    """Keys and values that sequential sampling of one block reads, over all of its tokens.
+
+    Token n, counted from 1, attends to `prefix` + n positions, in each of `copies` sequences.
+
+    Args:
+        config: of the block.
+        prefix: positions before the tokens.
+        tokens: length of the sequence.
+        copies: samples at once, twice as many if the block is guided.
+        item: bytes of a number in the cache.
+    """
+    position = 2 * config.num_layers * config.num_kv_heads * config.head_dim * item
+    return copies * position * (tokens * prefix + tokens * (tokens + 1) // 2)
+
+
+def tokens_at_once(settings: Settings, length: int) -> int:
+    """How many tokens an evaluation predicts; the last ones of a sequence may be fewer."""
+    if isinstance(settings, JacobiSettings):
+        return min(settings.block_size, length)
+    if isinstance(settings, RollingSettings):
+        return min(settings.window, length)
+    return 1

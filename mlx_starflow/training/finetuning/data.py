@@ -1,0 +1,159 @@
+"""What fine-tuning trains on and is measured by: a latent cache in two parts, and what anchors it to the base."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_starflow.errors import StarflowError
+from mlx_starflow.likelihood import Nll, exact_nll
+from mlx_starflow.sampling import sample
+from mlx_starflow.training.data.image_folder import Order
+from mlx_starflow.training.data.latent_cache import CachedLatents, LatentCache
+from mlx_starflow.training.finetuning.adapters import dropout_key
+from mlx_starflow.training.finetuning.anchor import anchor_kl
+from mlx_starflow.training.loop.config import TrainingConfig
+from mlx_starflow.training.loop.objective import Batch, Metrics, batch_loss
+
+
+class PartOrder(Order):
+    """Endless passes over some of the samples of a data set, by their numbers in it; `left` counts within the part."""
+
+    def __init__(self, chosen: np.ndarray, buckets: np.ndarray):
+        super().__init__(len(chosen), buckets[chosen])
+        self._chosen = chosen
+
+    def take(self, number: int, rng: np.random.Generator) -> np.ndarray:
+        return self._chosen[super().take(number, rng)]
+
+
+def split_pictures(count: int, share: float, most: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the pictures to train on and of those to measure with: a random `share`, at least 2, at most `most`.
+
+    A share of 0 is none. Raises StarflowError if nothing would be left to train on.
+    """
+    held_out = min(max(round(share * count), 2), most) if share else 0
+    if held_out >= count:
+        raise StarflowError(f"{count} pictures are too few to hold some out: give more, or --validation 0")
+    order = np.random.default_rng([seed, 1]).permutation(count)
+    return np.sort(order[held_out:]), np.sort(order[:held_out])
+
+
+@dataclass
+class AnchorPictures:
+    """Pictures of a cache, all or those with the numbers `pictures`, that the tuned flow is to see as the base does."""
+
+    cache: LatentCache
+    pictures: np.ndarray | None = None
+
+    def batch(self, count: int, rng: np.random.Generator, noise_std: float) -> dict[str, np.ndarray]:
+        """`anchor_x`, latents with noise, and `anchor_text`; of one bucket."""
+        cache = self.cache
+        pictures = np.arange(len(cache)) if self.pictures is None else self.pictures
+        bucket = cache.buckets[rng.choice(pictures)]
+        chosen = rng.choice(pictures[cache.buckets[pictures] == bucket], count)
+        draw, noise = rng.standard_normal((2, count, *cache.shapes[bucket]), dtype=np.float32)
+        captions = [cache.captions[index][0] for index in chosen]
+        latents = cache.latents(chosen, rng.integers(cache.views, size=count), draw)
+        return {"anchor_x": latents + noise_std * noise, "anchor_text": cache.text(captions, cache.ratios[bucket])}
+
+
+@dataclass
+class AnchorSamples:
+    """Samples of the base itself, `[N, H, W, C]` as it draws them (with the noise it models), and their text."""
+
+    x: np.ndarray
+    text: np.ndarray
+
+    @classmethod
+    def draw(cls, flow: Any, cache: LatentCache, pictures: np.ndarray, count: int, seed: int) -> AnchorSamples:
+        """Sample, without guidance, for captions of some pictures of the most frequent bucket."""
+        rng = np.random.default_rng([seed, 2])
+        buckets = cache.buckets[pictures]
+        bucket = np.bincount(buckets).argmax()
+        chosen = rng.choice(pictures[buckets == bucket], count)
+        text = cache.text([cache.captions[index][0] for index in chosen], cache.ratios[bucket])
+        z = rng.standard_normal((count, *cache.shapes[bucket]), dtype=np.float32)
+        parts = []
+        for start in range(0, count, 8):
+            part = slice(start, start + 8)
+            parts.append(np.array(sample(flow, mx.array(z[part]), mx.array(text[part])).astype(mx.float32)))
+        return cls(np.concatenate(parts), text)
+
+    def batch(self, count: int, rng: np.random.Generator, noise_std: float) -> dict[str, np.ndarray]:
+        """See `AnchorPictures.batch`."""
+        chosen = rng.integers(len(self.x), size=count)
+        return {"anchor_x": self.x[chosen], "anchor_text": self.text[chosen]}
+
+
+class FinetuneData(CachedLatents):
+    """Batches of some pictures of a cache, a share of each taken from an anchor.
+
+    Args:
+        cache: the pictures.
+        pictures: numbers of those to train on.
+        noise_std: the flow's.
+        anchor, share: what the anchor's part of a batch comes from, and how large it is.
+        dropout: give a key for `dropout_key` too.
+    """
+
+    def __init__(
+        self,
+        cache: LatentCache,
+        pictures: np.ndarray,
+        noise_std: float,
+        anchor: AnchorPictures | AnchorSamples | None = None,
+        share: float = 0.0,
+        dropout: bool = False,
+    ):
+        super().__init__(cache)
+        self.order = PartOrder(pictures, cache.buckets)
+        self.noise_std, self.anchor, self.share, self.dropout = noise_std, anchor, share, dropout
+
+    def batch(self, rng: np.random.Generator, config: TrainingConfig, progress: float) -> dict[str, np.ndarray]:
+        """That of `CachedLatents`, and `anchor_x`, `anchor_text` and `dropout` as asked for."""
+        arrays = super().batch(rng, config, progress)
+        if self.anchor is not None:
+            count = anchored(config.batch_size, self.share)
+            arrays = {key: array[: config.batch_size - count] for key, array in arrays.items()}
+            arrays.update(self.anchor.batch(count, rng, self.noise_std))
+        if self.dropout:
+            arrays["dropout"] = rng.integers(2**32, size=(len(arrays["latents"]), 2), dtype=np.uint32)
+        return arrays
+
+
+def anchored(batch_size: int, share: float) -> int:
+    """Samples of a batch that belong to the anchor: at least one of each kind."""
+    return min(max(round(share * batch_size), 1), batch_size - 1) if share else 0
+
+
+def finetune_loss(
+    flow: Any, batch: Batch, anchor_weight: float = 1.0, base: Any = None, checkpoint: bool = True
+) -> tuple[mx.array, Metrics]:
+    """NLL of a batch of `FinetuneData` (nats per dimension, without log(2 pi) / 2) plus the anchor's KL divergence.
+
+    With `checkpoint`, layers are computed again for the gradient, so that memory holds one of them at a time.
+    """
+    with dropout_key(flow, batch["dropout"][0] if "dropout" in batch else None):
+        loss, metrics = batch_loss(flow, batch, checkpoint=checkpoint)
+        if "anchor_x" in batch:
+            metrics["kl"] = anchor_kl(flow, batch["anchor_x"], batch["anchor_text"], base)
+            loss = loss + anchor_weight * metrics["kl"]
+    return loss, metrics
+
+
+def cached_nll(flow: Any, cache: LatentCache, pictures: Sequence[int] | np.ndarray, *, draws: int, seed: int) -> Nll:
+    """Exact NLL of pictures of a cache, the middle view of each, given their usual captions; see `exact_nll`."""
+    pictures = np.asarray(pictures)
+    parts = []
+    for bucket in np.unique(cache.buckets[pictures]):
+        chosen = pictures[cache.buckets[pictures] == bucket]
+        zeros = np.zeros(len(chosen), np.int64)
+        latents = cache.latents(chosen, zeros, np.zeros((), np.float32))
+        text = mx.array(cache.text([cache.captions[index][0] for index in chosen], cache.ratios[bucket]))
+        parts.append(exact_nll(flow, latents, text, draws=draws, seed=seed))
+    return Nll(np.concatenate([part.prior for part in parts]), np.concatenate([part.blocks for part in parts]))

@@ -1,0 +1,103 @@
+"""What a training says while it runs: lines of `log.jsonl`, and the words beside the progress bar."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_starflow.errors import StarflowError
+from mlx_starflow.media.files import replacing
+
+NAME = "log.jsonl"
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The log's lines; one that a crash cut off is left out."""
+    try:
+        lines = (folder / NAME).read_text().splitlines()
+    except OSError:
+        return []
+    rows = []
+    for line in lines:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+class RunLog:
+    """Writes `folder/log.jsonl`, a JSON object a line.
+
+    Args:
+        folder: of the run.
+        step: where the training goes on; lines after it, of steps that are done again, are taken out.
+        writes: False: nothing is written.
+    """
+
+    def __init__(self, folder: Path, step: int, writes: bool = True):
+        self.folder, self.writes = folder, writes
+        self._rows: list[Mapping[str, float]] = []
+        self.samples = self.tokens = self.skipped = 0
+        self.seconds = 0.0
+        if writes and (folder / NAME).exists():
+            rows = read_log(folder)
+            kept = [row for row in rows if row.get("step", 0) <= step]
+            if len(kept) < len(rows) or (folder / NAME).read_bytes()[-1:] not in (b"\n", b""):
+                with replacing(folder / NAME) as temporary:
+                    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+    def add(self, row: Mapping[str, float], samples: int, tokens: int, seconds: float) -> None:
+        """One step's numbers, what it read and how long it took."""
+        self._rows.append(row)
+        self.samples += samples
+        self.tokens += tokens
+        self.seconds += seconds
+
+    def flush(self, step: int, lr: float) -> str:
+        """Write the means since the last time; returns words for the progress bar."""
+        line: dict[str, Any] = {"step": step}
+        for key in self._rows[0]:
+            values = [row[key] for row in self._rows if math.isfinite(row.get(key, math.nan))]
+            line[key] = round(float(np.mean(values)), 6) if values else None
+        seconds = max(self.seconds, 1e-9)
+        line["lr"] = lr
+        if self.skipped:
+            line["skipped"] = self.skipped
+        line["samples_per_second"] = round(self.samples / seconds, 2)
+        words = f"loss {line['loss']:.4f} nats/dim" if line["loss"] is not None else "all steps skipped"
+        if self.tokens:
+            line["tokens_per_second"] = round(self.tokens / seconds, 1)
+            words += f", {self.tokens / seconds:.0f} tokens/s"
+        line["memory_gb"] = round(mx.get_peak_memory() / 1e9, 3)
+        self.write(line)
+        self._rows = []
+        self.samples = self.tokens = self.skipped = 0
+        self.seconds = 0.0
+        return f"{words}, {line['memory_gb']:.2f} GB"
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Append a line. Raises StarflowError if that is not possible."""
+        if not self.writes:
+            return
+        path = self.folder / NAME
+        try:
+            # In one write, so that a crash does not leave half a line.
+            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            try:
+                text = (json.dumps(line) + "\n").encode()
+                if os.write(file, text) < len(text):
+                    raise OSError("no room left")
+            finally:
+                os.close(file)
+        except OSError as error:
+            raise StarflowError(
+                f"cannot write {path}: {error.strerror or error}; make room, and the same command resumes"
+            ) from None

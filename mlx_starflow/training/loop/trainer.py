@@ -1,0 +1,329 @@
+"""The training loop: a compiled step, checkpoints, a log. Resumed training equals uninterrupted one bit for bit."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from mlx_starflow.errors import StarflowError
+from mlx_starflow.training.data.image_folder import Order
+from mlx_starflow.training.loop import distributed
+from mlx_starflow.training.loop.checkpoint import Checkpoint, checkpoint_files, load_latest, save_checkpoint
+from mlx_starflow.training.loop.config import TrainingConfig
+from mlx_starflow.training.loop.objective import Batch, batch_loss, batch_nll
+from mlx_starflow.training.loop.run_log import NAME as LOG
+from mlx_starflow.training.loop.run_log import RunLog
+from mlx_starflow.training.loop.schedules import assign, check_same, cosine, ema_decay, trainable
+from mlx_starflow.training.loop.step import ExtraLoss, Loss, StepMaker, count_tokens
+from mlx_starflow.training.loop.validation import BEST, Validation
+from mlx_starflow.training.loop.watch import draw_curves, save_samples
+
+__all__ = ["Batch", "Trainer", "TrainingConfig", "TrainingData"]
+
+
+class TrainingData(Protocol):
+    """Where batches come from. `order` is the only state besides the generator that is given to `batch`."""
+
+    order: Order
+
+    def batch(self, rng: np.random.Generator, config: TrainingConfig, progress: float) -> dict[str, np.ndarray]:
+        """The arrays of one step at `progress` 0..1, noise and masks included, all drawn from `rng`.
+
+        Each array has a row for each of the `config.batch_size` samples.
+        """
+        ...
+
+
+class Trainer:
+    """Trains the trainable weights of `model`, and nothing else: `model.freeze` and `unfreeze` say which these are.
+
+    With `mlx.launch` every process makes the same Trainer: each computes its share of every batch, and rank 0 alone
+    writes files.
+
+    Args:
+        model: an MLX module.
+        data: gives the batches.
+        config: settings.
+        out_dir: folder of the checkpoints, of `log.jsonl` and of pictures to watch.
+        loss: `loss(model, batch)` -> (scalar loss, metrics); `batch_loss`, that of a flow, by default. It is compiled:
+            it must draw nothing random. For a flow with a learned denoiser it must take its noisy data from
+            `objective.noisy_data`, since the gradient with respect to that is what the denoiser learns, see
+            `score_matching`; the error of its prediction is logged as `denoiser`.
+        extra_loss: `extra_loss(model, batch, key)` -> (term, numbers): the scalar term is added to the loss, and it and
+            the named scalars `numbers` are logged. `key` is a random key of MLX, another one in each step.
+        validation: held-out data, with an `arrays` method as `CachedLatents` has.
+        nll: `nll(model, batch)` -> `[B]`, nats per dimension without log(2 pi) / 2, for validation; `batch_nll` by
+            default.
+        samples: pictures that the model, with its averaged weights, makes every `config.watch_every` steps.
+        name: what the progress bar and messages call this.
+        resume: go on from the newest checkpoint in `out_dir`; if False, checkpoints and log there are deleted.
+
+    Attributes:
+        step: steps done.
+        average: averaged weights by name; {} without an average.
+        peak_memory: of `run`, in bytes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: TrainingData,
+        config: TrainingConfig,
+        out_dir: str | Path = "runs/training",
+        *,
+        loss: Loss | None = None,
+        extra_loss: ExtraLoss | None = None,
+        validation: Any = None,
+        nll: Callable[[Any, Batch], mx.array] = batch_nll,
+        samples: Callable[[Any], Sequence[Image.Image]] | None = None,
+        name: str = "training",
+        resume: bool = True,
+    ):
+        self.model, self.data, self.config = model, data, config
+        self.folder, self.name, self.samples = Path(out_dir), name, samples
+        self.group = distributed.world()
+        self.writes = self.group.rank() == 0
+        parts = config.accumulate * self.group.size()
+        if config.batch_size % parts:
+            raise StarflowError(
+                f"training: batch_size {config.batch_size} cannot be split into {parts} parts "
+                f"({self.group.size()} processes, {config.accumulate} micro-batches each)"
+            )
+        if config.shard and self.group.size() > 1:
+            distributed.check_sharding(self.group)
+        self.step = 0
+        self.rng = np.random.default_rng(config.seed)
+        self._steps = StepMaker(
+            model, loss or partial(batch_loss, checkpoint=config.checkpoint_layers), extra_loss, config, self.group
+        )
+        self.average, self.optimizer = self._steps.average, self._steps.optimizer
+        self.peak_memory = 0
+        self.validation = Validation(self.folder, validation, nll, config, self.group) if validation else None
+        if self.writes:
+            if resume:
+                self._resume()
+            else:
+                for path in [*checkpoint_files(self.folder), self.folder / LOG, self.folder / BEST]:
+                    path.unlink(missing_ok=True)
+        self._share_state()
+
+    def run(self) -> dict[str, mx.array]:
+        """Train up to `config.steps`; `model` holds the last weights then.
+
+        Ctrl-C finishes the step, saves and raises KeyboardInterrupt.
+
+        Returns:
+            The weights to use, by name: with validation those that did best, else the averaged ones, or the last ones
+            if there is no average.
+
+        Raises:
+            StarflowError: the loss or its gradient is not finite, a file cannot be written, or another process of the
+                run has ended.
+        """
+        with distributed.peers(self.name, self.group):
+            if self.config.shard and self.group.size() > 1:
+                self._steps.shard()
+            return self._run()
+
+    def _run(self) -> dict[str, mx.array]:
+        config = self.config
+        if self.writes:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        log = RunLog(self.folder, self.step, self.writes)
+        saved = began = time.monotonic()
+        stopped = self._finished
+        bar = tqdm(total=config.steps, initial=self.step, desc=self.name, disable=None if self.writes else True)
+        with bar, _interrupts() as interrupted:
+            while self.step < config.steps and not stopped:
+                progress = self.step / config.steps
+                batch = self.data.batch(self.rng, config, progress)
+                key = int(self.rng.integers(2**32)) if self._steps.random else 0
+                lr = config.lr * cosine(progress, config.warm_up)
+                numbers, applied = self._steps(batch, key, lr, ema_decay(config.ema, self.step + 1))
+                self._check_finite(numbers)
+                self.step += 1
+                log.skipped += not applied
+                now = time.monotonic()
+                log.add(numbers, config.batch_size, count_tokens(self.model, batch), now - began)
+                began = now
+                bar.update()
+                last = self.step == config.steps
+                if last or self.step % config.log_every == 0:
+                    bar.set_postfix_str(log.flush(self.step, lr))
+                self.peak_memory = mx.get_peak_memory()
+                if self.validation and (last or _due(self.step, config.validate_every)):
+                    stopped = self._validate(log)
+                    bar.write(f"{self.name}: {self.validation}", file=sys.stderr) if self.writes else None
+                if config.watch_every and (last or _due(self.step, config.watch_every)):
+                    self._watch()
+                began = time.monotonic()
+                stop = distributed.any_of(interrupted.is_set(), self.group)
+                due = began - saved >= config.save_seconds or _due(self.step, config.save_steps)
+                if due or stop or last or stopped:
+                    self.save()
+                    saved = began = time.monotonic()
+                if stop:
+                    break
+            else:
+                stop = False
+        self._steps.unshard()
+        if stop:
+            if self.writes:
+                _say(f"{self.name} stopped at step {self.step} of {config.steps} and is saved: run it again to resume")
+            raise KeyboardInterrupt
+        if self.validation and (best := self.validation.best_weights(trainable(self.model))):
+            return best
+        return dict(self.average or trainable(self.model))
+
+    @property
+    def _finished(self) -> bool:
+        return self.validation is not None and self.validation.exhausted
+
+    def save(self) -> Path | None:
+        """Write a checkpoint of the present state, on rank 0; None elsewhere."""
+        weights, average, optimizer = self._steps.whole_state()
+        if not self.writes:
+            return None
+        checkpoint = Checkpoint(
+            step=self.step,
+            weights=weights,
+            average=average,
+            optimizer=optimizer,
+            random=self.rng.bit_generator.state,
+            order=self.data.order.left,
+            config=asdict(self.config),
+            note={"validation": self.validation.state} if self.validation else {},
+        )
+        return save_checkpoint(self.folder, checkpoint)
+
+    def _resume(self) -> None:
+        checkpoint, warning = load_latest(self.folder)
+        if warning:
+            _say(f"{self.name}: {warning}")
+        if checkpoint is None:
+            return
+        where = f"the checkpoint in {self.folder}"
+        check_same(checkpoint.weights, trainable(self.model), where)
+        if (was := checkpoint.config.get("optimizer", "adamw")) != self.config.optimizer:
+            raise StarflowError(
+                f"{where} was trained with --optimizer {was}: go on with that, or start again in another folder"
+            )
+        self.optimizer.load_flat_state(checkpoint.optimizer)
+        assign(self.model, checkpoint.weights)
+        if self.average:
+            # A run without an average may go on with one: it starts from the weights.
+            average = checkpoint.average or checkpoint.weights
+            check_same(average, trainable(self.model), where)
+            self.average.update(average)
+        self.rng.bit_generator.state = checkpoint.random
+        self.data.order.left = checkpoint.order
+        self.step = checkpoint.step
+        if self.validation and "validation" in checkpoint.note:
+            self.validation.state = checkpoint.note["validation"]
+        was, now = checkpoint.config, json.loads(json.dumps(asdict(self.config)))
+        changes = ", ".join(
+            f"{key} {was[key]} -> {value}" for key, value in now.items() if was.get(key, value) != value
+        )
+        _say(f"{self.name}: resuming at step {self.step}" + (f", with {changes}" if changes else ""))
+
+    def _share_state(self) -> None:
+        """All processes go on from what rank 0 has."""
+        if self.group.size() == 1:
+            return
+        state = {
+            "step": self.step,
+            "random": json.loads(json.dumps(self.rng.bit_generator.state, default=lambda value: value.tolist())),
+            "order": self.data.order.left.tolist(),
+            "validation": self.validation.state if self.validation else None,
+        }
+        with distributed.peers(self.name, self.group):
+            state = self._steps.share_state(state)
+        self.step = state["step"]
+        self.rng.bit_generator.state = state["random"]
+        self.data.order.left = np.array(state["order"], np.int64)
+        if self.validation:
+            self.validation.state = state["validation"]
+
+    def _validate(self, log: RunLog) -> bool:
+        with self._averaged():
+            line = self.validation.measure(self.model, self.step, self._steps.whole_weights)
+        log.write(line)
+        return self._finished
+
+    def _watch(self) -> None:
+        # A model in shares can be used by all processes together alone.
+        if self.samples is not None and (self.writes or self._steps.shards):
+            with self._averaged():
+                images = self.samples(self.model)
+            if self.writes:
+                save_samples(images, self.folder, self.step)
+        if self.writes:
+            draw_curves(self.folder)
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The model holds the averaged weights."""
+        weights = trainable(self.model)
+        assign(self.model, self.average or weights)
+        try:
+            yield
+        finally:
+            assign(self.model, weights)
+
+    def _check_finite(self, numbers: dict[str, float]) -> None:
+        for key, what in (
+            ("loss", "the loss"),
+            ("grad", "the gradient"),
+            ("denoiser", "the denoiser's loss"),
+            ("denoiser-grad", "the denoiser's gradient"),
+        ):
+            if not math.isfinite(numbers.get(key, 0.0)):
+                last = next(iter(checkpoint_files(self.folder)), None)
+                raise StarflowError(
+                    f"{self.name}: {what} is not finite at step {self.step + 1}; "
+                    + (f"the checkpoint {last} is intact: " if last else "")
+                    + f"try a lower learning rate than {self.config.lr:g}"
+                )
+
+
+def _due(step: int, every: int) -> bool:
+    return bool(every) and step % every == 0
+
+
+@contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """Turns the first Ctrl-C into an event, so that a step is never cut in two; the second one is as usual."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+
+    def note(*_: Any) -> None:
+        event.set()
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)

@@ -1,0 +1,319 @@
+"""A new flow from a config file: a STARFlow over the latents of a model's encoders, or a TarFlow over pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import yaml
+from PIL import Image
+
+from mlx_starflow.errors import StarflowError
+from mlx_starflow.media.images import grid, save_image, to_images
+from mlx_starflow.media.sources import open_source, write_skips
+from mlx_starflow.model_dir.hub import find_model
+from mlx_starflow.model_dir.saving import save_model
+from mlx_starflow.model_dir.weights import load_vae, one_line, parameters
+from mlx_starflow.models.starflow import FlowConfig, STARFlow
+from mlx_starflow.models.tarflow import TarFlow, TarFlowConfig
+from mlx_starflow.planning.finetune_memory import BATCH_SIZES, Choice, Planner
+from mlx_starflow.planning.memory import available
+from mlx_starflow.sampling import denoise, sample
+from mlx_starflow.training.data.cache_build import CacheSettings, build_cache
+from mlx_starflow.training.data.cache_files import MANIFEST
+from mlx_starflow.training.data.cache_model import CacheModel, check_model
+from mlx_starflow.training.data.image_folder import PictureFolder
+from mlx_starflow.training.data.labelled import LabelledPictures, draw_classes
+from mlx_starflow.training.data.latent_cache import CachedPart, LatentCache
+from mlx_starflow.training.finetuning.data import split_pictures
+from mlx_starflow.training.finetuning.fuse import copy_parts
+from mlx_starflow.training.loop import distributed
+from mlx_starflow.training.loop.config import TrainingConfig
+from mlx_starflow.training.loop.schedules import assign
+from mlx_starflow.training.loop.trainer import Trainer
+
+FROM_ENCODERS = ("img_size", "channel_size", "txt_size", "txt_dim", "mix_aspect")
+"""What a STARFlow's config need not say: the cache knows it."""
+
+MOMENTS = {"adamw": 2, "muon": 1, "adafactor": 0, "sinkgd": 0}
+"""Numbers that an optimizer keeps of each weight, about."""
+
+MOST_HELD_OUT = 100
+SHOWN = 8
+
+
+def read_flow_config(path: str | Path) -> dict[str, Any]:
+    """A flow's config from a YAML or JSON file, with its `model_type`.
+
+    The file is like a model directory's `config.json`, or it is a YAML file of the official release.
+
+    Raises:
+        StarflowError: it cannot be read, or is for something else.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise StarflowError(f"cannot read {path}: {one_line(error)}") from None
+    except yaml.YAMLError as error:
+        raise StarflowError(f"{path} is neither YAML nor JSON: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise StarflowError(f"{path} must hold a flow's config, with lines such as 'channels: 256'")
+    if "arguments" in content:
+        content = FlowConfig.from_official(content).to_dict()
+    kind = content.setdefault("model_type", "starflow")
+    if kind not in ("starflow", "tarflow"):
+        raise StarflowError(f"{path}: model_type must be starflow or tarflow, not {kind!r}")
+    return content
+
+
+@dataclass
+class NewFlow:
+    """A training of a flow from nothing.
+
+    Args:
+        data: for a STARFlow a latent cache, or captioned pictures, of which one is made in `out/training/cache`; for a
+            TarFlow pictures, whose captions (or folders) are their classes.
+        out: the model directory to write; checkpoints and logs are in `out/training`.
+        config: as `read_flow_config` gives it. What follows from the data may be left out: a STARFlow's
+            `FROM_ENCODERS`, a TarFlow's `num_classes`.
+        training: how to train; a `batch_size` and `checkpoint_layers` of None are chosen by memory.
+        encoders: the model whose autoencoder and text encoder a STARFlow uses: "demo", a model directory or a Hub
+            repository of one.
+        validation: share of the pictures that is held out, at most 100 of them.
+        report: is told, in a line, what goes on.
+    """
+
+    data: str | Path
+    out: Path
+    config: Mapping[str, Any]
+    training: Mapping[str, Any]
+    encoders: str = "demo"
+    validation: float = 0.1
+    report: Callable[[str], None] = field(default=lambda line: None, repr=False)
+
+    def __post_init__(self) -> None:
+        self.data, self.out = Path(self.data).expanduser(), Path(self.out)
+        if not 0 <= self.validation <= 0.5:
+            raise StarflowError(f"train: validation must be in 0..0.5, not {self.validation}")
+        self.group = distributed.world()
+
+    @property
+    def work(self) -> Path:
+        return self.out / "training"
+
+    @property
+    def is_pixels(self) -> bool:
+        return self.config["model_type"] == "tarflow"
+
+    # ---- data
+
+    @property
+    def has_cache(self) -> bool:
+        return (self.data / MANIFEST).is_file()
+
+    @cached_property
+    def cache(self) -> LatentCache:
+        """The data's latents; of pictures, they are made by rank 0."""
+        folder = self.data
+        if not self.has_cache:
+            folder = self.work / "cache"
+            with distributed.peers("train", self.group):
+                if self.group.rank() == 0:
+                    open_source(self.data)
+                    summary = build_cache(self.data, folder, self.encoders, CacheSettings())
+                    if summary.skipped:
+                        self.report(summary.skipped)
+                distributed.wait(self.group)
+        cache = LatentCache(folder)
+        check_model(cache.identity, self.encoders, folder, "; or give --encoders the model that it was made with")
+        return cache
+
+    @cached_property
+    def pictures(self) -> LabelledPictures:
+        """The data's pictures."""
+        folder = PictureFolder.read(self.data, size=int(self.config.get("img_size", 32)), splits=("train",))
+        self.skipped = folder.skipped
+        return LabelledPictures(folder.pictures, [captions[0] for captions in folder.captions])
+
+    def _latents(self) -> tuple[CachedPart, CachedPart | None]:
+        chosen, held_out = split_pictures(len(self.cache), self.validation, MOST_HELD_OUT, self.seed)
+        patch = self.flow_config.patch_size
+        for height, width, _ in self.cache.shapes:
+            if height % patch or width % patch:
+                raise StarflowError(f"the config's patch_size {patch} does not divide latents of {height}x{width}")
+        parts = [CachedPart(self.cache, part, patch) for part in (chosen, held_out)]
+        return parts[0], parts[1] if len(held_out) else None
+
+    def _pixels(self) -> tuple[LabelledPictures, LabelledPictures | None]:
+        pictures = self.pictures
+        if self.group.rank() == 0:
+            write_skips(self.work / "skipped.txt", self.skipped)
+        if not self.validation:
+            return pictures, None
+        return pictures.split(max(round(1 / self.validation), 2))
+
+    # ---- what is trained
+
+    @cached_property
+    def flow_config(self) -> FlowConfig | TarFlowConfig:
+        """The config, with what follows from the data. Raises StarflowError if it does not fit that."""
+        values = {key: value for key, value in self.config.items() if key not in ("quantization", "pipeline")}
+        if self.is_pixels:
+            if self.has_cache:
+                raise StarflowError(f"{self.data} is a cache of latents, and a TarFlow reads pixels: give the pictures")
+            classes = len(self.pictures.classes)
+            known: dict[str, Any] = {"num_classes": classes if classes > 1 else 0}
+            values = {"img_size": 32, "channel_size": 3, **values}
+        else:
+            known = self._of_encoders()
+        if self.training.get("noise_std") is not None:
+            values["noise_std"] = self.training["noise_std"]
+        for key, value in known.items():
+            if values.setdefault(key, value) != value:
+                raise StarflowError(f"the config's {key} is {values[key]}, and the data's is {value}: leave it out")
+        config = (TarFlowConfig if self.is_pixels else FlowConfig).from_dict(values)
+        if not self.is_pixels and config.vid_size:
+            raise StarflowError("the config is one of videos, and a cache holds pictures")
+        return config
+
+    def _of_encoders(self) -> dict[str, Any]:
+        """`FROM_ENCODERS` of the cache, or, where there is none yet, of the model that will make one."""
+        if not self.has_cache:
+            model = CacheModel(self.encoders)
+            found = (
+                model.config.img_size,
+                model.vae_config.latent_channels,
+                *map(vars(model.config).get, FROM_ENCODERS[2:]),
+            )
+            return dict(zip(FROM_ENCODERS, found, strict=True))
+        cache = self.cache
+        square = "1:1" in cache.ratios
+        height, _, channels = cache.shapes[cache.ratios.index("1:1") if square else 0]
+        found = (height, channels, cache.text_length, cache.text_width, cache.names_ratio)
+        known = dict(zip(FROM_ENCODERS, found, strict=True))
+        return known if square else {key: value for key, value in known.items() if key != "img_size"}
+
+    @property
+    def seed(self) -> int:
+        return self.training.get("seed") or 0
+
+    def new(self) -> STARFlow | TarFlow:
+        """The flow, with random weights. They are not computed as long as nobody evaluates them."""
+        mx.random.seed(self.seed)
+        return TarFlow(self.flow_config) if self.is_pixels else STARFlow(self.flow_config)
+
+    def plan(self, memory: float | None = None) -> tuple[Choice, str]:
+        """What a step takes in `memory` bytes (None: this machine's), and what would be chosen on some Macs.
+
+        Raises StarflowError if nothing fits.
+        """
+        settings = self.training
+        given = settings.get("batch_size")
+        parts = (settings.get("accumulate") or 1) * self.group.size()
+        ema = settings.get("ema")
+        planner = Planner(
+            lambda quantization, rank: self.new(),
+            batch_sizes=[max(given // parts, 1)] if given else [32, *BATCH_SIZES],
+            checkpoint=settings.get("checkpoint_layers"),
+            average=ema is None or ema > 0,
+            moments=MOMENTS[settings.get("optimizer") or "adamw"],
+            half=settings.get("dtype") in ("bfloat16", "float16"),
+        )
+        memory = available() if memory is None else memory
+        choice = planner.choose(memory)
+        if choice is None:
+            raise StarflowError(
+                f"training this flow does not fit into this machine's memory ({memory / 2**30:.1f} GiB): "
+                "try --batch-size 1, --accumulate, --ema 0, --optimizer adafactor, --dtype bfloat16 or a smaller flow"
+            )
+        return choice, planner.macs()
+
+    def training_config(self, choice: Choice) -> TrainingConfig:
+        """All settings, with what is chosen by memory."""
+        parts = (self.training.get("accumulate") or 1) * self.group.size()
+        given = {name: value for name, value in self.training.items() if value is not None}
+        values = {"steps": 10000, "lr": 5e-4, "context_full": 0.0, "context_partial": 0.0, **given}
+        values.setdefault("validate_every", max(values["steps"] // 20, 1))
+        values |= {"batch_size": given.get("batch_size") or choice.batch_size * parts}
+        return TrainingConfig(**{**values, "checkpoint_layers": choice.checkpoint, "noise_std": self._noise_std})
+
+    @property
+    def _noise_std(self) -> float:
+        return getattr(self.flow_config, "noise_std", 0.0)
+
+    # ---- doing it
+
+    def run(self, resume: bool = True) -> Path:
+        """Train, and write the model directory.
+
+        Raises StarflowError if data or config cannot be used, and what `Trainer` raises.
+        """
+        choice, _ = self.plan()
+        training = self.training_config(choice)
+        first = self.group.rank() == 0
+        flow = self.new()
+        size = sum(weight.size for weight in parameters(flow).values())
+        data, held_out = self._pixels() if self.is_pixels else self._latents()
+        if held_out is None:
+            training = replace(training, validate_every=0)
+        if first:
+            held = f", {held_out.order.count} held out" if held_out else ""
+            chosen = replace(choice, batch_size=training.batch_size)
+            self.report(f"{size / 1e6:.1f} M weights, {data.order.count} pictures{held}; {chosen}")
+        samples = draw_classes if self.is_pixels else self._drawer(held_out or data)
+        trainer = Trainer(
+            flow,
+            data,
+            training,
+            self.work / "flow",
+            validation=held_out,
+            samples=samples,
+            name="train",
+            resume=resume,
+        )
+        assign(flow, trainer.run())
+        if first:
+            self._write(flow)
+            save_image(grid(list(samples(flow))), self.out / "samples.png")
+        with distributed.peers("train", self.group):
+            distributed.wait(self.group)
+        if first:
+            self.report(f"wrote {self.out}; its samples are in {self.out / 'samples.png'}")
+        return self.out
+
+    def _drawer(self, data: CachedPart) -> Callable[[nn.Module], list[Image.Image]]:
+        """Pictures for captions of a few of the pictures, always from the same noise."""
+        shown = data.pictures[:SHOWN]
+        cache = self.cache
+        shown = shown[cache.buckets[shown] == cache.buckets[shown[0]]]
+        bucket = cache.buckets[shown[0]]
+        text = mx.array(cache.text([cache.captions[index][0] for index in shown], cache.ratios[bucket]))
+        z = mx.array(np.random.default_rng(0).standard_normal((len(shown), *cache.shapes[bucket]), dtype=np.float32))
+        vae = find_model(self.encoders) / "vae"
+
+        def draw(flow: nn.Module) -> list[Image.Image]:
+            x = denoise(flow, sample(flow, z, text), text)
+            mx.eval(x)
+            # It is needed so rarely that it need not stay in memory.
+            autoencoder = load_vae(vae)
+            return to_images(np.array(autoencoder.decode(autoencoder.unscale(x)).astype(mx.float32)))
+
+        return draw
+
+    def _write(self, flow: STARFlow | TarFlow) -> None:
+        config = {"model_type": self.config["model_type"], **flow.config.to_dict()}
+        if pipeline := self.config.get("pipeline"):
+            config["pipeline"] = pipeline
+        files: dict[str, bytes] = {}
+        if self.is_pixels:
+            files["classes.txt"] = "".join(f"{name}\n" for name in self.pictures.classes).encode()
+        else:
+            files = copy_parts(find_model(self.encoders), self.out)
+        # The flow last: without its config.json the directory is not yet a model.
+        save_model(self.out, parameters(flow), config, files=files)

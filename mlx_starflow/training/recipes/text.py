@@ -1,0 +1,166 @@
+"""A flow and the text encoder that is trained with it: captions to tokens, embeddings, likelihood."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import sentencepiece
+
+from mlx_starflow.errors import StarflowError
+from mlx_starflow.media.files import replacing
+from mlx_starflow.models.starflow import STARFlow
+from mlx_starflow.models.t5 import T5Encoder
+from mlx_starflow.models.tokenizer import Tokenizer
+from mlx_starflow.training.data.image_folder import Order
+from mlx_starflow.training.loop.config import TrainingConfig
+from mlx_starflow.training.loop.objective import Batch, Metrics, batch_loss, batch_nll, context_keep, context_share
+
+SPECIAL_TOKENS = 3
+
+
+class TextFlow(nn.Module):
+    """A flow and its text encoder, trained as one."""
+
+    def __init__(self, flow: STARFlow, text_encoder: T5Encoder):
+        super().__init__()
+        self.flow = flow
+        self.text_encoder = text_encoder
+
+    def loss(self, batch: Batch, checkpoint: bool = False) -> tuple[mx.array, Metrics]:
+        """`batch_loss` of a batch of `CaptionedLatents`."""
+        return batch_loss(self.flow, self.with_text(batch), checkpoint)
+
+    def nll(self, batch: Batch) -> mx.array:
+        """`batch_nll` of a batch of `CaptionedLatents`."""
+        return batch_nll(self.flow, self.with_text(batch))
+
+    def with_text(self, batch: Batch) -> Batch:
+        """A batch of `CaptionedLatents` with the embeddings of its captions, `text`."""
+        return {**batch, "text": self.text_encoder.encode(batch["ids"], batch["mask"])}
+
+
+class CaptionedLatents:
+    """Latents of several views of each picture, with captions.
+
+    Args:
+        latents: normalized latents `[N, views, H, W, C]`, float32.
+        captions: captions of each picture, its usual one first.
+        tokenizer: makes token ids of captions.
+        text_length: tokens a caption.
+        tokens: tokens of the deep block, N of `context_keep`.
+    """
+
+    def __init__(
+        self,
+        latents: np.ndarray,
+        captions: Sequence[Sequence[str]],
+        tokenizer: Tokenizer,
+        *,
+        text_length: int,
+        tokens: int,
+    ):
+        self.latents, self.captions, self.tokenizer = latents, captions, tokenizer
+        self.text_length, self.tokens = text_length, tokens
+        self.order = Order(len(latents))
+
+    def batch(self, rng: np.random.Generator, config: TrainingConfig, progress: float) -> dict[str, np.ndarray]:
+        """`latents`, `noise`, `keep`, and `ids` and `mask` of the captions."""
+        return self.arrays(self.order.take(config.batch_size, rng), rng, config, progress)
+
+    def arrays(
+        self, chosen: np.ndarray, rng: np.random.Generator, config: TrainingConfig, progress: float
+    ) -> dict[str, np.ndarray]:
+        """What `batch` gives, of the pictures with the numbers `chosen`."""
+        count = len(chosen)
+        latents = self.latents[chosen, rng.integers(self.latents.shape[1], size=count)]
+        texts = [choose_caption(self.captions[index], rng, config.caption_dropout) for index in chosen]
+        ids, mask, _ = self.tokenizer.batch(texts, self.text_length)
+        share = context_share(config.context_full, progress)
+        return {
+            "latents": latents,
+            "noise": rng.standard_normal(latents.shape, dtype=np.float32),
+            "keep": context_keep(rng, count, self.tokens, share, config.context_partial),
+            "ids": ids,
+            "mask": mask,
+        }
+
+
+def choose_caption(captions: Sequence[str], rng: np.random.Generator, dropout: float) -> str:
+    """The empty caption with probability `dropout`, for guidance; else mostly the first one, at times another."""
+    draw, other = rng.random(2)
+    if draw < dropout:
+        return ""
+    if len(captions) > 1 and other < 0.4:
+        return captions[rng.integers(1, len(captions))]
+    return captions[0]
+
+
+def train_tokenizer(captions: Sequence[str], path: Path, vocab_size: int) -> Tokenizer:
+    """Write a SentencePiece model with T5's special tokens over the words of captions; one that exists is kept.
+
+    It has at most `vocab_size` pieces, but at least one for every character that occurs.
+
+    Raises:
+        StarflowError: there are no words.
+    """
+    if path.exists():
+        return Tokenizer(path)
+    sentences = [text for text in captions if text.strip()]
+    if not sentences:
+        raise StarflowError('no picture has a caption: give the lines of metadata.jsonl a "text"')
+    # SentencePiece also needs room for its word mark.
+    characters = len(set("".join(sentences).casefold() + "".join(sentences))) + SPECIAL_TOKENS + 1
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sentences),
+            model_writer=model,
+            vocab_size=max(vocab_size, characters),
+            hard_vocab_limit=False,
+            character_coverage=1.0,
+            normalization_rule_name="nmt_nfkc_cf",
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        reason = (str(error).splitlines() or ["unknown"])[0]
+        raise StarflowError(f"no tokenizer can be made of these captions ({reason}); add captions") from None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_bytes(model.getvalue())
+    return Tokenizer(path)
+
+
+def initialize_text_encoder(encoder: T5Encoder) -> None:
+    """T5's initial weights (arXiv 1910.10683), drawn from MLX's generator.
+
+    Attention does not scale its logits: the initial queries hold the factor.
+    """
+    config = encoder.config
+    width, inner = config.d_model, config.num_heads * config.d_kv
+
+    def draw(layer: nn.Module, std: float) -> None:
+        layer.weight = std * mx.random.normal(layer.weight.shape)
+
+    draw(encoder.shared, 1.0)
+    for block in encoder.encoder.block:
+        attention, mlp = block.layer[0].SelfAttention, block.layer[1].DenseReluDense
+        draw(attention.q, (width * config.d_kv) ** -0.5)
+        draw(attention.k, width**-0.5)
+        draw(attention.v, width**-0.5)
+        draw(attention.o, inner**-0.5)
+        if "relative_attention_bias" in attention:
+            draw(attention.relative_attention_bias, 1.0)
+        for name in ("wi", "wi_0", "wi_1"):
+            if name in mlp:
+                draw(mlp[name], width**-0.5)
+        draw(mlp.wo, config.d_ff**-0.5)

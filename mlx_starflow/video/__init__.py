@@ -1,1 +1,0 @@
-"""Videos: requests, their frames one by one, and video files."""

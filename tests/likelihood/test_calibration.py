@@ -1,0 +1,103 @@
+"""Typicality: its statistics, and the file that keeps them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from helpers.model_directories import edit_weights, message
+from helpers.picture_models import pictures
+
+from mlx_starflow.likelihood import Reference, calibrate, score
+from mlx_starflow.likelihood.calibration import REFERENCE_FILE, Statistics, describe
+from mlx_starflow.pipelines.picture_flow import open_picture_flow
+
+
+def test_statistics_tell_pictures_from_draws():
+    rng = np.random.default_rng(0)
+    values = 5 + 2 * rng.standard_normal((4000, 1, 2)) + 0.5 * rng.standard_normal((4000, 4, 2))
+    statistics = Statistics.of(values)
+    np.testing.assert_allclose(statistics.mean, 5, atol=0.15)
+    np.testing.assert_allclose(statistics.between, 4, rtol=0.1)
+    np.testing.assert_allclose(statistics.within, 0.25, rtol=0.1)
+    np.testing.assert_allclose(statistics.std(1), np.sqrt(4.25), rtol=0.05)
+    assert (statistics.std(1) > statistics.std(9)).all()
+    assert Statistics.of(np.stack([np.array([0.0, 9.0]), np.array([9.0, 0.0])])).between == 0
+    assert describe(Statistics(np.array(0.5), np.array(0.04), np.array(0.0))) == "0.5000 +- 0.2000"
+
+
+def test_typicality_of_the_reference_itself(model):
+    data = model.data(pictures(16))
+    reference = calibrate(model, data, draws=2)
+    assert reference.pictures == 16 and set(reference.nll) == {"unprompted"}
+    deviations = [reference.typicality(each).deviation for each in score(model, pictures(16), draws=2)]
+    assert abs(np.mean(deviations)) < 1e-6
+    assert 0.5 < np.std(deviations) < 1.5
+    typicality = reference.typicality(score(model, pictures(1), draws=2)[0])
+    assert typicality.distance == abs(typicality.deviation)
+    assert typicality.map.shape == (4, 4)
+
+
+def test_captions_have_statistics_of_their_own(latent_flow):
+    reference = calibrate(latent_flow, latent_flow.data(pictures(4)), ["a", "b", "c", "d"], draws=2)
+    (each,) = score(latent_flow, pictures(1), "a", draws=2)
+    assert reference.typicality(each, prompted=True).deviation != reference.typicality(each).deviation
+    (wide,) = score(latent_flow, pictures(1), size=(16, 8), draws=2)
+    assert reference.typicality(wide).map is None
+
+
+@pytest.fixture
+def copied(latent_flow, tmp_path):
+    return open_picture_flow(shutil.copytree(latent_flow.directory, tmp_path / "model"))
+
+
+def test_files(copied):
+    assert Reference.find(copied.directory) is None
+    reference = calibrate(copied, copied.data(pictures(3)), ["a", "b", "c"], draws=2)
+    path = reference.save(copied.directory)
+    assert path.name == REFERENCE_FILE
+    found = Reference.find(copied.directory)
+    assert found.pictures == 3 and found.fingerprint == reference.fingerprint
+    for kind in ("prompted", "unprompted"):
+        assert found.nll[kind].mean == reference.nll[kind].mean
+        np.testing.assert_array_equal(found.tokens[kind].between, reference.tokens[kind].between)
+    # Other weights: the statistics are no longer theirs.
+    weight = mx.array(copied.flow.blocks[0].proj_out.weight)
+    edit_weights(copied.directory, blocks__0__proj_out__weight=weight + 1)
+    assert Reference.find(copied.directory) is None
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda values: values | {"version": 2},
+        lambda values: {key: value for key, value in values.items() if key != "tokens"},
+        lambda values: values | {"nll": {"unprompted": {"mean": [1], "between": 2, "within": 3}}},
+        lambda values: values | {"nll": {}, "tokens": {}},
+        lambda values: values | {"nll": 3},
+    ],
+)
+def test_damaged_files(copied, spoil):
+    path = calibrate(copied, copied.data(pictures(2)), draws=2).save(copied.directory)
+    path.write_text(json.dumps(spoil(json.loads(path.read_text()))))
+    assert "run `mlx-starflow calibrate` again" in message(Reference.find, copied.directory)
+
+
+def test_mistakes(latent_flow, tmp_path):
+    data = latent_flow.data(pictures(2))
+    assert "2 pictures and 2 draws or more" in message(calibrate, latent_flow, data[:1])
+    assert "2 pictures and 2 draws or more" in message(calibrate, latent_flow, data, draws=1)
+    reference = calibrate(latent_flow, data, draws=2)
+    assert "had no captions" in message(reference.typicality, score(latent_flow, pictures(1))[0], True)
+    assert "cannot be written" in message(reference.save, tmp_path / "nowhere")
+
+
+def test_the_embedded_model_has_one():
+    from mlx_starflow.model_dir.hub import find_model
+
+    reference = Reference.find(find_model("demo"))
+    assert reference.pictures == 998 and set(reference.nll) == {"prompted", "unprompted"}
+    assert reference.nll["prompted"].mean < reference.nll["unprompted"].mean

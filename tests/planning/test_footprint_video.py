@@ -1,0 +1,50 @@
+"""Predicted memory of the video autoencoder against what MLX says it held."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import pytest
+
+from mlx_starflow.models.autoencoder_wan.network import AutoencoderWan, AutoencoderWanConfig
+from mlx_starflow.planning.footprint.autoencoder_wan import decode_video, encode_video
+
+STATISTICS = {"latents_mean": (0.0,) * 4, "latents_std": (1.0,) * 4, "z_dim": 4, "num_res_blocks": 1}
+
+
+@pytest.mark.parametrize(
+    ("changes", "height", "width"),
+    [
+        ({"base_dim": 32, "decoder_base_dim": 32}, 6, 8),
+        ({"base_dim": 24, "decoder_base_dim": 16}, 16, 24),
+        ({"base_dim": 48, "decoder_base_dim": 32, "dim_mult": (1, 2, 2, 2)}, 16, 12),
+    ],
+)
+def test_predicted_peaks(changes, height, width):
+    config = AutoencoderWanConfig(**STATISTICS, **changes)
+    vae = AutoencoderWan(config)
+    z = mx.zeros((1, 1, height, width, 4))
+    video = mx.zeros((1, 5, 16 * height, 16 * width, 3))
+    mx.eval(vae.parameters(), z, video)
+
+    before = mx.get_active_memory()
+    decoder = vae.decoder_stream()
+    mx.eval(decoder.push(z))
+    mx.reset_peak_memory()
+    mx.eval(decoder.push(z))
+    assert decode_video(config, height, width, 4) == pytest.approx(mx.get_peak_memory() - before, rel=0.15)
+
+    del decoder
+    before = mx.get_active_memory()
+    encoder = vae.encoder_stream()
+    mx.eval(encoder.push(video[:, :1]).mean)
+    mx.reset_peak_memory()
+    mx.eval(encoder.push(video[:, 1:]).mean)
+    assert encode_video(config, height, width, 4) == pytest.approx(mx.get_peak_memory() - before, rel=0.15)
+
+
+def test_the_released_autoencoder():
+    config = AutoencoderWanConfig((0.0,) * 48, (1.0,) * 48)
+    wide = decode_video(config, 30, 53, 2)
+    assert 1.5e9 < wide < 2.5e9
+    assert decode_video(config, 30, 53, 4) == pytest.approx(2 * wide)
+    assert encode_video(config, 30, 53, 2) < wide

@@ -1,0 +1,174 @@
+"""`mlx-starflow train` on a latent cache or with a flow's config, and a TarFlow on class folders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import yaml
+from helpers.commands import Command
+from helpers.tiny_model import write_tiny_model
+from PIL import Image
+
+from mlx_starflow import load, load_flow
+from mlx_starflow.model_dir.weights import parameters
+from mlx_starflow.training.data.cache_build import CacheSettings, build_cache
+from mlx_starflow.training.data.latent_cache import CachedPart, LatentCache
+from mlx_starflow.training.loop.checkpoint import checkpoint_files
+from mlx_starflow.training.loop.config import TrainingConfig
+from mlx_starflow.training.recipes.new_flow import NewFlow, read_flow_config
+
+pytestmark = pytest.mark.usefixtures("uncompiled")
+command = Command("train")
+FLOW = {"channels": 64, "layers_per_block": [1, 1], "patch_size": 2, "use_softplus": True, "soft_clip": 4.0}
+QUICK = "--steps 4 --batch-size 2 --lr 1e-3 --log-every 1".split()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """Class folders; of 12 pictures one is damaged."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for index, colour in enumerate(["red", "green", "blue"] * 4):
+        (folder / colour).mkdir(exist_ok=True)
+        Image.new("RGB", (10, 12), colour).save(folder / colour / f"{index}.png")
+    (folder / "red/0.png").write_bytes(b"no picture")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cache(model, pictures, tmp_path_factory) -> Path:
+    return build_cache(pictures, tmp_path_factory.mktemp("cache") / "c", model, CacheSettings()).folder
+
+
+@pytest.fixture
+def flow_file(tmp_path) -> Path:
+    path = tmp_path / "flow.yaml"
+    path.write_text(yaml.safe_dump(FLOW))
+    return path
+
+
+def log(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "training/flow/log.jsonl").read_text().splitlines()]
+
+
+def test_from_a_cache_to_a_model(model, cache, flow_file, tmp_path):
+    words = ["--model-config", flow_file, "--encoders", model, "--validation", "0.2", "--validate-every", "2"]
+    done = command(cache, "-o", tmp_path / "a", *words, *QUICK, "--watch-every", "4")
+    assert done.exit_code == 0, done.output
+    assert "9 pictures, 2 held out; batch size 2, layers computed once" in done.stdout
+    pipe = load(tmp_path / "a")
+    config = pipe.flow.config
+    assert (config.img_size, config.channel_size, config.txt_size, config.txt_dim) == (4, 4, 6, 32)
+    assert config.channels == 64 and config.patch_size == 2
+    assert pipe.generate("red", seed=1).images[0].size == (8, 8)
+    rows = log(tmp_path / "a")
+    assert [row["step"] for row in rows if "validation_nll" in row] == [2, 4]
+    assert (
+        Image.open(tmp_path / "a/samples.png").size
+        == Image.open(tmp_path / "a/training/flow/samples/step-00000004.png").size
+    )
+    # The effective settings are a file that does the same again; a run that was stopped goes on to the same end.
+    settings = yaml.safe_load((tmp_path / "a/training/config.yaml").read_text())
+    assert settings["batch-size"] == 2 and settings["checkpoint-layers"] is False and settings["context-full"] == 0
+    again = command("--config", tmp_path / "a/training/config.yaml", "-o", tmp_path / "b", "--save-steps", "2")
+    assert again.exit_code == 0, again.output
+    same(tmp_path / "a", tmp_path / "b")
+    checkpoint_files(tmp_path / "b/training/flow")[0].unlink()
+    again = command("--config", tmp_path / "b/training/config.yaml", "-o", tmp_path / "b")
+    assert "resuming at step 2" in again.stderr
+    same(tmp_path / "a", tmp_path / "b")
+
+
+def same(one: Path, other: Path) -> None:
+    weights, others = (parameters(load_flow(path)) for path in (one, other))
+    assert weights.keys() == others.keys()
+    assert all(mx.array_equal(weights[name], others[name]) for name in weights)
+
+
+def test_from_pictures_and_an_official_config(model, pictures, tmp_path):
+    official = {"img_size": 16, "channel_size": 4, "patch_size": 1, "channels": 64, "layers_per_block": "1 1",
+                "txt_size": 6, "txt_dim": 32, "rope": 1, "nvp": 1, "lr": "1e-4", "dataset": "x"}  # fmt: skip
+    official["img_size"] = 4
+    path = tmp_path / "official.yaml"
+    path.write_text(yaml.safe_dump({"arguments": [{key: value} for key, value in official.items()]}))
+    words = ["--model-config", path, "--encoders", model, "--validation", "0", *QUICK]
+    dry = command(pictures, "-o", tmp_path / "run", *words, "--dry-run")
+    assert dry.exit_code == 0, dry.output
+    assert "here: batch size 2" in dry.stdout and "16 GB Mac:" in dry.stdout and "optimizer" in dry.stdout
+    assert not (tmp_path / "run").exists()
+    done = command(pictures, "-o", tmp_path / "run", *words)
+    assert done.exit_code == 0, done.output
+    assert "red/0.png" in (tmp_path / "run/training/cache/skipped.txt").read_text()
+    assert "11 pictures; batch" in done.stdout
+    load(tmp_path / "run")
+
+
+def test_a_tarflow_on_class_folders(pictures, tmp_path):
+    config = {"model_type": "tarflow", "img_size": 8, "patch_size": 2, "channels": 64, "blocks": 2,
+              "layers_per_block": 1, "noise_std": 0.1}  # fmt: skip
+    path = tmp_path / "flow.json"
+    path.write_text(json.dumps(config))
+    dry = command(pictures, "-o", tmp_path / "run", "--model-config", path, "--dry-run")
+    assert dry.exit_code == 0 and "here: batch size 32" in dry.stdout and not (tmp_path / "run").exists()
+    done = command(pictures, "-o", tmp_path / "run", "--model-config", path, *QUICK)
+    assert done.exit_code == 0, done.output
+    assert "10 pictures, 1 held out" in done.stdout
+    flow = load_flow(tmp_path / "run")
+    assert flow.config.num_classes == 3 and flow.config.noise_std == 0.1
+    assert (tmp_path / "run/classes.txt").read_text().split() == ["blue", "green", "red"]
+    assert "red/0.png" in (tmp_path / "run/training/skipped.txt").read_text()
+    assert Image.open(tmp_path / "run/samples.png").size == (18, 18)
+    preset = NewFlow(pictures, tmp_path / "p", {"model_type": "tarflow", **read_flow_config(path)}, {"batch_size": 4})
+    assert preset.plan()[0].batch_size == 4
+
+
+def test_the_presets_flow_fits_the_cache(cache, model, tmp_path):
+    done = command(cache, "-o", tmp_path / "run", "--encoders", model, *QUICK, "--dry-run")
+    assert done.exit_code == 0, done.output
+    plain, saving = (
+        NewFlow(cache, tmp_path, {"model_type": "starflow", **FLOW}, settings, str(model)).plan()[0].plan
+        for settings in ({}, {"ema": 0.0, "optimizer": "adafactor"})
+    )
+    assert plain.optimizer == 3 * plain.gradients and saving.optimizer == 0
+
+
+def test_a_part_of_a_cache(cache):
+    found = LatentCache(cache)
+    part = CachedPart(found, np.array([8, 3, 5]), patch_size=2)
+    assert sorted(index for taken in part.order.once(2) for index in taken) == [0, 1, 2]
+    config = TrainingConfig(steps=1, batch_size=2, context_full=0.5, caption_dropout=0.0)
+    batch = part.batch(np.random.default_rng(0), config, 0.0)
+    assert batch["keep"].shape == (2, 4)
+
+
+def test_mistakes(cache, model, pictures, flow_file, tmp_path):
+    run = [cache, "-o", tmp_path / "run", "--encoders", model]
+    other = command.mistake(cache, "-o", tmp_path / "run", "--model-config", flow_file)
+    assert "another autoencoder" in other and "or give --encoders" in other
+    assert "a TarFlow reads pixels" in command.mistake(cache, "-o", tmp_path / "run", "--preset", "tarflow")
+
+    def with_config(content: object) -> str:
+        path = tmp_path / "wrong.yaml"
+        path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+        return command.mistake(*run, "--model-config", path)
+
+    assert "txt_dim is 7, and the data's is 32" in with_config({**FLOW, "txt_dim": 7})
+    assert "unknown key depth" in with_config({**FLOW, "depth": 7})
+    assert "missing key channels" in with_config({"patch_size": 1, "layers_per_block": [1, 1]})
+    assert "model_type must be starflow or tarflow" in with_config({**FLOW, "model_type": "gan"})
+    assert "patch_size 3 does not divide" in with_config({**FLOW, "patch_size": 3})
+    assert "must hold a flow's config" in with_config("flow")
+    assert "neither YAML nor JSON" in with_config("a: [")
+    assert "cannot read" in command.mistake(*run, "--model-config", tmp_path / "none.yaml")
+    assert "needs no --autoencoder-steps" in command.mistake(*run, "--autoencoder-steps", 3)
+    assert "--dry-run is for a flow alone" in command.mistake(pictures, "-o", tmp_path / "run", "--dry-run")
+    assert "validation must be in 0..0.5" in command.mistake(*run, "--validation", 0.7)
+    assert not (tmp_path / "run/config.json").exists()
