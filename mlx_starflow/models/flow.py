@@ -140,15 +140,15 @@ class FlowBlock(nn.Module):
     def dtype(self) -> mx.Dtype:
         return self.proj_in.weight.dtype
 
-    def arrange(self, x: mx.array, frames: int = 1) -> mx.array:
+    def permute(self, x: mx.array, frames: int = 1) -> mx.array:
         """Tokens `[B, frames * N, C]` in data order -> as this block reads them: the same in its own order, or, if it
         is local, `[B * frames, N, C]`."""
         if self.config.local and frames > 1:
             x, frames = x.reshape(x.shape[0] * frames, -1, x.shape[-1]), 1
         return _flip(x, frames) if self.config.flip else x
 
-    def restore(self, x: mx.array, frames: int = 1) -> mx.array:
-        """The inverse of `arrange`."""
+    def unpermute(self, x: mx.array, frames: int = 1) -> mx.array:
+        """The inverse of `permute`."""
         if not (self.config.local and frames > 1):
             return _flip(x, frames) if self.config.flip else x
         x = _flip(x, 1) if self.config.flip else x
@@ -276,10 +276,10 @@ class FlowBlock(nn.Module):
         x = x.astype(mx.float32)
         if self.is_identity:
             return x, mx.zeros_like(x)
-        x = self.arrange(x, frames)
+        x = self.permute(x, frames)
         raw = self.outputs(x, self.condition(text, x.shape[0]), table, keep, checkpoint=checkpoint)
         z, log_det = affine_forward(raw, x, self.config.soft_clip, self.config.use_softplus)
-        return self.restore(z, frames), self.restore(log_det, frames)
+        return self.unpermute(z, frames), self.unpermute(log_det, frames)
 
 
 def frame_count(shape: tuple[int, ...]) -> int:

@@ -61,7 +61,7 @@ class BlockDecoder:
         """A decoder of `length` tokens; give `guidance` if, and only if, the condition is guided.
 
         Of a video with `frames` a local block decodes all frames at once: `batch` and `length` are those of
-        `FlowBlock.arrange`.
+        `FlowBlock.permute`.
         """
         self.block, self.length, self.guidance, self.frames = block, length, guidance, frames
         self.copies = 2 if guidance else 1

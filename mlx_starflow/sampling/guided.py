@@ -59,7 +59,7 @@ class GuidedFlow:
     def predict(self, index: int, x: mx.array) -> tuple[mx.array, mx.array]:
         """(mu, log sigma) of all tokens x `[B, N, C]` of block number `index`, in data order, in one evaluation."""
         block, condition = self.flow.blocks[index], self.conditions.blocks[index]
-        x = block.arrange(x, self.frames)
+        x = block.permute(x, self.frames)
         batch, length, _ = x.shape
         inputs = mx.concatenate([x, x]) if condition.guided else x
         table, temperature = self.conditions.tables[index], self.temperature(condition, batch)
@@ -71,7 +71,7 @@ class GuidedFlow:
         else:
             affine = predict(raw, clip, softplus)
         mu, log_sigma = affine
-        return block.restore(mu, self.frames), block.restore(log_sigma, self.frames)
+        return block.unpermute(mu, self.frames), block.unpermute(log_sigma, self.frames)
 
     def forward(self, x: mx.array) -> mx.array:
         """Data tokens `[B, N, C]` -> noise tokens: the guided flow's forward direction."""

@@ -168,15 +168,15 @@ def _deep_frames(
     block, size = decoder.block, decoder.length // decoder.frames
     frames = z.shape[1] // size
     out = 0 if read is None else read.shape[1] // size
-    given = None if read is None else block.arrange(read, out)
-    z = decoder.own(block.arrange(z, frames))
+    given = None if read is None else block.permute(read, out)
+    z = decoder.own(block.permute(z, frames))
     x = decoder.arrays.array(z)
     before = out * size
     for done in invert_steps(decoder, z, x, settings, given):
         advance(done - before)
         before = done
         while out < frames and done >= (stop := min(out + frames_at_once, frames)) * size:
-            yield block.restore(mx.array(x[:, out * size : stop * size]), stop - out)
+            yield block.unpermute(mx.array(x[:, out * size : stop * size]), stop - out)
             out = stop
 
 

@@ -52,7 +52,7 @@ def test_forward_is_the_official_one(golden, case, prefix):
             assert not golden.arrays[f"{prefix}logdet.{index}"].any() and not np.array(tokens).any()
             continue
         expected = golden.arrays[f"{prefix}logdet.{index}"]
-        own = block.arrange(tokens, frame_count(x.shape)).reshape(expected.shape)
+        own = block.permute(tokens, frame_count(x.shape)).reshape(expected.shape)
         assert golden.relative_error(own, f"{prefix}logdet.{index}") < 1e-5
     assert np.array_equal(np.array(out.log_det), np.array(sum(out.block_log_dets)))
 
