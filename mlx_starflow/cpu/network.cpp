@@ -34,7 +34,7 @@ struct Block {
 
 struct Tokens {
     int32_t length, offset;  // how many are new in each sequence, and how many the cache holds
-    const float* angles;     // cosine and sine of each new position's pairs, or nothing
+    const float* rope_frequencies;  // cosine and sine of each new position's pairs, or nothing
     const float* scales;     // [batch], of attention's scores
     const float* inputs;     // [batch, length, inputs]; nothing: they are embedded already
     const float* added;      // [batch, ...] to what they are embedded as, or nothing; `added_step` from one to the next
@@ -102,11 +102,11 @@ void normalize(const Norm& norm, const float* x, float* y, int width) {
 
 int whole_vectors(int numbers) { return (numbers + LANES - 1) / LANES * LANES; }
 
-// Turn the pairs of one head by one position's angles.
-void rotate(float* x, const float* angles, int dim, bool half_split) {
+// Turn the pairs of one head by its position's rope frequencies.
+void rotate(float* x, const float* rope_frequencies, int dim, bool half_split) {
     for (int i = 0; i < dim / 2; i++) {
         float &a = half_split ? x[i] : x[2 * i], &b = half_split ? x[i + dim / 2] : x[2 * i + 1];
-        const float cosine = angles[2 * i], sine = angles[2 * i + 1], first = a, second = b;
+        const float cosine = rope_frequencies[2 * i], sine = rope_frequencies[2 * i + 1], first = a, second = b;
         a = first * cosine - second * sine;
         b = first * sine + second * cosine;
     }
@@ -338,12 +338,12 @@ class Evaluation {
     void turn_heads(const Layer& layer, int group) {
         const int dim = block.head_dim, ratio = block.heads / block.groups, number = group % block.groups;
         for (int n = 0; n < tokens.length; n++) {
-            const float* angles = tokens.angles ? tokens.angles + size_t(n) * dim : nullptr;
+            const float* rope_frequencies = tokens.rope_frequencies ? tokens.rope_frequencies + size_t(n) * dim : nullptr;
             float* token = packed(layer, group) + size_t(n) * layer.qkv.outputs;
             auto turned = [&](const Norm& norm, int head) {
                 float* x = token + head * dim;
                 normalize(norm, x, x, dim);
-                if (angles) rotate(x, angles, dim, block.half_split);
+                if (rope_frequencies) rotate(x, rope_frequencies, dim, block.half_split);
                 return x;
             };
             for (int head = number * ratio; head < (number + 1) * ratio; head++) turned(layer.query_norm, head);

@@ -62,7 +62,7 @@ class _Tokens(Structure):
     _fields_ = (
         ("length", c_int32),
         ("offset", c_int32),
-        ("angles", c_void_p),
+        ("rope_frequencies", c_void_p),
         ("scales", c_void_p),
         ("inputs", c_void_p),
         ("added", c_void_p),
@@ -86,7 +86,7 @@ class NativeNetwork:
         block: Any,
         batch: int,
         length: int,
-        table: mx.array | None,
+        rope_frequencies: mx.array | None,
         condition: Condition,
         temperature: float | mx.array,
     ):
@@ -120,7 +120,7 @@ class NativeNetwork:
             norm=self._norm(block.get("final_norm")),
             output=self._linear(block.proj_out),
         )
-        self._angles = None if table is None else np.array(table, order="C")
+        self._rope_frequencies = None if rope_frequencies is None else np.array(rope_frequencies, order="C")
         self._scales = np.empty(batch, np.float32)
         self._scales[:] = config.head_dim**-0.5 / np.array(temperature).reshape(-1)
         self._added = block.added(0, length, condition.offset)
@@ -173,8 +173,8 @@ class NativeNetwork:
         length = hidden.shape[1]
         assert self.position + length <= self.capacity and hidden.dtype == np.float32
         tokens = _Tokens(length=length, offset=self.position, scales=_address(self._scales), hidden=_address(hidden))
-        if self._angles is not None:
-            tokens.angles = _address(self._angles[self.position :])
+        if self._rope_frequencies is not None:
+            tokens.rope_frequencies = _address(self._rope_frequencies[self.position :])
         if inputs is not None:
             assert inputs.dtype == np.float32
             tokens.inputs, tokens.outputs = _address(inputs), _address(outputs)

@@ -18,7 +18,7 @@ HEADS_PER_THREADGROUP = 8
 
 def split_rotate(
     qkv: mx.array,
-    table: mx.array | None,
+    rope_frequencies: mx.array | None,
     query_weight: mx.array | None = None,
     key_weight: mx.array | None = None,
     *,
@@ -26,11 +26,11 @@ def split_rotate(
     groups: int,
     half_split: bool = False,
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """Split the heads, normalize queries and keys where there are weights for that, and turn both by their positions.
+    """Split the heads, normalize queries and keys where there are weights for that, and rotate both by their positions.
 
     Args:
         qkv: the packed projection `[B, N, (heads + 2 * groups) * D]`: queries, then keys, then values, head by head.
-        table: rotary angles of the N positions, complex64 `[N, D / 2]`; None: nothing is turned.
+        rope_frequencies: of the N positions, complex64 `[N, D / 2]`; None: nothing is rotated.
         query_weight, key_weight: weights `[D]` of RMS norms over each head, as offsets from 1; both or none.
         heads, groups: how many heads queries have, and keys and values.
         half_split: a rotary pair is dimensions (i, i + D / 2) rather than (2i, 2i + 1).
@@ -43,15 +43,17 @@ def split_rotate(
     write into the KV cache. It leaves keys and values as the cache has them, so that appending each is one copy
     without a transposition; queries are contiguous, as Metal's attention for up to 8 of them wants.
     """
-    if table is not None and enabled():
+    if rope_frequencies is not None and enabled():
         norm = () if query_weight is None else (query_weight, key_weight)
-        return tuple(_fused(heads, groups, half_split, bool(norm))(qkv, table, *norm))
-    return split_rotate_twin(qkv, table, query_weight, key_weight, heads=heads, groups=groups, half_split=half_split)
+        return tuple(_fused(heads, groups, half_split, bool(norm))(qkv, rope_frequencies, *norm))
+    return split_rotate_twin(
+        qkv, rope_frequencies, query_weight, key_weight, heads=heads, groups=groups, half_split=half_split
+    )
 
 
 def split_rotate_twin(
     qkv: mx.array,
-    table: mx.array | None,
+    rope_frequencies: mx.array | None,
     query_weight: mx.array | None = None,
     key_weight: mx.array | None = None,
     *,
@@ -68,8 +70,8 @@ def split_rotate_twin(
     if query_weight is not None:
         weights = [mx.broadcast_to(query_weight, (heads, 1, dim)), mx.broadcast_to(key_weight, (groups, 1, dim))]
         qk = rms_norm(qk) * (1 + mx.concatenate(weights))
-    if table is not None:
-        qk = rotate(qk, table, half_split)
+    if rope_frequencies is not None:
+        qk = rotate(qk, rope_frequencies, half_split)
     q, k = mx.split(qk, [heads], axis=1)
     return q, k, v
 
@@ -78,13 +80,13 @@ def split_rotate_twin(
 def _fused(heads: int, groups: int, half_split: bool, norm: bool) -> Callable[..., Arrays]:
     kernel = _kernel(norm)
 
-    def fused(qkv: mx.array, table: mx.array, *weights: mx.array) -> Arrays:
+    def fused(qkv: mx.array, rope_frequencies: mx.array, *weights: mx.array) -> Arrays:
         batch, length, width = qkv.shape
         total = heads + 2 * groups
         dim = width // total
         template = [("T", qkv.dtype), ("HEADS", heads), ("GROUPS", groups), ("DIM", dim), ("HALF_SPLIT", half_split)]
         return kernel(
-            inputs=[qkv, mx.view(table, mx.float32), *(weight.astype(qkv.dtype) for weight in weights)],
+            inputs=[qkv, mx.view(rope_frequencies, mx.float32), *(weight.astype(qkv.dtype) for weight in weights)],
             template=template,
             grid=(SIMD_WIDTH, total, batch * length),
             threadgroup=(SIMD_WIDTH, min(total, HEADS_PER_THREADGROUP), 1),
@@ -92,10 +94,10 @@ def _fused(heads: int, groups: int, half_split: bool, norm: bool) -> Callable[..
             output_dtypes=[qkv.dtype] * 3,
         )
 
-    def twin(qkv: mx.array, table: mx.array, *weights: mx.array) -> Arrays:
+    def twin(qkv: mx.array, rope_frequencies: mx.array, *weights: mx.array) -> Arrays:
         # Positions are constants. Without this their gradient, which nobody reads, would be computed.
-        table = mx.stop_gradient(table)
-        return split_rotate_twin(qkv, table, *weights, heads=heads, groups=groups, half_split=half_split)
+        rope_frequencies = mx.stop_gradient(rope_frequencies)
+        return split_rotate_twin(qkv, rope_frequencies, *weights, heads=heads, groups=groups, half_split=half_split)
 
     return with_gradient(fused, twin)
 
@@ -104,7 +106,7 @@ def _fused(heads: int, groups: int, half_split: bool, norm: bool) -> Callable[..
 def _kernel(norm: bool) -> Callable[..., list[mx.array]]:
     return mx.fast.metal_kernel(
         name="starflow_qkv_norm" if norm else "starflow_qkv",
-        input_names=["qkv", "table"] + ["query_weight", "key_weight"] * norm,
+        input_names=["qkv", "rope_frequencies"] + ["query_weight", "key_weight"] * norm,
         output_names=["q", "k", "v"],
         header=_HEADER,
         source=_SOURCE.replace("MEAN_SQUARE;", _MEAN_SQUARE * norm).replace("NORMALIZE;", _NORMALIZE * norm),
@@ -145,15 +147,15 @@ _SOURCE = f"""
     device T* to = query ? q + ((size_t(sample) * HEADS + head) * length + position) * DIM
                          : k + ((size_t(sample) * GROUPS + head - HEADS) * length + position) * DIM;
     MEAN_SQUARE;
-    const size_t angles = size_t(position) * DIM;
+    const size_t row_start = size_t(position) * DIM;
     for (int pair = lane; pair < PAIRS; pair += WIDTH) {{
         const int first = HALF_SPLIT ? pair : 2 * pair;
         const int second = HALF_SPLIT ? pair + PAIRS : 2 * pair + 1;
         float a = static_cast<float>(qkv[from + first]);
         float b = static_cast<float>(qkv[from + second]);
         NORMALIZE;
-        const float cosine = table[angles + 2 * pair];
-        const float sine = table[angles + 2 * pair + 1];
+        const float cosine = rope_frequencies[row_start + 2 * pair];
+        const float sine = rope_frequencies[row_start + 2 * pair + 1];
         to[first] = static_cast<T>(a * cosine - b * sine);
         to[second] = static_cast<T>(a * sine + b * cosine);
     }}

@@ -17,7 +17,7 @@ from mlx_starflow.errors import StarflowError
 from mlx_starflow.kernels.affine import affine_forward, predict
 from mlx_starflow.kernels.plain import Array
 from mlx_starflow.models.gradient_checkpointing import checkpoint as checkpointed
-from mlx_starflow.models.rope import line_table
+from mlx_starflow.models.rope import line_frequencies
 from mlx_starflow.models.transformer import Cache, RMSNorm, TransformerConfig, TransformerLayer
 
 
@@ -95,14 +95,14 @@ class Conditions:
     """What sampling from a flow needs to know besides the noise.
 
     Attributes:
-        tables: for each block, data side first, the rotary angles of the text's and the tokens' positions; None if it
-            has no rotary positions.
+        rope_frequencies: for each block, data side first, those of the text's and the tokens' positions; None for a
+            block without rotary positions.
         blocks: each block's condition, data side first.
         rule: name of the rule by which guidance combines predictions (in `kernels.affine.RULES`).
         temper_null_only: the attention temperature is meant for the null predictions of guidance alone.
     """
 
-    tables: list[mx.array | None]
+    rope_frequencies: list[mx.array | None]
     blocks: list[Condition]
     rule: str
     temper_null_only: bool = False
@@ -154,11 +154,11 @@ class FlowBlock(nn.Module):
         x = _flip(x, 1) if self.config.flip else x
         return x.reshape(x.shape[0] // frames, -1, x.shape[-1])
 
-    def positions(self, table: mx.array | None, length: int) -> mx.array | None:
-        """Rotary angles of this block's sequence, `length` positions: the flow's axial table or the block's own."""
+    def rope_frequencies(self, rope_frequencies: mx.array | None, length: int) -> mx.array | None:
+        """Those of this block's sequence of `length`: the last of the flow's axial ones, or one-dimensional ones."""
         if self.config.hf_style_rope:
-            return line_table(self.config.head_dim, length)
-        return table[table.shape[0] - length :]
+            return line_frequencies(self.config.head_dim, length)
+        return rope_frequencies[rope_frequencies.shape[0] - length :]
 
     def embed_prefix(self, text: mx.array | None) -> mx.array | None:
         """Text `[B, L, D]` -> what stands before the tokens, `[B, L, channels]`; None if the block reads no text."""
@@ -197,18 +197,18 @@ class FlowBlock(nn.Module):
     def transform(
         self,
         h: mx.array,
-        table: mx.array | None,
+        rope_frequencies: mx.array | None,
         caches: list[Cache] | None = None,
         temperature: float | mx.array = 1.0,
         checkpoint: bool = False,
     ) -> mx.array:
-        """The transformer's layers over `[B, n, channels]` at the positions whose angles `table` `[n, D/2]` holds.
+        """The transformer's layers over `[B, n, channels]`, whose positions have these rope frequencies, `[n, D/2]`.
 
         With `checkpoint` a gradient computes each layer again instead of keeping what it computed.
         """
         for index, layer in enumerate(self.attn_blocks):
             run = checkpointed(layer) if checkpoint else layer
-            h = run(h, table, None if caches is None else caches[index], temperature)
+            h = run(h, rope_frequencies, None if caches is None else caches[index], temperature)
         return h
 
     def raw(self, h: mx.array) -> mx.array:
@@ -234,7 +234,7 @@ class FlowBlock(nn.Module):
         self,
         x: mx.array,
         condition: Condition,
-        table: mx.array | None,
+        rope_frequencies: mx.array | None,
         keep: mx.array | None = None,
         temperature: float | mx.array = 1.0,
         checkpoint: bool = False,
@@ -252,8 +252,8 @@ class FlowBlock(nn.Module):
         h = self.embed(inputs, 0, condition.offset)
         if condition.prefix is not None:
             h = mx.concatenate([condition.prefix, h], axis=1)
-        table = self.positions(table, h.shape[1])
-        h = self.transform(h, table, temperature=temperature, checkpoint=checkpoint)[:, -length:]
+        rope_frequencies = self.rope_frequencies(rope_frequencies, h.shape[1])
+        h = self.transform(h, rope_frequencies, temperature=temperature, checkpoint=checkpoint)[:, -length:]
         if first is not None:
             return self.raw(h)
         raw = self.raw(h[:, :-1])
@@ -263,7 +263,7 @@ class FlowBlock(nn.Module):
         self,
         x: mx.array,
         text: mx.array | None,
-        table: mx.array | None,
+        rope_frequencies: mx.array | None,
         keep: mx.array | None = None,
         checkpoint: bool = False,
         frames: int = 1,
@@ -277,7 +277,7 @@ class FlowBlock(nn.Module):
         if self.is_identity:
             return x, mx.zeros_like(x)
         x = self.permute(x, frames)
-        raw = self.outputs(x, self.condition(text, x.shape[0]), table, keep, checkpoint=checkpoint)
+        raw = self.outputs(x, self.condition(text, x.shape[0]), rope_frequencies, keep, checkpoint=checkpoint)
         z, log_det = affine_forward(raw, x, self.config.soft_clip, self.config.use_softplus)
         return self.unpermute(z, frames), self.unpermute(log_det, frames)
 
@@ -298,15 +298,17 @@ def run_blocks(
     blocks: list[FlowBlock],
     tokens: mx.array,
     text: mx.array | None,
-    tables: list[mx.array | None],
+    rope_frequencies: list[mx.array | None],
     keep: mx.array | None = None,
     checkpoint: bool = False,
     frames: int = 1,
 ) -> tuple[list[mx.array], list[mx.array]]:
     """Data -> noise: what each block read and then the noise, and each block's log-det; tokens in data order."""
     hidden, log_dets = [tokens], []
-    for index, (block, table) in enumerate(zip(blocks, tables, strict=True)):
-        h, log_det = block(hidden[-1], text, table, keep if index == len(blocks) - 1 else None, checkpoint, frames)
+    for index, (block, frequencies) in enumerate(zip(blocks, rope_frequencies, strict=True)):
+        h, log_det = block(
+            hidden[-1], text, frequencies, keep if index == len(blocks) - 1 else None, checkpoint, frames
+        )
         hidden.append(h)
         log_dets.append(log_det)
     return hidden, log_dets

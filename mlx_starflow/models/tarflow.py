@@ -125,7 +125,7 @@ class TarFlowBlock(FlowBlock):
             self.proj_out.weight = mx.zeros_like(self.proj_out.weight)
             self.proj_out.bias = mx.zeros_like(self.proj_out.bias)
 
-    def positions(self, table: mx.array | None, length: int) -> None:
+    def rope_frequencies(self, rope_frequencies: mx.array | None, length: int) -> None:
         """A TarFlow has no rotary positions."""
 
     def condition(self, text: mx.array | None, batch: int) -> Condition:
@@ -269,8 +269,8 @@ class TarFlow(nn.Module):
         """
         tokens = self.tokens(x)
         self._check_labels(text, x.shape[0])
-        tables = [None] * len(self.blocks)
-        hidden, log_dets = run_blocks(self.blocks, tokens, text, tables, checkpoint=checkpoint)
+        rope_frequencies = [None] * len(self.blocks)
+        hidden, log_dets = run_blocks(self.blocks, tokens, text, rope_frequencies, checkpoint=checkpoint)
         log_dets = [self.latents(t) for t in log_dets]
         return FlowOutput(hidden[-1], sum(log_dets), log_dets, [self.latents(t) for t in hidden])
 

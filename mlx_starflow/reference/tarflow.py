@@ -27,7 +27,7 @@ class TarFlowBlock(FlowBlock):
             nn.init.zeros_(self.proj_out.weight)
             nn.init.zeros_(self.proj_out.bias)
 
-    def positions(self, table: Tensor | None, length: int) -> None:
+    def rope_frequencies(self, rope_frequencies: Tensor | None, length: int) -> None:
         """A TarFlow has no rotary positions."""
 
     def condition(self, text: Tensor | None, batch: int) -> Condition:

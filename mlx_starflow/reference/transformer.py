@@ -91,18 +91,18 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        table: Tensor | None,
+        rope_frequencies: Tensor | None,
         mask: Tensor | None = None,
         cache: Cache | None = None,
         temperature: float | Tensor = 1.0,
     ) -> Tensor:
-        """`[B, N, channels]` and the rotary angles of these N positions; logits are divided by `temperature`,
+        """`[B, N, channels]` and the rope frequencies of these N positions; logits are divided by `temperature`,
         a number or one number a sample, `[B, 1, 1, 1]`."""
         q, k, v = self.project(x)
         # On a CPU attention's backward pass is more than twice as fast in float32 as in bfloat16.
         dtype = torch.float32 if q.requires_grad and q.device.type == "cpu" else v.dtype
-        if table is not None:
-            q, k = rotate(q, table, self.half_split), rotate(k, table, self.half_split)
+        if rope_frequencies is not None:
+            q, k = rotate(q, rope_frequencies, self.half_split), rotate(k, rope_frequencies, self.half_split)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         if cache is not None:
             k, v = cache.update_and_fetch(k, v)
@@ -145,10 +145,10 @@ class TransformerLayer(nn.Module):
     def forward(
         self,
         x: Tensor,
-        table: Tensor | None,
+        rope_frequencies: Tensor | None,
         mask: Tensor | None = None,
         cache: Cache | None = None,
         temperature: float | Tensor = 1.0,
     ) -> Tensor:
-        x = x + self.attention(x, table, mask, cache, temperature)
+        x = x + self.attention(x, rope_frequencies, mask, cache, temperature)
         return x + self.mlp(x)

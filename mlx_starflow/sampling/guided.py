@@ -45,8 +45,8 @@ class GuidedFlow:
         temperature = self.temperature(condition, batch)
         if block.config.local:
             batch, length = batch * frames, length // frames
-        table = self.conditions.tables[index]
-        return BlockDecoder(block, batch, length, table, condition, rule, temperature, frames)
+        rope_frequencies = self.conditions.rope_frequencies[index]
+        return BlockDecoder(block, batch, length, rope_frequencies, condition, rule, temperature, frames)
 
     def temperature(self, condition: Condition, batch: int) -> float | mx.array:
         """What attention logits of a block are divided by: a number, or one a sample of a guided batch."""
@@ -62,8 +62,8 @@ class GuidedFlow:
         x = block.permute(x, self.frames)
         batch, length, _ = x.shape
         inputs = mx.concatenate([x, x]) if condition.guided else x
-        table, temperature = self.conditions.tables[index], self.temperature(condition, batch)
-        raw = block.outputs(inputs, condition, table, temperature=temperature)
+        rope_frequencies, temperature = self.conditions.rope_frequencies[index], self.temperature(condition, batch)
+        raw = block.outputs(inputs, condition, rope_frequencies, temperature=temperature)
         clip, softplus = block.config.soft_clip, block.config.use_softplus
         if condition.guided:
             first = 0 if block.config.sos else 1

@@ -8,7 +8,7 @@ import pytest
 
 from mlx_starflow.kernels.plain import MANY_NUMBERS, rotate
 from mlx_starflow.kernels.qkv import split_rotate, split_rotate_twin
-from mlx_starflow.models.rope import line_table
+from mlx_starflow.models.rope import line_frequencies
 
 DTYPES = [mx.float32, mx.float16, mx.bfloat16]
 SPACING = {mx.float16: 2.0**-10, mx.bfloat16: 2.0**-7}
@@ -24,7 +24,7 @@ def arguments(
 ) -> list[mx.array]:
     qkv = normal(0, batch, length, (heads + 2 * groups) * dim, dtype=dtype)
     weights = [0.3 * normal(key, dim, dtype=dtype) for key in (1, 2)]
-    return [qkv, line_table(dim, length + 3)[3:], *(weights if norm else [])]
+    return [qkv, line_frequencies(dim, length + 3)[3:], *(weights if norm else [])]
 
 
 def pairs(x: np.ndarray, half_split: bool) -> np.ndarray:
@@ -81,13 +81,13 @@ def test_without_positions_heads_are_only_split():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_few_and_many_pairs_turn_alike(dtype):
     """Large arrays are turned in another way on the CPU."""
-    x, table = normal(0, 2, 4, 64, 64, dtype=dtype), line_table(64, 64)
+    x, rope_frequencies = normal(0, 2, 4, 64, 64, dtype=dtype), line_frequencies(64, 64)
     assert x.size >= MANY_NUMBERS > x[:, :1].size
-    parts = mx.concatenate([rotate(x[:, head : head + 1], table) for head in range(4)], axis=1)
-    assert np.array_equal(array(rotate(x, table)), array(parts))
+    parts = mx.concatenate([rotate(x[:, head : head + 1], rope_frequencies) for head in range(4)], axis=1)
+    assert np.array_equal(array(rotate(x, rope_frequencies)), array(parts))
     cotangent = normal(1, *x.shape, dtype=dtype)
-    (gradient,) = mx.vjp(lambda y: rotate(y, table), [x], [cotangent])[1]
-    assert np.array_equal(array(gradient), array(rotate(cotangent, mx.conjugate(table))))
+    (gradient,) = mx.vjp(lambda y: rotate(y, rope_frequencies), [x], [cotangent])[1]
+    assert np.array_equal(array(gradient), array(rotate(cotangent, mx.conjugate(rope_frequencies))))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -117,12 +117,12 @@ def test_kernel_is_its_twin(kernels_on, heads, groups, dim, norm, half_split, dt
 
 
 def test_kernel_takes_slices(kernels_on):
-    """Of tables, as samplers make them, and of projections."""
-    table = line_table(8, 40)
+    """Of rope frequencies, as samplers make them, and of projections."""
+    rope_frequencies = line_frequencies(8, 40)
     wide = normal(0, 2, 5, 50)
     with kernels_on():
-        parts = split_rotate(wide[:, 1:4, 1:41], table[17:20], heads=3, groups=1)
-    expected = split_rotate_twin(mx.array(np.array(wide)[:, 1:4, 1:41]), table[17:20], heads=3, groups=1)
+        parts = split_rotate(wide[:, 1:4, 1:41], rope_frequencies[17:20], heads=3, groups=1)
+    expected = split_rotate_twin(mx.array(np.array(wide)[:, 1:4, 1:41]), rope_frequencies[17:20], heads=3, groups=1)
     for part, wanted in zip(parts, expected, strict=True):
         check(part, wanted, False)
 
@@ -132,12 +132,12 @@ def test_kernel_takes_slices(kernels_on):
 @pytest.mark.parametrize("norm", [False, True])
 def test_gradient_is_the_twins(kernels_on, norm, half_split, dtype):
     inputs = arguments(2, 3, 3, 1, 16, norm, dtype)
-    table = inputs.pop(1)
+    rope_frequencies = inputs.pop(1)
     options = {"heads": 3, "groups": 1, "half_split": half_split}
     cotangents = [normal(key, 2, count, 3, 16, dtype=dtype) for key, count in ((5, 3), (6, 1), (7, 1))]
 
     def gradients(function) -> list[mx.array]:
-        return mx.vjp(lambda qkv, *norm: list(function(qkv, table, *norm, **options)), inputs, cotangents)[1]
+        return mx.vjp(lambda qkv, *norm: list(function(qkv, rope_frequencies, *norm, **options)), inputs, cotangents)[1]
 
     with kernels_on():
         actual = gradients(split_rotate)
@@ -148,10 +148,10 @@ def test_gradient_is_the_twins(kernels_on, norm, half_split, dtype):
 
 def test_gradient_of_one_part_alone(kernels_on):
     """What a loss does not read has no cotangent."""
-    qkv, table = arguments(2, 3, 3, 1, 16)
+    qkv, rope_frequencies = arguments(2, 3, 3, 1, 16)
 
     def loss(function, x: mx.array) -> mx.array:
-        return mx.square(function(x, table, heads=3, groups=1)[1]).sum()
+        return mx.square(function(x, rope_frequencies, heads=3, groups=1)[1]).sum()
 
     with kernels_on():
         actual = mx.grad(lambda x: loss(split_rotate, x))(qkv)

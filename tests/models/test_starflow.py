@@ -161,25 +161,25 @@ def test_blocks_are_causal_in_their_own_order(tiny):
     flow = tiny.flow
     tokens = flow.tokens(tiny.x)
     text_length = 0 if tiny.text is None or tiny.text.ndim == 1 else tiny.text.shape[1]
-    table = None if tiny.text is not None and tiny.text.ndim == 1 else _table(tiny, text_length)
+    rope_frequencies = None if tiny.text is not None and tiny.text.ndim == 1 else _rope_frequencies(tiny, text_length)
     count = tokens.shape[1]
     for block in flow.blocks:
         if block.is_identity:
             continue
         order = list(range(count))[:: -1 if block.config.flip else 1]
-        z, log_det = (np.array(a) for a in block(tokens, tiny.text, table))
+        z, log_det = (np.array(a) for a in block(tokens, tiny.text, rope_frequencies))
         for n in (0, 2, count - 1):
             changed = np.array(tokens)
             changed[:, order[n]] += 1.0
-            other_z, other_log_det = (np.array(a) for a in block(mx.array(changed), tiny.text, table))
+            other_z, other_log_det = (np.array(a) for a in block(mx.array(changed), tiny.text, rope_frequencies))
             assert np.array_equal(other_z[:, order[:n]], z[:, order[:n]])
             # A token's own mean and scale do not depend on it either.
             assert np.array_equal(other_log_det[:, order[: n + 1]], log_det[:, order[: n + 1]])
             assert (np.abs(other_z[:, order[n:]] - z[:, order[n:]]).max(axis=(0, 2)) > 0).all()
 
 
-def _table(tiny, text_length):
-    return tiny.flow.positions(tiny.x.shape, text_length) if isinstance(tiny.flow, STARFlow) else None
+def _rope_frequencies(tiny, text_length):
+    return tiny.flow.rope_frequencies(tiny.x.shape, text_length) if isinstance(tiny.flow, STARFlow) else None
 
 
 def test_only_the_deep_block_reads_text_unless_told(tiny_flow):
