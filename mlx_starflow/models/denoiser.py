@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.models.gradient_checkpointing import checkpoint as checkpointed
+from mlx_starflow.models.gradient_checkpointing import checkpointed
 from mlx_starflow.models.transformer import RMSNorm, TransformerConfig, TransformerLayer
 
 
@@ -86,7 +86,7 @@ class Denoiser(nn.Module):
         text: mx.array | None,
         rope_frequencies: mx.array,
         frames: int = 1,
-        checkpoint: bool = False,
+        gradient_checkpointing: bool = False,
     ) -> mx.array:
         """Predict the score of all frames at once.
 
@@ -95,7 +95,7 @@ class Denoiser(nn.Module):
             text: embeddings `[B, L, D]`.
             rope_frequencies: of the text's and the tokens' positions (of the text's only if the denoiser reads it).
             frames: 1 for a picture.
-            checkpoint: a gradient computes each layer again instead of keeping what it computed.
+            gradient_checkpointing: a gradient computes each layer again instead of keeping what it computed.
 
         Returns:
             `[B, frames * N, C]`, float32.
@@ -109,7 +109,7 @@ class Denoiser(nn.Module):
 
         for layer in self.attn_blocks:
             run = _FrameLayer(layer, self.config, start, frames)
-            h = (checkpointed(layer, run) if checkpoint else run)(h, rope_frequencies)
+            h = (checkpointed(layer, run) if gradient_checkpointing else run)(h, rope_frequencies)
         return self.predict(h[:, start:])
 
 

@@ -16,7 +16,7 @@ import mlx.nn as nn
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.kernels.affine import affine_forward, predict
 from mlx_starflow.kernels.plain import Array
-from mlx_starflow.models.gradient_checkpointing import checkpoint as checkpointed
+from mlx_starflow.models.gradient_checkpointing import checkpointed
 from mlx_starflow.models.rope import line_frequencies
 from mlx_starflow.models.transformer import Cache, RMSNorm, TransformerConfig, TransformerLayer
 
@@ -200,14 +200,14 @@ class FlowBlock(nn.Module):
         rope_frequencies: mx.array | None,
         caches: list[Cache] | None = None,
         temperature: float | mx.array = 1.0,
-        checkpoint: bool = False,
+        gradient_checkpointing: bool = False,
     ) -> mx.array:
         """The transformer's layers over `[B, n, channels]`, whose positions have these rope frequencies, `[n, D/2]`.
 
-        With `checkpoint` a gradient computes each layer again instead of keeping what it computed.
+        With `gradient_checkpointing` a gradient computes each layer again instead of keeping what it computed.
         """
         for index, layer in enumerate(self.attn_blocks):
-            run = checkpointed(layer) if checkpoint else layer
+            run = checkpointed(layer) if gradient_checkpointing else layer
             h = run(h, rope_frequencies, None if caches is None else caches[index], temperature)
         return h
 
@@ -237,12 +237,12 @@ class FlowBlock(nn.Module):
         rope_frequencies: mx.array | None,
         keep: mx.array | None = None,
         temperature: float | mx.array = 1.0,
-        checkpoint: bool = False,
+        gradient_checkpointing: bool = False,
     ) -> mx.array:
         """The network's raw outputs `[B, N, 2 * C]` for all tokens x `[B, N, C]`, each from the tokens before it.
 
-        All in the block's order; a token that nothing predicts gets zeros. `keep`, `checkpoint`: see `__call__` and
-        `transform`.
+        All in the block's order; a token that nothing predicts gets zeros. `keep` is explained in `__call__`,
+        `gradient_checkpointing` in `transform`.
         """
         batch, length, _ = x.shape
         first = self.first_input(batch)
@@ -253,7 +253,9 @@ class FlowBlock(nn.Module):
         if condition.prefix is not None:
             h = mx.concatenate([condition.prefix, h], axis=1)
         rope_frequencies = self.rope_frequencies(rope_frequencies, h.shape[1])
-        h = self.transform(h, rope_frequencies, temperature=temperature, checkpoint=checkpoint)[:, -length:]
+        h = self.transform(h, rope_frequencies, temperature=temperature, gradient_checkpointing=gradient_checkpointing)[
+            :, -length:
+        ]
         if first is not None:
             return self.raw(h)
         raw = self.raw(h[:, :-1])
@@ -265,19 +267,21 @@ class FlowBlock(nn.Module):
         text: mx.array | None,
         rope_frequencies: mx.array | None,
         keep: mx.array | None = None,
-        checkpoint: bool = False,
+        gradient_checkpointing: bool = False,
         frames: int = 1,
     ) -> tuple[mx.array, mx.array]:
         """Tokens `[B, N, C]` in data order -> (z, per-dimension log-det), float32, both in data order.
 
         `keep` `[B, N]`, in the block's order, hides an input from the network where it is 0: a training aid.
-        `checkpoint`: see `transform`. `frames`: of a video, N / `frames` tokens each.
+        `gradient_checkpointing`: see `transform`. `frames`: of a video, N / `frames` tokens each.
         """
         x = x.astype(mx.float32)
         if self.is_identity:
             return x, mx.zeros_like(x)
         x = self.permute(x, frames)
-        raw = self.outputs(x, self.condition(text, x.shape[0]), rope_frequencies, keep, checkpoint=checkpoint)
+        raw = self.outputs(
+            x, self.condition(text, x.shape[0]), rope_frequencies, keep, gradient_checkpointing=gradient_checkpointing
+        )
         z, log_det = affine_forward(raw, x, self.config.soft_clip, self.config.use_softplus)
         return self.unpermute(z, frames), self.unpermute(log_det, frames)
 
@@ -300,14 +304,14 @@ def run_blocks(
     text: mx.array | None,
     rope_frequencies: list[mx.array | None],
     keep: mx.array | None = None,
-    checkpoint: bool = False,
+    gradient_checkpointing: bool = False,
     frames: int = 1,
 ) -> tuple[list[mx.array], list[mx.array]]:
     """Data -> noise: what each block read and then the noise, and each block's log-det; tokens in data order."""
     hidden, log_dets = [tokens], []
     for index, (block, frequencies) in enumerate(zip(blocks, rope_frequencies, strict=True)):
         h, log_det = block(
-            hidden[-1], text, frequencies, keep if index == len(blocks) - 1 else None, checkpoint, frames
+            hidden[-1], text, frequencies, keep if index == len(blocks) - 1 else None, gradient_checkpointing, frames
         )
         hidden.append(h)
         log_dets.append(log_det)

@@ -35,7 +35,7 @@ def denoise(flow: Any, x: mx.array, text: mx.array | None = None, noise_std: flo
     noise_std = flow.config.noise_std if noise_std is None else noise_std
 
     def negative_log_likelihood(sample: mx.array, condition: mx.array | None) -> mx.array:
-        return flow(sample, condition, checkpoint=True).nll().sum() * sample.size
+        return flow(sample, condition, gradient_checkpointing=True).nll().sum() * sample.size
 
     score = mx.grad(negative_log_likelihood)
     cleaned = []

@@ -61,7 +61,7 @@ def anchor_kl(flow: Any, x: mx.array, text: mx.array | None = None, base: Any = 
             for a in (frozen.hidden[index], frozen.hidden[index + 1], frozen.block_log_dets[index])
         )
         tuned_z, tuned_log_det = flow.blocks[index](
-            read, text, rope_frequencies[index], checkpoint=True, frames=frame_count(x.shape)
+            read, text, rope_frequencies[index], gradient_checkpointing=True, frames=frame_count(x.shape)
         )
         total = total + gaussian_kl(z, log_det, tuned_z, tuned_log_det).mean()
     return total

@@ -68,7 +68,7 @@ def flow_loss(
     """
     if noise_std:
         x = x + noise_std * (mx.random.normal(x.shape) if noise is None else noise)
-    options = {"checkpoint": True} if checkpoint else {}
+    options = {"gradient_checkpointing": True} if checkpoint else {}
     if keep is not None:
         options["keep"] = keep
     out = flow(x, text, **options)
