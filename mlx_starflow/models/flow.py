@@ -235,20 +235,20 @@ class FlowBlock(nn.Module):
         x: mx.array,
         condition: Condition,
         rope_frequencies: mx.array | None,
-        keep: mx.array | None = None,
+        context_mask: mx.array | None = None,
         temperature: float | mx.array = 1.0,
         gradient_checkpointing: bool = False,
     ) -> mx.array:
         """The network's raw outputs `[B, N, 2 * C]` for all tokens x `[B, N, C]`, each from the tokens before it.
 
-        All in the block's order; a token that nothing predicts gets zeros. `keep` is explained in `__call__`,
+        All in the block's order; a token that nothing predicts gets zeros. `context_mask` is explained in `__call__`,
         `gradient_checkpointing` in `transform`.
         """
         batch, length, _ = x.shape
         first = self.first_input(batch)
         inputs = x if first is None else mx.concatenate([first.astype(x.dtype), x[:, :-1]], axis=1)
-        if keep is not None:
-            inputs = inputs * keep[..., None]
+        if context_mask is not None:
+            inputs = inputs * context_mask[..., None]
         h = self.embed(inputs, 0, condition.offset)
         if condition.prefix is not None:
             h = mx.concatenate([condition.prefix, h], axis=1)
@@ -266,13 +266,13 @@ class FlowBlock(nn.Module):
         x: mx.array,
         text: mx.array | None,
         rope_frequencies: mx.array | None,
-        keep: mx.array | None = None,
+        context_mask: mx.array | None = None,
         gradient_checkpointing: bool = False,
         frames: int = 1,
     ) -> tuple[mx.array, mx.array]:
         """Tokens `[B, N, C]` in data order -> (z, per-dimension log-det), float32, both in data order.
 
-        `keep` `[B, N]`, in the block's order, hides an input from the network where it is 0: a training aid.
+        `context_mask` `[B, N]`, in the block's order, hides an input from the network where it is 0: a training aid.
         `gradient_checkpointing`: see `transform`. `frames`: of a video, N / `frames` tokens each.
         """
         x = x.astype(mx.float32)
@@ -280,7 +280,11 @@ class FlowBlock(nn.Module):
             return x, mx.zeros_like(x)
         x = self.permute(x, frames)
         raw = self.outputs(
-            x, self.condition(text, x.shape[0]), rope_frequencies, keep, gradient_checkpointing=gradient_checkpointing
+            x,
+            self.condition(text, x.shape[0]),
+            rope_frequencies,
+            context_mask,
+            gradient_checkpointing=gradient_checkpointing,
         )
         z, log_det = affine_forward(raw, x, self.config.soft_clip, self.config.use_softplus)
         return self.unpermute(z, frames), self.unpermute(log_det, frames)
@@ -303,7 +307,7 @@ def run_blocks(
     tokens: mx.array,
     text: mx.array | None,
     rope_frequencies: list[mx.array | None],
-    keep: mx.array | None = None,
+    context_mask: mx.array | None = None,
     gradient_checkpointing: bool = False,
     frames: int = 1,
 ) -> tuple[list[mx.array], list[mx.array]]:
@@ -311,7 +315,12 @@ def run_blocks(
     hidden, log_dets = [tokens], []
     for index, (block, frequencies) in enumerate(zip(blocks, rope_frequencies, strict=True)):
         h, log_det = block(
-            hidden[-1], text, frequencies, keep if index == len(blocks) - 1 else None, gradient_checkpointing, frames
+            hidden[-1],
+            text,
+            frequencies,
+            context_mask if index == len(blocks) - 1 else None,
+            gradient_checkpointing,
+            frames,
         )
         hidden.append(h)
         log_dets.append(log_det)

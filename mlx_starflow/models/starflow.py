@@ -290,19 +290,19 @@ class STARFlow(nn.Module):
         self,
         x: mx.array,
         text: mx.array | None = None,
-        keep: mx.array | None = None,
+        context_mask: mx.array | None = None,
         gradient_checkpointing: bool = False,
     ) -> FlowOutput:
         """Latents `[B, H, W, C]` or `[B, T, H, W, C]` and text embeddings `[B, L, D]` -> noise.
 
-        `keep` goes to the deep block (see `FlowBlock`); `gradient_checkpointing` lets gradients take less memory and
-        more time.
+        `context_mask` goes to the deep block (see `FlowBlock`); `gradient_checkpointing` lets gradients take less
+        memory and more time.
         """
         tokens = self.tokens(x)
         self._check_text(text, x.shape[0])
         rope_frequencies = self.block_rope_frequencies(x.shape, 0 if text is None else text.shape[1])
         parts = run_blocks(
-            self.blocks, tokens, text, rope_frequencies, keep, gradient_checkpointing, frame_count(x.shape)
+            self.blocks, tokens, text, rope_frequencies, context_mask, gradient_checkpointing, frame_count(x.shape)
         )
         hidden, log_dets = ([self.latents(t, x.shape) for t in part] for part in parts)
         return FlowOutput(hidden[-1], sum(log_dets), log_dets, hidden, self.config.latent_norm_regularization)

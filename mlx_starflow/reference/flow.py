@@ -158,11 +158,11 @@ class FlowBlock(nn.Module):
         return mu, scale
 
     def forward(
-        self, x: Tensor, text: Tensor | None, rope_frequencies: Tensor | None, keep: Tensor | None = None
+        self, x: Tensor, text: Tensor | None, rope_frequencies: Tensor | None, context_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Tokens `[B, N, C]` in data order -> (z, per-dimension log-det), float32, both in data order.
 
-        `keep` `[B, N]`, in the block's order, hides an input from the network where it is 0: a training aid.
+        `context_mask` `[B, N]`, in the block's order, hides an input from the network where it is 0: a training aid.
         """
         if self.is_identity:
             return x, torch.zeros_like(x)
@@ -171,8 +171,8 @@ class FlowBlock(nn.Module):
         batch, length, _ = x.shape
         first = self.first_input(batch)
         inputs = x if first is None else torch.cat([first.to(x.dtype), x[:, :-1]], dim=1)
-        if keep is not None:
-            inputs = inputs * keep[..., None]
+        if context_mask is not None:
+            inputs = inputs * context_mask[..., None]
         condition = self.condition(text, batch)
         h = self.embed(inputs, 0, condition.offset)
         if condition.prefix is not None:
@@ -194,12 +194,12 @@ def run_blocks(
     tokens: Tensor,
     text: Tensor | None,
     rope_frequencies: Tensor | None,
-    keep: Tensor | None = None,
+    context_mask: Tensor | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Data -> noise: what each block read and then the noise, and each block's log-det; tokens in data order."""
     hidden, log_dets = [tokens], []
     for index, block in enumerate(blocks):
-        h, log_det = block(hidden[-1], text, rope_frequencies, keep if index == len(blocks) - 1 else None)
+        h, log_det = block(hidden[-1], text, rope_frequencies, context_mask if index == len(blocks) - 1 else None)
         hidden.append(h)
         log_dets.append(log_det)
     return hidden, log_dets

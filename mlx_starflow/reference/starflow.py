@@ -65,9 +65,9 @@ class STARFlow(nn.Module):
             conditions.append(condition)
         return Conditions(self.rope_frequencies(z, 0 if text is None else text.shape[1]), conditions, "quotient")
 
-    def forward(self, x: Tensor, text: Tensor | None = None, keep: Tensor | None = None) -> FlowOutput:
-        """Latents `[B, H, W, C]` and text embeddings `[B, L, D]` -> noise; `keep` goes to the deep block."""
+    def forward(self, x: Tensor, text: Tensor | None = None, context_mask: Tensor | None = None) -> FlowOutput:
+        """Latents `[B, H, W, C]` and text embeddings `[B, L, D]` -> noise; `context_mask` goes to the deep block."""
         rope_frequencies = self.rope_frequencies(x, 0 if text is None else text.shape[1])
-        parts = run_blocks(self.blocks, self.tokens(x), text, rope_frequencies, keep)
+        parts = run_blocks(self.blocks, self.tokens(x), text, rope_frequencies, context_mask)
         hidden, log_dets = ([self.latents(t, x.shape) for t in part] for part in parts)
         return FlowOutput(hidden[-1], sum(log_dets), log_dets, hidden, self.config.latent_norm_regularization)

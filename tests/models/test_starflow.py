@@ -217,13 +217,13 @@ def test_keep_hides_inputs_of_the_deep_block(tiny_flow):
     x, text = tiny.x, tiny.text
     plain = tiny.flow(x, text)
     count = x.shape[1] * x.shape[2]
-    kept = tiny.flow(x, text, keep=mx.ones((2, count)))
+    kept = tiny.flow(x, text, context_mask=mx.ones((2, count)))
     assert np.array_equal(np.array(kept.z), np.array(plain.z))
 
     # Input n is the token before token n; sample 1 stays whole.
-    keep = np.ones((2, count), np.float32)
-    keep[0, 3] = 0
-    hidden = tiny.flow(x, text, keep=mx.array(keep))
+    context_mask = np.ones((2, count), np.float32)
+    context_mask[0, 3] = 0
+    hidden = tiny.flow(x, text, context_mask=mx.array(context_mask))
     assert tiny.flow.config.blocks[-1].flip
     change = np.abs(np.array(hidden.block_log_dets[-1] - plain.block_log_dets[-1])).reshape(2, count, -1).max(-1)
     change = change[:, ::-1]
@@ -232,7 +232,7 @@ def test_keep_hides_inputs_of_the_deep_block(tiny_flow):
         assert np.array_equal(np.array(before), np.array(after))
 
     # With no input left, the deep block's scale depends on text and position alone.
-    blind = [tiny.flow(v, text, keep=mx.zeros((2, count))).block_log_dets[-1] for v in (x, x + 1)]
+    blind = [tiny.flow(v, text, context_mask=mx.zeros((2, count))).block_log_dets[-1] for v in (x, x + 1)]
     assert np.array_equal(np.array(blind[0]), np.array(blind[1]))
 
 
