@@ -21,11 +21,11 @@ struct Norm {
 struct Layer {
     Norm attention_norm, query_norm, key_norm, attention_post, mlp_norm, mlp_post;
     Linear qkv, proj, gate, up, down;  // without a gate, exact GELU follows `up`
-    float *keys, *values;              // [batch, groups, capacity, head_dim]
+    float *keys, *values;              // [batch, num_kv_heads, capacity, head_dim]
 };
 
 struct Block {
-    int32_t count, channels, heads, groups, head_dim, half_split, batch, capacity;
+    int32_t count, channels, num_heads, num_kv_heads, head_dim, half_split, batch, capacity;
     const Layer* layers;
     Linear input;  // dense, its weight transposed, [inputs, outputs]: tokens are short
     Norm norm;
@@ -315,7 +315,7 @@ class Evaluation {
 
     // Pieces are groups of heads that share keys and values, of many tokens further divided.
     void attention(const Layer& layer) {
-        const int groups = block.batch * block.groups, parts = (tokens.length + QUERIES - 1) / QUERIES;
+        const int groups = block.batch * block.num_kv_heads, parts = (tokens.length + QUERIES - 1) / QUERIES;
         auto attend = [&](int i) { this->attend(layer, i % groups, i / groups * QUERIES); };
         if (parts == 1) {
             turn.all(groups, [&](int i) {
@@ -331,12 +331,12 @@ class Evaluation {
     size_t cached(int group) const { return size_t(group) * block.capacity * block.head_dim; }
 
     float* packed(const Layer& layer, int group) const {
-        return qkv + size_t(group / block.groups) * tokens.length * layer.qkv.outputs;
+        return qkv + size_t(group / block.num_kv_heads) * tokens.length * layer.qkv.outputs;
     }
 
     // Norms and rotation of a group's queries and keys, which the cache gets, and values as well.
     void turn_heads(const Layer& layer, int group) {
-        const int dim = block.head_dim, ratio = block.heads / block.groups, number = group % block.groups;
+        const int dim = block.head_dim, ratio = block.num_heads / block.num_kv_heads, number = group % block.num_kv_heads;
         for (int n = 0; n < tokens.length; n++) {
             const float* rope_frequencies = tokens.rope_frequencies ? tokens.rope_frequencies + size_t(n) * dim : nullptr;
             float* token = packed(layer, group) + size_t(n) * layer.qkv.outputs;
@@ -347,7 +347,7 @@ class Evaluation {
                 return x;
             };
             for (int head = number * ratio; head < (number + 1) * ratio; head++) turned(layer.query_norm, head);
-            const float *key = turned(layer.key_norm, block.heads + number), *value = key + block.groups * dim;
+            const float *key = turned(layer.key_norm, block.num_heads + number), *value = key + block.num_kv_heads * dim;
             const size_t to = cached(group) + size_t(tokens.offset + n) * dim;
             std::copy(key, key + dim, layer.keys + to);
             std::copy(value, value + dim, layer.values + to);
@@ -357,8 +357,8 @@ class Evaluation {
     // Up to QUERIES tokens from number `from` on.
     void attend(const Layer& layer, int group, int from) {
         static thread_local Buffer memory;
-        const int dim = block.head_dim, ratio = block.heads / block.groups, number = group % block.groups;
-        const int sample = group / block.groups, stop = std::min(from + QUERIES, tokens.length);
+        const int dim = block.head_dim, ratio = block.num_heads / block.num_kv_heads, number = group % block.num_kv_heads;
+        const int sample = group / block.num_kv_heads, stop = std::min(from + QUERIES, tokens.length);
         const int stride = whole_vectors(tokens.offset + stop);
         const ptrdiff_t row = layer.qkv.outputs, width = layer.proj.inputs;
         float* scores = memory.of(size_t(TILE) * stride);

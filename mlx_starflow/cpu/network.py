@@ -17,7 +17,7 @@ from mlx_starflow.models.flow import Condition
 from mlx_starflow.models.transformer import RMSNorm, TransformerLayer
 
 LANES = 16
-"""Numbers that C++ computes with at once: heads must be a multiple of this wide."""
+"""Numbers that C++ computes with at once: the width of a head must be a multiple of it."""
 
 MOST_ROWS = 128
 """So many positions of all sequences go through the layers together; more gain nothing, and take more memory."""
@@ -36,7 +36,7 @@ class _Linear(Structure):
 
 _NORMS = ("attention_norm", "query_norm", "key_norm", "attention_post", "mlp_norm", "mlp_post")
 _LINEARS = ("qkv", "proj", "gate", "up", "down")
-_SIZES = ("count", "channels", "heads", "groups", "head_dim", "half_split", "batch", "capacity")
+_SIZES = ("count", "channels", "num_heads", "num_kv_heads", "head_dim", "half_split", "batch", "capacity")
 
 
 class _Layer(Structure):
@@ -109,8 +109,8 @@ class NativeNetwork:
         self._block = _Block(
             count=config.num_layers,
             channels=config.channels,
-            heads=config.num_heads,
-            groups=config.num_kv_heads,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
             half_split=config.hf_style_rope,
             batch=batch,

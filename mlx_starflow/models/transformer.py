@@ -60,12 +60,12 @@ class Attention(nn.Module):
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
-        heads, groups, dim = config.num_heads, config.num_kv_heads, config.head_dim
-        self.heads, self.groups, self.head_dim = heads, groups, dim
+        num_heads, num_kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, dim
         self.half_split = config.hf_style_rope
         self.norm = make_norm(config.norm_type, config.channels)
-        self.qkv = nn.Linear(config.channels, (heads + 2 * groups) * dim, bias=config.use_bias)
-        self.proj = nn.Linear(heads * dim, config.channels, bias=config.use_bias)
+        self.qkv = nn.Linear(config.channels, (num_heads + 2 * num_kv_heads) * dim, bias=config.use_bias)
+        self.proj = nn.Linear(num_heads * dim, config.channels, bias=config.use_bias)
         if config.use_qk_norm:
             self.query_norm = RMSNorm(dim)
             self.key_norm = RMSNorm(dim)
@@ -77,7 +77,12 @@ class Attention(nn.Module):
         norm = (self.query_norm.weight, self.key_norm.weight) if "query_norm" in self else ()
         qkv = self.qkv(self.norm(x))
         return split_rotate(
-            qkv, rope_frequencies, *norm, heads=self.heads, groups=self.groups, half_split=self.half_split
+            qkv,
+            rope_frequencies,
+            *norm,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            half_split=self.half_split,
         )
 
     def attend(

@@ -20,9 +20,15 @@ def normal(key: int, *shape: int, dtype: mx.Dtype = mx.float32) -> mx.array:
 
 
 def arguments(
-    batch: int, length: int, heads: int, groups: int, dim: int, norm: bool = False, dtype: mx.Dtype = mx.float32
+    batch: int,
+    length: int,
+    num_heads: int,
+    num_kv_heads: int,
+    dim: int,
+    norm: bool = False,
+    dtype: mx.Dtype = mx.float32,
 ) -> list[mx.array]:
-    qkv = normal(0, batch, length, (heads + 2 * groups) * dim, dtype=dtype)
+    qkv = normal(0, batch, length, (num_heads + 2 * num_kv_heads) * dim, dtype=dtype)
     weights = [0.3 * normal(key, dim, dtype=dtype) for key in (1, 2)]
     return [qkv, line_frequencies(dim, length + 3)[3:], *(weights if norm else [])]
 
@@ -49,13 +55,13 @@ def check(actual: mx.array, expected: mx.array, half_split: bool) -> None:
 
 @pytest.mark.parametrize("half_split", [False, True])
 @pytest.mark.parametrize("norm", [False, True])
-@pytest.mark.parametrize(("heads", "groups", "dim"), [(3, 1, 16), (2, 2, 6)])
-def test_twin_is_the_formula(heads, groups, dim, norm, half_split):
-    inputs = arguments(2, 5, heads, groups, dim, norm)
-    parts = split_rotate(*inputs, heads=heads, groups=groups, half_split=half_split)
-    assert [part.shape for part in parts] == [(2, count, 5, dim) for count in (heads, groups, groups)]
-    x = array(inputs[0]).reshape(2, 5, heads + 2 * groups, dim).transpose(0, 2, 1, 3)
-    expected = np.split(x, [heads, heads + groups], axis=1)
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "dim"), [(3, 1, 16), (2, 2, 6)])
+def test_twin_is_the_formula(num_heads, num_kv_heads, dim, norm, half_split):
+    inputs = arguments(2, 5, num_heads, num_kv_heads, dim, norm)
+    parts = split_rotate(*inputs, num_heads=num_heads, num_kv_heads=num_kv_heads, half_split=half_split)
+    assert [part.shape for part in parts] == [(2, count, 5, dim) for count in (num_heads, num_kv_heads, num_kv_heads)]
+    x = array(inputs[0]).reshape(2, 5, num_heads + 2 * num_kv_heads, dim).transpose(0, 2, 1, 3)
+    expected = np.split(x, [num_heads, num_heads + num_kv_heads], axis=1)
     for index, weight in enumerate(inputs[2:]):
         square = np.square(expected[index]).mean(-1, keepdims=True)
         expected[index] = expected[index] / np.sqrt(square + 1e-6) * (1 + array(weight))
@@ -72,7 +78,7 @@ def test_twin_is_the_formula(heads, groups, dim, norm, half_split):
 
 def test_without_positions_heads_are_only_split():
     qkv = normal(0, 2, 5, 4 * 7)
-    q, k, v = split_rotate(qkv, None, heads=2, groups=1)
+    q, k, v = split_rotate(qkv, None, num_heads=2, num_kv_heads=1)
     x = np.array(qkv).reshape(2, 5, 4, 7).transpose(0, 2, 1, 3)
     for part, wanted in zip((q, k, v), np.split(x, [2, 3], axis=1), strict=True):
         assert np.array_equal(np.array(part), wanted)
@@ -92,7 +98,7 @@ def test_few_and_many_pairs_turn_alike(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("heads", "groups", "dim", "norm", "half_split"),
+    ("num_heads", "num_kv_heads", "dim", "norm", "half_split"),
     [
         (4, 4, 64, False, False),  # the released image model's kind of head
         (4, 4, 64, True, False),
@@ -105,10 +111,10 @@ def test_few_and_many_pairs_turn_alike(dtype):
         (1, 1, 2, False, False),
     ],
 )
-def test_kernel_is_its_twin(kernels_on, heads, groups, dim, norm, half_split, dtype):
-    options = {"heads": heads, "groups": groups, "half_split": half_split}
+def test_kernel_is_its_twin(kernels_on, num_heads, num_kv_heads, dim, norm, half_split, dtype):
+    options = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "half_split": half_split}
     for batch, length in ((1, 1), (2, 1), (3, 7), (2, 33)):
-        inputs = arguments(batch, length, heads, groups, dim, norm, dtype)
+        inputs = arguments(batch, length, num_heads, num_kv_heads, dim, norm, dtype)
         with kernels_on():
             parts = split_rotate(*inputs, **options)
         for part, wanted in zip(parts, split_rotate_twin(*inputs, **options), strict=True):
@@ -121,8 +127,10 @@ def test_kernel_takes_slices(kernels_on):
     rope_frequencies = line_frequencies(8, 40)
     wide = normal(0, 2, 5, 50)
     with kernels_on():
-        parts = split_rotate(wide[:, 1:4, 1:41], rope_frequencies[17:20], heads=3, groups=1)
-    expected = split_rotate_twin(mx.array(np.array(wide)[:, 1:4, 1:41]), rope_frequencies[17:20], heads=3, groups=1)
+        parts = split_rotate(wide[:, 1:4, 1:41], rope_frequencies[17:20], num_heads=3, num_kv_heads=1)
+    expected = split_rotate_twin(
+        mx.array(np.array(wide)[:, 1:4, 1:41]), rope_frequencies[17:20], num_heads=3, num_kv_heads=1
+    )
     for part, wanted in zip(parts, expected, strict=True):
         check(part, wanted, False)
 
@@ -133,7 +141,7 @@ def test_kernel_takes_slices(kernels_on):
 def test_gradient_is_the_twins(kernels_on, norm, half_split, dtype):
     inputs = arguments(2, 3, 3, 1, 16, norm, dtype)
     rope_frequencies = inputs.pop(1)
-    options = {"heads": 3, "groups": 1, "half_split": half_split}
+    options = {"num_heads": 3, "num_kv_heads": 1, "half_split": half_split}
     cotangents = [normal(key, 2, count, 3, 16, dtype=dtype) for key, count in ((5, 3), (6, 1), (7, 1))]
 
     def gradients(function) -> list[mx.array]:
@@ -151,7 +159,7 @@ def test_gradient_of_one_part_alone(kernels_on):
     qkv, rope_frequencies = arguments(2, 3, 3, 1, 16)
 
     def loss(function, x: mx.array) -> mx.array:
-        return mx.square(function(x, rope_frequencies, heads=3, groups=1)[1]).sum()
+        return mx.square(function(x, rope_frequencies, num_heads=3, num_kv_heads=1)[1]).sum()
 
     with kernels_on():
         actual = mx.grad(lambda x: loss(split_rotate, x))(qkv)
