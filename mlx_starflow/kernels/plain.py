@@ -1,4 +1,4 @@
-"""Plain-MLX operations that the models share with the kernels' twins."""
+"""Plain-MLX operations that the models share with the kernels' plain versions."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def split_rotate(
     if rope_frequencies is not None and enabled():
         norm = () if query_weight is None else (query_weight, key_weight)
         return tuple(_fused(num_heads, num_kv_heads, half_split, bool(norm))(qkv, rope_frequencies, *norm))
-    return split_rotate_twin(
+    return split_rotate_plain(
         qkv,
         rope_frequencies,
         query_weight,
@@ -58,7 +58,7 @@ def split_rotate(
     )
 
 
-def split_rotate_twin(
+def split_rotate_plain(
     qkv: mx.array,
     rope_frequencies: mx.array | None,
     query_weight: mx.array | None = None,
@@ -110,14 +110,14 @@ def _fused(num_heads: int, num_kv_heads: int, half_split: bool, norm: bool) -> C
             output_dtypes=[qkv.dtype] * 3,
         )
 
-    def twin(qkv: mx.array, rope_frequencies: mx.array, *weights: mx.array) -> Arrays:
+    def plain(qkv: mx.array, rope_frequencies: mx.array, *weights: mx.array) -> Arrays:
         # Positions are constants. Without this their gradient, which nobody reads, would be computed.
         rope_frequencies = mx.stop_gradient(rope_frequencies)
-        return split_rotate_twin(
+        return split_rotate_plain(
             qkv, rope_frequencies, *weights, num_heads=num_heads, num_kv_heads=num_kv_heads, half_split=half_split
         )
 
-    return with_gradient(fused, twin)
+    return with_gradient(fused, plain)
 
 
 @cache

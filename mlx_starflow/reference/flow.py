@@ -1,4 +1,4 @@
-"""PyTorch twin of `models/flow.py`: one block of an autoregressive affine flow, and what a forward pass gives."""
+"""PyTorch reference of `models/flow.py`: one block of an autoregressive affine flow, and what a forward pass gives."""
 
 from __future__ import annotations
 

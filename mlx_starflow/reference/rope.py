@@ -1,4 +1,4 @@
-"""PyTorch twin of `models/rope.py`: positions as rows of unit complex numbers, one a rotary pair."""
+"""PyTorch reference of `models/rope.py`: positions as rows of unit complex numbers, one a rotary pair."""
 
 from __future__ import annotations
 

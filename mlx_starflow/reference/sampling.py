@@ -1,4 +1,4 @@
-"""PyTorch twin of `mlx_starflow.sampling`: KV cache, sequential and block-wise Jacobi inversion, guidance, denoising.
+"""PyTorch reference of `mlx_starflow.sampling`: KV cache, sequential and Jacobi inversion, guidance, denoising.
 
 Like the MLX code, and unlike the official release, it caches keys after their rotary positions.
 """
@@ -226,14 +226,14 @@ def sample(
     progress: bool | None = False,
     trace: SamplingTrace | None = None,
 ) -> Tensor:
-    """Invert a twin STARFlow or TarFlow, noise -> data; arguments, result and errors are `mlx_starflow.sample`'s.
+    """Invert a STARFlow or TarFlow of PyTorch, noise -> data; arguments, result and errors are `mlx_starflow.sample`'s.
 
     `method` is "sequential" or "jacobi", or the settings of one of them.
     """
     check_guidance(guidance, attn_temp)
     settings = METHODS[method]() if isinstance(method, str) and method in METHODS else method
     if not isinstance(settings, SequentialSettings | JacobiSettings):
-        raise StarflowError(f"the PyTorch twin samples by {' or '.join(METHODS)}, not by {method!r}")
+        raise StarflowError(f"the PyTorch reference samples by {' or '.join(METHODS)}, not by {method!r}")
     with torch.inference_mode():
         tokens = flow.noise_tokens(z)
         batch, length, _ = tokens.shape

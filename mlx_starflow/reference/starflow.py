@@ -1,4 +1,4 @@
-"""PyTorch twin of `models/starflow.py`: the same config, the same tensor names, latents `[B, H, W, C]`."""
+"""PyTorch reference of `models/starflow.py`: the same config, the same tensor names, latents `[B, H, W, C]`."""
 
 from __future__ import annotations
 

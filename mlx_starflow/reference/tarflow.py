@@ -1,4 +1,4 @@
-"""PyTorch twin of `models/tarflow.py`: the same config, the same tensor names, pictures `[B, H, W, C]`."""
+"""PyTorch reference of `models/tarflow.py`: the same config, the same tensor names, pictures `[B, H, W, C]`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PyTorch twin of `models/transformer.py`: attention, MLP and the layer of both, in every released variant."""
+"""PyTorch reference of `models/transformer.py`: attention, MLP and the layer of both, in every released variant."""
 
 from __future__ import annotations
 

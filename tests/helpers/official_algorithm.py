@@ -1,4 +1,4 @@
-"""Sampling a twin STARFlow with the official release's algorithm, to be timed against.
+"""Sampling a STARFlow in PyTorch with the official release's algorithm, to be timed against.
 
 What differs from `mlx_starflow.reference.sampling`: the cache holds keys before their rotary positions and grows by
 concatenation, so every network evaluation copies all of it and turns all of it to its positions again. Guidance runs

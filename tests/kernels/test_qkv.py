@@ -1,4 +1,4 @@
-"""Splitting heads, norms and rotary positions: the twin against the formula, the kernel against the twin."""
+"""Splitting heads, norms and rotary positions: plain MLX against the formula, the kernel against plain MLX."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mlx_starflow.kernels.plain import MANY_NUMBERS, rotate
-from mlx_starflow.kernels.qkv import split_rotate, split_rotate_twin
+from mlx_starflow.kernels.qkv import split_rotate, split_rotate_plain
 from mlx_starflow.models.rope import line_frequencies
 
 DTYPES = [mx.float32, mx.float16, mx.bfloat16]
@@ -56,7 +56,7 @@ def check(actual: mx.array, expected: mx.array, half_split: bool) -> None:
 @pytest.mark.parametrize("half_split", [False, True])
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize(("num_heads", "num_kv_heads", "dim"), [(3, 1, 16), (2, 2, 6)])
-def test_twin_is_the_formula(num_heads, num_kv_heads, dim, norm, half_split):
+def test_plain_version_is_the_formula(num_heads, num_kv_heads, dim, norm, half_split):
     inputs = arguments(2, 5, num_heads, num_kv_heads, dim, norm)
     parts = split_rotate(*inputs, num_heads=num_heads, num_kv_heads=num_kv_heads, half_split=half_split)
     assert [part.shape for part in parts] == [(2, count, 5, dim) for count in (num_heads, num_kv_heads, num_kv_heads)]
@@ -111,15 +111,15 @@ def test_few_and_many_pairs_turn_alike(dtype):
         (1, 1, 2, False, False),
     ],
 )
-def test_kernel_is_its_twin(kernels_on, num_heads, num_kv_heads, dim, norm, half_split, dtype):
+def test_kernel_is_the_plain_version(kernels_on, num_heads, num_kv_heads, dim, norm, half_split, dtype):
     options = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "half_split": half_split}
     for batch, length in ((1, 1), (2, 1), (3, 7), (2, 33)):
         inputs = arguments(batch, length, num_heads, num_kv_heads, dim, norm, dtype)
         with kernels_on():
             parts = split_rotate(*inputs, **options)
-        for part, wanted in zip(parts, split_rotate_twin(*inputs, **options), strict=True):
+        for part, wanted in zip(parts, split_rotate_plain(*inputs, **options), strict=True):
             check(part, wanted, half_split)
-        assert np.array_equal(array(parts[2]), array(split_rotate_twin(*inputs, **options)[2]))
+        assert np.array_equal(array(parts[2]), array(split_rotate_plain(*inputs, **options)[2]))
 
 
 def test_kernel_takes_slices(kernels_on):
@@ -128,7 +128,7 @@ def test_kernel_takes_slices(kernels_on):
     wide = normal(0, 2, 5, 50)
     with kernels_on():
         parts = split_rotate(wide[:, 1:4, 1:41], rope_frequencies[17:20], num_heads=3, num_kv_heads=1)
-    expected = split_rotate_twin(
+    expected = split_rotate_plain(
         mx.array(np.array(wide)[:, 1:4, 1:41]), rope_frequencies[17:20], num_heads=3, num_kv_heads=1
     )
     for part, wanted in zip(parts, expected, strict=True):
@@ -138,7 +138,7 @@ def test_kernel_takes_slices(kernels_on):
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 @pytest.mark.parametrize("half_split", [False, True])
 @pytest.mark.parametrize("norm", [False, True])
-def test_gradient_is_the_twins(kernels_on, norm, half_split, dtype):
+def test_gradient_is_those_of_the_plain_version(kernels_on, norm, half_split, dtype):
     inputs = arguments(2, 3, 3, 1, 16, norm, dtype)
     rope_frequencies = inputs.pop(1)
     options = {"num_heads": 3, "num_kv_heads": 1, "half_split": half_split}
@@ -149,7 +149,7 @@ def test_gradient_is_the_twins(kernels_on, norm, half_split, dtype):
 
     with kernels_on():
         actual = gradients(split_rotate)
-    for gradient, wanted in zip(actual, gradients(split_rotate_twin), strict=True):
+    for gradient, wanted in zip(actual, gradients(split_rotate_plain), strict=True):
         assert gradient.dtype == wanted.dtype == dtype
         assert np.array_equal(array(gradient), array(wanted))
 
@@ -164,5 +164,5 @@ def test_gradient_of_one_part_alone(kernels_on):
     with kernels_on():
         actual = mx.grad(lambda x: loss(split_rotate, x))(qkv)
         second = mx.grad(lambda x: mx.square(mx.grad(lambda y: loss(split_rotate, y))(x)).sum())(qkv)
-    assert np.abs(array(actual - mx.grad(lambda x: loss(split_rotate_twin, x))(qkv))).max() < 1e-5
+    assert np.abs(array(actual - mx.grad(lambda x: loss(split_rotate_plain, x))(qkv))).max() < 1e-5
     assert mx.isfinite(second).all().item()
