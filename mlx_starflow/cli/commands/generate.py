@@ -46,7 +46,7 @@ from mlx_starflow.errors import StarflowError
     type=click.Choice(["mlx", "torch"]),
     default="mlx",
     show_default=True,
-    help="What computes; torch is the PyTorch twin, which makes the same pictures.",
+    help="What computes; torch is the PyTorch reference, which makes the same pictures.",
 )
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Where torch computes; cuda if there is one.")
 @click.option("--data-parallel", is_flag=True, help="Share the prompts out over the processes of mlx.launch.")
