@@ -12,7 +12,7 @@ from helpers.tiny_model import write_tiny_model
 from helpers.torch_reference import DEVICES, difference
 
 from mlx_starflow import load
-from mlx_starflow.media.images import read_metadata
+from mlx_starflow.media.metadata import read_metadata
 
 pytestmark = [pytest.mark.torch, pytest.mark.parametrize("device", DEVICES)]
 
