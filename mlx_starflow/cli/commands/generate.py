@@ -53,6 +53,7 @@ from mlx_starflow.errors import StarflowError
 @click.option("-v", "--verbose", is_flag=True, help="Say what each phase cost.")
 @tensor_parallel_option
 def generate(
+    ranks: Ranks,
     prompts: tuple[str, ...],
     prompt_file: Any,
     model: str | None,
@@ -76,7 +77,6 @@ def generate(
     data_parallel: bool,
     verbose: bool,
     verify: bool | None,
-    ranks: Ranks,
     **settings: Any,
 ) -> None:
     """Make pictures of PROMPTS.
