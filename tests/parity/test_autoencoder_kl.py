@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers.twins import DEVICES, difference, give_weights, relative, to_torch
+from helpers.pytorch import DEVICES, difference, give_weights, relative, to_torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten

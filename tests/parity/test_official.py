@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from helpers.golden_files import golden_case
 from helpers.paths import DATA
-from helpers.twins import DEVICES, difference, relative
+from helpers.pytorch import DEVICES, difference, relative
 
 from mlx_starflow.sampling import JacobiSettings
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers.twins import DEVICES, both, give_weights, relative, to_numpy
+from helpers.pytorch import DEVICES, both, give_weights, relative, to_numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten

@@ -8,8 +8,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from helpers.pytorch import DEVICES
 from helpers.tiny_training import FLOW, TEXT, TinyData
-from helpers.twins import DEVICES
 
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
