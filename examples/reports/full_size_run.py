@@ -1,7 +1,7 @@
 """Memory and time of the full-size 3B text-to-image model, with random weights, on this machine.
 
-    python examples/full_size_run.py SCRATCH --quantize 8
-    python examples/full_size_run.py SCRATCH --quantize 4
+    python examples/reports/full_size_run.py SCRATCH --quantize 8
+    python examples/reports/full_size_run.py SCRATCH --quantize 4
 
 Writes a model directory of the released sizes into SCRATCH (flow, flan-t5-xl encoder, SD-VAE), opens it as any other is
 opened, and prints, phase by phase, the seconds, the most memory that MLX held and what `mlx-starflow info`

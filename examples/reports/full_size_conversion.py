@@ -1,6 +1,6 @@
 """Memory and time of converting a checkpoint of the full 3B size (15 GB of random float32 weights).
 
-    python examples/full_size_conversion.py SCRATCH [--quantize 8]
+    python examples/reports/full_size_conversion.py SCRATCH [--quantize 8]
 
 Linux only. Writes a checkpoint under the official tensor names into SCRATCH, converts it with `mlx-starflow convert
 flow`, and prints the conversion's peak of anonymous memory (what a process holds beside the files that it maps), its

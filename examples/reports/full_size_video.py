@@ -1,7 +1,7 @@
 """Memory and time of the full-size 7B text-to-video model, with random weights, on this machine.
 
-    python examples/full_size_video.py SCRATCH
-    python examples/full_size_video.py SCRATCH --frames 9 --decode-size 128x80
+    python examples/reports/full_size_video.py SCRATCH
+    python examples/reports/full_size_video.py SCRATCH --frames 9 --decode-size 128x80
 
 Writes a model directory of the released sizes into SCRATCH (flow with its denoiser, flan-t5-xl encoder, Wan 2.2
 autoencoder; the first two quantized), opens it as any other is opened, and prints, phase by phase, seconds, the most
