@@ -10,8 +10,9 @@ import pytest
 
 from helpers.tiny_model import tiny_flow
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.model_dir.files import load_weights, read_config
 from mlx_starflow.model_dir.saving import save_model
-from mlx_starflow.model_dir.weights import load_weights, parameters, read_config
+from mlx_starflow.model_dir.weights import parameters
 from mlx_starflow.models.starflow import STARFlow
 
 WIDE = {"channels": 64, "head_dim": 16, "txt_dim": 64, "txt_size": 4}

@@ -8,7 +8,7 @@ from typing import Any
 import click
 import yaml
 
-from mlx_starflow.errors import StarflowError
+from mlx_starflow.errors import StarflowError, one_line
 
 
 def config_option(command: click.Command) -> click.Command:
@@ -39,7 +39,7 @@ def _values(path: Path, command: click.Command) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise StarflowError(f"cannot read {path}: {error.strerror or error}") from None
+        raise StarflowError(f"cannot read {path}: {one_line(error)}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise StarflowError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):

@@ -8,9 +8,8 @@ from typing import Any
 
 import yaml
 
-from mlx_starflow.errors import StarflowError
+from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.media.files import replacing
-from mlx_starflow.model_dir.weights import one_line
 
 
 def read_settings(path: Path, known: Collection[str]) -> dict[str, Any]:
