@@ -21,10 +21,12 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlx_starflow.convert.archive import Spec, write_archive
+from mlx_starflow.convert.archive import write_archive
 from mlx_starflow.convert.official import ARGUMENTS
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.model_dir.weights import load_flow, parameters
+from mlx_starflow.model_dir.directory import load_flow
+from mlx_starflow.model_dir.files import Spec
+from mlx_starflow.model_dir.weights import parameters
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
 
 NAME = "starflow_3B_t2i_256x256"

@@ -22,9 +22,10 @@ import mlx.core as mx
 from mlx.utils import tree_map
 
 from mlx_starflow.media.noise import draw_noise
+from mlx_starflow.model_dir.directory import load_flow, load_text_encoder, load_vae
 from mlx_starflow.model_dir.quantization import quantize_module
 from mlx_starflow.model_dir.saving import save_model
-from mlx_starflow.model_dir.weights import load_flow, load_text_encoder, load_vae, parameters
+from mlx_starflow.model_dir.weights import parameters
 from mlx_starflow.models.starflow import STARFlow
 from mlx_starflow.planning.memory import ModelConfigs, plan
 from mlx_starflow.sampling import GuidedFlow, sequential

@@ -21,7 +21,7 @@ import numpy as np
 from full_size_run import begin_sampling, encode_prompt, phase, size_on_disk, write_random_model
 
 from mlx_starflow.media.noise import draw_noise
-from mlx_starflow.model_dir.weights import load_vae
+from mlx_starflow.model_dir.directory import load_vae
 from mlx_starflow.planning.memory import ModelConfigs, plan
 from mlx_starflow.sampling import denoise_frames
 

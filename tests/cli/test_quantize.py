@@ -9,8 +9,9 @@ from helpers.commands import Command
 from helpers.images import write_gradients
 from helpers.model_directories import write_trained_model
 
+from mlx_starflow.model_dir.directory import load_flow, load_text_encoder
+from mlx_starflow.model_dir.files import read_config
 from mlx_starflow.model_dir.quantization import quantized_layers
-from mlx_starflow.model_dir.weights import load_flow, load_text_encoder, read_config
 
 
 @pytest.fixture(scope="module")

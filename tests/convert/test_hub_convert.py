@@ -24,11 +24,11 @@ from helpers.model_directories import SPIECE, write_image_model, write_video_mod
 from helpers.tiny_flows import tiny_flow
 
 from mlx_starflow.convert import convert_release, export_model
-from mlx_starflow.convert.archive import Spec, write_archive
+from mlx_starflow.convert.archive import write_archive
 from mlx_starflow.convert.official import RELEASES, later_scale, released_arguments
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.model_dir.files import Spec, load_weights, read_config
 from mlx_starflow.model_dir.hub import find_model
-from mlx_starflow.model_dir.weights import load_weights, read_config
 from mlx_starflow.models.starflow import FlowConfig
 
 CHECKPOINT, VIDEO_CHECKPOINT = "starflow_3B_t2i_256x256.pth", "starflow-v_7B_t2v_caus_480p_v3.pth"

@@ -15,8 +15,9 @@ from helpers.paths import DATA
 from helpers.tiny_flows import tiny_flow
 from mlx_starflow import load
 from mlx_starflow.likelihood.requantize import read_pictures
+from mlx_starflow.model_dir.files import load_weights, read_config
 from mlx_starflow.model_dir.saving import save_model
-from mlx_starflow.model_dir.weights import load_weights, parameters, read_config
+from mlx_starflow.model_dir.weights import parameters
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from mlx_starflow.models.autoencoder_wan.network import AutoencoderWan, AutoencoderWanConfig
 from mlx_starflow.models.starflow import STARFlow

@@ -17,9 +17,11 @@ from PIL import Image, ImageDraw
 
 from mlx_starflow import load
 from mlx_starflow.likelihood.requantize import Comparison, measure, quantize_model, read_pictures
+from mlx_starflow.model_dir.directory import load_flow, load_text_encoder
+from mlx_starflow.model_dir.files import load_weights, read_config
 from mlx_starflow.model_dir.quantization import QUANTIZATIONS, quantized_layers
 from mlx_starflow.model_dir.saving import save_model
-from mlx_starflow.model_dir.weights import load_flow, load_text_encoder, load_weights, parameters, read_config
+from mlx_starflow.model_dir.weights import parameters
 
 ON_CPU = mx.default_device().type == mx.cpu
 BITS_A_WEIGHT = {"8": 9, "6": 7, "4": 5, "mxfp8": 8.25, "mxfp4": 4.25, "nvfp4": 4.5}

@@ -10,9 +10,10 @@ from helpers.model_directories import config_of, edit_config, same
 from helpers.tiny_flows import tiny_flow
 from mlx.utils import tree_flatten
 
+from mlx_starflow.model_dir.directory import load_flow
 from mlx_starflow.model_dir.quantization import QUANTIZATIONS, dequantize_module, quantize_module, quantized_layers
 from mlx_starflow.model_dir.saving import save_model
-from mlx_starflow.model_dir.weights import load_flow, parameters, parse_dtype
+from mlx_starflow.model_dir.weights import parameters, parse_dtype
 from mlx_starflow.models.starflow import STARFlow
 from mlx_starflow.models.t5 import T5Config, T5Encoder
 

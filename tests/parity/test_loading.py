@@ -26,10 +26,10 @@ from helpers.torch_reference import DEVICES, both, relative, to_numpy
 
 from mlx_starflow import load_flow as load_mlx
 from mlx_starflow.convert import convert_flow
+from mlx_starflow.model_dir.directory import load_text_encoder as load_mlx_encoder
+from mlx_starflow.model_dir.directory import load_vae as load_mlx_vae
 from mlx_starflow.model_dir.quantization import QUANTIZATIONS, quantize_module
 from mlx_starflow.model_dir.saving import save_model
-from mlx_starflow.model_dir.weights import load_text_encoder as load_mlx_encoder
-from mlx_starflow.model_dir.weights import load_vae as load_mlx_vae
 from mlx_starflow.model_dir.weights import parameters
 from mlx_starflow.models.tarflow import TarFlow, TarFlowConfig
 

@@ -24,7 +24,7 @@ from mlx_starflow.media.buckets import closest_ratio
 from mlx_starflow.media.pixels import UnreadableImage, decode_image, image_views, no_remarks, scale_pixels
 from mlx_starflow.media.sources import Sample, Skip, Source
 from mlx_starflow.media.sources.sample import skip_line
-from mlx_starflow.model_dir.weights import load_text_encoder, load_vae
+from mlx_starflow.model_dir.directory import load_text_encoder, load_vae
 from mlx_starflow.pipelines.prompts import complete_prompt
 from mlx_starflow.training.data.cache_files import INDEX, SKIPPED, TEXT, TEXT_INDEX, CacheWriter, latents_file
 from mlx_starflow.training.data.cache_model import CacheModel

@@ -24,8 +24,9 @@ from mlx_starflow import load
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.media.buckets import RATIOS, bucket_size
 from mlx_starflow.media.pixels import decode_image, image_views, scale_pixels
+from mlx_starflow.model_dir.directory import load_flow
+from mlx_starflow.model_dir.files import load_weights, read_config
 from mlx_starflow.model_dir.saving import save_model
-from mlx_starflow.model_dir.weights import load_flow, load_weights, read_config
 from mlx_starflow.models import autoencoder_kl, t5
 from mlx_starflow.training.data import cache_encode, cache_files
 from mlx_starflow.training.data.cache_build import CacheSettings, build_cache
