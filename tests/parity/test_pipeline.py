@@ -9,7 +9,7 @@ import pytest
 from helpers.commands import Command
 from helpers.model_directories import edit_weights, message
 from helpers.tiny_model import write_tiny_model
-from helpers.twins import DEVICES, difference
+from helpers.torch_reference import DEVICES, difference
 
 from mlx_starflow import load
 from mlx_starflow.media.metadata import read_metadata

@@ -46,13 +46,14 @@ from mlx_starflow.errors import StarflowError
     type=click.Choice(["mlx", "torch"]),
     default="mlx",
     show_default=True,
-    help="What computes; torch is the PyTorch twin, which makes the same pictures.",
+    help="What computes; torch is the PyTorch reference, which makes the same pictures.",
 )
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Where torch computes; cuda if there is one.")
 @click.option("--data-parallel", is_flag=True, help="Share the prompts out over the processes of mlx.launch.")
 @click.option("-v", "--verbose", is_flag=True, help="Say what each phase cost.")
 @tensor_parallel_option
 def generate(
+    ranks: Ranks,
     prompts: tuple[str, ...],
     prompt_file: Any,
     model: str | None,
@@ -76,7 +77,6 @@ def generate(
     data_parallel: bool,
     verbose: bool,
     verify: bool | None,
-    ranks: Ranks,
     **settings: Any,
 ) -> None:
     """Make pictures of PROMPTS.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_starflow.cli.options.sampling import Size, with_options
+from mlx_starflow.cli.options.sampling import Size, dtype_option, with_options
 from mlx_starflow.cpu import blas
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ model_options = with_options(
         "-m", "--model", default="demo", show_default=True, help="demo, a model directory, or a Hub repository."
     ),
     click.option("--size", type=Size(), help="Of the pictures, in pixels; the model's own by default."),
-    click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Precision of the networks."),
+    dtype_option("the networks"),
 )
 
 noise_options = with_options(

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from tqdm import tqdm
 
 from mlx_starflow.cli.options.parallel import Ranks, tensor_parallel_option
 from mlx_starflow.cli.options.sampling import Size, lora_option, network_options, sampling_options
@@ -67,6 +66,7 @@ SOURCES = ("image", "video", "extend")
 @click.option("-v", "--verbose", is_flag=True, help="Say what each phase cost.")
 @tensor_parallel_option
 def video(
+    ranks: Ranks,
     prompt: str | None,
     model: str | None,
     adapters: tuple[tuple[str, float], ...],
@@ -88,7 +88,6 @@ def video(
     dtype: str | None,
     low_memory: bool | None,
     verbose: bool,
-    ranks: Ranks,
     **settings: Any,
 ) -> None:
     """Make a video of PROMPT.
@@ -101,6 +100,8 @@ def video(
 
     An empty prompt ("") gives a video of anything.
     """
+    from tqdm import tqdm
+
     from mlx_starflow.media import noise
     from mlx_starflow.media.videos import VideoWriter, check_video_output
 

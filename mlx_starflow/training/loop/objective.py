@@ -68,9 +68,9 @@ def flow_loss(
     """
     if noise_std:
         x = x + noise_std * (mx.random.normal(x.shape) if noise is None else noise)
-    options = {"checkpoint": True} if checkpoint else {}
+    options = {"gradient_checkpointing": True} if checkpoint else {}
     if keep is not None:
-        options["keep"] = keep
+        options["context_mask"] = keep
     out = flow(x, text, **options)
     nll = out.nll()
     # Computed once: `mx.compile` (0.32) fails with "_Map_base::at" where loss and metrics compute the same twice.
