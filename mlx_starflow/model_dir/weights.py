@@ -11,11 +11,12 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_starflow.errors import StarflowError, one_line
+from mlx_starflow.model_dir.precision import DTYPES
 from mlx_starflow.model_dir.quantization import quantize_as, quantized_layers
 
 M = TypeVar("M", bound=nn.Module)
 
-DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+MLX_DTYPES = {name: getattr(mx, name) for name in DTYPES}
 
 # ---- dtypes
 
@@ -31,11 +32,11 @@ def parse_dtype(dtype: str | mx.Dtype | None) -> mx.Dtype | None:
     Raises:
         StarflowError: it is none of these.
     """
-    if dtype is None or dtype in DTYPES.values():
+    if dtype is None or dtype in MLX_DTYPES.values():
         return dtype
-    if dtype not in DTYPES:
-        raise StarflowError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    return DTYPES[dtype]
+    if dtype not in MLX_DTYPES:
+        raise StarflowError(f"dtype {dtype!r} is not one of {', '.join(MLX_DTYPES)}")
+    return MLX_DTYPES[dtype]
 
 
 def _on_cpu() -> bool:
