@@ -1,0 +1,171 @@
+"""The training loop of the embedded model's parts: AdamW, averaged weights, checkpoints by the clock.
+
+Batches are numbered, so a run that was stopped goes on with the batch after the last checkpoint's. The learning rate is
+constant after a warm-up and falls in the last quarter: `steps` can be changed between two runs up to there.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where and how to train: worker processes make batches where there are cores for them; 0 for none."""
+
+    name: str
+    workers: int = 0
+    save_every: float = 100.0
+
+    @classmethod
+    def choose(cls, threads: int) -> Device:
+        """The GPU if there is one, else this many threads of the CPU."""
+        if torch.cuda.is_available():
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+            return cls("cuda", workers=max(os.cpu_count() - 2, 1), save_every=50.0)
+        torch.set_num_threads(threads)
+        return cls("cpu")
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.name == "cuda"
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.name, dtype=torch.bfloat16)
+
+    def compile(self, *modules: nn.Module) -> None:
+        """Compile for a GPU. On the CPU it gained nothing: the time goes to matrix products and convolutions."""
+        if self.is_cuda:
+            for module in modules:
+                module.compile()
+
+
+class Batches(Protocol):
+    """Training data: batch number n, the same one whenever it is asked for."""
+
+    def __getitem__(self, step: int) -> Any: ...
+
+
+class TimeIsUp(Exception):
+    """The time limit passed; the checkpoint is written."""
+
+
+def learning_rate(step: int, steps: int, warm_up: int = 300) -> float:
+    """The factor at a step: linear at first, then 1, in the last quarter a half cosine down to 1%."""
+    warm = min(1.0, (step + 1) / min(warm_up, max(steps // 10, 1)))
+    fallen = max(0.0, (step / steps - 0.75) / 0.25)
+    return warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * fallen)))
+
+
+def save_atomically(state: dict, path: Path) -> None:
+    unfinished = path.with_name(path.name + ".unfinished")
+    torch.save(state, unfinished)
+    os.replace(unfinished, path)
+
+
+def read_averaged(model: nn.Module, checkpoint: Path) -> nn.Module:
+    """The model with a checkpoint's averaged weights, for use."""
+    state = torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True)
+    model.load_state_dict(state["averaged"])
+    return model.eval().requires_grad_(False)
+
+
+def train(
+    model: nn.Module,
+    loss_of: Callable[[Any, float], tuple[Tensor, dict[str, float]]],
+    batches: Batches,
+    groups: list[dict],
+    checkpoint: Path,
+    device: Device,
+    *,
+    steps: int,
+    deadline: float = math.inf,
+    decay: float = 0.999,
+    watch: Callable[[nn.Module, int], str] | None = None,
+    watch_every: int = 1000,
+    log_every: int = 50,
+) -> nn.Module:
+    """Train up to `steps` steps; returns the averaged model, frozen.
+
+    Args:
+        model: on the device.
+        loss_of: takes a batch and the progress in 0..1, gives the loss and numbers for the log.
+        batches: see `Batches`; read ahead by worker processes if the device has any.
+        groups: AdamW's parameter groups with their `lr`.
+        checkpoint: written every `device.save_every` seconds and at the end; resumed from if it is there.
+        deadline: `time.time()` after which to save and stop.
+        watch: is given the averaged model now and then, and says something about it.
+
+    Raises:
+        TimeIsUp: the deadline passed.
+        FloatingPointError: a gradient is not finite.
+    """
+    averaged = copy.deepcopy(model).eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    peaks = [group["lr"] for group in groups]
+    step = 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True, map_location=device.name)
+        model.load_state_dict(state["model"])
+        averaged.load_state_dict(state["averaged"])
+        optimizer.load_state_dict(state["optimizer"])
+        step = state["step"]
+        print(f"{checkpoint.stem}: resuming at step {step}", flush=True)
+    torch.manual_seed(step)
+
+    def save() -> float:
+        state = {"model": model.state_dict(), "averaged": averaged.state_dict(), "step": step}
+        save_atomically({**state, "optimizer": optimizer.state_dict()}, checkpoint)
+        return time.time()
+
+    began = saved = time.time()
+    first, sums = step, {}
+    for batch in read_ahead(batches, step, steps, device.workers):
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * learning_rate(step, steps)
+        loss, numbers = loss_of(batch, step / steps)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = float(nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"step {step}: the gradient is not finite; the last checkpoint is {checkpoint}")
+        optimizer.step()
+        step += 1
+        with torch.no_grad():
+            weight = 1 - min(decay, (1 + step) / (10 + step))
+            torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), weight)
+        for name, value in {**numbers, "grad": norm}.items():
+            sums.setdefault(name, []).append(value)
+        if step % log_every == 0:
+            rate = (step - first) / (time.time() - began)
+            means = "  ".join(f"{name} {sum(v) / len(v):.4f}" for name, v in sums.items())
+            left = (steps - step) / rate / 3600
+            print(f"{checkpoint.stem} {step}/{steps}  {means}  {rate:.2f} steps/s  {left:.1f} h left", flush=True)
+            sums = {}
+        if watch is not None and (step % watch_every == 0 or step == steps):
+            print(f"{checkpoint.stem} {step}/{steps}  {watch(averaged, step)}", flush=True)
+        if time.time() - saved > device.save_every or step == steps or time.time() > deadline:
+            saved = save()
+        if time.time() > deadline and step < steps:
+            raise TimeIsUp(f"{checkpoint.stem} stopped at step {step} of {steps}")
+    return averaged
+
+
+def read_ahead(batches: Batches, start: int, stop: int, workers: int) -> Iterator[Any]:
+    """Batches number start to stop - 1, in order."""
+    if not workers:
+        yield from (batches[step] for step in range(start, stop))
+        return
+    yield from torch.utils.data.DataLoader(
+        batches, batch_size=None, sampler=range(start, stop), num_workers=workers, prefetch_factor=4, pin_memory=True
+    )
