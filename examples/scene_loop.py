@@ -144,6 +144,8 @@ def train(
         with torch.no_grad():
             weight = 1 - min(decay, (1 + step) / (10 + step))
             torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), weight)
+            for mine, other in zip(averaged.buffers(), model.buffers(), strict=True):
+                mine.copy_(other)
         for name, value in {**numbers, "grad": norm}.items():
             sums.setdefault(name, []).append(value)
         if step % log_every == 0:
