@@ -16,6 +16,7 @@ from scene_data import Sample, Stream, sheet
 from scene_loop import Device, train
 from scene_pictures import Renderer
 from scene_recipe import NOISE, PIPELINE, TEXT_LENGTH, Recipe
+from scene_words import objects, plural
 from torch import Tensor
 
 from mlx_starflow.models.tokenizer import Tokenizer
@@ -103,11 +104,16 @@ class _Render:
 
 
 def tokenizer_for(recipe: Recipe, path: Path) -> Tokenizer:
-    """A tokenizer for captions; held-out objects are in it, so that no word of theirs falls to pieces."""
-    captions = [
-        Stream(None, 3, kind)[n].caption for kind, most in (("train", 16_000), ("object", 4000)) for n in range(most)
-    ]
-    return train_tokenizer(captions, path, recipe.vocabulary)
+    """A tokenizer in which every word of the captions, those of held-out objects too, is one piece.
+
+    It learns from pairs of words, each with many neighbours: from whole captions, of which a few patterns make all, it
+    learns pieces that cut the commonest words in two.
+    """
+    names = [name for thing in objects().values() for name in (thing.name, *thing.others)]
+    texts = [*names, *map(plural, names), *(Stream(None, 3)[n].caption for n in range(3000))]
+    words = sorted({word.strip(",") for text in texts for word in text.split()})
+    pairs = [f"{word}, {words[(i + 7 * k) % len(words)]}" for k in (1, 2, 3) for i, word in enumerate(words)]
+    return train_tokenizer(pairs, path, recipe.vocabulary)
 
 
 class Captioned:

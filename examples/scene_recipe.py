@@ -77,7 +77,7 @@ TINY = Recipe(
     shards=2,
     shard=8,
     grow=2,
-    vocabulary=400,
+    vocabulary=1200,
 )
 
 

@@ -68,8 +68,8 @@ SHOWN = set(
         slice of pizza, donut, birthday cake, ice cream cone, cup of coffee, steam train, car, bicycle,
         sailboat, airplane, rocket, sun, moon, star, cloud, rainbow, umbrella, snowman, soccer ball, balloon,
         gift, red heart, guitar, crown, house, castle, teddy bear, robot, ghost, pumpkin, smiley, tiger, rabbit,
-        elephant, unicorn, duck, bus, cupcake, monkey, bear, horse, pig, cow, mouse, bird, red bird, key, book,
-        light bulb, camera, chair, hat, diamond, flame
+        elephant, unicorn, duck, bus, cupcake, monkey, bear, horse, pig, cow, mouse, red bird, key, book,
+        light bulb, camera, chair, diamond, flame
         """.split()
     ).split(", ")
 )
@@ -261,7 +261,7 @@ def draw_background(rng: np.random.Generator, mentioned: bool = False) -> str:
 _PLURALS = {
     "mouse": "mice", "wolf": "wolves", "die": "dice", "maple leaf": "maple leaves", "fish": "fish",
     "tropical fish": "tropical fish", "pufferfish": "pufferfish", "jellyfish": "jellyfish", "octopus": "octopuses",
-    "cactus": "cacti", "deer": "deer", "moose": "moose", "squid": "squid", "goose": "geese", "ice cream": "ice creams",
+    "cactus": "cacti", "snowman": "snowmen", "volcano": "volcanoes", "deer": "deer", "moose": "moose", "squid": "squid",
 }  # fmt: skip
 
 
