@@ -142,8 +142,15 @@ def share_of_text_alone(progress: float) -> float:
 
 
 def train_flow(
-    recipe: Recipe, latents: Latents, tokenizer: Tokenizer, out: Path, device: Device, deadline: float
+    recipe: Recipe,
+    latents: Latents,
+    tokenizer: Tokenizer,
+    out: Path,
+    device: Device,
+    seconds: float | None,
+    deadline: float,
 ) -> TextFlow:
+    """Train for the recipe's steps or for so many seconds; see `scene_loop.train`."""
     torch.manual_seed(0)
     text_config = recipe.text_config(tokenizer.vocab_size)
     model = TextFlow(STARFlow(recipe.flow_config()), T5Encoder(text_config)).to(device.name)
@@ -187,8 +194,10 @@ def train_flow(
         out / "flow.pt",
         device,
         steps=recipe.flow_steps,
+        seconds=seconds,
         deadline=deadline,
         watch=watch,
+        watch_every=5000 if device.is_cuda else 1000,
     )
 
 

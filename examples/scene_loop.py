@@ -1,7 +1,8 @@
 """The training loop of the embedded model's parts: AdamW, averaged weights, checkpoints by the clock.
 
 Batches are numbered, so a run that was stopped goes on with the batch after the last checkpoint's. The learning rate is
-constant after a warm-up and falls in the last quarter: `steps` can be changed between two runs up to there.
+constant after a warm-up and falls in the last quarter of the steps or, where a time is given, of the time: up to there
+either can be changed between two runs.
 """
 
 from __future__ import annotations
@@ -60,11 +61,10 @@ class TimeIsUp(Exception):
     """The time limit passed; the checkpoint is written."""
 
 
-def learning_rate(step: int, steps: int, warm_up: int = 300) -> float:
+def learning_rate(step: int, progress: float, warm_up: int) -> float:
     """The factor at a step: linear at first, then 1, in the last quarter a half cosine down to 1%."""
-    warm = min(1.0, (step + 1) / min(warm_up, max(steps // 10, 1)))
-    fallen = max(0.0, (step / steps - 0.75) / 0.25)
-    return warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * fallen)))
+    fallen = max(0.0, (progress - 0.75) / 0.25)
+    return min(1.0, (step + 1) / warm_up) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * fallen)))
 
 
 def save_atomically(state: dict, path: Path) -> None:
@@ -89,20 +89,22 @@ def train(
     device: Device,
     *,
     steps: int,
+    seconds: float | None = None,
     deadline: float = math.inf,
     decay: float = 0.999,
     watch: Callable[[nn.Module, int], str] | None = None,
     watch_every: int = 1000,
     log_every: int = 50,
 ) -> nn.Module:
-    """Train up to `steps` steps; returns the averaged model, frozen.
+    """Train for `steps` steps, or `seconds` of work if they are given; returns the averaged model, frozen.
 
     Args:
         model: on the device.
         loss_of: takes a batch and the progress in 0..1, gives the loss and numbers for the log.
         batches: see `Batches`; read ahead by worker processes if the device has any.
         groups: AdamW's parameter groups with their `lr`.
-        checkpoint: written every `device.save_every` seconds and at the end; resumed from if it is there.
+        checkpoint: written every `device.save_every` seconds and at the end; resumed from if it is there. One that
+            holds averaged weights alone is where to start, or finished if it has all the steps.
         deadline: `time.time()` after which to save and stop.
         watch: is given the averaged model now and then, and says something about it.
 
@@ -110,37 +112,46 @@ def train(
         TimeIsUp: the deadline passed.
         FloatingPointError: a gradient is not finite.
     """
+    step, spent, state = 0, 0.0, {}
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True, map_location=device.name)
+        step, spent = state["step"], state.get("spent", 0.0)
+        model.load_state_dict(state.get("model", state["averaged"]))
+        print(f"{checkpoint.stem}: resuming at step {step}", flush=True)
     averaged = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     peaks = [group["lr"] for group in groups]
-    step = 0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True, map_location=device.name)
-        model.load_state_dict(state["model"])
+    if state:
         averaged.load_state_dict(state["averaged"])
-        optimizer.load_state_dict(state["optimizer"])
-        step = state["step"]
-        print(f"{checkpoint.stem}: resuming at step {step}", flush=True)
+        if "optimizer" in state:
+            optimizer.load_state_dict(state["optimizer"])
     torch.manual_seed(step)
+    first, before, began = step, spent, time.time()
+    warm_up = min(300, max(steps // 10, 1))
+
+    def progress() -> float:
+        return min(1.0, spent / seconds) if seconds else step / steps
 
     def save() -> float:
-        state = {"model": model.state_dict(), "averaged": averaged.state_dict(), "step": step}
+        state = {"model": model.state_dict(), "averaged": averaged.state_dict(), "step": step, "spent": spent}
         save_atomically({**state, "optimizer": optimizer.state_dict()}, checkpoint)
         return time.time()
 
-    began = saved = time.time()
-    first, sums = step, {}
-    for batch in read_ahead(batches, step, steps, device.workers):
+    saved, sums = began, {}
+    for batch in read_ahead(batches, step, 10**9 if seconds else steps, device.workers):
+        done = progress()
+        if done >= 1:
+            break
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * learning_rate(step, steps)
-        loss, numbers = loss_of(batch, step / steps)
+            group["lr"] = peak * learning_rate(step - first if "optimizer" not in state else step, done, warm_up)
+        loss, numbers = loss_of(batch, done)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = float(nn.utils.clip_grad_norm_(model.parameters(), 1.0))
         if not math.isfinite(norm):
             raise FloatingPointError(f"step {step}: the gradient is not finite; the last checkpoint is {checkpoint}")
         optimizer.step()
-        step += 1
+        step, spent = step + 1, before + time.time() - began
         with torch.no_grad():
             weight = 1 - min(decay, (1 + step) / (10 + step))
             torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), weight)
@@ -148,18 +159,19 @@ def train(
                 mine.copy_(other)
         for name, value in {**numbers, "grad": norm}.items():
             sums.setdefault(name, []).append(value)
+        last = progress() >= 1
         if step % log_every == 0:
-            rate = (step - first) / (time.time() - began)
             means = "  ".join(f"{name} {sum(v) / len(v):.4f}" for name, v in sums.items())
-            left = (steps - step) / rate / 3600
-            print(f"{checkpoint.stem} {step}/{steps}  {means}  {rate:.2f} steps/s  {left:.1f} h left", flush=True)
+            rate = (step - first) / (time.time() - began)
+            left = (seconds - spent if seconds else (steps - step) / rate) / 3600
+            print(f"{checkpoint.stem} {step}  {means}  {rate:.2f} steps/s  {left:.1f} h left", flush=True)
             sums = {}
-        if watch is not None and (step % watch_every == 0 or step == steps):
-            print(f"{checkpoint.stem} {step}/{steps}  {watch(averaged, step)}", flush=True)
-        if time.time() - saved > device.save_every or step == steps or time.time() > deadline:
+        if watch is not None and (step % watch_every == 0 or last):
+            print(f"{checkpoint.stem} {step}  {watch(averaged, step)}", flush=True)
+        if time.time() - saved > device.save_every or last or time.time() > deadline:
             saved = save()
-        if time.time() > deadline and step < steps:
-            raise TimeIsUp(f"{checkpoint.stem} stopped at step {step} of {steps}")
+        if time.time() > deadline and not last:
+            raise TimeIsUp(f"{checkpoint.stem} stopped at step {step}, {progress():.0%} of the way")
     return averaged
 
 

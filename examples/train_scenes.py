@@ -92,7 +92,7 @@ def pack(out: Path, folder: Path) -> None:
 
 
 def unpack(folder: Path, out: Path) -> None:
-    """The opposite of `pack`: checkpoints to export from and to draw with, not to train on from."""
+    """The opposite of `pack`: checkpoints to export from, or to start from with a new optimizer."""
     from safetensors.torch import load_file
 
     tensors = {name: value for path in sorted(folder.glob("weights-*")) for name, value in load_file(path).items()}
@@ -111,7 +111,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1, help="of the CPU, where there is no GPU")
     parser.add_argument("--autoencoder-steps", type=int)
     parser.add_argument("--flow-steps", type=int)
+    parser.add_argument("--flow-minutes", type=float, help="train flow and text encoder for so long, not for steps")
     parser.add_argument("--minutes", type=float, default=math.inf, help="save and stop after so long")
+    parser.add_argument("--autoencoder-only", action="store_true", help="stop when the autoencoder is trained")
     parser.add_argument("--export", action="store_true", help="only write the model directory, from what there is")
     parser.add_argument("--pack", type=Path, metavar="DIR", help="at the end write the weights in files under 16 MB")
     parser.add_argument(
@@ -133,10 +135,13 @@ def main(arguments: list[str] | None = None) -> None:
             autoencoder = autoencoder.to(device.name, memory_format=torch.channels_last)
         else:
             autoencoder = train_autoencoder(recipe, renderer, args.out, device, deadline)
+            if args.autoencoder_only:
+                return
         latents = Latents(recipe, renderer, autoencoder, args.out / "latents", device)
         tokenizer = tokenizer_for(recipe, args.out / "spiece.model")
         if not args.export:
-            train_flow(recipe, latents, tokenizer, args.out, device, deadline)
+            seconds = args.flow_minutes and 60 * args.flow_minutes
+            train_flow(recipe, latents, tokenizer, args.out, device, seconds, deadline)
         export(recipe, latents, tokenizer, args.out)
     except TimeIsUp as stopped:
         print(stopped, flush=True)

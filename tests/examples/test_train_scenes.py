@@ -44,17 +44,38 @@ def test_packed_weights_make_the_same_model(folders, tmp_path):
     assert np.abs(np.array(ours) - np.array(other)).max() < 0.1
 
 
+def test_packed_weights_can_be_trained_on(folders, tmp_path, capsys):
+    import train_scenes
+
+    data, out = folders
+    words = ["--tiny", "--unpack", str(out / "packed"), "--flow-steps", "6"]
+    train_scenes.main([str(data), str(tmp_path), *words])
+    assert "flow: resuming at step 4" in capsys.readouterr().out
+    assert torch.load(tmp_path / "flow.pt", weights_only=True)["step"] == 6
+
+
+def test_a_time_limit_ends_training(folders, tmp_path):
+    import train_scenes
+
+    data, out = folders
+    train_scenes.main([str(data), str(tmp_path), "--tiny", "--unpack", str(out / "packed"), "--flow-minutes", "0.02"])
+    state = torch.load(tmp_path / "flow.pt", weights_only=True)
+    assert state["spent"] > 1.2 and state["step"] > 4 and (tmp_path / "model/config.json").is_file()
+
+
 def test_training_resumes(folders, tmp_path, capsys):
     import train_scenes
 
     data, out = folders
     words = [str(data), str(tmp_path), "--tiny"]
     train_scenes.main([*words, "--minutes", "0"])
-    assert "autoencoder stopped at step 1 of 3" in capsys.readouterr().out
-    for _ in range(8):
-        train_scenes.main([*words, "--minutes", "0"])
+    assert "autoencoder stopped at step 1, 33% of the way" in capsys.readouterr().out
+    train_scenes.main([*words, "--autoencoder-only"])
+    assert "autoencoder: resuming at step 1" in capsys.readouterr().out and not (tmp_path / "flow.pt").exists()
+    train_scenes.main([*words, "--minutes", "0"])
+    assert "flow stopped at step 1, 25% of the way" in capsys.readouterr().out
     train_scenes.main(words)
-    assert "flow: resuming at step 4" in capsys.readouterr().out
+    assert "flow: resuming at step 1" in capsys.readouterr().out
     steps = [torch.load(folder / "flow.pt", weights_only=True)["step"] for folder in (out, tmp_path)]
     assert steps == [4, 4]
 
@@ -83,11 +104,9 @@ def test_captions_fit_the_text_encoder(folders):
 def test_learning_rate():
     from scene_loop import learning_rate
 
-    rates = [learning_rate(step, 1000) for step in range(1000)]
-    assert (
-        rates[0] == pytest.approx(0.01) and rates[99:750] == [1.0] * 651 and rates[-1] == pytest.approx(0.01, abs=1e-3)
-    )
-    assert learning_rate(700, 2000) == learning_rate(700, 5000), "steps can be changed before the rate falls"
+    rates = [learning_rate(step, step / 1000, 100) for step in range(1000)]
+    assert rates[0] == pytest.approx(0.01) and rates[-1] == pytest.approx(0.01, abs=1e-3)
+    assert rates[99:751] == [1.0] * 652, "constant for three quarters"
 
 
 def test_the_evaluator_learns_and_judges(folders, tmp_path):
