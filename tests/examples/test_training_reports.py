@@ -7,7 +7,7 @@ import re
 import pytest
 from helpers.paths import EXAMPLES
 
-from mlx_starflow.training.loop.config import OPTIMIZERS
+from mlx_starflow.training.config import OPTIMIZERS
 
 
 def test_optimizer_report(capsys, monkeypatch):

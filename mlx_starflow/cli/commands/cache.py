@@ -11,7 +11,7 @@ import click
 from mlx_starflow.cpu import blas
 
 if TYPE_CHECKING:
-    from mlx_starflow.training.data.cache_build import CacheSummary
+    from mlx_starflow.training.data.cache.build import CacheSummary
 
 INTERRUPTED = 130
 """What a shell expects of a command that Ctrl-C ended."""
@@ -56,7 +56,7 @@ def cache(data: str, output: Path | None, model: str, resume: bool, check: bool,
     if output is None:
         raise click.UsageError("Missing option '-o' / '--output'.")
 
-    from mlx_starflow.training.data.cache_build import CacheSettings, build_cache
+    from mlx_starflow.training.data.cache.build import CacheSettings, build_cache
 
     blas.hint_if_slow()
     try:
@@ -68,11 +68,11 @@ def cache(data: str, output: Path | None, model: str, resume: bool, check: bool,
         click.echo(line, err=True)
     done = "was finished already" if summary.finished_before else "finished"
     size = f"{summary.bytes / 2**20:.1f} MiB"
-    click.echo(f"{summary.folder} {done}: {summary.pictures} pictures, {summary.texts} texts, {size}")
+    click.echo(f"{summary.folder} {done}: {summary.images} pictures, {summary.texts} texts, {size}")
 
 
 def _check(folder: Path) -> None:
-    from mlx_starflow.training.data.latent_cache import LatentCache
+    from mlx_starflow.training.data.cache.reading import LatentCache
 
     found = LatentCache(folder)
     found.check()

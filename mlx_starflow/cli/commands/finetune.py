@@ -73,8 +73,9 @@ def finetune(
     likelihood of held-out pictures before and after, RUN/config.yaml all settings. Ctrl-C saves; the same command
     resumes.
     """
-    from mlx_starflow.training.finetuning.finetune import FinetuneConfig, plan_finetune
+    from mlx_starflow.training.finetuning.config import FinetuneConfig
     from mlx_starflow.training.finetuning.finetune import finetune as run
+    from mlx_starflow.training.finetuning.finetune import plan_finetune
 
     if (lora is not None) + (dora is not None) + full > 1:
         raise click.UsageError("--lora, --dora and --full exclude each other: give one of them")

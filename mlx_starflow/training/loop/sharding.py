@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.models.flow import FlowBlock
 from mlx_starflow.training.loop.optimizers import GroupedOptimizer
-from mlx_starflow.training.loop.schedules import Weights, assign
+from mlx_starflow.training.loop.weights import Weights, assign
 
 
 class Shards:

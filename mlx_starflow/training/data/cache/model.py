@@ -30,11 +30,11 @@ class CacheModel:
 
     Attributes:
         config, vae_config: of the flow and of the autoencoder.
-        side: of the pictures it was trained on, in pixels.
-        step: sides of pictures are multiples of this.
+        side: of the images it was trained on, in pixels.
+        step: sides of images are multiples of this.
 
     Raises:
-        StarflowError: there is no such model, it reads no prompts, or its autoencoder is not for pictures.
+        StarflowError: there is no such model, it reads no prompts, or its autoencoder is not for images.
     """
 
     def __init__(self, name: str | Path):
