@@ -33,7 +33,7 @@ from mlx_starflow.likelihood import Reference, heat_map, score, standard_error, 
 from mlx_starflow.likelihood.prompts import fit_of_data, log_likelihoods
 from mlx_starflow.media.image_folder import ImageFolder
 from mlx_starflow.media.images import grid, save_image
-from mlx_starflow.media.pixels import crop_picture
+from mlx_starflow.media.pixels import crop_image
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
 from mlx_starflow.pipelines.picture_flow import LatentFlow
 from mlx_starflow.pipelines.pipeline import load
@@ -313,7 +313,7 @@ def photographs(size: tuple[int, int], rng: np.random.Generator) -> list[Image.I
                 for name in sorted(set(archive.namelist()) & set(PHOTOGRAPHS)):
                     found.append(Image.open(io.BytesIO(archive.read(name))).convert("RGB"))
     views = [(1.0, (0.5, 0.5)), *((rng.uniform(1, 3), tuple(rng.random(2))) for _ in range(VIEWS - 1))]
-    return [crop_picture(photograph, *size, zoom, place) for photograph in found for zoom, place in views]
+    return [crop_image(photograph, *size, zoom, place) for photograph in found for zoom, place in views]
 
 
 # ---- measures

@@ -6,7 +6,7 @@
 
 Two flows are sampled, in float32, one picture at a time: *random*, the architecture of the released image model in
 small with random weights, and *trained*, a model directory. Three programs sample them: the official algorithm in
-PyTorch (tests/official_algorithm.py), the PyTorch twin of this code (mlx_starflow/reference), and this code. Needs
+PyTorch (tests/official_algorithm.py), the PyTorch reference of this code (mlx_starflow/reference), and this code. Needs
 PyTorch: pip install '.[torch]'.
 """
 
@@ -27,7 +27,7 @@ import mlx.core as mx
 import numpy as np
 import torch
 
-from mlx_starflow.bench.contenders import Contender, Measurement, Task, measure, product_seconds, twin_bytes
+from mlx_starflow.bench.contenders import Contender, Measurement, Task, measure, product_seconds, reference_bytes
 from mlx_starflow.bench.products import WeightProducts
 from mlx_starflow.bench.trials import PROMPTS, prepare
 from mlx_starflow.cpu import blas, native
@@ -36,8 +36,8 @@ from mlx_starflow.model_dir.quantization import dequantize_module
 from mlx_starflow.model_dir.weights import parameters
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
 from mlx_starflow.planning.traffic import READ_ONCE, evaluation_bytes
-from mlx_starflow.reference.sampling import sample as sample_twin
-from mlx_starflow.reference.starflow import STARFlow as TwinSTARFlow
+from mlx_starflow.reference.sampling import sample as sample_in_torch
+from mlx_starflow.reference.starflow import STARFlow as TorchSTARFlow
 from mlx_starflow.sampling import GuidedFlow, JacobiSettings, SamplingPlan, SamplingTrace, SequentialSettings
 from mlx_starflow.sampling.tuning import describe, tune
 
@@ -108,12 +108,12 @@ def first(pictures: Task) -> Task:
 # ---- PyTorch
 
 
-class Twin:
-    """The PyTorch twin of a flow with the same weights, and the picture it samples."""
+class Reference:
+    """The PyTorch reference of a flow with the same weights, and the picture it samples."""
 
     def __init__(self, task: Task):
         with torch.device("meta"):
-            self.flow = TwinSTARFlow(task.flow.config)
+            self.flow = TorchSTARFlow(task.flow.config)
         weights = {name: torch.from_numpy(np.array(value)) for name, value in parameters(task.flow).items()}
         self.flow.load_state_dict(weights, assign=True)
         self.flow.eval().requires_grad_(False)
@@ -126,12 +126,12 @@ class Twin:
 
     def own(self, method: str) -> tuple[mx.array, list[int]]:
         trace = SamplingTrace()
-        x = sample_twin(self.flow, *self.arguments, method, trace=trace)
+        x = sample_in_torch(self.flow, *self.arguments, method, trace=trace)
         return mx.array(x.numpy()), trace.evaluations
 
     def contenders(self) -> Iterator[Contender]:
-        sizes = [twin_bytes(block) for block in self.flow.blocks]
-        for name, run in (("official", self.official), ("twin", self.own)):
+        sizes = [reference_bytes(block) for block in self.flow.blocks]
+        for name, run in (("official", self.official), ("reference", self.own)):
             for method, settings in TORCH_METHODS.items():
                 yield Contender(method, name, partial(run, method), [settings] * len(sizes), sizes)
 
@@ -141,16 +141,16 @@ class Twin:
         while task.certify(self.official(settings)[0]).max > TOLERANCE:
             settings = replace(settings, threshold=settings.threshold / 2)
         say(f"official blocks need a threshold of {settings.threshold:.1e} for a certificate of {TOLERANCE:g}")
-        sizes = [twin_bytes(block) for block in self.flow.blocks]
+        sizes = [reference_bytes(block) for block in self.flow.blocks]
         return Contender(STRICT, "official", partial(self.official, settings), [settings] * len(sizes), sizes)
 
 
-class TwinProducts(WeightProducts):
+class ReferenceProducts(WeightProducts):
     """The weight products as PyTorch computes them."""
 
-    def __init__(self, flow: TwinSTARFlow, task: Task):
+    def __init__(self, flow: TorchSTARFlow, task: Task):
         super().__init__(task.flow, task.rows())
-        self.twin = [
+        self.reference = [
             [
                 module
                 for name, module in block.named_modules()
@@ -160,7 +160,7 @@ class TwinProducts(WeightProducts):
         ]
 
     def _products(self, index: int, tokens: int) -> Callable[[], Callable[[], None]]:
-        layers = self.twin[index]
+        layers = self.reference[index]
         inputs = [torch.randn(self.rows[index], tokens, layer.in_features) for layer in layers]
 
         @torch.inference_mode()
@@ -176,7 +176,7 @@ class TwinProducts(WeightProducts):
 
 @dataclass
 class Comparison:
-    """Measurements by program ("official", "twin", "mlx") and method, and what their weight products take alone."""
+    """Measurements by program ("official", "reference", "mlx") and method, and what their products take alone."""
 
     measured: dict[tuple[str, str], Measurement]
     products: dict[tuple[str, str], float]
@@ -216,13 +216,13 @@ def compare(title: str, pictures: Task, rounds: int, equal: bool = False) -> Com
     With `equal`, also with plans as right as the official algorithm, and with that made as right as a plan.
     """
     task = first(pictures)
-    twin = Twin(task)
+    reference = Reference(task)
     say(f"{title}: tuning")
-    theirs = list(twin.contenders())
+    theirs = list(reference.contenders())
     plans = {"auto": tune_to(TOLERANCE, pictures)}
     if equal:
-        theirs.append(twin.strict(task))
-        reached = task.certify(twin.official("jacobi")[0]).max
+        theirs.append(reference.strict(task))
+        reached = task.certify(reference.official("jacobi")[0]).max
         plans |= {
             f"auto{FEWEST}": tune_to(TOLERANCE, pictures, "evaluations"),
             f"auto{EQUAL}": tune_to(reached, pictures),
@@ -232,7 +232,7 @@ def compare(title: str, pictures: Task, rounds: int, equal: bool = False) -> Com
     ours += [task.contender(name, plan) for name, plan in plans.items()]
     measured = measure([*theirs, *ours], task.certify, rounds, say)
     products = {"mlx": WeightProducts(task.flow, task.rows())}
-    products["official"] = products["twin"] = TwinProducts(twin.flow, task)
+    products["official"] = products["reference"] = ReferenceProducts(reference.flow, task)
     found = {(one.contender.backend, one.contender.method): one for one in measured}
     alone = {key: product_seconds(one, products[key[0]], task.length) for key, one in found.items()}
     comparison = Comparison(found, alone)

@@ -4,7 +4,7 @@
     mlx-starflow generate "a red apple" --model runs/demo/model
 
 What data/emoji does not hold yet is fetched first (`demo_data.py`, with npm). Needs PyTorch (`pip install '.[torch]'`):
-it trains the PyTorch twin of the network, which has the CPU's bfloat16 matrix units and vectorized elementwise math
+it trains the PyTorch reference of the network, which has the CPU's bfloat16 matrix units and vectorized maths
 where MLX has not. The weights it writes are MLX model directories. In MLX, `mlx-starflow train data/emoji -o model
 --preset demo` trains networks of the same sizes on the same pictures with a simpler recipe (no favoured concepts, tags
 or articles): other weights, that nobody has trained to the end yet.

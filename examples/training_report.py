@@ -1,4 +1,4 @@
-"""Training throughput and memory, MLX beside the PyTorch twin doing the same work on the same CPU.
+"""Training throughput and memory, MLX beside the PyTorch reference doing the same work on the same CPU.
 
     python examples/training_report.py            # needs PyTorch: pip install '.[torch]'
 

@@ -192,7 +192,7 @@ def bench(
         size: (width, height) of the pictures in pixels; None: the size the model was trained at.
         dtype: of the flow; None: float32 on a CPU, bfloat16 on a GPU.
         rounds: how often each method is timed.
-        against: "torch": time the PyTorch twin too, with CUDA if there is one.
+        against: "torch": time the PyTorch reference too, with CUDA if there is one.
         report: is told how it goes.
 
     Raises:
@@ -223,7 +223,9 @@ def bench(
     if against == "torch":
         contenders += torch_contenders(trials, [contender.method for contender in contenders], dtype)
         about["torch"] = _describe_torch()
-        notes.append("the PyTorch twin samples sequentially or by Jacobi blocks, with weights that are not quantized")
+        notes.append(
+            "the PyTorch reference samples sequentially or by Jacobi blocks, with weights that are not quantized"
+        )
     products = WeightProducts(task.flow, task.rows())
     return Benchmark(about, task, products, measure(contenders, task.certify, rounds, report), notes)
 

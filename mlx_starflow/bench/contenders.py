@@ -141,11 +141,11 @@ def product_seconds(measured: Measurement, products: WeightProducts, length: int
 
 
 def torch_contenders(trials: Trials, methods: Sequence[str], dtype: mx.Dtype) -> list[Contender]:
-    """The PyTorch twin of a model with the same weights and noise: its sequential sampling, and those of the other
+    """The PyTorch reference of a model with the same weights and noise: its sequential sampling, and those of the other
     methods that it has; with CUDA if there is one.
 
     Raises:
-        StarflowError: PyTorch is not installed, or the twin does not run in this dtype.
+        StarflowError: PyTorch is not installed, or the reference does not run in this dtype.
     """
     from mlx_starflow.reference.loading import load_flow, parse_device
     from mlx_starflow.reference.sampling import METHODS, sample
@@ -161,12 +161,12 @@ def torch_contenders(trials: Trials, methods: Sequence[str], dtype: mx.Dtype) ->
         return mx.array(x.float().cpu().numpy()), trace.evaluations
 
     names = dict.fromkeys(["sequential", *(name for name in methods if name in METHODS)])
-    sizes = [twin_bytes(block) for block in flow.blocks]
+    sizes = [reference_bytes(block) for block in flow.blocks]
     return [Contender(name, "torch", partial(run, name), [METHODS[name]()] * len(sizes), sizes) for name in names]
 
 
-def twin_bytes(block: Any) -> int:
-    """`traffic.evaluation_bytes` of a PyTorch twin's block."""
+def reference_bytes(block: Any) -> int:
+    """`traffic.evaluation_bytes` of a block of the PyTorch reference."""
     weights = block.named_parameters()
     return sum(w.numel() * w.element_size() for name, w in weights if name.partition(".")[0] not in READ_ONCE)
 

@@ -21,11 +21,11 @@ struct Norm {
 struct Layer {
     Norm attention_norm, query_norm, key_norm, attention_post, mlp_norm, mlp_post;
     Linear qkv, proj, gate, up, down;  // without a gate, exact GELU follows `up`
-    float *keys, *values;              // [batch, groups, capacity, head_dim]
+    float *keys, *values;              // [batch, num_kv_heads, capacity, head_dim]
 };
 
 struct Block {
-    int32_t count, channels, heads, groups, head_dim, half_split, batch, capacity;
+    int32_t count, channels, num_heads, num_kv_heads, head_dim, half_split, batch, capacity;
     const Layer* layers;
     Linear input;  // dense, its weight transposed, [inputs, outputs]: tokens are short
     Norm norm;
@@ -34,7 +34,7 @@ struct Block {
 
 struct Tokens {
     int32_t length, offset;  // how many are new in each sequence, and how many the cache holds
-    const float* angles;     // cosine and sine of each new position's pairs, or nothing
+    const float* rope_frequencies;  // cosine and sine of each new position's pairs, or nothing
     const float* scales;     // [batch], of attention's scores
     const float* inputs;     // [batch, length, inputs]; nothing: they are embedded already
     const float* added;      // [batch, ...] to what they are embedded as, or nothing; `added_step` from one to the next
@@ -102,11 +102,11 @@ void normalize(const Norm& norm, const float* x, float* y, int width) {
 
 int whole_vectors(int numbers) { return (numbers + LANES - 1) / LANES * LANES; }
 
-// Turn the pairs of one head by one position's angles.
-void rotate(float* x, const float* angles, int dim, bool half_split) {
+// Turn the pairs of one head by its position's rope frequencies.
+void rotate(float* x, const float* rope_frequencies, int dim, bool half_split) {
     for (int i = 0; i < dim / 2; i++) {
         float &a = half_split ? x[i] : x[2 * i], &b = half_split ? x[i + dim / 2] : x[2 * i + 1];
-        const float cosine = angles[2 * i], sine = angles[2 * i + 1], first = a, second = b;
+        const float cosine = rope_frequencies[2 * i], sine = rope_frequencies[2 * i + 1], first = a, second = b;
         a = first * cosine - second * sine;
         b = first * sine + second * cosine;
     }
@@ -315,7 +315,7 @@ class Evaluation {
 
     // Pieces are groups of heads that share keys and values, of many tokens further divided.
     void attention(const Layer& layer) {
-        const int groups = block.batch * block.groups, parts = (tokens.length + QUERIES - 1) / QUERIES;
+        const int groups = block.batch * block.num_kv_heads, parts = (tokens.length + QUERIES - 1) / QUERIES;
         auto attend = [&](int i) { this->attend(layer, i % groups, i / groups * QUERIES); };
         if (parts == 1) {
             turn.all(groups, [&](int i) {
@@ -331,23 +331,23 @@ class Evaluation {
     size_t cached(int group) const { return size_t(group) * block.capacity * block.head_dim; }
 
     float* packed(const Layer& layer, int group) const {
-        return qkv + size_t(group / block.groups) * tokens.length * layer.qkv.outputs;
+        return qkv + size_t(group / block.num_kv_heads) * tokens.length * layer.qkv.outputs;
     }
 
     // Norms and rotation of a group's queries and keys, which the cache gets, and values as well.
     void turn_heads(const Layer& layer, int group) {
-        const int dim = block.head_dim, ratio = block.heads / block.groups, number = group % block.groups;
+        const int dim = block.head_dim, ratio = block.num_heads / block.num_kv_heads, number = group % block.num_kv_heads;
         for (int n = 0; n < tokens.length; n++) {
-            const float* angles = tokens.angles ? tokens.angles + size_t(n) * dim : nullptr;
+            const float* rope_frequencies = tokens.rope_frequencies ? tokens.rope_frequencies + size_t(n) * dim : nullptr;
             float* token = packed(layer, group) + size_t(n) * layer.qkv.outputs;
             auto turned = [&](const Norm& norm, int head) {
                 float* x = token + head * dim;
                 normalize(norm, x, x, dim);
-                if (angles) rotate(x, angles, dim, block.half_split);
+                if (rope_frequencies) rotate(x, rope_frequencies, dim, block.half_split);
                 return x;
             };
             for (int head = number * ratio; head < (number + 1) * ratio; head++) turned(layer.query_norm, head);
-            const float *key = turned(layer.key_norm, block.heads + number), *value = key + block.groups * dim;
+            const float *key = turned(layer.key_norm, block.num_heads + number), *value = key + block.num_kv_heads * dim;
             const size_t to = cached(group) + size_t(tokens.offset + n) * dim;
             std::copy(key, key + dim, layer.keys + to);
             std::copy(value, value + dim, layer.values + to);
@@ -357,8 +357,8 @@ class Evaluation {
     // Up to QUERIES tokens from number `from` on.
     void attend(const Layer& layer, int group, int from) {
         static thread_local Buffer memory;
-        const int dim = block.head_dim, ratio = block.heads / block.groups, number = group % block.groups;
-        const int sample = group / block.groups, stop = std::min(from + QUERIES, tokens.length);
+        const int dim = block.head_dim, ratio = block.num_heads / block.num_kv_heads, number = group % block.num_kv_heads;
+        const int sample = group / block.num_kv_heads, stop = std::min(from + QUERIES, tokens.length);
         const int stride = whole_vectors(tokens.offset + stop);
         const ptrdiff_t row = layer.qkv.outputs, width = layer.proj.inputs;
         float* scores = memory.of(size_t(TILE) * stride);

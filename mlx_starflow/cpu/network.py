@@ -17,7 +17,7 @@ from mlx_starflow.models.flow import Condition
 from mlx_starflow.models.transformer import RMSNorm, TransformerLayer
 
 LANES = 16
-"""Numbers that C++ computes with at once: heads must be a multiple of this wide."""
+"""Numbers that C++ computes with at once: the width of a head must be a multiple of it."""
 
 MOST_ROWS = 128
 """So many positions of all sequences go through the layers together; more gain nothing, and take more memory."""
@@ -36,7 +36,7 @@ class _Linear(Structure):
 
 _NORMS = ("attention_norm", "query_norm", "key_norm", "attention_post", "mlp_norm", "mlp_post")
 _LINEARS = ("qkv", "proj", "gate", "up", "down")
-_SIZES = ("count", "channels", "heads", "groups", "head_dim", "half_split", "batch", "capacity")
+_SIZES = ("count", "channels", "num_heads", "num_kv_heads", "head_dim", "half_split", "batch", "capacity")
 
 
 class _Layer(Structure):
@@ -62,7 +62,7 @@ class _Tokens(Structure):
     _fields_ = (
         ("length", c_int32),
         ("offset", c_int32),
-        ("angles", c_void_p),
+        ("rope_frequencies", c_void_p),
         ("scales", c_void_p),
         ("inputs", c_void_p),
         ("added", c_void_p),
@@ -86,7 +86,7 @@ class NativeNetwork:
         block: Any,
         batch: int,
         length: int,
-        table: mx.array | None,
+        rope_frequencies: mx.array | None,
         condition: Condition,
         temperature: float | mx.array,
     ):
@@ -109,8 +109,8 @@ class NativeNetwork:
         self._block = _Block(
             count=config.num_layers,
             channels=config.channels,
-            heads=config.num_heads,
-            groups=config.num_kv_heads,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
             half_split=config.hf_style_rope,
             batch=batch,
@@ -120,7 +120,7 @@ class NativeNetwork:
             norm=self._norm(block.get("final_norm")),
             output=self._linear(block.proj_out),
         )
-        self._angles = None if table is None else np.array(table, order="C")
+        self._rope_frequencies = None if rope_frequencies is None else np.array(rope_frequencies, order="C")
         self._scales = np.empty(batch, np.float32)
         self._scales[:] = config.head_dim**-0.5 / np.array(temperature).reshape(-1)
         self._added = block.added(0, length, condition.offset)
@@ -173,8 +173,8 @@ class NativeNetwork:
         length = hidden.shape[1]
         assert self.position + length <= self.capacity and hidden.dtype == np.float32
         tokens = _Tokens(length=length, offset=self.position, scales=_address(self._scales), hidden=_address(hidden))
-        if self._angles is not None:
-            tokens.angles = _address(self._angles[self.position :])
+        if self._rope_frequencies is not None:
+            tokens.rope_frequencies = _address(self._rope_frequencies[self.position :])
         if inputs is not None:
             assert inputs.dtype == np.float32
             tokens.inputs, tokens.outputs = _address(inputs), _address(outputs)

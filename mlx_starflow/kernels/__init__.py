@@ -1,4 +1,4 @@
-"""Fused Metal kernels, each with a plain-MLX twin that gives the same numbers and is used everywhere else.
+"""Fused Metal kernels, each with a plain MLX version that gives the same numbers and is used everywhere else.
 
 Which of the two runs is decided once, when the first is needed: kernels where MLX has a Metal GPU and computes on it by
 default, unless the environment variable MLX_STARFLOW_KERNELS is 0.
@@ -32,12 +32,12 @@ def on_cpu() -> bool:
     return mx.default_device() == mx.cpu
 
 
-def with_gradient(fused: Callable[..., Arrays], twin: Callable[..., Arrays]) -> Callable[..., Arrays]:
-    """`fused`, a function of two or more arrays, with the gradients of `twin`, which must compute the same."""
+def with_gradient(fused: Callable[..., Arrays], plain: Callable[..., Arrays]) -> Callable[..., Arrays]:
+    """`fused`, a function of two or more arrays, with the gradients of `plain`, which must compute the same."""
     function = mx.custom_function(fused)
 
     @function.vjp
     def _(primals: Arrays, cotangents: Arrays, outputs: Arrays) -> Arrays:
-        return tuple(mx.vjp(lambda *inputs: list(twin(*inputs)), list(primals), list(cotangents))[1])
+        return tuple(mx.vjp(lambda *inputs: list(plain(*inputs)), list(primals), list(cotangents))[1])
 
     return function

@@ -44,7 +44,7 @@ def affine_forward(raw: mx.array, x: mx.array, clip: float, softplus: bool) -> t
     x = x.astype(mx.float32)
     if enabled():
         return tuple(_fused("forward", bool(clip), softplus)(raw, _limit(clip), x))
-    return _forward(*affine_twin(raw, clip, softplus), x)
+    return _forward(*affine_plain(raw, clip, softplus), x)
 
 
 def predict(
@@ -69,7 +69,7 @@ def predict(
         return tuple(
             _fused("predict", bool(clip), softplus, rule, what)(raw, _limit(clip), *_weights(raw, rule, weight))
         )
-    return affine_twin(raw, clip, softplus, rule, weight, what)
+    return affine_plain(raw, clip, softplus, rule, weight, what)
 
 
 def affine_inverse(
@@ -87,10 +87,10 @@ def affine_inverse(
     if enabled():
         inputs = (raw, _limit(clip), *_weights(raw, rule, weight), z)
         return _fused("inverse", bool(clip), softplus, rule, what)(*inputs)[0]
-    return _inverse(*affine_twin(raw, clip, softplus, rule, weight, what), z)[0]
+    return _inverse(*affine_plain(raw, clip, softplus, rule, weight, what), z)[0]
 
 
-def affine_twin(
+def affine_plain(
     raw: Array,
     clip: float | mx.array,
     softplus: bool,
@@ -178,7 +178,7 @@ def _weights(raw: mx.array, rule: str | None, weight: float | mx.array) -> tuple
 class _Map(NamedTuple):
     """What is done with (mu, log sigma): in plain MLX, and as a kernel's last lines with the names in these."""
 
-    twin: Callable[..., tuple[mx.array, ...]]
+    plain: Callable[..., tuple[mx.array, ...]]
     inputs: list[str]
     outputs: list[str]
     source: str
@@ -217,15 +217,15 @@ def _fused(
             output_dtypes=[mx.float32] * len(outputs),
         )
 
-    def twin(raw: mx.array, limit: mx.array, *others: mx.array) -> Arrays:
+    def plain(raw: mx.array, limit: mx.array, *others: mx.array) -> Arrays:
         weight = 0.0
         if rule:
             weight, *others = others
             weight = weight if weight.size == 1 else weight.reshape(raw.shape[0] // 2, raw.shape[1], 1)
         clip = limit if clipped else 0.0
-        return _MAPS[direction].twin(*affine_twin(raw, clip, softplus, rule, weight, what), *others)
+        return _MAPS[direction].plain(*affine_plain(raw, clip, softplus, rule, weight, what), *others)
 
-    return with_gradient(fused, twin)
+    return with_gradient(fused, plain)
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Plain-MLX operations that the models share with the kernels' twins."""
+"""Plain-MLX operations that the models share with the kernels' plain versions."""
 
 from __future__ import annotations
 
@@ -33,33 +33,33 @@ def rms_norm(x: mx.array, weight: mx.array | None = None, eps: float = EPSILON) 
     return mx.fast.rms_norm(x, None if weight is None else 1 + weight, eps)
 
 
-def rotate(x: mx.array, table: mx.array, half_split: bool = False) -> mx.array:
-    """Turn the rotary pairs of queries or keys `[B, heads, N, D]` by a table's rows, complex64 `[N, D / 2]`.
+def rotate(x: mx.array, rope_frequencies: mx.array, half_split: bool = False) -> mx.array:
+    """Rotate the rotary pairs of queries or keys `[B, heads, N, D]` by rope frequencies, complex64 `[N, D / 2]`.
 
     Pairs are dimensions (2i, 2i + 1) or, if `half_split`, (i, i + D / 2).
     """
     y = x.astype(mx.float32)
     if half_split:
         a, b = mx.split(y, 2, axis=-1)
-        cos, sin = mx.real(table), mx.imag(table)
+        cos, sin = mx.real(rope_frequencies), mx.imag(rope_frequencies)
         return mx.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-    return _turn(y, table).astype(x.dtype)
+    return _turn(y, rope_frequencies).astype(x.dtype)
 
 
 @mx.custom_function
-def _turn(x: mx.array, table: mx.array) -> mx.array:
+def _turn(x: mx.array, rope_frequencies: mx.array) -> mx.array:
     if mx.default_device() == mx.cpu and x.size >= MANY_NUMBERS:
         # The same products and sums, so the same numbers.
-        cos, sin = mx.repeat(mx.real(table), 2, axis=-1), mx.imag(table)
+        cos, sin = mx.repeat(mx.real(rope_frequencies), 2, axis=-1), mx.imag(rope_frequencies)
         sin = mx.stack([-sin, sin], axis=-1).reshape(cos.shape)
         swapped = x.reshape(*x.shape[:-1], -1, 2)[..., ::-1].reshape(x.shape)
         return x * cos + swapped * sin
     # Pairs seen as complex numbers: the fewest operations.
-    return mx.view(mx.view(x, mx.complex64) * table, mx.float32)
+    return mx.view(mx.view(x, mx.complex64) * rope_frequencies, mx.float32)
 
 
 @_turn.vjp
 def _turn_vjp(primals: tuple[mx.array, mx.array], cotangent: mx.array, output: mx.array) -> tuple[mx.array, mx.array]:
     # Views have no gradient in MLX. That of a rotation is the rotation back; positions are constants.
-    table = primals[1]
-    return _turn(cotangent, mx.conjugate(table)), mx.zeros_like(table)
+    rope_frequencies = primals[1]
+    return _turn(cotangent, mx.conjugate(rope_frequencies)), mx.zeros_like(rope_frequencies)

@@ -18,93 +18,113 @@ HEADS_PER_THREADGROUP = 8
 
 def split_rotate(
     qkv: mx.array,
-    table: mx.array | None,
+    rope_frequencies: mx.array | None,
     query_weight: mx.array | None = None,
     key_weight: mx.array | None = None,
     *,
-    heads: int,
-    groups: int,
+    num_heads: int,
+    num_kv_heads: int,
     half_split: bool = False,
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """Split the heads, normalize queries and keys where there are weights for that, and turn both by their positions.
+    """Split the heads, normalize queries and keys where there are weights for that, and rotate both by their positions.
 
     Args:
-        qkv: the packed projection `[B, N, (heads + 2 * groups) * D]`: queries, then keys, then values, head by head.
-        table: rotary angles of the N positions, complex64 `[N, D / 2]`; None: nothing is turned.
+        qkv: the packed projection `[B, N, (num_heads + 2 * num_kv_heads) * D]`: queries, then keys, then values, head
+            by head.
+        rope_frequencies: of the N positions, complex64 `[N, D / 2]`; None: nothing is rotated.
         query_weight, key_weight: weights `[D]` of RMS norms over each head, as offsets from 1; both or none.
-        heads, groups: how many heads queries have, and keys and values.
+        num_heads, num_kv_heads: how many heads queries have, and keys and values.
         half_split: a rotary pair is dimensions (i, i + D / 2) rather than (2i, 2i + 1).
 
     Returns:
-        Queries `[B, heads, N, D]`, keys and values `[B, groups, N, D]`, in qkv's dtype. Arithmetic is float32, rounded
-        to that dtype after the norm, after its weight and after the rotation.
+        Queries `[B, num_heads, N, D]`, keys and values `[B, num_kv_heads, N, D]`, in qkv's dtype. Arithmetic is
+        float32, rounded to that dtype after the norm, after its weight and after the rotation.
 
     On Metal this is one kernel, which reads the projection once. A custom kernel's outputs are new arrays: it cannot
     write into the KV cache. It leaves keys and values as the cache has them, so that appending each is one copy
     without a transposition; queries are contiguous, as Metal's attention for up to 8 of them wants.
     """
-    if table is not None and enabled():
+    if rope_frequencies is not None and enabled():
         norm = () if query_weight is None else (query_weight, key_weight)
-        return tuple(_fused(heads, groups, half_split, bool(norm))(qkv, table, *norm))
-    return split_rotate_twin(qkv, table, query_weight, key_weight, heads=heads, groups=groups, half_split=half_split)
+        return tuple(_fused(num_heads, num_kv_heads, half_split, bool(norm))(qkv, rope_frequencies, *norm))
+    return split_rotate_plain(
+        qkv,
+        rope_frequencies,
+        query_weight,
+        key_weight,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        half_split=half_split,
+    )
 
 
-def split_rotate_twin(
+def split_rotate_plain(
     qkv: mx.array,
-    table: mx.array | None,
+    rope_frequencies: mx.array | None,
     query_weight: mx.array | None = None,
     key_weight: mx.array | None = None,
     *,
-    heads: int,
-    groups: int,
+    num_heads: int,
+    num_kv_heads: int,
     half_split: bool = False,
 ) -> tuple[mx.array, mx.array, mx.array]:
     """`split_rotate` in plain MLX."""
     batch, length, width = qkv.shape
-    dim = width // (heads + 2 * groups)
+    dim = width // (num_heads + 2 * num_kv_heads)
     x = qkv.reshape(batch, length, -1, dim).transpose(0, 2, 1, 3)
     # Queries and keys together: when one token is decoded, time goes by the number of operations.
-    qk, v = mx.split(x, [heads + groups], axis=1)
+    qk, v = mx.split(x, [num_heads + num_kv_heads], axis=1)
     if query_weight is not None:
-        weights = [mx.broadcast_to(query_weight, (heads, 1, dim)), mx.broadcast_to(key_weight, (groups, 1, dim))]
+        weights = [
+            mx.broadcast_to(query_weight, (num_heads, 1, dim)),
+            mx.broadcast_to(key_weight, (num_kv_heads, 1, dim)),
+        ]
         qk = rms_norm(qk) * (1 + mx.concatenate(weights))
-    if table is not None:
-        qk = rotate(qk, table, half_split)
-    q, k = mx.split(qk, [heads], axis=1)
+    if rope_frequencies is not None:
+        qk = rotate(qk, rope_frequencies, half_split)
+    q, k = mx.split(qk, [num_heads], axis=1)
     return q, k, v
 
 
 @cache
-def _fused(heads: int, groups: int, half_split: bool, norm: bool) -> Callable[..., Arrays]:
+def _fused(num_heads: int, num_kv_heads: int, half_split: bool, norm: bool) -> Callable[..., Arrays]:
     kernel = _kernel(norm)
 
-    def fused(qkv: mx.array, table: mx.array, *weights: mx.array) -> Arrays:
+    def fused(qkv: mx.array, rope_frequencies: mx.array, *weights: mx.array) -> Arrays:
         batch, length, width = qkv.shape
-        total = heads + 2 * groups
+        total = num_heads + 2 * num_kv_heads
         dim = width // total
-        template = [("T", qkv.dtype), ("HEADS", heads), ("GROUPS", groups), ("DIM", dim), ("HALF_SPLIT", half_split)]
+        template = [
+            ("T", qkv.dtype),
+            ("HEADS", num_heads),
+            ("KV_HEADS", num_kv_heads),
+            ("DIM", dim),
+            ("HALF_SPLIT", half_split),
+        ]
         return kernel(
-            inputs=[qkv, mx.view(table, mx.float32), *(weight.astype(qkv.dtype) for weight in weights)],
+            inputs=[qkv, mx.view(rope_frequencies, mx.float32), *(weight.astype(qkv.dtype) for weight in weights)],
             template=template,
             grid=(SIMD_WIDTH, total, batch * length),
             threadgroup=(SIMD_WIDTH, min(total, HEADS_PER_THREADGROUP), 1),
-            output_shapes=[(batch, count, length, dim) for count in (heads, groups, groups)],
+            output_shapes=[(batch, count, length, dim) for count in (num_heads, num_kv_heads, num_kv_heads)],
             output_dtypes=[qkv.dtype] * 3,
         )
 
-    def twin(qkv: mx.array, table: mx.array, *weights: mx.array) -> Arrays:
+    def plain(qkv: mx.array, rope_frequencies: mx.array, *weights: mx.array) -> Arrays:
         # Positions are constants. Without this their gradient, which nobody reads, would be computed.
-        table = mx.stop_gradient(table)
-        return split_rotate_twin(qkv, table, *weights, heads=heads, groups=groups, half_split=half_split)
+        rope_frequencies = mx.stop_gradient(rope_frequencies)
+        return split_rotate_plain(
+            qkv, rope_frequencies, *weights, num_heads=num_heads, num_kv_heads=num_kv_heads, half_split=half_split
+        )
 
-    return with_gradient(fused, twin)
+    return with_gradient(fused, plain)
 
 
 @cache
 def _kernel(norm: bool) -> Callable[..., list[mx.array]]:
     return mx.fast.metal_kernel(
         name="starflow_qkv_norm" if norm else "starflow_qkv",
-        input_names=["qkv", "table"] + ["query_weight", "key_weight"] * norm,
+        input_names=["qkv", "rope_frequencies"] + ["query_weight", "key_weight"] * norm,
         output_names=["q", "k", "v"],
         header=_HEADER,
         source=_SOURCE.replace("MEAN_SQUARE;", _MEAN_SQUARE * norm).replace("NORMALIZE;", _NORMALIZE * norm),
@@ -133,9 +153,9 @@ _SOURCE = f"""
     const int position = row % length;
 
     // Offsets, not pointers: MLX puts small arrays into another address space.
-    const size_t from = (size_t(row) * (HEADS + 2 * GROUPS) + head) * DIM;
-    if (head >= HEADS + GROUPS) {{
-        device T* to = v + ((size_t(sample) * GROUPS + head - HEADS - GROUPS) * length + position) * DIM;
+    const size_t from = (size_t(row) * (HEADS + 2 * KV_HEADS) + head) * DIM;
+    if (head >= HEADS + KV_HEADS) {{
+        device T* to = v + ((size_t(sample) * KV_HEADS + head - HEADS - KV_HEADS) * length + position) * DIM;
         for (int i = lane; i < DIM; i += WIDTH) {{
             to[i] = qkv[from + i];
         }}
@@ -143,17 +163,17 @@ _SOURCE = f"""
     }}
     const bool query = head < HEADS;
     device T* to = query ? q + ((size_t(sample) * HEADS + head) * length + position) * DIM
-                         : k + ((size_t(sample) * GROUPS + head - HEADS) * length + position) * DIM;
+                         : k + ((size_t(sample) * KV_HEADS + head - HEADS) * length + position) * DIM;
     MEAN_SQUARE;
-    const size_t angles = size_t(position) * DIM;
+    const size_t row_start = size_t(position) * DIM;
     for (int pair = lane; pair < PAIRS; pair += WIDTH) {{
         const int first = HALF_SPLIT ? pair : 2 * pair;
         const int second = HALF_SPLIT ? pair + PAIRS : 2 * pair + 1;
         float a = static_cast<float>(qkv[from + first]);
         float b = static_cast<float>(qkv[from + second]);
         NORMALIZE;
-        const float cosine = table[angles + 2 * pair];
-        const float sine = table[angles + 2 * pair + 1];
+        const float cosine = rope_frequencies[row_start + 2 * pair];
+        const float sine = rope_frequencies[row_start + 2 * pair + 1];
         to[first] = static_cast<T>(a * cosine - b * sine);
         to[second] = static_cast<T>(a * sine + b * cosine);
     }}

@@ -76,10 +76,10 @@ def shard(module: nn.Module, group: mx.distributed.Group, what: str | Path) -> N
     for part in parts:
         if isinstance(part, Attention):
             dim = part.head_dim
-            segments = [part.heads * dim, (part.heads + part.groups) * dim]
+            segments = [part.num_heads * dim, (part.num_heads + part.num_kv_heads) * dim]
             part.qkv = shard_linear(part.qkv, "all-to-sharded", segments=segments, group=group)
             part.proj = shard_linear(part.proj, "sharded-to-all", group=group)
-            part.heads, part.groups = part.heads // group.size(), part.groups // group.size()
+            part.num_heads, part.num_kv_heads = part.num_heads // group.size(), part.num_kv_heads // group.size()
         elif "gate_proj" in part:
             part.gate_proj = shard_linear(part.gate_proj, "all-to-sharded", group=group)
             part.up_proj = shard_linear(part.up_proj, "all-to-sharded", group=group)
@@ -92,7 +92,7 @@ def shard(module: nn.Module, group: mx.distributed.Group, what: str | Path) -> N
 
 def _check(part: Attention | MLP, ranks: int, what: str | Path) -> None:
     if isinstance(part, Attention):
-        for count, heads in ((part.heads, "attention heads"), (part.groups, "heads of keys and values")):
+        for count, heads in ((part.num_heads, "attention heads"), (part.num_kv_heads, "heads of keys and values")):
             if count % ranks:
                 raise StarflowError(f"{what}: {count} {heads} cannot be split into {ranks} parts; start fewer ranks")
         last = part.proj

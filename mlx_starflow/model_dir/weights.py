@@ -333,7 +333,7 @@ def read_tokenizer(path: Path, config: T5Config) -> Tokenizer:
 
 
 def load_vae(directory: str | Path, dtype: str | mx.Dtype | None = None) -> AutoencoderKL | AutoencoderWan:
-    """The autoencoder in a folder, of pictures or of videos; `dtype` as in `load_flow`.
+    """The autoencoder in a folder, of images or of videos; `dtype` as in `load_flow`.
 
     Raises:
         StarflowError: a file is missing or damaged, or the folder holds another kind of model.

@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.models.gradient_checkpointing import checkpoint as checkpointed
+from mlx_starflow.models.gradient_checkpointing import checkpointed
 from mlx_starflow.models.transformer import RMSNorm, TransformerConfig, TransformerLayer
 
 
@@ -81,16 +81,21 @@ class Denoiser(nn.Module):
         return self.proj_out(h).astype(mx.float32)
 
     def __call__(
-        self, tokens: mx.array, text: mx.array | None, table: mx.array, frames: int = 1, checkpoint: bool = False
+        self,
+        tokens: mx.array,
+        text: mx.array | None,
+        rope_frequencies: mx.array,
+        frames: int = 1,
+        gradient_checkpointing: bool = False,
     ) -> mx.array:
         """Predict the score of all frames at once.
 
         Args:
             tokens: `[B, frames * N, C]`, frame after frame.
             text: embeddings `[B, L, D]`.
-            table: rotary angles of the text's and the tokens' positions; of the text's only if the denoiser reads it.
+            rope_frequencies: of the text's and the tokens' positions (of the text's only if the denoiser reads it).
             frames: 1 for a picture.
-            checkpoint: a gradient computes each layer again instead of keeping what it computed.
+            gradient_checkpointing: a gradient computes each layer again instead of keeping what it computed.
 
         Returns:
             `[B, frames * N, C]`, float32.
@@ -100,11 +105,11 @@ class Denoiser(nn.Module):
         if prefix is not None:
             start = prefix.shape[1]
             h = mx.concatenate([prefix, h], axis=1)
-        table = table[table.shape[0] - h.shape[1] :]
+        rope_frequencies = rope_frequencies[rope_frequencies.shape[0] - h.shape[1] :]
 
         for layer in self.attn_blocks:
             run = _FrameLayer(layer, self.config, start, frames)
-            h = (checkpointed(layer, run) if checkpoint else run)(h, table)
+            h = (checkpointed(layer, run) if gradient_checkpointing else run)(h, rope_frequencies)
         return self.predict(h[:, start:])
 
 
@@ -114,9 +119,9 @@ class _FrameLayer:
     def __init__(self, layer: TransformerLayer, config: DenoiserConfig, start: int, frames: int):
         self.layer, self.config, self.start, self.frames = layer, config, start, frames
 
-    def __call__(self, h: mx.array, table: mx.array) -> mx.array:
+    def __call__(self, h: mx.array, rope_frequencies: mx.array) -> mx.array:
         layer, start, frames = self.layer, self.start, self.frames
-        q, k, v = layer.before(h, table)
+        q, k, v = layer.before(h, rope_frequencies)
         size = (h.shape[1] - start) // frames
         parts = []
         for frame in range(frames):

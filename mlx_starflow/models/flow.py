@@ -16,8 +16,8 @@ import mlx.nn as nn
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.kernels.affine import affine_forward, predict
 from mlx_starflow.kernels.plain import Array
-from mlx_starflow.models.gradient_checkpointing import checkpoint as checkpointed
-from mlx_starflow.models.rope import line_table
+from mlx_starflow.models.gradient_checkpointing import checkpointed
+from mlx_starflow.models.rope import line_frequencies
 from mlx_starflow.models.transformer import Cache, RMSNorm, TransformerConfig, TransformerLayer
 
 
@@ -95,14 +95,14 @@ class Conditions:
     """What sampling from a flow needs to know besides the noise.
 
     Attributes:
-        tables: for each block, data side first, the rotary angles of the text's and the tokens' positions; None if it
-            has no rotary positions.
+        rope_frequencies: for each block, data side first, those of the text's and the tokens' positions; None for a
+            block without rotary positions.
         blocks: each block's condition, data side first.
         rule: name of the rule by which guidance combines predictions (in `kernels.affine.RULES`).
         temper_null_only: the attention temperature is meant for the null predictions of guidance alone.
     """
 
-    tables: list[mx.array | None]
+    rope_frequencies: list[mx.array | None]
     blocks: list[Condition]
     rule: str
     temper_null_only: bool = False
@@ -140,25 +140,25 @@ class FlowBlock(nn.Module):
     def dtype(self) -> mx.Dtype:
         return self.proj_in.weight.dtype
 
-    def arrange(self, x: mx.array, frames: int = 1) -> mx.array:
+    def permute(self, x: mx.array, frames: int = 1) -> mx.array:
         """Tokens `[B, frames * N, C]` in data order -> as this block reads them: the same in its own order, or, if it
         is local, `[B * frames, N, C]`."""
         if self.config.local and frames > 1:
             x, frames = x.reshape(x.shape[0] * frames, -1, x.shape[-1]), 1
         return _flip(x, frames) if self.config.flip else x
 
-    def restore(self, x: mx.array, frames: int = 1) -> mx.array:
-        """The inverse of `arrange`."""
+    def unpermute(self, x: mx.array, frames: int = 1) -> mx.array:
+        """The inverse of `permute`."""
         if not (self.config.local and frames > 1):
             return _flip(x, frames) if self.config.flip else x
         x = _flip(x, 1) if self.config.flip else x
         return x.reshape(x.shape[0] // frames, -1, x.shape[-1])
 
-    def positions(self, table: mx.array | None, length: int) -> mx.array | None:
-        """Rotary angles of this block's sequence, `length` positions: the flow's axial table or the block's own."""
+    def rope_frequencies(self, rope_frequencies: mx.array | None, length: int) -> mx.array | None:
+        """Those of this block's sequence of `length`: the last of the flow's axial ones, or one-dimensional ones."""
         if self.config.hf_style_rope:
-            return line_table(self.config.head_dim, length)
-        return table[table.shape[0] - length :]
+            return line_frequencies(self.config.head_dim, length)
+        return rope_frequencies[rope_frequencies.shape[0] - length :]
 
     def embed_prefix(self, text: mx.array | None) -> mx.array | None:
         """Text `[B, L, D]` -> what stands before the tokens, `[B, L, channels]`; None if the block reads no text."""
@@ -197,18 +197,18 @@ class FlowBlock(nn.Module):
     def transform(
         self,
         h: mx.array,
-        table: mx.array | None,
+        rope_frequencies: mx.array | None,
         caches: list[Cache] | None = None,
         temperature: float | mx.array = 1.0,
-        checkpoint: bool = False,
+        gradient_checkpointing: bool = False,
     ) -> mx.array:
-        """The transformer's layers over `[B, n, channels]` at the positions whose angles `table` `[n, D/2]` holds.
+        """The transformer's layers over `[B, n, channels]`, whose positions have these rope frequencies, `[n, D/2]`.
 
-        With `checkpoint` a gradient computes each layer again instead of keeping what it computed.
+        With `gradient_checkpointing` a gradient computes each layer again instead of keeping what it computed.
         """
         for index, layer in enumerate(self.attn_blocks):
-            run = checkpointed(layer) if checkpoint else layer
-            h = run(h, table, None if caches is None else caches[index], temperature)
+            run = checkpointed(layer) if gradient_checkpointing else layer
+            h = run(h, rope_frequencies, None if caches is None else caches[index], temperature)
         return h
 
     def raw(self, h: mx.array) -> mx.array:
@@ -234,26 +234,28 @@ class FlowBlock(nn.Module):
         self,
         x: mx.array,
         condition: Condition,
-        table: mx.array | None,
-        keep: mx.array | None = None,
+        rope_frequencies: mx.array | None,
+        context_mask: mx.array | None = None,
         temperature: float | mx.array = 1.0,
-        checkpoint: bool = False,
+        gradient_checkpointing: bool = False,
     ) -> mx.array:
         """The network's raw outputs `[B, N, 2 * C]` for all tokens x `[B, N, C]`, each from the tokens before it.
 
-        All in the block's order; a token that nothing predicts gets zeros. `keep`, `checkpoint`: see `__call__` and
-        `transform`.
+        All in the block's order; a token that nothing predicts gets zeros. `context_mask` is explained in `__call__`,
+        `gradient_checkpointing` in `transform`.
         """
         batch, length, _ = x.shape
         first = self.first_input(batch)
         inputs = x if first is None else mx.concatenate([first.astype(x.dtype), x[:, :-1]], axis=1)
-        if keep is not None:
-            inputs = inputs * keep[..., None]
+        if context_mask is not None:
+            inputs = inputs * context_mask[..., None]
         h = self.embed(inputs, 0, condition.offset)
         if condition.prefix is not None:
             h = mx.concatenate([condition.prefix, h], axis=1)
-        table = self.positions(table, h.shape[1])
-        h = self.transform(h, table, temperature=temperature, checkpoint=checkpoint)[:, -length:]
+        rope_frequencies = self.rope_frequencies(rope_frequencies, h.shape[1])
+        h = self.transform(h, rope_frequencies, temperature=temperature, gradient_checkpointing=gradient_checkpointing)[
+            :, -length:
+        ]
         if first is not None:
             return self.raw(h)
         raw = self.raw(h[:, :-1])
@@ -263,23 +265,29 @@ class FlowBlock(nn.Module):
         self,
         x: mx.array,
         text: mx.array | None,
-        table: mx.array | None,
-        keep: mx.array | None = None,
-        checkpoint: bool = False,
+        rope_frequencies: mx.array | None,
+        context_mask: mx.array | None = None,
+        gradient_checkpointing: bool = False,
         frames: int = 1,
     ) -> tuple[mx.array, mx.array]:
         """Tokens `[B, N, C]` in data order -> (z, per-dimension log-det), float32, both in data order.
 
-        `keep` `[B, N]`, in the block's order, hides an input from the network where it is 0: a training aid.
-        `checkpoint`: see `transform`. `frames`: of a video, N / `frames` tokens each.
+        `context_mask` `[B, N]`, in the block's order, hides an input from the network where it is 0: a training aid.
+        `gradient_checkpointing`: see `transform`. `frames`: of a video, N / `frames` tokens each.
         """
         x = x.astype(mx.float32)
         if self.is_identity:
             return x, mx.zeros_like(x)
-        x = self.arrange(x, frames)
-        raw = self.outputs(x, self.condition(text, x.shape[0]), table, keep, checkpoint=checkpoint)
+        x = self.permute(x, frames)
+        raw = self.outputs(
+            x,
+            self.condition(text, x.shape[0]),
+            rope_frequencies,
+            context_mask,
+            gradient_checkpointing=gradient_checkpointing,
+        )
         z, log_det = affine_forward(raw, x, self.config.soft_clip, self.config.use_softplus)
-        return self.restore(z, frames), self.restore(log_det, frames)
+        return self.unpermute(z, frames), self.unpermute(log_det, frames)
 
 
 def frame_count(shape: tuple[int, ...]) -> int:
@@ -298,15 +306,22 @@ def run_blocks(
     blocks: list[FlowBlock],
     tokens: mx.array,
     text: mx.array | None,
-    tables: list[mx.array | None],
-    keep: mx.array | None = None,
-    checkpoint: bool = False,
+    rope_frequencies: list[mx.array | None],
+    context_mask: mx.array | None = None,
+    gradient_checkpointing: bool = False,
     frames: int = 1,
 ) -> tuple[list[mx.array], list[mx.array]]:
     """Data -> noise: what each block read and then the noise, and each block's log-det; tokens in data order."""
     hidden, log_dets = [tokens], []
-    for index, (block, table) in enumerate(zip(blocks, tables, strict=True)):
-        h, log_det = block(hidden[-1], text, table, keep if index == len(blocks) - 1 else None, checkpoint, frames)
+    for index, (block, frequencies) in enumerate(zip(blocks, rope_frequencies, strict=True)):
+        h, log_det = block(
+            hidden[-1],
+            text,
+            frequencies,
+            context_mask if index == len(blocks) - 1 else None,
+            gradient_checkpointing,
+            frames,
+        )
         hidden.append(h)
         log_dets.append(log_det)
     return hidden, log_dets

@@ -29,7 +29,7 @@ def weights_first() -> Iterator[None]:
         _weights_first.reset(token)
 
 
-def checkpoint(module: nn.Module, function: Callable[..., mx.array] | None = None) -> Callable[..., mx.array]:
+def checkpointed(module: nn.Module, function: Callable[..., mx.array] | None = None) -> Callable[..., mx.array]:
     """A layer, or a function of it, whose gradient keeps its input alone; see `weights_first`.
 
     Args:
@@ -38,7 +38,7 @@ def checkpoint(module: nn.Module, function: Callable[..., mx.array] | None = Non
     """
     function = function or module
 
-    def checkpointed(h: mx.array, *constants: Any) -> mx.array:
+    def call(h: mx.array, *constants: Any) -> mx.array:
         ordered = _weights_first.get()
         found = dict(tree_flatten(module.trainable_parameters()))
 
@@ -63,4 +63,4 @@ def checkpoint(module: nn.Module, function: Callable[..., mx.array] | None = Non
 
         return layer(h, *found.values())
 
-    return checkpointed
+    return call

@@ -1,6 +1,7 @@
 """Rotary positions (arXiv 2104.09864): axial for tokens on a grid, one-dimensional for language-model blocks.
 
-A position is a row of unit complex numbers, one a rotary pair. Tables are gathered by position; `rotate` turns by them.
+The rope frequencies of a position are a row of unit complex numbers, one for each rotary pair of dimensions; `rotate`
+multiplies by them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy as np
 
 from mlx_starflow.kernels.plain import rotate
 
-__all__ = ["axial_table", "line_table", "rotate"]
+__all__ = ["axial_frequencies", "line_frequencies", "rotate"]
 
 THIRD_AXIS_PAIRS = 8
 """Rotary pairs that text and time positions take from rows and columns."""
@@ -22,10 +23,10 @@ BASE = 10000.0
 
 
 @lru_cache(maxsize=16)
-def axial_table(
+def axial_frequencies(
     head_dim: int, height: int, width: int, side: int, text_length: int = 0, third_axis: bool = True, frames: int = 1
 ) -> mx.array:
-    """Angles of `text_length` text positions followed by `frames` `height` x `width` grids of tokens in raster order.
+    """Rope frequencies of `text_length` text positions and then of `frames` grids, `height` x `width`, in raster order.
 
     Rows and columns are scaled by `side` / sqrt(height * width), so that every shape covers the grid that the model
     was trained on; text positions spread over `side` on the third axis, with row and column 0; frames count 0, 1, 2
@@ -49,7 +50,7 @@ def axial_table(
 
 
 @lru_cache(maxsize=16)
-def line_table(head_dim: int, length: int) -> mx.array:
-    """Angles of positions 0 to `length` - 1, complex64 `[length, head_dim / 2]`."""
+def line_frequencies(head_dim: int, length: int) -> mx.array:
+    """Rope frequencies of positions 0 to `length` - 1, complex64 `[length, head_dim / 2]`."""
     angles = np.arange(length)[:, None] * BASE ** (-np.arange(0, head_dim, 2) / head_dim)
     return mx.array(np.exp(1j * angles).astype(np.complex64))

@@ -16,7 +16,7 @@ from mlx_starflow.errors import StarflowError
 from mlx_starflow.models.configs import known_arguments, official_arguments, read_config, write_config
 from mlx_starflow.models.denoiser import Denoiser, DenoiserConfig
 from mlx_starflow.models.flow import BlockConfig, Condition, Conditions, FlowBlock, FlowOutput, frame_count, run_blocks
-from mlx_starflow.models.rope import axial_table
+from mlx_starflow.models.rope import axial_frequencies
 from mlx_starflow.models.transformer import TransformerConfig
 
 VAE_DOWNSCALE = {"stabilityai/sd-vae-ft-ema": 8, "Wan-AI/Wan2.2-TI2V-5B-Diffusers": 16}
@@ -234,19 +234,19 @@ class STARFlow(nn.Module):
         """Tokens in raster order -> latents of `shape` `[B, H, W, C]` or `[B, T, H, W, C]`, but for B."""
         return unpatchify(tokens, self.config.patch_size, shape)
 
-    def tables(self, shape: tuple[int, ...], text_length: int) -> list[mx.array]:
-        """For each block, rotary angles of the text's and the tokens' positions, for latents of `shape`."""
-        whole = self.positions(shape, text_length)
-        frame = self.positions((1, *shape[-3:]), 0)
+    def block_rope_frequencies(self, shape: tuple[int, ...], text_length: int) -> list[mx.array]:
+        """For each block, rope frequencies of the text's and the tokens' positions, for latents of `shape`."""
+        whole = self.rope_frequencies(shape, text_length)
+        frame = self.rope_frequencies((1, *shape[-3:]), 0)
         return [frame if block.local else whole for block in self.config.blocks]
 
-    def positions(self, shape: tuple[int, ...], text_length: int) -> mx.array:
-        """Rotary angles of the text's and the tokens' positions for latents of `shape`."""
+    def rope_frequencies(self, shape: tuple[int, ...], text_length: int) -> mx.array:
+        """Rope frequencies of the text's and the tokens' positions for latents of `shape`."""
         config = self.config
         height, width = shape[-3] // config.patch_size, shape[-2] // config.patch_size
         third = config.txt_size > 0 or bool(config.vid_size)
         side, frames = config.pt_seq_len, frame_count(shape)
-        return axial_table(config.head_dim, height, width, side, text_length, third, frames)
+        return axial_frequencies(config.head_dim, height, width, side, text_length, third, frames)
 
     def _check_text(self, text: mx.array | None, batch: int) -> None:
         if text is None:
@@ -282,19 +282,28 @@ class STARFlow(nn.Module):
             condition = Condition() if block.is_identity else block.condition(both if guided else text, batch)
             condition.guided = guided
             conditions.append(condition)
-        return Conditions(self.tables(shape, 0 if text is None else text.shape[1]), conditions, "quotient")
+        return Conditions(
+            self.block_rope_frequencies(shape, 0 if text is None else text.shape[1]), conditions, "quotient"
+        )
 
     def __call__(
-        self, x: mx.array, text: mx.array | None = None, keep: mx.array | None = None, checkpoint: bool = False
+        self,
+        x: mx.array,
+        text: mx.array | None = None,
+        context_mask: mx.array | None = None,
+        gradient_checkpointing: bool = False,
     ) -> FlowOutput:
         """Latents `[B, H, W, C]` or `[B, T, H, W, C]` and text embeddings `[B, L, D]` -> noise.
 
-        `keep` goes to the deep block (see `FlowBlock`); `checkpoint` lets gradients take less memory and more time.
+        `context_mask` goes to the deep block (see `FlowBlock`); `gradient_checkpointing` lets gradients take less
+        memory and more time.
         """
         tokens = self.tokens(x)
         self._check_text(text, x.shape[0])
-        tables = self.tables(x.shape, 0 if text is None else text.shape[1])
-        parts = run_blocks(self.blocks, tokens, text, tables, keep, checkpoint, frame_count(x.shape))
+        rope_frequencies = self.block_rope_frequencies(x.shape, 0 if text is None else text.shape[1])
+        parts = run_blocks(
+            self.blocks, tokens, text, rope_frequencies, context_mask, gradient_checkpointing, frame_count(x.shape)
+        )
         hidden, log_dets = ([self.latents(t, x.shape) for t in part] for part in parts)
         return FlowOutput(hidden[-1], sum(log_dets), log_dets, hidden, self.config.latent_norm_regularization)
 

@@ -125,7 +125,7 @@ class TarFlowBlock(FlowBlock):
             self.proj_out.weight = mx.zeros_like(self.proj_out.weight)
             self.proj_out.bias = mx.zeros_like(self.proj_out.bias)
 
-    def positions(self, table: mx.array | None, length: int) -> None:
+    def rope_frequencies(self, rope_frequencies: mx.array | None, length: int) -> None:
         """A TarFlow has no rotary positions."""
 
     def condition(self, text: mx.array | None, batch: int) -> Condition:
@@ -261,16 +261,18 @@ class TarFlow(nn.Module):
                 f"labels have shape {tuple(labels.shape)} and type {labels.dtype}; give {batch} whole numbers"
             )
 
-    def __call__(self, x: mx.array, text: mx.array | None = None, checkpoint: bool = False) -> FlowOutput:
+    def __call__(self, x: mx.array, text: mx.array | None = None, gradient_checkpointing: bool = False) -> FlowOutput:
         """Pictures `[B, H, W, C]` and integer labels `[B]` (-1 or None: no class) -> noise tokens in `z`.
 
-        `checkpoint` lets gradients take less memory and more time.
+        `gradient_checkpointing` lets gradients take less memory and more time.
         Neither `z` nor the loss knows of learned variances of the prior, as in training: see `standardize`.
         """
         tokens = self.tokens(x)
         self._check_labels(text, x.shape[0])
-        tables = [None] * len(self.blocks)
-        hidden, log_dets = run_blocks(self.blocks, tokens, text, tables, checkpoint=checkpoint)
+        rope_frequencies = [None] * len(self.blocks)
+        hidden, log_dets = run_blocks(
+            self.blocks, tokens, text, rope_frequencies, gradient_checkpointing=gradient_checkpointing
+        )
         log_dets = [self.latents(t) for t in log_dets]
         return FlowOutput(hidden[-1], sum(log_dets), log_dets, [self.latents(t) for t in hidden])
 

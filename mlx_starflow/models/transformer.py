@@ -60,23 +60,30 @@ class Attention(nn.Module):
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
-        heads, groups, dim = config.num_heads, config.num_kv_heads, config.head_dim
-        self.heads, self.groups, self.head_dim = heads, groups, dim
+        num_heads, num_kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, dim
         self.half_split = config.hf_style_rope
         self.norm = make_norm(config.norm_type, config.channels)
-        self.qkv = nn.Linear(config.channels, (heads + 2 * groups) * dim, bias=config.use_bias)
-        self.proj = nn.Linear(heads * dim, config.channels, bias=config.use_bias)
+        self.qkv = nn.Linear(config.channels, (num_heads + 2 * num_kv_heads) * dim, bias=config.use_bias)
+        self.proj = nn.Linear(num_heads * dim, config.channels, bias=config.use_bias)
         if config.use_qk_norm:
             self.query_norm = RMSNorm(dim)
             self.key_norm = RMSNorm(dim)
         if config.use_post_norm:
             self.post_norm = make_norm(config.norm_type, config.channels)
 
-    def project(self, x: mx.array, table: mx.array | None) -> tuple[mx.array, mx.array, mx.array]:
-        """`[B, N, channels]` -> queries, keys and values, `[B, heads, N, D]`, turned by the angles of N positions."""
+    def project(self, x: mx.array, rope_frequencies: mx.array | None) -> tuple[mx.array, mx.array, mx.array]:
+        """`[B, N, channels]` -> queries, keys and values, `[B, heads, N, D]`, rotated by their N positions."""
         norm = (self.query_norm.weight, self.key_norm.weight) if "query_norm" in self else ()
         qkv = self.qkv(self.norm(x))
-        return split_rotate(qkv, table, *norm, heads=self.heads, groups=self.groups, half_split=self.half_split)
+        return split_rotate(
+            qkv,
+            rope_frequencies,
+            *norm,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            half_split=self.half_split,
+        )
 
     def attend(
         self, q: mx.array, k: mx.array, v: mx.array, temperature: float | mx.array = 1.0, causal: bool = True
@@ -130,9 +137,9 @@ class TransformerLayer(nn.Module):
         self.attention = Attention(config)
         self.mlp = MLP(config)
 
-    def before(self, x: mx.array, table: mx.array | None) -> tuple[mx.array, mx.array, mx.array]:
-        """Queries, keys and values: what attention needs of `[B, N, channels]` and of its positions' rotary angles."""
-        return self.attention.project(x, table)
+    def before(self, x: mx.array, rope_frequencies: mx.array | None) -> tuple[mx.array, mx.array, mx.array]:
+        """Queries, keys and values of `[B, N, channels]`, whose N positions have these rope frequencies."""
+        return self.attention.project(x, rope_frequencies)
 
     def after(self, x: mx.array, h: mx.array) -> mx.array:
         """The layer's output from its input and what attention made of it."""
@@ -140,11 +147,15 @@ class TransformerLayer(nn.Module):
         return x + self.mlp(x)
 
     def __call__(
-        self, x: mx.array, table: mx.array | None, cache: Cache | None = None, temperature: float | mx.array = 1.0
+        self,
+        x: mx.array,
+        rope_frequencies: mx.array | None,
+        cache: Cache | None = None,
+        temperature: float | mx.array = 1.0,
     ) -> mx.array:
-        """`[B, N, channels]` and the rotary angles of these N positions; attention's logits are divided by
+        """`[B, N, channels]` and the rope frequencies of these N positions; attention's logits are divided by
         `temperature`, a number or one number a sample, `[B, 1, 1, 1]`."""
-        q, k, v = self.before(x, table)
+        q, k, v = self.before(x, rope_frequencies)
         if cache is not None:
             k, v = cache.update_and_fetch(k, v)
         return self.after(x, self.attention.attend(q, k, v, temperature))

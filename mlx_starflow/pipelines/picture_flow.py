@@ -18,9 +18,9 @@ import numpy as np
 from PIL import Image
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.media.image_files import PictureFile
+from mlx_starflow.media.image_files import ImageFile
 from mlx_starflow.media.images import to_images
-from mlx_starflow.media.pixels import crop_picture, scale_pixels
+from mlx_starflow.media.pixels import crop_image, scale_pixels
 from mlx_starflow.media.videos import read_video
 from mlx_starflow.model_dir.hub import find_model
 from mlx_starflow.model_dir.quantization import dequantize_module, quantized_layers
@@ -89,7 +89,7 @@ class PictureFlow(ABC):
         """A picture cut to the shape of `size` about its middle and resized; `size` is the model's by default."""
         size = size or self.size
         image = image.convert("RGB")
-        return image if image.size == size else crop_picture(image, *size)
+        return image if image.size == size else crop_image(image, *size)
 
     def data(self, images: Iterable[Image.Image], size: tuple[int, int] | None = None) -> np.ndarray:
         """Pictures of any size -> data without noise, float32 `[B, ...]`: fitted to `size`, then encoded."""
@@ -314,7 +314,7 @@ def open_picture_flow(
     return picture_flow(load(name, dtype=dtype, low_memory=low_memory))
 
 
-def open_files(model: PictureFlow, files: Sequence[PictureFile], frames: int | None = None) -> Iterator[Any]:
+def open_files(model: PictureFlow, files: Sequence[ImageFile], frames: int | None = None) -> Iterator[Any]:
     """The pictures, or, for a model of videos, the videos in files, each opened when it is asked for.
 
     Args:

@@ -79,7 +79,7 @@ def load(
         dtype: precision of the networks; by default float32 on a CPU and bfloat16 on a GPU.
         low_memory: hold one network at a time, for models that do not fit into memory together; None: if, by
             `memory.plan`, this one does not fit into this machine's.
-        backend: "mlx", or "torch" for the PyTorch twin, which makes the same pictures (in float32 or bfloat16).
+        backend: "mlx", or "torch" for the PyTorch reference, which makes the same pictures (in float32 or bfloat16).
         device: where PyTorch computes: "cpu" or "cuda"; None: "cuda" if there is one.
         adapters: folders of adapters for the flow with their strengths, such as [("run/adapter", 1.0)]; they add up.
         group: processes that compute the flow together, each with a part of it; all must load, and then call, the same.

@@ -1,4 +1,4 @@
-"""How long a picture should take on Apple's chips: an estimate from published figures, not a measurement.
+"""How long an image should take on Apple's chips: an estimate from published figures, not a measurement.
 
 A phase is taken to last as long as the slower of two things: moving its bytes at the chip's published memory bandwidth,
 and computing at the GPU's peak rate. No program reaches either, so real runs take longer.
@@ -109,7 +109,7 @@ Cost = tuple[float, float]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How often the network of each block is evaluated for a picture, and on how many tokens at once; data side
+    """How often the network of each block is evaluated for an image, and on how many tokens at once; data side
     first."""
 
     evaluations: Sequence[float]
@@ -193,11 +193,11 @@ def matrix_sizes(config: FlowConfig) -> list[int]:
 
 
 def estimate(configs: ModelConfigs, chip: Chip, size: tuple[int, int] | None = None) -> dict[str, dict[str, float]]:
-    """Seconds that each phase of making one picture takes, at every precision that fits the chip's memory.
+    """Seconds that each phase of making one image takes, at every precision that fits the chip's memory.
 
     Args:
         configs: of the model; a sampling plan in its directory is estimated too.
-        size: (width, height) of the picture in pixels; None: what the model was trained at.
+        size: (width, height) of the image in pixels; None: what the model was trained at.
 
     Returns:
         {precision: {phase: seconds}} with the phases of `PHASES`, of which the last two are there if there is a plan.

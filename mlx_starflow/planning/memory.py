@@ -26,7 +26,7 @@ from mlx_starflow.models.autoencoder_wan.network import AutoencoderWan, Autoenco
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
 from mlx_starflow.models.t5 import T5Config, T5Encoder
 from mlx_starflow.planning.footprint import autoencoder_wan as wan_footprint
-from mlx_starflow.planning.footprint import images as pictures_footprint
+from mlx_starflow.planning.footprint import images as images_footprint
 from mlx_starflow.planning.footprint import videos as frames_footprint
 
 PARTS = {"text encoder": "text_encoder", "flow": "flow", "autoencoder": "vae"}
@@ -71,7 +71,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class ModelConfigs:
-    """The three networks of a model of pictures or videos; `directory` if there are weights too."""
+    """The three networks of a model of images or videos; `directory` if there are weights too."""
 
     flow: FlowConfig
     text_encoder: T5Config
@@ -201,8 +201,8 @@ def plan(
 
     Args:
         model: a model directory, or its configs.
-        size: (width, height) of the pictures or videos in pixels; None: what the model was trained at.
-        batch: pictures or videos at once.
+        size: (width, height) of the images or videos in pixels; None: what the model was trained at.
+        batch: images or videos at once.
         frames: of videos; None: as many as the model was trained at. All longer ones take the same.
         guidance: its weight; guided blocks see everything twice. None: the model's own.
         dtype: of the networks; None: float32 on CPU, bfloat16 on a GPU.
@@ -231,10 +231,10 @@ def plan(
         raise StarflowError(f"a size of {width}x{height} does not fit: this model wants multiples of {step} pixels")
     guided = (configs.guidance if guidance is None else guidance) > 0
     tokens = (width // scale // flow.patch_size) * (height // scale // flow.patch_size)
-    # Embeddings of the prompts and of no prompt, and of each picture's prompt once more.
+    # Embeddings of the prompts and of no prompt, and of each image's prompt once more.
     held = (batch + 2) * flow.txt_size * flow.txt_dim * item
     others: dict[str, int] = {}
-    text = pictures_footprint.text(configs.text_encoder, 2 * flow.txt_size, item)
+    text = images_footprint.text(configs.text_encoder, 2 * flow.txt_size, item)
     if flow.video and isinstance(vae, AutoencoderWanConfig):
         trained = vae.latent_frames(flow.video[0])
         window = min(trained, vae.latent_frames(frames or flow.video[0]))
@@ -252,13 +252,13 @@ def plan(
         state = batch * item * sum(layer.kept * layer.rows * layer.columns * layer.inputs for layer in layers)
         others = {"flow": state, "denoise": state, "decode": kv_cache + kept}
     else:
-        kv_cache, sampling = pictures_footprint.sampling(flow, tokens, batch, guided, item)
+        kv_cache, sampling = images_footprint.sampling(flow, tokens, batch, guided, item)
         activations = {
             "text": text,
             "flow": held + sampling,
-            "verify": held + pictures_footprint.forward(flow, tokens, guided, item),
-            "denoise": held + pictures_footprint.score(flow, tokens, item),
-            "decode": held + pictures_footprint.decode(vae, height // scale, width // scale, batch, item),
+            "verify": held + images_footprint.forward(flow, tokens, guided, item),
+            "denoise": held + images_footprint.score(flow, tokens, item),
+            "decode": held + images_footprint.decode(vae, height // scale, width // scale, batch, item),
         }
     for phase, part in PHASES.items():
         if part not in chosen and phase in activations:

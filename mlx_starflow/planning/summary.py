@@ -73,8 +73,8 @@ def memory_report(
 
     Args:
         model: as in `summarize`.
-        size: (width, height) of the pictures or videos in pixels; None: what the model was trained at.
-        batch: pictures or videos at once.
+        size: (width, height) of the images or videos in pixels; None: what the model was trained at.
+        batch: images or videos at once.
         frames: of videos; None: as many as the model was trained at.
 
     Returns:
@@ -97,12 +97,12 @@ def memory_report(
         return [f"{value / unit:.2f}" for value in values]
 
     width, height = size or trained_size(configs.flow, configs.vae)
-    pictures = "one picture" if batch == 1 else f"{batch} pictures at once"
+    images = "one picture" if batch == 1 else f"{batch} pictures at once"
     if configs.flow.video:
         videos = "one video" if batch == 1 else f"{batch} videos at once"
-        pictures = f"{videos} of {frames or configs.flow.video[0]} frames"
+        images = f"{videos} of {frames or configs.flow.video[0]} frames"
     lines = [
-        f"Memory in {name} for {pictures} of {width}x{height}: computed from the configs, not measured.",
+        f"Memory in {name} for {images} of {width}x{height}: computed from the configs, not measured.",
         "8, 6 and 4 bit: of the flow; text encoder and autoencoder are bfloat16 then.",
         "",
         row("weights", list(plans)),
@@ -126,15 +126,15 @@ def memory_report(
 
 
 def time_reports(model: str, chip: str, *, size: tuple[int, int] | None = None) -> list[list[str]]:
-    """How long a picture should take on an Apple chip, estimated from published figures: see `chips`.
+    """How long an image should take on an Apple chip, estimated from published figures: see `chips`.
 
     Args:
         model: as in `summarize`.
         chip: such as "M4" or "M3 Max"; there are two of the latter, so there are two reports.
-        size: (width, height) of the picture in pixels; None: what the model was trained at.
+        size: (width, height) of the image in pixels; None: what the model was trained at.
 
     Raises:
-        StarflowError: there is no such chip or model, or the model does not make pictures from prompts.
+        StarflowError: there is no such chip or model, or the model does not make images from prompts.
     """
     found = find_chips(chip)
     configs = model_configs(model)

@@ -1,4 +1,4 @@
-"""The PyTorch twin: the same networks from the same configs, on a CPU or with CUDA, to be read beside the MLX code.
+"""The PyTorch reference: the same networks from the same configs, on a CPU or with CUDA, to read beside the MLX code.
 
 It trains where PyTorch is the faster tool, is what the MLX networks are compared with, and runs the same models
 (`mlx-starflow generate --backend torch`). Its modules are named as theirs are.

@@ -1,4 +1,4 @@
-"""PyTorch twin of `models/autoencoder_kl.py`: the same config, the same tensor names, pictures `[B, 3, H, W]`."""
+"""PyTorch reference of `models/autoencoder_kl.py`: the same config, the same tensor names, pictures `[B, 3, H, W]`."""
 
 from __future__ import annotations
 

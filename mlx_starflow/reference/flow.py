@@ -1,4 +1,4 @@
-"""PyTorch twin of `models/flow.py`: one block of an autoregressive affine flow, and what a forward pass gives."""
+"""PyTorch reference of `models/flow.py`: one block of an autoregressive affine flow, and what a forward pass gives."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.reference.rope import line_table
+from mlx_starflow.reference.rope import line_frequencies
 from mlx_starflow.reference.transformer import Cache, RMSNorm, TransformerLayer, causal_mask
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Condition:
 class Conditions:
     """What sampling from a flow needs to know besides the noise; see `models.flow.Conditions`."""
 
-    table: Tensor | None
+    rope_frequencies: Tensor | None
     blocks: list[Condition]
     rule: str
     temper_null_only: bool = False
@@ -95,11 +95,11 @@ class FlowBlock(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.proj_in.weight.dtype
 
-    def positions(self, table: Tensor | None, length: int) -> Tensor | None:
-        """Rotary angles of this block's sequence, `length` positions: the flow's axial table or the block's own."""
+    def rope_frequencies(self, rope_frequencies: Tensor | None, length: int) -> Tensor | None:
+        """Those of this block's sequence of `length`: the last of the flow's axial ones, or one-dimensional ones."""
         if self.config.hf_style_rope:
-            return line_table(self.config.head_dim, length).to(self.proj_in.weight.device)
-        return table[len(table) - length :]
+            return line_frequencies(self.config.head_dim, length).to(self.proj_in.weight.device)
+        return rope_frequencies[len(rope_frequencies) - length :]
 
     def embed_prefix(self, text: Tensor | None) -> Tensor | None:
         """Text `[B, L, D]` -> what stands before the tokens, `[B, L, channels]`; None if the block reads no text."""
@@ -128,14 +128,14 @@ class FlowBlock(nn.Module):
     def transform(
         self,
         h: Tensor,
-        table: Tensor | None,
+        rope_frequencies: Tensor | None,
         caches: list[Cache] | None = None,
         temperature: float | Tensor = 1.0,
     ) -> Tensor:
-        """The transformer's layers over `[B, n, channels]` at the positions whose angles `table` `[n, D/2]` holds."""
+        """The transformer's layers over `[B, n, channels]`, whose positions have these rope frequencies, `[n, D/2]`."""
         mask = causal_mask(h.shape[1], caches[0].offset if caches else 0, h.device)
         for index, layer in enumerate(self.attn_blocks):
-            h = layer(h, table, mask, caches[index] if caches else None, temperature)
+            h = layer(h, rope_frequencies, mask, caches[index] if caches else None, temperature)
         return h
 
     def affine(self, h: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,11 +158,11 @@ class FlowBlock(nn.Module):
         return mu, scale
 
     def forward(
-        self, x: Tensor, text: Tensor | None, table: Tensor | None, keep: Tensor | None = None
+        self, x: Tensor, text: Tensor | None, rope_frequencies: Tensor | None, context_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Tokens `[B, N, C]` in data order -> (z, per-dimension log-det), float32, both in data order.
 
-        `keep` `[B, N]`, in the block's order, hides an input from the network where it is 0: a training aid.
+        `context_mask` `[B, N]`, in the block's order, hides an input from the network where it is 0: a training aid.
         """
         if self.is_identity:
             return x, torch.zeros_like(x)
@@ -171,13 +171,13 @@ class FlowBlock(nn.Module):
         batch, length, _ = x.shape
         first = self.first_input(batch)
         inputs = x if first is None else torch.cat([first.to(x.dtype), x[:, :-1]], dim=1)
-        if keep is not None:
-            inputs = inputs * keep[..., None]
+        if context_mask is not None:
+            inputs = inputs * context_mask[..., None]
         condition = self.condition(text, batch)
         h = self.embed(inputs, 0, condition.offset)
         if condition.prefix is not None:
             h = torch.cat([condition.prefix.to(h.dtype), h], dim=1)
-        h = self.transform(h, self.positions(table, h.shape[1]))[:, -length:]
+        h = self.transform(h, self.rope_frequencies(rope_frequencies, h.shape[1]))[:, -length:]
         if first is None:
             parts = self.unpredicted(x[:, :1]), self.affine(h[:, :-1])
             mu, scale = (torch.cat(pair, dim=1) for pair in zip(*parts, strict=True))
@@ -193,13 +193,13 @@ def run_blocks(
     blocks: nn.ModuleList,
     tokens: Tensor,
     text: Tensor | None,
-    table: Tensor | None,
-    keep: Tensor | None = None,
+    rope_frequencies: Tensor | None,
+    context_mask: Tensor | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Data -> noise: what each block read and then the noise, and each block's log-det; tokens in data order."""
     hidden, log_dets = [tokens], []
     for index, block in enumerate(blocks):
-        h, log_det = block(hidden[-1], text, table, keep if index == len(blocks) - 1 else None)
+        h, log_det = block(hidden[-1], text, rope_frequencies, context_mask if index == len(blocks) - 1 else None)
         hidden.append(h)
         log_dets.append(log_det)
     return hidden, log_dets

@@ -1,4 +1,4 @@
-"""Model directories and official checkpoints into the PyTorch twin.
+"""Model directories and official checkpoints into the PyTorch reference.
 
 The MLX code reads, checks and, where weights are quantized, dequantizes them; tensors go over to PyTorch one at a time.
 """
@@ -66,7 +66,7 @@ def parse_dtype(dtype: str | torch.dtype | mx.Dtype | None, device: torch.device
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     name = str(dtype).rpartition(".")[2]
     if name not in DTYPES:
-        raise StarflowError(f"the PyTorch twin runs in {' or '.join(DTYPES)}, not in {name}")
+        raise StarflowError(f"the PyTorch reference runs in {' or '.join(DTYPES)}, not in {name}")
     return DTYPES[name]
 
 
@@ -102,9 +102,9 @@ def load_flow(
         stored = read_config(path)
         flow_config, tensors = _stored(new_flow(path, stored), path, stored)
     if isinstance(flow_config, FlowConfig) and flow_config.vid_size:
-        raise StarflowError(f"{path} makes videos, which PyTorch's twin does not know: use --backend mlx")
-    twin = STARFlow if isinstance(flow_config, FlowConfig) else TarFlow
-    return _fill(twin, flow_config, tensors, path, device, dtype)
+        raise StarflowError(f"{path} makes videos, which the PyTorch reference does not know: use --backend mlx")
+    network = STARFlow if isinstance(flow_config, FlowConfig) else TarFlow
+    return _fill(network, flow_config, tensors, path, device, dtype)
 
 
 def load_text_encoder(
@@ -142,11 +142,11 @@ def _stored(network: mlx_nn.Module, directory: Path, stored: Mapping[str, Any]) 
 
 
 def _fill(
-    twin: type[M], config: Any, tensors: dict[str, Stored], what: str | Path, device: torch.device, dtype: torch.dtype
+    kind: type[M], config: Any, tensors: dict[str, Stored], what: str | Path, device: torch.device, dtype: torch.dtype
 ) -> M:
-    """The twin with its tensors, of which one at a time is held twice; `tensors` is emptied."""
+    """The PyTorch network with its tensors, of which one at a time is held twice; `tensors` is emptied."""
     with torch.device("meta"):
-        module = twin(config)
+        module = kind(config)
     state = {}
     for name in list(tensors):
         try:

@@ -1,4 +1,4 @@
-"""PyTorch twin of `models/rope.py`: positions as rows of unit complex numbers, one a rotary pair."""
+"""PyTorch reference of `models/rope.py`: positions as rows of unit complex numbers, one a rotary pair."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ THIRD_AXIS_PAIRS = 8
 BASE = 10000.0
 
 
-def axial_table(
+def axial_frequencies(
     head_dim: int, height: int, width: int, side: int, text_length: int = 0, third_axis: bool = True
 ) -> Tensor:
-    """Angles of `text_length` text positions, then of a grid of tokens, complex64 `[text + H * W, head_dim / 2]`."""
+    """Rope frequencies of text positions, then of a grid of tokens, complex64 `[text + H * W, head_dim / 2]`."""
     pairs = head_dim // 2
     third = THIRD_AXIS_PAIRS if third_axis else 0
     axis = (pairs - third) // 2
@@ -30,8 +30,8 @@ def axial_table(
     return _unit(angles)
 
 
-def line_table(head_dim: int, length: int) -> Tensor:
-    """Angles of positions 0 to `length` - 1, complex64 `[length, head_dim / 2]`."""
+def line_frequencies(head_dim: int, length: int) -> Tensor:
+    """Rope frequencies of positions 0 to `length` - 1, complex64 `[length, head_dim / 2]`."""
     rates = BASE ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     return _unit(torch.arange(length)[:, None] * rates)
 
@@ -40,14 +40,14 @@ def _unit(angles: Tensor) -> Tensor:
     return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
 
 
-def rotate(x: Tensor, table: Tensor, half_split: bool = False) -> Tensor:
-    """Turn the rotary pairs of `[B, heads, N, D]` by a table's rows `[N, D / 2]`; float32.
+def rotate(x: Tensor, rope_frequencies: Tensor, half_split: bool = False) -> Tensor:
+    """Rotate the rotary pairs of `[B, heads, N, D]` by rope frequencies `[N, D / 2]`; float32.
 
     Pairs are dimensions (2i, 2i + 1) or, if `half_split`, (i, i + D / 2).
     """
     if half_split:
         a, b = x.float().chunk(2, dim=-1)
-        turned = torch.complex(a, b) * table
+        turned = torch.complex(a, b) * rope_frequencies
         return torch.cat([turned.real, turned.imag], dim=-1)
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * table).flatten(-2)
+    return torch.view_as_real(pairs * rope_frequencies).flatten(-2)

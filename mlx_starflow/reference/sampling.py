@@ -1,4 +1,4 @@
-"""PyTorch twin of `mlx_starflow.sampling`: KV cache, sequential and block-wise Jacobi inversion, guidance, denoising.
+"""PyTorch reference of `mlx_starflow.sampling`: KV cache, sequential and Jacobi inversion, guidance, denoising.
 
 Like the MLX code, and unlike the official release, it caches keys after their rotary positions.
 """
@@ -101,7 +101,7 @@ class BlockDecoder:
         block: FlowBlock,
         batch: int,
         length: int,
-        table: Tensor | None,
+        rope_frequencies: Tensor | None,
         condition: Condition,
         guidance: Guidance | None,
         temperature: float | Tensor = 1.0,
@@ -113,7 +113,9 @@ class BlockDecoder:
         self.first = 0 if self.start is not None else 1
         self.prefix_length = 0 if condition.prefix is None else condition.prefix.shape[1]
         positions = self.prefix_length + length
-        self.table = None if table is None else block.positions(table, positions)
+        self.rope_frequencies = (
+            None if rope_frequencies is None else block.rope_frequencies(rope_frequencies, positions)
+        )
         self.caches = [self.cache_type(positions) for _ in block.attn_blocks]
         self.evaluations = 0
         if condition.prefix is not None:
@@ -126,8 +128,8 @@ class BlockDecoder:
 
     def _transform(self, h: Tensor) -> Tensor:
         start = self.caches[0].offset
-        table = None if self.table is None else self.table[start : start + h.shape[1]]
-        return self.block.transform(h, table, self.caches, self.temperature)
+        rope_frequencies = None if self.rope_frequencies is None else self.rope_frequencies[start : start + h.shape[1]]
+        return self.block.transform(h, rope_frequencies, self.caches, self.temperature)
 
     def predict(self, x: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """(mu, log sigma) `[B, stop - start, C]` of tokens `start` to `stop`, given the tokens x `[B, N, C]`.
@@ -224,14 +226,14 @@ def sample(
     progress: bool | None = False,
     trace: SamplingTrace | None = None,
 ) -> Tensor:
-    """Invert a twin STARFlow or TarFlow, noise -> data; arguments, result and errors are `mlx_starflow.sample`'s.
+    """Invert a STARFlow or TarFlow of PyTorch, noise -> data; arguments, result and errors are `mlx_starflow.sample`'s.
 
     `method` is "sequential" or "jacobi", or the settings of one of them.
     """
     check_guidance(guidance, attn_temp)
     settings = METHODS[method]() if isinstance(method, str) and method in METHODS else method
     if not isinstance(settings, SequentialSettings | JacobiSettings):
-        raise StarflowError(f"the PyTorch twin samples by {' or '.join(METHODS)}, not by {method!r}")
+        raise StarflowError(f"the PyTorch reference samples by {' or '.join(METHODS)}, not by {method!r}")
     with torch.inference_mode():
         tokens = flow.noise_tokens(z)
         batch, length, _ = tokens.shape
@@ -247,7 +249,9 @@ def sample(
                     temperature: float | Tensor = attn_temp
                     if conditions.temper_null_only:
                         temperature = null_temperature(attn_temp, batch, z.device) if condition.guided else 1.0
-                    decoder = BlockDecoder(block, batch, length, conditions.table, condition, weight, temperature)
+                    decoder = BlockDecoder(
+                        block, batch, length, conditions.rope_frequencies, condition, weight, temperature
+                    )
                     tokens = invert_block(decoder, tokens, settings, bar.update)
                     evaluations = decoder.evaluations
                 if trace is not None:

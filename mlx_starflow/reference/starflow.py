@@ -1,4 +1,4 @@
-"""PyTorch twin of `models/starflow.py`: the same config, the same tensor names, latents `[B, H, W, C]`."""
+"""PyTorch reference of `models/starflow.py`: the same config, the same tensor names, latents `[B, H, W, C]`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.reference.flow import Condition, Conditions, FlowBlock, FlowOutput, run_blocks
-from mlx_starflow.reference.rope import axial_table
+from mlx_starflow.reference.rope import axial_frequencies
 
 if TYPE_CHECKING:
     from mlx_starflow.models.starflow import FlowConfig
@@ -41,12 +41,12 @@ class STARFlow(nn.Module):
         x = tokens.reshape(batch, height // p, width // p, p, p, -1)
         return x.permute(0, 1, 3, 2, 4, 5).reshape(batch, height, width, -1)
 
-    def positions(self, x: Tensor, text_length: int) -> Tensor:
-        """Rotary angles of the text's and the tokens' positions for latents `[B, H, W, C]`."""
+    def rope_frequencies(self, x: Tensor, text_length: int) -> Tensor:
+        """Rope frequencies of the text's and the tokens' positions for latents `[B, H, W, C]`."""
         config = self.config
         height, width = x.shape[1] // config.patch_size, x.shape[2] // config.patch_size
         side, third_axis = config.pt_seq_len, config.txt_size > 0
-        return axial_table(config.head_dim, height, width, side, text_length, third_axis).to(x.device)
+        return axial_frequencies(config.head_dim, height, width, side, text_length, third_axis).to(x.device)
 
     def conditions(self, z: Tensor, text: Tensor | None, null_text: Tensor | None, guidance: float) -> Conditions:
         """What sampling from noise `z` and text `[B, L, D]` needs; guided where blocks read text."""
@@ -63,11 +63,11 @@ class STARFlow(nn.Module):
             condition = Condition() if block.is_identity else block.condition(both if guided else text, len(z))
             condition.guided = guided
             conditions.append(condition)
-        return Conditions(self.positions(z, 0 if text is None else text.shape[1]), conditions, "quotient")
+        return Conditions(self.rope_frequencies(z, 0 if text is None else text.shape[1]), conditions, "quotient")
 
-    def forward(self, x: Tensor, text: Tensor | None = None, keep: Tensor | None = None) -> FlowOutput:
-        """Latents `[B, H, W, C]` and text embeddings `[B, L, D]` -> noise; `keep` goes to the deep block."""
-        table = self.positions(x, 0 if text is None else text.shape[1])
-        parts = run_blocks(self.blocks, self.tokens(x), text, table, keep)
+    def forward(self, x: Tensor, text: Tensor | None = None, context_mask: Tensor | None = None) -> FlowOutput:
+        """Latents `[B, H, W, C]` and text embeddings `[B, L, D]` -> noise; `context_mask` goes to the deep block."""
+        rope_frequencies = self.rope_frequencies(x, 0 if text is None else text.shape[1])
+        parts = run_blocks(self.blocks, self.tokens(x), text, rope_frequencies, context_mask)
         hidden, log_dets = ([self.latents(t, x.shape) for t in part] for part in parts)
         return FlowOutput(hidden[-1], sum(log_dets), log_dets, hidden, self.config.latent_norm_regularization)

@@ -1,4 +1,4 @@
-"""PyTorch twin of `models/t5.py`: the same config, the same tensor names, a float32 residual stream."""
+"""PyTorch reference of `models/t5.py`: the same config, the same tensor names, a float32 residual stream."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PyTorch twin of `models/tarflow.py`: the same config, the same tensor names, pictures `[B, H, W, C]`."""
+"""PyTorch reference of `models/tarflow.py`: the same config, the same tensor names, pictures `[B, H, W, C]`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class TarFlowBlock(FlowBlock):
             nn.init.zeros_(self.proj_out.weight)
             nn.init.zeros_(self.proj_out.bias)
 
-    def positions(self, table: Tensor | None, length: int) -> None:
+    def rope_frequencies(self, rope_frequencies: Tensor | None, length: int) -> None:
         """A TarFlow has no rotary positions."""
 
     def condition(self, text: Tensor | None, batch: int) -> Condition:

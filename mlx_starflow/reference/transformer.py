@@ -1,4 +1,4 @@
-"""PyTorch twin of `models/transformer.py`: attention, MLP and the layer of both, in every released variant."""
+"""PyTorch reference of `models/transformer.py`: attention, MLP and the layer of both, in every released variant."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ class Attention(nn.Module):
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
-        heads, groups, dim = config.num_heads, config.num_kv_heads, config.head_dim
-        self.heads, self.groups, self.head_dim = heads, groups, dim
+        num_heads, num_kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, dim
         self.half_split = config.hf_style_rope
         self.norm = make_norm(config.norm_type, config.channels)
-        self.qkv = nn.Linear(config.channels, (heads + 2 * groups) * dim, bias=config.use_bias)
-        self.proj = nn.Linear(heads * dim, config.channels, bias=config.use_bias)
+        self.qkv = nn.Linear(config.channels, (num_heads + 2 * num_kv_heads) * dim, bias=config.use_bias)
+        self.proj = nn.Linear(num_heads * dim, config.channels, bias=config.use_bias)
         if config.use_qk_norm:
             self.query_norm = RMSNorm(dim)
             self.key_norm = RMSNorm(dim)
@@ -68,7 +68,7 @@ class Attention(nn.Module):
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`[B, N, channels]` -> queries, keys and values `[B, heads, N, D]`, not rotated yet."""
         qkv = self.qkv(self.norm(x)).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        q, k, v = qkv.split([self.heads, self.groups, self.groups], dim=1)
+        q, k, v = qkv.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         if hasattr(self, "query_norm"):
             q, k = self.query_norm(q), self.key_norm(k)
         return q, k, v
@@ -83,7 +83,7 @@ class Attention(nn.Module):
         causal = mask is None and q.shape[2] > 1
         with torch.autocast(q.device.type, enabled=False):
             h = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=self.heads != self.groups
+                q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=self.num_heads != self.num_kv_heads
             )
         h = self.proj(h.transpose(1, 2).flatten(2).to(self.proj.weight.dtype))
         return self.post_norm(h) if hasattr(self, "post_norm") else h
@@ -91,18 +91,18 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        table: Tensor | None,
+        rope_frequencies: Tensor | None,
         mask: Tensor | None = None,
         cache: Cache | None = None,
         temperature: float | Tensor = 1.0,
     ) -> Tensor:
-        """`[B, N, channels]` and the rotary angles of these N positions; logits are divided by `temperature`,
+        """`[B, N, channels]` and the rope frequencies of these N positions; logits are divided by `temperature`,
         a number or one number a sample, `[B, 1, 1, 1]`."""
         q, k, v = self.project(x)
         # On a CPU attention's backward pass is more than twice as fast in float32 as in bfloat16.
         dtype = torch.float32 if q.requires_grad and q.device.type == "cpu" else v.dtype
-        if table is not None:
-            q, k = rotate(q, table, self.half_split), rotate(k, table, self.half_split)
+        if rope_frequencies is not None:
+            q, k = rotate(q, rope_frequencies, self.half_split), rotate(k, rope_frequencies, self.half_split)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         if cache is not None:
             k, v = cache.update_and_fetch(k, v)
@@ -145,10 +145,10 @@ class TransformerLayer(nn.Module):
     def forward(
         self,
         x: Tensor,
-        table: Tensor | None,
+        rope_frequencies: Tensor | None,
         mask: Tensor | None = None,
         cache: Cache | None = None,
         temperature: float | Tensor = 1.0,
     ) -> Tensor:
-        x = x + self.attention(x, table, mask, cache, temperature)
+        x = x + self.attention(x, rope_frequencies, mask, cache, temperature)
         return x + self.mlp(x)

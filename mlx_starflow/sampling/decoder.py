@@ -52,7 +52,7 @@ class BlockDecoder:
         block: Any,
         batch: int,
         length: int,
-        table: mx.array | None,
+        rope_frequencies: mx.array | None,
         condition: Condition,
         guidance: Guidance | None,
         temperature: float | mx.array = 1.0,
@@ -61,11 +61,11 @@ class BlockDecoder:
         """A decoder of `length` tokens; give `guidance` if, and only if, the condition is guided.
 
         Of a video with `frames` a local block decodes all frames at once: `batch` and `length` are those of
-        `FlowBlock.arrange`.
+        `FlowBlock.permute`.
         """
         self.block, self.length, self.guidance, self.frames = block, length, guidance, frames
         self.copies = 2 if guidance else 1
-        self.network = cached_network(block, batch * self.copies, length, table, condition, temperature)
+        self.network = cached_network(block, batch * self.copies, length, rope_frequencies, condition, temperature)
         self.arrays, self.own = self.network.arrays, self.network.own
         self.launch, self.evaluate = self.network.launch, self.network.evaluate
         start = block.first_input(batch * self.copies)

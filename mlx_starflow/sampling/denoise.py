@@ -28,14 +28,14 @@ def denoise(flow: Any, x: mx.array, text: mx.array | None = None, noise_std: flo
     save memory.
     """
     if denoiser := getattr(flow, "learnable_self_denoiser", None):
-        table = flow.positions(x.shape, 0 if text is None else text.shape[1])
-        result = clean(x, flow.latents(denoiser(flow.tokens(x), text, table, frame_count(x.shape)), x.shape))
+        rope_frequencies = flow.rope_frequencies(x.shape, 0 if text is None else text.shape[1])
+        result = clean(x, flow.latents(denoiser(flow.tokens(x), text, rope_frequencies, frame_count(x.shape)), x.shape))
         check_finite(result, "the denoised sample")
         return result
     noise_std = flow.config.noise_std if noise_std is None else noise_std
 
     def negative_log_likelihood(sample: mx.array, condition: mx.array | None) -> mx.array:
-        return flow(sample, condition, checkpoint=True).nll().sum() * sample.size
+        return flow(sample, condition, gradient_checkpointing=True).nll().sum() * sample.size
 
     score = mx.grad(negative_log_likelihood)
     cleaned = []

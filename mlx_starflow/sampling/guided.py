@@ -45,8 +45,8 @@ class GuidedFlow:
         temperature = self.temperature(condition, batch)
         if block.config.local:
             batch, length = batch * frames, length // frames
-        table = self.conditions.tables[index]
-        return BlockDecoder(block, batch, length, table, condition, rule, temperature, frames)
+        rope_frequencies = self.conditions.rope_frequencies[index]
+        return BlockDecoder(block, batch, length, rope_frequencies, condition, rule, temperature, frames)
 
     def temperature(self, condition: Condition, batch: int) -> float | mx.array:
         """What attention logits of a block are divided by: a number, or one a sample of a guided batch."""
@@ -59,11 +59,11 @@ class GuidedFlow:
     def predict(self, index: int, x: mx.array) -> tuple[mx.array, mx.array]:
         """(mu, log sigma) of all tokens x `[B, N, C]` of block number `index`, in data order, in one evaluation."""
         block, condition = self.flow.blocks[index], self.conditions.blocks[index]
-        x = block.arrange(x, self.frames)
+        x = block.permute(x, self.frames)
         batch, length, _ = x.shape
         inputs = mx.concatenate([x, x]) if condition.guided else x
-        table, temperature = self.conditions.tables[index], self.temperature(condition, batch)
-        raw = block.outputs(inputs, condition, table, temperature=temperature)
+        rope_frequencies, temperature = self.conditions.rope_frequencies[index], self.temperature(condition, batch)
+        raw = block.outputs(inputs, condition, rope_frequencies, temperature=temperature)
         clip, softplus = block.config.soft_clip, block.config.use_softplus
         if condition.guided:
             first = 0 if block.config.sos else 1
@@ -71,7 +71,7 @@ class GuidedFlow:
         else:
             affine = predict(raw, clip, softplus)
         mu, log_sigma = affine
-        return block.restore(mu, self.frames), block.restore(log_sigma, self.frames)
+        return block.unpermute(mu, self.frames), block.unpermute(log_sigma, self.frames)
 
     def forward(self, x: mx.array) -> mx.array:
         """Data tokens `[B, N, C]` -> noise tokens: the guided flow's forward direction."""

@@ -49,15 +49,20 @@ class CachedNetwork(Protocol):
 
 
 def cached_network(
-    block: Any, batch: int, length: int, table: mx.array | None, condition: Condition, temperature: float | mx.array
+    block: Any,
+    batch: int,
+    length: int,
+    rope_frequencies: mx.array | None,
+    condition: Condition,
+    temperature: float | mx.array,
 ) -> CachedNetwork:
     """That of a block for up to `length` tokens of `batch` sequences, by the fastest code that knows it.
 
     The other arguments are those of `FlowBlock.outputs`.
     """
     positions = length if condition.prefix is None else condition.prefix.shape[1] + length
-    table = None if table is None else block.positions(table, positions)
-    arguments = (block, batch, length, table, condition, temperature)
+    rope_frequencies = None if rope_frequencies is None else block.rope_frequencies(rope_frequencies, positions)
+    arguments = (block, batch, length, rope_frequencies, condition, temperature)
     return native.network(*arguments) or CompiledNetwork(*arguments)
 
 
@@ -71,12 +76,13 @@ class CompiledNetwork:
         block: Any,
         batch: int,
         length: int,
-        table: mx.array | None,
+        rope_frequencies: mx.array | None,
         condition: Condition,
         temperature: float | mx.array,
     ):
-        """Arguments as for `cached_network`, but that `table` holds the rotary angles of the block's positions."""
-        self.block, self.table, self.offset, self.temperature = block, table, condition.offset, temperature
+        """Arguments as for `cached_network`; `rope_frequencies` are those of the block's own positions."""
+        self.block, self.offset, self.temperature = block, condition.offset, temperature
+        self.rope_frequencies = rope_frequencies
         self.prefix_length = 0 if condition.prefix is None else condition.prefix.shape[1]
         self.caches = [KVCache(self.prefix_length + length) for _ in block.attn_blocks]
         self.pieces = compiled_pieces(block)
@@ -93,13 +99,13 @@ class CompiledNetwork:
 
     def __call__(self, tokens: mx.array) -> mx.array:
         h = self.block.embed(tokens, self.known, self.offset)
-        table = self._angles(h)
+        rope_frequencies = self._rope_frequencies(h)
         begin, *between, end = self.pieces
-        q, k, v = begin(h, table)
+        q, k, v = begin(h, rope_frequencies)
         for layer, cache, piece in zip(self.block.attn_blocks, self.caches, [*between, None], strict=True):
             attended = layer.attention.attend(q, *cache.update_and_fetch(k, v), self.temperature)
             if piece is not None:
-                h, q, k, v = piece(h, attended, table)
+                h, q, k, v = piece(h, attended, rope_frequencies)
         return end(h, attended)
 
     def remember(self, tokens: mx.array) -> None:
@@ -119,26 +125,26 @@ class CompiledNetwork:
         mx.eval(*arrays)
 
     def _remember(self, h: mx.array) -> None:
-        self.block.transform(h, self._angles(h), self.caches, self.temperature)
+        self.block.transform(h, self._rope_frequencies(h), self.caches, self.temperature)
         mx.eval([(cache.keys, cache.values) for cache in self.caches])
 
-    def _angles(self, h: mx.array) -> mx.array | None:
+    def _rope_frequencies(self, h: mx.array) -> mx.array | None:
         start = self.caches[0].offset
-        return None if self.table is None else self.table[start : start + h.shape[1]]
+        return None if self.rope_frequencies is None else self.rope_frequencies[start : start + h.shape[1]]
 
 
 def compiled_pieces(block: Any) -> list[Callable[..., Any]]:
-    """What a block computes between one attention and the next: everything that the caches have no part in.
+    """What a block computes before its first attention, between one and the next, and after the last, each compiled.
 
-    Compiled, a piece costs Python one call. The first takes (h, angles) to queries, keys and values, the last takes
-    (h, what attention gave) to raw outputs, those between both to (h, queries, keys, values).
+    Compiled, a piece costs Python one call. The first takes (h, rope frequencies) to queries, keys and values; the
+    last takes (h, what attention gave) to raw outputs; those between both to (h, queries, keys, values).
     """
     layers = block.attn_blocks
 
     def between(before: Any, layer: Any) -> Callable[..., Any]:
-        def piece(h: mx.array, attended: mx.array, table: mx.array | None) -> tuple[mx.array, ...]:
+        def piece(h: mx.array, attended: mx.array, rope_frequencies: mx.array | None) -> tuple[mx.array, ...]:
             h = before.after(h, attended)
-            return h, *layer.before(h, table)
+            return h, *layer.before(h, rope_frequencies)
 
         return mx.compile(piece)
 

@@ -126,14 +126,14 @@ def invert_block(
         advance: is called with numbers of tokens as they are done; those of a local block's frames count together.
     """
     block, frames = decoder.block, decoder.frames
-    z = decoder.own(block.arrange(z, frames))
+    z = decoder.own(block.permute(z, frames))
     x = decoder.arrays.array(z)
     parallel = frames if block.config.local else 1
     before = 0
     for done in invert_steps(decoder, z, x, settings, given):
         advance(parallel * (done - before))
         before = done
-    return block.restore(mx.array(x), frames)
+    return block.unpermute(mx.array(x), frames)
 
 
 def invert_steps(
@@ -141,7 +141,7 @@ def invert_steps(
 ) -> Iterator[int]:
     """Invert one block in x, step by step, and yield how many of its tokens are done.
 
-    `z` and x are `[B, N, C]` in the block's order (see `FlowBlock.arrange`), the decoder's `own` arrays; `given` as for
+    `z` and x are `[B, N, C]` in the block's order (see `FlowBlock.permute`), the decoder's `own` arrays; `given` as for
     `invert_block`.
     """
     start = decoder.first

@@ -149,8 +149,8 @@ def sample_frames(
 def _shallow_forward(flow: Any, x: mx.array) -> mx.array:
     """What the deep block reads of data `[B, T, H, W, C]`: tokens `[B, T * N, C]`."""
     tokens, frames = flow.tokens(x), x.shape[1]
-    for block, table in list(zip(flow.blocks, flow.tables(x.shape, 0), strict=True))[:-1]:
-        tokens, _ = block(tokens, None, table, frames=frames)
+    for block, frequencies in list(zip(flow.blocks, flow.block_rope_frequencies(x.shape, 0), strict=True))[:-1]:
+        tokens, _ = block(tokens, None, frequencies, frames=frames)
     mx.eval(tokens)
     return tokens
 
@@ -168,15 +168,15 @@ def _deep_frames(
     block, size = decoder.block, decoder.length // decoder.frames
     frames = z.shape[1] // size
     out = 0 if read is None else read.shape[1] // size
-    given = None if read is None else block.arrange(read, out)
-    z = decoder.own(block.arrange(z, frames))
+    given = None if read is None else block.permute(read, out)
+    z = decoder.own(block.permute(z, frames))
     x = decoder.arrays.array(z)
     before = out * size
     for done in invert_steps(decoder, z, x, settings, given):
         advance(done - before)
         before = done
         while out < frames and done >= (stop := min(out + frames_at_once, frames)) * size:
-            yield block.restore(mx.array(x[:, out * size : stop * size]), stop - out)
+            yield block.unpermute(mx.array(x[:, out * size : stop * size]), stop - out)
             out = stop
 
 
@@ -241,8 +241,8 @@ def _denoise_window(
     for x in (frame for source in (clean_frames, noisy) for frame in source):
         if not layers:
             shape = (x.shape[0], frames, *x.shape[2:])
-            table = flow.positions(shape, start)
-            layers = [_StreamedLayer(layer, denoiser, start, frames, table) for layer in denoiser.attn_blocks]
+            frequencies = flow.rope_frequencies(shape, start)
+            layers = [_StreamedLayer(layer, denoiser, start, frames, frequencies) for layer in denoiser.attn_blocks]
         h = denoiser.embed(flow.tokens(x))
         if prefix is not None and not layers[0].pushed:
             h = mx.concatenate([prefix, h], axis=1)
@@ -259,9 +259,12 @@ def _denoise_window(
 class _StreamedLayer:
     """A layer of the denoiser, fed frame by frame; it keeps the keys and values of the frames that are still seen."""
 
-    def __init__(self, layer: TransformerLayer, denoiser: Denoiser, start: int, frames: int, table: mx.array):
-        self.layer, self.config, self.start, self.frames, self.table = layer, denoiser.config, start, frames, table
-        self.size = (table.shape[0] - start) // frames
+    def __init__(
+        self, layer: TransformerLayer, denoiser: Denoiser, start: int, frames: int, rope_frequencies: mx.array
+    ):
+        self.layer, self.config, self.start, self.frames = layer, denoiser.config, start, frames
+        self.rope_frequencies = rope_frequencies
+        self.size = (rope_frequencies.shape[0] - start) // frames
         self.pushed = self.done = 0
         self.text: tuple[mx.array, ...] = ()
         self.seen: dict[int, tuple[mx.array, mx.array]] = {}
@@ -270,7 +273,7 @@ class _StreamedLayer:
     def push(self, h: mx.array) -> list[mx.array]:
         """The input of the next frame (of the text and the first frame) -> outputs of the frames that it completes."""
         begin = self.start + self.pushed * self.size if self.pushed else 0
-        q, k, v = self.layer.before(h, self.table[begin : begin + h.shape[1]])
+        q, k, v = self.layer.before(h, self.rope_frequencies[begin : begin + h.shape[1]])
         if not self.pushed:
             self.text = (k[:, :, : self.start], v[:, :, : self.start])
             k, v = k[:, :, self.start :], v[:, :, self.start :]

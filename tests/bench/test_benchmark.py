@@ -219,6 +219,6 @@ def test_torch_alone_is_sequential_too(model):
 
 
 @pytest.mark.torch
-def test_a_dtype_that_the_twin_lacks(model):
+def test_a_dtype_that_the_reference_lacks(model):
     with pytest.raises(StarflowError, match="float32 or bfloat16"):
         bench(model, rounds=1, against="torch", dtype="float16")

@@ -7,7 +7,7 @@ from helpers.tiny_model import write_tiny_model
 from PIL import Image
 
 from mlx_starflow.cli import main
-from mlx_starflow.media.images import read_metadata
+from mlx_starflow.media.metadata import read_metadata
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from helpers.commands import Command
 from helpers.tiny_model import tiny_flow, write_tiny_model
 
 from mlx_starflow import load
-from mlx_starflow.media.images import read_metadata
+from mlx_starflow.media.metadata import read_metadata
 from mlx_starflow.model_dir.saving import save_model
 from mlx_starflow.model_dir.weights import parameters
 from mlx_starflow.sampling import JacobiSettings, SamplingPlan, SequentialSettings

@@ -8,7 +8,7 @@ from helpers.commands import Command
 from helpers.tiny_model import write_tiny_model, write_tiny_video_model
 from PIL import Image
 
-from mlx_starflow.media.images import read_metadata
+from mlx_starflow.media.metadata import read_metadata
 from mlx_starflow.media.videos import VideoWriter, read_video
 
 video = Command("video")

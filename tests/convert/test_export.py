@@ -286,17 +286,17 @@ def test_torch_loads_odd_tensors(limit, tmp_path, monkeypatch):
 
 @pytest.mark.torch
 @pytest.mark.parametrize("case", [case for case in CASES if case != "t2v" and not case.startswith("tarflow")])
-def test_the_twin_runs_it(case, tmp_path, golden):
+def test_the_reference_runs_it(case, tmp_path, golden):
     torch = pytest.importorskip("torch")
     from mlx_starflow.reference.starflow import STARFlow
 
     model = convert(case, tmp_path / "model")
-    twin = STARFlow(FlowConfig.from_dict(read_config(model)))
-    twin.load_state_dict(torch.load(export_model(model, tmp_path / "out.pth"), weights_only=True), strict=True)
+    torch_model = STARFlow(FlowConfig.from_dict(read_config(model)))
+    torch_model.load_state_dict(torch.load(export_model(model, tmp_path / "out.pth"), weights_only=True), strict=True)
     arrays = golden(case).arrays
     x, y = (torch.from_numpy(arrays[name].copy()) for name in ("x", "y"))
     with torch.no_grad():
-        z = twin(x, y).z.numpy()
+        z = torch_model(x, y).z.numpy()
     assert np.abs(z - arrays["z"]).max() < 1e-5 * np.abs(arrays["z"]).max()
 
 

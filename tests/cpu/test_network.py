@@ -59,12 +59,12 @@ def networks(name: str, batch: int = 2, block: FlowBlock | None = None) -> list:
     labels = mx.arange(batch) % 4 if name.startswith("tarflow") else None
     condition = block.condition(labels if text is None else text, batch)
     positions = LENGTH if text is None else PREFIX + LENGTH
-    table = None
+    rope_frequencies = None
     if name not in ("tarflow", "tarflow_vp", "no_rotation"):
         angles = draw(2, positions, block.config.head_dim // 2)
-        table = mx.cos(angles) + 1j * mx.sin(angles)
+        rope_frequencies = mx.cos(angles) + 1j * mx.sin(angles)
     temperature = mx.array([0.8, 1.3] * (batch // 2)).reshape(-1, 1, 1, 1) if batch > 1 else 1.2
-    arguments = (block, batch, LENGTH, table, condition, temperature)
+    arguments = (block, batch, LENGTH, rope_frequencies, condition, temperature)
     return [native.network(*arguments), CompiledNetwork(*arguments)]
 
 

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.torch
 
 SCRIPT = EXAMPLES / "speed_report.py"
 SMALL = "--rounds 1 --tune 1 --width 64 --layers 1 1 --side 4 --text 3 --long-side 4 --steps 3".split()
-OFFICIAL = ["official, sequential", "official, jacobi", "twin, sequential", "twin, jacobi"]
+OFFICIAL = ["official, sequential", "official, jacobi", "reference, sequential", "reference, jacobi"]
 STRICT = ["official, jacobi, as right as auto"]
 OURS = ["mlx, sequential", "mlx, jacobi", "mlx, rolling", "mlx, auto"]
 EQUAL = [
@@ -34,10 +34,10 @@ def test_both_models(tmp_path):
     for table in (random, trained):
         rows = {row[0]: row for row in table}
         certificates = {name: float(row[5].split(",")[0]) for name, row in rows.items()}
-        for program in ("official", "twin", "mlx"):
+        for program in ("official", "reference", "mlx"):
             assert rows[f"{program}, sequential"][4] == "16 + 16 = 32"
             assert certificates[f"{program}, sequential"] < 1e-3
-        assert rows["official, jacobi"][4] == rows["twin, jacobi"][4]
+        assert rows["official, jacobi"][4] == rows["reference, jacobi"][4]
         assert certificates["mlx, auto"] <= 1.01e-2
     least = 2 * certificates["mlx, sequential"]
     assert certificates[STRICT[0]] <= 1.01e-2 and certificates[EQUAL[0]] <= 1.01e-2

@@ -1,4 +1,4 @@
-"""Sampling a twin STARFlow with the official release's algorithm, to be timed against.
+"""Sampling a STARFlow in PyTorch with the official release's algorithm, to be timed against.
 
 What differs from `mlx_starflow.reference.sampling`: the cache holds keys before their rotary positions and grows by
 concatenation, so every network evaluation copies all of it and turns all of it to its positions again. Guidance runs
@@ -50,8 +50,8 @@ class OfficialDecoder(BlockDecoder):
             attention = layer.attention
             q, k, v = attention.project(h)
             keys, values = cache.update_and_fetch(k, v)
-            keys = rotate(keys, self.table[:stop], attention.half_split).to(v.dtype)
-            q = rotate(q, self.table[start:stop], attention.half_split).to(v.dtype)
+            keys = rotate(keys, self.rope_frequencies[:stop], attention.half_split).to(v.dtype)
+            q = rotate(q, self.rope_frequencies[start:stop], attention.half_split).to(v.dtype)
             h = h + attention.attend(q, keys, values, mask, self.temperature)
             h = h + layer.mlp(h)
         return h
@@ -83,7 +83,7 @@ def sample(
             evaluations.append(0)
             continue
         rule = Guidance(guide, guidance) if condition.guided else None
-        decoder = OfficialDecoder(block, batch, length, conditions.table, condition, rule)
+        decoder = OfficialDecoder(block, batch, length, conditions.rope_frequencies, condition, rule)
         tokens = invert_block(decoder, tokens, settings)
         evaluations.append(decoder.evaluations)
     return flow.latents(tokens, z.shape), evaluations

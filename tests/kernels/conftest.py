@@ -16,7 +16,7 @@ needs_shim = pytest.mark.skipif(metal_shim.COMPILER is None, reason="g++ is not 
 
 @pytest.fixture
 def kernels_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], AbstractContextManager[None]]]:
-    """`with kernels_on(): ...` runs kernels; outside of it their twins run."""
+    """`with kernels_on(): ...` runs kernels; outside of it the plain versions run."""
     if not mx.metal.is_available():
         if metal_shim.COMPILER is None:
             pytest.skip("there is neither a Metal GPU nor g++")

@@ -1,4 +1,4 @@
-"""Clip, softplus, guidance and the affine map: the twin against the formula, the kernels against the twin."""
+"""Clip, softplus, guidance and the affine map: plain MLX against the formula, the kernels against plain MLX."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mlx_starflow.sampling import guidance
 
 WEIGHT = 1.7
 BOUND = 4e-6 if mx.metal.is_available() else 1e-6
-"""Of the difference between kernel and twin, relative to the terms. Metal's own exp, log and tanh are good to 4 ulp."""
+"""Of the difference between kernel and plain MLX, relative to the terms. Metal's own exp, log and tanh are good to 4 ulp."""
 
 SHAPES = [(1, 1, 1), (2, 1, 16), (3, 7, 5), (1, 37, 11)]
 DTYPES = [mx.float32, mx.float16, mx.bfloat16]
@@ -63,7 +63,7 @@ def check(actual: mx.array, expected: mx.array, size: np.ndarray) -> None:
 
 @pytest.mark.parametrize(("clip", "softplus"), PARAMETRIZATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_twin_is_the_formula(clip, softplus, dtype):
+def test_plain_version_is_the_formula(clip, softplus, dtype):
     raw, x = raw_outputs(2, 5, 3, dtype), normal(1, 2, 5, 3)
     mu, log_sigma = numpy_map(raw, clip, softplus)
     z, log_det = affine_forward(raw, x, clip, softplus)
@@ -92,7 +92,7 @@ def test_guidance_is_that_of_the_samplers(weight):
 
 
 @pytest.mark.parametrize(("clip", "softplus"), PARAMETRIZATIONS)
-def test_forward_kernel_is_its_twin(kernels_on, clip, softplus):
+def test_forward_kernel_is_the_plain_version(kernels_on, clip, softplus):
     for dtype in DTYPES:
         for batch, length, channels in SHAPES:
             raw, x = raw_outputs(batch, length, channels, dtype), normal(1, batch, length, channels)
@@ -107,7 +107,7 @@ def test_forward_kernel_is_its_twin(kernels_on, clip, softplus):
 
 @pytest.mark.parametrize(("rule", "what"), GUIDED)
 @pytest.mark.parametrize(("clip", "softplus"), PARAMETRIZATIONS)
-def test_inverse_kernels_are_their_twins(kernels_on, clip, softplus, rule, what):
+def test_inverse_kernels_are_the_plain_versions(kernels_on, clip, softplus, rule, what):
     for number, (batch, length, channels) in enumerate(SHAPES):
         raw = raw_outputs(batch * (2 if rule else 1), length, channels, DTYPES[(number + 1) % 3])
         z = normal(1, batch, length, channels)
@@ -150,7 +150,7 @@ def test_extreme_outputs(kernels_on, clip, softplus):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rule", "what"), GUIDED)
-def test_gradients_are_the_twins(kernels_on, rule, what, dtype):
+def test_gradients_are_those_of_the_plain_version(kernels_on, rule, what, dtype):
     raw, x = raw_outputs(2 if rule is None else 4, 3, 5, dtype), normal(1, 2, 3, 5)
     weight = annealed(2, 3, False)
     cotangents = [normal(key, 2, 3, 5) for key in (2, 3)]

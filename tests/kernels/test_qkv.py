@@ -1,4 +1,4 @@
-"""Splitting heads, norms and rotary positions: the twin against the formula, the kernel against the twin."""
+"""Splitting heads, norms and rotary positions: plain MLX against the formula, the kernel against plain MLX."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from mlx_starflow.kernels.plain import MANY_NUMBERS, rotate
-from mlx_starflow.kernels.qkv import split_rotate, split_rotate_twin
-from mlx_starflow.models.rope import line_table
+from mlx_starflow.kernels.qkv import split_rotate, split_rotate_plain
+from mlx_starflow.models.rope import line_frequencies
 
 DTYPES = [mx.float32, mx.float16, mx.bfloat16]
 SPACING = {mx.float16: 2.0**-10, mx.bfloat16: 2.0**-7}
@@ -20,11 +20,17 @@ def normal(key: int, *shape: int, dtype: mx.Dtype = mx.float32) -> mx.array:
 
 
 def arguments(
-    batch: int, length: int, heads: int, groups: int, dim: int, norm: bool = False, dtype: mx.Dtype = mx.float32
+    batch: int,
+    length: int,
+    num_heads: int,
+    num_kv_heads: int,
+    dim: int,
+    norm: bool = False,
+    dtype: mx.Dtype = mx.float32,
 ) -> list[mx.array]:
-    qkv = normal(0, batch, length, (heads + 2 * groups) * dim, dtype=dtype)
+    qkv = normal(0, batch, length, (num_heads + 2 * num_kv_heads) * dim, dtype=dtype)
     weights = [0.3 * normal(key, dim, dtype=dtype) for key in (1, 2)]
-    return [qkv, line_table(dim, length + 3)[3:], *(weights if norm else [])]
+    return [qkv, line_frequencies(dim, length + 3)[3:], *(weights if norm else [])]
 
 
 def pairs(x: np.ndarray, half_split: bool) -> np.ndarray:
@@ -49,13 +55,13 @@ def check(actual: mx.array, expected: mx.array, half_split: bool) -> None:
 
 @pytest.mark.parametrize("half_split", [False, True])
 @pytest.mark.parametrize("norm", [False, True])
-@pytest.mark.parametrize(("heads", "groups", "dim"), [(3, 1, 16), (2, 2, 6)])
-def test_twin_is_the_formula(heads, groups, dim, norm, half_split):
-    inputs = arguments(2, 5, heads, groups, dim, norm)
-    parts = split_rotate(*inputs, heads=heads, groups=groups, half_split=half_split)
-    assert [part.shape for part in parts] == [(2, count, 5, dim) for count in (heads, groups, groups)]
-    x = array(inputs[0]).reshape(2, 5, heads + 2 * groups, dim).transpose(0, 2, 1, 3)
-    expected = np.split(x, [heads, heads + groups], axis=1)
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "dim"), [(3, 1, 16), (2, 2, 6)])
+def test_plain_version_is_the_formula(num_heads, num_kv_heads, dim, norm, half_split):
+    inputs = arguments(2, 5, num_heads, num_kv_heads, dim, norm)
+    parts = split_rotate(*inputs, num_heads=num_heads, num_kv_heads=num_kv_heads, half_split=half_split)
+    assert [part.shape for part in parts] == [(2, count, 5, dim) for count in (num_heads, num_kv_heads, num_kv_heads)]
+    x = array(inputs[0]).reshape(2, 5, num_heads + 2 * num_kv_heads, dim).transpose(0, 2, 1, 3)
+    expected = np.split(x, [num_heads, num_heads + num_kv_heads], axis=1)
     for index, weight in enumerate(inputs[2:]):
         square = np.square(expected[index]).mean(-1, keepdims=True)
         expected[index] = expected[index] / np.sqrt(square + 1e-6) * (1 + array(weight))
@@ -72,7 +78,7 @@ def test_twin_is_the_formula(heads, groups, dim, norm, half_split):
 
 def test_without_positions_heads_are_only_split():
     qkv = normal(0, 2, 5, 4 * 7)
-    q, k, v = split_rotate(qkv, None, heads=2, groups=1)
+    q, k, v = split_rotate(qkv, None, num_heads=2, num_kv_heads=1)
     x = np.array(qkv).reshape(2, 5, 4, 7).transpose(0, 2, 1, 3)
     for part, wanted in zip((q, k, v), np.split(x, [2, 3], axis=1), strict=True):
         assert np.array_equal(np.array(part), wanted)
@@ -81,18 +87,18 @@ def test_without_positions_heads_are_only_split():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_few_and_many_pairs_turn_alike(dtype):
     """Large arrays are turned in another way on the CPU."""
-    x, table = normal(0, 2, 4, 64, 64, dtype=dtype), line_table(64, 64)
+    x, rope_frequencies = normal(0, 2, 4, 64, 64, dtype=dtype), line_frequencies(64, 64)
     assert x.size >= MANY_NUMBERS > x[:, :1].size
-    parts = mx.concatenate([rotate(x[:, head : head + 1], table) for head in range(4)], axis=1)
-    assert np.array_equal(array(rotate(x, table)), array(parts))
+    parts = mx.concatenate([rotate(x[:, head : head + 1], rope_frequencies) for head in range(4)], axis=1)
+    assert np.array_equal(array(rotate(x, rope_frequencies)), array(parts))
     cotangent = normal(1, *x.shape, dtype=dtype)
-    (gradient,) = mx.vjp(lambda y: rotate(y, table), [x], [cotangent])[1]
-    assert np.array_equal(array(gradient), array(rotate(cotangent, mx.conjugate(table))))
+    (gradient,) = mx.vjp(lambda y: rotate(y, rope_frequencies), [x], [cotangent])[1]
+    assert np.array_equal(array(gradient), array(rotate(cotangent, mx.conjugate(rope_frequencies))))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("heads", "groups", "dim", "norm", "half_split"),
+    ("num_heads", "num_kv_heads", "dim", "norm", "half_split"),
     [
         (4, 4, 64, False, False),  # the released image model's kind of head
         (4, 4, 64, True, False),
@@ -105,24 +111,26 @@ def test_few_and_many_pairs_turn_alike(dtype):
         (1, 1, 2, False, False),
     ],
 )
-def test_kernel_is_its_twin(kernels_on, heads, groups, dim, norm, half_split, dtype):
-    options = {"heads": heads, "groups": groups, "half_split": half_split}
+def test_kernel_is_the_plain_version(kernels_on, num_heads, num_kv_heads, dim, norm, half_split, dtype):
+    options = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "half_split": half_split}
     for batch, length in ((1, 1), (2, 1), (3, 7), (2, 33)):
-        inputs = arguments(batch, length, heads, groups, dim, norm, dtype)
+        inputs = arguments(batch, length, num_heads, num_kv_heads, dim, norm, dtype)
         with kernels_on():
             parts = split_rotate(*inputs, **options)
-        for part, wanted in zip(parts, split_rotate_twin(*inputs, **options), strict=True):
+        for part, wanted in zip(parts, split_rotate_plain(*inputs, **options), strict=True):
             check(part, wanted, half_split)
-        assert np.array_equal(array(parts[2]), array(split_rotate_twin(*inputs, **options)[2]))
+        assert np.array_equal(array(parts[2]), array(split_rotate_plain(*inputs, **options)[2]))
 
 
 def test_kernel_takes_slices(kernels_on):
-    """Of tables, as samplers make them, and of projections."""
-    table = line_table(8, 40)
+    """Of rope frequencies, as samplers make them, and of projections."""
+    rope_frequencies = line_frequencies(8, 40)
     wide = normal(0, 2, 5, 50)
     with kernels_on():
-        parts = split_rotate(wide[:, 1:4, 1:41], table[17:20], heads=3, groups=1)
-    expected = split_rotate_twin(mx.array(np.array(wide)[:, 1:4, 1:41]), table[17:20], heads=3, groups=1)
+        parts = split_rotate(wide[:, 1:4, 1:41], rope_frequencies[17:20], num_heads=3, num_kv_heads=1)
+    expected = split_rotate_plain(
+        mx.array(np.array(wide)[:, 1:4, 1:41]), rope_frequencies[17:20], num_heads=3, num_kv_heads=1
+    )
     for part, wanted in zip(parts, expected, strict=True):
         check(part, wanted, False)
 
@@ -130,31 +138,31 @@ def test_kernel_takes_slices(kernels_on):
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 @pytest.mark.parametrize("half_split", [False, True])
 @pytest.mark.parametrize("norm", [False, True])
-def test_gradient_is_the_twins(kernels_on, norm, half_split, dtype):
+def test_gradient_is_those_of_the_plain_version(kernels_on, norm, half_split, dtype):
     inputs = arguments(2, 3, 3, 1, 16, norm, dtype)
-    table = inputs.pop(1)
-    options = {"heads": 3, "groups": 1, "half_split": half_split}
+    rope_frequencies = inputs.pop(1)
+    options = {"num_heads": 3, "num_kv_heads": 1, "half_split": half_split}
     cotangents = [normal(key, 2, count, 3, 16, dtype=dtype) for key, count in ((5, 3), (6, 1), (7, 1))]
 
     def gradients(function) -> list[mx.array]:
-        return mx.vjp(lambda qkv, *norm: list(function(qkv, table, *norm, **options)), inputs, cotangents)[1]
+        return mx.vjp(lambda qkv, *norm: list(function(qkv, rope_frequencies, *norm, **options)), inputs, cotangents)[1]
 
     with kernels_on():
         actual = gradients(split_rotate)
-    for gradient, wanted in zip(actual, gradients(split_rotate_twin), strict=True):
+    for gradient, wanted in zip(actual, gradients(split_rotate_plain), strict=True):
         assert gradient.dtype == wanted.dtype == dtype
         assert np.array_equal(array(gradient), array(wanted))
 
 
 def test_gradient_of_one_part_alone(kernels_on):
     """What a loss does not read has no cotangent."""
-    qkv, table = arguments(2, 3, 3, 1, 16)
+    qkv, rope_frequencies = arguments(2, 3, 3, 1, 16)
 
     def loss(function, x: mx.array) -> mx.array:
-        return mx.square(function(x, table, heads=3, groups=1)[1]).sum()
+        return mx.square(function(x, rope_frequencies, num_heads=3, num_kv_heads=1)[1]).sum()
 
     with kernels_on():
         actual = mx.grad(lambda x: loss(split_rotate, x))(qkv)
         second = mx.grad(lambda x: mx.square(mx.grad(lambda y: loss(split_rotate, y))(x)).sum())(qkv)
-    assert np.abs(array(actual - mx.grad(lambda x: loss(split_rotate_twin, x))(qkv))).max() < 1e-5
+    assert np.abs(array(actual - mx.grad(lambda x: loss(split_rotate_plain, x))(qkv))).max() < 1e-5
     assert mx.isfinite(second).all().item()

@@ -1,4 +1,4 @@
-"""Which of a kernel and its twin runs, and that whole models give the same numbers with either."""
+"""Which of a kernel and its plain version runs, and that whole models give the same numbers with either."""
 
 from __future__ import annotations
 

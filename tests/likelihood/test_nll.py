@@ -93,7 +93,7 @@ def test_what_cannot_be_scored(tiny_flow):
 
 
 def test_quantized_flows_are_scored():
-    from model_directories import wide_flow
+    from helpers.model_directories import wide_flow
 
     flow = wide_flow()
     x = latents(flow)

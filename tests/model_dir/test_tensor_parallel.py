@@ -178,7 +178,7 @@ def test_parts_must_be_whole():
     quantize_module(flow, "mxfp8")
     with pytest.raises(StarflowError, match="3 groups of quantized weights cannot be split into 2 parts"):
         shard(flow, Ranks(2), "x")
-    assert flow.blocks[0].attn_blocks[0].attention.heads == 6, "nothing is done by halves"
+    assert flow.blocks[0].attn_blocks[0].attention.num_heads == 6, "nothing is done by halves"
 
 
 def test_what_cannot_be_split(models):

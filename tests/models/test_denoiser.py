@@ -32,7 +32,7 @@ def inputs(denoiser: Denoiser) -> tuple[mx.array, mx.array | None, mx.array]:
     return x, text, mx.cos(angles) + 1j * mx.sin(angles)
 
 
-def masked(denoiser: Denoiser, x: mx.array, text: mx.array | None, table: mx.array) -> mx.array:
+def masked(denoiser: Denoiser, x: mx.array, text: mx.array | None, rope_frequencies: mx.array) -> mx.array:
     """The same network with one mask over everything, by the release's rule."""
     config = denoiser.config
     h, start = denoiser.embed(x), 0
@@ -45,7 +45,7 @@ def masked(denoiser: Denoiser, x: mx.array, text: mx.array | None, table: mx.arr
     last = np.maximum(q, 0) // SIZE + config.look_ahead
     seen = (k < 0) | ((k // SIZE >= q // SIZE + config.look_ahead - window) & (k // SIZE <= last))
     for layer in denoiser.attn_blocks:
-        queries, keys, values = layer.before(h, table)
+        queries, keys, values = layer.before(h, rope_frequencies)
         scale = config.head_dim**-0.5
         out = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mx.array(seen))
         h = layer.after(h, out.transpose(0, 2, 1, 3).reshape(*h.shape[:2], -1))
@@ -56,18 +56,21 @@ def masked(denoiser: Denoiser, x: mx.array, text: mx.array | None, table: mx.arr
 @pytest.mark.parametrize(("look_ahead", "window"), [(0, 1), (0, 3), (0, None), (1, 1), (1, 2), (1, None), (2, 3)])
 def test_slices_are_the_mask(look_ahead, window, txt_dim):
     denoiser = make(look_ahead, window, txt_dim)
-    x, text, table = inputs(denoiser)
-    expected = masked(denoiser, x, text, table)
-    assert mx.abs(denoiser(x, text, table, FRAMES) - expected).max().item() < 1e-5 * mx.abs(expected).max().item()
+    x, text, rope_frequencies = inputs(denoiser)
+    expected = masked(denoiser, x, text, rope_frequencies)
+    assert (
+        mx.abs(denoiser(x, text, rope_frequencies, FRAMES) - expected).max().item()
+        < 1e-5 * mx.abs(expected).max().item()
+    )
 
 
 def test_checkpointed_gradients_are_the_same():
     denoiser = make(1, 2)
-    x, text, table = inputs(denoiser)
+    x, text, rope_frequencies = inputs(denoiser)
 
     def loss(parameters, x, checkpoint):
         denoiser.update(parameters)
-        return mx.square(denoiser(x, text, table, FRAMES, checkpoint)).mean()
+        return mx.square(denoiser(x, text, rope_frequencies, FRAMES, checkpoint)).mean()
 
     plain, with_checkpoints = (
         mx.grad(loss, argnums=(0, 1))(denoiser.trainable_parameters(), x, checkpoint) for checkpoint in (False, True)
@@ -78,14 +81,14 @@ def test_checkpointed_gradients_are_the_same():
 
 def test_a_new_denoiser_changes_nothing():
     config = make(1, 2).config
-    x, text, table = inputs(make(1, 2))
-    assert not Denoiser(config)(x, text, table, FRAMES).any()
+    x, text, rope_frequencies = inputs(make(1, 2))
+    assert not Denoiser(config)(x, text, rope_frequencies, FRAMES).any()
 
 
 def test_mistakes():
     with pytest.raises(StarflowError, match="denoiser_window must be 2 or more"):
         make(2, 1)
     denoiser = make(1, 2)
-    x, _, table = inputs(denoiser)
+    x, _, rope_frequencies = inputs(denoiser)
     with pytest.raises(StarflowError, match="this denoiser reads text"):
-        denoiser(x, None, table, FRAMES)
+        denoiser(x, None, rope_frequencies, FRAMES)

@@ -9,7 +9,7 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_starflow.models.gradient_checkpointing import checkpoint, weights_first
+from mlx_starflow.models.gradient_checkpointing import checkpointed, weights_first
 
 
 def layers(count: int) -> list[nn.Module]:
@@ -40,9 +40,9 @@ def test_the_gradients_are_the_same(ordered, frozen):
     expected, expected_x = gradients(model, x, lambda layer: layer)
     if ordered:
         with weights_first():
-            found, found_x = gradients(model, x, checkpoint)
+            found, found_x = gradients(model, x, checkpointed)
     else:
-        found, found_x = gradients(model, x, checkpoint)
+        found, found_x = gradients(model, x, checkpointed)
     assert found.keys() == expected.keys() and len(found) == 4 * (3 - len(frozen))
     for name, gradient in expected.items():
         assert mx.allclose(found[name], gradient, rtol=1e-5, atol=1e-7), name
@@ -53,7 +53,7 @@ def test_constants_and_what_the_layer_holds_afterwards():
     (layer,) = layers(1)
     held = dict(tree_flatten(layer.parameters()))
     x = mx.ones((2, 32))
-    run = checkpoint(layer, lambda h, scale, nothing: scale * layer(h))
+    run = checkpointed(layer, lambda h, scale, nothing: scale * layer(h))
     found = mx.grad(lambda x: run(x, 3.0, None).sum())(x)
     assert mx.allclose(found, mx.grad(lambda x: 3 * layer(x).sum())(x), rtol=1e-5)
     assert all(weight is held[name] for name, weight in tree_flatten(layer.parameters()))
@@ -70,7 +70,7 @@ def test_only_inputs_are_kept():
         before = mx.get_active_memory()
         mx.reset_peak_memory()
         with weights_first():
-            mx.eval(gradients(model, x, checkpoint))
+            mx.eval(gradients(model, x, checkpointed))
         peaks[count] = mx.get_peak_memory() - before
     weights = sum(weight.nbytes for _, weight in tree_flatten(model.parameters())) / 12
     assert peaks[12] - peaks[4] < 8 * (1.5 * x.nbytes + weights)

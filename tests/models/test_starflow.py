@@ -52,7 +52,7 @@ def test_forward_is_the_official_one(golden, case, prefix):
             assert not golden.arrays[f"{prefix}logdet.{index}"].any() and not np.array(tokens).any()
             continue
         expected = golden.arrays[f"{prefix}logdet.{index}"]
-        own = block.arrange(tokens, frame_count(x.shape)).reshape(expected.shape)
+        own = block.permute(tokens, frame_count(x.shape)).reshape(expected.shape)
         assert golden.relative_error(own, f"{prefix}logdet.{index}") < 1e-5
     assert np.array_equal(np.array(out.log_det), np.array(sum(out.block_log_dets)))
 
@@ -161,25 +161,25 @@ def test_blocks_are_causal_in_their_own_order(tiny):
     flow = tiny.flow
     tokens = flow.tokens(tiny.x)
     text_length = 0 if tiny.text is None or tiny.text.ndim == 1 else tiny.text.shape[1]
-    table = None if tiny.text is not None and tiny.text.ndim == 1 else _table(tiny, text_length)
+    rope_frequencies = None if tiny.text is not None and tiny.text.ndim == 1 else _rope_frequencies(tiny, text_length)
     count = tokens.shape[1]
     for block in flow.blocks:
         if block.is_identity:
             continue
         order = list(range(count))[:: -1 if block.config.flip else 1]
-        z, log_det = (np.array(a) for a in block(tokens, tiny.text, table))
+        z, log_det = (np.array(a) for a in block(tokens, tiny.text, rope_frequencies))
         for n in (0, 2, count - 1):
             changed = np.array(tokens)
             changed[:, order[n]] += 1.0
-            other_z, other_log_det = (np.array(a) for a in block(mx.array(changed), tiny.text, table))
+            other_z, other_log_det = (np.array(a) for a in block(mx.array(changed), tiny.text, rope_frequencies))
             assert np.array_equal(other_z[:, order[:n]], z[:, order[:n]])
             # A token's own mean and scale do not depend on it either.
             assert np.array_equal(other_log_det[:, order[: n + 1]], log_det[:, order[: n + 1]])
             assert (np.abs(other_z[:, order[n:]] - z[:, order[n:]]).max(axis=(0, 2)) > 0).all()
 
 
-def _table(tiny, text_length):
-    return tiny.flow.positions(tiny.x.shape, text_length) if isinstance(tiny.flow, STARFlow) else None
+def _rope_frequencies(tiny, text_length):
+    return tiny.flow.rope_frequencies(tiny.x.shape, text_length) if isinstance(tiny.flow, STARFlow) else None
 
 
 def test_only_the_deep_block_reads_text_unless_told(tiny_flow):
@@ -217,13 +217,13 @@ def test_keep_hides_inputs_of_the_deep_block(tiny_flow):
     x, text = tiny.x, tiny.text
     plain = tiny.flow(x, text)
     count = x.shape[1] * x.shape[2]
-    kept = tiny.flow(x, text, keep=mx.ones((2, count)))
+    kept = tiny.flow(x, text, context_mask=mx.ones((2, count)))
     assert np.array_equal(np.array(kept.z), np.array(plain.z))
 
     # Input n is the token before token n; sample 1 stays whole.
-    keep = np.ones((2, count), np.float32)
-    keep[0, 3] = 0
-    hidden = tiny.flow(x, text, keep=mx.array(keep))
+    context_mask = np.ones((2, count), np.float32)
+    context_mask[0, 3] = 0
+    hidden = tiny.flow(x, text, context_mask=mx.array(context_mask))
     assert tiny.flow.config.blocks[-1].flip
     change = np.abs(np.array(hidden.block_log_dets[-1] - plain.block_log_dets[-1])).reshape(2, count, -1).max(-1)
     change = change[:, ::-1]
@@ -232,7 +232,7 @@ def test_keep_hides_inputs_of_the_deep_block(tiny_flow):
         assert np.array_equal(np.array(before), np.array(after))
 
     # With no input left, the deep block's scale depends on text and position alone.
-    blind = [tiny.flow(v, text, keep=mx.zeros((2, count))).block_log_dets[-1] for v in (x, x + 1)]
+    blind = [tiny.flow(v, text, context_mask=mx.zeros((2, count))).block_log_dets[-1] for v in (x, x + 1)]
     assert np.array_equal(np.array(blind[0]), np.array(blind[1]))
 
 

@@ -91,20 +91,20 @@ def test_a_row_of_padding_only_stays_finite(dtype):
 
 # MLX's CPU backend adds up quantized products in the dtype of the scales: four times a dense layer's error and more.
 @pytest.mark.parametrize(("dtype", "bound"), [(mx.float32, 1e-5), (mx.bfloat16, 0.2), (mx.float16, 0.02)])
-def test_quantized_is_its_dequantized_twin(dtype, bound):
+def test_quantized_is_the_dequantized_encoder(dtype, bound):
     encoder = load_encoder(dtype=dtype)
     linears = {name for name, module in encoder.named_modules() if isinstance(module, nn.Linear)}
     nn.quantize(encoder, 32, 8, class_predicate=lambda name, _: name in linears or name == "shared")
-    twin, weights = load_encoder(), []
+    dense, weights = load_encoder(), []
     for name, module in encoder.named_modules():
         if name in linears or name == "shared":
             parts = (array.astype(mx.float32) for array in (module.scales, module.biases))
             weight = mx.dequantize(module.weight, *parts, group_size=32, bits=8)
             weights.append((f"{name}.weight", weight))
-    twin.load_weights(weights, strict=False)
+    dense.load_weights(weights, strict=False)
     hidden = encoder.encode(IDS, MASK)
     assert hidden.dtype == dtype
-    assert largest_error(hidden, np.array(twin.encode(IDS, MASK))) < bound
+    assert largest_error(hidden, np.array(dense.encode(IDS, MASK))) < bound
 
 
 def test_relative_position_buckets():

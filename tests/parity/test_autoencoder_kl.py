@@ -1,11 +1,11 @@
-"""The MLX autoencoder against its PyTorch twin, on configs drawn from the whole space."""
+"""The MLX autoencoder against the PyTorch reference, on configs drawn from the whole space."""
 
 from __future__ import annotations
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers.twins import DEVICES, difference, give_weights, relative, to_torch
+from helpers.torch_reference import DEVICES, difference, give_weights, relative, to_torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
@@ -32,8 +32,8 @@ CONFIGS = st.fixed_dictionaries(
 )
 
 
-def make_twins(values: dict, seed: int, device: str) -> tuple:
-    from mlx_starflow.reference.autoencoder_kl import AutoencoderKL as Twin
+def make_pair(values: dict, seed: int, device: str) -> tuple:
+    from mlx_starflow.reference.autoencoder_kl import AutoencoderKL as Reference
 
     rng = np.random.default_rng(seed)
     if values.pop("statistics"):
@@ -47,29 +47,29 @@ def make_twins(values: dict, seed: int, device: str) -> tuple:
         scale = 0.2 if value.ndim == 1 else np.prod(value.shape[1:]) ** -0.5
         weights.append((name, (value if value.ndim == 1 else 0) + float(scale) * noise))
     vae.load_weights(weights)
-    return vae, give_weights(Twin(vae.config), vae, device)
+    return vae, give_weights(Reference(vae.config), vae, device)
 
 
 @pytest.mark.slow
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(values=CONFIGS, size=st.sampled_from([(2, 2), (4, 3), (2, 5)]), seed=st.integers(0, 2**16))
-def test_mlx_equals_its_twin(values, size, seed, device):
-    vae, twin = make_twins(dict(values), seed, device)
+def test_mlx_equals_the_reference(values, size, seed, device):
+    vae, torch_model = make_pair(dict(values), seed, device)
     rng = np.random.default_rng(seed)
     step = vae.config.downscale
     pictures = rng.uniform(-1, 1, (2, size[0] * step, size[1] * step, vae.config.in_channels)).astype(np.float32)
     latents = rng.standard_normal((2, *size, vae.config.latent_channels)).astype(np.float32)
-    pictures_twin, latents_twin = (to_torch(array, device).requires_grad_() for array in (pictures, latents))
+    pictures_torch, latents_torch = (to_torch(array, device).requires_grad_() for array in (pictures, latents))
     pictures, latents = mx.array(pictures), mx.array(latents)
 
-    posterior, (mean, logvar) = vae.encode(pictures), twin.encode(pictures_twin)
+    posterior, (mean, logvar) = vae.encode(pictures), torch_model.encode(pictures_torch)
     assert relative(posterior.mean, mean.permute(0, 2, 3, 1)) < 1e-5
     assert relative(posterior.logvar, logvar.permute(0, 2, 3, 1)) < 1e-5
-    decoded = twin.decode(latents_twin)
+    decoded = torch_model.decode(latents_torch)
     assert difference(vae.decode(latents), decoded.permute(0, 2, 3, 1)) < 1e-4
     assert relative(vae.decode(latents), decoded.permute(0, 2, 3, 1)) < 1e-5
     for name in ("scale", "unscale"):
-        expected = getattr(twin, name)(latents_twin).permute(0, 2, 3, 1)
+        expected = getattr(torch_model, name)(latents_torch).permute(0, 2, 3, 1)
         assert relative(getattr(vae, name)(latents), expected) < 1e-6
 
     (mean.square().sum() + logvar.sum()).backward()
@@ -79,6 +79,6 @@ def test_mlx_equals_its_twin(values, size, seed, device):
         posterior = vae.encode(x)
         return mx.square(posterior.mean).sum() + posterior.logvar.sum()
 
-    assert relative(mx.grad(encoded)(pictures), pictures_twin.grad.permute(0, 2, 3, 1)) < 1e-4
+    assert relative(mx.grad(encoded)(pictures), pictures_torch.grad.permute(0, 2, 3, 1)) < 1e-4
     gradient = mx.grad(lambda z: mx.square(vae.decode(z)).sum())(latents)
-    assert relative(gradient, latents_twin.grad.permute(0, 2, 3, 1)) < 1e-4
+    assert relative(gradient, latents_torch.grad.permute(0, 2, 3, 1)) < 1e-4

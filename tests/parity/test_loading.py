@@ -1,4 +1,4 @@
-"""Models into the PyTorch twin, from model directories and official checkpoints; and what is refused."""
+"""Models into the PyTorch reference, from model directories and official checkpoints; and what is refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from helpers.golden_files import golden_case
 from helpers.model_directories import config_of, edit_config, edit_weights, message, save_flow, wide_flow
 from helpers.paths import DATA
 from helpers.tiny_model import write_tiny_model, write_tiny_video_model
-from helpers.twins import DEVICES, both, relative, to_numpy
+from helpers.torch_reference import DEVICES, both, relative, to_numpy
 
 from mlx_starflow import load_flow as load_mlx
 from mlx_starflow.convert import convert_flow
@@ -35,18 +35,18 @@ def loading():
     return loading
 
 
-def assert_same_flow(ours, twin, device: str, tolerance: float = 1e-5) -> None:
+def assert_same_flow(ours, torch_model, device: str, tolerance: float = 1e-5) -> None:
     """Both give the same noise."""
     config = ours.config
     rng = np.random.default_rng(0)
-    x, x_twin = both(
+    x, x_torch = both(
         rng.standard_normal((1, config.img_size, config.img_size, config.channel_size)).astype(np.float32), device
     )
-    text = text_twin = None
+    text = text_torch = None
     if getattr(config, "txt_size", 0):
-        text, text_twin = both(rng.standard_normal((1, 4, config.txt_dim)).astype(np.float32), device)
-    assert relative(ours(x, text).z, twin(x_twin, text_twin).z) < tolerance
-    assert not twin.training and not any(parameter.requires_grad for parameter in twin.parameters())
+        text, text_torch = both(rng.standard_normal((1, 4, config.txt_dim)).astype(np.float32), device)
+    assert relative(ours(x, text).z, torch_model(x_torch, text_torch).z) < tolerance
+    assert not torch_model.training and not any(parameter.requires_grad for parameter in torch_model.parameters())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -54,10 +54,10 @@ def test_a_model_directory(loading, tmp_path, device, dtype):
     import torch
 
     directory = save_flow(tmp_path)
-    twin = loading.load_flow(directory, device, dtype)
-    assert {value.dtype for value in twin.parameters()} == {getattr(torch, dtype)}
-    assert {value.device.type for value in twin.parameters()} == {device}
-    assert_same_flow(load_mlx(directory, "float32"), twin, device, 1e-5 if dtype == "float32" else 0.03)
+    torch_model = loading.load_flow(directory, device, dtype)
+    assert {value.dtype for value in torch_model.parameters()} == {getattr(torch, dtype)}
+    assert {value.device.type for value in torch_model.parameters()} == {device}
+    assert_same_flow(load_mlx(directory, "float32"), torch_model, device, 1e-5 if dtype == "float32" else 0.03)
 
 
 def test_default_precision(loading, tmp_path, device):
@@ -87,18 +87,18 @@ def test_a_tarflow(loading, tmp_path, device):
     flow = TarFlow(TarFlowConfig(4, 1, 2, 32, 2, 1, head_dim=16, nvp=False))
     flow.var = 2 * flow.var
     save_model(tmp_path, parameters(flow), {"model_type": "tarflow", **flow.config.to_dict()})
-    twin = loading.load_flow(tmp_path, device, "float32")
-    assert_same_flow(load_mlx(tmp_path, "float32"), twin, device)
-    assert (to_numpy(twin.var) == 2).all()
+    torch_model = loading.load_flow(tmp_path, device, "float32")
+    assert_same_flow(load_mlx(tmp_path, "float32"), torch_model, device)
+    assert (to_numpy(torch_model.var) == 2).all()
 
 
 @pytest.mark.parametrize("case", ["t2i", "tarflow", "tarflow_vp"])
 def test_an_official_checkpoint(loading, tmp_path, device, case):
     checkpoint, config = golden_case(case) / "model.pth", DATA / case / "config.yaml"
-    twin = loading.load_flow(checkpoint, device, "float32", config=config)
+    torch_model = loading.load_flow(checkpoint, device, "float32", config=config)
     other = loading.load_flow(convert_flow(checkpoint, config, tmp_path / "model"), device, "float32")
-    assert twin.config == other.config and twin.state_dict().keys() == other.state_dict().keys()
-    assert all((value == other.state_dict()[name]).all() for name, value in twin.state_dict().items())
+    assert torch_model.config == other.config and torch_model.state_dict().keys() == other.state_dict().keys()
+    assert all((value == other.state_dict()[name]).all() for name, value in torch_model.state_dict().items())
 
 
 def test_text_encoder_and_autoencoder(loading, tmp_path, device):
@@ -107,11 +107,11 @@ def test_text_encoder_and_autoencoder(loading, tmp_path, device):
     ours, our_tokenizer = load_mlx_encoder(directory / "text_encoder", "float32")
     ids, mask, _ = tokenizer.batch(["a cat", ""], 6)
     assert (ids == our_tokenizer.batch(["a cat", ""], 6)[0]).all()
-    (ids, ids_twin), (mask, mask_twin) = both(ids, device), both(mask, device)
-    assert relative(ours.encode(ids, mask), encoder.encode(ids_twin, mask_twin)) < 1e-5
+    (ids, ids_torch), (mask, mask_torch) = both(ids, device), both(mask, device)
+    assert relative(ours.encode(ids, mask), encoder.encode(ids_torch, mask_torch)) < 1e-5
     vae = loading.load_vae(directory / "vae", device, "float32")
-    z, z_twin = both(np.random.default_rng(0).standard_normal((1, 4, 4, 4)).astype(np.float32), device)
-    decoded = vae.decode(z_twin.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    z, z_torch = both(np.random.default_rng(0).standard_normal((1, 4, 4, 4)).astype(np.float32), device)
+    decoded = vae.decode(z_torch.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     assert relative(load_mlx_vae(directory / "vae", "float32").decode(z), decoded) < 1e-5
 
 

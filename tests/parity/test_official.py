@@ -1,4 +1,4 @@
-"""The twins, loaded from official checkpoints, against the official code's arrays in tests/data."""
+"""The PyTorch reference, loaded from official checkpoints, against the official code's arrays in tests/data."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from helpers.golden_files import golden_case
 from helpers.paths import DATA
-from helpers.twins import DEVICES, difference, relative
+from helpers.torch_reference import DEVICES, difference, relative
 
 from mlx_starflow.sampling import JacobiSettings
 
@@ -39,7 +39,7 @@ TARFLOW_KINDS = {
 
 
 class Case:
-    """A twin and the arrays of its case, on a device and channels last."""
+    """A flow in PyTorch and the arrays of its case, on a device and channels last."""
 
     def __init__(self, name: str, device: str):
         import torch

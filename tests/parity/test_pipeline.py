@@ -9,10 +9,10 @@ import pytest
 from helpers.commands import Command
 from helpers.model_directories import edit_weights, message
 from helpers.tiny_model import write_tiny_model
-from helpers.twins import DEVICES, difference
+from helpers.torch_reference import DEVICES, difference
 
 from mlx_starflow import load
-from mlx_starflow.media.images import read_metadata
+from mlx_starflow.media.metadata import read_metadata
 
 pytestmark = [pytest.mark.torch, pytest.mark.parametrize("device", DEVICES)]
 

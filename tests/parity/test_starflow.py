@@ -1,11 +1,11 @@
-"""The MLX flow against its PyTorch twin, on configs drawn from the whole space that both know."""
+"""The MLX flow against the PyTorch reference, on configs drawn from the whole space that both know."""
 
 from __future__ import annotations
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers.twins import DEVICES, both, difference, give_weights, relative, to_numpy
+from helpers.torch_reference import DEVICES, both, difference, give_weights, relative, to_numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten, tree_unflatten
@@ -61,9 +61,9 @@ SAMPLING = st.fixed_dictionaries(
 SHAPES = st.sampled_from([(4, 4), (2, 6), (5, 3)])
 
 
-def make_twins(values: dict, seed: int, device: str) -> tuple:
+def make_pair(values: dict, seed: int, device: str) -> tuple:
     """The same random flow twice, far enough from the identity to tell."""
-    from mlx_starflow.reference.starflow import STARFlow as Twin
+    from mlx_starflow.reference.starflow import STARFlow as Reference
 
     config = FlowConfig(img_size=4, txt_dim=10, **values)
     flow = STARFlow(config)
@@ -76,7 +76,7 @@ def make_twins(values: dict, seed: int, device: str) -> tuple:
         noise = scale * rng.standard_normal(value.shape).astype(np.float32)
         weights.append((name, mx.array(noise) + (value if value.ndim == 1 else 0)))
     flow.load_weights(weights)
-    return flow, give_weights(Twin(config), flow, device)
+    return flow, give_weights(Reference(config), flow, device)
 
 
 def make_inputs(config: FlowConfig, shape: tuple, seed: int) -> tuple:
@@ -89,15 +89,15 @@ def make_inputs(config: FlowConfig, shape: tuple, seed: int) -> tuple:
     return x, text, null
 
 
-def check_forward(flow, twin, x, text, device: str) -> None:
+def check_forward(flow, torch_model, x, text, device: str) -> None:
     """z, log-dets, loss, and its gradients with respect to the weights and the data."""
-    (x, x_twin), (text, text_twin) = both(x, device), both(text, device)
+    (x, x_torch), (text, text_torch) = both(x, device), both(text, device)
 
     def loss(parameters, x):
         flow.update(parameters)
         return flow(x, text).loss()
 
-    out, theirs = flow(x, text), twin(x_twin.requires_grad_(), text_twin)
+    out, theirs = flow(x, text), torch_model(x_torch.requires_grad_(), text_torch)
     assert relative(out.z, theirs.z) < 1e-5
     assert relative(out.log_det, theirs.log_det) < 1e-5
     for name in ("block_log_dets", "hidden"):
@@ -108,9 +108,9 @@ def check_forward(flow, twin, x, text, device: str) -> None:
 
     theirs.loss().backward()
     _, (gradients, x_gradient) = mx.value_and_grad(loss, argnums=(0, 1))(flow.trainable_parameters(), x)
-    assert relative(x_gradient, x_twin.grad) < 1e-4
+    assert relative(x_gradient, x_torch.grad) < 1e-4
     gradients = dict(tree_flatten(gradients))
-    expected = dict(twin.named_parameters())
+    expected = dict(torch_model.named_parameters())
     assert gradients.keys() == expected.keys()
     for name, parameter in expected.items():
         # A layer that no output depends on, such as text keys that nothing attends to, has no gradient in PyTorch.
@@ -118,19 +118,21 @@ def check_forward(flow, twin, x, text, device: str) -> None:
         assert np.abs(to_numpy(gradients[name]) - gradient).max() < 1e-4 * max(np.abs(gradient).max(), 1e-3), name
 
 
-def check_sampling(flow, twin, z, text, null, options: dict, device: str) -> None:
+def check_sampling(flow, torch_model, z, text, null, options: dict, device: str) -> None:
     from mlx_starflow.reference import sampling as reference
 
-    (z, z_twin), (text, text_twin), (null, null_twin) = both(z, device), both(text, device), both(null, device)
+    (z, z_torch), (text, text_torch), (null, null_torch) = both(z, device), both(text, device), both(null, device)
     for method in ("sequential", JacobiSettings(block_size=3, threshold=1e-12)):
-        trace, trace_twin = SamplingTrace(keep_states=True), SamplingTrace(keep_states=True)
+        trace, trace_torch = SamplingTrace(keep_states=True), SamplingTrace(keep_states=True)
         ours = sample(flow, z, text, null, method=method, trace=trace, **options)
-        theirs = reference.sample(twin, z_twin, text_twin, null_twin, method=method, trace=trace_twin, **options)
+        theirs = reference.sample(
+            torch_model, z_torch, text_torch, null_torch, method=method, trace=trace_torch, **options
+        )
         assert difference(ours, theirs) < 2e-4
-        for mine, other in zip(trace.states, trace_twin.states, strict=True):
+        for mine, other in zip(trace.states, trace_torch.states, strict=True):
             assert difference(mine, other) < 2e-4
         if method == "sequential":
-            assert trace.evaluations == trace_twin.evaluations
+            assert trace.evaluations == trace_torch.evaluations
             sequential = theirs
         assert difference(theirs, sequential) < 2e-4
 
@@ -138,49 +140,49 @@ def check_sampling(flow, twin, z, text, null, options: dict, device: str) -> Non
 @pytest.mark.slow
 @settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(values=CONFIGS, shape=SHAPES, options=SAMPLING, seed=st.integers(0, 2**16))
-def test_mlx_equals_its_twin(values, shape, options, seed, device):
+def test_mlx_equals_the_reference(values, shape, options, seed, device):
     from mlx_starflow.reference import sampling as reference
 
-    flow, twin = make_twins(values, seed, device)
+    flow, torch_model = make_pair(values, seed, device)
     x, text, null = make_inputs(flow.config, shape, seed)
-    check_forward(flow, twin, x, text, device)
+    check_forward(flow, torch_model, x, text, device)
     options = options if text is not None else {**options, "guidance": 0.0}
-    check_sampling(flow, twin, 0.7 * x, text, null, options, device)
-    (x, x_twin), (text, text_twin) = both(x, device), both(text, device)
-    assert relative(denoise(flow, x, text), reference.denoise(twin, x_twin, text_twin)) < 1e-4
+    check_sampling(flow, torch_model, 0.7 * x, text, null, options, device)
+    (x, x_torch), (text, text_torch) = both(x, device), both(text, device)
+    assert relative(denoise(flow, x, text), reference.denoise(torch_model, x_torch, text_torch)) < 1e-4
 
 
 def test_bfloat16_stays_close(device):
     import torch
 
     values = {"channel_size": 3, "patch_size": 1, "channels": 64, "layers_per_block": [2, 2], "txt_size": 5}
-    flow, twin = make_twins({**values, "use_softplus": True}, 0, device)
+    flow, torch_model = make_pair({**values, "use_softplus": True}, 0, device)
     x, text, _ = make_inputs(flow.config, (4, 4), 0)
-    (x, x_twin), (text, text_twin) = both(x, device), both(text, device)
-    exact = twin(x_twin, text_twin).z
+    (x, x_torch), (text, text_torch) = both(x, device), both(text, device)
+    exact = torch_model(x_torch, text_torch).z
     flow.update(tree_unflatten([(k, v.astype(mx.bfloat16)) for k, v in tree_flatten(flow.parameters())]))
     assert relative(flow(x, text).z, exact) < 0.03
-    twin.to(torch.bfloat16)
-    out = twin(x_twin, text_twin)
+    torch_model.to(torch.bfloat16)
+    out = torch_model(x_torch, text_torch)
     assert out.z.dtype == out.log_det.dtype == torch.float32
     assert relative(out.z, exact) < 0.03
 
 
 def test_wrong_arguments_are_named(device):
-    from mlx_starflow.reference.sampling import sample as sample_twin
+    from mlx_starflow.reference.sampling import sample as sample_in_torch
 
     values = {"channel_size": 3, "patch_size": 1, "channels": 64, "layers_per_block": [1]}
-    (_, twin), (_, textless) = (make_twins({**values, "txt_size": size}, 0, device) for size in (5, 0))
-    x, text, null = (both(array, device)[1] for array in make_inputs(twin.config, (4, 4), 0))
+    (_, torch_model), (_, textless) = (make_pair({**values, "txt_size": size}, 0, device) for size in (5, 0))
+    x, text, null = (both(array, device)[1] for array in make_inputs(torch_model.config, (4, 4), 0))
     for flow, arguments, message in (
-        (twin, {"guidance": -1.0}, "guidance must be 0 or more"),
-        (twin, {"attn_temp": 0.0}, "temperature must be greater than 0"),
-        (twin, {"method": "parallel"}, "sequential or jacobi, not by 'parallel'"),
-        (twin, {"guidance": 1.0, "null_text": None}, "guidance needs text and null_text"),
-        (twin, {"text": None}, "this flow reads text"),
-        (twin, {"guidance": 1.0, "guide_what": "b"}, "TarFlow"),
+        (torch_model, {"guidance": -1.0}, "guidance must be 0 or more"),
+        (torch_model, {"attn_temp": 0.0}, "temperature must be greater than 0"),
+        (torch_model, {"method": "parallel"}, "sequential or jacobi, not by 'parallel'"),
+        (torch_model, {"guidance": 1.0, "null_text": None}, "guidance needs text and null_text"),
+        (torch_model, {"text": None}, "this flow reads text"),
+        (torch_model, {"guidance": 1.0, "guide_what": "b"}, "TarFlow"),
         (textless, {"guidance": 1.0}, "reads no text, so guidance has no effect"),
-        (twin, {"z": x * float("nan")}, "not finite"),
+        (torch_model, {"z": x * float("nan")}, "not finite"),
     ):
         with pytest.raises(StarflowError, match=message):
-            sample_twin(flow, **{"z": x, "text": text, "null_text": null, **arguments})
+            sample_in_torch(flow, **{"z": x, "text": text, "null_text": null, **arguments})

@@ -1,11 +1,11 @@
-"""The MLX TarFlow against its PyTorch twin, on configs drawn from the whole space."""
+"""The MLX TarFlow against the PyTorch reference, on configs drawn from the whole space."""
 
 from __future__ import annotations
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers.twins import DEVICES, both, difference, give_weights, relative, to_numpy
+from helpers.torch_reference import DEVICES, both, difference, give_weights, relative, to_numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
@@ -42,9 +42,9 @@ SAMPLING = st.fixed_dictionaries(
 NULLS = st.sampled_from([None, [0], [-1, 0]])
 
 
-def make_twins(values: dict, seed: int, device: str) -> tuple:
+def make_pair(values: dict, seed: int, device: str) -> tuple:
     """The same random flow twice, far enough from the identity to tell; the prior's variances lie about 1."""
-    from mlx_starflow.reference.tarflow import TarFlow as Twin
+    from mlx_starflow.reference.tarflow import TarFlow as Reference
 
     config = TarFlowConfig(**values)
     flow = TarFlow(config)
@@ -56,7 +56,7 @@ def make_twins(values: dict, seed: int, device: str) -> tuple:
         scale = 0.05 * scale if "proj_out" in name else scale
         weights.append((name, mx.exp(0.3 * mx.array(noise)) if name == "var" else value + scale * mx.array(noise)))
     flow.load_weights(weights)
-    return flow, give_weights(Twin(config), flow, device)
+    return flow, give_weights(Reference(config), flow, device)
 
 
 def both_labels(labels: list[int] | None, device: str) -> tuple:
@@ -66,25 +66,25 @@ def both_labels(labels: list[int] | None, device: str) -> tuple:
 @pytest.mark.slow
 @settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(values=CONFIGS, options=SAMPLING, null=NULLS, labeled=st.booleans(), seed=st.integers(0, 2**16))
-def test_mlx_equals_its_twin(values, options, null, labeled, seed, device):
+def test_mlx_equals_the_reference(values, options, null, labeled, seed, device):
     from mlx_starflow.reference import sampling as reference
 
-    flow, twin = make_twins(values, seed, device)
+    flow, torch_model = make_pair(values, seed, device)
     config = flow.config
     rng = np.random.default_rng(seed)
     shape = (2, config.img_size, config.img_size, config.channel_size)
-    x, x_twin = both(rng.standard_normal(shape).astype(np.float32), device)
+    x, x_torch = both(rng.standard_normal(shape).astype(np.float32), device)
     labels = [int(rng.integers(config.num_classes)), -1] if config.num_classes and labeled else None
-    text, text_twin = both_labels(labels, device)
+    text, text_torch = both_labels(labels, device)
 
-    out, theirs = flow(x, text), twin(x_twin.requires_grad_(), text_twin)
+    out, theirs = flow(x, text), torch_model(x_torch.requires_grad_(), text_torch)
     assert relative(out.z, theirs.z) < 1e-5
     assert relative(out.log_det, theirs.log_det) < 1e-5
     for name in ("block_log_dets", "hidden"):
         for ours, other in zip(getattr(out, name), getattr(theirs, name), strict=True):
             assert relative(ours, other) < 1e-5, name
     assert relative(out.loss(), theirs.loss()) < 1e-5
-    assert relative(flow.standardize(out.z), twin.standardize(theirs.z)) < 1e-5
+    assert relative(flow.standardize(out.z), torch_model.standardize(theirs.z)) < 1e-5
 
     def loss(parameters, x):
         flow.update(parameters)
@@ -92,9 +92,9 @@ def test_mlx_equals_its_twin(values, options, null, labeled, seed, device):
 
     theirs.loss().backward()
     _, (gradients, x_gradient) = mx.value_and_grad(loss, argnums=(0, 1))(flow.trainable_parameters(), x)
-    assert relative(x_gradient, x_twin.grad) < 1e-4
+    assert relative(x_gradient, x_torch.grad) < 1e-4
     gradients = dict(tree_flatten(gradients))
-    expected = dict(twin.named_parameters())
+    expected = dict(torch_model.named_parameters())
     assert gradients.keys() == expected.keys() and "var" not in expected
     for name, parameter in expected.items():
         # Of a single token no input is read, and PyTorch knows no gradient then.
@@ -103,36 +103,38 @@ def test_mlx_equals_its_twin(values, options, null, labeled, seed, device):
 
     if labels is None:
         options, null = {**options, "guidance": 0.0}, None
-    z, z_twin = both(0.7 * rng.standard_normal((2, *flow.var.shape)).astype(np.float32), device)
-    null, null_twin = both_labels(null, device)
+    z, z_torch = both(0.7 * rng.standard_normal((2, *flow.var.shape)).astype(np.float32), device)
+    null, null_torch = both_labels(null, device)
     samples = []
     for method in ("sequential", JacobiSettings(block_size=3, threshold=1e-12)):
-        trace, trace_twin = SamplingTrace(keep_states=True), SamplingTrace(keep_states=True)
+        trace, trace_torch = SamplingTrace(keep_states=True), SamplingTrace(keep_states=True)
         ours = sample(flow, z, text, null, method=method, trace=trace, **options)
-        samples.append(reference.sample(twin, z_twin, text_twin, null_twin, method=method, trace=trace_twin, **options))
+        samples.append(
+            reference.sample(torch_model, z_torch, text_torch, null_torch, method=method, trace=trace_torch, **options)
+        )
         assert difference(ours, samples[-1]) < 2e-4
-        for mine, other in zip(trace.states, trace_twin.states, strict=True):
+        for mine, other in zip(trace.states, trace_torch.states, strict=True):
             assert difference(mine, other) < 2e-4
         if method == "sequential":
-            assert trace.evaluations == trace_twin.evaluations
+            assert trace.evaluations == trace_torch.evaluations
     assert difference(*samples) < 2e-4
-    x_twin = x_twin.detach()
-    assert relative(denoise(flow, x, text), reference.denoise(twin, x_twin, text_twin)) < 1e-4
+    x_torch = x_torch.detach()
+    assert relative(denoise(flow, x, text), reference.denoise(torch_model, x_torch, text_torch)) < 1e-4
 
 
 def test_wrong_labels_are_named(device):
-    from mlx_starflow.reference.sampling import sample as sample_twin
+    from mlx_starflow.reference.sampling import sample as sample_in_torch
 
     values = {"img_size": 4, "channel_size": 1, "patch_size": 2, "channels": 32, "blocks": 1, "layers_per_block": 1}
-    _, twin = make_twins({**values, "head_dim": 8, "num_classes": 3}, 0, device)
-    _, unlabeled = make_twins({**values, "head_dim": 8}, 0, device)
+    _, torch_model = make_pair({**values, "head_dim": 8, "num_classes": 3}, 0, device)
+    _, unlabeled = make_pair({**values, "head_dim": 8}, 0, device)
     z = both(np.zeros((2, 4, 4), np.float32), device)[1]
     for flow, labels, guidance, wanted in (
-        (twin, [0, 3], 0.0, "labels must be 0 to 2, or -1"),
-        (twin, [-2, 0], 0.0, "labels must be 0 to 2, or -1"),
-        (twin, None, 1.0, "guidance needs a class label"),
+        (torch_model, [0, 3], 0.0, "labels must be 0 to 2, or -1"),
+        (torch_model, [-2, 0], 0.0, "labels must be 0 to 2, or -1"),
+        (torch_model, None, 1.0, "guidance needs a class label"),
         (unlabeled, [0, 0], 0.0, "no classes"),
         (unlabeled, None, 1.0, "no classes, so guidance has no effect"),
     ):
         with pytest.raises(StarflowError, match=wanted):
-            sample_twin(flow, z, both_labels(labels, device)[1], guidance=guidance)
+            sample_in_torch(flow, z, both_labels(labels, device)[1], guidance=guidance)

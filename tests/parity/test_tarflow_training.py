@@ -1,4 +1,4 @@
-"""The gradients of a TarFlow's loss against the PyTorch twin, and against finite differences."""
+"""The gradients of a TarFlow's loss against the PyTorch reference, and against finite differences."""
 
 from __future__ import annotations
 
@@ -51,21 +51,21 @@ def value_and_gradients(flow: TarFlow, batch: dict[str, mx.array]) -> tuple[floa
 
 @pytest.mark.torch
 @pytest.mark.parametrize("nvp", [True, False])
-def test_gradients_are_the_twins(nvp):
+def test_gradients_are_those_of_the_reference(nvp):
     torch = pytest.importorskip("torch")
-    from mlx_starflow.reference.tarflow import TarFlow as Twin
+    from mlx_starflow.reference.tarflow import TarFlow as Reference
 
     flow, batch = make(nvp=nvp)
-    twin = Twin(flow.config)
+    torch_model = Reference(flow.config)
     weights = {name: torch.from_numpy(np.array(weight)) for name, weight in trainable(flow).items()}
-    missing, unexpected = twin.load_state_dict(weights, strict=False)
+    missing, unexpected = torch_model.load_state_dict(weights, strict=False)
     assert set(missing) <= {"var"} and not unexpected
     value, gradients = value_and_gradients(flow, batch)
     noisy = np.array(batch["latents"]) + flow.config.noise_std * np.array(batch["noise"])
-    loss = twin(torch.from_numpy(noisy), torch.from_numpy(LABELS).long()).nll().mean()
+    loss = torch_model(torch.from_numpy(noisy), torch.from_numpy(LABELS).long()).nll().mean()
     loss.backward()
     assert value == pytest.approx(loss.item(), rel=1e-5)
-    for name, parameter in twin.named_parameters():
+    for name, parameter in torch_model.named_parameters():
         if name not in gradients:
             assert not parameter.requires_grad or parameter.grad is None, name
             continue

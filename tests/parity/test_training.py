@@ -1,4 +1,4 @@
-"""Training against the PyTorch twin and PyTorch's AdamW."""
+"""Training against the PyTorch reference and PyTorch's AdamW."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from helpers.tiny_training import FLOW, TEXT, TinyData
-from helpers.twins import DEVICES
+from helpers.torch_reference import DEVICES
 
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
@@ -51,12 +51,12 @@ def to_torch(name: str, array: np.ndarray, torch):
     return torch.from_numpy(np.array(array.transpose(0, 3, 1, 2) if array.ndim == 4 else array))
 
 
-def load_twin(twin, model: nn.Module, torch) -> None:
-    twin.load_state_dict({name: to_torch(name, np.array(w), torch) for name, w in trainable(model).items()})
+def load_reference(torch_model, model: nn.Module, torch) -> None:
+    torch_model.load_state_dict({name: to_torch(name, np.array(w), torch) for name, w in trainable(model).items()})
 
 
-def assert_gradients_agree(gradients, twin, torch, bound: float) -> None:
-    expected = {name: parameter.grad for name, parameter in twin.named_parameters()}
+def assert_gradients_agree(gradients, torch_model, torch, bound: float) -> None:
+    expected = {name: parameter.grad for name, parameter in torch_model.named_parameters()}
     found = {name: to_torch(name, np.array(g), torch).to(expected[name].device) for name, g in gradients.items()}
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
@@ -82,17 +82,17 @@ def torch():
 
 
 def make_pair(name: str, torch, device: str):
-    from mlx_starflow.reference.starflow import STARFlow as TwinFlow
-    from mlx_starflow.reference.t5 import T5Encoder as TwinEncoder
-    from mlx_starflow.reference.training import TextFlow as TwinTextFlow
+    from mlx_starflow.reference.starflow import STARFlow as TorchFlow
+    from mlx_starflow.reference.t5 import T5Encoder as TorchEncoder
+    from mlx_starflow.reference.training import TextFlow as TorchTextFlow
 
     flow_config = FlowConfig(**{**FLOW, **FLOWS[name]})
     text_config = T5Config(**TEXT, feed_forward_proj="gated-gelu")
     model = TextFlow(STARFlow(flow_config), T5Encoder(text_config))
     randomize(model)
-    twin = TwinTextFlow(TwinFlow(flow_config), TwinEncoder(text_config))
-    load_twin(twin, model, torch)
-    return model, twin.to(device)
+    torch_model = TorchTextFlow(TorchFlow(flow_config), TorchEncoder(text_config))
+    load_reference(torch_model, model, torch)
+    return model, torch_model.to(device)
 
 
 def make_batch(config: FlowConfig) -> dict[str, np.ndarray]:
@@ -103,24 +103,24 @@ def make_batch(config: FlowConfig) -> dict[str, np.ndarray]:
     return batch
 
 
-def twin_loss(twin, batch, torch):
-    """The twin's flow_loss in float32, with the noise and the mask that MLX was given."""
-    device = next(twin.parameters()).device
+def torch_loss(torch_model, batch, torch):
+    """The reference's flow_loss in float32, with the noise and the mask that MLX was given."""
+    device = next(torch_model.parameters()).device
     t = {key: torch.from_numpy(value).to(device) for key, value in batch.items()}
-    text = twin.text_encoder.encode(t["ids"].long(), t["mask"])
-    return twin.flow(t["latents"] + 0.3 * t["noise"], text, t["context_mask"]).nll().mean()
+    text = torch_model.text_encoder.encode(t["ids"].long(), t["mask"])
+    return torch_model.flow(t["latents"] + 0.3 * t["noise"], text, t["context_mask"]).nll().mean()
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", FLOWS)
 def test_gradients_of_flow_and_text_encoder(name, torch, device):
-    model, twin = make_pair(name, torch, device)
+    model, torch_model = make_pair(name, torch, device)
     batch = make_batch(model.flow.config)
     value, gradients = flat_gradients(model, lambda: model.loss({k: mx.array(v) for k, v in batch.items()}))
-    loss = twin_loss(twin, batch, torch)
+    loss = torch_loss(torch_model, batch, torch)
     loss.backward()
     assert value == pytest.approx(loss.item(), rel=1e-5)
-    assert_gradients_agree(gradients, twin, torch, 1e-4)
+    assert_gradients_agree(gradients, torch_model, torch, 1e-4)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -129,9 +129,9 @@ def test_three_steps_of_training(torch, device):
     from mlx.optimizers import clip_grad_norm
 
     from mlx_starflow.reference.training import Averaged
-    from mlx_starflow.reference.training import cosine as twin_cosine
+    from mlx_starflow.reference.training import cosine as torch_cosine
 
-    model, twin = make_pair("demo", torch, device)
+    model, torch_model = make_pair("demo", torch, device)
     batch = make_batch(model.flow.config)
     arrays = {k: mx.array(v) for k, v in batch.items()}
     average = dict(trainable(model))
@@ -142,12 +142,12 @@ def test_three_steps_of_training(torch, device):
         is_fast=lambda name: name == "text_encoder.shared.weight",
         factor=8.0,
     )
-    averaged = Averaged(twin, 0.999)
-    adamw = torch.optim.AdamW(twin.groups(1e-3, 8.0), betas=(0.9, 0.98), weight_decay=0.01)
+    averaged = Averaged(torch_model, 0.999)
+    adamw = torch.optim.AdamW(torch_model.groups(1e-3, 8.0), betas=(0.9, 0.98), weight_decay=0.01)
     peaks = [group["lr"] for group in adamw.param_groups]
     for step in range(3):
         factor = cosine((step + 1) / 8, 0.3)
-        assert factor == twin_cosine((step + 1) / 8, 0.3)
+        assert factor == torch_cosine((step + 1) / 8, 0.3)
         _, gradients = flat_gradients(model, lambda: model.loss(arrays))
         gradients, norm = clip_grad_norm(gradients, 0.05)
         assign(model, optimizer.apply(gradients, trainable(model), mx.array(1e-3 * factor)))
@@ -156,12 +156,12 @@ def test_three_steps_of_training(torch, device):
         for group, peak in zip(adamw.param_groups, peaks, strict=True):
             group["lr"] = peak * factor
         adamw.zero_grad()
-        twin_loss(twin, batch, torch).backward()
-        twin_norm = torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.05)
+        torch_loss(torch_model, batch, torch).backward()
+        torch_norm = torch.nn.utils.clip_grad_norm_(torch_model.parameters(), 0.05)
         adamw.step()
-        averaged.update(twin)
-        assert float(norm) == pytest.approx(float(twin_norm), rel=1e-4) and float(norm) > 0.05
-    for weights, other in ((trainable(model), twin), (average, averaged.model)):
+        averaged.update(torch_model)
+        assert float(norm) == pytest.approx(float(torch_norm), rel=1e-4) and float(norm) > 0.05
+    for weights, other in ((trainable(model), torch_model), (average, averaged.model)):
         for name, parameter in other.named_parameters():
             # A gradient near 0 has a sign that is a matter of rounding, and AdamW makes a whole step of it.
             difference = np.abs(np.array(weights[name]) - parameter.detach().cpu().numpy())
@@ -187,14 +187,14 @@ def test_adamw_is_pytorchs(torch):
 
 
 def test_autoencoder_loss_and_gradients(torch, monkeypatch):
-    from mlx_starflow.reference.autoencoder_kl import AutoencoderKL as Twin
+    from mlx_starflow.reference.autoencoder_kl import AutoencoderKL as Reference
     from mlx_starflow.reference.training import autoencoder_loss
 
     config = AutoencoderKLConfig((8, 16), 1, norm_num_groups=4)
     model = AutoencoderKL(config)
     randomize(model)
-    twin = Twin(config)
-    load_twin(twin, model, torch)
+    torch_model = Reference(config)
+    load_reference(torch_model, model, torch)
     rng = np.random.default_rng(0)
     pictures = rng.uniform(-1, 1, (6, 16, 16, 3)).astype(np.float32)
     noise = autoencoder.autoencoder_noise(rng, 6, (8, 8, 4), 0.3)
@@ -207,19 +207,19 @@ def test_autoencoder_loss_and_gradients(torch, monkeypatch):
     monkeypatch.setattr(torch, "rand", lambda *shape: torch.from_numpy(noise["level"][:2] / 0.3).reshape(shape))
     monkeypatch.setattr(torch, "autocast", lambda *arguments, **options: contextlib.nullcontext())
     images = torch.from_numpy(pictures.transpose(0, 3, 1, 2).copy())
-    expected, numbers = autoencoder_loss(twin, images, kl_weight=0.1, noise_std=0.3)
+    expected, numbers = autoencoder_loss(torch_model, images, kl_weight=0.1, noise_std=0.3)
     expected.backward()
     assert value == pytest.approx(expected.item(), rel=1e-5)
     metrics = loss()[1]
     assert {name: float(metric) for name, metric in metrics.items()} == pytest.approx(numbers, rel=1e-4)
-    assert_gradients_agree(gradients, twin, torch, 1e-4)
+    assert_gradients_agree(gradients, torch_model, torch, 1e-4)
 
 
 def test_context_keep_is_distributed_alike(torch):
     from mlx_starflow.reference.training import context_mask
 
     torch.manual_seed(0)
-    twin = context_mask(20000, 8, 0.4, 0.3).numpy()
+    torch_model = context_mask(20000, 8, 0.4, 0.3).numpy()
     ours = dropout.context_mask(np.random.default_rng(0), 20000, 8, 0.4, 0.3)
-    counts = [np.bincount(keep.sum(axis=1).astype(int), minlength=9) / 20000 for keep in (twin, ours)]
+    counts = [np.bincount(keep.sum(axis=1).astype(int), minlength=9) / 20000 for keep in (torch_model, ours)]
     assert np.abs(counts[0] - counts[1]).max() < 0.012

@@ -42,9 +42,9 @@ def decoders(tiny):
             continue
         parts = (out.hidden[index], out.hidden[index + 1], -out.block_log_dets[index])
         frames = frame_count(tiny.x.shape)
-        x, z, log_sigma = (block.arrange(tiny.flow.tokens(part), frames) for part in parts)
-        table, condition = conditions.tables[index], conditions.blocks[index]
-        decoder = BlockDecoder(block, x.shape[0], x.shape[1], table, condition, None, frames=frames)
+        x, z, log_sigma = (block.permute(tiny.flow.tokens(part), frames) for part in parts)
+        rope_frequencies, condition = conditions.rope_frequencies[index], conditions.blocks[index]
+        decoder = BlockDecoder(block, x.shape[0], x.shape[1], rope_frequencies, condition, None, frames=frames)
         yield decoder, decoder.own(x), np.array(z), np.array(log_sigma)
 
 

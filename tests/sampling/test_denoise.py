@@ -93,7 +93,7 @@ def test_the_score_step_takes_little_more_memory_than_a_forward_pass():
         mx.eval(run())
         return mx.get_peak_memory() - others
 
-    peak(lambda: flow(x).z)  # tables and kernels are made once
+    peak(lambda: flow(x).z)  # rope frequencies and kernels are made once
     forward = peak(lambda: flow(x).z)
     assert peak(lambda: denoise(flow, x)) < 1.5 * forward
     assert peak(lambda: mx.grad(lambda x: flow(x).nll().sum())(x)) > 1.5 * forward

@@ -75,10 +75,10 @@ def test_given_tokens_stay(tiny, settings):
     for index in flow.active():
         block, frames = flow.flow.blocks[index], flow.frames
         whole = invert_block(flow.decoder(index, *z.shape[:2]), z, SequentialSettings())
-        own = block.arrange(z, frames)
+        own = block.permute(z, frames)
         for count in (1, 3, own.shape[1]):
-            given = block.arrange(whole, frames)[:, :count]
-            noise = block.restore(own * mx.where(mx.arange(own.shape[1]) < count, 7.0, 1.0)[:, None], frames)
+            given = block.permute(whole, frames)[:, :count]
+            noise = block.unpermute(own * mx.where(mx.arange(own.shape[1]) < count, 7.0, 1.0)[:, None], frames)
             x = invert_block(flow.decoder(index, *z.shape[:2]), noise, settings, given)
             assert mx.abs(x - whole).max().item() < 1e-4
 

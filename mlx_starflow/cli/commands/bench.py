@@ -20,7 +20,7 @@ from mlx_starflow.cpu import blas
 @click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Rounds, after a first one.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the first picture's noise.")
 @dtype_option("the flow")
-@click.option("--against", type=click.Choice(["torch"]), help="Time the PyTorch twin on the same weights and noise.")
+@click.option("--against", type=click.Choice(["torch"]), help="Time PyTorch on the same weights and noise.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, in seconds and bytes.")
 def bench(
     model: str,

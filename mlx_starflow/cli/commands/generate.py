@@ -46,7 +46,7 @@ from mlx_starflow.errors import StarflowError
     type=click.Choice(["mlx", "torch"]),
     default="mlx",
     show_default=True,
-    help="What computes; torch is the PyTorch twin, which makes the same pictures.",
+    help="What computes; torch is the PyTorch reference, which makes the same pictures.",
 )
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Where torch computes; cuda if there is one.")
 @click.option("--data-parallel", is_flag=True, help="Share the prompts out over the processes of mlx.launch.")
@@ -206,9 +206,9 @@ def generate(
 
 
 def _read_recipe(source: Path) -> dict[str, Any]:
-    from mlx_starflow.media import images as media
+    from mlx_starflow.media.metadata import read_metadata
 
-    recipe = media.read_metadata(source)
+    recipe = read_metadata(source)
     if "frames" in recipe.get("settings", {}):
         raise StarflowError(f"{source} is a video: mlx-starflow video --from {source}")
     if missing := [key for key in ("model", "prompts", "seeds", "settings") if key not in recipe]:

@@ -186,9 +186,9 @@ def _source_frames(path: Path, frames: VideoStream) -> Iterator[Image.Image]:
 
 
 def _read_recipe(source: Path, given: dict[str, Path], load_noise: Path | None) -> dict[str, Any]:
-    from mlx_starflow.media import images as media
+    from mlx_starflow.media.metadata import read_metadata
 
-    recipe = media.read_metadata(source)
+    recipe = read_metadata(source)
     if "frames" not in recipe.get("settings", {}):
         raise StarflowError(f"{source} is no video of this program: mlx-starflow generate --from {source}")
     if missing := [key for key in ("model", "prompts", "seeds") if key not in recipe]:

@@ -53,7 +53,7 @@ def anchor_kl(flow: Any, x: mx.array, text: mx.array | None = None, base: Any = 
         changed = {int(path.split(".")[1]) for path in adapter_layers(flow)}
     else:
         frozen, changed = base(x, text), set(range(len(flow.blocks)))
-    tables = flow.tables(x.shape, 0 if text is None else text.shape[1])
+    rope_frequencies = flow.block_rope_frequencies(x.shape, 0 if text is None else text.shape[1])
     total = mx.array(0.0)
     for index in sorted(changed):
         read, z, log_det = (
@@ -61,7 +61,7 @@ def anchor_kl(flow: Any, x: mx.array, text: mx.array | None = None, base: Any = 
             for a in (frozen.hidden[index], frozen.hidden[index + 1], frozen.block_log_dets[index])
         )
         tuned_z, tuned_log_det = flow.blocks[index](
-            read, text, tables[index], checkpoint=True, frames=frame_count(x.shape)
+            read, text, rope_frequencies[index], gradient_checkpointing=True, frames=frame_count(x.shape)
         )
         total = total + gaussian_kl(z, log_det, tuned_z, tuned_log_det).mean()
     return total

@@ -66,9 +66,9 @@ def flow_loss(
     """
     if noise_std:
         x = x + noise_std * (mx.random.normal(x.shape) if noise is None else noise)
-    options: dict[str, Any] = {"checkpoint": True} if gradient_checkpointing else {}
+    options: dict[str, Any] = {"gradient_checkpointing": True} if gradient_checkpointing else {}
     if context_mask is not None:
-        options["keep"] = context_mask
+        options["context_mask"] = context_mask
     out = flow(x, text, **options)
     nll = out.nll()
     # Computed once: `mx.compile` (0.32) fails with "_Map_base::at" where loss and metrics compute the same twice.

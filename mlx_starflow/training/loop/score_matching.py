@@ -70,8 +70,10 @@ def denoiser_loss(model: Any, batch: Batch, gradient: mx.array, gradient_checkpo
     x, text = mx.stop_gradient(noisy_data(flow, batch)), batch.get("text")
     text = None if text is None else mx.stop_gradient(text)
     target, counts = score_target(flow, batch, gradient)
-    table = flow.positions(x.shape, 0 if text is None else text.shape[1])
-    prediction = flow.learnable_self_denoiser(flow.tokens(x), text, table, frame_count(x.shape), gradient_checkpointing)
+    rope_frequencies = flow.rope_frequencies(x.shape, 0 if text is None else text.shape[1])
+    prediction = flow.learnable_self_denoiser(
+        flow.tokens(x), text, rope_frequencies, frame_count(x.shape), gradient_checkpointing
+    )
     error = mx.square(flow.latents(prediction, x.shape) - target).reshape(len(counts), -1).mean(axis=1)
     return (error * counts).sum() / mx.maximum(counts.sum(), 1.0)
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.media.buckets import closest_ratio
 from mlx_starflow.media.image_folder import read_bytes
-from mlx_starflow.media.pixels import UnreadablePicture, decode_picture, no_remarks, picture_views, scale_pixels
+from mlx_starflow.media.pixels import UnreadableImage, decode_image, image_views, no_remarks, scale_pixels
 from mlx_starflow.media.sources import Sample, Skip, Source
 from mlx_starflow.media.sources.sample import skip_line
 from mlx_starflow.model_dir.weights import load_text_encoder, load_vae
@@ -135,7 +135,7 @@ class ImageStage:
         try:
             # Files are read here, one after the other, and decoded by the threads.
             return pool.submit(self._prepare, item, b"" if item.problem() else read_bytes(item))
-        except UnreadablePicture as error:
+        except UnreadableImage as error:
             skip = Skip(item.key, str(error))
             return pool.submit(lambda: skip)
 
@@ -143,12 +143,12 @@ class ImageStage:
         if problem := sample.problem():
             return Skip(sample.key, problem)
         try:
-            picture = decode_picture(data)
-        except UnreadablePicture as error:
+            picture = decode_image(data)
+        except UnreadableImage as error:
             return Skip(sample.key, str(error))
         ratio = closest_ratio(*picture.size, list(self.shapes))
         count, flip, seed = (self.settings[name] for name in ("views", "flip", "seed"))
-        views = picture_views(picture, *self.shapes[ratio], count, flip=flip, seed=seed, key=sample.key)
+        views = image_views(picture, *self.shapes[ratio], count, flip=flip, seed=seed, key=sample.key)
         line = {
             "key": sample.key,
             "captions": sample.captions,

@@ -23,7 +23,7 @@ from PIL import Image
 from mlx_starflow import load
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.media.buckets import RATIOS, bucket_size
-from mlx_starflow.media.pixels import decode_picture, picture_views, scale_pixels
+from mlx_starflow.media.pixels import decode_image, image_views, scale_pixels
 from mlx_starflow.model_dir.saving import save_model
 from mlx_starflow.model_dir.weights import load_flow, load_weights, read_config
 from mlx_starflow.models import autoencoder_kl, t5
@@ -118,10 +118,10 @@ def test_latents_are_the_autoencoders(cache, model, data):
     pipe = load(model)
     rng = np.random.default_rng(0)
     for index, key in enumerate(found.keys):
-        picture = decode_picture((data / key).read_bytes())
+        picture = decode_image((data / key).read_bytes())
         ratio = found.ratios[found.buckets[index]]
         width, height = bucket_size(ratio, 8, 2)
-        views = picture_views(picture, width, height, 2, key=key)
+        views = image_views(picture, width, height, 2, key=key)
         posterior = pipe.vae.encode(mx.array(scale_pixels(views)))
         mean, std = np.array(posterior.mean), np.exp(0.5 * np.array(posterior.logvar))
         for view in range(2):

@@ -1,4 +1,4 @@
-"""Comparing the MLX networks with their PyTorch twins."""
+"""Comparing the MLX networks with the PyTorch reference."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 
 
 def devices() -> list[str]:
-    """Where twins are run: on the CPU always, and with CUDA where there is one."""
+    """Where the reference is run: on the CPU always, and with CUDA where there is one."""
     if find_spec("torch") is None:
         return ["cpu"]
     import torch
@@ -56,7 +56,7 @@ def to_torch(array: mx.array | np.ndarray, device: str = "cpu") -> Any:
     return torch.from_numpy(values.transpose(0, 3, 1, 2) if values.ndim == 4 else values).to(device)
 
 
-def give_weights(twin: Any, network: Any, device: str = "cpu") -> Any:
-    """The twin with the weights of an MLX network."""
-    twin.load_state_dict({name: to_torch(value) for name, value in tree_flatten(network.parameters())})
-    return twin.to(device)
+def give_weights(torch_model: Any, network: Any, device: str = "cpu") -> Any:
+    """The PyTorch network with the weights of an MLX network."""
+    torch_model.load_state_dict({name: to_torch(value) for name, value in tree_flatten(network.parameters())})
+    return torch_model.to(device)
