@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from mlx_starflow.cli.options.config_file import config_option, save_options
+from mlx_starflow.cli.options.interrupt import resumable
 from mlx_starflow.cli.options.training import SHARE, training_options
 from mlx_starflow.cpu import blas
 from mlx_starflow.training.config import TrainingConfig, TrainingOptions
@@ -74,14 +75,12 @@ def train(
         raise click.UsageError("a flow alone needs no --autoencoder-steps and no --text-length")
     if flow is None and dry_run:
         raise click.UsageError("--dry-run is for a flow alone: a cache, or --model-config")
-    try:
+    # Both say themselves that they were stopped and are saved.
+    with resumable():
         if flow is not None:
             _train_flow(context, data, output, flow, encoders, validation, training, resume, dry_run)
         else:
             _train_model(context, data, output, preset, autoencoder_steps, text_length, training, resume)
-    except KeyboardInterrupt:
-        # Said and saved already; 130 is what a shell expects of an interrupted command.
-        raise SystemExit(130) from None
 
 
 def _train_flow(
