@@ -89,8 +89,9 @@ def cache(
     for line in _remarks(summary):
         click.echo(line, err=True)
     done = "was finished already" if summary.finished_before else "finished"
-    size = f"{summary.bytes / 2**20:.1f} MiB"
-    click.echo(f"{summary.folder} {done}: {summary.images} pictures, {summary.texts} texts, {size}")
+    click.echo(
+        f"{summary.folder} {done}: {summary.images} pictures, {summary.texts} texts, {summary.bytes / 2**20:.1f} MiB"
+    )
 
 
 def _check(folder: Path) -> None:

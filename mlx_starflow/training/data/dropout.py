@@ -13,7 +13,7 @@ def choose_caption(captions: Sequence[str], rng: np.random.Generator, dropout: f
     if draw < dropout:
         return ""
     if len(captions) > 1 and other < 0.4:
-        return captions[rng.integers(1, len(captions))]
+        return captions[int(rng.integers(1, len(captions)))]
     return captions[0]
 
 

@@ -240,13 +240,20 @@ def _save(flow: Any, model: str | Path, out: Path, config: FinetuneConfig, choic
 
 def _plain(model: str | Path, data: str | Path, out: Path, config: FinetuneConfig, choice: Choice) -> dict[str, Any]:
     """The effective config, as `finetune --config` reads it."""
-    settings = {**asdict(config), **asdict(config.training(choice.batch_size, choice.checkpoint))}
-    known = {key: settings[key] for key in asdict(config)}
-    kind = known.pop("kind")
-    known.pop("rank")
-    how = {"full": True} if kind == "full" else {kind: choice.rank}
-    known |= {"layers": list(config.layers), "quantize": choice.quantization or "none"}
-    return {"model": str(model), "data": str(data), "output": str(out), **how, **known}
+    known = asdict(config)
+    del known["kind"], known["rank"]
+    return {
+        "model": str(model),
+        "data": str(data),
+        "output": str(out),
+        **({"full": True} if config.kind == "full" else {config.kind: choice.rank}),
+        **known,
+        "layers": list(config.layers),
+        "quantize": choice.quantization or "none",
+        "checkpoint_layers": choice.checkpoint,
+        "batch_size": choice.batch_size,
+        "lr": config.training(choice.batch_size).lr,
+    }
 
 
 def _write(path: Path, text: str) -> None:

@@ -79,7 +79,7 @@ def flow_loss(
     if context_mask is None:
         return loss, {"nll": mean}
     read, tokens = context_mask.sum(axis=1), context_mask.shape[1]
-    return loss, {"nll": _mean_where(nll, read == tokens), "nll-text-only": _mean_where(nll, read == 1)}
+    return loss, {"nll": _mean_where(nll, mx.equal(read, tokens)), "nll-text-only": _mean_where(nll, mx.equal(read, 1))}
 
 
 def batch_loss(flow: Any, batch: Batch, gradient_checkpointing: bool = False) -> tuple[mx.array, Metrics]:
@@ -105,5 +105,5 @@ def batch_nll(flow: Any, batch: Batch) -> mx.array:
     return flow(noisy_data(flow, batch), batch.get("text")).nll()
 
 
-def _mean_where(values: mx.array, chosen: mx.array | bool) -> mx.array:
+def _mean_where(values: mx.array, chosen: mx.array) -> mx.array:
     return mx.where(chosen, values, 0).sum() / chosen.sum()

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import yaml
 from PIL import Image
 
@@ -20,12 +19,13 @@ from mlx_starflow.media.sources import open_source, write_skips
 from mlx_starflow.model_dir.hub import find_model
 from mlx_starflow.model_dir.saving import save_model
 from mlx_starflow.model_dir.weights import load_vae, one_line, parameters
+from mlx_starflow.models.autoencoder_kl import AutoencoderKL
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
 from mlx_starflow.models.tarflow import TarFlow, TarFlowConfig
 from mlx_starflow.planning.finetune_memory import BATCH_SIZES, Choice, Planner
 from mlx_starflow.planning.memory import available
 from mlx_starflow.training.config import TrainingConfig, TrainingOptions
-from mlx_starflow.training.data.batches import split_samples
+from mlx_starflow.training.data.batches import IndexedData, split_samples
 from mlx_starflow.training.data.cache.build import CacheSettings, build_cache
 from mlx_starflow.training.data.cache.files import is_cache
 from mlx_starflow.training.data.cache.model import CacheModel, check_model
@@ -42,6 +42,9 @@ FROM_ENCODERS = ("img_size", "channel_size", "txt_size", "txt_dim", "mix_aspect"
 
 MOMENTS = {"adamw": 2, "muon": 1, "adafactor": 0, "sinkgd": 0}
 """Numbers that an optimizer keeps of each weight, about."""
+
+Prepared = tuple[IndexedData, IndexedData | None, Callable[[Any], list[Image.Image]]]
+"""What a flow is trained on, what it is measured with, and what draws samples of it."""
 
 STEPS = 10000
 """Of a training, if nobody says."""
@@ -91,7 +94,7 @@ class NewFlow:
         report: is told, in a line, what goes on.
     """
 
-    data: str | Path
+    data: Path
     out: Path
     config: Mapping[str, Any]
     training: TrainingOptions = field(default_factory=TrainingOptions)
@@ -146,21 +149,23 @@ class NewFlow:
         """The data's images with their classes."""
         return LabelledImages.of(self.folder)
 
-    def _latents(self) -> tuple[CachedLatents, CachedLatents | None]:
+    def _latents(self) -> Prepared:
         chosen, held_out = split_samples(len(self.cache), self.validation, MOST_HELD_OUT, self.seed)
         patch = self.flow_config.patch_size
         for height, width, _ in self.cache.shapes:
             if height % patch or width % patch:
                 raise StarflowError(f"the config's patch_size {patch} does not divide latents of {height}x{width}")
-        parts = [CachedLatents(self.cache, part, patch) for part in (chosen, held_out)]
-        return parts[0], parts[1] if len(held_out) else None
+        data, validation = (CachedLatents(self.cache, part, patch) for part in (chosen, held_out))
+        if not len(held_out):
+            return data, None, self._drawer(data)
+        return data, validation, self._drawer(validation)
 
-    def _pixels(self) -> tuple[LabelledImages, LabelledImages | None]:
+    def _pixels(self) -> Prepared:
         if self.group.rank() == 0:
             write_skips(self.work / "skipped.txt", self.folder.skipped)
         if not self.validation:
-            return self.images, None
-        return self.images.split(max(round(1 / self.validation), 2))
+            return self.images, None, draw_classes
+        return *self.images.split(max(round(1 / self.validation), 2)), draw_classes
 
     # ---- what is trained
 
@@ -181,8 +186,10 @@ class NewFlow:
         for key, value in known.items():
             if values.setdefault(key, value) != value:
                 raise StarflowError(f"the config's {key} is {values[key]}, and the data's is {value}: leave it out")
-        config = (TarFlowConfig if self.is_pixels else FlowConfig).from_dict(values)
-        if not self.is_pixels and config.vid_size:
+        if self.is_pixels:
+            return TarFlowConfig.from_dict(values)
+        config = FlowConfig.from_dict(values)
+        if config.vid_size:
             raise StarflowError("the config is one of videos, and a cache holds pictures")
         return config
 
@@ -210,7 +217,8 @@ class NewFlow:
     def new(self) -> STARFlow | TarFlow:
         """The flow, with random weights. They are not computed as long as nobody evaluates them."""
         mx.random.seed(self.seed)
-        return TarFlow(self.flow_config) if self.is_pixels else STARFlow(self.flow_config)
+        config = self.flow_config
+        return TarFlow(config) if isinstance(config, TarFlowConfig) else STARFlow(config)
 
     def plan(self, memory: float | None = None) -> tuple[Choice, str]:
         """What a step takes in `memory` bytes (None: this machine's), and what would be chosen on some Macs.
@@ -266,35 +274,34 @@ class NewFlow:
         first = self.group.rank() == 0
         flow = self.new()
         size = sum(weight.size for weight in parameters(flow).values())
-        data, held_out = self._pixels() if self.is_pixels else self._latents()
+        data, held_out, draw = self._pixels() if self.is_pixels else self._latents()
         if held_out is None:
             training = replace(training, validate_every=0)
         if first:
             held = f", {held_out.order.count} held out" if held_out else ""
             chosen = replace(choice, batch_size=training.batch_size)
             self.report(f"{size / 1e6:.1f} M weights, {data.order.count} pictures{held}; {chosen}")
-        samples = draw_classes if self.is_pixels else self._drawer(held_out or data)
         trainer = Trainer(
             flow,
             data,
             training,
             self.work / "flow",
             validation=held_out,
-            samples=samples,
+            samples=draw,
             name="train",
             resume=resume,
         )
         assign(flow, trainer.run())
         if first:
             self._write(flow)
-            save_image(grid(list(samples(flow))), self.out / "samples.png")
+            save_image(grid(draw(flow)), self.out / "samples.png")
         with distributed.peers("train", self.group):
             distributed.wait(self.group)
         if first:
             self.report(f"wrote {self.out}; its samples are in {self.out / 'samples.png'}")
         return self.out
 
-    def _drawer(self, data: CachedLatents) -> Callable[[nn.Module], list[Image.Image]]:
+    def _drawer(self, data: CachedLatents) -> Callable[[STARFlow], list[Image.Image]]:
         """Images for captions of a few of the images."""
         cache = self.cache
         shown = data.subset[:SHOWN]
@@ -303,11 +310,13 @@ class NewFlow:
         text = mx.array(cache.text([cache.captions[index][0] for index in shown], cache.ratios[bucket]))
         vae = find_model(self.encoders) / "vae"
 
-        def draw(flow: nn.Module) -> list[Image.Image]:
+        def draw(flow: STARFlow) -> list[Image.Image]:
             latents = draw_latents(flow, (len(shown), *cache.shapes[bucket]), text)
             mx.eval(latents)
             # The autoencoder is needed so rarely that it need not stay in memory.
-            return decode_latents(load_vae(vae), latents)
+            autoencoder = load_vae(vae)
+            assert isinstance(autoencoder, AutoencoderKL)
+            return decode_latents(autoencoder, latents)
 
         return draw
 

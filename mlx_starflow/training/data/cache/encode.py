@@ -102,6 +102,7 @@ class ImageStage:
     def run(self, items: Items, total: int | None, model: CacheModel, writer: CacheWriter, hide: bool | None) -> None:
         """Encode what is left of the source and commit it; the last commit says `pictures_done`."""
         vae = load_vae(model.directory / "vae")
+        assert isinstance(vae, AutoencoderKL)
         with (
             ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool,
             tqdm(desc="pictures", total=total, initial=items.count, disable=hide) as bar,

@@ -118,7 +118,7 @@ def _tensors(folder: Path, parts: Sequence[str] = ()) -> Iterator[bytes]:
             continue
         yield f"{name} {array.dtype} {list(array.shape)}".encode()
         try:
-            yield bytes(memoryview(array.reshape(-1).view(mx.uint8)))
+            yield bytes(memoryview(array.reshape(-1).view(mx.uint8)))  # type: ignore[arg-type]
         except RuntimeError as error:
             raise StarflowError(f"cannot read {folder}: {one_line(error)}") from None
         del array
