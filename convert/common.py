@@ -13,16 +13,11 @@ from mlx.utils import tree_unflatten
 
 from mlx_starflow.convert.distributed import is_distributed, open_distributed
 from mlx_starflow.convert.pth import Checkpoint, read_checkpoint
-from mlx_starflow.errors import StarflowError
+from mlx_starflow.errors import StarflowError, one_line
+from mlx_starflow.model_dir.files import read_safetensors
 from mlx_starflow.model_dir.quantization import quantize_module, quantized_layers
 from mlx_starflow.model_dir.saving import save_tensors
-from mlx_starflow.model_dir.weights import (
-    DTYPES,
-    check_shapes,
-    one_line,
-    parameters,
-    read_safetensors,
-)
+from mlx_starflow.model_dir.weights import MLX_DTYPES, check_shapes, parameters
 
 
 class Tensor(NamedTuple):
@@ -98,7 +93,9 @@ def write_module(
     """
     expected = parameters(module)
     check_shapes({n: t.shape for n, t in tensors.items()}, {n: p.shape for n, p in expected.items()}, source)
-    stored = {name: tensor.dtype if tensor.dtype in DTYPES.values() else mx.float32 for name, tensor in tensors.items()}
+    stored = {
+        name: tensor.dtype if tensor.dtype in MLX_DTYPES.values() else mx.float32 for name, tensor in tensors.items()
+    }
     dtypes = {name: dtype or stored[name] for name in expected}
     # Never computed: they stand for the shapes and dtypes that quantizing makes of them.
     module.update(tree_unflatten([(name, mx.zeros(p.shape, dtypes[name])) for name, p in expected.items()]))

@@ -22,7 +22,7 @@ import numpy as np
 
 from mlx_starflow.convert.pth_pickle import NUMPY_DTYPES, Storage, StoredTensor, unpickle
 from mlx_starflow.convert.pth_zip import MappedFile, Refused, quote, zip_records
-from mlx_starflow.errors import StarflowError
+from mlx_starflow.errors import StarflowError, one_line
 
 # Keys under which training scripts put the state dict, beside an optimizer, a step counter and the like.
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
@@ -118,7 +118,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     except Refused as reason:
         raise StarflowError(f"cannot read checkpoint {name}: {reason}") from None
     except OSError as error:
-        raise StarflowError(f"cannot read checkpoint {name}: {error.strerror or error}") from None
+        raise StarflowError(f"cannot read checkpoint {name}: {one_line(error)}") from None
 
 
 def _read(path: str | os.PathLike[str]) -> Checkpoint:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from mlx_starflow.errors import StarflowError
+from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.media.formats import ANIMATIONS, MOVIES
 from mlx_starflow.media.pixels import UnreadableImage, decode_image, no_remarks
 from mlx_starflow.media.sources import Skip, open_source
@@ -59,8 +59,7 @@ class ImageFile:
             with no_remarks():
                 return decode_image(self.read())
         except (OSError, UnreadableImage) as error:
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-            raise StarflowError(f"cannot read the picture {self.name}: {reason}") from None
+            raise StarflowError(f"cannot read the picture {self.name}: {one_line(error)}") from None
 
 
 def find_images(paths: Iterable[str | Path], split: str | None = None) -> list[ImageFile]:

@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from mlx_starflow.errors import StarflowError
+from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.media.pixels import UnreadableImage, crop_image, decode_image, no_remarks
 from mlx_starflow.media.sources import Sample, Skip, open_source, skip_report, split_of
-from mlx_starflow.model_dir.weights import one_line
 
 
 @dataclass

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-from mlx_starflow.errors import StarflowError
+from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.media.files import replacing
 from mlx_starflow.media.formats import ANIMATIONS, FORMATS, METADATA_KEY, UNDESCRIBED
 
@@ -82,7 +82,7 @@ def read_image_metadata(path: Path) -> dict[str, Any]:
         with Image.open(path) as image:
             text = getattr(image, "text", {}).get(METADATA_KEY)
     except OSError as error:
-        raise StarflowError(f"{path} cannot be read as a picture: {error.strerror or error}") from None
+        raise StarflowError(f"{path} cannot be read as a picture: {one_line(error)}") from None
     if text is None:
         raise StarflowError(UNDESCRIBED.format(path))
     try:

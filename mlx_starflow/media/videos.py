@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image, ImageSequence
 
-from mlx_starflow.errors import StarflowError
+from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.media.files import replacing
 from mlx_starflow.media.formats import ANIMATIONS, FORMATS, METADATA_KEY, MOVIES, UNDESCRIBED
 from mlx_starflow.media.images import check_output, read_image_metadata, save_image
@@ -199,7 +199,7 @@ class VideoWriter:
             if not self.live:
                 os.replace(folder, self.path)
         except OSError as error:
-            raise StarflowError(f"{self.path} cannot be written: {error.strerror or error}") from None
+            raise StarflowError(f"{self.path} cannot be written: {one_line(error)}") from None
         finally:
             if not self.live:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -390,8 +390,7 @@ def _av_errors(path: Path, what: str) -> Iterator[None]:
     try:
         yield
     except (FFmpegError, OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise StarflowError(f"{path} cannot be {what}: {reason}") from None
+        raise StarflowError(f"{path} cannot be {what}: {one_line(error)}") from None
 
 
 @contextmanager
@@ -401,5 +400,4 @@ def _image_errors(path: Path) -> Iterator[None]:
     except StarflowError:
         raise
     except Exception as error:  # decoders of damaged files raise whatever they like
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise StarflowError(f"{path} cannot be read as a picture: {reason}") from None
+        raise StarflowError(f"{path} cannot be read as a picture: {one_line(error)}") from None

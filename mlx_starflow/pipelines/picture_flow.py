@@ -22,11 +22,10 @@ from mlx_starflow.media.image_files import ImageFile
 from mlx_starflow.media.images import to_images
 from mlx_starflow.media.pixels import crop_image, scale_pixels
 from mlx_starflow.media.videos import read_video
-from mlx_starflow.model_dir.hub import find_model
+from mlx_starflow.model_dir.directory import ModelDirectory, load_flow
 from mlx_starflow.model_dir.quantization import dequantize_module, quantized_layers
-from mlx_starflow.model_dir.weights import load_flow, read_config
 from mlx_starflow.models.autoencoder_kl import WHOLE_PIXELS
-from mlx_starflow.models.tarflow import TarFlow
+from mlx_starflow.models.tarflow import TarFlow, TarFlowConfig
 from mlx_starflow.pipelines.pipeline import Pipeline, load
 from mlx_starflow.pipelines.video_requests import VideoModel
 from mlx_starflow.pipelines.video_sources import encode_frames
@@ -308,9 +307,9 @@ def open_picture_flow(
 
     Arguments and errors are those of `pipeline.load`; a TarFlow's directory is taken too.
     """
-    directory = find_model(name)
-    if read_config(directory).get("model_type") == "tarflow":
-        return PixelFlow(str(name), directory, dtype)
+    directory = ModelDirectory.find(name)
+    if isinstance(directory.flow.config, TarFlowConfig):
+        return PixelFlow(str(name), directory.path, dtype)
     return picture_flow(load(name, dtype=dtype, low_memory=low_memory))
 
 

@@ -17,10 +17,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_starflow.convert.official import RELEASES, released_arguments
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.media.buckets import VIDEO_RATIO, bucket_size
+from mlx_starflow.model_dir.directory import ModelDirectory
 from mlx_starflow.model_dir.quantization import quantize_module
-from mlx_starflow.model_dir.weights import default_dtype, load_weights, one_line, parameters, parse_dtype, read_config
+from mlx_starflow.model_dir.weights import default_dtype, parameters, parse_dtype
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from mlx_starflow.models.autoencoder_wan.network import AutoencoderWan, AutoencoderWanConfig
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
@@ -71,36 +73,33 @@ NETWORKS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class ModelConfigs:
-    """The three networks of a model of images or videos; `directory` if there are weights too."""
+    """The three networks of a model of images or videos; `directory` if they are on disk."""
 
     flow: FlowConfig
     text_encoder: T5Config
     vae: AutoencoderKLConfig | AutoencoderWanConfig
-    directory: Path | None = None
+    directory: ModelDirectory | None = None
     guidance: float = 0.0
 
     @classmethod
-    def read(cls, directory: str | Path) -> ModelConfigs:
+    def read(cls, directory: str | Path | ModelDirectory) -> ModelConfigs:
         """Of a model directory. Raises StarflowError if a `config.json` is missing or not usable."""
-        directory = Path(directory)
-        flow = _read(FlowConfig, directory)
-        text_encoder = _read(T5Config, directory / "text_encoder")
-        vae = _read(_vae_config(read_config(directory / "vae")), directory / "vae")
-        guidance = read_config(directory).get("pipeline", {}).get("guidance", flow.cfg)
-        return cls(flow, text_encoder, vae, directory, guidance)
+        directory = directory if isinstance(directory, ModelDirectory) else ModelDirectory(directory)
+        flow = directory.flow.config
+        guidance = directory.pipeline.get("guidance", flow.cfg)
+        return cls(flow, directory.text_encoder.config, directory.vae.config, directory, guidance)
 
     @classmethod
     def of_release(cls, repository: str) -> ModelConfigs:
         """Of an official release, "apple/starflow", from what is known about it. Raises StarflowError."""
-        from mlx_starflow.convert.official import RELEASES, released_arguments
-
         release = RELEASES.get(repository.lower())
         if release is None:
             raise StarflowError(f"unknown release {repository!r}: it must be {', '.join(RELEASES)}")
         text_encoder = T5Config.from_dict(NETWORKS[release.text_encoder])
         arguments = dict(released_arguments(Path(release.checkpoint)) or {}) | {"txt_dim": text_encoder.d_model}
         network = NETWORKS[release.vae_repository]
-        vae = _vae_config(network).from_dict(network)
+        is_video = network.get("model_type") == "autoencoder_wan"
+        vae = (AutoencoderWanConfig if is_video else AutoencoderKLConfig).from_dict(network)
         flow = FlowConfig.from_official(arguments)
         return cls(flow, text_encoder, vae, None, release.pipeline.get("guidance", flow.cfg))
 
@@ -111,18 +110,6 @@ class ModelConfigs:
             "flow": STARFlow(self.flow),
             "autoencoder": (AutoencoderKL if isinstance(self.vae, AutoencoderKLConfig) else AutoencoderWan)(self.vae),
         }
-
-
-def _vae_config(config: Mapping[str, Any]) -> type[AutoencoderKLConfig] | type[AutoencoderWanConfig]:
-    return AutoencoderWanConfig if config.get("model_type") == "autoencoder_wan" else AutoencoderKLConfig
-
-
-def _read(config_class: Any, directory: Path) -> Any:
-    config = read_config(directory)
-    try:
-        return config_class.from_dict(config)
-    except (StarflowError, ArithmeticError, TypeError, ValueError) as error:
-        raise StarflowError(f"{directory / 'config.json'}: {one_line(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -188,7 +175,7 @@ def available() -> int:
 
 
 def plan(
-    model: str | Path | ModelConfigs,
+    model: str | Path | ModelDirectory | ModelConfigs,
     *,
     size: tuple[int, int] | None = None,
     batch: int = 1,
@@ -299,10 +286,8 @@ def _stored_bytes(configs: ModelConfigs, part: str, dtype: mx.Dtype) -> int | No
     """Of a quantized part of a model directory, from its files' headers; None of a dense one."""
     if configs.directory is None:
         return None
-    folder = configs.directory if part == "flow" else configs.directory / PARTS[part]
-    if not read_config(folder).get("quantization"):
-        return None
-    return _bytes(load_weights(folder), dtype)
+    network = getattr(configs.directory, PARTS[part])
+    return _bytes(network.weights(), dtype) if network.quantization else None
 
 
 def _unpacked(configs: ModelConfigs, part: str) -> int:

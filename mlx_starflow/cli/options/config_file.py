@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from mlx_starflow.errors import StarflowError
+from mlx_starflow.errors import StarflowError, one_line
 
 
 def _read_config(context: click.Context, option: click.Parameter, path: Path | None) -> None:
@@ -41,7 +41,7 @@ def read_options(path: Path, command: click.Command) -> dict[str, object]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
-        raise StarflowError(f"cannot read {path}: {error.strerror or error}") from None
+        raise StarflowError(f"cannot read {path}: {one_line(error)}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise StarflowError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):

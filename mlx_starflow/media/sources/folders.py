@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mlx_starflow.errors import StarflowError
+from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.media.pixels import SUFFIXES
 from mlx_starflow.media.sources.sample import Sample, Skip, captions_of, clean
-from mlx_starflow.model_dir.weights import one_line
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 

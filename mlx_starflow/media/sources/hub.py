@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from mlx_starflow.errors import StarflowError
+from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.media.pixels import UnreadableImage
 from mlx_starflow.media.sources.sample import CAPTION_FIELDS, Sample, Skip, captions_of, clean
 
@@ -60,7 +60,7 @@ class HubDataset:
         try:
             rows = library.load_dataset(repository, split=split or "train")
         except Exception as error:  # of the library's many parts: connection, files, builders
-            raise StarflowError(f"cannot load {name}: {_first_line(error)}") from None
+            raise StarflowError(f"cannot load {name}: {one_line(error, first=True)}") from None
         return cls(rows, name, column)
 
     @classmethod
@@ -71,7 +71,7 @@ class HubDataset:
         except StarflowError:
             raise
         except Exception as error:
-            raise StarflowError(f"cannot load {folder}: {_first_line(error)}") from None
+            raise StarflowError(f"cannot load {folder}: {one_line(error, first=True)}") from None
         if not hasattr(rows, "features"):
             if "train" not in rows:
                 raise StarflowError(f"{folder} holds the splits {', '.join(rows)}; give the folder of one of them")
@@ -111,7 +111,3 @@ def _library(what: str) -> ModuleType:
     except (ImportError, AttributeError):
         raise StarflowError(f"reading {what} needs the library datasets: pip install datasets") from None
     return datasets
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

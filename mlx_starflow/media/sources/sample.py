@@ -109,8 +109,7 @@ def write_skips(path: Path, skips: Sequence[Skip]) -> None:
     if not skips:
         path.unlink(missing_ok=True)
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
+    with replacing(path, makes_folder=True) as temporary:
         temporary.write_text("".join(map(skip_line, skips)), encoding="utf-8")
 
 

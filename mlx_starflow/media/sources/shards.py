@@ -13,9 +13,9 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from mlx_starflow.errors import one_line
 from mlx_starflow.media.pixels import SUFFIXES, UnreadableImage
 from mlx_starflow.media.sources.sample import Sample, Skip, captions_of, clean
-from mlx_starflow.model_dir.weights import one_line
 
 TEXTS = (".txt", ".json", ".cls")
 """Endings of what a sample's caption is read from, the first that is there."""

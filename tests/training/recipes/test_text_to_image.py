@@ -17,7 +17,7 @@ from PIL import Image
 from mlx_starflow import load
 from mlx_starflow.cli import main
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.model_dir.weights import load_vae
+from mlx_starflow.model_dir.directory import load_vae
 from mlx_starflow.models.starflow import FlowConfig
 from mlx_starflow.training.config import TrainingConfig
 from mlx_starflow.training.recipes.presets import PRESETS, Preset, get_preset

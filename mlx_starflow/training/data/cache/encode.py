@@ -25,7 +25,7 @@ from mlx_starflow.media.image_folder import read_bytes
 from mlx_starflow.media.pixels import UnreadableImage, decode_image, image_views, no_remarks, scale_pixels
 from mlx_starflow.media.sources import Sample, Skip, Source
 from mlx_starflow.media.sources.sample import skip_line
-from mlx_starflow.model_dir.weights import load_text_encoder, load_vae
+from mlx_starflow.model_dir.directory import load_text_encoder, load_vae
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL
 from mlx_starflow.models.t5 import T5Encoder
 from mlx_starflow.pipelines.prompts import complete_prompt

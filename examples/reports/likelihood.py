@@ -1,7 +1,7 @@
 """Every figure that docs/likelihood.md states, and its pictures.
 
     python examples/demo_data.py data/emoji
-    python examples/likelihood_report.py data/emoji docs
+    python examples/reports/likelihood.py data/emoji docs
 
 The photographs are sample pictures of scikit-image (public domain or CC0) and scikit-learn (china.jpg and flower.jpg,
 CC BY 2.0), taken out of their wheels, which `pip download` fetches from PyPI. `--only` runs some of the parts.
