@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from mlx_starflow import load
+from mlx_starflow.media.image_folder import ImageFolder
 from mlx_starflow.model_dir.quantization import quantize_module
 from mlx_starflow.model_dir.saving import save_model
 from mlx_starflow.model_dir.weights import load_module, parameters
@@ -31,7 +32,7 @@ from mlx_starflow.models.starflow import STARFlow as MLXSTARFlow
 from mlx_starflow.pipelines.pipeline import Pipeline
 from mlx_starflow.reference.starflow import STARFlow
 from mlx_starflow.reference.training import run
-from mlx_starflow.training.data.image_folder import PictureFolder, augmented_crops
+from mlx_starflow.training.data.views import augmented_crops
 
 VIEWS = 3
 
@@ -55,12 +56,12 @@ def flow_config(pipe: Pipeline) -> FlowConfig:
 
 def encode(pipe: Pipeline, data: Path) -> tuple[Tensor, Tensor, Tensor]:
     """Latents `[N, VIEWS, H, W, C]`, embeddings of the pictures' names `[N, L, D]` and of no text `[L, D]`."""
-    pictures = PictureFolder.read(data, size=128, splits=("train",))
+    pictures = ImageFolder.read(data, size=128, splits=("train",))
     rng = np.random.default_rng(0)
     size = pipe.config.img_size * pipe.vae_config.downscale
     latents = []
     for _ in range(VIEWS):
-        crops = augmented_crops(pictures.pictures, size, rng, zoom=0.04, shift=1, flip=False)
+        crops = augmented_crops(pictures.images, size, rng, zoom=0.04, shift=1, flip=False)
         for start in range(0, len(crops), 16):
             part = mx.array(crops[start : start + 16].astype(np.float32) / 127.5 - 1)
             latents.append(np.array(pipe.vae.scale(pipe.vae.encode(part).mean)))

@@ -22,10 +22,10 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_starflow import load
+from mlx_starflow.media.image_folder import ImageFolder
 from mlx_starflow.media.images import grid, save_image
 from mlx_starflow.media.noise import draw_noise
 from mlx_starflow.pipelines.pipeline import Pipeline
-from mlx_starflow.training.data.image_folder import PictureFolder
 
 PROMPTS = (
     "red apple, slice of pizza, grinning face, cat face, dog face, red heart, purple heart, rocket, sun, rainbow, "
@@ -34,11 +34,11 @@ PROMPTS = (
 ).split(", ")
 
 
-def latents_of(pipe: Pipeline, data: PictureFolder) -> np.ndarray:
+def latents_of(pipe: Pipeline, data: ImageFolder) -> np.ndarray:
     """Normalized latents of pictures as they are, `[N, 16, 16, 4]`."""
     parts = []
     for start in range(0, len(data), 32):
-        pictures = mx.array(data.pictures[start : start + 32].astype(np.float32) / 127.5 - 1)
+        pictures = mx.array(data.images[start : start + 32].astype(np.float32) / 127.5 - 1)
         parts.append(np.array(pipe.vae.scale(pipe.vae.encode(pictures).mean)))
     return np.concatenate(parts)
 
@@ -56,7 +56,7 @@ def nll(pipe: Pipeline, latents: np.ndarray, names: list[str]) -> str:
     )
 
 
-def likelihood(pipe: Pipeline, train: PictureFolder, held_out: PictureFolder, known: np.ndarray) -> None:
+def likelihood(pipe: Pipeline, train: ImageFolder, held_out: ImageFolder, known: np.ndarray) -> None:
     names = [captions[0] for captions in train.captions]
     print(f"NLL of training pictures given their names: {nll(pipe, known, names)}")
     print(f"NLL of training pictures, no prompt:        {nll(pipe, known, [''] * len(names))}")
@@ -64,7 +64,7 @@ def likelihood(pipe: Pipeline, train: PictureFolder, held_out: PictureFolder, kn
     print(f"NLL of held-out pictures given their names: {nll(pipe, latents_of(pipe, held_out), unseen)}")
 
 
-def names_right(pipe: Pipeline, train: PictureFolder, known: np.ndarray, every: int = 8) -> None:
+def names_right(pipe: Pipeline, train: ImageFolder, known: np.ndarray, every: int = 8) -> None:
     """How often the training picture nearest to a sample (in the latents) has the name that was asked for."""
     names = [captions[0] for captions in train.captions]
     asked = list(range(0, len(names), every))
@@ -101,7 +101,7 @@ def main() -> None:
     pipe = load(args.model)
     draw_grid(pipe, args.grid)
     size = pipe.vae.config.sample_size
-    train, held_out = (PictureFolder.read(args.data, size=size, splits=(split,)) for split in ("train", "held_out"))
+    train, held_out = (ImageFolder.read(args.data, size=size, splits=(split,)) for split in ("train", "held_out"))
     known = latents_of(pipe, train)
     names_right(pipe, train, known)
     likelihood(pipe, train, held_out, known)

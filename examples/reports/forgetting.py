@@ -16,12 +16,13 @@ from pathlib import Path
 import numpy as np
 
 from mlx_starflow import load_flow
-from mlx_starflow.training.data.latent_cache import LatentCache
+from mlx_starflow.training.data.cache.reading import LatentCache
 from mlx_starflow.training.finetuning.adapters import AdapterConfig, attach
-from mlx_starflow.training.finetuning.data import AnchorPictures, AnchorSamples, FinetuneData, cached_nll, finetune_loss
-from mlx_starflow.training.finetuning.finetune import FinetuneConfig, open_cache
-from mlx_starflow.training.loop.schedules import assign
+from mlx_starflow.training.finetuning.config import FinetuneConfig
+from mlx_starflow.training.finetuning.data import AnchorImages, AnchorSamples, FinetuneData, cached_nll, finetune_loss
+from mlx_starflow.training.finetuning.finetune import open_cache
 from mlx_starflow.training.loop.trainer import Trainer
+from mlx_starflow.training.loop.weights import assign
 
 
 def halves(cache: LatentCache, measured: int) -> tuple[np.ndarray, np.ndarray]:
@@ -50,7 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"before: new {before[0]}, old {before[1]}", flush=True)
     anchors = {
         "no anchor": None,
-        "old pictures": AnchorPictures(old, old_half),
+        "old pictures": AnchorImages(old, old_half),
         "own samples": AnchorSamples.draw(base, new, new_half, 64, 0),
     }
     for name, anchor in anchors.items():

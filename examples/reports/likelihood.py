@@ -31,13 +31,13 @@ from mlx_starflow.editing.inpainting import Chain
 from mlx_starflow.editing.maps import noise_to_tokens
 from mlx_starflow.likelihood import Reference, heat_map, score, standard_error, token_nats, with_noise
 from mlx_starflow.likelihood.prompts import fit_of_data, log_likelihoods
+from mlx_starflow.media.image_folder import ImageFolder
 from mlx_starflow.media.images import grid, save_image
 from mlx_starflow.media.pixels import crop_image
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
 from mlx_starflow.pipelines.picture_flow import LatentFlow
 from mlx_starflow.pipelines.pipeline import load
 from mlx_starflow.sampling import GuidedFlow
-from mlx_starflow.training.data.image_folder import PictureFolder
 
 WHEELS = ("scikit-image==0.26.0", "scikit-learn==1.9.1")
 PHOTOGRAPHS = (
@@ -57,8 +57,8 @@ VIEWS = 8
 class Pictures:
     """Some pictures with their captions and latents."""
 
-    def __init__(self, model: LatentFlow, folder: PictureFolder):
-        self.images = [Image.fromarray(picture) for picture in folder.pictures]
+    def __init__(self, model: LatentFlow, folder: ImageFolder):
+        self.images = [Image.fromarray(picture) for picture in folder.images]
         self.names = [captions[0] for captions in folder.captions]
         self._model = model
 
@@ -78,7 +78,7 @@ class Report:
         self.model = LatentFlow(self.pipe)
         self.size = self.model.size
         self.known, self.unseen = (
-            Pictures(self.model, PictureFolder.read(folder, size=self.size[0], splits=(split,)))
+            Pictures(self.model, ImageFolder.read(folder, size=self.size[0], splits=(split,)))
             for split in ("train", "held_out")
         )
         self.folder = pictures

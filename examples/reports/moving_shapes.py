@@ -30,11 +30,11 @@ from mlx_starflow.model_dir.saving import save_model
 from mlx_starflow.model_dir.weights import parameters
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
 from mlx_starflow.sampling import denoise, denoise_frames, sample_frames
-from mlx_starflow.training.data.image_folder import Order
-from mlx_starflow.training.loop.config import TrainingConfig
-from mlx_starflow.training.loop.objective import context_keep
-from mlx_starflow.training.loop.schedules import assign
+from mlx_starflow.training.config import TrainingConfig
+from mlx_starflow.training.data.batches import Order
+from mlx_starflow.training.data.dropout import context_mask
 from mlx_starflow.training.loop.trainer import Trainer
+from mlx_starflow.training.loop.weights import assign
 
 FRAMES, SIDE, PATCH = 8, 16, 4
 COLOURS = {"red": (1.0, -0.8, -0.8), "green": (-0.8, 0.7, -0.8), "blue": (-0.6, -0.5, 1.0), "yellow": (1.0, 0.9, -0.8)}
@@ -97,7 +97,7 @@ class MovingShapes:
             "latents": latents,
             "noise": rng.standard_normal(latents.shape, dtype=np.float32),
             "text": np.where(dropped, self.null_text, self.text[chosen]),
-            "keep": context_keep(rng, len(chosen), tokens, config.context_full, config.context_partial),
+            "context_mask": context_mask(rng, len(chosen), tokens, config.context_full, config.context_partial),
         }
 
 

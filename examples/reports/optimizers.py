@@ -21,11 +21,11 @@ import numpy as np
 
 from mlx_starflow.likelihood import exact_nll
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
-from mlx_starflow.training.data.image_folder import Order
-from mlx_starflow.training.loop.config import OPTIMIZERS
+from mlx_starflow.training.config import OPTIMIZERS, TrainingConfig
+from mlx_starflow.training.data.batches import Order
 from mlx_starflow.training.loop.run_log import read_log
-from mlx_starflow.training.loop.schedules import trainable
-from mlx_starflow.training.loop.trainer import Trainer, TrainingConfig
+from mlx_starflow.training.loop.trainer import Trainer
+from mlx_starflow.training.loop.weights import trainable
 
 SIDE = 8
 RATES = {"adamw": 1e-3, "adafactor": 1e-3, "muon": 5e-3, "sinkgd": 2e-2}

@@ -28,9 +28,16 @@ import numpy as np
 import official_algorithm
 import torch
 
-from mlx_starflow.bench.contenders import Contender, Measurement, Task, measure, product_seconds, reference_bytes
+from mlx_starflow.bench.contenders import (
+    Contender,
+    Measurement,
+    measure,
+    own_contender,
+    product_seconds,
+    reference_bytes,
+)
 from mlx_starflow.bench.products import WeightProducts
-from mlx_starflow.bench.trials import PROMPTS, prepare
+from mlx_starflow.bench.trials import PROMPTS, Task, prepare
 from mlx_starflow.cpu import blas, native
 from mlx_starflow.media.noise import draw_noise
 from mlx_starflow.model_dir.quantization import dequantize_module
@@ -88,19 +95,19 @@ def random_pictures(flow: STARFlow, count: int) -> Task:
     config = flow.config
     z = mx.array(draw_noise(range(count), (config.img_size, config.img_size, config.channel_size)))
     text = mx.array(draw_noise(range(100, 101 + count), (config.txt_size, config.txt_dim)))
-    return Task(flow, z, {"text": text[:-1], "null_text": text[-1:], "guidance": GUIDANCE})
+    return Task(flow, z, text[:-1], text[-1:], GUIDANCE)
 
 
 def trained_pictures(model: Path, count: int) -> Task:
     """The same for a model directory and real prompts; quantized weights are made dense."""
-    trials = prepare(model, PROMPTS[:count], guidance=GUIDANCE, dtype=mx.float32)
-    dequantize_module(trials.flow)
-    mx.eval(trials.flow.parameters())
-    return Task(trials.flow, trials.z, trials.condition)
+    task = prepare(model, PROMPTS[:count], guidance=GUIDANCE, dtype=mx.float32).task
+    dequantize_module(task.flow)
+    mx.eval(task.flow.parameters())
+    return task
 
 
 def first(pictures: Task) -> Task:
-    return replace(pictures, z=pictures.z[:1], condition=pictures.condition | {"text": pictures.condition["text"][:1]})
+    return replace(pictures, z=pictures.z[:1], text=pictures.text[:1])
 
 
 # ---- PyTorch
@@ -115,7 +122,7 @@ class Reference:
         weights = {name: torch.from_numpy(np.array(value)) for name, value in parameters(task.flow).items()}
         self.flow.load_state_dict(weights, assign=True)
         self.flow.eval().requires_grad_(False)
-        arrays = (task.z, task.condition["text"], task.condition["null_text"])
+        arrays = (task.z, task.text, task.null_text)
         self.arguments = (*(torch.from_numpy(np.array(array)) for array in arrays), GUIDANCE)
 
     def official(self, method: str | JacobiSettings) -> tuple[mx.array, list[int]]:
@@ -226,8 +233,8 @@ def compare(title: str, pictures: Task, rounds: int, equal: bool = False) -> Com
             f"auto{EQUAL}": tune_to(reached, pictures),
             f"auto{EQUAL}{FEWEST}": tune_to(reached, pictures, "evaluations"),
         }
-    ours = [task.contender(name, name) for name in ("sequential", "jacobi", "rolling")]
-    ours += [task.contender(name, plan) for name, plan in plans.items()]
+    ours = [own_contender(name, task, name) for name in ("sequential", "jacobi", "rolling")]
+    ours += [own_contender(name, task, plan) for name, plan in plans.items()]
     measured = measure([*theirs, *ours], task.certify, rounds, say)
     products = {"mlx": WeightProducts(task.flow, task.rows())}
     products["official"] = products["reference"] = ReferenceProducts(reference.flow, task)
@@ -247,12 +254,13 @@ def compare(title: str, pictures: Task, rounds: int, equal: bool = False) -> Com
     print()
     for name, plan in plans.items():
         blocks = "; ".join(describe(settings) for settings in reversed(plan.blocks))
-        print(f"{name}: tuned to {plan.tolerance:.1e} on {pictures.pictures} pictures, with the timed one: {blocks}.")
+        print(f"{name}: tuned to {plan.tolerance:.1e} on {pictures.images} pictures, with the timed one: {blocks}.")
     return comparison
 
 
 def tune_to(tolerance: float, pictures: Task, least: str = "seconds") -> SamplingPlan:
-    return tune(pictures.flow, pictures.z, **pictures.condition, tolerance=tolerance, least=least, report=say)
+    conditions = pictures.text, pictures.null_text, pictures.guidance
+    return tune(pictures.flow, pictures.z, *conditions, tolerance=tolerance, least=least, report=say)
 
 
 # ---- the cost of a token
@@ -263,7 +271,7 @@ def cost_by_position(flow: STARFlow, steps: int, rounds: int) -> float:
     costs than its bytes, weights and cache, do."""
     task = random_pictures(flow, 1)
     block, index = flow.blocks[-1], len(flow.blocks) - 1
-    guided = GuidedFlow(flow, task.z.shape, **task.condition)
+    guided = GuidedFlow(flow, task.z.shape, task.text, task.null_text, task.guidance)
     starts = (min(NEAR, task.length - steps), task.length - steps)
     decoders = [filled(guided, index, flow.tokens(task.z), start) for start in starts]
     z = decoders[0].own(flow.tokens(task.z))

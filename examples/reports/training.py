@@ -51,8 +51,8 @@ def mlx_step(channels: int, batch: int, checkpoint: bool, compiled: bool) -> Cal
     import mlx.core as mx
 
     from mlx_starflow.models.starflow import STARFlow
+    from mlx_starflow.training.config import TrainingConfig
     from mlx_starflow.training.loop import distributed
-    from mlx_starflow.training.loop.config import TrainingConfig
     from mlx_starflow.training.loop.objective import batch_loss
     from mlx_starflow.training.loop.step import StepMaker
 

@@ -46,7 +46,7 @@ class _UserError(click.ClickException):
 @click.version_option(__version__, prog_name="mlx-starflow")
 def main() -> None:
     """STARFlow on your own machine: text to pictures with a normalizing flow, in MLX."""
-    warnings.showwarning = _warn
+    warnings.showwarning = _warn  # type: ignore[assignment]  # its other arguments are not shown
     blas.check()
 
 

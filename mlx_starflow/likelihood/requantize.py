@@ -13,6 +13,7 @@ import numpy as np
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.likelihood import Nll, exact_nll, standard_error
+from mlx_starflow.media.image_folder import ImageFolder
 from mlx_starflow.model_dir.directory import ModelDirectory, NetworkDirectory, load_flow, read_tokenizer
 from mlx_starflow.model_dir.files import load_weights
 from mlx_starflow.model_dir.hub import find_model
@@ -20,7 +21,6 @@ from mlx_starflow.model_dir.quantization import quantize_module
 from mlx_starflow.model_dir.saving import copy_network, read_files, read_licences, save_model
 from mlx_starflow.model_dir.weights import parameters
 from mlx_starflow.pipelines.pipeline import load
-from mlx_starflow.training.data.image_folder import PictureFolder
 
 # ---- quantizing
 
@@ -98,7 +98,7 @@ def read_pictures(model: str | Path, folder: str | Path, limit: int = 64) -> Pic
 
     Args:
         model: "demo", a model directory or a Hub repository of one; it must read prompts.
-        folder: pictures with a `metadata.jsonl`, as `PictureFolder` reads; lines whose `split` is not "train", which is
+        folder: pictures with a `metadata.jsonl`, as `ImageFolder` reads; lines whose `split` is not "train", which is
             what it is if there is none, are left out.
         limit: 2 or more.
 
@@ -109,13 +109,13 @@ def read_pictures(model: str | Path, folder: str | Path, limit: int = 64) -> Pic
         raise StarflowError(f"an error estimate needs 2 pictures or more, not {limit}")
     pipe = load(model, low_memory=True)
     side = pipe.config.img_size * pipe.vae_config.downscale
-    data = PictureFolder.read(folder, size=side, splits=("train",))
+    data = ImageFolder.read(folder, size=side, splits=("train",))
     if len(data) < 2:
         raise StarflowError(f"an error estimate needs 2 pictures or more, and {folder} has {len(data)}")
     chosen = np.unique(np.linspace(0, len(data) - 1, min(limit, len(data))).round().astype(int))
     latents = []
     for start in range(0, len(chosen), 8):
-        pictures = mx.array(data.pictures[chosen[start : start + 8]].astype(np.float32) / 127.5 - 1)
+        pictures = mx.array(data.images[chosen[start : start + 8]].astype(np.float32) / 127.5 - 1)
         latents.append(np.array(pipe.vae.scale(pipe.vae.encode(pictures).mean)))
     return Pictures(np.concatenate(latents), [data.captions[index][0] for index in chosen])
 

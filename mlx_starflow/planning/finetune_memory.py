@@ -20,7 +20,6 @@ from mlx_starflow.model_dir.quantization import quantized_layers
 from mlx_starflow.models.starflow import FlowConfig
 from mlx_starflow.models.tarflow import TarFlowConfig
 from mlx_starflow.planning.memory import usable
-from mlx_starflow.training.finetuning.adapters import adapter_layers
 
 MACS = (16, 32, 64)
 """Memory, in GiB, of the Macs that a plan names."""
@@ -87,7 +86,7 @@ def training_plan(
     stored = sum(array.nbytes for _, array in tree_flatten(flow.parameters()))
     trained = sum(array.nbytes for _, array in tree_flatten(flow.trainable_parameters()))
     tokens = tokens or (config.img_size // config.patch_size) ** 2
-    adapted = adapter_layers(flow).values()
+    adapted = [layer for _, layer in flow.named_modules() if "lora_a" in layer]
     dense = sum(math.prod(layer.lora_a.shape[:1] + layer.lora_b.shape[1:]) for layer in adapted if "m" in layer)
     # Quantized layers are unpacked for each product, and DoRA computes whole weights.
     unpacked = [layer.weight.size * 32 // layer.bits for layer in quantized_layers(flow).values()]

@@ -7,8 +7,9 @@ from helpers.model_directories import write_image_model
 from helpers.tiny_flows import tiny_case, tiny_flow
 
 from mlx_starflow.bench.benchmark import ALL_METHODS, bench
-from mlx_starflow.bench.contenders import Contender, Task, measure
+from mlx_starflow.bench.contenders import Contender, measure
 from mlx_starflow.bench.products import WeightProducts
+from mlx_starflow.bench.trials import Task
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.model_dir.quantization import quantize_module
 from mlx_starflow.model_dir.saving import save_model
@@ -117,9 +118,8 @@ def test_rounds_go_in_turn():
 
 def test_rows_of_guided_blocks():
     tiny = tiny_case("softplus", 3)
-    condition = {"text": tiny.text, "null_text": tiny.null_text}
-    assert Task(tiny.flow, tiny.x, {**condition, "guidance": 1.5}).rows() == [3, 3, 6]
-    assert Task(tiny.flow, tiny.x, {**condition, "guidance": 0.0}).rows() == [3, 3, 3]
+    assert Task(tiny.flow, tiny.x, tiny.text, tiny.null_text, 1.5).rows() == [3, 3, 6]
+    assert Task(tiny.flow, tiny.x, tiny.text, tiny.null_text, 0.0).rows() == [3, 3, 3]
 
 
 # ---- the benchmark

@@ -28,12 +28,13 @@ from mlx_starflow.model_dir.weights import parameters
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
 from mlx_starflow.planning.finetune_memory import Planner, training_plan
 from mlx_starflow.planning.memory import usable
-from mlx_starflow.training.data.cache_build import build_cache
-from mlx_starflow.training.data.image_folder import Order
-from mlx_starflow.training.data.latent_cache import LatentCache
+from mlx_starflow.training.data.batches import Order, split_samples
+from mlx_starflow.training.data.cache.build import build_cache
+from mlx_starflow.training.data.cache.reading import LatentCache
 from mlx_starflow.training.finetuning.adapters import AdapterConfig, attach
-from mlx_starflow.training.finetuning.data import FinetuneData, finetune_loss, split_pictures
-from mlx_starflow.training.finetuning.finetune import FinetuneConfig, finetune, finetune_planner
+from mlx_starflow.training.finetuning.config import FinetuneConfig
+from mlx_starflow.training.finetuning.data import FinetuneData, finetune_loss
+from mlx_starflow.training.finetuning.finetune import finetune, finetune_planner
 from mlx_starflow.training.loop.trainer import Trainer
 
 command = Command("finetune")
@@ -208,7 +209,7 @@ def test_plan_is_what_is_measured(tmp_path, kind, quantization, batch_size, img_
         attach(flow, AdapterConfig(kind=kind, rank=8))
     mx.eval(flow.parameters())
     plan = training_plan(flow, batch_size, checkpoint=checkpoint)
-    loss = partial(finetune_loss, checkpoint=checkpoint)
+    loss = partial(finetune_loss, gradient_checkpointing=checkpoint)
 
     class Data:
         order = Order(4)
@@ -233,13 +234,13 @@ def test_plan_is_what_is_measured(tmp_path, kind, quantization, batch_size, img_
 
 def test_parts_of_the_data(cache):
     found = LatentCache(cache)
-    train, held_out = split_pictures(len(found), 0.4, 100, 0)
+    train, held_out = split_samples(len(found), 0.4, 100, 0)
     assert sorted([*train, *held_out]) == list(range(6)) and len(held_out) == 2
     data = FinetuneData(found, train, 0.3)
     rng = np.random.default_rng(0)
-    taken = {int(index) for _ in range(8) for index in data.order.take(2, rng)}
+    taken = {int(data.subset[index]) for _ in range(8) for index in data.order.take(2, rng)}
     assert taken == set(train.tolist())
-    assert len(split_pictures(5000, 0.1, 100, 0)[1]) == 100
+    assert len(split_samples(5000, 0.1, 100, 0)[1]) == 100
 
 
 def test_mistakes(model, pictures, cache, tmp_path):

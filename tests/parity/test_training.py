@@ -14,10 +14,12 @@ from helpers.torch_reference import DEVICES
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
 from mlx_starflow.models.t5 import T5Config, T5Encoder
-from mlx_starflow.training.loop import objective
+from mlx_starflow.training.config import TrainingConfig
+from mlx_starflow.training.data import dropout
 from mlx_starflow.training.loop.optimizers import GroupedOptimizer
-from mlx_starflow.training.loop.schedules import assign, cosine, ema_decay, trainable, update_average
-from mlx_starflow.training.loop.trainer import TrainingConfig
+from mlx_starflow.training.loop.schedules import cosine, ema_decay
+from mlx_starflow.training.loop.weights import assign, trainable, update_average
+from mlx_starflow.training.recipes import autoencoder
 from mlx_starflow.training.recipes.text import TextFlow
 
 pytestmark = pytest.mark.torch
@@ -106,7 +108,7 @@ def torch_loss(torch_model, batch, torch):
     device = next(torch_model.parameters()).device
     t = {key: torch.from_numpy(value).to(device) for key, value in batch.items()}
     text = torch_model.text_encoder.encode(t["ids"].long(), t["mask"])
-    return torch_model.flow(t["latents"] + 0.3 * t["noise"], text, t["keep"]).nll().mean()
+    return torch_model.flow(t["latents"] + 0.3 * t["noise"], text, t["context_mask"]).nll().mean()
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -195,9 +197,9 @@ def test_autoencoder_loss_and_gradients(torch, monkeypatch):
     load_reference(torch_model, model, torch)
     rng = np.random.default_rng(0)
     pictures = rng.uniform(-1, 1, (6, 16, 16, 3)).astype(np.float32)
-    noise = objective.autoencoder_noise(rng, 6, (8, 8, 4), 0.3)
+    noise = autoencoder.autoencoder_noise(rng, 6, (8, 8, 4), 0.3)
     arrays = {key: mx.array(value) for key, value in noise.items()}
-    loss = lambda: objective.autoencoder_loss(model, mx.array(pictures), **arrays, kl_weight=0.1)  # noqa: E731
+    loss = lambda: autoencoder.autoencoder_loss(model, mx.array(pictures), **arrays, kl_weight=0.1)  # noqa: E731
     value, gradients = flat_gradients(model, loss)
 
     draws = iter([noise["posterior"], noise["latent"]])
@@ -214,10 +216,10 @@ def test_autoencoder_loss_and_gradients(torch, monkeypatch):
 
 
 def test_context_keep_is_distributed_alike(torch):
-    from mlx_starflow.reference.training import context_keep
+    from mlx_starflow.reference.training import context_mask
 
     torch.manual_seed(0)
-    torch_model = context_keep(20000, 8, 0.4, 0.3).numpy()
-    ours = objective.context_keep(np.random.default_rng(0), 20000, 8, 0.4, 0.3)
+    torch_model = context_mask(20000, 8, 0.4, 0.3).numpy()
+    ours = dropout.context_mask(np.random.default_rng(0), 20000, 8, 0.4, 0.3)
     counts = [np.bincount(keep.sum(axis=1).astype(int), minlength=9) / 20000 for keep in (torch_model, ours)]
     assert np.abs(counts[0] - counts[1]).max() < 0.012

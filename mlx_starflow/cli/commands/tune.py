@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TextIO
 
 import click
 
@@ -36,7 +36,7 @@ def tune(
     tolerance: float,
     least: str,
     guidance: float | None,
-    prompt_file: Any,
+    prompt_file: TextIO | None,
     seed: int,
     dtype: str | None,
     dry_run: bool,
@@ -54,6 +54,16 @@ def tune(
     blas.hint_if_slow()
     prompts = [line.strip() for line in prompt_file if line.strip()] if prompt_file else PROMPTS
     trials = prepare(model, prompts, guidance=guidance, seed=seed, dtype=parse_dtype(dtype))
-    plan = find_plan(trials.flow, trials.z, **trials.condition, tolerance=tolerance, least=least, report=click.echo)
+    task = trials.task
+    plan = find_plan(
+        task.flow,
+        task.z,
+        task.text,
+        task.null_text,
+        task.guidance,
+        tolerance=tolerance,
+        least=least,
+        report=click.echo,
+    )
     if not dry_run:
         click.echo(f"{plan.save(trials.directory)} is written")

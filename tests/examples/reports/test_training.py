@@ -7,7 +7,7 @@ import re
 import pytest
 from helpers.examples import run_example
 
-from mlx_starflow.training.loop.config import OPTIMIZERS
+from mlx_starflow.training.config import OPTIMIZERS
 
 
 def test_optimizers(monkeypatch):

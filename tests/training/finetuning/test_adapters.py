@@ -25,7 +25,7 @@ from mlx_starflow.training.finetuning.adapters import (
     without_adapters,
 )
 from mlx_starflow.training.loop.objective import batch_loss
-from mlx_starflow.training.loop.schedules import trainable
+from mlx_starflow.training.loop.weights import trainable
 
 RNG = np.random.default_rng(0)
 
@@ -196,7 +196,7 @@ def test_gradients_of_an_adapter_are_those_of_finite_differences():
     def loss(step: mx.array) -> mx.array:
         before = layer.lora_b
         layer.lora_b = before + step * direction
-        value = batch_loss(flow, batch, checkpoint=True)[0]
+        value = batch_loss(flow, batch, gradient_checkpointing=True)[0]
         layer.lora_b = before
         return value
 

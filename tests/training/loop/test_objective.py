@@ -7,13 +7,9 @@ from helpers.tiny_flows import tiny_case
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
-from mlx_starflow.training.loop.objective import (
-    autoencoder_loss,
-    autoencoder_noise,
-    context_keep,
-    context_share,
-    flow_loss,
-)
+from mlx_starflow.training.data.dropout import context_mask, context_share
+from mlx_starflow.training.loop.objective import flow_loss
+from mlx_starflow.training.recipes.autoencoder import autoencoder_loss, autoencoder_noise
 
 CASES = ("t2i", "t2i_patch2", "t2i_all_text", "t2i_shifted", "t2i_identity_block", "t2i_modern", "pretrained_lm")
 
@@ -62,11 +58,11 @@ def test_gradient_is_the_slope(family):
     weights = tiny.flow.trainable_parameters()
     keep = None
     if tiny.text is not None:
-        keep = mx.array(context_keep(np.random.default_rng(1), 2, tiny.x.size // 2 // tiny.x.shape[-1], 0.3, 0.5))
+        keep = mx.array(context_mask(np.random.default_rng(1), 2, tiny.x.size // 2 // tiny.x.shape[-1], 0.3, 0.5))
 
     def loss(weights):
         tiny.flow.update(weights)
-        return flow_loss(tiny.flow, tiny.x, tiny.text, noise_std=0.0, keep=keep)[0]
+        return flow_loss(tiny.flow, tiny.x, tiny.text, noise_std=0.0, context_mask=keep)[0]
 
     gradient = mx.grad(loss)(weights)
     rng = np.random.default_rng(2)
@@ -87,11 +83,11 @@ def test_metrics_tell_what_was_read():
     keep[1, 1:] = 0
     keep[2, 3] = 0
     nll = np.array(tiny.flow(tiny.x, tiny.text, mx.array(keep)).nll())
-    loss, metrics = flow_loss(tiny.flow, tiny.x, tiny.text, noise_std=0.0, keep=mx.array(keep))
+    loss, metrics = flow_loss(tiny.flow, tiny.x, tiny.text, noise_std=0.0, context_mask=mx.array(keep))
     assert float(loss) == pytest.approx(nll.mean())
     assert float(metrics["nll"]) == pytest.approx(nll[0])
     assert float(metrics["nll-text-only"]) == pytest.approx(nll[1])
-    _, metrics = flow_loss(tiny.flow, tiny.x, tiny.text, noise_std=0.0, keep=mx.ones((3, 6)))
+    _, metrics = flow_loss(tiny.flow, tiny.x, tiny.text, noise_std=0.0, context_mask=mx.ones((3, 6)))
     assert np.isnan(float(metrics["nll-text-only"]))
 
 
@@ -99,7 +95,7 @@ def test_text_only_samples_ignore_their_tokens():
     tiny = tiny_case("softplus")
     block = tiny.flow.blocks[-1]
     tokens = tiny.flow.tokens(tiny.x)
-    keep = mx.array(context_keep(np.random.default_rng(0), 2, tokens.shape[1], 1.0, 0.0))
+    keep = mx.array(context_mask(np.random.default_rng(0), 2, tokens.shape[1], 1.0, 0.0))
     rope_frequencies = tiny.flow.rope_frequencies(tiny.x.shape, 3)
     _, log_det = block(tokens, tiny.text, rope_frequencies, keep)
     _, other = block(tokens + 1, tiny.text, rope_frequencies, keep)
@@ -107,7 +103,7 @@ def test_text_only_samples_ignore_their_tokens():
 
 
 def test_context_keep_shares():
-    keep = context_keep(np.random.default_rng(0), 20000, 16, 0.4, 0.3)
+    keep = context_mask(np.random.default_rng(0), 20000, 16, 0.4, 0.3)
     assert keep.dtype == np.float32 and set(np.unique(keep)) == {0.0, 1.0}
     assert (keep[:, 0] == 1).all()
     kept = keep[:, 1:].sum(axis=1)
@@ -115,9 +111,9 @@ def test_context_keep_shares():
     assert (kept == 0).mean() == pytest.approx(0.4 + 0.18 / 16, abs=0.01)
     assert (kept == 15).mean() == pytest.approx(0.42 + 0.18 / 16, abs=0.01)
     assert (kept == 7).mean() == pytest.approx(0.18 / 16, abs=0.005)
-    assert (context_keep(np.random.default_rng(0), 50, 9, 0.0, 0.0) == 1).all()
-    assert (context_keep(np.random.default_rng(0), 50, 9, 1.0, 0.5)[:, 1:] == 0).all()
-    again = context_keep(np.random.default_rng(0), 20000, 16, 0.4, 0.3)
+    assert (context_mask(np.random.default_rng(0), 50, 9, 0.0, 0.0) == 1).all()
+    assert (context_mask(np.random.default_rng(0), 50, 9, 1.0, 0.5)[:, 1:] == 0).all()
+    again = context_mask(np.random.default_rng(0), 20000, 16, 0.4, 0.3)
     assert np.array_equal(keep, again)
 
 

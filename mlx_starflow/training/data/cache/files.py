@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -36,9 +37,14 @@ def latents_file(ratio: str) -> str:
     return f"latents-{ratio.replace(':', 'x')}.bin"
 
 
+def is_cache(folder: Path) -> bool:
+    """Whether a folder holds a finished cache."""
+    return (folder / MANIFEST).is_file()
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """`cache.json` of a finished cache. Raises StarflowError if the folder is not one."""
-    if not (folder / MANIFEST).is_file():
+    if not is_cache(folder):
         if (folder / STATE).is_file():
             raise StarflowError(f"{folder} is not finished: run the command that makes it again, and it goes on")
         raise StarflowError(f"{folder} is not a latent cache: make one with mlx-starflow cache DATA -o {folder}")
@@ -64,6 +70,25 @@ def damaged_files(folder: Path, manifest: Mapping[str, Any], *, contents: Callab
     return found
 
 
+@dataclass(frozen=True)
+class Progress:
+    """How far a cache is.
+
+    Attributes:
+        items: samples and skips of the source that are done.
+        source: checksum of their keys and captions.
+        pictures_done: whether that is all of them.
+        texts: captions that are done.
+        cut: how many of these were longer than the model reads.
+    """
+
+    items: int = 0
+    source: str | None = None
+    pictures_done: bool = False
+    texts: int = 0
+    cut: int = 0
+
+
 class CacheWriter:
     """Makes a cache, or goes on with one.
 
@@ -73,7 +98,7 @@ class CacheWriter:
         resume: False: what is in the folder is thrown away.
 
     Attributes:
-        progress: what the last `commit` said, {} at the start.
+        progress: what the last `commit` said.
         finished: the manifest, if the cache is finished.
 
     Raises:
@@ -83,7 +108,7 @@ class CacheWriter:
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], *, resume: bool = True):
         self.folder, self.settings = folder, json.loads(json.dumps(settings))
-        self.progress: dict[str, Any] = {}
+        self.progress = Progress()
         self.finished: dict[str, Any] | None = None
         self._files: dict[str, BinaryIO] = {}
         self._lock = -1
@@ -118,7 +143,7 @@ class CacheWriter:
             self.finished = found
             state.unlink(missing_ok=True)
             return
-        self.progress = found["progress"]
+        self.progress = Progress(**found["progress"])
         for path in self._data_files():
             self._cut(path, found["bytes"].pop(path.name, 0))
         if found["bytes"]:
@@ -163,7 +188,7 @@ class CacheWriter:
             while rest:
                 rest = rest[self._files[name].write(rest) :]
 
-    def commit(self, **progress: Any) -> None:
+    def commit(self, progress: Progress) -> None:
         """From here on what was appended counts, and `progress` is where to go on."""
         for name, file in self._files.items():
             with self._writing(self.folder / name):
@@ -172,10 +197,11 @@ class CacheWriter:
 
     def forget(self) -> None:
         """Start from the beginning the next time. Until then the files stay, for a user to look at."""
-        self._save_state({}, {})
+        self._save_state(Progress(), {})
 
-    def _save_state(self, progress: dict[str, Any], sizes: dict[str, int]) -> None:
-        state = {"format": FORMAT, "settings": self.settings, "progress": progress, "bytes": sizes}
+    def _save_state(self, progress: Progress, sizes: dict[str, int]) -> None:
+        done = {} if progress == Progress() else asdict(progress)
+        state = {"format": FORMAT, "settings": self.settings, "progress": done, "bytes": sizes}
         self._replace(self.folder / STATE, state)
         self.progress = progress
 

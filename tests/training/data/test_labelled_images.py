@@ -16,10 +16,11 @@ from mlx_starflow import load_flow
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.likelihood.nll import with_noise
 from mlx_starflow.models.tarflow import TarFlow, TarFlowConfig
-from mlx_starflow.training.data.labelled import LabelledPictures, draw_classes
-from mlx_starflow.training.loop.config import TrainingConfig
+from mlx_starflow.training.config import TrainingConfig
+from mlx_starflow.training.data.labelled_images import LabelledImages
 from mlx_starflow.training.loop.objective import batch_loss, batch_nll, noisy
 from mlx_starflow.training.loop.trainer import Trainer
+from mlx_starflow.training.recipes.samples import draw_classes
 
 EXAMPLE = EXAMPLES / "train_tarflow.py"
 TINY = {
@@ -40,7 +41,7 @@ def classes(tmp_path) -> Path:
 
 
 def test_batches(classes):
-    data = LabelledPictures.read(str(classes), size=8)
+    data = LabelledImages.read(str(classes), size=8)
     assert data.classes == ["blue", "red"] and np.bincount(data.labels).tolist() == [10, 10]
     config = TrainingConfig(steps=1, batch_size=20, caption_dropout=0.0)
     batch = data.batch(np.random.default_rng(0), config, 0.0)
@@ -50,7 +51,7 @@ def test_batches(classes):
     dropped = data.batch(np.random.default_rng(0), TrainingConfig(steps=1, batch_size=20, caption_dropout=1.0), 0.0)
     assert (dropped["text"] == -1).all()
     train, held_out = data.split(5)
-    assert len(train.pictures) == 16 and len(held_out.pictures) == 4 and held_out.classes == data.classes
+    assert len(train.images) == 16 and len(held_out.images) == 4 and held_out.classes == data.classes
 
 
 def test_uniform_noise_is_dequantization():
@@ -84,7 +85,7 @@ def test_weights_of_samples():
 
 def test_a_trainer_in_one_line(classes, tmp_path, uncompiled):
     flow = TarFlow(TarFlowConfig(**TINY, num_classes=2))
-    data = LabelledPictures.read(str(classes), size=8)
+    data = LabelledImages.read(str(classes), size=8)
     config = TrainingConfig(steps=40, batch_size=8, lr=3e-3, log_every=10, dtype="bfloat16", checkpoint_layers=True)
     Trainer(flow, data, config, tmp_path / "run").run()
     rows = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]

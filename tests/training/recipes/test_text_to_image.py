@@ -19,8 +19,9 @@ from mlx_starflow.cli import main
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.model_dir.directory import load_vae
 from mlx_starflow.models.starflow import FlowConfig
-from mlx_starflow.training.loop.trainer import TrainingConfig
-from mlx_starflow.training.recipes.recipe import PRESETS, Preset, get_preset, train_model
+from mlx_starflow.training.config import TrainingConfig
+from mlx_starflow.training.recipes.presets import PRESETS, Preset, get_preset
+from mlx_starflow.training.recipes.text_to_image import train_model
 
 TINY = Preset(
     size=8,
@@ -63,11 +64,11 @@ def test_pictures_to_a_model(picture_folder, tmp_path):
 
     # The latents that the directory's own numbers normalize have about unit variance.
     vae = load_vae(out / "vae")
-    from mlx_starflow.training.data.image_folder import PictureFolder
+    from mlx_starflow.media.image_folder import ImageFolder
     from mlx_starflow.training.recipes.autoencoder import encode_views
 
-    folder = PictureFolder.read(picture_folder, size=16)
-    latents = encode_views(vae, folder.pictures, 2, np.random.default_rng(TINY.flow_training.seed))
+    folder = ImageFolder.read(picture_folder, size=16)
+    latents = encode_views(vae, folder.images, 2, np.random.default_rng(TINY.flow_training.seed))
     normalized = (latents - vae.config.latents_mean) / vae.config.latents_std
     assert np.abs(normalized.mean(axis=(0, 1, 2, 3))).max() < 1e-3
     assert np.abs(normalized.std(axis=(0, 1, 2, 3)) - 1).max() < 1e-3
@@ -196,7 +197,7 @@ def test_interrupted_command(picture_folder, tmp_path, monkeypatch):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mlx_starflow.training.recipes.recipe.train_model", interrupted)
+    monkeypatch.setattr("mlx_starflow.training.recipes.text_to_image.train_model", interrupted)
     assert CliRunner().invoke(main, ["train", str(picture_folder), "-o", str(tmp_path / "out")]).exit_code == 130
 
 

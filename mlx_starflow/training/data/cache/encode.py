@@ -1,4 +1,4 @@
-"""The two halves of making a latent cache: pictures through the autoencoder, captions through the text encoder.
+"""The two halves of making a latent cache: images through the autoencoder, captions through the text encoder.
 
 Both go in steps of a fixed number of samples, each committed when it is done, so that a run that was interrupted goes
 on with the same batches and ends with the same bytes as one that was not.
@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -21,24 +21,30 @@ from tqdm import tqdm
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.media.buckets import closest_ratio
+from mlx_starflow.media.image_folder import read_bytes
 from mlx_starflow.media.pixels import UnreadableImage, decode_image, image_views, no_remarks, scale_pixels
 from mlx_starflow.media.sources import Sample, Skip, Source
 from mlx_starflow.media.sources.sample import skip_line
 from mlx_starflow.model_dir.directory import load_text_encoder, load_vae
+from mlx_starflow.models.autoencoder_kl import AutoencoderKL
+from mlx_starflow.models.t5 import T5Encoder
 from mlx_starflow.pipelines.prompts import complete_prompt
-from mlx_starflow.training.data.cache_files import INDEX, SKIPPED, TEXT, TEXT_INDEX, CacheWriter, latents_file
-from mlx_starflow.training.data.cache_model import CacheModel
-from mlx_starflow.training.data.image_folder import read_bytes
-from mlx_starflow.training.data.numbers import encode_numbers
+from mlx_starflow.training.data.cache.files import INDEX, SKIPPED, TEXT, TEXT_INDEX, CacheWriter, Progress, latents_file
+from mlx_starflow.training.data.cache.model import CacheModel
+from mlx_starflow.training.data.cache.numbers import encode_numbers
 
 STEP = 4
-"""Batches of pictures between two commits."""
+"""Batches of images between two commits."""
 
 TEXT_BATCH, TEXT_STEP = 32, 256
 """Captions that go through the text encoder at once, and between two commits."""
 
 THREADS = 4
-"""Pictures that are decoded at once, while the one before is encoded."""
+"""Images that are decoded at once, while the one before is encoded."""
+
+
+Step = tuple[list["Future[_Image | Skip | None]"], int, str]
+"""Images that are being decoded, and number and checksum of all items up to them."""
 
 
 class Changed(Exception):
@@ -74,16 +80,16 @@ class Items:
 
 
 @dataclass(frozen=True)
-class _Picture:
-    """A picture made ready: `line` of the index, and uint8 views `[K, H, W, 3]` of its bucket's size."""
+class _Image:
+    """An image made ready: `line` of the index, and uint8 views `[K, H, W, 3]` of its bucket's size."""
 
     line: dict[str, Any]
     ratio: str
     views: np.ndarray
 
 
-class PictureStage:
-    """Pictures -> posterior means and standard deviations `[views, 2, h, w, C]`, a file a bucket, and the index.
+class ImageStage:
+    """Images -> posterior means and standard deviations `[views, 2, h, w, C]`, a file a bucket, and the index.
 
     Args:
         settings: the cache's, as `CacheWriter` has them.
@@ -96,6 +102,7 @@ class PictureStage:
     def run(self, items: Items, total: int | None, model: CacheModel, writer: CacheWriter, hide: bool | None) -> None:
         """Encode what is left of the source and commit it; the last commit says `pictures_done`."""
         vae = load_vae(model.directory / "vae")
+        assert isinstance(vae, AutoencoderKL)
         with (
             ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool,
             tqdm(desc="pictures", total=total, initial=items.count, disable=hide) as bar,
@@ -104,15 +111,15 @@ class PictureStage:
             try:
                 for prepared, count, digest in self._steps(items, pool):
                     self._encode([future.result() for future in prepared], vae, writer)
-                    writer.commit(items=count, source=digest)
+                    writer.commit(Progress(count, digest))
                     bar.update(count - bar.n)
             finally:
                 pool.shutdown(cancel_futures=True)
-        writer.commit(items=items.count, source=items.digest, pictures_done=True)
+        writer.commit(Progress(items.count, items.digest, pictures_done=True))
 
-    def _steps(self, items: Items, pool: ThreadPoolExecutor) -> Iterator[tuple[list[Future], int, str]]:
-        """Steps of pictures being decoded, one step ahead, with the number and checksum of all items so far."""
-        ahead = None
+    def _steps(self, items: Items, pool: ThreadPoolExecutor) -> Iterator[Step]:
+        """Steps, each given out when the next one is being decoded already."""
+        ahead: Step | None = None
         while True:
             step = [self._submit(item, pool) for item in islice(items, STEP * self.settings["batch_size"])]
             if ahead:
@@ -121,7 +128,7 @@ class PictureStage:
                 return
             ahead = step, items.count, items.digest
 
-    def _submit(self, item: Sample | Skip, pool: ThreadPoolExecutor) -> Future:
+    def _submit(self, item: Sample | Skip, pool: ThreadPoolExecutor) -> Future[_Image | Skip | None]:
         if isinstance(item, Skip):
             return pool.submit(lambda: item)
         if item.split != self.settings["split"]:
@@ -133,7 +140,7 @@ class PictureStage:
             skip = Skip(item.key, str(error))
             return pool.submit(lambda: skip)
 
-    def _prepare(self, sample: Sample, data: bytes) -> _Picture | Skip:
+    def _prepare(self, sample: Sample, data: bytes) -> _Image | Skip:
         if problem := sample.problem():
             return Skip(sample.key, problem)
         try:
@@ -150,11 +157,11 @@ class PictureStage:
             "size": picture.size,
             "sha256": hashlib.sha256(data).hexdigest(),
         }
-        return _Picture(line, ratio, views)
+        return _Image(line, ratio, views)
 
-    def _encode(self, prepared: Sequence[_Picture | Skip | None], vae: Any, writer: CacheWriter) -> None:
+    def _encode(self, prepared: Sequence[_Image | Skip | None], vae: AutoencoderKL, writer: CacheWriter) -> None:
         for ratio in self.shapes:
-            if chosen := [item for item in prepared if isinstance(item, _Picture) and item.ratio == ratio]:
+            if chosen := [item for item in prepared if isinstance(item, _Image) and item.ratio == ratio]:
                 self._encode_bucket(ratio, chosen, vae, writer)
         for item in prepared:
             if isinstance(item, Skip):
@@ -162,19 +169,19 @@ class PictureStage:
             elif item is not None:
                 writer.append(INDEX, json.dumps(item.line).encode() + b"\n")
 
-    def _encode_bucket(self, ratio: str, pictures: Sequence[_Picture], vae: Any, writer: CacheWriter) -> None:
-        views = np.concatenate([picture.views for picture in pictures])
+    def _encode_bucket(self, ratio: str, images: Sequence[_Image], vae: AutoencoderKL, writer: CacheWriter) -> None:
+        views = np.concatenate([image.views for image in images])
         size, parts = self.settings["batch_size"], []
         for start in range(0, len(views), size):
             posterior = vae.encode(mx.array(scale_pixels(views[start : start + size])))
             moments = mx.stack([posterior.mean, mx.exp(0.5 * posterior.logvar.astype(mx.float32))], axis=1)
             parts.append(np.array(moments.astype(mx.float32)))
-        moments = np.concatenate(parts).reshape(len(pictures), -1)
-        for picture, row in zip(pictures, moments, strict=True):
+        rows = np.concatenate(parts).reshape(len(images), -1)
+        for image, row in zip(images, rows, strict=True):
             try:
                 writer.append(latents_file(ratio), encode_numbers(row, self.settings["dtype"]))
             except OverflowError as error:
-                raise StarflowError(f"latents of {picture.line['key']}: {error}; use another --dtype") from None
+                raise StarflowError(f"latents of {image.line['key']}: {error}; use another --dtype") from None
 
 
 class TextStage:
@@ -189,7 +196,7 @@ class TextStage:
 
     def run(self, model: CacheModel, writer: CacheWriter, hide: bool | None) -> None:
         """Encode what is left of the texts and commit it, with the number of those that were cut."""
-        done, cut = writer.progress.get("texts", 0), writer.progress.get("cut", 0)
+        done, cut = writer.progress.texts, writer.progress.cut
         if done == len(self.texts):
             return
         encoder, tokenizer = load_text_encoder(model.directory / "text_encoder")
@@ -206,11 +213,11 @@ class TextStage:
                     line = {"text": text, "ratio": ratio, "tokens": len(row)}
                     writer.append(TEXT_INDEX, json.dumps(line).encode() + b"\n")
                 done, cut = done + len(part), cut + sum(truncated)
-                writer.commit(**{**writer.progress, "texts": done, "cut": cut})
+                writer.commit(replace(writer.progress, texts=done, cut=cut))
                 bar.update(len(part))
 
 
-def _embeddings(encoder: Any, ids: np.ndarray, mask: np.ndarray) -> list[np.ndarray]:
+def _embeddings(encoder: T5Encoder, ids: np.ndarray, mask: np.ndarray) -> list[np.ndarray]:
     """Embeddings of each row's tokens, float32 `[tokens, D]`. Rows of about the same length go together."""
     lengths = mask.sum(axis=1)
     order = np.argsort(lengths, kind="stable")

@@ -1,11 +1,11 @@
-"""From a folder of captioned pictures to a text-to-picture model: autoencoder, tokenizer, flow and text encoder."""
+"""From captioned images to a text-to-image model: autoencoder, tokenizer, flow and text encoder."""
 
 from __future__ import annotations
 
 import base64
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,109 +15,21 @@ import numpy as np
 from PIL import Image
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.media.images import to_images
+from mlx_starflow.media.image_folder import ImageFolder
 from mlx_starflow.media.sources import write_skips
 from mlx_starflow.model_dir.saving import save_model
 from mlx_starflow.model_dir.weights import parameters
-from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
-from mlx_starflow.models.starflow import FlowConfig, STARFlow
-from mlx_starflow.models.t5 import T5Config, T5Encoder
+from mlx_starflow.models.autoencoder_kl import AutoencoderKL
+from mlx_starflow.models.starflow import STARFlow
+from mlx_starflow.models.t5 import T5Encoder
 from mlx_starflow.models.tokenizer import Tokenizer
-from mlx_starflow.sampling import denoise, sample
-from mlx_starflow.training.data.image_folder import PictureFolder
 from mlx_starflow.training.loop import distributed
-from mlx_starflow.training.loop.config import TrainingConfig
-from mlx_starflow.training.loop.schedules import assign
 from mlx_starflow.training.loop.trainer import Trainer
+from mlx_starflow.training.loop.weights import assign
 from mlx_starflow.training.recipes.autoencoder import encode_views, train_autoencoder
+from mlx_starflow.training.recipes.presets import Preset
+from mlx_starflow.training.recipes.samples import decode_latents, draw_latents
 from mlx_starflow.training.recipes.text import CaptionedLatents, TextFlow, initialize_text_encoder, train_tokenizer
-
-
-@dataclass(frozen=True, kw_only=True)
-class Preset:
-    """Sizes of the networks and lengths of their trainings.
-
-    `size` is the side of the pictures in pixels; `views` the random views of each picture that the flow sees; `flow`
-    lacks what follows from the others (`img_size`, `channel_size`, `txt_dim`).
-    """
-
-    size: int
-    autoencoder: dict[str, Any]
-    text_encoder: dict[str, Any]
-    flow: dict[str, Any]
-    vocab_size: int = 1500
-    views: int = 12
-    autoencoder_training: TrainingConfig
-    flow_training: TrainingConfig
-    pipeline: dict[str, Any] = field(default_factory=dict)
-
-    def autoencoder_config(self) -> AutoencoderKLConfig:
-        settings = {"use_quant_conv": False, "use_post_quant_conv": False, "scaling_factor": 1.0}
-        return AutoencoderKLConfig.from_dict({**settings, **self.autoencoder, "sample_size": self.size})
-
-    def text_config(self, vocab_size: int) -> T5Config:
-        return T5Config(vocab_size=vocab_size, feed_forward_proj="gated-gelu", **self.text_encoder)
-
-    def flow_config(self) -> FlowConfig:
-        autoencoder = self.autoencoder_config()
-        return FlowConfig(
-            img_size=self.size // autoencoder.downscale,
-            channel_size=autoencoder.latent_channels,
-            txt_dim=self.text_encoder["d_model"],
-            noise_std=self.flow_training.noise_std,
-            **self.flow,
-        )
-
-
-_FLOW = {
-    "patch_size": 4,
-    "head_dim": 64,
-    "txt_size": 12,
-    "use_softplus": True,
-    "use_final_norm": True,
-    "use_qk_norm": True,
-    "norm_type": "rms_norm",
-    "soft_clip": 4.0,
-}
-
-_ADAMW = {"betas": (0.9, 0.98), "weight_decay": 0.01}
-
-_SAMPLING = {"guidance": 1.0, "temperature": 0.7}
-
-PRESETS = {
-    # For trying things out: minutes, not hours.
-    "small": Preset(
-        size=32,
-        autoencoder={
-            "block_out_channels": [32, 64],
-            "layers_per_block": 1,
-            "norm_num_groups": 8,
-            "mid_block_add_attention": False,
-        },
-        text_encoder={"d_model": 128, "d_kv": 64, "d_ff": 256, "num_layers": 1, "num_heads": 2},
-        flow={**_FLOW, "channels": 128, "layers_per_block": [1, 1, 4], "top_block_channels": 192},
-        views=8,
-        autoencoder_training=TrainingConfig(steps=2000, batch_size=16, lr=1.5e-3, **_ADAMW),
-        flow_training=TrainingConfig(steps=5000, lr=1.2e-3, **_ADAMW),
-        pipeline=_SAMPLING,
-    ),
-    # The sizes of the embedded model.
-    "demo": Preset(
-        size=64,
-        autoencoder={"block_out_channels": [32, 64, 96], "layers_per_block": 1, "norm_num_groups": 8},
-        text_encoder={"d_model": 192, "d_kv": 64, "d_ff": 512, "num_layers": 2, "num_heads": 3},
-        flow={**_FLOW, "channels": 256, "layers_per_block": [2, 2, 6], "top_block_channels": 320},
-        autoencoder_training=TrainingConfig(steps=3200, batch_size=16, lr=1.5e-3, **_ADAMW),
-        flow_training=TrainingConfig(steps=17000, lr=1.2e-3, **_ADAMW),
-        pipeline=_SAMPLING,
-    ),
-}
-
-
-def get_preset(name: str) -> Preset:
-    if name not in PRESETS:
-        raise StarflowError(f"unknown preset {name!r}; it must be one of {', '.join(PRESETS)}")
-    return PRESETS[name]
 
 
 def train_model(
@@ -128,12 +40,12 @@ def train_model(
     resume: bool = True,
     report: Callable[[str], None] = lambda line: None,
 ) -> Path:
-    """Train a text-to-picture model and write it as a model directory that `mlx_starflow.load` reads.
+    """Train a text-to-image model and write it as a model directory that `mlx_starflow.load` reads.
 
     Args:
-        data: captioned pictures, see `open_source`. Metadata may give further `captions` and a `split`: "train" (the
+        data: captioned images, see `open_source`. Metadata may give further `captions` and a `split`: "train" (the
             default), "autoencoder" (the flow does not see it), "validation" (nothing is trained on it) or anything
-            else (not used). Pictures that cannot be used are listed in `out/training/skipped.txt`.
+            else (not used). Images that cannot be used are listed in `out/training/skipped.txt`.
         out: the model directory; checkpoints and logs are in `out/training`.
         preset: sizes and lengths; see `PRESETS`.
         resume: go on where an earlier run into `out` stopped; else start again.
@@ -150,29 +62,29 @@ def train_model(
     first = group.rank() == 0
     say = report if first else lambda line: None
     # Twice the size, so that views are made smaller and not larger.
-    pictures = PictureFolder.read(data, size=2 * preset.size, splits=("train", "autoencoder", "validation"))
-    captioned, held_out = pictures.only("train"), pictures.only("validation")
+    images = ImageFolder.read(data, size=2 * preset.size, splits=("train", "autoencoder", "validation"))
+    captioned, held_out = images.only("train"), images.only("validation")
     if not held_out and (preset.flow_training.validate_every or preset.flow_training.patience):
         raise StarflowError(
             f'{data} has nothing to validate on: give some lines of its metadata "split": "validation", '
             "or leave --validate-every and --patience out"
         )
     if first:
-        write_skips(work / "skipped.txt", pictures.skipped)
-    pictures = pictures.only("train", "autoencoder")
+        write_skips(work / "skipped.txt", images.skipped)
+    images = images.only("train", "autoencoder")
     with distributed.peers("train", group):
         tokenizer, spiece = _tokenizer(captioned, work, preset.vocab_size, resume, group)
-    say(f"{len(captioned)} pictures for the flow, {len(pictures)} for the autoencoder; {tokenizer.vocab_size} tokens")
+    say(f"{len(captioned)} pictures for the flow, {len(images)} for the autoencoder; {tokenizer.vocab_size} tokens")
 
     length = preset.flow["txt_size"]
     captions = [text for texts in captioned.captions for text in texts]
     if cut := sum(tokenizer.batch(captions, length)[2]):
         say(f"{cut} of {len(captions)} captions are cut: they are longer than {length} tokens (--text-length)")
     autoencoder = train_autoencoder(
-        pictures, preset.autoencoder_config(), preset.autoencoder_training, work / "autoencoder", resume=resume
+        images.images, preset.autoencoder_config(), preset.autoencoder_training, work / "autoencoder", resume=resume
     )
     rng = np.random.default_rng(preset.flow_training.seed)
-    latents = encode_views(autoencoder, captioned.pictures, preset.views, rng)
+    latents = encode_views(autoencoder, captioned.images, preset.views, rng)
     mean, std = latents.mean(axis=(0, 1, 2, 3), dtype=np.float64), latents.std(axis=(0, 1, 2, 3), dtype=np.float64)
     std = np.maximum(std, 1e-6)  # a channel may be dead
     autoencoder.config = replace(autoencoder.config, latents_mean=tuple(mean.tolist()), latents_std=tuple(std.tolist()))
@@ -190,7 +102,7 @@ def train_model(
 
     validation = None
     if held_out:
-        views = encode_views(autoencoder, held_out.pictures, 1, np.random.default_rng(preset.flow_training.seed))
+        views = encode_views(autoencoder, held_out.images, 1, np.random.default_rng(preset.flow_training.seed))
         validation = samples(views, held_out.captions)
     watched = held_out if held_out else captioned
     trainer = Trainer(
@@ -198,7 +110,7 @@ def train_model(
         samples(latents, captioned.captions),
         preset.flow_training,
         work / "flow",
-        loss=partial(TextFlow.loss, checkpoint=preset.flow_training.checkpoint_layers),
+        loss=partial(TextFlow.loss, gradient_checkpointing=preset.flow_training.checkpoint_layers),
         nll=TextFlow.nll,
         validation=validation,
         samples=partial(
@@ -220,7 +132,7 @@ def train_model(
 
 
 def _tokenizer(
-    captioned: PictureFolder, work: Path, vocab_size: int, resume: bool, group: mx.distributed.Group
+    captioned: ImageFolder, work: Path, vocab_size: int, resume: bool, group: mx.distributed.Group
 ) -> tuple[Tokenizer, Path]:
     """The tokenizer, the same in all processes, and where rank 0 keeps it."""
     spiece = work / "spiece.model"
@@ -242,15 +154,12 @@ def _tokenizer(
 def draw_samples(
     model: TextFlow, *, autoencoder: AutoencoderKL, tokenizer: Tokenizer, captions: Sequence[str]
 ) -> list[Image.Image]:
-    """A picture of each caption, without guidance, always from the same noise."""
-    flow = model.flow
-    config = flow.config
+    """An image of each caption."""
+    config = model.flow.config
     ids, mask, _ = tokenizer.batch(captions, config.txt_size)
     text = model.text_encoder.encode(mx.array(ids), mx.array(mask))
     shape = (len(captions), config.img_size, config.img_size, config.channel_size)
-    z = mx.array(np.random.default_rng(0).standard_normal(shape, dtype=np.float32))
-    x = denoise(flow, sample(flow, z, text), text)
-    return to_images(np.array(autoencoder.decode(autoencoder.unscale(x)).astype(mx.float32)))
+    return decode_latents(autoencoder, draw_latents(model.flow, shape, text))
 
 
 def write_model(

@@ -28,12 +28,13 @@ from mlx_starflow.model_dir.directory import load_flow
 from mlx_starflow.model_dir.files import load_weights, read_config
 from mlx_starflow.model_dir.saving import save_model
 from mlx_starflow.models import autoencoder_kl, t5
-from mlx_starflow.training.data import cache_encode, cache_files
-from mlx_starflow.training.data.cache_build import CacheSettings, build_cache
-from mlx_starflow.training.data.cache_model import CacheModel
-from mlx_starflow.training.data.latent_cache import CachedLatents, LatentCache
+from mlx_starflow.training.config import TrainingConfig
+from mlx_starflow.training.data.cache import encode, files
+from mlx_starflow.training.data.cache.build import CacheSettings, build_cache
+from mlx_starflow.training.data.cache.model import CacheModel
+from mlx_starflow.training.data.cache.reading import CachedLatents, LatentCache
 from mlx_starflow.training.loop.checkpoint import checkpoint_files, load_checkpoint
-from mlx_starflow.training.loop.trainer import Trainer, TrainingConfig
+from mlx_starflow.training.loop.trainer import Trainer
 
 SCRIPT = [sys.executable, __file__]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(TESTS)}
@@ -99,7 +100,7 @@ def message(function, *arguments, **options) -> str:
 
 def test_summary(cache, model, data, tmp_path):
     summary = build_cache(data, tmp_path / "again", model, SMALL)
-    assert (summary.pictures, summary.texts, summary.enlarged) == (20, 12, 2) and not summary.finished_before
+    assert (summary.images, summary.texts, summary.enlarged) == (20, 12, 2) and not summary.finished_before
     tokenizer = load(model).tokenizer
     captions = {caption for captions in LatentCache(cache).captions for caption in captions}
     assert summary.cut == sum(len(tokenizer.encode(caption)) > 6 for caption in captions) > 0
@@ -197,24 +198,24 @@ class Killed(Exception):
 @pytest.mark.parametrize("stop", [0, 1, 2, 3, 4, 6])
 def test_resumed_equals_uninterrupted(model, data, tmp_path, monkeypatch, stop):
     """Whenever it stops, in the middle of whatever file."""
-    monkeypatch.setattr(cache_encode, "TEXT_STEP", 4)
+    monkeypatch.setattr(encode, "TEXT_STEP", 4)
     build_cache(data, tmp_path / "straight", model, SMALL)
     out = tmp_path / "cache"
-    whole = cache_files.CacheWriter.commit
+    whole = files.CacheWriter.commit
     commits = []
 
-    def breaks(self, **progress):
+    def breaks(self, progress):
         if len(commits) == stop:
             self.append("index.jsonl", b"half a line")
             raise Killed
         commits.append(progress)
-        whole(self, **progress)
+        whole(self, progress)
 
-    monkeypatch.setattr(cache_files.CacheWriter, "commit", breaks)
+    monkeypatch.setattr(files.CacheWriter, "commit", breaks)
     with pytest.raises(Killed):
         build_cache(data, out, model, SMALL)
     assert "is not finished: run the command that makes it again" in message(LatentCache, out)
-    monkeypatch.setattr(cache_files.CacheWriter, "commit", whole)
+    monkeypatch.setattr(files.CacheWriter, "commit", whole)
     assert not build_cache(data, out, model, SMALL).finished_before
     assert contents(out) == contents(tmp_path / "straight")
 
@@ -294,7 +295,7 @@ def test_data_that_changed(model, tmp_path, monkeypatch):
 def test_data_that_changed_in_between(model, tmp_path, monkeypatch):
     data = write_data(tmp_path / "pictures", 22)
     out = tmp_path / "cache"
-    monkeypatch.setattr(cache_encode.TextStage, "run", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(encode.TextStage, "run", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         build_cache(data, out, model, SMALL)
     with (data / "metadata.jsonl").open("a") as file:
@@ -315,12 +316,12 @@ def test_nothing_usable(model, tmp_path):
     assert (out / "skipped.txt").read_text() == "a.png\tNo such file or directory\nb.png\tno caption\n"
     assert message(build_cache, data, out, model, SMALL) == error
     Image.new("RGB", (9, 9)).save(data / "a.png")
-    assert build_cache(data, out, model, SMALL).pictures == 1
+    assert build_cache(data, out, model, SMALL).images == 1
     assert (out / "skipped.txt").read_text() == "b.png\tno caption\n"
     other = replace(SMALL, split="test")
     # A folder in which nothing came of it may be used with other settings.
     assert message(build_cache, data, tmp_path / "b", model, other).endswith("picture: none is of the split test")
-    assert build_cache(data, tmp_path / "b", model, SMALL).pictures == 1
+    assert build_cache(data, tmp_path / "b", model, SMALL).images == 1
 
 
 def test_other_folders_are_left_alone(model, data, tmp_path):
@@ -341,7 +342,7 @@ def test_other_folders_are_left_alone(model, data, tmp_path):
 
 
 def test_one_writer_at_a_time(cache, model, data):
-    with cache_files.CacheWriter(cache, read_manifest(cache)["settings"]) as writer:
+    with files.CacheWriter(cache, read_manifest(cache)["settings"]) as writer:
         assert writer.finished
         assert "another process is writing" in message(build_cache, data, cache, model, SMALL)
     assert build_cache(data, cache, model, SMALL).finished_before
@@ -359,7 +360,7 @@ def test_numbers_that_do_not_fit(model, data, tmp_path):
     save_model(other / "vae", weights, read_config(other / "vae"))
     error = message(build_cache, data, tmp_path / "cache", other, replace(SMALL, dtype="float16"))
     assert error == "latents of 00.png: a number is not finite, or too large for float16; use another --dtype"
-    assert build_cache(data, tmp_path / "b", other, SMALL).pictures == 20
+    assert build_cache(data, tmp_path / "b", other, SMALL).images == 20
 
 
 @pytest.mark.parametrize(
@@ -415,7 +416,7 @@ def test_damage(cache, tmp_path, name):
 
 def test_damage_while_it_is_made(model, data, tmp_path, monkeypatch):
     out = tmp_path / "cache"
-    monkeypatch.setattr(cache_encode.TextStage, "run", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(encode.TextStage, "run", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         build_cache(data, out, model, SMALL)
     os.truncate(out / "latents-1x1.bin", 100)
@@ -593,7 +594,7 @@ def test_batches(cache):
         batch = samples.batch(rng, config, 0.0)
         shapes.add(batch["latents"].shape)
         assert batch["noise"].shape == batch["latents"].shape == (4, *batch["latents"].shape[1:])
-        assert batch["keep"].shape == (4, np.prod(batch["latents"].shape[1:3]))
+        assert batch["context_mask"].shape == (4, np.prod(batch["latents"].shape[1:3]))
         assert {array.dtype for array in batch.values()} == {np.dtype(np.float32)}
         assert all(text[None].tobytes() in known for text in batch["text"])
         dropped += sum(np.array_equal(text, null) for text in batch["text"])
@@ -620,13 +621,13 @@ def test_latents_are_drawn_anew(cache, model):
 def main(data: str, out: str, model: str, how: str) -> None:
     """Make the cache in a process of its own: slowly, or with a limit on the size of files, as on a full disk."""
     if how == "slowly":
-        whole = cache_files.CacheWriter.append
+        whole = files.CacheWriter.append
 
-        def append(self: cache_files.CacheWriter, name: str, content: bytes) -> None:
+        def append(self: files.CacheWriter, name: str, content: bytes) -> None:
             whole(self, name, content)
             time.sleep(0.02)
 
-        cache_files.CacheWriter.append = append
+        files.CacheWriter.append = append
     else:
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(how), int(how)))
     try:

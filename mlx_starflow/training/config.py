@@ -1,15 +1,15 @@
-"""Settings of a training."""
+"""How a training is done: all its settings, and those of them that somebody asks for."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.model_dir.precision import DTYPES
 
 OPTIMIZERS = ("adamw", "adafactor", "muon", "sinkgd")
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,14 +30,14 @@ class TrainingConfig:
         ema: decay of the moving average of the weights; 0 is no average, which takes less memory.
         dtype: what networks compute in. With one given, the trained weights are kept in float32, whatever they were;
             None: both are as the weights were.
-        checkpoint_layers: compute layers again for the gradient instead of keeping what they computed.
+        checkpoint_layers: gradient checkpointing: compute layers again instead of keeping what they computed.
         noise_std: standard deviation of the noise on the latents.
         caption_dropout: share of samples that are trained without their caption, for guidance.
-        context_full, context_partial: see `objective.context_keep`; the first falls late in training.
+        context_full, context_partial: see `dropout.context_mask`; the first falls late in training.
         seed: of everything random.
         save_seconds, save_steps: a checkpoint is written that often, by time and by steps (0: by time alone).
         log_every: steps between lines of the log.
-        watch_every: steps between sample grids and pictures of the loss curve; 0: none.
+        watch_every: steps between sample grids and images of the loss curve; 0: none.
         validate_every: steps between validations, where there is data for it; 0: none.
         patience: so many validations in a row without a better one end the training; 0: none do.
         shard: keep a share of every large weight in each process; needs a backend other than ring.
@@ -95,3 +95,43 @@ class TrainingConfig:
             good = False
         if not good:
             raise StarflowError(f"training: {name} must be {what}, not {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """The settings of a `TrainingConfig` that somebody asks for; None leaves one to a preset or a recipe."""
+
+    steps: int | None = None
+    batch_size: int | None = None
+    accumulate: int | None = None
+    lr: float | None = None
+    warm_up: float | None = None
+    optimizer: str | None = None
+    betas: tuple[float, float] | None = None
+    weight_decay: float | None = None
+    embedding_factor: float | None = None
+    clip: float | None = None
+    skip: float | None = None
+    ema: float | None = None
+    dtype: str | None = None
+    checkpoint_layers: bool | None = None
+    noise_std: float | None = None
+    caption_dropout: float | None = None
+    context_full: float | None = None
+    context_partial: float | None = None
+    seed: int | None = None
+    save_seconds: float | None = None
+    save_steps: int | None = None
+    log_every: int | None = None
+    watch_every: int | None = None
+    validate_every: int | None = None
+    patience: int | None = None
+    shard: bool | None = None
+
+    def given(self) -> dict[str, Any]:
+        """Those that are asked for, by name."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def over(self, config: TrainingConfig) -> TrainingConfig:
+        """`config` with these settings instead of its own. Raises StarflowError if they do not fit together."""
+        return replace(config, **self.given())

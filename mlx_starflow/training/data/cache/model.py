@@ -29,11 +29,11 @@ class CacheModel:
 
     Attributes:
         config, vae_config: of the flow and of the autoencoder.
-        side: of the pictures it was trained on, in pixels.
-        step: sides of pictures are multiples of this.
+        side: of the images it was trained on, in pixels.
+        step: sides of images are multiples of this.
 
     Raises:
-        StarflowError: there is no such model, it reads no prompts, or its autoencoder is not for pictures.
+        StarflowError: there is no such model, it reads no prompts, or its autoencoder is not for images.
     """
 
     def __init__(self, name: str | Path):
@@ -118,7 +118,7 @@ def _tensors(folder: Path, parts: Sequence[str] = ()) -> Iterator[bytes]:
             continue
         yield f"{name} {array.dtype} {list(array.shape)}".encode()
         try:
-            yield bytes(memoryview(array.reshape(-1).view(mx.uint8)))
+            yield bytes(memoryview(array.reshape(-1).view(mx.uint8)))  # type: ignore[arg-type]
         except RuntimeError as error:
             raise StarflowError(f"cannot read {folder}: {one_line(error)}") from None
         del array

@@ -1,4 +1,4 @@
-"""Making a latent cache of a source of captioned pictures."""
+"""Making a latent cache of a source of captioned images."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from mlx_starflow.errors import StarflowError
 from mlx_starflow.media.buckets import RATIOS, bucket_size
 from mlx_starflow.media.sources import Skip, open_source, skip_report
 from mlx_starflow.planning.memory import metal_limits
-from mlx_starflow.training.data.cache_encode import Changed, Items, PictureStage, TextStage
-from mlx_starflow.training.data.cache_files import INDEX, SKIPPED, CacheWriter
-from mlx_starflow.training.data.cache_model import CacheModel
-from mlx_starflow.training.data.numbers import DTYPES
+from mlx_starflow.training.data.cache.encode import Changed, ImageStage, Items, TextStage
+from mlx_starflow.training.data.cache.files import INDEX, SKIPPED, CacheWriter, Progress
+from mlx_starflow.training.data.cache.model import CacheModel
+from mlx_starflow.training.data.cache.numbers import DTYPES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,14 +27,14 @@ class CacheSettings:
     """How a cache is made.
 
     Attributes:
-        size: side in pixels of the pictures, which are square, or of the square that has the buckets' area; None: the
+        size: side in pixels of the images, which are square, or of the square that has the buckets' area; None: the
             model's.
         buckets: nine aspect ratios instead of squares; None: if the model's prompts name them.
-        views: of each picture: its middle, then random parts.
+        views: how many of each image: its middle, then random parts.
         flip: mirror every second view.
         dtype: of the numbers on disk: float16, bfloat16 or float32.
-        batch_size: pictures that go through the autoencoder at once.
-        split: takes the pictures whose metadata has this `split`; "train" if it has none.
+        batch_size: images that go through the autoencoder at once.
+        split: takes the images whose metadata has this `split`; "train" if it has none.
         caption_column: field of the metadata that holds the caption.
         seed: of the random views.
     """
@@ -86,16 +86,16 @@ class CacheSummary:
     """What a finished cache holds.
 
     Attributes:
-        pictures, texts: how many; texts are distinct captions, the empty one included.
-        enlarged: pictures that were smaller than they are encoded.
+        images, texts: how many; texts are distinct captions, the empty one included.
+        enlarged: images that were smaller than they are encoded.
         cut: texts that were longer than the model reads.
         bytes: on disk.
-        skipped: a line about pictures that could not be used, "" if all could.
+        skipped: a line about images that could not be used, "" if all could.
         finished_before: there was nothing left to do.
     """
 
     folder: Path
-    pictures: int
+    images: int
     texts: int
     enlarged: int
     cut: int
@@ -113,7 +113,7 @@ def build_cache(
     resume: bool = True,
     progress: bool | None = None,
 ) -> CacheSummary:
-    """Encode all pictures of a source and their captions into a folder that `LatentCache` opens.
+    """Encode all images of a source and their captions into a folder that `LatentCache` opens.
 
     One network is in memory at a time. A run that was interrupted, in whatever way, goes on where it stopped when it is
     called with the same arguments, and ends with the same bytes. A finished cache is left as it is.
@@ -127,7 +127,7 @@ def build_cache(
         progress: show progress bars; None: on a terminal.
 
     Raises:
-        StarflowError: data or model cannot be used, no picture can, `out` cannot be written or holds something else, or
+        StarflowError: data or model cannot be used, no image can, `out` cannot be written or holds something else, or
             the data has changed since the cache was begun.
     """
     network, settings = CacheModel(model), settings or CacheSettings()
@@ -135,10 +135,10 @@ def build_cache(
     source = open_source(data, settings.caption_column)
     hide = None if progress is None else not progress
     with CacheWriter(Path(out), settings.resolve(network), resume=resume) as writer, metal_limits():
-        done = writer.finished or writer.progress
+        done = Progress(writer.finished["items"], writer.finished["source"]) if writer.finished else writer.progress
         try:
-            items = Items(source, done.get("items", 0), done.get("source"))
-            if (writer.finished or done.get("pictures_done")) and next(items, None) is not None:
+            items = Items(source, done.items, done.source)
+            if (writer.finished or done.pictures_done) and next(items, None) is not None:
                 raise Changed
         except Changed:
             raise StarflowError(
@@ -146,8 +146,8 @@ def build_cache(
             ) from None
         if writer.finished:
             return _summary(writer, finished_before=True)
-        if not writer.progress.get("pictures_done"):
-            PictureStage(writer.settings, shapes).run(items, source.total, network, writer, hide)
+        if not writer.progress.pictures_done:
+            ImageStage(writer.settings, shapes).run(items, source.total, network, writer, hide)
             mx.clear_cache()
         rows = [json.loads(line) for line in writer.read(INDEX).splitlines()]
         if not rows:
@@ -183,12 +183,12 @@ def _facts(
     downscale, channels = model.vae_config.downscale, model.vae_config.latent_channels
     counts = Counter(row["bucket"] for row in rows)
     return {
-        "items": writer.progress["items"],
-        "source": writer.progress["source"],
+        "items": writer.progress.items,
+        "source": writer.progress.source,
         "pictures": len(rows),
         "texts": texts,
         "enlarged": sum(any(a < b for a, b in zip(row["size"], shapes[row["bucket"]], strict=True)) for row in rows),
-        "cut": writer.progress["cut"],
+        "cut": writer.progress.cut,
         "buckets": {
             ratio: {"latents": [height // downscale, width // downscale, channels], "pictures": counts[ratio]}
             for ratio, (width, height) in shapes.items()
@@ -201,9 +201,16 @@ def _facts(
 
 def _summary(writer: CacheWriter, *, finished_before: bool) -> CacheSummary:
     manifest = writer.finished or {}
-    counts = (manifest[name] for name in ("pictures", "texts", "enlarged", "cut"))
-    size = sum(file["bytes"] for file in manifest["files"].values())
-    return CacheSummary(writer.folder, *counts, size, _skipped(writer), finished_before)
+    return CacheSummary(
+        writer.folder,
+        images=manifest["pictures"],
+        texts=manifest["texts"],
+        enlarged=manifest["enlarged"],
+        cut=manifest["cut"],
+        bytes=sum(file["bytes"] for file in manifest["files"].values()),
+        skipped=_skipped(writer),
+        finished_before=finished_before,
+    )
 
 
 def _skipped(writer: CacheWriter) -> str:

@@ -10,17 +10,16 @@ from typing import Any
 import numpy as np
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.training.data.cache_files import INDEX, TEXT, TEXT_INDEX, damaged_files, latents_file, read_manifest
-from mlx_starflow.training.data.cache_model import check_model
-from mlx_starflow.training.data.image_folder import Order
-from mlx_starflow.training.data.numbers import DTYPES, decode_numbers
-from mlx_starflow.training.loop.objective import context_keep, context_share
-from mlx_starflow.training.loop.trainer import TrainingConfig
-from mlx_starflow.training.recipes.text import choose_caption
+from mlx_starflow.training.config import TrainingConfig
+from mlx_starflow.training.data.batches import IndexedData, Order
+from mlx_starflow.training.data.cache.files import INDEX, TEXT, TEXT_INDEX, damaged_files, latents_file, read_manifest
+from mlx_starflow.training.data.cache.model import check_model
+from mlx_starflow.training.data.cache.numbers import DTYPES, decode_numbers
+from mlx_starflow.training.data.dropout import choose_caption, context_mask, context_share
 
 
 class LatentCache:
-    """What `build_cache` made. Pictures are numbered from 0 in the order of their source.
+    """What `build_cache` made. Images are numbered from 0 in the order of their source.
 
     Args:
         folder: of the cache.
@@ -28,15 +27,15 @@ class LatentCache:
             matters (its encoders are read to compare checksums, and let go of); None: any.
 
     Attributes:
-        keys, captions: of each picture, the usual caption first.
+        keys, captions: of each image, the usual caption first.
         ratios: aspect ratios of the buckets.
-        buckets: each picture's bucket, an index of `ratios`, `[N]`.
-        views: of each picture.
-        shapes: of one picture's latents in each bucket, (h, w, C).
+        buckets: each image's bucket, an index of `ratios`, `[N]`.
+        views: how many there are of each image.
+        shapes: of one image's latents in each bucket, (h, w, C).
         text_length, text_width: L and D of the text embeddings `[B, L, D]`.
         patch_size: of the flow.
         identity: of the model it was made with, see `CacheModel.identity`.
-        names_ratio: whether prompts name their picture's aspect ratio.
+        names_ratio: whether prompts name their image's aspect ratio.
 
     Raises:
         StarflowError: there is no finished cache, a file is of another size or the index is damaged, or it was made
@@ -77,7 +76,7 @@ class LatentCache:
             self.captions.append(tuple(row["captions"]))
             buckets.append(number[row["bucket"]])
         self.buckets = np.array(buckets)
-        # A picture's place among those of its bucket.
+        # An image's place among those of its bucket.
         self._places = np.zeros(len(buckets), np.int64)
         for bucket in range(len(self.ratios)):
             members = np.flatnonzero(self.buckets == bucket)
@@ -110,28 +109,28 @@ class LatentCache:
         if damaged := damaged_files(self.folder, self._manifest, contents=lambda name: True):
             raise _damage(self.folder, damaged)
 
-    def posterior(self, pictures: Sequence[int], views: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    def posterior(self, images: np.ndarray, views: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of raw latents, float32 `[B, h, w, C]` each.
 
         Args:
-            pictures: numbers of pictures, all of one bucket.
-            views: which view of each.
+            images: numbers of images, `[B]`, all of one bucket.
+            views: which view of each, `[B]`.
         """
-        bucket = self.buckets[pictures[0]]
-        assert (self.buckets[pictures] == bucket).all(), "the pictures of a batch are of one bucket"
-        moments = decode_numbers(self._latents[bucket][self._places[pictures], views], self._dtype)
+        bucket = self.buckets[images[0]]
+        assert (self.buckets[images] == bucket).all(), "the images of a batch are of one bucket"
+        moments = decode_numbers(self._latents[bucket][self._places[images], views], self._dtype)
         return moments[:, 0], moments[:, 1]
 
-    def latents(self, pictures: Sequence[int], views: Sequence[int], noise: np.ndarray) -> np.ndarray:
+    def latents(self, images: np.ndarray, views: np.ndarray, noise: np.ndarray) -> np.ndarray:
         """Normalized latents drawn from the posterior with standard normal `noise`, float32 `[B, h, w, C]`."""
-        mean, std = self.posterior(pictures, views)
+        mean, std = self.posterior(images, views)
         return (mean + std * noise - self._mean) / self._std
 
     def text(self, captions: Sequence[str], ratio: str = "1:1") -> np.ndarray:
         """Text embeddings as `Pipeline.encode_prompts` gives them, float32 `[B, L, D]`, zero at padding.
 
         Args:
-            captions: of pictures in this cache, or "".
+            captions: of images in this cache, or "".
             ratio: the bucket's, which some models read too.
         """
         out = np.zeros((len(captions), self.text_length, self.text_width), np.float32)
@@ -141,59 +140,47 @@ class LatentCache:
         return out
 
 
-class CachedLatents:
-    """Batches of a cache for `Trainer` and a flow; a batch is of one bucket, and every picture comes equally often."""
+class CachedLatents(IndexedData):
+    """Batches of a cache's images for `Trainer` and a flow.
 
-    def __init__(self, cache: LatentCache):
+    A batch is of one bucket, and every image comes equally often.
+
+    Args:
+        cache: the images.
+        subset: numbers, in the cache, of the images that are used, which are counted from 0 here; None: all.
+        patch_size: of the flow; None: of the flow that the cache was made for.
+    """
+
+    def __init__(self, cache: LatentCache, subset: np.ndarray | None = None, patch_size: int | None = None):
         self.cache = cache
-        self.patch_size = cache.patch_size
-        self.order = Order(len(cache), cache.buckets)
-
-    def batch(self, rng: np.random.Generator, config: TrainingConfig, progress: float) -> dict[str, np.ndarray]:
-        """`latents`, `noise` and `text`, float32; and `keep`, where the config asks for it."""
-        return self.arrays(self.order.take(config.batch_size, rng), rng, config, progress)
+        self.subset = np.arange(len(cache)) if subset is None else np.asarray(subset)
+        self.patch_size = patch_size or cache.patch_size
+        self.order = Order(len(self.subset), cache.buckets[self.subset])
 
     def arrays(
         self, chosen: np.ndarray, rng: np.random.Generator, config: TrainingConfig, progress: float
     ) -> dict[str, np.ndarray]:
-        """What `batch` gives, of the pictures with the numbers `chosen`, which are of one bucket."""
+        """`latents`, `noise` and `text`, float32; and `context_mask`, where the config asks for it.
+
+        The images with the numbers `chosen` are of one bucket.
+        """
         cache, count = self.cache, len(chosen)
-        bucket = cache.buckets[chosen[0]]
+        images = self.subset[chosen]
+        bucket = cache.buckets[images[0]]
         height, width, channels = cache.shapes[bucket]
         views = rng.integers(cache.views, size=count)
-        captions = [choose_caption(cache.captions[index], rng, config.caption_dropout) for index in chosen]
+        captions = [choose_caption(cache.captions[index], rng, config.caption_dropout) for index in images]
         draw, noise = rng.standard_normal((2, count, height, width, channels), dtype=np.float32)
         batch = {
-            "latents": cache.latents(chosen, views, draw),
+            "latents": cache.latents(images, views, draw),
             "noise": noise,
             "text": cache.text(captions, cache.ratios[bucket]),
         }
         if config.context_full or config.context_partial:
             tokens = (height // self.patch_size) * (width // self.patch_size)
             share = context_share(config.context_full, progress)
-            batch["keep"] = context_keep(rng, count, tokens, share, config.context_partial)
+            batch["context_mask"] = context_mask(rng, count, tokens, share, config.context_partial)
         return batch
-
-
-class CachedPart(CachedLatents):
-    """Some pictures of a cache, numbered from 0.
-
-    Args:
-        cache: the pictures.
-        pictures: numbers, in the cache, of those that belong to it.
-        patch_size: of the flow; None: of the flow that the cache was made for.
-    """
-
-    def __init__(self, cache: LatentCache, pictures: np.ndarray, patch_size: int | None = None):
-        self.cache, self.pictures = cache, np.asarray(pictures)
-        self.patch_size = patch_size or cache.patch_size
-        self.order = Order(len(self.pictures), cache.buckets[self.pictures])
-
-    def arrays(
-        self, chosen: np.ndarray, rng: np.random.Generator, config: TrainingConfig, progress: float
-    ) -> dict[str, np.ndarray]:
-        """What `batch` gives, of the pictures with the numbers `chosen` in this part."""
-        return super().arrays(self.pictures[chosen], rng, config, progress)
 
 
 def _damage(folder: Path, names: Sequence[str]) -> StarflowError:

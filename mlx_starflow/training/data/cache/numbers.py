@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-DTYPES = {"float16": np.dtype("<f2"), "bfloat16": np.dtype("<u2"), "float32": np.dtype("<f4")}
+DTYPES: dict[str, np.dtype] = {"float16": np.dtype("<f2"), "bfloat16": np.dtype("<u2"), "float32": np.dtype("<f4")}
 """What NumPy is to take the bytes for: it has no bfloat16, which is the upper half of a float32."""
 
 

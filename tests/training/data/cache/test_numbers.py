@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_starflow.training.data.numbers import DTYPES, decode_numbers, encode_numbers
+from mlx_starflow.training.data.cache.numbers import DTYPES, decode_numbers, encode_numbers
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES))
