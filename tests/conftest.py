@@ -15,8 +15,8 @@ from helpers.golden_files import golden_case
 from helpers.paths import DATA
 from mlx.utils import tree_flatten
 
+from mlx_starflow import cpu
 from mlx_starflow.convert.pth import read_checkpoint
-from mlx_starflow.cpu import native
 from mlx_starflow.models import starflow, tarflow
 
 
@@ -86,7 +86,7 @@ class Tiny:
 
     def noise(self, z: mx.array) -> mx.array:
         """`flow(x).z` as `sample` takes it."""
-        return self.flow.standardize(z) if isinstance(self.flow, tarflow.TarFlow) else z
+        return self.flow.standardize(z)
 
 
 _STARFLOW = {
@@ -169,7 +169,7 @@ def tiny(request: pytest.FixtureRequest) -> Tiny:
 @pytest.fixture
 def in_mlx(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sampling computes in MLX, as on a Mac, even where there is C++ for it."""
-    monkeypatch.setattr(native, "available", lambda: False)
+    monkeypatch.setattr(cpu, "has_fast_networks", lambda: False)
 
 
 @pytest.fixture(scope="session")

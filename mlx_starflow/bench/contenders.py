@@ -14,8 +14,9 @@ import numpy as np
 
 from mlx_starflow.bench.products import WeightProducts
 from mlx_starflow.bench.trials import Trials
+from mlx_starflow.models.flow import Flow
 from mlx_starflow.planning.traffic import READ_ONCE, evaluation_bytes, tokens_at_once
-from mlx_starflow.sampling import Certificate, GuidedFlow, SamplingTrace, certify, sample
+from mlx_starflow.sampling import Certificate, SamplingTrace, certify, sample
 from mlx_starflow.sampling.methods import Method, Settings, block_settings
 
 Run = Callable[[], tuple[mx.array, list[int]]]
@@ -101,7 +102,7 @@ def measure(
 class Task:
     """A flow and what it is to sample; z and `condition` are arguments of `sampling.sample`."""
 
-    flow: Any
+    flow: Flow
     z: mx.array
     condition: dict[str, Any]
 
@@ -116,7 +117,7 @@ class Task:
 
     def rows(self) -> list[int]:
         """Sequences that each block sees at once, data side first: pictures, and twice as many where guided."""
-        conditions = GuidedFlow(self.flow, self.z.shape, **self.condition).conditions.blocks
+        conditions = self.flow.conditions(self.z.shape, **self.condition).blocks
         return [self.pictures * (2 if condition.guided else 1) for condition in conditions]
 
     def certify(self, x: mx.array) -> Certificate:

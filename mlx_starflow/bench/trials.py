@@ -14,6 +14,7 @@ from mlx_starflow.media.noise import draw_noise
 from mlx_starflow.model_dir.hub import find_model
 from mlx_starflow.model_dir.weights import load_flow
 from mlx_starflow.models.starflow import STARFlow
+from mlx_starflow.models.tarflow import TarFlow
 from mlx_starflow.pipelines.pipeline import load
 from mlx_starflow.sampling import SamplingPlan
 
@@ -28,7 +29,7 @@ class Trials:
     """
 
     directory: Path
-    flow: Any
+    flow: STARFlow | TarFlow
     z: mx.array
     text: mx.array | None
     null_text: mx.array | None

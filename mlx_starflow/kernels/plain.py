@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import mlx.core as mx
-import numpy as np
 
 EPSILON = 1e-6
 """Added to the mean square by RMS norms."""
 
 MANY_NUMBERS = 2**14
 """From so many on MLX's CPU backend turns pairs faster by vectorized real products than by its complex ones."""
-
-
-Array = mx.array | np.ndarray
-
-
-def namespace(array: Array) -> ModuleType:
-    """The module whose functions take such arrays, for code that computes with either kind."""
-    return np if isinstance(array, np.ndarray) else mx
 
 
 def rms_norm(x: mx.array, weight: mx.array | None = None, eps: float = EPSILON) -> mx.array:

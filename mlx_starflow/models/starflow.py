@@ -213,6 +213,21 @@ class STARFlow(nn.Module):
         if config.denoiser:
             self.learnable_self_denoiser = Denoiser(config.denoiser)
 
+    @property
+    def denoiser(self) -> Denoiser | None:
+        """The learned denoiser beside the flow, where there is one."""
+        return self.get("learnable_self_denoiser")
+
+    @property
+    def noise_type(self) -> str:
+        """Latents are trained with Gaussian noise."""
+        return "gaussian"
+
+    @property
+    def prior_variance(self) -> mx.array:
+        """The prior is standard normal."""
+        return mx.array(1.0)
+
     def tokens(self, x: mx.array) -> mx.array:
         """Latents -> tokens in raster order, float32. Raises StarflowError if the shape does not fit."""
         patch, channels = self.config.patch_size, self.config.channel_size
@@ -229,6 +244,18 @@ class STARFlow(nn.Module):
     def noise_tokens(self, z: mx.array) -> mx.array:
         """Noise, shaped as `sample` takes it (here as latents), -> the tokens that the last block makes of data."""
         return self.tokens(z)
+
+    def output_tokens(self, z: mx.array) -> mx.array:
+        """`flow(x).z` -> the same as tokens `[B, N, C]`."""
+        return self.tokens(z)
+
+    def token_noise(self, tokens: mx.array, shape: tuple[int, ...]) -> mx.array:
+        """Standard-normal tokens -> noise, shaped as the latents of `shape`."""
+        return self.latents(tokens, shape)
+
+    def standardize(self, z: mx.array) -> mx.array:
+        """`flow(x).z` -> the noise that `sample` makes x of: the same."""
+        return z
 
     def latents(self, tokens: mx.array, shape: tuple[int, ...]) -> mx.array:
         """Tokens in raster order -> latents of `shape` `[B, H, W, C]` or `[B, T, H, W, C]`, but for B."""
@@ -283,7 +310,7 @@ class STARFlow(nn.Module):
             condition.guided = guided
             conditions.append(condition)
         return Conditions(
-            self.block_rope_frequencies(shape, 0 if text is None else text.shape[1]), conditions, "quotient"
+            self.block_rope_frequencies(shape, 0 if text is None else text.shape[1]), conditions, "starflow"
         )
 
     def __call__(

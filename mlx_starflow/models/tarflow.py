@@ -14,8 +14,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.kernels.plain import Array, namespace
 from mlx_starflow.models.configs import known_arguments, official_arguments, read_config, write_config
+from mlx_starflow.models.denoiser import Denoiser
 from mlx_starflow.models.flow import BlockConfig, Condition, Conditions, FlowBlock, FlowOutput, run_blocks
 
 
@@ -153,12 +153,9 @@ class TarFlowBlock(FlowBlock):
             positions = self.pos_embed[start:stop]
         return positions[None] if offset is None else positions + offset
 
-    def complete(self, raw: Array) -> Array:
+    def complete(self, outputs: mx.array) -> mx.array:
         """Without `nvp` the network gives means alone, and the log-scales are 0."""
-        if self.config.nvp:
-            return raw
-        arrays = namespace(raw)
-        return arrays.concatenate([arrays.zeros_like(raw), raw], axis=-1)
+        return outputs if self.config.nvp else mx.concatenate([mx.zeros_like(outputs), outputs], axis=-1)
 
 
 class TarFlow(nn.Module):
@@ -180,6 +177,21 @@ class TarFlow(nn.Module):
         """As `Module.unfreeze`, but `var` stays frozen."""
         super().unfreeze(*args, **kwargs)
         return self.freeze(recurse=False, keys="var")
+
+    @property
+    def denoiser(self) -> Denoiser | None:
+        """A TarFlow has no learned denoiser."""
+        return None
+
+    @property
+    def noise_type(self) -> str:
+        """What was added to the training's pixels: "gaussian" or "uniform" noise, see `TarFlowConfig`."""
+        return self.config.noise_type
+
+    @property
+    def prior_variance(self) -> mx.array:
+        """The prior's variances `[N, C * p * p]`, float32."""
+        return self.var.astype(mx.float32)
 
     def tokens(self, x: mx.array) -> mx.array:
         """Pictures -> tokens `[B, N, C * p * p]` in raster order; within a token channel, row, column.
@@ -212,11 +224,26 @@ class TarFlow(nn.Module):
         if z.ndim != 3 or z.shape[1:] != self.var.shape:
             length, width = self.var.shape
             raise StarflowError(f"noise has shape {tuple(z.shape)}; this flow reads tokens [batch, {length}, {width}]")
-        return z.astype(mx.float32) * mx.sqrt(self.var.astype(mx.float32))
+        return z.astype(mx.float32) * mx.sqrt(self.prior_variance)
+
+    def output_tokens(self, z: mx.array) -> mx.array:
+        """`flow(x).z`, which is tokens `[B, N, C * p * p]` already."""
+        return z
+
+    def token_noise(self, tokens: mx.array, shape: tuple[int, ...]) -> mx.array:
+        """Standard-normal tokens -> noise as `sample` takes it: tokens as well."""
+        return tokens
 
     def standardize(self, z: mx.array) -> mx.array:
         """`flow(x).z` -> the noise that `sample` makes x of: the same, unless the prior's variances are learned."""
-        return z / mx.sqrt(self.var.astype(mx.float32))
+        return z / mx.sqrt(self.prior_variance)
+
+    def rope_frequencies(self, shape: tuple[int, ...], text_length: int) -> None:
+        """A TarFlow has no rotary positions."""
+
+    def block_rope_frequencies(self, shape: tuple[int, ...], text_length: int) -> list[mx.array | None]:
+        """None for each block."""
+        return [None] * len(self.blocks)
 
     def conditions(
         self, shape: tuple[int, ...], text: mx.array | None, null_text: mx.array | None = None, guidance: float = 0.0
@@ -249,7 +276,7 @@ class TarFlow(nn.Module):
         conditions = [block.condition(text, batch) for block in self.blocks]
         for condition in conditions:
             condition.guided = guided
-        return Conditions([None] * len(self.blocks), conditions, "extrapolate", temper_null_only=True)
+        return Conditions(self.block_rope_frequencies(shape, 0), conditions, "tarflow", temper_null_only=True)
 
     def _check_labels(self, labels: mx.array | None, batch: int) -> None:
         if labels is None:
@@ -261,18 +288,23 @@ class TarFlow(nn.Module):
                 f"labels have shape {tuple(labels.shape)} and type {labels.dtype}; give {batch} whole numbers"
             )
 
-    def __call__(self, x: mx.array, text: mx.array | None = None, gradient_checkpointing: bool = False) -> FlowOutput:
+    def __call__(
+        self,
+        x: mx.array,
+        text: mx.array | None = None,
+        context_mask: mx.array | None = None,
+        gradient_checkpointing: bool = False,
+    ) -> FlowOutput:
         """Pictures `[B, H, W, C]` and integer labels `[B]` (-1 or None: no class) -> noise tokens in `z`.
 
-        `gradient_checkpointing` lets gradients take less memory and more time.
-        Neither `z` nor the loss knows of learned variances of the prior, as in training: see `standardize`.
+        `context_mask` goes to the last block (see `FlowBlock`); `gradient_checkpointing` lets gradients take less
+        memory and more time. Neither `z` nor the loss knows of learned variances of the prior, as in training: see
+        `standardize`.
         """
         tokens = self.tokens(x)
         self._check_labels(text, x.shape[0])
-        rope_frequencies = [None] * len(self.blocks)
-        hidden, log_dets = run_blocks(
-            self.blocks, tokens, text, rope_frequencies, gradient_checkpointing=gradient_checkpointing
-        )
+        frequencies = self.block_rope_frequencies(x.shape, 0)
+        hidden, log_dets = run_blocks(self.blocks, tokens, text, frequencies, context_mask, gradient_checkpointing)
         log_dets = [self.latents(t) for t in log_dets]
         return FlowOutput(hidden[-1], sum(log_dets), log_dets, [self.latents(t) for t in hidden])
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_starflow import __version__
-from mlx_starflow.cpu import blas, native
+from mlx_starflow import __version__, cpu
+from mlx_starflow.cpu import blas
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.model_dir.hub import converted_directory, find_model
 from mlx_starflow.model_dir.weights import load_weights, new_flow, read_config
@@ -41,8 +41,8 @@ def summarize(model: str) -> dict[str, str]:
     device = mx.default_device().type.name.upper()
     lines = {"mlx-starflow": f"{__version__}, MLX {mx.__version__} on the {device}, Python {platform.python_version()}"}
     lines["BLAS"] = f"{blas.describe()}, {blas.gflops():.1f} GFLOPS on the CPU"
-    if native.available():
-        lines["sampling"] = f"in C++ on {native.threads()} CPUs; half precision, mxfp and nvfp in MLX"
+    if cpu.has_fast_networks():
+        lines["sampling"] = f"in C++ on {cpu.network_threads()} CPUs; half precision, mxfp and nvfp in MLX"
     if configs := _release(model):
         lines["model"] = f"{model} (starflow), not converted yet: mlx-starflow convert {model}"
         lines |= _architecture(configs.flow)

@@ -16,8 +16,7 @@ from tqdm import tqdm
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.reference.flow import Condition, FlowBlock
-from mlx_starflow.sampling.guidance import guidance_rule
-from mlx_starflow.sampling.guided import check_guidance
+from mlx_starflow.sampling.guidance import SamplingOptions, guidance_function
 from mlx_starflow.sampling.methods import JacobiSettings, SequentialSettings
 from mlx_starflow.sampling.sampler import progress_off
 
@@ -50,22 +49,22 @@ class KVCache:
         self.offset -= min(n, self.offset)
 
 
-def guide(
+def starflow_guidance(
     mu: Tensor, log_sigma: Tensor, mu_null: Tensor, log_sigma_null: Tensor, weight: float | Tensor
 ) -> tuple[Tensor, Tensor]:
-    """STARFlow's rule (arXiv 2506.06276); see `sampling.guidance.guide`."""
+    """STARFlow's guidance (arXiv 2506.06276); see `kernels.affine.starflow_guidance`."""
     excess = weight * -torch.expm1(2 * (log_sigma - log_sigma_null).clamp(max=0))
     guided = mu + (weight - excess) / (1 + excess) * (mu - mu_null)
     return guided, log_sigma - 0.5 * torch.log1p(excess)
 
 
-def extrapolate(
-    mu: Tensor, log_sigma: Tensor, mu_null: Tensor, log_sigma_null: Tensor, weight: float | Tensor, what: str = "ab"
+def tarflow_guidance(
+    mu: Tensor, log_sigma: Tensor, mu_null: Tensor, log_sigma_null: Tensor, weight: float | Tensor, target: str = "ab"
 ) -> tuple[Tensor, Tensor]:
-    """TarFlow's rule (arXiv 2412.06329): mean ("b") and log-scale ("a") move away from the null's by `weight`."""
-    if "b" in what:
+    """TarFlow's guidance (arXiv 2412.06329): mean ("b") and log-scale ("a") move away from the null's by `weight`."""
+    if "b" in target:
         mu = mu + weight * (mu - mu_null)
-    if "a" in what:
+    if "a" in target:
         log_sigma = log_sigma + weight * (log_sigma - log_sigma_null)
     return mu, log_sigma
 
@@ -74,7 +73,7 @@ def extrapolate(
 class Guidance:
     """How conditional and null predictions are combined. `annealed` grows the weight linearly over the sequence."""
 
-    rule: Callable[..., tuple[Tensor, Tensor]]
+    combine: Callable[..., tuple[Tensor, Tensor]]
     weight: float
     annealed: bool = False
 
@@ -146,7 +145,7 @@ class BlockDecoder:
         if self.guidance:
             (mu, mu_null), (log_sigma, log_sigma_null) = mu.chunk(2), log_sigma.chunk(2)
             weight = self.guidance.at(start - self.first, stop - start, self.length - self.first, x.device)
-            mu, log_sigma = self.guidance.rule(mu, log_sigma, mu_null, log_sigma_null, weight)
+            mu, log_sigma = self.guidance.combine(mu, log_sigma, mu_null, log_sigma_null, weight)
         return mu, log_sigma
 
     def trim(self, n: int) -> None:
@@ -222,7 +221,7 @@ def sample(
     *,
     attn_temp: float = 1.0,
     annealed_guidance: bool = False,
-    guide_what: str = "ab",
+    guidance_target: str = "ab",
     progress: bool | None = False,
     trace: SamplingTrace | None = None,
 ) -> Tensor:
@@ -230,7 +229,7 @@ def sample(
 
     `method` is "sequential" or "jacobi", or the settings of one of them.
     """
-    check_guidance(guidance, attn_temp)
+    SamplingOptions(guidance, attn_temp, annealed_guidance, guidance_target)  # its errors
     settings = METHODS[method]() if isinstance(method, str) and method in METHODS else method
     if not isinstance(settings, SequentialSettings | JacobiSettings):
         raise StarflowError(f"the PyTorch reference samples by {' or '.join(METHODS)}, not by {method!r}")
@@ -238,14 +237,15 @@ def sample(
         tokens = flow.noise_tokens(z)
         batch, length, _ = tokens.shape
         conditions = flow.conditions(z, text, null_text, guidance)
-        guidance_rule(conditions.rule, guide_what)  # its errors
-        rule = guide if conditions.rule == "quotient" else partial(extrapolate, what=guide_what)
+        guidance_function(conditions.guidance_mode, guidance_target)  # its errors
+        starflow = conditions.guidance_mode == "starflow"
+        combine = starflow_guidance if starflow else partial(tarflow_guidance, target=guidance_target)
         total = sum(length for block in flow.blocks if not block.is_identity)
         with tqdm(total=total, desc="sampling", unit="tok", disable=progress_off(progress), leave=False) as bar:
             for block, condition in reversed(list(zip(flow.blocks, conditions.blocks, strict=True))):
                 evaluations = 0
                 if not block.is_identity:
-                    weight = Guidance(rule, guidance, annealed_guidance) if condition.guided else None
+                    weight = Guidance(combine, guidance, annealed_guidance) if condition.guided else None
                     temperature: float | Tensor = attn_temp
                     if conditions.temper_null_only:
                         temperature = null_temperature(attn_temp, batch, z.device) if condition.guided else 1.0

@@ -11,8 +11,7 @@ import pytest
 from helpers.tiny_model import SPIECE, write_tiny_model
 from mlx.utils import tree_flatten
 
-from mlx_starflow import load
-from mlx_starflow.cpu import native
+from mlx_starflow import cpu, load
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.model_dir.hub import DEMO
 from mlx_starflow.model_dir.quantization import quantize_module
@@ -88,7 +87,7 @@ def test_predicted_peaks_of_a_quantized_model():
     check("demo", low_memory=True)
 
 
-@pytest.mark.skipif(not native.available(), reason="there is no compiler, or no Linux CPU")
+@pytest.mark.skipif(not cpu.has_fast_networks(), reason="there is no compiler, or no Linux CPU")
 def test_sampling_in_cpp_takes_the_weights_and_the_cache():
     gc.collect()
     before = mx.get_active_memory()

@@ -24,7 +24,7 @@ def sampling(config: FlowConfig, tokens: int, batch: int, guided: bool, item: in
 
     A block caches 2 (keys, values) x layers x positions x heads x head size for each picture, twice if it is guided.
     While a block reads its text, the cache of the block before it is still there, and about 5 hidden layers of MLPs.
-    A single token's activations do not count. In C++ (mlx_starflow/native) there is nothing but the cache.
+    A single token's activations do not count. In C++ (mlx_starflow/cpu) there is nothing but the cache.
     """
     largest = peak = before = 0
     for block in reversed(config.blocks):

@@ -11,6 +11,7 @@ import numpy as np
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.likelihood import Nll, exact_nll
+from mlx_starflow.models.starflow import STARFlow
 from mlx_starflow.sampling import sample
 from mlx_starflow.training.data.image_folder import Order
 from mlx_starflow.training.data.latent_cache import CachedLatents, LatentCache
@@ -70,7 +71,7 @@ class AnchorSamples:
     text: np.ndarray
 
     @classmethod
-    def draw(cls, flow: Any, cache: LatentCache, pictures: np.ndarray, count: int, seed: int) -> AnchorSamples:
+    def draw(cls, flow: STARFlow, cache: LatentCache, pictures: np.ndarray, count: int, seed: int) -> AnchorSamples:
         """Sample, without guidance, for captions of some pictures of the most frequent bucket."""
         rng = np.random.default_rng([seed, 2])
         buckets = cache.buckets[pictures]
@@ -132,7 +133,7 @@ def anchored(batch_size: int, share: float) -> int:
 
 
 def finetune_loss(
-    flow: Any, batch: Batch, anchor_weight: float = 1.0, base: Any = None, checkpoint: bool = True
+    flow: STARFlow, batch: Batch, anchor_weight: float = 1.0, base: Any = None, checkpoint: bool = True
 ) -> tuple[mx.array, Metrics]:
     """NLL of a batch of `FinetuneData` (nats per dimension, without log(2 pi) / 2) plus the anchor's KL divergence.
 
@@ -146,7 +147,9 @@ def finetune_loss(
     return loss, metrics
 
 
-def cached_nll(flow: Any, cache: LatentCache, pictures: Sequence[int] | np.ndarray, *, draws: int, seed: int) -> Nll:
+def cached_nll(
+    flow: STARFlow, cache: LatentCache, pictures: Sequence[int] | np.ndarray, *, draws: int, seed: int
+) -> Nll:
     """Exact NLL of pictures of a cache, the middle view of each, given their usual captions; see `exact_nll`."""
     pictures = np.asarray(pictures)
     parts = []

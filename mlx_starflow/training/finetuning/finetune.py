@@ -22,6 +22,7 @@ from mlx_starflow.model_dir.quantization import QUANTIZATIONS, dequantize_module
 from mlx_starflow.model_dir.saving import save_model
 from mlx_starflow.model_dir.weights import default_dtype, load_flow, new_flow, parameters, place_weights, read_config
 from mlx_starflow.model_dir.weights import load_weights as read_weights
+from mlx_starflow.models.starflow import STARFlow
 from mlx_starflow.pipelines.pipeline import Pipeline, load
 from mlx_starflow.planning.finetune_memory import BATCH_SIZES, PRECISIONS, RANKS, Choice, Planner
 from mlx_starflow.planning.memory import available
@@ -240,7 +241,7 @@ def _load_base(model: str | Path, quantization: str | None) -> Any:
     return flow
 
 
-def _make_trainable(flow: Any, config: FinetuneConfig, quantization: str | None, rank: int) -> None:
+def _make_trainable(flow: STARFlow, config: FinetuneConfig, quantization: str | None, rank: int) -> None:
     if quantization is not None:
         quantize_module(flow, quantization)
     if adapter := config.adapter(rank):
@@ -325,7 +326,7 @@ def finetune(
     return result
 
 
-def _save(flow: Any, model: str | Path, out: Path, config: FinetuneConfig, choice: Choice) -> Path:
+def _save(flow: STARFlow, model: str | Path, out: Path, config: FinetuneConfig, choice: Choice) -> Path:
     if adapter := config.adapter(choice.rank):
         about = {"model": str(model)}
         if choice.quantization:
