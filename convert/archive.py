@@ -10,46 +10,32 @@ Tensors are written one at a time, in the order in which they come.
 from __future__ import annotations
 
 import io
-import json
 import math
-import os
 import pickle
 import struct
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import mlx.core as mx
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.model_dir.weights import one_line
+from mlx_starflow.media.files import replacing
+from mlx_starflow.model_dir.files import Spec, tensor_bytes, write_safetensors
 
-
-class Spec(NamedTuple):
-    """Shape and dtype of a tensor that is to come."""
-
-    shape: tuple[int, ...]
-    dtype: mx.Dtype
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.size
-
-
-# PyTorch's storage class and safetensors' name of each dtype that models are saved in.
-_DTYPES = {
-    mx.float64: ("DoubleStorage", "F64"),
-    mx.float32: ("FloatStorage", "F32"),
-    mx.float16: ("HalfStorage", "F16"),
-    mx.bfloat16: ("BFloat16Storage", "BF16"),
-    mx.int64: ("LongStorage", "I64"),
-    mx.int32: ("IntStorage", "I32"),
-    mx.int16: ("ShortStorage", "I16"),
-    mx.int8: ("CharStorage", "I8"),
-    mx.uint8: ("ByteStorage", "U8"),
-    mx.bool_: ("BoolStorage", "BOOL"),
+# PyTorch's storage class of each dtype that models are saved in.
+_STORAGES = {
+    mx.float64: "DoubleStorage",
+    mx.float32: "FloatStorage",
+    mx.float16: "HalfStorage",
+    mx.bfloat16: "BFloat16Storage",
+    mx.int64: "LongStorage",
+    mx.int32: "IntStorage",
+    mx.int16: "ShortStorage",
+    mx.int8: "CharStorage",
+    mx.uint8: "ByteStorage",
+    mx.bool_: "BoolStorage",
 }
 
 _ALIGNMENT = 64
@@ -75,68 +61,22 @@ def write_archive(path: Path, layout: Mapping[str, Spec], tensors: Iterable[tupl
         StarflowError: the file cannot be written, or is called neither `.safetensors` nor `.pth`.
     """
     check_archive_name(path)
-    write = _write_safetensors if path.suffix == ".safetensors" else _write_zip
-    with _atomic(path) as file:
-        write(file, layout, tensors)
+    replacement = replacing(path, failure=f"cannot write {path}", makes_folder=True, overwrites_partial=True)
+    with replacement as temporary:
+        if path.suffix == ".safetensors":
+            write_safetensors({temporary: layout}, tensors, format="pt")
+        else:
+            _write_zip(temporary, layout, tensors)
     return path
 
 
-@contextmanager
-def _atomic(path: Path) -> Iterator[BinaryIO]:
-    partial = path.with_name(f"partial-{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
-            yield file
-        os.replace(partial, path)
-    except OSError as error:
-        raise StarflowError(f"cannot write {path}: {one_line(error)}") from error
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-
-
-def _bytes(array: mx.array) -> memoryview:
-    if array.size == 0:  # it has no memory to look at
-        return memoryview(b"")
-    return memoryview(mx.contiguous(array).reshape(-1).view(mx.uint8))
-
-
-def _write_safetensors(file: BinaryIO, layout: Mapping[str, Spec], tensors: Iterable[tuple[str, mx.array]]) -> None:
-    # transformers wants to be told whose layout it is.
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    starts: dict[str, int] = {}
-    at = 0
-    # Larger elements first, so that each tensor starts at a multiple of its element's size.
-    for name, spec in sorted(layout.items(), key=lambda item: -item[1].dtype.size):
-        header[name] = {
-            "dtype": _DTYPES[spec.dtype][1],
-            "shape": list(spec.shape),
-            "data_offsets": [at, at + spec.nbytes],
-        }
-        starts[name] = at
-        at += spec.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
-    first = file.tell()
-    file.truncate(first + at)
-    for name, array in tensors:
-        file.seek(first + starts.pop(name))
-        file.write(_bytes(array))
-        del array
-        mx.clear_cache()
-    if starts:
-        raise KeyError(f"no array came for {next(iter(starts))}")
-
-
-def _write_zip(file: BinaryIO, layout: Mapping[str, Spec], tensors: Iterable[tuple[str, mx.array]]) -> None:
+def _write_zip(path: Path, layout: Mapping[str, Spec], tensors: Iterable[tuple[str, mx.array]]) -> None:
     keys = {name: str(key) for key, name in enumerate(layout)}
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+    with open(path, "wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         _write_record(archive, file, "data.pkl", _pickle(layout, keys))
         _write_record(archive, file, "byteorder", b"little")
         for name, array in tensors:
-            _write_record(archive, file, f"data/{keys.pop(name)}", _bytes(array))
+            _write_record(archive, file, f"data/{keys.pop(name)}", tensor_bytes(array))
             del array
             mx.clear_cache()
         if keys:
@@ -165,7 +105,7 @@ def _pickle(layout: Mapping[str, Spec], keys: Mapping[str, str]) -> bytes:
         out.write(_text(name))
         # _rebuild_tensor_v2(storage, offset, shape, strides, requires_grad, hooks); the storage is a persistent id.
         out.write(_global("torch._utils", "_rebuild_tensor_v2") + pickle.MARK)
-        out.write(pickle.MARK + _text("storage") + _global("torch", _DTYPES[spec.dtype][0]))
+        out.write(pickle.MARK + _text("storage") + _global("torch", _STORAGES[spec.dtype]))
         out.write(_text(keys[name]) + _text("cpu") + _number(math.prod(spec.shape)) + pickle.TUPLE + pickle.BINPERSID)
         strides = [math.prod(spec.shape[axis + 1 :]) for axis in range(len(spec.shape))]
         out.write(_number(0) + _numbers(spec.shape) + _numbers(strides) + pickle.NEWFALSE)

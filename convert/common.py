@@ -13,16 +13,11 @@ from mlx.utils import tree_unflatten
 
 from mlx_starflow.convert.distributed import is_distributed, open_distributed
 from mlx_starflow.convert.pth import Checkpoint, read_checkpoint
-from mlx_starflow.errors import StarflowError
+from mlx_starflow.errors import StarflowError, one_line
+from mlx_starflow.model_dir.files import read_safetensors
 from mlx_starflow.model_dir.quantization import quantize_module, quantized_layers
 from mlx_starflow.model_dir.saving import save_tensors
-from mlx_starflow.model_dir.weights import (
-    DTYPES,
-    check_shapes,
-    one_line,
-    parameters,
-    read_safetensors,
-)
+from mlx_starflow.model_dir.weights import DTYPES, check_shapes, parameters
 
 
 class Tensor(NamedTuple):

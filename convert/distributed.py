@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from mlx_starflow.errors import StarflowError
-from mlx_starflow.model_dir.weights import one_line
+from mlx_starflow.errors import StarflowError, one_line
 
 _METADATA = ".metadata"
 # All that the pickle may name, in any version of PyTorch, beside dtypes.

@@ -9,10 +9,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_starflow.convert.archive import Spec, check_archive_name, write_archive
+from mlx_starflow.convert.archive import check_archive_name, write_archive
 from mlx_starflow.convert.common import Tensor, as_tensor
-from mlx_starflow.errors import StarflowError
-from mlx_starflow.model_dir.weights import load_weights, one_line, parameters, read_config
+from mlx_starflow.errors import StarflowError, one_line
+from mlx_starflow.model_dir.files import Spec, load_weights, read_config
+from mlx_starflow.model_dir.weights import parameters
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from mlx_starflow.models.autoencoder_wan.names import diffusers_tensor
 from mlx_starflow.models.tarflow import TarFlowConfig

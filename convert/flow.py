@@ -14,8 +14,9 @@ import yaml
 from mlx_starflow.convert.common import Tensor, check_target, open_tensors, write_module
 from mlx_starflow.convert.official import LICENSE as LICENSE
 from mlx_starflow.convert.official import released_arguments
-from mlx_starflow.errors import StarflowError
-from mlx_starflow.model_dir.weights import flow_module, one_line, parse_dtype
+from mlx_starflow.errors import StarflowError, one_line
+from mlx_starflow.model_dir.directory import FLOWS
+from mlx_starflow.model_dir.weights import parse_dtype
 from mlx_starflow.models.configs import official_arguments
 
 if TYPE_CHECKING:
@@ -135,8 +136,8 @@ def open_flow(
     """
     tensors = open_tensors(checkpoint)
     model_type = "tarflow" if any(name.endswith(".pos_embed") for name in tensors) else "starflow"
-    module, network, config_class = flow_module(model_type)
-    tensors = module.sanitize(tensors)
+    kind = FLOWS[model_type]
+    tensors = kind.sanitize(tensors)
     if model_type == "tarflow":
         arguments = _tarflow_arguments(tensors, arguments, checkpoint)
     elif not arguments:
@@ -147,7 +148,7 @@ def open_flow(
     elif arguments.get("txt_size") and "txt_dim" not in arguments:
         arguments = {**arguments, "txt_dim": _text_width(tensors, arguments, checkpoint)}
     try:
-        return network(config_class.from_official(arguments)), model_type, tensors
+        return kind.network(kind.config.from_official(arguments)), model_type, tensors
     except (StarflowError, ArithmeticError, AttributeError, TypeError, ValueError) as error:
         raise StarflowError(f"{source}: {one_line(error)}") from error
 

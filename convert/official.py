@@ -114,7 +114,7 @@ class Release:
         checkpoint: the flow's file in it.
         text_encoder, vae: the repositories of the other networks, as official arguments name them; see `later_scale`.
         vae_folder: the autoencoder's in its repository.
-        pipeline: settings that its pictures or videos are best made with.
+        pipeline: settings that its images or videos are best made with.
     """
 
     repository: str

@@ -2,8 +2,8 @@
 
 `torch.save` writes a zip of uncompressed records: `NAME/data.pkl`, a pickle that describes the objects, and one record
 `NAME/data/KEY` for each storage, the flat memory that one or more tensors look into. A pickle is a program, and
-Python's own `pickle` would let whoever wrote the file run code here. So `pth_pickle.py` interprets it: it knows the
-opcodes that tensors and plain containers need, and everything else is refused with one `StarflowError` that says why.
+Python's own `pickle.load` would let whoever wrote the file run code here. `pth_pickle.py` allows what tensors and
+plain containers need, and everything else is refused with one `StarflowError` that says why.
 
 No tensor is read when a file is opened: each is a view of a memory map, made when it is asked for. Checksums of
 storages are not verified, since that would read the whole file a second time; the pickle's is.
@@ -20,9 +20,9 @@ from collections.abc import Iterator, Mapping
 import mlx.core as mx
 import numpy as np
 
-from mlx_starflow.convert.pth_pickle import MAX_DEPTH, NUMPY_DTYPES, Storage, StoredTensor, Unpickler
-from mlx_starflow.convert.pth_zip import TORCHSCRIPT, Refused, contents, quote, zip_records
-from mlx_starflow.errors import StarflowError
+from mlx_starflow.convert.pth_pickle import NUMPY_DTYPES, Storage, StoredTensor, unpickle
+from mlx_starflow.convert.pth_zip import MappedFile, Refused, quote, zip_records
+from mlx_starflow.errors import StarflowError, one_line
 
 # Keys under which training scripts put the state dict, beside an optimizer, a step counter and the like.
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
@@ -31,6 +31,7 @@ _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 _MAX_PICKLE = 1 << 24  # bytes of data.pkl; a state dict needs about 200 a tensor
 _MAX_ITEMS = 1_000_000  # items of all the containers searched for tensors
 _MAX_TENSORS = 100_000
+_MAX_DEPTH = 32  # containers inside containers
 _MAX_NAME = 1024  # characters
 
 
@@ -41,7 +42,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
     shortened in that time (replacing it by a rename is harmless).
     """
 
-    def __init__(self, tensors: dict[str, StoredTensor], memory: mmap.mmap) -> None:
+    def __init__(self, tensors: dict[str, StoredTensor], memory: MappedFile) -> None:
         self._tensors = tensors
         self._memory = memory
 
@@ -117,7 +118,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     except Refused as reason:
         raise StarflowError(f"cannot read checkpoint {name}: {reason}") from None
     except OSError as error:
-        raise StarflowError(f"cannot read checkpoint {name}: {error.strerror or error}") from None
+        raise StarflowError(f"cannot read checkpoint {name}: {one_line(error)}") from None
 
 
 def _read(path: str | os.PathLike[str]) -> Checkpoint:
@@ -130,26 +131,25 @@ def _read(path: str | os.PathLike[str]) -> Checkpoint:
     if not stat.S_ISREG(mode):  # opening a pipe would wait for its writer
         raise Refused("it is not a regular file")
     with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        records = zip_records(file, size)
-        folders = [name.removesuffix("data.pkl") for name in records if name.endswith("/data.pkl")]
-        if len(folders) != 1:
-            raise Refused(f"a file of torch.save has one data.pkl, this zip has {len(folders)}")
-        folder = folders[0]
-        if folder + "constants.pkl" in records:
-            raise Refused(TORCHSCRIPT)
-        if folder + "byteorder" in records:
-            order = contents(file, records[folder + "byteorder"], limit=16)
-            if order != b"little":
-                raise Refused(f"its byte order is {quote(order.decode('latin1'))}; only 'little' is supported")
-        pickled = contents(file, records[folder + "data.pkl"], _MAX_PICKLE)
-        prefix = folder + "data/"
-        storages = {name[len(prefix) :]: record for name, record in records.items() if name.startswith(prefix)}
-        tensors = _named_tensors(Unpickler(pickled, storages).load())
+        if (size := os.fstat(file.fileno()).st_size) == 0:
+            raise Refused("it is empty")
         try:
-            return Checkpoint(tensors, mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ))
+            memory = MappedFile(file.fileno(), size, access=mmap.ACCESS_READ)
         except ValueError:
             raise Refused("it changed while it was being read") from None
+    records = zip_records(memory)
+    folders = [name.removesuffix("data.pkl") for name in records if name.endswith("/data.pkl")]
+    if len(folders) != 1:
+        raise Refused(f"a file of torch.save has one data.pkl, this zip has {len(folders)}")
+    folder = folders[0]
+    if folder + "byteorder" in records:
+        order = memory.contents(records[folder + "byteorder"], limit=16)
+        if order != b"little":
+            raise Refused(f"its byte order is {quote(order.decode('latin1'))}; only 'little' is supported")
+    pickled = memory.contents(records[folder + "data.pkl"], _MAX_PICKLE)
+    prefix = folder + "data/"
+    storages = {name[len(prefix) :]: record for name, record in records.items() if name.startswith(prefix)}
+    return Checkpoint(_named_tensors(unpickle(pickled, storages)), memory)
 
 
 def _named_tensors(root: object) -> dict[str, StoredTensor]:
@@ -165,7 +165,7 @@ def _named_tensors(root: object) -> dict[str, StoredTensor]:
     def walk(container: object, prefix: str, depth: int) -> None:
         nonlocal items
         items += len(container)
-        if items > _MAX_ITEMS or depth > MAX_DEPTH:
+        if items > _MAX_ITEMS or depth > _MAX_DEPTH:
             raise Refused("its containers are too large or too deeply nested for a state dict")
         for key, value in container.items() if type(container) is dict else enumerate(container):
             kind = type(value)

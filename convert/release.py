@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -15,9 +14,11 @@ from mlx_starflow.convert.official import LICENSE, LICENSES, RELEASES, later_sca
 from mlx_starflow.convert.t5 import convert_t5
 from mlx_starflow.convert.vae import convert_vae
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.media.files import read_json, replacing
+from mlx_starflow.model_dir.files import read_index
 from mlx_starflow.model_dir.hub import converted_directory, fetch
 from mlx_starflow.model_dir.quantization import QUANTIZATIONS
-from mlx_starflow.model_dir.weights import one_line, parse_dtype, read_index, read_json
+from mlx_starflow.model_dir.weights import parse_dtype
 from mlx_starflow.models.t5 import encoder_name
 
 _RECORD = "conversion.json"
@@ -150,12 +151,9 @@ def _read_record(directory: Path) -> dict[str, Any]:
 
 
 def _write_record(directory: Path, record: dict[str, Any]) -> None:
-    partial = directory / f"partial-{_RECORD}"
-    try:
-        partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, directory / _RECORD)
-    except OSError as error:
-        raise StarflowError(f"cannot write {directory / _RECORD}: {one_line(error)}") from error
+    path = directory / _RECORD
+    with replacing(path, failure=f"cannot write {path}") as temporary:
+        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 # ---- downloads: only the files that are converted

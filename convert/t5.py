@@ -8,7 +8,10 @@ import mlx.core as mx
 
 from mlx_starflow.convert.common import Tensor, check_target, open_tensors, write_module
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.model_dir.weights import parse_dtype, read_index, read_json, read_tokenizer
+from mlx_starflow.media.files import read_json
+from mlx_starflow.model_dir.directory import read_tokenizer
+from mlx_starflow.model_dir.files import read_index
+from mlx_starflow.model_dir.weights import parse_dtype
 from mlx_starflow.models.t5 import T5Config, T5Encoder, encoder_name, sanitize
 
 # In order of preference: the first that is there is read.

@@ -11,7 +11,8 @@ from mlx_starflow.convert.common import Tensor, as_tensor, check_target, open_te
 from mlx_starflow.convert.distributed import is_distributed
 from mlx_starflow.convert.wan import WAN_FILE, WAN_VAE, is_official_wan, write_wan
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.model_dir.weights import parse_dtype, read_json
+from mlx_starflow.media.files import read_json
+from mlx_starflow.model_dir.weights import parse_dtype
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 
 # In order of preference: the first that is there is read.

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 from mlx_starflow.cpu import blas
 
 if TYPE_CHECKING:
-    from mlx_starflow.model_dir.weights import load_flow as load_flow
+    from mlx_starflow.model_dir.directory import load_flow as load_flow
     from mlx_starflow.pipelines.pipeline import load as load
     from mlx_starflow.sampling import sample as sample
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load", "load_flow", "sample"]
 
-_HOMES = {"load": "pipelines.pipeline", "load_flow": "model_dir.weights", "sample": "sampling"}
+_HOMES = {"load": "pipelines.pipeline", "load_flow": "model_dir.directory", "sample": "sampling"}
 
 blas.install()
 

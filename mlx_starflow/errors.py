@@ -1,5 +1,16 @@
-"""The one exception a user should ever read."""
+"""The one exception a user should ever read, and what other exceptions say, made fit to be part of it."""
 
 
 class StarflowError(Exception):
     """A mistake the user can mend. The message is one line that names the mistake and, where possible, the fix."""
+
+
+def one_line(error: BaseException, *, first: bool = False) -> str:
+    """An exception's message on one line: the operating system's words where they are known, or else all of it.
+
+    With `first`, only its first line, for libraries that write paragraphs.
+    """
+    if strerror := getattr(error, "strerror", None):
+        return str(strerror)
+    text = str(error).strip()
+    return " ".join((text.partition("\n")[0] if first else text).split()) or type(error).__name__

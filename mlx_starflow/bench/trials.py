@@ -11,8 +11,8 @@ import mlx.core as mx
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.media.noise import draw_noise
+from mlx_starflow.model_dir.directory import load_flow
 from mlx_starflow.model_dir.hub import find_model
-from mlx_starflow.model_dir.weights import load_flow
 from mlx_starflow.models.starflow import STARFlow
 from mlx_starflow.models.tarflow import TarFlow
 from mlx_starflow.pipelines.pipeline import load

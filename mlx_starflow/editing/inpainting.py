@@ -31,7 +31,7 @@ from mlx_starflow.editing.masks import check_mask, fill, token_mask
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.likelihood.nll import noise_and_nats, with_noise
 from mlx_starflow.media.images import to_images
-from mlx_starflow.media.pixels import crop_picture, scale_pixels
+from mlx_starflow.media.pixels import crop_image, scale_pixels
 from mlx_starflow.models.flow import Flow
 from mlx_starflow.pipelines.picture_flow import PictureFlow, picture_flow
 from mlx_starflow.pipelines.pipeline import Pipeline
@@ -121,7 +121,7 @@ def inpaint(
         raise StarflowError(f"the mask is {mask.size}, the picture {image.size}; they must have the same size")
     model = picture_flow(model)
     width, height = size or model.size
-    free_pixels = np.asarray(crop_picture(mask.convert("L"), width, height)) > 127
+    free_pixels = np.asarray(crop_image(mask.convert("L"), width, height)) > 127
     check_mask(free_pixels, "(resized to the model's pictures)")
     original = scale_pixels(np.asarray(model.fit(image, size)))
     picture = np.repeat(fill(original, free_pixels)[None], images, axis=0)

@@ -16,11 +16,10 @@ from safetensors.numpy import save
 from tqdm import tqdm
 
 from mlx_starflow.editing.maps import cleaned, from_noise, to_noise
-from mlx_starflow.errors import StarflowError
+from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.likelihood.nll import at_once, unit_of, with_noise
 from mlx_starflow.media.files import replacing
 from mlx_starflow.media.noise import KEY
-from mlx_starflow.model_dir.weights import one_line
 from mlx_starflow.pipelines.picture_flow import PictureFlow, picture_flow
 from mlx_starflow.pipelines.pipeline import Pipeline
 from mlx_starflow.pipelines.video_requests import VideoModel

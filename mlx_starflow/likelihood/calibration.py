@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +20,10 @@ import numpy as np
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.likelihood.scores import Score, score_data
-from mlx_starflow.model_dir.weights import load_weights, one_line, read_json
+from mlx_starflow.media.files import read_json, replacing
+from mlx_starflow.model_dir.files import STATISTICS_FILE as REFERENCE_FILE
+from mlx_starflow.model_dir.files import load_weights
 from mlx_starflow.pipelines.picture_flow import PictureFlow
-
-REFERENCE_FILE = "likelihood.json"
 
 
 @dataclass(frozen=True)
@@ -121,13 +120,8 @@ class Reference:
         values = {"version": 1, "fingerprint": self.fingerprint, "pictures": self.pictures}
         for name in ("nll", "tokens"):
             values[name] = {kind: each.to_dict() for kind, each in getattr(self, name).items()}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
+        with replacing(path) as temporary:
             temporary.write_text(json.dumps(values, indent=1) + "\n")
-            os.replace(temporary, path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise StarflowError(f"{path} cannot be written: {one_line(error)}") from None
         return path
 
     @classmethod

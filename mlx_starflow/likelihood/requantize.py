@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,26 +13,14 @@ import numpy as np
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.likelihood import Nll, exact_nll, standard_error
+from mlx_starflow.model_dir.directory import ModelDirectory, NetworkDirectory, load_flow, read_tokenizer
+from mlx_starflow.model_dir.files import load_weights
 from mlx_starflow.model_dir.hub import find_model
 from mlx_starflow.model_dir.quantization import quantize_module
-from mlx_starflow.model_dir.saving import save_model
-from mlx_starflow.model_dir.weights import (
-    load_flow,
-    load_weights,
-    new_flow,
-    new_text_encoder,
-    one_line,
-    parameters,
-    place_weights,
-    read_config,
-    read_tokenizer,
-)
+from mlx_starflow.model_dir.saving import copy_network, read_files, read_licences, save_model
+from mlx_starflow.model_dir.weights import parameters
 from mlx_starflow.pipelines.pipeline import load
 from mlx_starflow.training.data.image_folder import PictureFolder
-
-LICENCES = ("LICENSE", "LICENCE", "NOTICE")
-"""Files, by name without suffix, that go wherever a model goes."""
-
 
 # ---- quantizing
 
@@ -67,45 +54,32 @@ def quantize_model(
     """
     if quantize is None and text_encoder is None:
         raise StarflowError("nothing to quantize: say how to quantize the flow (--quantize) or --text-encoder")
-    directory, out = find_model(model), Path(out)
-    if out.exists() and out.resolve() == directory.resolve():
+    source, out = ModelDirectory.find(model), Path(out)
+    if out.exists() and out.resolve() == source.path.resolve():
         raise StarflowError(f"{out} is the model's own folder; give another one to write to")
-    config = read_config(directory)
-    flow = new_flow(directory, config)
-    flow_weights, config = _quantized(flow, directory, config, quantize, group_size)
-    folder = directory / "text_encoder"
-    if text_encoder is not None and not (folder / "config.json").is_file():
-        raise StarflowError(f"{directory} has no text encoder to quantize; leave out --text-encoder")
-    if (folder / "config.json").is_file():
-        text_config = read_config(folder)
-        encoder = new_text_encoder(folder, text_config)
-        read_tokenizer(folder / "spiece.model", encoder.config)
-        weights, text_config = _quantized(encoder, folder, text_config, text_encoder, group_size)
-        save_model(out / "text_encoder", weights, text_config, files=_files(folder, "spiece.model"))
-    if (directory / "vae/config.json").is_file():
-        vae = directory / "vae"
-        save_model(out / "vae", load_weights(vae), read_config(vae))
+    flow_weights, config = _quantized(source.flow, quantize, group_size)
+    if text_encoder is not None and not source.has("text_encoder"):
+        raise StarflowError(f"{source.path} has no text encoder to quantize; leave out --text-encoder")
+    if source.has("text_encoder"):
+        folder = source.text_encoder.folder
+        read_tokenizer(folder / "spiece.model", source.text_encoder.config)
+        weights, text_config = _quantized(source.text_encoder, text_encoder, group_size)
+        save_model(out / "text_encoder", weights, text_config, files=read_files(folder, "spiece.model"))
+    if source.has("vae"):
+        copy_network(source.vae, out / "vae")
     # The flow last: without its config.json this is not yet a model.
-    licences = [path.name for path in directory.iterdir() if path.is_file() and path.stem.upper() in LICENCES]
-    return save_model(out, flow_weights, config, files=_files(directory, *licences))
+    return save_model(out, flow_weights, config, files=read_licences(source))
 
 
 def _quantized(
-    module: nn.Module, directory: Path, config: Mapping[str, Any], how: int | str | None, group_size: int | None
+    network: NetworkDirectory[nn.Module, Any], how: int | str | None, group_size: int | None
 ) -> tuple[dict[str, mx.array], dict[str, Any]]:
-    """A directory's tensors, none of them read yet, and its config, quantized."""
-    place_weights(module, load_weights(directory), directory, quantization=config.get("quantization"))
+    """A network's tensors, none of them read yet, and its `config.json`, quantized."""
+    module = network.lazy()
     if how is None:
-        return parameters(module), dict(config)
+        return parameters(module), network.content
     quantization = quantize_module(module, how, group_size)
-    return parameters(module), {**config, "quantization": quantization}
-
-
-def _files(directory: Path, *names: str) -> dict[str, bytes]:
-    try:
-        return {name: (directory / name).read_bytes() for name in names}
-    except OSError as error:
-        raise StarflowError(f"cannot read {directory}: {one_line(error)}") from error
+    return parameters(module), {**network.content, "quantization": quantization}
 
 
 # ---- what it costs

@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: the nine shapes of pictures that the official release trains on and names in prompts."""
+"""Aspect-ratio buckets: the nine shapes of images that the official release trains on and names in prompts."""
 
 from __future__ import annotations
 
@@ -38,5 +38,5 @@ def bucket_size(ratio: str, side: int, step: int = 8) -> tuple[int, int]:
 
 
 def closest_ratio(width: int, height: int, ratios: Sequence[str] = RATIOS) -> str:
-    """The ratio closest to a picture's, by its logarithm: as much too wide counts as much as too high."""
+    """The ratio closest to an image's, by its logarithm: as much too wide counts as much as too high."""
     return min(ratios, key=lambda ratio: abs(math.log(width / height / ratio_value(ratio))))

@@ -1,4 +1,4 @@
-"""The pictures and videos that a command is given: files, and folders of pictures with or without captions."""
+"""The images and videos that a command is given: files, and folders of images with or without captions."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from pathlib import Path
 
 from PIL import Image
 
-from mlx_starflow.errors import StarflowError
-from mlx_starflow.media.images import ANIMATIONS, MOVIES
-from mlx_starflow.media.pixels import UnreadablePicture, decode_picture, no_remarks
+from mlx_starflow.errors import StarflowError, one_line
+from mlx_starflow.media.formats import ANIMATIONS, MOVIES
+from mlx_starflow.media.pixels import UnreadableImage, decode_image, no_remarks
 from mlx_starflow.media.sources import Skip, open_source
-from mlx_starflow.media.sources.folders import METADATA, list_pictures
+from mlx_starflow.media.sources.folders import METADATA, list_images
 from mlx_starflow.media.sources.hub import SAVED
 
 VIDEOS = (*MOVIES, ".mkv", ".webm", ".avi", ".mpg", ".mpeg")
-"""How names of videos end, in lower case; animations can be pictures too."""
+"""How names of videos end, in lower case; animations can be images too."""
 
 
 @dataclass(frozen=True)
-class PictureFile:
-    """A picture, or a video, that has not been read yet.
+class ImageFile:
+    """An image, or a video, that has not been read yet.
 
     Attributes:
         name: its path as the user gave it, or the folder and its name there.
@@ -49,7 +49,7 @@ class PictureFile:
             return False
 
     def open(self) -> Image.Image:
-        """The picture: RGB, upright, transparency on white. Raises StarflowError."""
+        """The image: RGB, upright, transparency on white. Raises StarflowError."""
         if Path(self.name).suffix.lower() in VIDEOS:
             raise StarflowError(
                 f"{self.name} is a video, and this takes pictures: score, classify and encode take videos, with a "
@@ -57,29 +57,28 @@ class PictureFile:
             )
         try:
             with no_remarks():
-                return decode_picture(self.read())
-        except (OSError, UnreadablePicture) as error:
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-            raise StarflowError(f"cannot read the picture {self.name}: {reason}") from None
+                return decode_image(self.read())
+        except (OSError, UnreadableImage) as error:
+            raise StarflowError(f"cannot read the picture {self.name}: {one_line(error)}") from None
 
 
-def find_pictures(paths: Iterable[str | Path], split: str | None = None) -> list[PictureFile]:
-    """Pictures in files and folders, in the order given; folders are read as `training.sources.open_source` does.
+def find_images(paths: Iterable[str | Path], split: str | None = None) -> list[ImageFile]:
+    """Images in files and folders, in the order given; folders are read as `media.sources.open_source` does.
 
     Args:
         split: keep only those of folders whose metadata has this `split` ("train" where it has none).
 
-    A folder that holds nothing but pictures is taken too.
+    A folder that holds nothing but images is taken too.
 
     Raises:
-        StarflowError: there is no such file or folder, or no picture at all.
+        StarflowError: there is no such file or folder, or no image at all.
     """
-    found: list[PictureFile] = []
+    found: list[ImageFile] = []
     for path in map(Path, paths):
         if path.is_dir():
             found += _in_folder(path, split)
         elif path.is_file():
-            found.append(PictureFile(str(path), "", path.read_bytes, path))
+            found.append(ImageFile(str(path), "", path.read_bytes, path))
         else:
             raise StarflowError(f"{path} does not exist: give pictures, or folders of pictures")
     if not found:
@@ -88,26 +87,26 @@ def find_pictures(paths: Iterable[str | Path], split: str | None = None) -> list
     return found
 
 
-def _in_folder(folder: Path, split: str | None) -> Iterator[PictureFile]:
+def _in_folder(folder: Path, split: str | None) -> Iterator[ImageFile]:
     if names := _uncaptioned(folder):
         for name in names if split in (None, "train") else ():
-            yield PictureFile(str(folder / name), "", (folder / name).read_bytes)
+            yield ImageFile(str(folder / name), "", (folder / name).read_bytes)
         return
     for sample in open_source(folder):
         if not isinstance(sample, Skip) and split in (None, sample.split):
-            yield PictureFile(str(folder / sample.key), sample.captions[0] if sample.captions else "", sample.read)
+            yield ImageFile(str(folder / sample.key), sample.captions[0] if sample.captions else "", sample.read)
 
 
 def _uncaptioned(folder: Path) -> list[str]:
-    """The pictures of a folder that is no training data: there is nothing in it that could hold a caption."""
+    """The images of a folder that is no training data: there is nothing in it that could hold a caption."""
     special = (*METADATA, *SAVED)
     if any(path.suffix == ".tar" or path.name in special for path in folder.iterdir()):
         return []
-    names = list_pictures(folder)
+    names = list_images(folder)
     captioned = any((folder / name).with_suffix(".txt").is_file() for name in names)
     return [] if captioned or all("/" in name for name in names) else names
 
 
 def read_image(path: Path) -> Image.Image:
-    """One picture file: RGB, upright, transparency on white. Raises StarflowError."""
-    return PictureFile(str(path), "", path.read_bytes).open()
+    """One image file: RGB, upright, transparency on white. Raises StarflowError."""
+    return ImageFile(str(path), "", path.read_bytes).open()

@@ -1,4 +1,4 @@
-"""Pictures on disk: grids, PNG files that say how they were made, and writing that never leaves half a file."""
+"""Images on disk: grids, PNG files that say how they were made, and writing that never leaves half a file."""
 
 from __future__ import annotations
 
@@ -12,23 +12,18 @@ from typing import Any
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-from mlx_starflow.errors import StarflowError
+from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.media.files import replacing
-
-METADATA_KEY = "mlx-starflow"
-FORMATS = (".png", ".jpg", ".jpeg", ".webp")
-ANIMATIONS = (".gif", ".webp")
-MOVIES = (".mp4", ".mov", ".m4v")
-UNDESCRIBED = "{} does not say how it was made: it was not written by mlx-starflow with --metadata"
+from mlx_starflow.media.formats import ANIMATIONS, FORMATS, METADATA_KEY, UNDESCRIBED
 
 
-def to_images(pictures: np.ndarray) -> list[Image.Image]:
-    """`[B, H, W, 3]` in -1..1 -> PIL pictures; values outside are clipped."""
-    return [Image.fromarray(picture) for picture in np.round((np.clip(pictures, -1, 1) + 1) * 127.5).astype(np.uint8)]
+def to_images(pixels: np.ndarray) -> list[Image.Image]:
+    """`[B, H, W, 3]` in -1..1 -> PIL images; values outside are clipped."""
+    return [Image.fromarray(image) for image in np.round((np.clip(pixels, -1, 1) + 1) * 127.5).astype(np.uint8)]
 
 
 def grid(images: Sequence[Image.Image], columns: int | None = None, gap: int = 2) -> Image.Image:
-    """Pictures side by side, left to right and top to bottom, on white; nearly square unless `columns` is given."""
+    """Images side by side, left to right and top to bottom, on white; nearly square unless `columns` is given."""
     columns = columns or math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
     width, height = (max(image.size[axis] for image in images) + gap for axis in (0, 1))
@@ -39,14 +34,14 @@ def grid(images: Sequence[Image.Image], columns: int | None = None, gap: int = 2
 
 
 def numbered(path: Path, count: int) -> list[Path]:
-    """Files for so many pictures: out-1.png, out-2.png and so on; `path` itself for a single one."""
+    """Files for so many images: out-1.png, out-2.png and so on; `path` itself for a single one."""
     if count == 1:
         return [path]
     return [path.with_name(f"{path.stem}-{number}{path.suffix}") for number in range(1, count + 1)]
 
 
 def check_output(path: Path, formats: Sequence[str] = FORMATS) -> None:
-    """Raise StarflowError if a picture could not be written to `path`: better before the work than after it."""
+    """Raise StarflowError if an image could not be written to `path`: better before the work than after it."""
     if path.suffix.lower() not in formats:
         raise StarflowError(f"{path}: pictures are written as {', '.join(formats)}; name the file for instance out.png")
     folder = path.parent
@@ -57,7 +52,7 @@ def check_output(path: Path, formats: Sequence[str] = FORMATS) -> None:
 
 
 def save_image(image: Image.Image, path: Path, metadata: dict[str, Any] | None = None) -> None:
-    """Write a picture; `metadata` goes into a PNG's text (other formats carry none). Raises StarflowError."""
+    """Write an image; `metadata` goes into a PNG's text (other formats carry none). Raises StarflowError."""
     check_output(path)
     options: dict[str, Any] = {}
     if metadata is not None and path.suffix.lower() == ".png":
@@ -69,7 +64,7 @@ def save_image(image: Image.Image, path: Path, metadata: dict[str, Any] | None =
 
 
 def save_animation(images: Sequence[Image.Image], path: Path, seconds: float = 0.1) -> None:
-    """Write pictures of one size as an endless animation, `.gif` or `.webp`, each shown for so many seconds.
+    """Write images of one size as an endless animation, `.gif` or `.webp`, each shown for so many seconds.
 
     The first and the last one are shown longer. Raises StarflowError.
     """
@@ -81,18 +76,13 @@ def save_animation(images: Sequence[Image.Image], path: Path, seconds: float = 0
         images[0].save(temporary, save_all=True, append_images=list(images[1:]), duration=durations, loop=0, **options)
 
 
-def read_metadata(path: str | Path) -> dict[str, Any]:
-    """How a PNG that `save_image` wrote, or a video, was made. Raises StarflowError if it does not say."""
-    path = Path(path)
-    if path.is_dir() or path.suffix.lower() in (*ANIMATIONS, *MOVIES):
-        from mlx_starflow.media.videos import read_video_metadata
-
-        return read_video_metadata(path)
+def read_image_metadata(path: Path) -> dict[str, Any]:
+    """How a PNG that `save_image` wrote was made. Raises StarflowError if it does not say."""
     try:
         with Image.open(path) as image:
             text = getattr(image, "text", {}).get(METADATA_KEY)
     except OSError as error:
-        raise StarflowError(f"{path} cannot be read as a picture: {error.strerror or error}") from None
+        raise StarflowError(f"{path} cannot be read as a picture: {one_line(error)}") from None
     if text is None:
         raise StarflowError(UNDESCRIBED.format(path))
     try:

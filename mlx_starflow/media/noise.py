@@ -1,4 +1,4 @@
-"""The noise a picture or a video starts from: the same for a seed on every machine, and portable as a file."""
+"""The noise an image or a video starts from: the same for a seed on every machine, and portable as a file."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def check_seeds(seeds: Sequence[int]) -> None:
 
 
 def digest(noise: np.ndarray) -> str:
-    """Tells two noise arrays apart in a picture's metadata."""
+    """Tells two noise arrays apart in an image's metadata."""
     return hashlib.sha256(np.ascontiguousarray(noise, np.float32).tobytes()).hexdigest()
 
 
@@ -94,7 +94,7 @@ def read_noise(path: Path) -> np.ndarray:
 
 
 def load_noise(path: Path, shape: Sequence[int]) -> np.ndarray:
-    """`read_noise` of pictures, checked to be `shape` `[B, H, W, C]`. Raises StarflowError."""
+    """`read_noise` of images, checked to be `shape` `[B, H, W, C]`. Raises StarflowError."""
     noise = read_noise(path)
     if noise.shape != tuple(shape):
         raise StarflowError(f"{path} holds noise of shape {list(noise.shape)}; these pictures need {list(shape)}")

@@ -1,4 +1,4 @@
-"""Pictures that come from anywhere, made usable: upright, RGB, transparency on white, cropped to a size."""
+"""Images that come from anywhere, made usable: upright, RGB, transparency on white, cropped to a size."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from PIL.Image import Transpose
 SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm .avif .jp2 .heic .heif".split()
 )
-"""How the names of files end that are taken for pictures, in lower case; not all of them can be read everywhere."""
+"""How the names of files end that are taken for images, in lower case; not all of them can be read everywhere."""
 
 ZOOM = 1.1
 """Random views show at least 1 / ZOOM of the width and height that the whole crop shows."""
@@ -37,66 +37,66 @@ _TURNS = {
 }
 
 
-class UnreadablePicture(Exception):
+class UnreadableImage(Exception):
     """The message is a few words that say why."""
 
 
-def decode_picture(data: bytes) -> Image.Image:
-    """The picture in a file's bytes: RGB, turned as its EXIF says, transparency on white, the first frame of several.
+def decode_image(data: bytes) -> Image.Image:
+    """The image in a file's bytes: RGB, turned as its EXIF says, transparency on white, the first frame of several.
 
     16-bit greys keep their upper 8 bits. Colour profiles are not applied.
 
     Raises:
-        UnreadablePicture: it is empty, damaged, of an unknown format, of floating-point numbers, or so large that
+        UnreadableImage: it is empty, damaged, of an unknown format, of floating-point numbers, or so large that
             Pillow takes it for a decompression bomb (179 million pixels).
     """
     if not data:
-        raise UnreadablePicture("the file is empty")
+        raise UnreadableImage("the file is empty")
     try:
         with Image.open(io.BytesIO(data), formats=_formats()) as opened:
             opened.load()
             return _upright(_rgb(opened), _orientation(opened))
-    except UnreadablePicture:
+    except UnreadableImage:
         raise
     except UnidentifiedImageError:
-        raise UnreadablePicture("not a picture, or of a format that cannot be read here") from None
+        raise UnreadableImage("not a picture, or of a format that cannot be read here") from None
     except Exception as error:  # decoders of damaged files raise whatever they like
         text = " ".join(re.sub(r"<[^<>]* at 0x[^<>]*>", "", str(error)).split())
-        raise UnreadablePicture(text or type(error).__name__) from None
+        raise UnreadableImage(text or type(error).__name__) from None
 
 
 @contextmanager
 def no_remarks() -> Iterator[None]:
-    """Pillow's warnings about odd files are not shown: a picture can be read, or it is reported."""
+    """Pillow's warnings about odd files are not shown: an image can be read, or it is reported."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")
         yield
 
 
-def crop_picture(
-    picture: Image.Image, width: int, height: int, zoom: float = 1.0, position: tuple[float, float] = (0.5, 0.5)
+def crop_image(
+    image: Image.Image, width: int, height: int, zoom: float = 1.0, position: tuple[float, float] = (0.5, 0.5)
 ) -> Image.Image:
-    """The largest part of a picture that has the shape of `width` x `height`, resized to it (Lanczos).
+    """The largest part of an image that has the shape of `width` x `height`, resized to it (Lanczos).
 
     Args:
         zoom: 1 or more; the part is smaller by this factor.
         position: where the part lies, (across, down), 0 to 1; the middle by default.
     """
-    scale = min(picture.width / width, picture.height / height) / zoom
+    scale = min(image.width / width, image.height / height) / zoom
     part = scale * width, scale * height
-    left, top = position[0] * (picture.width - part[0]), position[1] * (picture.height - part[1])
-    # Rounding must not lead out of the picture.
-    box = (left, top, min(left + part[0], picture.width), min(top + part[1], picture.height))
-    return picture.resize((width, height), Image.Resampling.LANCZOS, box=box)
+    left, top = position[0] * (image.width - part[0]), position[1] * (image.height - part[1])
+    # Rounding must not lead out of the image.
+    box = (left, top, min(left + part[0], image.width), min(top + part[1], image.height))
+    return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
 
 
-def picture_views(
-    picture: Image.Image, width: int, height: int, views: int = 1, *, flip: bool = False, seed: int = 0, key: str = ""
+def image_views(
+    image: Image.Image, width: int, height: int, views: int = 1, *, flip: bool = False, seed: int = 0, key: str = ""
 ) -> np.ndarray:
-    """Views of a picture at one size, uint8 `[views, height, width, 3]`.
+    """Views of an image at one size, uint8 `[views, height, width, 3]`.
 
     The first is the middle. The others are random parts, up to `ZOOM` times enlarged; with `flip` the second, fourth
-    and so on are mirrored. They depend on `seed`, `key` (what the picture is called) and their number alone.
+    and so on are mirrored. They depend on `seed`, `key` (what the image is called) and their number alone.
     """
     out = np.empty((views, height, width, 3), np.uint8)
     for view in range(views):
@@ -105,14 +105,14 @@ def picture_views(
             name = f"{seed}/{view}/{key}".encode("utf-8", "surrogatepass")
             rng = np.random.Generator(np.random.Philox(int.from_bytes(sha256(name).digest()[:16], "little")))
             zoom, position = rng.uniform(1, ZOOM), tuple(rng.random(2))
-        pixels = np.asarray(crop_picture(picture, width, height, zoom, position))
+        pixels = np.asarray(crop_image(image, width, height, zoom, position))
         out[view] = pixels[:, ::-1] if flip and view % 2 else pixels
     return out
 
 
-def scale_pixels(pictures: np.ndarray) -> np.ndarray:
+def scale_pixels(images: np.ndarray) -> np.ndarray:
     """uint8 -> float32 in -1..1."""
-    return pictures.astype(np.float32) / 127.5 - 1
+    return images.astype(np.float32) / 127.5 - 1
 
 
 @lru_cache(maxsize=1)
@@ -121,24 +121,24 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
-def _rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith("I"):
-        grey = np.asarray(picture).astype(np.int64).clip(0, 65535)
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        grey = np.asarray(image).astype(np.int64).clip(0, 65535)
         return Image.fromarray((grey >> 8).astype(np.uint8)).convert("RGB")
-    if picture.mode == "F":
-        raise UnreadablePicture("pictures of floating-point numbers cannot be read")
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
+    if image.mode == "F":
+        raise UnreadableImage("pictures of floating-point numbers cannot be read")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
-def _orientation(picture: Image.Image) -> int:
+def _orientation(image: Image.Image) -> int:
     try:
-        return picture.getexif().get(_ORIENTATION, 1)
-    except Exception:  # damaged EXIF does not spoil a picture
+        return image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # damaged EXIF does not spoil an image
         return 1
 
 
-def _upright(picture: Image.Image, orientation: int) -> Image.Image:
-    return picture.transpose(_TURNS[orientation]) if orientation in _TURNS else picture
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
+    return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image

@@ -1,4 +1,4 @@
-"""Video on disk, frame by frame: MP4 by PyAV, animated WebP and GIF, and folders of numbered pictures."""
+"""Video on disk, frame by frame: MP4 by PyAV, animated WebP and GIF, and folders of numbered images."""
 
 from __future__ import annotations
 
@@ -15,19 +15,11 @@ from typing import Any
 
 from PIL import Image, ImageSequence
 
-from mlx_starflow.errors import StarflowError
+from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.media.files import replacing
-from mlx_starflow.media.images import (
-    ANIMATIONS,
-    FORMATS,
-    METADATA_KEY,
-    MOVIES,
-    UNDESCRIBED,
-    check_output,
-    read_metadata,
-    save_image,
-)
-from mlx_starflow.media.pixels import crop_picture, decode_picture, no_remarks
+from mlx_starflow.media.formats import ANIMATIONS, FORMATS, METADATA_KEY, MOVIES, UNDESCRIBED
+from mlx_starflow.media.images import check_output, read_image_metadata, save_image
+from mlx_starflow.media.pixels import crop_image, decode_image, no_remarks
 
 CRF = 18
 """Quality of H.264 unless told otherwise: 0 loses nothing, 51 is worst; at 18 losses are hard to see."""
@@ -79,7 +71,7 @@ class VideoWriter:
     Args:
         fps: frames a second.
         crf: quality of H.264, see `CRF`.
-        metadata: how the video was made, plain values, for `media.read_metadata`; in a folder each frame has it.
+        metadata: how the video was made, plain values, for `metadata.read_metadata`; in a folder each frame has it.
         live: write under the name itself, so that what is there can be watched while the rest is being made, and stays
             if the process is killed: an MP4 in fragments of one frame, or a folder.
 
@@ -207,7 +199,7 @@ class VideoWriter:
             if not self.live:
                 os.replace(folder, self.path)
         except OSError as error:
-            raise StarflowError(f"{self.path} cannot be written: {error.strerror or error}") from None
+            raise StarflowError(f"{self.path} cannot be written: {one_line(error)}") from None
         finally:
             if not self.live:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -246,11 +238,11 @@ def read_video(
     """The frames of a video, read when they are asked for: RGB, upright.
 
     Args:
-        path: a video file that PyAV reads, a GIF or WebP, or a folder of pictures, which are taken in the order of
+        path: a video file that PyAV reads, a GIF or WebP, or a folder of images, which are taken in the order of
             their names.
         fps: show the video at this rate: frames are left out or repeated, and its speed stays the same. None: as it is.
         frames: so many, from the start; the video must not have fewer.
-        size: (width, height) that frames are cropped and resized to, see `pictures.crop_picture`.
+        size: (width, height) that frames are cropped and resized to, see `pixels.crop_image`.
 
     Raises:
         StarflowError: the file is missing or no video, here or when it is read, or it is too short.
@@ -266,7 +258,7 @@ def read_video(
         own, timed = _movie_frames(path)
     images = (image for image, _, _ in timed) if fps is None else _resample(timed, fps)
     if size is not None:
-        images = (image if image.size == size else crop_picture(image, *size) for image in images)
+        images = (image if image.size == size else crop_image(image, *size) for image in images)
     return VideoFrames(path, fps or own, images, frames)
 
 
@@ -315,7 +307,7 @@ def _movie_frames(path: Path) -> tuple[float, Timed]:
 
 def _animation_frames(path: Path) -> tuple[float, Timed]:
     def frames() -> Timed:
-        with _picture_errors(path), no_remarks(), Image.open(path) as opened:
+        with _image_errors(path), no_remarks(), Image.open(path) as opened:
             time = 0.0
             for image in ImageSequence.Iterator(opened):
                 image.load()  # which also tells its duration
@@ -334,14 +326,14 @@ def _folder_frames(path: Path, fps: float | None) -> tuple[float, Timed]:
     if not names:
         raise StarflowError(f"{path} holds no frames: PNG, JPEG or WebP files")
     try:
-        rate = float(read_metadata(names[0])["settings"]["fps"])
+        rate = float(read_image_metadata(names[0])["settings"]["fps"])
     except (StarflowError, KeyError, TypeError, ValueError):
         rate = fps or 25.0
 
     def frames() -> Timed:
         for number, name in enumerate(names):
-            with _picture_errors(name), no_remarks():
-                image = decode_picture(name.read_bytes())
+            with _image_errors(name), no_remarks():
+                image = decode_image(name.read_bytes())
             yield image, number / rate, (number + 1) / rate
 
     return rate, frames()
@@ -360,14 +352,14 @@ def read_video_metadata(path: Path) -> dict[str, Any]:
         names = sorted(path.glob("*.png"))
         if not names:
             raise StarflowError(UNDESCRIBED.format(path))
-        return read_metadata(names[0])
+        return read_image_metadata(names[0])
     suffix = path.suffix.lower()
     if suffix in MOVIES:
         av = _pyav()
         with _av_errors(path, "read as a video"), av.open(str(path)) as container:
             comment = container.metadata.get("comment")
     else:
-        with _picture_errors(path), Image.open(path) as image:
+        with _image_errors(path), Image.open(path) as image:
             comment = image.getexif().get(_DESCRIPTION) if suffix == ".webp" else image.info.get("comment")
     try:
         return dict(json.loads(comment)[METADATA_KEY])
@@ -398,16 +390,14 @@ def _av_errors(path: Path, what: str) -> Iterator[None]:
     try:
         yield
     except (FFmpegError, OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise StarflowError(f"{path} cannot be {what}: {reason}") from None
+        raise StarflowError(f"{path} cannot be {what}: {one_line(error)}") from None
 
 
 @contextmanager
-def _picture_errors(path: Path) -> Iterator[None]:
+def _image_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except StarflowError:
         raise
     except Exception as error:  # decoders of damaged files raise whatever they like
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise StarflowError(f"{path} cannot be read as a picture: {reason}") from None
+        raise StarflowError(f"{path} cannot be read as a picture: {one_line(error)}") from None

@@ -22,8 +22,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.media.files import read_json
+from mlx_starflow.model_dir.files import read_safetensors
 from mlx_starflow.model_dir.quantization import QuantizedLinear
-from mlx_starflow.model_dir.weights import read_json, read_safetensors
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapters.safetensors"
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlx_starflow.errors import StarflowError
+from mlx_starflow.errors import StarflowError, one_line
 
 DEMO = Path(__file__).parents[1] / "demo" / "model"
 
@@ -100,6 +100,5 @@ def fetch(repository: str, patterns: Sequence[str], *, revision: str | None = No
     except (LocalEntryNotFoundError, OfflineModeIsEnabled):
         reason = "the Hub cannot be reached and the model is not in the cache; check the connection and HF_HUB_OFFLINE"
     except Exception as error:  # the HTTP library's own exceptions, which differ between versions
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        reason += "; files that are complete are kept, so try again"
+        reason = one_line(error, first=True) + "; files that are complete are kept, so try again"
     raise StarflowError(f"cannot download {repository}{note}: {reason}")

@@ -15,24 +15,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_starflow.errors import StarflowError
-
-MIXED = "mixed"
-
-QUANTIZATIONS = {
-    "8": ("affine", 8, 64),
-    "6": ("affine", 6, 64),
-    "4": ("affine", 4, 64),
-    "mxfp8": ("mxfp8", 8, 32),
-    "mxfp4": ("mxfp4", 4, 32),
-    "nvfp4": ("nvfp4", 4, 16),
-    MIXED: ("affine", 4, 64),
-}
-"""What `--quantize` takes: MLX's mode, bits a weight, and how many weights share a scale.
-
-"mixed" gives the layers of a flow's shallow blocks `SHALLOW_BITS` instead. Shallow blocks see the data itself and
-predict it sharply: an error of mu weighs 1/sigma^2 in the likelihood. They hold less than a third of the weights, and
-nearly all of what plain 4 bits lose; examples/quantization_report.py measures it.
-"""
+from mlx_starflow.model_dir.precision import MIXED, QUANTIZATIONS
 
 SHALLOW_BITS = 6
 

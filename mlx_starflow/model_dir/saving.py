@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
-from mlx_starflow.errors import StarflowError
-from mlx_starflow.model_dir.weights import INDEX_FILE, one_line, read_json
+from mlx_starflow.errors import StarflowError, one_line
+from mlx_starflow.media.files import read_json, replacing
+from mlx_starflow.model_dir.directory import ModelDirectory, NetworkDirectory
+from mlx_starflow.model_dir.files import INDEX_FILE, Layout, write_safetensors
 
 _WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
-
-_SAFETENSORS_DTYPES = {
-    mx.float64: "F64",
-    mx.float32: "F32",
-    mx.bfloat16: "BF16",
-    mx.float16: "F16",
-    mx.bool_: "BOOL",
-    **{getattr(mx, f"uint{bits}"): f"U{bits}" for bits in (8, 16, 32, 64)},
-    **{getattr(mx, f"int{bits}"): f"I{bits}" for bits in (8, 16, 32, 64)},
-}
 
 
 def save_model(
@@ -59,7 +51,7 @@ def save_model(
 
 def save_tensors(
     directory: str | Path,
-    layout: Mapping[str, mx.array],
+    layout: Layout,
     tensors: Iterable[tuple[str, mx.array]],
     config: Mapping[str, Any],
     *,
@@ -68,7 +60,7 @@ def save_tensors(
 ) -> Path:
     """`save_model` for weights that come one at a time, in any order: no more than one of them need be in memory.
 
-    `layout` says which will come, by arrays of the same shape and dtype that are never evaluated.
+    `layout` says which will come.
     """
     directory = Path(directory)
     _refuse_other_model(directory, config)
@@ -81,17 +73,45 @@ def save_tensors(
         }
         texts[INDEX_FILE] = _json(index)
     texts["config.json"] = _json(config)
-    with _partial_files(directory, [*shards, *texts]) as partial:
-        _write_shards({partial[shard]: {n: layout[n] for n in names} for shard, names in shards.items()}, tensors)
+    with _replacing_all(directory, [*shards, *texts]) as partial:
+        write_safetensors({partial[shard]: {n: layout[n] for n in names} for shard, names in shards.items()}, tensors)
         for name, content in texts.items():
             partial[name].write_bytes(content)
         (directory / "config.json").unlink(missing_ok=True)
         for old in list(directory.iterdir()):
             if _WEIGHT_FILE.fullmatch(old.name):
                 old.unlink()
-        for name, path in partial.items():
-            os.replace(path, directory / name)
     return directory
+
+
+def copy_network(source: NetworkDirectory[nn.Module, Any], out: str | Path, *names: str) -> Path:
+    """Write a network's folder again, with the files `names` of it. Raises StarflowError."""
+    return save_model(out, source.weights(), source.content, files=read_files(source.folder, *names))
+
+
+def copy_parts(source: ModelDirectory, out: Path) -> dict[str, bytes]:
+    """Copy a model's text encoder and autoencoder, as far as it has them; returns its licences, by name.
+
+    Raises StarflowError if something cannot be read or written.
+    """
+    if source.has("text_encoder"):
+        copy_network(source.text_encoder, out / "text_encoder", "spiece.model")
+    if source.has("vae"):
+        copy_network(source.vae, out / "vae")
+    return read_licences(source)
+
+
+def read_licences(source: ModelDirectory) -> dict[str, bytes]:
+    """The licences beside a flow, by name. Raises StarflowError."""
+    return read_files(source.path, *source.licences)
+
+
+def read_files(directory: Path, *names: str) -> dict[str, bytes]:
+    """Contents of files by name. Raises StarflowError if one of them cannot be read."""
+    try:
+        return {name: (directory / name).read_bytes() for name in names}
+    except OSError as error:
+        raise StarflowError(f"cannot read {directory}: {one_line(error)}") from error
 
 
 def _json(content: Mapping[str, Any]) -> bytes:
@@ -108,24 +128,24 @@ def _refuse_other_model(directory: Path, config: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def _partial_files(directory: Path, names: list[str]) -> Iterator[dict[str, Path]]:
-    """Where to write files before they get their names, in that order; what is left of them is removed."""
-    partial = {name: directory / f"partial-{name}" for name in names}
+def _replacing_all(directory: Path, names: list[str]) -> Iterator[dict[str, Path]]:
+    """Where to write files that take their names when the block ends without an error, in this order."""
+    failure = f"cannot write {directory}"
     created = not directory.exists()
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        yield partial
-    except OSError as error:
-        raise StarflowError(f"cannot write {directory}: {one_line(error)}") from error
+        with ExitStack() as stack:
+            partial = {}
+            for name in reversed(names):  # the last one to be entered is the first to be left
+                target = replacing(directory / name, failure=failure, makes_folder=True, overwrites_partial=True)
+                partial[name] = stack.enter_context(target)
+            yield partial
     finally:
         with suppress(OSError):
-            for path in partial.values():
-                path.unlink(missing_ok=True)
             if created:
                 directory.rmdir()  # only succeeds on an empty one
 
 
-def _shards(layout: Mapping[str, mx.array], max_shard_gb: float) -> dict[str, list[str]]:
+def _shards(layout: Layout, max_shard_gb: float) -> dict[str, list[str]]:
     """Tensors' names by file, in order; a tensor larger than a shard has a file of its own."""
     groups: list[list[str]] = [[]]
     size = 0
@@ -138,33 +158,3 @@ def _shards(layout: Mapping[str, mx.array], max_shard_gb: float) -> dict[str, li
     if len(groups) == 1:
         return {"model.safetensors": groups[0]}
     return {f"model-{i:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups, 1)}
-
-
-def _write_shards(shards: Mapping[Path, Mapping[str, mx.array]], tensors: Iterable[tuple[str, mx.array]]) -> None:
-    """Safetensors files, each tensor written to its place when it comes."""
-    places: dict[str, tuple[Path, int]] = {}
-    for path, layout in shards.items():
-        header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
-        at = 0
-        # Larger elements first, so that each tensor starts at a multiple of its element's size.
-        for name, array in sorted(layout.items(), key=lambda item: -item[1].dtype.size):
-            end = at + array.nbytes
-            dtype = _SAFETENSORS_DTYPES[array.dtype]
-            header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [at, end]}
-            places[name] = (path, at)
-            at = end
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        start = 8 + len(text)
-        path.write_bytes(len(text).to_bytes(8, "little") + text)
-        os.truncate(path, start + at)
-        places.update({name: (path, start + places[name][1]) for name in layout})
-    for name, array in tensors:
-        path, at = places.pop(name)
-        with open(path, "r+b") as file:
-            file.seek(at)
-            file.write(memoryview(array.reshape(-1).view(mx.uint8)))
-        del array
-        mx.clear_cache()
-    if places:
-        raise KeyError(f"no array came for {next(iter(places))}")

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,48 +19,39 @@ import numpy as np
 from mlx.nn.layers.distributed import shard_linear
 from mlx.utils import tree_flatten
 
-from mlx_starflow.errors import StarflowError
+from mlx_starflow.errors import StarflowError, one_line
+from mlx_starflow.model_dir.files import read_config
 from mlx_starflow.model_dir.hub import find_model
-from mlx_starflow.model_dir.weights import (
-    cast_weights,
-    default_dtype,
-    load_weights,
-    new_flow,
-    one_line,
-    parse_dtype,
-    place_weights,
-    read_config,
-)
-from mlx_starflow.models.starflow import STARFlow
-from mlx_starflow.models.tarflow import TarFlow
+from mlx_starflow.model_dir.weights import cast_weights, default_dtype, parse_dtype
 from mlx_starflow.models.transformer import MLP, Attention
+
+Flow = TypeVar("Flow", bound=nn.Module)
 
 SAMPLES = 64
 """Places in a file of weights that ranks compare."""
 SAMPLE_BYTES = 4096
 
 
-def load_part(
-    directory: Path, config: Mapping[str, Any], dtype: mx.Dtype, group: mx.distributed.Group
-) -> STARFlow | TarFlow:
-    """This rank's part of the flow of a model directory; of each tensor, only its part stays in memory.
+def load_part(flow: Flow, what: str | Path, dtype: mx.Dtype, group: mx.distributed.Group) -> Flow:
+    """This rank's part of a flow, read; of each tensor, only its part stays in memory.
+
+    Args:
+        flow: whole, none of its weights read yet, and known to nobody else: changed in place, and returned.
+        what: what to call it in error messages.
+        dtype: of the weights, see `weights.cast_weights`.
 
     Raises:
-        StarflowError: as `weights.load_flow`, or its layers cannot be split into so many parts.
+        StarflowError: its weights cannot be read, or its layers cannot be split into so many parts.
     """
-    flow = new_flow(directory, config)
-    weights = load_weights(directory)
-    place_weights(flow, weights, directory, quantization=config.get("quantization"))
-    weights.clear()  # a whole tensor that is still known here would stay in memory
     cast_weights(flow, dtype)
-    shard(flow, group, directory)
+    shard(flow, group, what)
     try:
         # One after another: MLX reads a tensor whole before it takes a part.
         for _, weight in tree_flatten(flow.parameters()):
             mx.eval(weight)
             mx.clear_cache()
     except RuntimeError as error:
-        raise StarflowError(f"cannot read {directory}: {one_line(error)}") from error
+        raise StarflowError(f"cannot read {what}: {one_line(error)}") from error
     return flow
 
 

@@ -1,43 +1,21 @@
-"""Model directories, `config.json` and `model*.safetensors`, and reading them into modules.
-
-A network's `config.json` holds its config, its `model_type` and, for quantized weights, `quantization`: what mlx-lm
-writes there, `{"group_size": 64, "bits": 4, "mode": "affine"}`, with settings of single layers under their paths.
-"""
+"""Weights into modules: dtypes, strict checks of names and shapes, quantized layers where the weights are quantized."""
 
 from __future__ import annotations
 
-import importlib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from safetensors import SafetensorError, safe_open
 
-from mlx_starflow.errors import StarflowError
-from mlx_starflow.model_dir.hub import find_model
+from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.model_dir.quantization import quantize_as, quantized_layers
-
-if TYPE_CHECKING:
-    from mlx_starflow.models.autoencoder_kl import AutoencoderKL
-    from mlx_starflow.models.autoencoder_wan.network import AutoencoderWan
-    from mlx_starflow.models.starflow import STARFlow
-    from mlx_starflow.models.t5 import T5Config, T5Encoder
-    from mlx_starflow.models.tarflow import TarFlow
-    from mlx_starflow.models.tokenizer import Tokenizer
 
 M = TypeVar("M", bound=nn.Module)
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
-
-FLOWS = {"starflow": ("STARFlow", "FlowConfig"), "tarflow": ("TarFlow", "TarFlowConfig")}
-"""Flows by the `model_type` of their `config.json`, which is also their module's name: network and config class."""
-
-INDEX_FILE = "model.safetensors.index.json"
 
 # ---- dtypes
 
@@ -62,83 +40,6 @@ def parse_dtype(dtype: str | mx.Dtype | None) -> mx.Dtype | None:
 
 def _on_cpu() -> bool:
     return mx.default_device().type == mx.cpu
-
-
-# ---- reading
-
-
-def one_line(error: BaseException) -> str:
-    """An exception's message, fit to be part of a StarflowError's."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A file that holds one JSON object. Raises StarflowError, naming it, if it is missing or something else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise StarflowError(f"cannot read {path}: {one_line(error)}") from error
-    except ValueError as error:
-        raise StarflowError(f"cannot read {path}: {path.name} is not valid JSON: {one_line(error)}") from error
-    if not isinstance(content, dict):
-        raise StarflowError(f"cannot read {path}: it holds a JSON {type(content).__name__}, not an object")
-    return content
-
-
-def read_config(directory: str | Path) -> dict[str, Any]:
-    """A model directory's `config.json`.
-
-    Raises:
-        StarflowError: it is missing or not a JSON object, so this is no (whole) model directory.
-    """
-    directory = Path(directory)
-    if not (directory / "config.json").is_file():
-        what = "holds no config.json" if directory.is_dir() else "is not a folder"
-        raise StarflowError(f"{directory} {what}; give a model directory, such as `mlx-starflow convert` writes")
-    return read_json(directory / "config.json")
-
-
-def read_safetensors(path: Path) -> dict[str, mx.array]:
-    """The tensors of one file, each of them read when it is evaluated.
-
-    Raises:
-        StarflowError: the file is missing, truncated or no safetensors file.
-    """
-    if not path.is_file():
-        raise StarflowError(f"{path} is missing; download it into {path.parent}")
-    try:
-        # Opening it this way also compares the header with the file's size; MLX alone may notice only when it reads.
-        with safe_open(path, framework="numpy"):
-            pass
-        return mx.load(str(path), format="safetensors")
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise StarflowError(f"cannot read {path}, download it again or convert it again: {one_line(error)}") from error
-
-
-def read_index(path: Path) -> dict[str, str]:
-    """The file that holds each tensor, from an `.index.json`. Raises StarflowError if it is not one."""
-    index = read_json(path).get("weight_map")
-    if not isinstance(index, dict) or not all(isinstance(file, str) for file in index.values()):
-        raise StarflowError(f"{path} has no weight_map; download it again or convert it again")
-    return index
-
-
-def load_weights(directory: str | Path) -> dict[str, mx.array]:
-    """Tensors by name from `model.safetensors`, or from the files of `model.safetensors.index.json`; read lazily.
-
-    Raises:
-        StarflowError: a file is missing, truncated or no safetensors file.
-    """
-    directory = Path(directory)
-    if (directory / INDEX_FILE).is_file():
-        files = sorted(set(read_index(directory / INDEX_FILE).values()))
-    elif (directory / "model.safetensors").is_file():
-        files = ["model.safetensors"]
-    else:
-        raise StarflowError(f"{directory} holds no model.safetensors; download it again or convert it again")
-    return {name: array for file in files for name, array in read_safetensors(directory / file).items()}
 
 
 # ---- modules
@@ -242,124 +143,3 @@ def _is_floating(array: mx.array) -> bool:
 
 def _dtype_name(array: mx.array) -> str:
     return str(array.dtype).rpartition(".")[2]
-
-
-# ---- models
-
-
-def flow_module(model_type: str) -> tuple[ModuleType, type[nn.Module], type]:
-    """A flow's module (for its `sanitize`), network and config class."""
-    module = importlib.import_module(f"mlx_starflow.models.{model_type}")
-    network, config = FLOWS[model_type]
-    return module, getattr(module, network), getattr(module, config)
-
-
-def load_flow(
-    path_or_id: str | Path,
-    dtype: str | mx.Dtype | None = None,
-    adapters: Sequence[tuple[str | Path, float]] = (),
-    group: mx.distributed.Group | None = None,
-) -> STARFlow | TarFlow:
-    """The flow of a model directory.
-
-    Args:
-        path_or_id: "demo", a model directory or a Hugging Face repository of one (see `find_model`).
-        dtype: "float32", "bfloat16" or "float16"; None: float32 on CPU, bfloat16 on a GPU.
-        adapters: folders of adapters with their strengths (1: as trained), see `adapters.add_adapters`.
-        group: processes that compute it together, each with a part of it, see `tensor_parallel`.
-
-    Raises:
-        StarflowError: there is no such model, it is incomplete, damaged or of an unknown type, or an adapter does not
-            fit it, or it cannot be split over the group.
-    """
-    from mlx_starflow.model_dir.adapters import add_adapters
-
-    dtype = parse_dtype(dtype) or default_dtype()
-    directory = find_model(path_or_id)
-    config = read_config(directory)
-    if group is not None:
-        from mlx_starflow.model_dir.tensor_parallel import load_part
-
-        if adapters:
-            raise StarflowError("adapters cannot be split over ranks: fuse them into the model first")
-        return load_part(directory, config, dtype, group)
-    flow = _load(new_flow(directory, config), directory, config, dtype)
-    add_adapters(flow, adapters)
-    return flow
-
-
-def new_flow(directory: Path, config: Mapping[str, Any]) -> STARFlow | TarFlow:
-    """The flow that a model directory's `config.json` describes, without its weights. Raises StarflowError."""
-    model_type = config.get("model_type")
-    if model_type not in FLOWS:
-        raise StarflowError(
-            f"{directory / 'config.json'}: model_type {model_type!r} is not a flow's, {' or '.join(FLOWS)}; "
-            "convert an official checkpoint with: mlx-starflow convert flow CHECKPOINT --config YAML -o DIR"
-        )
-    _, network, config_class = flow_module(model_type)
-    return _new(network, config_class, directory, config)
-
-
-def load_text_encoder(directory: str | Path, dtype: str | mx.Dtype | None = None) -> tuple[T5Encoder, Tokenizer]:
-    """The text encoder in a folder with `spiece.model` beside its weights; `dtype` as in `load_flow`.
-
-    Raises:
-        StarflowError: a file is missing or damaged, or tokenizer and encoder do not belong together.
-    """
-    directory = Path(directory)
-    config = read_config(directory)
-    encoder = _load(new_text_encoder(directory, config), directory, config, parse_dtype(dtype) or default_dtype())
-    return encoder, read_tokenizer(directory / "spiece.model", encoder.config)
-
-
-def new_text_encoder(directory: Path, config: Mapping[str, Any]) -> T5Encoder:
-    """The text encoder that a folder's `config.json` describes, without its weights. Raises StarflowError."""
-    from mlx_starflow.models.t5 import T5Config, T5Encoder
-
-    return _new(T5Encoder, T5Config, directory, config)
-
-
-def read_tokenizer(path: Path, config: T5Config) -> Tokenizer:
-    """A text encoder's tokenizer. Raises StarflowError if it is unusable or has more tokens than the encoder."""
-    from mlx_starflow.models.tokenizer import Tokenizer
-
-    tokenizer = Tokenizer(path)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise StarflowError(
-            f"{path} has {tokenizer.vocab_size} tokens but the model only {config.vocab_size}; "
-            "use the spiece.model of this checkpoint"
-        )
-    return tokenizer
-
-
-def load_vae(directory: str | Path, dtype: str | mx.Dtype | None = None) -> AutoencoderKL | AutoencoderWan:
-    """The autoencoder in a folder, of pictures or of videos; `dtype` as in `load_flow`.
-
-    Raises:
-        StarflowError: a file is missing or damaged, or the folder holds another kind of model.
-    """
-    directory = Path(directory)
-    config = read_config(directory)
-    return _load(new_vae(directory, config), directory, config, parse_dtype(dtype) or default_dtype())
-
-
-def new_vae(directory: Path, config: Mapping[str, Any]) -> AutoencoderKL | AutoencoderWan:
-    """The autoencoder that a folder's `config.json` describes, without its weights. Raises StarflowError."""
-    if config.get("model_type") == "autoencoder_wan":
-        from mlx_starflow.models.autoencoder_wan.network import AutoencoderWan, AutoencoderWanConfig
-
-        return _new(AutoencoderWan, AutoencoderWanConfig, directory, config)
-    from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
-
-    return _new(AutoencoderKL, AutoencoderKLConfig, directory, config)
-
-
-def _new(network: type[M], config_class: type, directory: Path, config: Mapping[str, Any]) -> M:
-    try:
-        return network(config_class.from_dict(config))
-    except (StarflowError, ArithmeticError, TypeError, ValueError) as error:
-        raise StarflowError(f"{directory / 'config.json'}: {one_line(error)}") from error
-
-
-def _load(module: M, directory: Path, config: Mapping[str, Any], dtype: mx.Dtype) -> M:
-    return load_module(module, load_weights(directory), directory, dtype, quantization=config.get("quantization"))

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from mlx_starflow.errors import StarflowError
+from mlx_starflow.errors import StarflowError, one_line
 
 
 class Tokenizer:
@@ -38,7 +38,7 @@ class Tokenizer:
         try:
             data = path.read_bytes()
         except OSError as error:
-            raise StarflowError(f"cannot read the tokenizer {path}: {error.strerror or error}") from error
+            raise StarflowError(f"cannot read the tokenizer {path}: {one_line(error)}") from error
         try:
             if not data:
                 raise RuntimeError("the file is empty")

@@ -10,7 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlx_starflow.model_dir.weights import load_flow, load_text_encoder, load_vae
+from mlx_starflow.model_dir.directory import ModelDirectory, read_text_encoder
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL
 from mlx_starflow.models.starflow import STARFlow
 from mlx_starflow.models.t5 import T5Encoder
@@ -31,24 +31,24 @@ class MLXModel(PromptedModel[mx.array]):
     def __init__(
         self,
         name: str,
-        directory: Path,
+        model: ModelDirectory,
         *,
         dtype: mx.Dtype | None = None,
         low_memory: bool = False,
         adapters: Sequence[tuple[str | Path, float]] = (),
         group: mx.distributed.Group | None = None,
     ):
-        super().__init__(name, directory)
+        super().__init__(name, model)
         self.dtype, self.low_memory, self.group = dtype, low_memory, group
         self.adapters = [(str(path), float(strength)) for path, strength in adapters]
 
     @cached_property
     def flow(self) -> STARFlow:
-        return load_flow(self.directory, dtype=self.dtype, adapters=self.adapters, group=self.group)
+        return self.model.load_flow(self.dtype, self.adapters, self.group)
 
     @cached_property
     def _text(self) -> tuple[T5Encoder, Tokenizer]:
-        return load_text_encoder(self.directory / "text_encoder", dtype=self.dtype)
+        return read_text_encoder(self.model.text_encoder, self.dtype)
 
     @property
     def text_encoder(self) -> T5Encoder:
@@ -60,7 +60,7 @@ class MLXModel(PromptedModel[mx.array]):
 
     @cached_property
     def vae(self) -> AutoencoderKL:
-        return load_vae(self.directory / "vae", dtype=self.dtype)
+        return self.model.vae.load(self.dtype)
 
     def _array(self, values: np.ndarray) -> mx.array:
         return mx.array(values)

@@ -18,15 +18,14 @@ import numpy as np
 from PIL import Image
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.media.image_files import PictureFile
+from mlx_starflow.media.image_files import ImageFile
 from mlx_starflow.media.images import to_images
-from mlx_starflow.media.pixels import crop_picture, scale_pixels
+from mlx_starflow.media.pixels import crop_image, scale_pixels
 from mlx_starflow.media.videos import read_video
-from mlx_starflow.model_dir.hub import find_model
+from mlx_starflow.model_dir.directory import ModelDirectory, load_flow
 from mlx_starflow.model_dir.quantization import dequantize_module, quantized_layers
-from mlx_starflow.model_dir.weights import load_flow, read_config
 from mlx_starflow.models.autoencoder_kl import WHOLE_PIXELS
-from mlx_starflow.models.tarflow import TarFlow
+from mlx_starflow.models.tarflow import TarFlow, TarFlowConfig
 from mlx_starflow.pipelines.pipeline import Pipeline, load
 from mlx_starflow.pipelines.video_requests import VideoModel
 from mlx_starflow.pipelines.video_sources import encode_frames
@@ -89,7 +88,7 @@ class PictureFlow(ABC):
         """A picture cut to the shape of `size` about its middle and resized; `size` is the model's by default."""
         size = size or self.size
         image = image.convert("RGB")
-        return image if image.size == size else crop_picture(image, *size)
+        return image if image.size == size else crop_image(image, *size)
 
     def data(self, images: Iterable[Image.Image], size: tuple[int, int] | None = None) -> np.ndarray:
         """Pictures of any size -> data without noise, float32 `[B, ...]`: fitted to `size`, then encoded."""
@@ -308,13 +307,13 @@ def open_picture_flow(
 
     Arguments and errors are those of `pipeline.load`; a TarFlow's directory is taken too.
     """
-    directory = find_model(name)
-    if read_config(directory).get("model_type") == "tarflow":
-        return PixelFlow(str(name), directory, dtype)
+    directory = ModelDirectory.find(name)
+    if isinstance(directory.flow.config, TarFlowConfig):
+        return PixelFlow(str(name), directory.path, dtype)
     return picture_flow(load(name, dtype=dtype, low_memory=low_memory))
 
 
-def open_files(model: PictureFlow, files: Sequence[PictureFile], frames: int | None = None) -> Iterator[Any]:
+def open_files(model: PictureFlow, files: Sequence[ImageFile], frames: int | None = None) -> Iterator[Any]:
     """The pictures, or, for a model of videos, the videos in files, each opened when it is asked for.
 
     Args:

@@ -11,8 +11,8 @@ import numpy as np
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.model_dir import tensor_parallel
-from mlx_starflow.model_dir.hub import find_model
-from mlx_starflow.model_dir.weights import parse_dtype, read_config
+from mlx_starflow.model_dir.directory import ModelDirectory
+from mlx_starflow.model_dir.weights import parse_dtype
 from mlx_starflow.pipelines.mlx_model import MLXModel
 from mlx_starflow.pipelines.picture_methods import PictureMethods
 from mlx_starflow.pipelines.results import GenerationResult as GenerationResult
@@ -99,22 +99,22 @@ def load(
             raise StarflowError("the torch backend cannot split a flow over processes: use --backend mlx")
         from mlx_starflow.reference.pipeline import TorchPipeline
 
-        pipe = TorchPipeline(str(name), find_model(name), device=device, dtype=dtype)
+        pipe = TorchPipeline(str(name), ModelDirectory.find(name), device=device, dtype=dtype)
         _ = pipe.flow, pipe.text_encoder, pipe.vae
         return pipe
     if device is not None:
         raise StarflowError(f"device {device} is a choice of the torch backend: leave it out, or add --backend torch")
     if group is not None:
         tensor_parallel.check_same(name, dtype, group)
-    dtype, directory = parse_dtype(dtype), find_model(name)
+    dtype, model = parse_dtype(dtype), ModelDirectory.find(name)
     kind: type[Pipeline] | type[VideoPipeline] = Pipeline
-    if read_config(directory).get("vid_size"):
+    if model.flow.content.get("vid_size"):
         from mlx_starflow.pipelines.video import VideoPipeline
 
         kind = VideoPipeline
-    pipe = kind(str(name), directory, dtype=dtype, low_memory=bool(low_memory), adapters=adapters, group=group)
+    pipe = kind(str(name), model, dtype=dtype, low_memory=bool(low_memory), adapters=adapters, group=group)
     if low_memory is None:
-        needed = plan(pipe.directory, size=pipe.settings.size, dtype=dtype)
+        needed = plan(model, size=pipe.settings.size, dtype=dtype)
         pipe.low_memory = (needed if group is None else needed.split(group.size())).peak() > available()
     with tensor_parallel.together(group):
         if not pipe.low_memory:

@@ -8,7 +8,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -17,7 +16,7 @@ from mlx_starflow import __version__
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.media.buckets import closest_ratio
 from mlx_starflow.media.noise import digest, draw_seed
-from mlx_starflow.model_dir.weights import new_vae, read_config
+from mlx_starflow.model_dir.directory import ModelDirectory
 from mlx_starflow.models.starflow import FlowConfig
 from mlx_starflow.models.tokenizer import Tokenizer
 from mlx_starflow.pipelines.prompts import complete_prompt
@@ -45,18 +44,15 @@ class PromptedModel(ABC, Generic[Array]):
     tokenizer: Tokenizer
     adapters: Sequence[tuple[str, float]] = ()
 
-    def __init__(self, name: str, directory: Path):
-        self.name, self.directory = name, directory
-        config = read_config(directory)
-        if config.get("model_type") != "starflow" or not config.get("txt_size"):
+    def __init__(self, name: str, model: ModelDirectory):
+        self.name, self.model, self.directory = name, model, model.path
+        if not model.reads_prompts:
             raise StarflowError(f"{name} does not read prompts: use load_flow and sample in Python")
-        for part in ("text_encoder", "vae"):
-            if not (directory / part).is_dir():
-                raise StarflowError(f"{directory} is a flow alone: generating needs its {part}/ folder too")
-        self.config = FlowConfig.from_dict(config)
-        self.vae_config = new_vae(directory / "vae", read_config(directory / "vae")).config
-        self.plan = SamplingPlan.find(directory)
-        self.settings = GenerationSettings.from_dict({"guidance": self.config.cfg, **config.get("pipeline", {})})
+        self.config: FlowConfig = model.flow.config
+        _ = model.text_encoder  # which is missed before the autoencoder is
+        self.vae_config = model.vae.config
+        self.plan = SamplingPlan.find(model.path)
+        self.settings = GenerationSettings.from_dict({"guidance": self.config.cfg, **model.pipeline})
         self._running: tuple[GenerationStats, str] | None = None
         self._began = 0.0
 

@@ -40,7 +40,7 @@ class VideoPipeline(VideoModel):
         """The same model, making pictures; it shares the networks that have been read."""
         pipe = Pipeline(
             self.name,
-            self.directory,
+            self.model,
             dtype=self.dtype,
             low_memory=self.low_memory,
             adapters=self.adapters,

@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from mlx_starflow.media.pixels import crop_picture, scale_pixels
+from mlx_starflow.media.pixels import crop_image, scale_pixels
 from mlx_starflow.models.autoencoder_wan.network import AutoencoderWan
 
 
@@ -45,4 +45,4 @@ def last_frames(images: Iterable[Image.Image], step: int, most: int) -> list[Ima
 
 def _fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     image = image.convert("RGB")
-    return image if image.size == size else crop_picture(image, *size)
+    return image if image.size == size else crop_image(image, *size)

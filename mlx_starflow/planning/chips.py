@@ -1,4 +1,4 @@
-"""How long a picture should take on Apple's chips: an estimate from published figures, not a measurement.
+"""How long an image should take on Apple's chips: an estimate from published figures, not a measurement.
 
 A phase is taken to last as long as the slower of two things: moving its bytes at the chip's published memory bandwidth,
 and computing at the GPU's peak rate. No program reaches either, so real runs take longer.
@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.model_dir.quantization import quantize_module
-from mlx_starflow.model_dir.weights import load_weights, parse_dtype, place_weights, read_config
+from mlx_starflow.model_dir.weights import parse_dtype
 from mlx_starflow.models.autoencoder_kl import AutoencoderKLConfig
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
 from mlx_starflow.models.t5 import T5Config, T5Encoder
@@ -109,7 +109,7 @@ Cost = tuple[float, float]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How often the network of each block is evaluated for a picture, and on how many tokens at once; data side
+    """How often the network of each block is evaluated for an image, and on how many tokens at once; data side
     first."""
 
     evaluations: Sequence[float]
@@ -193,11 +193,11 @@ def matrix_sizes(config: FlowConfig) -> list[int]:
 
 
 def estimate(configs: ModelConfigs, chip: Chip, size: tuple[int, int] | None = None) -> dict[str, dict[str, float]]:
-    """Seconds that each phase of making one picture takes, at every precision that fits the chip's memory.
+    """Seconds that each phase of making one image takes, at every precision that fits the chip's memory.
 
     Args:
         configs: of the model; a sampling plan in its directory is estimated too.
-        size: (width, height) of the picture in pixels; None: what the model was trained at.
+        size: (width, height) of the image in pixels; None: what the model was trained at.
 
     Returns:
         {precision: {phase: seconds}} with the phases of `PHASES`, of which the last two are there if there is a plan.
@@ -209,7 +209,7 @@ def estimate(configs: ModelConfigs, chip: Chip, size: tuple[int, int] | None = N
     width, height = (side // vae.downscale for side in size or (config.img_size * vae.downscale,) * 2)
     length = (width // config.patch_size) * (height // config.patch_size)
     copies = 2 if configs.guidance > 0 else 1
-    found = SamplingPlan.find(configs.directory) if configs.directory else None
+    found = SamplingPlan.find(configs.directory.path) if configs.directory else None
     planned = Sampling.of_plan(found, length) if found else None
 
     def seconds(costs: Sequence[Cost]) -> float:
@@ -257,12 +257,8 @@ def _precisions(
     configs: ModelConfigs, size: tuple[int, int] | None
 ) -> Iterator[tuple[str, MemoryPlan, STARFlow, mx.Dtype]]:
     """Name, memory, flow and dtype of what is not quantized, of each precision that the model can have."""
-    directory = configs.directory
-    quantization = read_config(directory).get("quantization") if directory else None
-    if quantization:
-        flow = STARFlow(configs.flow)
-        place_weights(flow, load_weights(directory), directory, quantization=quantization)
-        yield "as stored", plan(configs, size=size, dtype="bfloat16"), flow, mx.bfloat16
+    if configs.directory and configs.directory.flow.quantization:
+        yield "as stored", plan(configs, size=size, dtype="bfloat16"), configs.directory.flow.lazy(), mx.bfloat16
     dense = replace(configs, directory=None)
     for precision in PRECISIONS:
         flow = STARFlow(configs.flow)

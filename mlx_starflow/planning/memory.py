@@ -17,16 +17,18 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_starflow.convert.official import RELEASES, released_arguments
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.media.buckets import VIDEO_RATIO, bucket_size
+from mlx_starflow.model_dir.directory import ModelDirectory
 from mlx_starflow.model_dir.quantization import quantize_module
-from mlx_starflow.model_dir.weights import default_dtype, load_weights, one_line, parameters, parse_dtype, read_config
+from mlx_starflow.model_dir.weights import default_dtype, parameters, parse_dtype
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from mlx_starflow.models.autoencoder_wan.network import AutoencoderWan, AutoencoderWanConfig
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
 from mlx_starflow.models.t5 import T5Config, T5Encoder
 from mlx_starflow.planning.footprint import autoencoder_wan as wan_footprint
-from mlx_starflow.planning.footprint import images as pictures_footprint
+from mlx_starflow.planning.footprint import images as images_footprint
 from mlx_starflow.planning.footprint import videos as frames_footprint
 
 PARTS = {"text encoder": "text_encoder", "flow": "flow", "autoencoder": "vae"}
@@ -71,36 +73,33 @@ NETWORKS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class ModelConfigs:
-    """The three networks of a model of pictures or videos; `directory` if there are weights too."""
+    """The three networks of a model of images or videos; `directory` if they are on disk."""
 
     flow: FlowConfig
     text_encoder: T5Config
     vae: AutoencoderKLConfig | AutoencoderWanConfig
-    directory: Path | None = None
+    directory: ModelDirectory | None = None
     guidance: float = 0.0
 
     @classmethod
-    def read(cls, directory: str | Path) -> ModelConfigs:
+    def read(cls, directory: str | Path | ModelDirectory) -> ModelConfigs:
         """Of a model directory. Raises StarflowError if a `config.json` is missing or not usable."""
-        directory = Path(directory)
-        flow = _read(FlowConfig, directory)
-        text_encoder = _read(T5Config, directory / "text_encoder")
-        vae = _read(_vae_config(read_config(directory / "vae")), directory / "vae")
-        guidance = read_config(directory).get("pipeline", {}).get("guidance", flow.cfg)
-        return cls(flow, text_encoder, vae, directory, guidance)
+        directory = directory if isinstance(directory, ModelDirectory) else ModelDirectory(directory)
+        flow = directory.flow.config
+        guidance = directory.pipeline.get("guidance", flow.cfg)
+        return cls(flow, directory.text_encoder.config, directory.vae.config, directory, guidance)
 
     @classmethod
     def of_release(cls, repository: str) -> ModelConfigs:
         """Of an official release, "apple/starflow", from what is known about it. Raises StarflowError."""
-        from mlx_starflow.convert.official import RELEASES, released_arguments
-
         release = RELEASES.get(repository.lower())
         if release is None:
             raise StarflowError(f"unknown release {repository!r}: it must be {', '.join(RELEASES)}")
         text_encoder = T5Config.from_dict(NETWORKS[release.text_encoder])
         arguments = dict(released_arguments(Path(release.checkpoint)) or {}) | {"txt_dim": text_encoder.d_model}
         network = NETWORKS[release.vae_repository]
-        vae = _vae_config(network).from_dict(network)
+        is_video = network.get("model_type") == "autoencoder_wan"
+        vae = (AutoencoderWanConfig if is_video else AutoencoderKLConfig).from_dict(network)
         flow = FlowConfig.from_official(arguments)
         return cls(flow, text_encoder, vae, None, release.pipeline.get("guidance", flow.cfg))
 
@@ -111,18 +110,6 @@ class ModelConfigs:
             "flow": STARFlow(self.flow),
             "autoencoder": (AutoencoderKL if isinstance(self.vae, AutoencoderKLConfig) else AutoencoderWan)(self.vae),
         }
-
-
-def _vae_config(config: Mapping[str, Any]) -> type[AutoencoderKLConfig] | type[AutoencoderWanConfig]:
-    return AutoencoderWanConfig if config.get("model_type") == "autoencoder_wan" else AutoencoderKLConfig
-
-
-def _read(config_class: Any, directory: Path) -> Any:
-    config = read_config(directory)
-    try:
-        return config_class.from_dict(config)
-    except (StarflowError, ArithmeticError, TypeError, ValueError) as error:
-        raise StarflowError(f"{directory / 'config.json'}: {one_line(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -188,7 +175,7 @@ def available() -> int:
 
 
 def plan(
-    model: str | Path | ModelConfigs,
+    model: str | Path | ModelDirectory | ModelConfigs,
     *,
     size: tuple[int, int] | None = None,
     batch: int = 1,
@@ -201,8 +188,8 @@ def plan(
 
     Args:
         model: a model directory, or its configs.
-        size: (width, height) of the pictures or videos in pixels; None: what the model was trained at.
-        batch: pictures or videos at once.
+        size: (width, height) of the images or videos in pixels; None: what the model was trained at.
+        batch: images or videos at once.
         frames: of videos; None: as many as the model was trained at. All longer ones take the same.
         guidance: its weight; guided blocks see everything twice. None: the model's own.
         dtype: of the networks; None: float32 on CPU, bfloat16 on a GPU.
@@ -231,10 +218,10 @@ def plan(
         raise StarflowError(f"a size of {width}x{height} does not fit: this model wants multiples of {step} pixels")
     guided = (configs.guidance if guidance is None else guidance) > 0
     tokens = (width // scale // flow.patch_size) * (height // scale // flow.patch_size)
-    # Embeddings of the prompts and of no prompt, and of each picture's prompt once more.
+    # Embeddings of the prompts and of no prompt, and of each image's prompt once more.
     held = (batch + 2) * flow.txt_size * flow.txt_dim * item
     others: dict[str, int] = {}
-    text = pictures_footprint.text(configs.text_encoder, 2 * flow.txt_size, item)
+    text = images_footprint.text(configs.text_encoder, 2 * flow.txt_size, item)
     if flow.video and isinstance(vae, AutoencoderWanConfig):
         trained = vae.latent_frames(flow.video[0])
         window = min(trained, vae.latent_frames(frames or flow.video[0]))
@@ -252,13 +239,13 @@ def plan(
         state = batch * item * sum(layer.kept * layer.rows * layer.columns * layer.inputs for layer in layers)
         others = {"flow": state, "denoise": state, "decode": kv_cache + kept}
     else:
-        kv_cache, sampling = pictures_footprint.sampling(flow, tokens, batch, guided, item)
+        kv_cache, sampling = images_footprint.sampling(flow, tokens, batch, guided, item)
         activations = {
             "text": text,
             "flow": held + sampling,
-            "verify": held + pictures_footprint.forward(flow, tokens, guided, item),
-            "denoise": held + pictures_footprint.score(flow, tokens, item),
-            "decode": held + pictures_footprint.decode(vae, height // scale, width // scale, batch, item),
+            "verify": held + images_footprint.forward(flow, tokens, guided, item),
+            "denoise": held + images_footprint.score(flow, tokens, item),
+            "decode": held + images_footprint.decode(vae, height // scale, width // scale, batch, item),
         }
     for phase, part in PHASES.items():
         if part not in chosen and phase in activations:
@@ -299,10 +286,8 @@ def _stored_bytes(configs: ModelConfigs, part: str, dtype: mx.Dtype) -> int | No
     """Of a quantized part of a model directory, from its files' headers; None of a dense one."""
     if configs.directory is None:
         return None
-    folder = configs.directory if part == "flow" else configs.directory / PARTS[part]
-    if not read_config(folder).get("quantization"):
-        return None
-    return _bytes(load_weights(folder), dtype)
+    network = getattr(configs.directory, PARTS[part])
+    return _bytes(network.weights(), dtype) if network.quantization else None
 
 
 def _unpacked(configs: ModelConfigs, part: str) -> int:

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from mlx_starflow import __version__, cpu
+from mlx_starflow.convert.official import RELEASES
 from mlx_starflow.cpu import blas
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.model_dir.hub import converted_directory, find_model
-from mlx_starflow.model_dir.weights import load_weights, new_flow, read_config
+from mlx_starflow.model_dir.directory import ModelDirectory, NetworkDirectory
+from mlx_starflow.model_dir.hub import converted_directory
 from mlx_starflow.planning.chips import find_chips, time_report
 from mlx_starflow.planning.memory import (
     PRECISIONS,
@@ -25,7 +27,8 @@ from mlx_starflow.planning.memory import (
     usable,
 )
 
-PARTS = {"flow": ".", "text encoder": "text_encoder", "autoencoder": "vae"}
+PARTS = {"text encoder": "text_encoder", "autoencoder": "vae"}
+"""The networks beside a flow, and their folders."""
 
 MACS = (8, 16, 24, 32, 64)
 LARGE_MACS = (32, 64, 96, 128, 192)
@@ -50,18 +53,17 @@ def summarize(model: str) -> dict[str, str]:
             lines[part] = f"{parameter_count(network) / 1e6:.2f} M parameters"
         lines["guidance"] = str(configs.guidance)
         return lines
-    directory = find_model(model)
-    config = read_config(directory)
-    lines["model"] = f"{model} ({config.get('model_type')}) in {directory}"
-    lines |= _architecture(new_flow(directory, config).config)
-    for part, folder in PARTS.items():
-        if (directory / folder / "config.json").is_file():
-            lines[part] = _size(directory / folder)
-    if quantization := config.get("quantization"):
+    directory = ModelDirectory.find(model)
+    lines["model"] = f"{model} ({directory.flow.content['model_type']}) in {directory.path}"
+    lines |= _architecture(directory.flow.config) | {"flow": _size(directory.flow)}
+    for title, part in PARTS.items():
+        if directory.has(part):
+            lines[title] = _size(getattr(directory, part))
+    if quantization := directory.flow.quantization:
         lines["quantized"] = f"{quantization.get('bits')} bits, groups of {quantization.get('group_size')}"
-    for name, value in config.get("pipeline", {}).items():
+    for name, value in directory.pipeline.items():
         lines[name] = str(value)
-    if licences := [path.name for path in sorted(directory.iterdir()) if path.stem.upper() in ("LICENSE", "NOTICE")]:
+    if licences := directory.licences:
         lines["licence"] = f"see {', '.join(licences)} there"
     return lines
 
@@ -73,8 +75,8 @@ def memory_report(
 
     Args:
         model: as in `summarize`.
-        size: (width, height) of the pictures or videos in pixels; None: what the model was trained at.
-        batch: pictures or videos at once.
+        size: (width, height) of the images or videos in pixels; None: what the model was trained at.
+        batch: images or videos at once.
         frames: of videos; None: as many as the model was trained at.
 
     Returns:
@@ -97,17 +99,17 @@ def memory_report(
         return [f"{value / unit:.2f}" for value in values]
 
     width, height = size or trained_size(configs.flow, configs.vae)
-    pictures = "one picture" if batch == 1 else f"{batch} pictures at once"
+    images = "one picture" if batch == 1 else f"{batch} pictures at once"
     if configs.flow.video:
         videos = "one video" if batch == 1 else f"{batch} videos at once"
-        pictures = f"{videos} of {frames or configs.flow.video[0]} frames"
+        images = f"{videos} of {frames or configs.flow.video[0]} frames"
     lines = [
-        f"Memory in {name} for {pictures} of {width}x{height}: computed from the configs, not measured.",
+        f"Memory in {name} for {images} of {width}x{height}: computed from the configs, not measured.",
         "8, 6 and 4 bit: of the flow; text encoder and autoencoder are bfloat16 then.",
         "",
         row("weights", list(plans)),
     ]
-    for part in PARTS:
+    for part in ("flow", *PARTS):
         lines.append(row(f"  {part}", sizes([each.weights[part] for each in plans.values()])))
     for title, low_memory in (("peak, all in memory", False), ("peak with --low-memory", True)):
         lines += ["", row(title, list(plans))]
@@ -126,15 +128,15 @@ def memory_report(
 
 
 def time_reports(model: str, chip: str, *, size: tuple[int, int] | None = None) -> list[list[str]]:
-    """How long a picture should take on an Apple chip, estimated from published figures: see `chips`.
+    """How long an image should take on an Apple chip, estimated from published figures: see `chips`.
 
     Args:
         model: as in `summarize`.
         chip: such as "M4" or "M3 Max"; there are two of the latter, so there are two reports.
-        size: (width, height) of the picture in pixels; None: what the model was trained at.
+        size: (width, height) of the image in pixels; None: what the model was trained at.
 
     Raises:
-        StarflowError: there is no such chip or model, or the model does not make pictures from prompts.
+        StarflowError: there is no such chip or model, or the model does not make images from prompts.
     """
     found = find_chips(chip)
     configs = model_configs(model)
@@ -153,12 +155,9 @@ def model_configs(model: str) -> ModelConfigs | None:
     """
     if configs := _release(model):
         return configs
-    directory = find_model(model)
-    config = read_config(directory)
-    parts_there = all((directory / folder / "config.json").is_file() for folder in PARTS.values())
-    if config.get("model_type") != "starflow" or not config.get("txt_size") or not parts_there:
-        return None
-    return ModelConfigs.read(directory)
+    directory = ModelDirectory.find(model)
+    whole = directory.reads_prompts and all(map(directory.has, PARTS.values()))
+    return ModelConfigs.read(directory) if whole else None
 
 
 def _verdict(expected: MemoryPlan, gigabytes: int) -> str:
@@ -172,7 +171,7 @@ def _plans(
 ) -> dict[str, MemoryPlan]:
     """The plan of each precision that the model's layers can be stored in."""
     plans = {}
-    if configs.directory is not None and read_config(configs.directory).get("quantization"):
+    if configs.directory is not None and configs.directory.flow.quantization:
         plans["as stored"] = plan(configs, size=size, batch=batch, frames=frames, dtype="bfloat16")
     dense = replace(configs, directory=None)
     for precision in PRECISIONS:
@@ -190,8 +189,6 @@ def _plans(
 
 def _release(model: str) -> ModelConfigs | None:
     """Configs of an official release that has not been converted; None of any other model."""
-    from mlx_starflow.convert.official import RELEASES
-
     if model.lower() not in RELEASES or Path(model).is_dir():
         return None
     return None if (converted_directory(model) / "config.json").is_file() else ModelConfigs.of_release(model)
@@ -216,10 +213,10 @@ def _architecture(flow: Any) -> dict[str, str]:
     return lines
 
 
-def _size(directory: Path) -> str:
+def _size(network: NetworkDirectory[nn.Module, Any]) -> str:
     """Parameters as the file counts them (packed weights unpacked) and bytes on disk."""
-    weights = load_weights(directory)
-    quantization = read_config(directory).get("quantization") or {}
+    weights = network.weights()
+    quantization = network.quantization or {}
     count = 0
     for name, value in weights.items():
         if name.removesuffix(".scales") + ".weight" in weights and name.endswith(".scales"):

@@ -5,7 +5,6 @@ The MLX code reads, checks and, where weights are quantized, dequantizes them; t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,21 +17,10 @@ from torch import nn
 from mlx_starflow.convert.common import Tensor as Stored
 from mlx_starflow.convert.common import as_tensor
 from mlx_starflow.convert.flow import open_flow, read_arguments
-from mlx_starflow.errors import StarflowError
-from mlx_starflow.model_dir.hub import find_model
+from mlx_starflow.errors import StarflowError, one_line
+from mlx_starflow.model_dir.directory import ModelDirectory, NetworkDirectory, read_tokenizer
 from mlx_starflow.model_dir.quantization import dequantize_module
-from mlx_starflow.model_dir.weights import (
-    check_shapes,
-    load_weights,
-    new_flow,
-    new_text_encoder,
-    new_vae,
-    one_line,
-    parameters,
-    place_weights,
-    read_config,
-    read_tokenizer,
-)
+from mlx_starflow.model_dir.weights import check_shapes, parameters
 from mlx_starflow.models.starflow import FlowConfig
 from mlx_starflow.models.tokenizer import Tokenizer
 from mlx_starflow.reference.autoencoder_kl import AutoencoderKL
@@ -98,9 +86,9 @@ def load_flow(
         check_shapes({name: tensor.shape for name, tensor in tensors.items()}, expected, path)
         flow_config = network.config
     else:
-        path = find_model(path)
-        stored = read_config(path)
-        flow_config, tensors = _stored(new_flow(path, stored), path, stored)
+        model = ModelDirectory.find(path)
+        path = model.path
+        flow_config, tensors = _stored(model.flow)
     if isinstance(flow_config, FlowConfig) and flow_config.vid_size:
         raise StarflowError(f"{path} makes videos, which the PyTorch reference does not know: use --backend mlx")
     network = STARFlow if isinstance(flow_config, FlowConfig) else TarFlow
@@ -114,8 +102,7 @@ def load_text_encoder(
 ) -> tuple[T5Encoder, Tokenizer]:
     """The text encoder in a folder, frozen, and its tokenizer; arguments and errors as `load_flow`'s."""
     directory, device = Path(directory), parse_device(device)
-    stored = read_config(directory)
-    config, tensors = _stored(new_text_encoder(directory, stored), directory, stored)
+    config, tensors = _stored(NetworkDirectory.text_encoder(directory))
     encoder = _fill(T5Encoder, config, tensors, directory, device, parse_dtype(dtype, device))
     return encoder, read_tokenizer(directory / "spiece.model", config)
 
@@ -127,18 +114,17 @@ def load_vae(
 ) -> AutoencoderKL:
     """The image autoencoder in a folder, frozen; arguments and errors as `load_flow`'s."""
     directory, device = Path(directory), parse_device(device)
-    stored = read_config(directory)
-    config, tensors = _stored(new_vae(directory, stored), directory, stored)
+    config, tensors = _stored(NetworkDirectory.vae(directory))
     return _fill(AutoencoderKL, config, tensors, directory, device, parse_dtype(dtype, device))
 
 
-def _stored(network: mlx_nn.Module, directory: Path, stored: Mapping[str, Any]) -> tuple[Any, dict[str, Stored]]:
-    """The config of an MLX network and a directory's tensors for it, dense, none of them read yet."""
-    place_weights(network, load_weights(directory), directory, quantization=stored.get("quantization"))
+def _stored(directory: NetworkDirectory[mlx_nn.Module, Any]) -> tuple[Any, dict[str, Stored]]:
+    """A network's config, and its tensors in MLX, dense, none of them read yet."""
+    network = directory.lazy()
     # Scales too: MLX's CPU backend multiplies by quantized weights in float32.
     network.apply(lambda weight: weight.astype(mx.float32) if mx.issubdtype(weight.dtype, mx.floating) else weight)
     dequantize_module(network)
-    return network.config, {name: as_tensor(array) for name, array in parameters(network).items()}
+    return directory.config, {name: as_tensor(array) for name, array in parameters(network).items()}
 
 
 def _fill(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mlx_starflow.model_dir.directory import ModelDirectory
 from mlx_starflow.models.tokenizer import Tokenizer
 from mlx_starflow.pipelines.results import GenerationSettings
 from mlx_starflow.pipelines.text_to_picture import TextToPicture
@@ -34,12 +34,12 @@ class TorchPipeline(TextToPicture[Tensor]):
     def __init__(
         self,
         name: str,
-        directory: Path,
+        model: ModelDirectory,
         *,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | mx.Dtype | None = None,
     ):
-        super().__init__(name, directory)
+        super().__init__(name, model)
         self.device = parse_device(device)
         self.dtype = parse_dtype(dtype, self.device)
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.media.files import replacing
+from mlx_starflow.model_dir.files import PLAN_FILE
 
 GUESSES = ("noise", "affine", "previous")
 """First guesses of a token in a rolling window: see `RollingSettings.guess`."""
@@ -78,9 +79,6 @@ def _at_least(settings: Any, key: str, least: int) -> None:
     value = getattr(settings, key)
     if not (isinstance(value, (int, float)) and value >= least and math.isfinite(value)):
         raise StarflowError(f"{settings.name} sampling: {key} must be {least} or more, not {value!r}")
-
-
-PLAN_FILE = "sampling_plan.json"
 
 
 @dataclass(frozen=True)

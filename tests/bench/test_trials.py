@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import mlx.core as mx
 import pytest
-from helpers.tiny_model import tiny_flow, write_tiny_model
+from helpers.model_directories import write_image_model
+from helpers.tiny_flows import tiny_flow
 
 from mlx_starflow.bench.trials import prepare
 from mlx_starflow.errors import StarflowError
@@ -16,7 +17,7 @@ from mlx_starflow.sampling import SamplingPlan, SequentialSettings, sample
 
 
 def test_a_model_that_reads_prompts(tmp_path):
-    write_tiny_model(tmp_path)
+    write_image_model(tmp_path)
     trials = prepare(tmp_path, ["a cat", "a dog"], seed=5)
     assert trials.z.shape == (2, 4, 4, 4) and trials.text.shape == (2, 6, 32) and trials.null_text.shape == (1, 6, 32)
     # The model's own guidance and temperature.

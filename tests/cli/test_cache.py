@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from helpers.commands import Command
-from helpers.tiny_model import write_tiny_model
+from helpers.model_directories import write_image_model
 from PIL import Image
 
 from mlx_starflow.training.data.latent_cache import LatentCache
@@ -15,7 +15,7 @@ mistake = run.mistake
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return write_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+    return write_image_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture

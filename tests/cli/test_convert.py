@@ -12,7 +12,8 @@ from helpers.commands import Command
 from helpers.golden_files import golden_case
 from helpers.paths import DATA
 
-from mlx_starflow.model_dir.weights import load_flow, load_text_encoder, load_vae, load_weights, read_config
+from mlx_starflow.model_dir.directory import load_flow, load_text_encoder, load_vae
+from mlx_starflow.model_dir.files import load_weights, read_config
 from mlx_starflow.models.tarflow import TarFlowConfig
 from mlx_starflow.sampling import sample
 

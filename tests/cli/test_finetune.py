@@ -5,8 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import re
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -15,8 +13,10 @@ import numpy as np
 import pytest
 import yaml
 from helpers.commands import Command
-from helpers.paths import EXAMPLES
-from helpers.tiny_model import tiny_flow, write_tiny_model
+from helpers.examples import run_example
+from helpers.images import colours, write_images
+from helpers.model_directories import write_image_model
+from helpers.tiny_flows import tiny_flow
 from PIL import Image
 
 from mlx_starflow import load_flow
@@ -46,17 +46,14 @@ def options(**values: object) -> list[object]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("model"))
+    return write_image_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pictures")
-    lines = []
-    for index, colour in enumerate(["red", "green", "blue", "black", "yellow", "white"]):
-        Image.new("RGB", (10, 12), colour).save(folder / f"{index}.png")
-        lines.append(json.dumps({"file_name": f"{index}.png", "text": f"a {colour} square"}))
-    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    names = ["red", "green", "blue", "black", "yellow", "white"]
+    write_images(folder, colours(names), [{"text": f"a {name} square"} for name in names])
     return folder
 
 
@@ -119,19 +116,14 @@ def test_resumed_is_uninterrupted(model, cache, tmp_path):
 
 def test_examples(model, cache, pictures, tmp_path):
     small = ["--model", model, "--steps", 2, "--batch-size", 2, "--rank", 2]
-    shown = _example("lora_style.py", cache, *small, "--out", tmp_path / "style")
+    shown = run_example("lora_style.py", cache, *small, "--out", tmp_path / "style")
     assert "held-out NLL" in shown and Image.open(tmp_path / "style/strengths.png").width > 80
-    _example("lora_trainer.py", cache, tmp_path / "trainer", *small)
+    run_example("lora_trainer.py", cache, tmp_path / "trainer", *small)
     assert Adapter.read(tmp_path / "trainer/adapter").config["rank"] == 2
-    shown = _example("forgetting.py", cache, pictures, *small, "--measured", 2, "--out", tmp_path / "forgetting")
+    shown = run_example(
+        "reports/forgetting.py", cache, pictures, *small, "--measured", 2, "--out", tmp_path / "forgetting"
+    )
     assert len(re.findall(r"new [+-]\d", shown)) == 3
-
-
-def _example(name: str, *words: object) -> str:
-    path = EXAMPLES / name
-    done = subprocess.run([sys.executable, path, *map(str, words)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_dry_run(model, pictures, tmp_path):

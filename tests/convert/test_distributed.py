@@ -17,7 +17,7 @@ from helpers.paths import DATA
 from mlx_starflow.convert import convert_flow, convert_vae
 from mlx_starflow.convert.common import open_tensors
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.model_dir.weights import load_weights
+from mlx_starflow.model_dir.files import load_weights
 
 CONFIG = DATA / "t2i/config.yaml"
 

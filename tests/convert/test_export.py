@@ -17,10 +17,11 @@ from helpers.golden_files import golden_case
 from helpers.paths import DATA
 
 from mlx_starflow.convert import archive, convert_flow, convert_t5, convert_vae, export_model, read_checkpoint
-from mlx_starflow.convert.archive import Spec, write_archive
+from mlx_starflow.convert.archive import write_archive
 from mlx_starflow.convert.common import open_tensors
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.model_dir.weights import load_flow, load_weights, read_config
+from mlx_starflow.model_dir.directory import load_flow
+from mlx_starflow.model_dir.files import Spec, load_weights, read_config
 from mlx_starflow.models.starflow import FlowConfig, is_dead_buffer
 
 CASES = sorted(path.parent.name for path in DATA.glob("*/config.yaml"))

@@ -19,8 +19,9 @@ from helpers.paths import DATA
 import mlx_starflow.convert
 from mlx_starflow.convert import convert_flow, read_checkpoint
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.model_dir.directory import load_flow
+from mlx_starflow.model_dir.files import load_weights, read_config
 from mlx_starflow.model_dir.quantization import quantized_layers
-from mlx_starflow.model_dir.weights import load_flow, load_weights, read_config
 
 CASES = sorted(path.parent.name for path in DATA.glob("*/config.yaml"))
 

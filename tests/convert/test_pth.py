@@ -557,6 +557,7 @@ def bomb_hash() -> bytes:
     "body",
     [
         pytest.param(bomb_dag(), id="paths"),
+        pytest.param(bomb_dag() + b"NR", id="message"),
         pytest.param(bomb_hash() + b"h\xc8Ns", id="hash"),
         pytest.param(
             b"}(" + b"".join(number(k * ((1 << 61) - 1)) + b"N" for k in range(100_000)) + b"u", id="collisions"

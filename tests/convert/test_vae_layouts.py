@@ -13,10 +13,12 @@ import pytest
 from helpers.golden_files import golden_case
 
 from mlx_starflow.convert import convert_vae
-from mlx_starflow.convert.archive import Spec, write_archive
+from mlx_starflow.convert.archive import write_archive
 from mlx_starflow.convert.vae import SD_VAE
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.model_dir.weights import load_vae, load_weights, parameters, read_config
+from mlx_starflow.model_dir.directory import load_vae
+from mlx_starflow.model_dir.files import Spec, load_weights, read_config
+from mlx_starflow.model_dir.weights import parameters
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 
 DATA = golden_case("sd_vae")

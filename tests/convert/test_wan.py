@@ -13,11 +13,12 @@ from helpers.commands import Command
 from helpers.golden_files import golden_case
 
 from mlx_starflow.convert import convert_vae, export_model
-from mlx_starflow.convert.archive import Spec, write_archive
+from mlx_starflow.convert.archive import write_archive
 from mlx_starflow.convert.pth import read_checkpoint
 from mlx_starflow.convert.wan import WAN_VAE
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.model_dir.weights import load_vae, load_weights, read_config
+from mlx_starflow.model_dir.directory import load_vae
+from mlx_starflow.model_dir.files import Spec, load_weights, read_config
 from mlx_starflow.models.autoencoder_wan.network import AutoencoderWan, AutoencoderWanConfig
 
 DATA = golden_case("wan_vae")

@@ -7,9 +7,9 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers.model_directories import message
-from helpers.picture_models import pictures, write_tiny_tarflow
-from helpers.tiny_model import write_tiny_video_model
+from helpers.commands import message
+from helpers.images import smooth_images
+from helpers.model_directories import write_class_model, write_video_model
 from safetensors.numpy import save_file
 
 from mlx_starflow.editing import Encoded, decode, encode
@@ -19,7 +19,7 @@ from mlx_starflow.sampling import sample
 
 
 def test_there_and_back(model):
-    images = pictures(3)
+    images = smooth_images(3)
     encoded, trip = encode(model, images, ["1", "", "2"], batch_size=2)
     data = model.data(images)
     assert trip.flow_max < 1e-3 and 0 < trip.flow_rms <= trip.flow_max
@@ -33,7 +33,7 @@ def test_there_and_back(model):
 
 
 def test_what_the_autoencoder_loses_is_told_apart(latent_flow, pixel_flow):
-    images = pictures(2)
+    images = smooth_images(2)
     lost = [np.asarray(a, float) - b for a, b in zip(latent_flow.images(latent_flow.data(images)), images, strict=True)]
     trip = encode(latent_flow, images)[1]
     assert trip.autoencoder_rms == pytest.approx(np.sqrt(np.square(lost).mean()), rel=1e-4)
@@ -43,7 +43,7 @@ def test_what_the_autoencoder_loses_is_told_apart(latent_flow, pixel_flow):
 
 
 def test_guided_maps(model):
-    images = pictures(2)
+    images = smooth_images(2)
     plain = encode(model, images, "1", check=False)[0]
     guided, trip = encode(model, images, "1", guidance=1.5)
     assert guided.guidance == 1.5 and trip.flow_max < 1e-3
@@ -52,7 +52,7 @@ def test_guided_maps(model):
 
 
 def test_training_noise_and_denoising(model):
-    images = pictures(2)
+    images = smooth_images(2)
     noisy = encode(model, images, "1", noise_seed=3, check=False)[0]
     assert np.abs(noisy.noise - encode(model, images, "1", check=False)[0].noise).max() > 1e-3
     rough, clean = (decode(model, noisy, denoise=denoise)[1] for denoise in (False, True))
@@ -60,13 +60,13 @@ def test_training_noise_and_denoising(model):
 
 
 def test_another_prompt_on_the_way_back(model):
-    encoded, _ = encode(model, pictures(1), "1", check=False)
+    encoded, _ = encode(model, smooth_images(1), "1", check=False)
     _, other = decode(model, replace(encoded, prompts=[""]))
-    assert np.abs(other - model.data(pictures(1))).max() > 1e-3
+    assert np.abs(other - model.data(smooth_images(1))).max() > 1e-3
 
 
 def test_files(latent_flow, tmp_path):
-    encoded, _ = encode(latent_flow, pictures(2), ["a", "b"], guidance=0.5, check=False)
+    encoded, _ = encode(latent_flow, smooth_images(2), ["a", "b"], guidance=0.5, check=False)
     path = tmp_path / "noise.safetensors"
     encoded.save(path)
     found = Encoded.load(path)
@@ -94,24 +94,24 @@ def test_damaged_files(tmp_path):
 
 
 def test_mistakes(model):
-    assert "there are 2 prompts for 3 pictures" in message(encode, model, pictures(3), ["1", "2"])
+    assert "there are 2 prompts for 3 pictures" in message(encode, model, smooth_images(3), ["1", "2"])
     assert "there are no pictures" in message(encode, model, [])
 
 
 def test_learned_variances(tmp_path):
-    flow = open_picture_flow(write_tiny_tarflow(tmp_path / "model", nvp=False, num_classes=0))
-    encoded, trip = encode(flow, pictures(1))
+    flow = open_picture_flow(write_class_model(tmp_path / "model", nvp=False, num_classes=0))
+    encoded, trip = encode(flow, smooth_images(1))
     assert trip.flow_max < 1e-3 and encoded.noise.shape == (1, 16, 12)
     assert "shape" in message(decode, flow, replace(encoded, noise=encoded.noise[:, :8]))
 
 
 @pytest.fixture(scope="module")
 def video_flow(tmp_path_factory):
-    return open_picture_flow(write_tiny_video_model(tmp_path_factory.mktemp("video")))
+    return open_picture_flow(write_video_model(tmp_path_factory.mktemp("video")))
 
 
 def test_videos_there_and_back(video_flow):
-    videos = [pictures(9, (48, 32)), pictures(9, (48, 32))[::-1]]
+    videos = [smooth_images(9, (48, 32)), smooth_images(9, (48, 32))[::-1]]
     encoded, trip = encode(video_flow, videos, ["a cat", ""])
     assert encoded.noise.shape == (2, 3, 2, 3, 4)
     assert trip.flow_max < 1e-3 and trip.autoencoder_rms > 1
@@ -127,7 +127,7 @@ def test_videos_there_and_back(video_flow):
 
 
 def test_the_video_sampler_takes_encoded_noise(video_flow):
-    frames = pictures(9, (48, 32))
+    frames = smooth_images(9, (48, 32))
     encoded, _ = encode(video_flow, [frames], "a cat", check=False)
     options = {"frames": 9, "size": (48, 32), "temperature": 1.0, "guidance": 0.0, "denoise": False}
     result = video_flow.pipe.generate("a cat", noise=encoded.noise, **options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.tiny_flows import tiny_case
 
 from mlx_starflow.editing.maps import BlendedFlow, cleaned, from_noise, to_noise
 from mlx_starflow.models.tarflow import TarFlow
@@ -31,9 +32,9 @@ def conditions(tiny) -> tuple[mx.array, mx.array]:
 
 
 @pytest.fixture(params=["softplus", "exp_all_text", "shifted", "reversed", "language_model", "tarflow"])
-def reading(request, tiny_flow):
+def reading(request):
     """A tiny flow that reads a condition."""
-    return tiny_flow(request.param)
+    return tiny_case(request.param)
 
 
 def test_strength_leads_from_one_condition_to_the_other(reading):
@@ -73,8 +74,8 @@ def test_guided_maps_are_invertible(reading):
     assert close(from_noise(guided, z), reading.x)
 
 
-def test_uniform_noise_is_not_cleaned(tiny_flow):
-    tiny = tiny_flow("tarflow")
+def test_uniform_noise_is_not_cleaned():
+    tiny = tiny_case("tarflow")
     assert close(cleaned(tiny.flow, tiny.x, tiny.text), denoise(tiny.flow, tiny.x, tiny.text))
     tiny.flow.config.noise_type = "uniform"
     assert cleaned(tiny.flow, tiny.x, tiny.text) is tiny.x

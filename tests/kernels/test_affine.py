@@ -13,7 +13,7 @@ from mlx_starflow.sampling import guidance
 
 WEIGHT = 1.7
 BOUND = 4e-6 if mx.metal.is_available() else 1e-6
-"""Of the difference between kernel and plain MLX, relative to the terms. Metal's exp, log, tanh are good to 4 ulp."""
+"""Difference of the kernel from plain MLX, relative to the terms. Metal's own exp, log and tanh are good to 4 ulp."""
 
 SHAPES = [(1, 1, 1), (2, 1, 16), (3, 7, 5), (1, 37, 11)]
 DTYPES = [mx.float32, mx.float16, mx.bfloat16]

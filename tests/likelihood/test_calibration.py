@@ -8,8 +8,9 @@ import shutil
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers.model_directories import edit_weights, message
-from helpers.picture_models import pictures
+from helpers.commands import message
+from helpers.images import smooth_images
+from helpers.model_directories import edit_weights
 
 from mlx_starflow.likelihood import Reference, calibrate, score
 from mlx_starflow.likelihood.calibration import REFERENCE_FILE, Statistics, describe
@@ -30,22 +31,22 @@ def test_statistics_tell_pictures_from_draws():
 
 
 def test_typicality_of_the_reference_itself(model):
-    data = model.data(pictures(16))
+    data = model.data(smooth_images(16))
     reference = calibrate(model, data, draws=2)
     assert reference.pictures == 16 and set(reference.nll) == {"unprompted"}
-    deviations = [reference.typicality(each).deviation for each in score(model, pictures(16), draws=2)]
+    deviations = [reference.typicality(each).deviation for each in score(model, smooth_images(16), draws=2)]
     assert abs(np.mean(deviations)) < 1e-6
     assert 0.5 < np.std(deviations) < 1.5
-    typicality = reference.typicality(score(model, pictures(1), draws=2)[0])
+    typicality = reference.typicality(score(model, smooth_images(1), draws=2)[0])
     assert typicality.distance == abs(typicality.deviation)
     assert typicality.map.shape == (4, 4)
 
 
 def test_captions_have_statistics_of_their_own(latent_flow):
-    reference = calibrate(latent_flow, latent_flow.data(pictures(4)), ["a", "b", "c", "d"], draws=2)
-    (each,) = score(latent_flow, pictures(1), "a", draws=2)
+    reference = calibrate(latent_flow, latent_flow.data(smooth_images(4)), ["a", "b", "c", "d"], draws=2)
+    (each,) = score(latent_flow, smooth_images(1), "a", draws=2)
     assert reference.typicality(each, prompted=True).deviation != reference.typicality(each).deviation
-    (wide,) = score(latent_flow, pictures(1), size=(16, 8), draws=2)
+    (wide,) = score(latent_flow, smooth_images(1), size=(16, 8), draws=2)
     assert reference.typicality(wide).map is None
 
 
@@ -56,7 +57,7 @@ def copied(latent_flow, tmp_path):
 
 def test_files(copied):
     assert Reference.find(copied.directory) is None
-    reference = calibrate(copied, copied.data(pictures(3)), ["a", "b", "c"], draws=2)
+    reference = calibrate(copied, copied.data(smooth_images(3)), ["a", "b", "c"], draws=2)
     path = reference.save(copied.directory)
     assert path.name == REFERENCE_FILE
     found = Reference.find(copied.directory)
@@ -81,17 +82,17 @@ def test_files(copied):
     ],
 )
 def test_damaged_files(copied, spoil):
-    path = calibrate(copied, copied.data(pictures(2)), draws=2).save(copied.directory)
+    path = calibrate(copied, copied.data(smooth_images(2)), draws=2).save(copied.directory)
     path.write_text(json.dumps(spoil(json.loads(path.read_text()))))
     assert "run `mlx-starflow calibrate` again" in message(Reference.find, copied.directory)
 
 
 def test_mistakes(latent_flow, tmp_path):
-    data = latent_flow.data(pictures(2))
+    data = latent_flow.data(smooth_images(2))
     assert "2 pictures and 2 draws or more" in message(calibrate, latent_flow, data[:1])
     assert "2 pictures and 2 draws or more" in message(calibrate, latent_flow, data, draws=1)
     reference = calibrate(latent_flow, data, draws=2)
-    assert "had no captions" in message(reference.typicality, score(latent_flow, pictures(1))[0], True)
+    assert "had no captions" in message(reference.typicality, score(latent_flow, smooth_images(1))[0], True)
     assert "cannot be written" in message(reference.save, tmp_path / "nowhere")
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from helpers.model_directories import message
-from helpers.picture_models import pictures, write_tiny_tarflow
+from helpers.commands import message
+from helpers.images import smooth_images
+from helpers.model_directories import write_class_model
 
 from mlx_starflow.likelihood import best_of, classify, drawn_nats, prompt_fit
 from mlx_starflow.likelihood.prompts import log_likelihoods
@@ -13,7 +14,7 @@ from mlx_starflow.pipelines.picture_flow import open_picture_flow
 
 
 def test_log_likelihoods_are_those_of_every_pair(model):
-    data = model.data(pictures(3))
+    data = model.data(smooth_images(3))
     prompts = ["0", "2", ""]
     nats = log_likelihoods(model, data, prompts, draws=2, seed=3, batch_size=4)
     assert nats.shape == (2, 3, 3)
@@ -23,14 +24,14 @@ def test_log_likelihoods_are_those_of_every_pair(model):
 
 
 def test_prompt_fit_is_what_the_prompt_adds(model):
-    fits = prompt_fit(model, pictures(2), ["1", ""], draws=3)
+    fits = prompt_fit(model, smooth_images(2), ["1", ""], draws=3)
     assert fits.shape == (3, 2, 2)
     np.testing.assert_allclose(fits[:, :, 1], 0, atol=1e-4)
     assert np.abs(fits[:, :, 0]).min() > 1e-4
 
 
 def test_classify_is_bayes_rule(model):
-    images, labels = pictures(3), ["0", "1", "2"]
+    images, labels = smooth_images(3), ["0", "1", "2"]
     result = classify(model, images, labels, draws=2)
     nats = log_likelihoods(model, model.data(images), labels, draws=2).mean(axis=0)
     np.testing.assert_allclose(result.log_likelihood, nats)
@@ -85,15 +86,15 @@ def test_the_best_of_one_is_that_one(latent_flow):
 
 
 def test_mistakes(latent_flow, pixel_flow, tmp_path):
-    assert "nothing to score" in message(prompt_fit, latent_flow, pictures(1), ["a"], draws=0)
-    assert "must differ" in message(classify, latent_flow, pictures(1), ["a", "a"])
-    assert "nothing to score" in message(classify, latent_flow, pictures(1), [])
+    assert "nothing to score" in message(prompt_fit, latent_flow, smooth_images(1), ["a"], draws=0)
+    assert "must differ" in message(classify, latent_flow, smooth_images(1), ["a", "a"])
+    assert "nothing to score" in message(classify, latent_flow, smooth_images(1), [])
     assert "not 0" in message(best_of, latent_flow.pipe, "a", 0)
     assert "from 0 to 1, not 2" in message(best_of, latent_flow.pipe, "a", 2, weight=2)
     assert "empty prompt" in message(best_of, latent_flow.pipe, " ", 2)
-    unconditional = open_picture_flow(write_tiny_tarflow(tmp_path / "model", num_classes=0))
-    assert "reads no prompts" in message(classify, unconditional, pictures(1), ["", " "])
-    assert "knows no classes" in message(classify, unconditional, pictures(1), ["0"])
+    unconditional = open_picture_flow(write_class_model(tmp_path / "model", num_classes=0))
+    assert "reads no prompts" in message(classify, unconditional, smooth_images(1), ["", " "])
+    assert "knows no classes" in message(classify, unconditional, smooth_images(1), ["0"])
 
 
 @pytest.mark.slow

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers.model_directories import message, same
-from helpers.paths import EXAMPLES
-from helpers.quantizable_model import write_pictures, write_quantizable_model
+from helpers.commands import message
+from helpers.examples import run_example
+from helpers.images import write_gradients
+from helpers.model_directories import same, write_trained_model
 from PIL import Image, ImageDraw
 
 from mlx_starflow import load
 from mlx_starflow.likelihood.requantize import Comparison, measure, quantize_model, read_pictures
+from mlx_starflow.model_dir.directory import load_flow, load_text_encoder
+from mlx_starflow.model_dir.files import load_weights, read_config
 from mlx_starflow.model_dir.quantization import QUANTIZATIONS, quantized_layers
 from mlx_starflow.model_dir.saving import save_model
-from mlx_starflow.model_dir.weights import load_flow, load_text_encoder, load_weights, parameters, read_config
+from mlx_starflow.model_dir.weights import parameters
 
 ON_CPU = mx.default_device().type == mx.cpu
 BITS_A_WEIGHT = {"8": 9, "6": 7, "4": 5, "mxfp8": 8.25, "mxfp4": 4.25, "nvfp4": 4.5}
@@ -29,12 +30,12 @@ BITS_A_WEIGHT = {"8": 9, "6": 7, "4": 5, "mxfp8": 8.25, "mxfp4": 4.25, "nvfp4": 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    return write_pictures(tmp_path_factory.mktemp("data") / "pictures")
+    return write_gradients(tmp_path_factory.mktemp("data") / "pictures")
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory, pictures):
-    return write_quantizable_model(tmp_path_factory.mktemp("trained") / "model", pictures)
+    return write_trained_model(tmp_path_factory.mktemp("trained") / "model", pictures)
 
 
 def size(directory: Path) -> int:
@@ -182,11 +183,8 @@ def test_nothing_changes_nothing(model, pictures):
 
 
 def test_the_example(model, pictures):
-    script = EXAMPLES / "quantization_report.py"
-    words = [sys.executable, script, model, pictures, "--limit", "3", "--draws", "1", "--only", "4", "mixed"]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    words = [model, pictures, "--limit", 3, "--draws", 1, "--only", 4, "mixed"]
+    lines = run_example("reports/quantization.py", *words).splitlines()
     assert lines[0].startswith("machine: ")
     assert [line.split()[0] for line in lines[-2:]] == ["4", "mixed"]
     assert all(line.count("+-") == 1 for line in lines[-2:])

@@ -7,9 +7,10 @@ import json
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers.model_directories import message
-from helpers.picture_models import pictures
-from helpers.tiny_model import tiny_video_flow, write_tiny_video_model
+from helpers.commands import message
+from helpers.images import smooth_images
+from helpers.model_directories import write_video_model
+from helpers.tiny_flows import tiny_flow
 from PIL import Image
 
 from mlx_starflow import load
@@ -21,17 +22,17 @@ from mlx_starflow.pipelines.picture_flow import VideoFlow, picture_flow
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> VideoFlow:
     """A model of videos of 17 frames."""
-    return picture_flow(load(write_tiny_video_model(tmp_path_factory.mktemp("video"))))
+    return picture_flow(load(write_video_model(tmp_path_factory.mktemp("video"))))
 
 
 def video(count: int, size: tuple[int, int] = (48, 32)) -> list[Image.Image]:
     """Smooth pictures as frames."""
-    return pictures(count, size)
+    return smooth_images(count, size)
 
 
 def test_frames_have_the_jacobian_of_their_own_map():
     """z of a frame depends on it and earlier frames; its log-det is that of dz_t / dx_t, computed numerically."""
-    flow = tiny_video_flow(img_size=1, channel_size=3)
+    flow = tiny_flow("video", img_size=1, channel_size=3)
     rng = np.random.default_rng(0)
     x = rng.standard_normal((3, 2, 2, 3)).astype(np.float32)
     text = mx.array(rng.standard_normal((1, 72, 32)), mx.float32)
@@ -52,7 +53,7 @@ def test_frames_have_the_jacobian_of_their_own_map():
 
 
 def test_a_frame_is_scored_given_the_past_alone():
-    flow = tiny_video_flow()
+    flow = tiny_flow("video")
     rng = np.random.default_rng(1)
     x = mx.array(rng.standard_normal((1, 4, 2, 3, 4)), mx.float32)
     text = mx.array(rng.standard_normal((1, 72, 32)), mx.float32)
@@ -135,5 +136,5 @@ def test_mistakes(model):
     assert "multiples of 16" in message(score, model, [video(5)], size=(50, 32))
     assert "differ in size or in the number" in message(model.data, [video(5), video(9)])
     assert "6 latent frames are more than the 5" in message(model.conditions, [""], (1, 6, 2, 3, 4))
-    reference = calibrate(model, model.data(pictures(2)), draws=2)
+    reference = calibrate(model, model.data(smooth_images(2)), draws=2)
     assert "a video cannot be compared" in message(reference.typicality, score(model, [video(5)])[0])

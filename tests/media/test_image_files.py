@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
-from helpers.model_directories import message
-from helpers.picture_models import write_pictures
+from helpers.commands import message
+from helpers.images import write_images
 from PIL import Image
 
-from mlx_starflow.media.image_files import find_pictures, read_image
+from mlx_starflow.media.image_files import find_images, read_image
 
 
 def test_files_and_plain_folders(tmp_path):
-    first, second = write_pictures(tmp_path / "a", 2)
-    write_pictures(tmp_path / "b" / "deeper", 1)
-    write_pictures(tmp_path / "b", 1)
-    found = find_pictures([second, tmp_path / "b", first])
+    first, second = write_images(tmp_path / "a", 2)
+    write_images(tmp_path / "b" / "deeper", 1)
+    write_images(tmp_path / "b", 1)
+    found = find_images([second, tmp_path / "b", first])
     names = [str(second), str(tmp_path / "b/0.png"), str(tmp_path / "b/deeper/0.png"), str(first)]
     assert [each.name for each in found] == names
     assert all(each.caption == "" for each in found)
@@ -25,20 +23,18 @@ def test_files_and_plain_folders(tmp_path):
 
 
 def test_captions_and_splits(tmp_path):
-    write_pictures(tmp_path, 3)
-    lines = [{"file_name": f"{n}.png", "text": f"number {n}", "split": "held_out" if n else "train"} for n in range(3)]
-    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    assert [each.caption for each in find_pictures([tmp_path])] == ["number 0", "number 1", "number 2"]
-    assert [each.caption for each in find_pictures([tmp_path], "held_out")] == ["number 1", "number 2"]
-    assert "no pictures of the split 'test'" in message(find_pictures, [tmp_path], "test")
+    write_images(tmp_path, 3, [{"text": f"number {n}", "split": "held_out" if n else "train"} for n in range(3)])
+    assert [each.caption for each in find_images([tmp_path])] == ["number 0", "number 1", "number 2"]
+    assert [each.caption for each in find_images([tmp_path], "held_out")] == ["number 1", "number 2"]
+    assert "no pictures of the split 'test'" in message(find_images, [tmp_path], "test")
 
 
 def test_text_files_and_classes(tmp_path):
-    write_pictures(tmp_path / "texts", 2)
+    write_images(tmp_path / "texts", 2)
     (tmp_path / "texts/1.txt").write_text("one")
-    assert [each.caption for each in find_pictures([tmp_path / "texts"])] == ["", "one"]
-    write_pictures(tmp_path / "classes/red_apple", 1)
-    assert [each.caption for each in find_pictures([tmp_path / "classes"])] == ["red apple"]
+    assert [each.caption for each in find_images([tmp_path / "texts"])] == ["", "one"]
+    write_images(tmp_path / "classes/red_apple", 1)
+    assert [each.caption for each in find_images([tmp_path / "classes"])] == ["red apple"]
 
 
 def test_read_image(tmp_path):
@@ -51,12 +47,12 @@ def test_read_image(tmp_path):
 def test_unreadable_pictures(tmp_path, content):
     path = tmp_path / "broken.png"
     path.write_bytes(content)
-    (found,) = find_pictures([path])
+    (found,) = find_images([path])
     assert f"cannot read the picture {path}" in message(found.open)
 
 
 def test_mistakes(tmp_path):
-    assert "does not exist" in message(find_pictures, [tmp_path / "none"])
+    assert "does not exist" in message(find_images, [tmp_path / "none"])
     (tmp_path / "empty").mkdir()
-    assert "holds no training data" in message(find_pictures, [tmp_path / "empty"])
+    assert "holds no training data" in message(find_images, [tmp_path / "empty"])
     assert "cannot read the picture" in message(read_image, tmp_path / "none.png")

@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.media.images import grid, numbered, read_metadata, save_animation, save_image, to_images
+from mlx_starflow.media.images import grid, numbered, save_animation, save_image, to_images
+from mlx_starflow.media.metadata import read_metadata
 
 
 def test_to_images_maps_the_range_and_clips():

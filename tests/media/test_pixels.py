@@ -10,11 +10,11 @@ from PIL import Image
 
 from mlx_starflow.media.pixels import (
     ZOOM,
-    UnreadablePicture,
-    crop_picture,
-    decode_picture,
+    UnreadableImage,
+    crop_image,
+    decode_image,
+    image_views,
     no_remarks,
-    picture_views,
     scale_pixels,
 )
 
@@ -36,7 +36,7 @@ def arrow() -> Image.Image:
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF"])
 def test_formats(kind):
     options = {"lossless": True} if kind == "WEBP" else {}
-    picture = decode_picture(encoded(arrow(), kind, **options))
+    picture = decode_image(encoded(arrow(), kind, **options))
     assert picture.mode == "RGB" and np.array_equal(np.asarray(picture), np.asarray(arrow()))
 
 
@@ -55,26 +55,26 @@ def test_exif_orientation(orientation):
     }[orientation](arrow())
     exif = Image.Exif()
     exif[0x0112] = orientation
-    assert np.array_equal(np.asarray(decode_picture(encoded(stored, exif=exif))), np.asarray(arrow()))
+    assert np.array_equal(np.asarray(decode_image(encoded(stored, exif=exif))), np.asarray(arrow()))
 
 
 def test_damaged_exif_does_not_matter():
     for exif in (b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff"):
         with no_remarks():
-            assert decode_picture(encoded(arrow(), "JPEG", exif=exif)).size == (16, 8)
+            assert decode_image(encoded(arrow(), "JPEG", exif=exif)).size == (16, 8)
 
 
 def test_transparency_becomes_white():
     clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
     half = Image.new("RGBA", (4, 4), (255, 0, 0, 128))
-    assert decode_picture(encoded(clear)).getpixel((0, 0)) == (255, 255, 255)
-    assert decode_picture(encoded(half)).getpixel((0, 0)) == (255, 127, 127)
-    assert decode_picture(encoded(clear.convert("LA"))).getpixel((0, 0)) == (255, 255, 255)
+    assert decode_image(encoded(clear)).getpixel((0, 0)) == (255, 255, 255)
+    assert decode_image(encoded(half)).getpixel((0, 0)) == (255, 127, 127)
+    assert decode_image(encoded(clear.convert("LA"))).getpixel((0, 0)) == (255, 255, 255)
     palette = Image.new("P", (4, 4), 1)
     palette.putpalette([0, 0, 0, 9, 8, 7])
-    assert decode_picture(encoded(palette)).getpixel((0, 0)) == (9, 8, 7)
-    assert decode_picture(encoded(palette, transparency=1)).getpixel((0, 0)) == (255, 255, 255)
-    assert decode_picture(encoded(Image.new("RGB", (4, 4), "red"), transparency=(255, 0, 0))).getpixel((0, 0)) == (
+    assert decode_image(encoded(palette)).getpixel((0, 0)) == (9, 8, 7)
+    assert decode_image(encoded(palette, transparency=1)).getpixel((0, 0)) == (255, 255, 255)
+    assert decode_image(encoded(Image.new("RGB", (4, 4), "red"), transparency=(255, 0, 0))).getpixel((0, 0)) == (
         255,
         255,
         255,
@@ -82,14 +82,14 @@ def test_transparency_becomes_white():
 
 
 def test_modes():
-    assert decode_picture(encoded(Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "JPEG")).getpixel((0, 0))[0] > 240
-    assert decode_picture(encoded(Image.new("1", (4, 4), 1))).getpixel((0, 0)) == (255, 255, 255)
-    assert decode_picture(encoded(Image.new("L", (4, 4), 77))).getpixel((0, 0)) == (77, 77, 77)
+    assert decode_image(encoded(Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "JPEG")).getpixel((0, 0))[0] > 240
+    assert decode_image(encoded(Image.new("1", (4, 4), 1))).getpixel((0, 0)) == (255, 255, 255)
+    assert decode_image(encoded(Image.new("L", (4, 4), 77))).getpixel((0, 0)) == (77, 77, 77)
     deep = Image.fromarray(np.full((4, 4), 0x8123, np.uint16))
     for kind in ("PNG", "TIFF"):
-        assert decode_picture(encoded(deep, kind)).getpixel((0, 0)) == (0x81,) * 3
-    with pytest.raises(UnreadablePicture, match="floating-point"):
-        decode_picture(encoded(Image.new("F", (4, 4), 0.5), "TIFF"))
+        assert decode_image(encoded(deep, kind)).getpixel((0, 0)) == (0x81,) * 3
+    with pytest.raises(UnreadableImage, match="floating-point"):
+        decode_image(encoded(Image.new("F", (4, 4), 0.5), "TIFF"))
 
 
 def bomb(width: int, height: int) -> bytes:
@@ -117,8 +117,8 @@ def bomb(width: int, height: int) -> bytes:
 )
 def test_unreadable(data, reason):
     for _ in range(2):
-        with pytest.raises(UnreadablePicture, match=reason) as raised:
-            decode_picture(data)
+        with pytest.raises(UnreadableImage, match=reason) as raised:
+            decode_image(data)
     # The reason goes into files that are compared: it is one line and says nothing of addresses.
     assert "\n" not in str(raised.value) and " at 0x" not in str(raised.value)
 
@@ -135,48 +135,48 @@ def test_damaged_bytes_never_raise_anything_else():
                 data[place] = rng.integers(256)
             try:
                 with no_remarks():
-                    assert decode_picture(bytes(data)).mode == "RGB"
-            except UnreadablePicture as error:
+                    assert decode_image(bytes(data)).mode == "RGB"
+            except UnreadableImage as error:
                 assert str(error)
 
 
 def test_crops():
     picture = Image.new("RGB", (40, 20), "blue")
     picture.paste("red", (10, 0, 30, 20))
-    middle = np.asarray(crop_picture(picture, 10, 10))
+    middle = np.asarray(crop_image(picture, 10, 10))
     # Its edges know what lies beyond them, as when the whole is resized and then cut.
     assert middle.shape == (10, 10, 3) and (middle[:, 3:-3] == (255, 0, 0)).all()
     assert (middle[:, 0] != (255, 0, 0)).any()
-    left = np.asarray(crop_picture(picture, 10, 10, position=(0, 0)))
+    left = np.asarray(crop_image(picture, 10, 10, position=(0, 0)))
     assert (left[:, :2] == (0, 0, 255)).all() and (left[:, 8:] == (255, 0, 0)).all()
-    right = np.asarray(crop_picture(picture, 10, 10, position=(1, 1)))
+    right = np.asarray(crop_image(picture, 10, 10, position=(1, 1)))
     assert (right[:, 8:] == (0, 0, 255)).all()
-    assert crop_picture(picture, 7, 3).size == (7, 3)
-    zoomed = np.asarray(crop_picture(picture, 20, 10, zoom=4.0))
+    assert crop_image(picture, 7, 3).size == (7, 3)
+    zoomed = np.asarray(crop_image(picture, 20, 10, zoom=4.0))
     assert (zoomed == (255, 0, 0)).all()
     # Of the right shape already: what a plain resize gives.
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
-    assert np.array_equal(crop_picture(noise, 24, 24), noise.resize((24, 24), Image.Resampling.LANCZOS))
+    assert np.array_equal(crop_image(noise, 24, 24), noise.resize((24, 24), Image.Resampling.LANCZOS))
     for side in (1, 3, 7, 1001):
-        assert crop_picture(Image.new("RGB", (side, 13)), 5, 9, zoom=1.07, position=(1, 1)).size == (5, 9)
+        assert crop_image(Image.new("RGB", (side, 13)), 5, 9, zoom=1.07, position=(1, 1)).size == (5, 9)
 
 
 def test_views():
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
-    views = picture_views(noise, 30, 20, 4, key="a")
+    views = image_views(noise, 30, 20, 4, key="a")
     assert views.shape == (4, 20, 30, 3) and views.dtype == np.uint8
-    assert np.array_equal(views[0], crop_picture(noise, 30, 20))
+    assert np.array_equal(views[0], crop_image(noise, 30, 20))
     assert len({view.tobytes() for view in views}) == 4
-    assert np.array_equal(views, picture_views(noise, 30, 20, 4, key="a"))
-    assert np.array_equal(views[:2], picture_views(noise, 30, 20, 2, key="a"))
-    assert not np.array_equal(views[1], picture_views(noise, 30, 20, 2, key="b")[1])
-    assert not np.array_equal(views[1], picture_views(noise, 30, 20, 2, key="a", seed=1)[1])
-    mirrored = picture_views(noise, 30, 20, 4, key="a", flip=True)
+    assert np.array_equal(views, image_views(noise, 30, 20, 4, key="a"))
+    assert np.array_equal(views[:2], image_views(noise, 30, 20, 2, key="a"))
+    assert not np.array_equal(views[1], image_views(noise, 30, 20, 2, key="b")[1])
+    assert not np.array_equal(views[1], image_views(noise, 30, 20, 2, key="a", seed=1)[1])
+    mirrored = image_views(noise, 30, 20, 4, key="a", flip=True)
     for index in range(4):
         assert np.array_equal(mirrored[index], views[index][:, ::-1] if index % 2 else views[index])
     # A ramp shows how much of the width a view has: at least 1 / ZOOM of it.
     ramp = Image.fromarray(np.broadcast_to(np.arange(250, dtype=np.uint8)[None, :, None], (250, 250, 3)).copy())
-    for view in picture_views(ramp, 50, 50, 8)[1:]:
+    for view in image_views(ramp, 50, 50, 8)[1:]:
         assert 250 / ZOOM - 12 < int(view[0, -1, 0]) - int(view[0, 0, 0]) < 250
 
 

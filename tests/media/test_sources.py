@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.media.pixels import UnreadablePicture, decode_picture
+from mlx_starflow.media.pixels import UnreadableImage, decode_image
 from mlx_starflow.media.sources import Sample, Skip, open_source, skip_report, write_skips
 from mlx_starflow.media.sources.sample import captions_of, skip_line
 
@@ -55,7 +55,7 @@ def listed(source) -> list[tuple]:
             [
                 (item.key, item.reason)
                 if isinstance(item, Skip)
-                else (item.key, item.captions, decode_picture(item.read()).getpixel((0, 0)))
+                else (item.key, item.captions, decode_image(item.read()).getpixel((0, 0)))
                 for item in items
             ]
         )
@@ -327,7 +327,7 @@ def test_members_that_lie_about_their_size(tmp_path):
     path.write_bytes(whole[:2048] + member.tobuf(tarfile.GNU_FORMAT) + tarfile.TarInfo("3.txt").tobuf())
     items = list(open_source(path))
     assert [item.key for item in items][:2] == ["s.tar/1", "s.tar/2"]
-    with pytest.raises(UnreadablePicture, match="the archive ends before its end"):
+    with pytest.raises(UnreadableImage, match="the archive ends before its end"):
         items[1].read()
 
 
@@ -350,15 +350,15 @@ def test_shards_that_are_cut(tmp_path, cut, expected):
     path.write_bytes(path.read_bytes()[:cut])
     pack(tmp_path / "b.tar", {"1.txt": "one", "1.png": png("red")})
     *items, last = open_source(tmp_path)
-    assert last.key == "b.tar/1" and decode_picture(last.read())
+    assert last.key == "b.tar/1" and decode_image(last.read())
     found = []
     for item in items:
         if isinstance(item, Skip):
             found.append(item.reason.split(",")[0])
             continue
         try:
-            found.append("whole" if decode_picture(item.read()) else "")
-        except UnreadablePicture:
+            found.append("whole" if decode_image(item.read()) else "")
+        except UnreadableImage:
             found.append("unreadable")
     assert found == expected
 
@@ -469,7 +469,7 @@ def test_columns_of_hub_datasets(library):
     library.tables["none", "train"] = Table([], {"img": Picture(), "n": "int"})
     assert message("hf:none").endswith("only img, n; name it with --caption-column")
     library.tables["gaps", "train"] = Table([{"img": None, "text": "x"}], {"img": Picture(), "text": "string"})
-    with pytest.raises(UnreadablePicture, match="there is no picture"):
+    with pytest.raises(UnreadableImage, match="there is no picture"):
         next(iter(open_source("hf:gaps"))).read()
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.media import videos as media
-from mlx_starflow.media.images import read_metadata
+from mlx_starflow.media.metadata import read_metadata
 from mlx_starflow.media.videos import VideoWriter, read_video
 
 METADATA = {"prompts": ["ein Käfer"], "settings": {"fps": 16}}

@@ -7,14 +7,17 @@ import os
 
 import mlx.core as mx
 import pytest
+from helpers.commands import message
 from helpers.golden_files import golden_case
-from helpers.model_directories import config_of, message, same, save_flow
-from helpers.tiny_model import tiny_flow
+from helpers.model_directories import config_of, same, save_flow
+from helpers.tiny_flows import tiny_flow
 
 from mlx_starflow.convert import convert_t5
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.model_dir.directory import load_flow, load_text_encoder
+from mlx_starflow.model_dir.files import load_weights
 from mlx_starflow.model_dir.saving import save_model, save_tensors
-from mlx_starflow.model_dir.weights import load_flow, load_text_encoder, load_weights, parameters
+from mlx_starflow.model_dir.weights import parameters
 
 
 def test_round_trip(tmp_path):

@@ -7,24 +7,17 @@ import shutil
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.commands import message
 from helpers.golden_files import golden_case
-from helpers.model_directories import edit_config, edit_weights, message, save_flow
+from helpers.model_directories import edit_config, edit_weights, save_flow
 from helpers.paths import DATA
-from helpers.tiny_model import tiny_flow
+from helpers.tiny_flows import tiny_flow
 
 from mlx_starflow.convert import convert_t5, convert_vae
+from mlx_starflow.model_dir.directory import load_flow, load_text_encoder, load_vae
+from mlx_starflow.model_dir.files import load_weights, read_config
 from mlx_starflow.model_dir.quantization import quantized_layers
-from mlx_starflow.model_dir.weights import (
-    default_dtype,
-    load_flow,
-    load_module,
-    load_text_encoder,
-    load_vae,
-    load_weights,
-    parameters,
-    parse_dtype,
-    read_config,
-)
+from mlx_starflow.model_dir.weights import default_dtype, load_module, parameters, parse_dtype
 from mlx_starflow.models.t5 import T5Encoder
 
 ON_CPU = mx.default_device().type == mx.cpu

@@ -6,13 +6,12 @@ import sys
 
 import numpy as np
 import pytest
-from helpers.commands import Command
-from helpers.model_directories import edit_weights, message
-from helpers.tiny_model import write_tiny_model
+from helpers.commands import Command, message
+from helpers.model_directories import edit_weights, write_image_model
 from helpers.torch_reference import DEVICES, difference
 
 from mlx_starflow import load
-from mlx_starflow.media.images import read_metadata
+from mlx_starflow.media.metadata import read_metadata
 
 pytestmark = [pytest.mark.torch, pytest.mark.parametrize("device", DEVICES)]
 
@@ -30,7 +29,7 @@ generate = Command("generate")
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    return write_tiny_model(tmp_path_factory.mktemp("model"))
+    return write_image_model(tmp_path_factory.mktemp("model"))
 
 
 def pixels(images) -> np.ndarray:
@@ -101,7 +100,7 @@ def test_options_that_torch_does_not_have(tiny, tmp_path, device):
 
 
 def test_a_damaged_model_is_named(tmp_path, device):
-    directory = write_tiny_model(tmp_path)
+    directory = write_image_model(tmp_path)
     edit_weights(directory / "vae", decoder__conv_in__bias=None)
     assert "decoder.conv_in.bias" in generate.mistake("a cat", "-m", directory, "--backend", "torch")
 

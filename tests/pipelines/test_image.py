@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from helpers.tiny_model import write_tiny_model
+from helpers.model_directories import write_image_model
 
 from mlx_starflow import load
 from mlx_starflow.errors import StarflowError
@@ -8,7 +8,7 @@ from mlx_starflow.errors import StarflowError
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    return write_tiny_model(tmp_path_factory.mktemp("model"))
+    return write_image_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

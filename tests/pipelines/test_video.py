@@ -4,7 +4,7 @@ import warnings
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers.tiny_model import write_tiny_model, write_tiny_video_model
+from helpers.model_directories import write_image_model, write_video_model
 from PIL import Image
 
 from mlx_starflow import likelihood as scoring
@@ -12,6 +12,7 @@ from mlx_starflow import load
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.media.noise import VideoNoise, draw_noise
 from mlx_starflow.media.videos import VideoWriter
+from mlx_starflow.model_dir.directory import ModelDirectory
 from mlx_starflow.pipelines.video import VideoPipeline
 from mlx_starflow.pipelines.video_sources import encode_frames, last_frames
 from mlx_starflow.planning.memory import plan
@@ -21,7 +22,7 @@ from mlx_starflow.sampling.video import default_context
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    return write_tiny_video_model(tmp_path_factory.mktemp("model"))
+    return write_video_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def test_load_knows_what_makes_videos(pipe, tmp_path):
     assert isinstance(pipe, VideoPipeline)
     assert (pipe.window, pipe.settings.frames, pipe.settings.fps, pipe.settings.size) == (5, 17, 16, (48, 32))
     with pytest.raises(StarflowError, match="makes pictures, not videos"):
-        VideoPipeline("tiny", write_tiny_model(tmp_path))
+        VideoPipeline("tiny", ModelDirectory(write_image_model(tmp_path)))
 
 
 def test_a_video(pipe):
@@ -205,7 +206,7 @@ def test_going_on_from_a_video(pipe, source, seen):
 
 
 def test_a_continuation_sees_16_latent_frames_by_default(tmp_path):
-    pipe = load(write_tiny_video_model(tmp_path, vid_size="81:16"))
+    pipe = load(write_video_model(tmp_path, vid_size="81:16"))
     frames = [Image.new("RGB", (16, 16))] * 85
     for chosen, seen in (({}, 16), ({"context": 19}, 19)):
         given, _ = pipe._past_video(frames, {"size": (16, 16), **chosen})
@@ -257,7 +258,7 @@ def test_low_memory_holds_one_network_at_a_time(directory, pipe, source):
 
 def test_predicted_memory(tmp_path):
     shape = {"channels": 128, "top_block_channels": 256, "layers_per_block": [1, 1, 4], "img_size": 6, "txt_size": 24}
-    directory = write_tiny_video_model(tmp_path, **shape, mix_aspect=False)
+    directory = write_video_model(tmp_path, **shape, mix_aspect=False)
     gc.collect()
     before = mx.get_active_memory()
     pipe = load(directory, low_memory=False)

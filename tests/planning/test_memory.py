@@ -8,7 +8,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from helpers.tiny_model import SPIECE, write_tiny_model
+from helpers.model_directories import SPIECE, write_image_model
 from mlx.utils import tree_flatten
 
 from mlx_starflow import cpu, load
@@ -191,7 +191,7 @@ def test_errors(tmp_path):
         plan(configs, quantization=5)
     with pytest.raises(StarflowError, match="holds no config"):
         plan(tmp_path)
-    directory = write_tiny_model(tmp_path / "model")
+    directory = write_image_model(tmp_path / "model")
     (directory / "vae/config.json").write_text("{}")
     with pytest.raises(StarflowError, match=r"vae/config\.json: .*block_out_channels is missing"):
         plan(directory)
@@ -201,7 +201,7 @@ def test_errors(tmp_path):
 
 
 def test_low_memory_is_chosen_by_the_plan(tmp_path, monkeypatch):
-    directory = write_tiny_model(tmp_path)
+    directory = write_image_model(tmp_path)
     assert not load(directory).low_memory
     peak = plan(directory).peak()
     for room, low_memory in ((peak, False), (peak - 1, True)):

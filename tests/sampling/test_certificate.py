@@ -7,6 +7,7 @@ import math
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.tiny_flows import tiny_case
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.sampling import Certificate, GuidedFlow, certify, sample
@@ -53,8 +54,8 @@ def test_a_wrong_sample_is_found_out(tiny):
     assert certify(tiny.flow, mx.array(wrong), z, tiny.text).max > 1e-2
 
 
-def test_each_sample_has_its_own_condition(tiny_flow):
-    tiny = tiny_flow("softplus")
+def test_each_sample_has_its_own_condition():
+    tiny = tiny_case("softplus")
     z = mx.random.normal(tiny.x.shape, key=mx.random.key(1))
     null = mx.concatenate([tiny.null_text, 2 * tiny.null_text])
     x = sample(tiny.flow, z, tiny.text, null, 1.3)
@@ -69,8 +70,8 @@ def test_figures():
     assert str(Certificate(1.2e-4, 1e-5)) == "|f(x) - z| at most 1.2e-04, RMS 1.0e-05"
 
 
-def test_arguments_are_checked(tiny_flow):
-    tiny = tiny_flow("softplus")
+def test_arguments_are_checked():
+    tiny = tiny_case("softplus")
     with pytest.raises(StarflowError, match="guidance must be 0 or more"):
         certify(tiny.flow, tiny.x, tiny.x, tiny.text, tiny.null_text, -1.0)
     with pytest.raises(StarflowError, match="latents have shape"):

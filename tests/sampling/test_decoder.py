@@ -7,6 +7,7 @@ from functools import partial
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.tiny_flows import tiny_case
 
 from mlx_starflow.models.flow import frame_count
 from mlx_starflow.sampling import JacobiSettings, SamplingTrace, sample
@@ -87,8 +88,8 @@ def test_jacobi_is_exact_after_as_many_sweeps_as_tokens(tiny, size):
     assert max(trace.evaluations) <= (2 if frame_count(tiny.x.shape) == 1 else 4) * tokens
 
 
-def test_jacobi_stops_early(tiny_flow):
-    tiny = tiny_flow("softplus")
+def test_jacobi_stops_early():
+    tiny = tiny_case("softplus")
     noise = tiny.flow(tiny.x, tiny.text).z
     counts = []
     for threshold in (1.0, 1e-2, 1e-12):

@@ -7,7 +7,7 @@ from functools import partial
 
 import click
 
-from mlx_starflow.cli.options.sampling import Size
+from mlx_starflow.cli.options.sampling import Size, dtype_option
 from mlx_starflow.cpu import blas
 
 
@@ -19,7 +19,7 @@ from mlx_starflow.cpu import blas
 @click.option("--methods", default="sequential,jacobi,rolling,auto", show_default=True, help="What to time.")
 @click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Rounds, after a first one.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the first picture's noise.")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Precision of the flow.")
+@dtype_option("the flow")
 @click.option("--against", type=click.Choice(["torch"]), help="Time PyTorch on the same weights and noise.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, in seconds and bytes.")
 def bench(

@@ -29,10 +29,10 @@ def calibrate(
     """
     from mlx_starflow.likelihood import calibrate as measure
     from mlx_starflow.likelihood.calibration import describe
-    from mlx_starflow.media.image_files import find_pictures
+    from mlx_starflow.media.image_files import find_images
     from mlx_starflow.pipelines.picture_flow import open_picture_flow
 
-    found = find_pictures(pictures, split)
+    found = find_images(pictures, split)
     if limit is not None and limit < len(found):
         found = [found[number * len(found) // limit] for number in range(limit)]
     blas.hint_if_slow()

@@ -43,13 +43,13 @@ def classify(
     follow from it and are nearly always close to 0 or 1.
     """
     from mlx_starflow.likelihood import classify as classify_pictures
-    from mlx_starflow.media.image_files import find_pictures
+    from mlx_starflow.media.image_files import find_images
     from mlx_starflow.media.tables import check_text_output, write_csv, write_json
     from mlx_starflow.pipelines.picture_flow import PixelFlow, open_files, open_picture_flow
 
     names = [label.strip() for label in (labels or "").split(",")] + [line.strip() for line in label_file or ()]
     names = [name for name in names if name]
-    found = find_pictures(pictures, split)
+    found = find_images(pictures, split)
     for path in (csv_file, json_file):
         if path is not None:
             check_text_output(path)

@@ -8,8 +8,7 @@ from typing import Any
 import click
 
 from mlx_starflow.model_dir.hub import is_repository
-from mlx_starflow.model_dir.quantization import QUANTIZATIONS
-from mlx_starflow.model_dir.weights import DTYPES
+from mlx_starflow.model_dir.precision import DTYPES, QUANTIZATIONS
 
 _PATH = click.Path(path_type=Path)
 
@@ -19,7 +18,7 @@ def _output(**options: Any) -> Any:
 
 
 _required_output = _output(required=True, help="Folder to write.")
-_dtype = click.option("--dtype", type=click.Choice(list(DTYPES)), help="Of the weights; the checkpoint's by default.")
+_dtype = click.option("--dtype", type=click.Choice(DTYPES), help="Of the weights; the checkpoint's by default.")
 _quantize = click.option(
     "--quantize", type=click.Choice(list(QUANTIZATIONS)), help="Bits of a weight, or a floating-point format."
 )
@@ -63,7 +62,7 @@ def convert() -> None:
 @_quantize
 @click.option(
     "--dtype",
-    type=click.Choice(list(DTYPES)),
+    type=click.Choice(DTYPES),
     help="Of all weights; by default the checkpoints', but bfloat16 for the text encoder.",
 )
 @click.option("--checkpoint", type=_PATH, metavar="PATH", help="The flow's checkpoint, if you have it already.")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from mlx_starflow.cli.options.sampling import latent_batch_option
+from mlx_starflow.cli.options.sampling import dtype_option, latent_batch_option
 from mlx_starflow.cpu import blas
 
 
@@ -22,7 +22,7 @@ from mlx_starflow.cpu import blas
 )
 @latent_batch_option
 @click.option("-m", "--model", help="The one that the pictures were encoded with by default.")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Precision of the networks.")
+@dtype_option("the networks")
 def decode(
     noise: Path,
     output: Path | None,

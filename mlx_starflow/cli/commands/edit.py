@@ -301,13 +301,15 @@ def _places(end: float, frames: int | None) -> list[float]:
 
 
 def _check(output: Path, frames: int | None) -> None:
-    from mlx_starflow.media.images import ANIMATIONS, FORMATS, check_output
+    from mlx_starflow.media.formats import ANIMATIONS, FORMATS
+    from mlx_starflow.media.images import check_output
 
     check_output(output, FORMATS if frames is None else tuple(dict.fromkeys([*ANIMATIONS, *FORMATS])))
 
 
 def _write(result: Edit, output: Path, frames: int | None, seconds: float) -> None:
-    from mlx_starflow.media.images import ANIMATIONS, save_animation
+    from mlx_starflow.media.formats import ANIMATIONS
+    from mlx_starflow.media.images import save_animation
 
     if frames is not None and output.suffix.lower() in ANIMATIONS:
         save_animation(result.images, output, seconds)

@@ -46,13 +46,13 @@ def encode(
     mlx-starflow encode street.mp4 -m my-video-model -o street.safetensors
     """
     from mlx_starflow.editing import encode as encode_pictures
-    from mlx_starflow.media.image_files import find_pictures
+    from mlx_starflow.media.image_files import find_images
     from mlx_starflow.media.tables import check_text_output
     from mlx_starflow.pipelines.picture_flow import open_files, open_picture_flow
 
     if captions and prompt:
         raise click.UsageError("--captions brings each picture's own prompt: leave out --prompt")
-    found = find_pictures(pictures)
+    found = find_images(pictures)
     check_text_output(output)
     blas.hint_if_slow()
     flow = open_picture_flow(model, dtype=dtype)

@@ -21,8 +21,8 @@ def export(model: str, checkpoint: Path) -> None:
     mlx-starflow export models/mine/vae vae/diffusion_pytorch_model.safetensors
     """
     from mlx_starflow.convert.export import export_model
+    from mlx_starflow.model_dir.files import read_config
     from mlx_starflow.model_dir.hub import find_model
-    from mlx_starflow.model_dir.weights import read_config
 
     directory = find_model(model)
     export_model(directory, checkpoint)

@@ -7,18 +7,18 @@ from typing import Any
 
 import click
 
-from mlx_starflow.cli.options.files import config_option
+from mlx_starflow.cli.options.config_file import config_option
 from mlx_starflow.cpu import blas
 
 INTERRUPTED = 130
 """What a shell expects of a command that Ctrl-C ended."""
 
 
-@config_option
 @click.command()
 @click.argument("model")
 @click.argument("data")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, metavar="RUN", help="The run's folder.")
+@config_option
 @click.option("--lora", type=int, metavar="RANK", help="Train a LoRA adapter of this rank; 0: 16, or what fits.")
 @click.option("--dora", type=int, metavar="RANK", help="Train a DoRA adapter of this rank.")
 @click.option("--full", is_flag=True, help="Train all weights of the flow, and write a model.")

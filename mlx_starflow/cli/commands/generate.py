@@ -53,6 +53,7 @@ from mlx_starflow.errors import StarflowError
 @click.option("-v", "--verbose", is_flag=True, help="Say what each phase cost.")
 @tensor_parallel_option
 def generate(
+    ranks: Ranks,
     prompts: tuple[str, ...],
     prompt_file: Any,
     model: str | None,
@@ -76,7 +77,6 @@ def generate(
     data_parallel: bool,
     verbose: bool,
     verify: bool | None,
-    ranks: Ranks,
     **settings: Any,
 ) -> None:
     """Make pictures of PROMPTS.
@@ -206,9 +206,9 @@ def generate(
 
 
 def _read_recipe(source: Path) -> dict[str, Any]:
-    from mlx_starflow.media import images as media
+    from mlx_starflow.media.metadata import read_metadata
 
-    recipe = media.read_metadata(source)
+    recipe = read_metadata(source)
     if "frames" in recipe.get("settings", {}):
         raise StarflowError(f"{source} is a video: mlx-starflow video --from {source}")
     if missing := [key for key in ("model", "prompts", "seeds", "settings") if key not in recipe]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from mlx_starflow.cpu import blas
-from mlx_starflow.model_dir.quantization import MIXED, QUANTIZATIONS
+from mlx_starflow.model_dir.precision import MIXED, QUANTIZATIONS
 
 
 @click.command()

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_starflow.cli.options.sampling import Size, with_options
+from mlx_starflow.cli.options.sampling import Size, dtype_option, with_options
 from mlx_starflow.cpu import blas
 
 if TYPE_CHECKING:
     from mlx_starflow.likelihood import Reference, Score
-    from mlx_starflow.media.image_files import PictureFile
+    from mlx_starflow.media.image_files import ImageFile
     from mlx_starflow.pipelines.picture_flow import PictureFlow
 
 PICTURES = click.argument("pictures", nargs=-1, required=True, type=click.Path(path_type=Path))
@@ -32,7 +32,7 @@ model_options = with_options(
         "-m", "--model", default="demo", show_default=True, help="demo, a model directory, or a Hub repository."
     ),
     click.option("--size", type=Size(), help="Of the pictures, in pixels; the model's own by default."),
-    click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Precision of the networks."),
+    dtype_option("the networks"),
 )
 
 noise_options = with_options(
@@ -108,13 +108,13 @@ def score(
     """
     from mlx_starflow.likelihood import Reference
     from mlx_starflow.likelihood import score as score_pictures
-    from mlx_starflow.media.image_files import find_pictures
+    from mlx_starflow.media.image_files import find_images
     from mlx_starflow.media.tables import check_text_output, write_csv, write_json
     from mlx_starflow.pipelines.picture_flow import VideoFlow, open_files, open_picture_flow
 
     if captions and prompt:
         raise click.UsageError("--captions brings each picture's own prompt: leave out --prompt")
-    found = find_pictures(pictures, split)
+    found = find_images(pictures, split)
     for path in (csv_file, json_file):
         if path is not None:
             check_text_output(path)
@@ -162,9 +162,7 @@ def make_folder(folder: Path) -> None:
         raise StarflowError(f"the folder {folder} cannot be made: {error.strerror}") from None
 
 
-def _row(
-    picture: PictureFile, prompt: str, result: Score, reference: Reference | None, prompted: bool
-) -> dict[str, Any]:
+def _row(picture: ImageFile, prompt: str, result: Score, reference: Reference | None, prompted: bool) -> dict[str, Any]:
     row = {"picture": picture.name, "prompt": prompt, **result.to_dict()}
     if reference is not None and not result.frames and ("prompted" in reference.nll or not prompted):
         typicality = reference.typicality(result, prompted)
@@ -209,7 +207,7 @@ def _print(rows: list[dict[str, Any]], dimension: str) -> None:
 def _write_maps(
     flow: PictureFlow,
     items: Iterable[Any],
-    found: list[PictureFile],
+    found: list[ImageFile],
     scores: list[Score],
     rows: list[dict[str, Any]],
     size: tuple[int, int] | None,
@@ -221,7 +219,8 @@ def _write_maps(
     from mlx_starflow.errors import StarflowError
     from mlx_starflow.likelihood import heat_map
     from mlx_starflow.likelihood.heatmap import heat_map_frames
-    from mlx_starflow.media.images import ANIMATIONS, save_image
+    from mlx_starflow.media.formats import ANIMATIONS
+    from mlx_starflow.media.images import save_image
     from mlx_starflow.media.videos import VideoWriter
 
     if kind == "typicality":

@@ -2,46 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
+from mlx_starflow.cli.options.config_file import config_option, save_options
 from mlx_starflow.cpu import blas
 
 COUNT, EVERY, SHARE = click.IntRange(min=1), click.IntRange(min=0), click.FloatRange(0, 1)
 
 BOTH = ("seed", "save_seconds", "save_steps", "log_every")
 """Flags for the autoencoder's training too; the others are for the flow's."""
-
-
-def _take_settings(context: click.Context, param: click.Parameter, path: Path | None) -> None:
-    """What a file says holds where the command line says nothing."""
-    from mlx_starflow.cli.options.settings_file import read_settings
-
-    if path is not None:
-        known = [p.name for p in context.command.params if p.name != param.name]
-        context.default_map = read_settings(path, known)
-
-
-config_option = click.option(
-    "--config",
-    type=click.Path(path_type=Path),
-    is_eager=True,
-    expose_value=False,
-    callback=_take_settings,
-    help="YAML file of these settings, DATA (as data) and flags by their names; the command line goes before it.",
-)
-
-
-def save_settings(context: click.Context, path: Path, effective: Mapping[str, Any]) -> None:
-    """Write all settings of a command as they came out, for `config_option`."""
-    from mlx_starflow.cli.options.settings_file import write_settings
-
-    settings = {**context.params, **effective}
-    write_settings(path, {name: value for name, value in settings.items() if value is not None})
 
 
 def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -182,9 +156,7 @@ def _train_flow(
     if distributed.world().rank() == 0:
         blas.hint_if_slow()
         training = run.training_config(choice)
-        save_settings(
-            context, output / "training" / "config.yaml", {name: getattr(training, name) for name in settings}
-        )
+        save_options(context, output / "training/config.yaml", {name: getattr(training, name) for name in settings})
     run.run(resume)
 
 
@@ -217,5 +189,5 @@ def _train_model(
         training = chosen.flow_training
         effective = {name: getattr(training, name) for name in settings}
         effective |= {"autoencoder_steps": chosen.autoencoder_training.steps, "text_length": chosen.flow["txt_size"]}
-        save_settings(context, output / "training" / "config.yaml", effective)
+        save_options(context, output / "training/config.yaml", effective)
     train_model(data, output, chosen, resume=resume, report=click.echo)

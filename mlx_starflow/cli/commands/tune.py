@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from mlx_starflow.cli.options.sampling import dtype_option
 from mlx_starflow.cpu import blas
 
 
@@ -28,7 +29,7 @@ from mlx_starflow.cpu import blas
 @click.option("--guidance", type=click.FloatRange(min=0), help="What to tune for; the model's own by default.")
 @click.option("--prompt-file", type=click.File("r"), help="Prompts to try, one a line; four simple ones by default.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the first prompt's noise.")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Precision of the flow.")
+@dtype_option("the flow")
 @click.option("--dry-run", is_flag=True, help="Only say what would be chosen.")
 def tune(
     model: str,

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from tqdm import tqdm
 
 from mlx_starflow.cli.options.parallel import Ranks, tensor_parallel_option
 from mlx_starflow.cli.options.sampling import Size, lora_option, network_options, sampling_options
@@ -67,6 +66,7 @@ SOURCES = ("image", "video", "extend")
 @click.option("-v", "--verbose", is_flag=True, help="Say what each phase cost.")
 @tensor_parallel_option
 def video(
+    ranks: Ranks,
     prompt: str | None,
     model: str | None,
     adapters: tuple[tuple[str, float], ...],
@@ -88,7 +88,6 @@ def video(
     dtype: str | None,
     low_memory: bool | None,
     verbose: bool,
-    ranks: Ranks,
     **settings: Any,
 ) -> None:
     """Make a video of PROMPT.
@@ -101,6 +100,8 @@ def video(
 
     An empty prompt ("") gives a video of anything.
     """
+    from tqdm import tqdm
+
     from mlx_starflow.media import noise
     from mlx_starflow.media.videos import VideoWriter, check_video_output
 
@@ -185,9 +186,9 @@ def _source_frames(path: Path, frames: VideoStream) -> Iterator[Image.Image]:
 
 
 def _read_recipe(source: Path, given: dict[str, Path], load_noise: Path | None) -> dict[str, Any]:
-    from mlx_starflow.media import images as media
+    from mlx_starflow.media.metadata import read_metadata
 
-    recipe = media.read_metadata(source)
+    recipe = read_metadata(source)
     if "frames" not in recipe.get("settings", {}):
         raise StarflowError(f"{source} is no video of this program: mlx-starflow generate --from {source}")
     if missing := [key for key in ("model", "prompts", "seeds") if key not in recipe]:

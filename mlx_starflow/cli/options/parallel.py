@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
-from hashlib import sha256
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import click
-import mlx.core as mx
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.model_dir.tensor_parallel import agree, together
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
 class Ranks:
@@ -42,16 +43,24 @@ class Ranks:
     def agree(self, facts: Mapping[str, object]) -> None:
         """Raise StarflowError on all ranks unless they name the same facts."""
         if self.group is not None:
+            from mlx_starflow.model_dir.tensor_parallel import agree
+
             agree(self.group, facts)
 
     def together(self) -> AbstractContextManager[None]:
         """A StarflowError in this block on one rank ends all of them."""
+        if self.group is None:
+            return nullcontext()
+        from mlx_starflow.model_dir.tensor_parallel import together
+
         return together(self.group)
 
     def agree_on_files(self, files: Mapping[str, Path]) -> None:
         """Raise StarflowError on all ranks unless the same is in these files, or in the files of these folders."""
         if self.group is None:
             return
+        from hashlib import sha256
+
         digests = {}
         with self.together():
             for name, path in files.items():
@@ -64,26 +73,30 @@ class Ranks:
 
     def agree_on_method(self, method: str, pipe: Any) -> None:
         """All methods but the sequential one stop where the numbers say so: all ranks must get the same ones then."""
-        if not (method == "sequential" or (method == "auto" and pipe.plan is None)):
+        if self.group is not None and not (method == "sequential" or (method == "auto" and pipe.plan is None)):
+            import mlx.core as mx
+
             self.agree({"kind of chip, which all methods but sequential need": mx.device_info()["device_name"]})
 
 
-def tensor_parallel_option(function: Function) -> Function:
-    """Add `--tensor-parallel` to a command, which gets `ranks`, a `Ranks`."""
+def tensor_parallel_option(
+    function: Callable[Concatenate[Ranks, Arguments], Result],
+) -> Callable[Concatenate[bool, Arguments], Result]:
+    """Add `--tensor-parallel` to a command, whose first parameter is its `Ranks`."""
     name = function.__name__
 
     @click.option("--tensor-parallel", is_flag=True, help="Split the flow over the processes of mlx.launch.")
     @wraps(function)
-    def command(*arguments: Any, tensor_parallel: bool, **options: Any) -> Any:
+    def command(tensor_parallel: bool, *arguments: Arguments.args, **options: Arguments.kwargs) -> Result:
         if not tensor_parallel:
-            return function(*arguments, ranks=Ranks(), **options)
+            return function(Ranks(), *arguments, **options)
         from mlx_starflow.training.loop import distributed
 
         group = _world(name)
         with distributed.peers(name, group, "run the same command again"):
-            return function(*arguments, ranks=Ranks(group), **options)
+            return function(Ranks(group), *arguments, **options)
 
-    return command  # type: ignore[return-value]
+    return command
 
 
 def _world(name: str) -> mx.distributed.Group:

@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from mlx_starflow.model_dir.precision import DTYPES
+
 
 class Size(click.ParamType):
     name = "WIDTHxHEIGHT"
@@ -28,6 +30,11 @@ def with_options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return command
 
     return decorate
+
+
+def dtype_option(of: str) -> Callable[[Any], Any]:
+    """`--dtype`, the precision of the networks or of the flow alone."""
+    return click.option("--dtype", type=click.Choice(DTYPES), help=f"Precision of {of}.")
 
 
 lora_option = click.option(
@@ -59,7 +66,7 @@ sampling_options = with_options(
 )
 
 network_options = with_options(
-    click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Precision of the networks."),
+    dtype_option("the networks"),
     click.option(
         "--low-memory/--no-low-memory",
         default=None,

@@ -1,4 +1,4 @@
-"""Captioned pictures from wherever they are: folders, tar shards, the Hugging Face `datasets` library."""
+"""Captioned images from wherever they are: folders, tar shards, the Hugging Face `datasets` library."""
 
 from mlx_starflow.media.sources.find import open_source as open_source
 from mlx_starflow.media.sources.sample import Sample as Sample

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.media.sources.folders import METADATA, ClassFolder, MetadataFolder, TextFolder, list_pictures
+from mlx_starflow.media.sources.folders import METADATA, ClassFolder, MetadataFolder, TextFolder, list_images
 from mlx_starflow.media.sources.hub import PREFIX, SAVED, HubDataset
 from mlx_starflow.media.sources.sample import Source
 from mlx_starflow.media.sources.shards import Shards
@@ -24,8 +24,8 @@ def open_source(data: str | Path, caption_column: str | None = None) -> Source:
             `hf:NAME` or `hf:NAME:SPLIT`, a data set on the Hugging Face Hub;
             a `metadata.jsonl`, `metadata.csv` or `.tar` file, or a folder with the first or second, or with the third;
             a folder that `datasets` saved to disk;
-            a folder of pictures, its own and those of folders in it, some of which have a `.txt` file beside them;
-            a folder whose pictures are all in folders: these are classes.
+            a folder of images, its own and those of folders in it, some of which have a `.txt` file beside them;
+            a folder whose images are all in folders: these are classes.
         caption_column: the field of metadata that holds the caption, instead of `CAPTION_FIELDS`.
 
     Raises:
@@ -52,14 +52,14 @@ def open_source(data: str | Path, caption_column: str | None = None) -> Source:
     shards = sorted(p for p in path.iterdir() if p.suffix == ".tar" and not p.name.startswith(".") and p.is_file())
     if shards:
         return Shards(shards, caption_column)
-    pictures = list_pictures(path)
-    if not pictures:
+    images = list_images(path)
+    if not images:
         raise StarflowError(f"{path} holds no training data: looked for {KINDS}")
-    if any((path / name).with_suffix(".txt").is_file() for name in pictures):
-        return TextFolder(path, pictures)
-    if all("/" in name for name in pictures):
-        return ClassFolder(path, pictures)
+    if any((path / name).with_suffix(".txt").is_file() for name in images):
+        return TextFolder(path, images)
+    if all("/" in name for name in images):
+        return ClassFolder(path, images)
     raise StarflowError(
-        f"{path} has {len(pictures)} pictures but no captions: put a .txt file beside each of them, or write a "
+        f"{path} has {len(images)} pictures but no captions: put a .txt file beside each of them, or write a "
         'metadata.jsonl with a line {"file_name": ..., "text": ...} for each'
     )

@@ -1,4 +1,4 @@
-"""Folders of pictures: with a metadata file, with `.txt` files beside them, or sorted into classes."""
+"""Folders of images: with a metadata file, with `.txt` files beside them, or sorted into classes."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mlx_starflow.errors import StarflowError
+from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.media.pixels import SUFFIXES
 from mlx_starflow.media.sources.sample import Sample, Skip, captions_of, clean
-from mlx_starflow.model_dir.weights import one_line
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 
 
 class MetadataFolder:
-    """The pictures that a `metadata.jsonl` or `metadata.csv` names: `file_name`, beside it or below, and `text`.
+    """The images that a `metadata.jsonl` or `metadata.csv` names: `file_name`, beside it or below, and `text`.
 
     Raises:
         StarflowError: the file cannot be read, or a line of it is broken.
@@ -36,7 +35,7 @@ class MetadataFolder:
 
 
 class TextFolder:
-    """Pictures in a folder and the folders in it, each with its caption in a file of the same name in `.txt`."""
+    """Images in a folder and the folders in it, each with its caption in a file of the same name in `.txt`."""
 
     def __init__(self, folder: Path, names: list[str]):
         self.folder, self._names = folder, names
@@ -59,7 +58,7 @@ class TextFolder:
 
 
 class ClassFolder:
-    """Pictures in folders of classes: the caption is the name of the folder, with spaces for underscores."""
+    """Images in folders of classes: the caption is the name of the folder, with spaces for underscores."""
 
     def __init__(self, folder: Path, names: list[str]):
         self.folder, self._names = folder, names
@@ -72,8 +71,8 @@ class ClassFolder:
             yield Sample(name, (caption,) if caption else (), (self.folder / name).read_bytes, {"label": label})
 
 
-def list_pictures(folder: Path) -> list[str]:
-    """The pictures in a folder and the folders in it, by their names' endings: paths relative to it, sorted.
+def list_images(folder: Path) -> list[str]:
+    """The images in a folder and the folders in it, by their names' endings: paths relative to it, sorted.
 
     What is hidden is left out, such as the `._` files that macOS leaves on other disks.
 

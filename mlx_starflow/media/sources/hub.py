@@ -8,8 +8,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from mlx_starflow.errors import StarflowError
-from mlx_starflow.media.pixels import UnreadablePicture
+from mlx_starflow.errors import StarflowError, one_line
+from mlx_starflow.media.pixels import UnreadableImage
 from mlx_starflow.media.sources.sample import CAPTION_FIELDS, Sample, Skip, captions_of, clean
 
 PREFIX = "hf:"
@@ -19,7 +19,7 @@ SAVED = ("dataset_info.json", "dataset_dict.json")
 
 
 class HubDataset:
-    """The rows of one split: the first column of pictures, and captions from `column`, from one of the usual names or,
+    """The rows of one split: the first column of images, and captions from `column`, from one of the usual names or,
     failing these, from the names of a column of classes. Keys are the rows' numbers.
 
     Raises:
@@ -29,8 +29,8 @@ class HubDataset:
     def __init__(self, rows: Any, what: str, column: str | None = None):
         library = _library(what)
         columns = dict(rows.features)
-        self._picture = next((name for name, kind in columns.items() if isinstance(kind, library.Image)), None)
-        if self._picture is None:
+        self._image = next((name for name, kind in columns.items() if isinstance(kind, library.Image)), None)
+        if self._image is None:
             raise StarflowError(f"{what} has no column of pictures, only {', '.join(columns)}")
         self._column = column
         self._classes = None
@@ -46,10 +46,10 @@ class HubDataset:
             self._column = labels[0]
         if isinstance(kind := columns.get(self._column), library.ClassLabel):
             self._classes = kind
-        # The bytes as they are: we decode pictures ourselves, and report those that cannot be.
-        pictures = rows.select_columns([self._picture])
-        self._pictures = pictures.cast_column(self._picture, library.Image(decode=False))
-        self._rows = rows.remove_columns([self._picture])
+        # The bytes as they are: we decode images ourselves, and report those that cannot be.
+        images = rows.select_columns([self._image])
+        self._images = images.cast_column(self._image, library.Image(decode=False))
+        self._rows = rows.remove_columns([self._image])
         self.total: int | None = len(rows)
 
     @classmethod
@@ -60,7 +60,7 @@ class HubDataset:
         try:
             rows = library.load_dataset(repository, split=split or "train")
         except Exception as error:  # of the library's many parts: connection, files, builders
-            raise StarflowError(f"cannot load {name}: {_first_line(error)}") from None
+            raise StarflowError(f"cannot load {name}: {one_line(error, first=True)}") from None
         return cls(rows, name, column)
 
     @classmethod
@@ -71,7 +71,7 @@ class HubDataset:
         except StarflowError:
             raise
         except Exception as error:
-            raise StarflowError(f"cannot load {folder}: {_first_line(error)}") from None
+            raise StarflowError(f"cannot load {folder}: {one_line(error, first=True)}") from None
         if not hasattr(rows, "features"):
             if "train" not in rows:
                 raise StarflowError(f"{folder} holds the splits {', '.join(rows)}; give the folder of one of them")
@@ -95,12 +95,12 @@ class HubDataset:
             yield Sample(key, captions, read, row)
 
     def _bytes(self, number: int) -> bytes:
-        picture = self._pictures[number][self._picture]
-        if picture is None:
-            raise UnreadablePicture("there is no picture")
-        if picture["bytes"] is not None:
-            return picture["bytes"]
-        return Path(picture["path"]).read_bytes()
+        image = self._images[number][self._image]
+        if image is None:
+            raise UnreadableImage("there is no picture")
+        if image["bytes"] is not None:
+            return image["bytes"]
+        return Path(image["path"]).read_bytes()
 
 
 def _library(what: str) -> ModuleType:
@@ -111,7 +111,3 @@ def _library(what: str) -> ModuleType:
     except (ImportError, AttributeError):
         raise StarflowError(f"reading {what} needs the library datasets: pip install datasets") from None
     return datasets
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -15,12 +15,12 @@ CAPTION_FIELDS = ("text", "caption", "prompt")
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture that has not been read yet, and what is known about it.
+    """An image that has not been read yet, and what is known about it.
 
     Attributes:
-        key: what the picture is called in its source, such as its path; the same in every pass.
+        key: what the image is called in its source, such as its path; the same in every pass.
         captions: its usual caption first, none of them empty; there may be none.
-        read: gives the bytes of the picture's file; raises OSError or `UnreadablePicture`.
+        read: gives the bytes of the image's file; raises OSError or `UnreadableImage`.
         row: the line of metadata it came with.
     """
 
@@ -57,7 +57,7 @@ class Skip:
 
 
 class Source(Protocol):
-    """Where samples come from. Each pass over it gives the same in the same order; pictures can be read at any time.
+    """Where samples come from. Each pass over it gives the same in the same order; images can be read at any time.
 
     Attributes:
         total: how many samples and skips a pass gives, if that is known beforehand.
@@ -89,7 +89,7 @@ def captions_of(row: Mapping[str, Any], column: str | None = None) -> tuple[str,
 
 
 def split_of(row: Mapping[str, Any]) -> str:
-    """The split that a line of metadata says its picture belongs to."""
+    """The split that a line of metadata says its image belongs to."""
     return str(row.get("split") or "train")
 
 
@@ -109,8 +109,7 @@ def write_skips(path: Path, skips: Sequence[Skip]) -> None:
     if not skips:
         path.unlink(missing_ok=True)
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
+    with replacing(path, makes_folder=True) as temporary:
         temporary.write_text("".join(map(skip_line, skips)), encoding="utf-8")
 
 

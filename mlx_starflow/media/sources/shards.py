@@ -13,9 +13,9 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mlx_starflow.media.pixels import SUFFIXES, UnreadablePicture
+from mlx_starflow.errors import one_line
+from mlx_starflow.media.pixels import SUFFIXES, UnreadableImage
 from mlx_starflow.media.sources.sample import Sample, Skip, captions_of, clean
-from mlx_starflow.model_dir.weights import one_line
 
 TEXTS = (".txt", ".json", ".cls")
 """Endings of what a sample's caption is read from, the first that is there."""
@@ -26,7 +26,7 @@ LARGEST_TEXT = 1 << 20
 class Shards:
     """Samples of tar files, shard by shard; keys are `shard.tar/name`.
 
-    A sample's name is its files' path up to the first dot after the last slash. Pictures are known by their ending,
+    A sample's name is its files' path up to the first dot after the last slash. Images are known by their ending,
     captions are in `.txt`, in `.json` (an object, see `captions_of`) or in `.cls` (a class, by name or number). Other
     files, links and folders are ignored.
     """
@@ -44,14 +44,14 @@ class Shards:
                 yield Skip(path.name, f"damaged, or not an uncompressed tar file: {problem}")
 
     def _sample(self, path: Path, key: str, parts: dict[str, tarfile.TarInfo]) -> Sample | Skip:
-        picture = next((ending for ending in parts if ending in SUFFIXES), None)
-        if picture is None:
+        image = next((ending for ending in parts if ending in SUFFIXES), None)
+        if image is None:
             return Skip(key, "no picture")
         try:
             captions, row = self._captions(path, parts)
-        except (OSError, UnreadablePicture, ValueError, TypeError, AttributeError, RecursionError):
+        except (OSError, UnreadableImage, ValueError, TypeError, AttributeError, RecursionError):
             return Skip(key, "its caption cannot be read")
-        return Sample(key, captions, partial(_read, path, parts[picture]), row)
+        return Sample(key, captions, partial(_read, path, parts[image]), row)
 
     def _captions(self, path: Path, parts: dict[str, tarfile.TarInfo]) -> tuple[tuple[str, ...], dict[str, Any]]:
         ending = next((ending for ending in TEXTS if ending in parts), None)
@@ -97,6 +97,6 @@ def _block(path: Path, offset: int) -> bytes:
 def _read(path: Path, member: tarfile.TarInfo) -> bytes:
     with open(path, "rb") as file:
         if member.size < 0 or member.offset_data + member.size > os.fstat(file.fileno()).st_size:
-            raise UnreadablePicture("the archive ends before its end")
+            raise UnreadableImage("the archive ends before its end")
         file.seek(member.offset_data)
         return file.read(member.size)

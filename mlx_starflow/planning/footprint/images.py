@@ -22,7 +22,7 @@ def text(config: T5Config, tokens: int, item: int) -> int:
 def sampling(config: FlowConfig, tokens: int, batch: int, guided: bool, item: int) -> tuple[int, int]:
     """(KV caches, all activations) of sampling.
 
-    A block caches 2 (keys, values) x layers x positions x heads x head size for each picture, twice if it is guided.
+    A block caches 2 (keys, values) x layers x positions x heads x head size for each image, twice if it is guided.
     While a block reads its text, the cache of the block before it is still there, and about 5 hidden layers of MLPs.
     A single token's activations do not count. In C++ (mlx_starflow/cpu) there is nothing but the cache.
     """
@@ -40,7 +40,7 @@ def sampling(config: FlowConfig, tokens: int, batch: int, guided: bool, item: in
 
 
 def forward(config: FlowConfig, tokens: int, guided: bool, item: int) -> int:
-    """A forward pass over one picture, twice if it is guided: the MLP's seven hidden layers, or attention's weights."""
+    """A forward pass over one image, twice if it is guided: the MLP's seven hidden layers, or attention's weights."""
     peak = 0.0
     for block in config.blocks:
         reads = bool(block.txt_dim)
@@ -52,7 +52,7 @@ def forward(config: FlowConfig, tokens: int, guided: bool, item: int) -> int:
 
 
 def score(config: FlowConfig, tokens: int, item: int) -> int:
-    """The score step, one picture at a time with layers computed again: what each layer reads is kept; in one layer,
+    """The score step, one image at a time with layers computed again: what each layer reads is kept; in one layer,
     forward and backward, are about 5.9 x heads x positions^2 (attention's weights are not fused under a gradient) and
     8.2 hidden layers of the MLP."""
     kept, work = 0, 0.0
@@ -68,10 +68,10 @@ def score(config: FlowConfig, tokens: int, item: int) -> int:
 def decode(config: AutoencoderKLConfig, height: int, width: int, batch: int, item: int) -> int:
     """Decoding latents of `height` x `width`, whole or in strips."""
     pixels = height * width * config.downscale**2
-    pictures = batch * pixels * (config.out_channels * (item + 4 + 1))
+    images = batch * pixels * (config.out_channels * (item + 4 + 1))
     if rows := config.tile_rows(height, width):
-        return pictures + _strips(config, height, width, rows, item)
-    return pictures + min(batch, WHOLE_PIXELS // pixels) * _whole(config, height, width, item)
+        return images + _strips(config, height, width, rows, item)
+    return images + min(batch, WHOLE_PIXELS // pixels) * _whole(config, height, width, item)
 
 
 def convolutions(config: AutoencoderKLConfig, height: int, width: int) -> Iterator[tuple[int, int, int, int, bool]]:
@@ -93,12 +93,12 @@ def convolutions(config: AutoencoderKLConfig, height: int, width: int) -> Iterat
 
 
 def _gathers(pixels: int, channels: int, item: int) -> bool:
-    """Whether the CPU's convolution gathers nine copies of its input; else it reads the picture where it lies."""
+    """Whether the CPU's convolution gathers nine copies of its input; else it reads the image where it lies."""
     return item != 4 or channels < 32 or pixels < 64 * 64
 
 
 def _whole(config: AutoencoderKLConfig, height: int, width: int, item: int) -> int:
-    """One picture at once: the largest of 6.6 times a large feature map; the gathered and the made arrays of four
+    """One image at once: the largest of 6.6 times a large feature map; the gathered and the made arrays of four
     convolutions in a row; and the middle's attention weights."""
     peak = (height * width) ** 2 if config.mid_block_add_attention else 0
     window: list[float] = []
@@ -111,7 +111,7 @@ def _whole(config: AutoencoderKLConfig, height: int, width: int, item: int) -> i
 
 
 def _strips(config: AutoencoderKLConfig, height: int, width: int, strip_rows: int, item: int) -> int:
-    """One picture in strips: a residual block's input and what is between its convolutions (or a picture before and
+    """One image in strips: a residual block's input and what is between its convolutions (or an image before and
     after doubling), with the work on one strip: what its convolution reads 12 times where it gathers, else 3 times.
     Or, if more, attention's keys, values, input and output and a few rows of weights."""
     peak = 0.0

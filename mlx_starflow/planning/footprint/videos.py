@@ -1,4 +1,4 @@
-"""Bytes that sampling and cleaning videos, frame by frame, takes besides weights; see `footprint.pictures`.
+"""Bytes that sampling and cleaning videos, frame by frame, takes besides weights; see `footprint.images`.
 
 Attention is taken to be fused, as it is on Metal; a CPU holds its weights besides.
 """

@@ -21,10 +21,10 @@ from tqdm import tqdm
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.media.buckets import closest_ratio
-from mlx_starflow.media.pixels import UnreadablePicture, decode_picture, no_remarks, picture_views, scale_pixels
+from mlx_starflow.media.pixels import UnreadableImage, decode_image, image_views, no_remarks, scale_pixels
 from mlx_starflow.media.sources import Sample, Skip, Source
 from mlx_starflow.media.sources.sample import skip_line
-from mlx_starflow.model_dir.weights import load_text_encoder, load_vae
+from mlx_starflow.model_dir.directory import load_text_encoder, load_vae
 from mlx_starflow.pipelines.prompts import complete_prompt
 from mlx_starflow.training.data.cache_files import INDEX, SKIPPED, TEXT, TEXT_INDEX, CacheWriter, latents_file
 from mlx_starflow.training.data.cache_model import CacheModel
@@ -129,7 +129,7 @@ class PictureStage:
         try:
             # Files are read here, one after the other, and decoded by the threads.
             return pool.submit(self._prepare, item, b"" if item.problem() else read_bytes(item))
-        except UnreadablePicture as error:
+        except UnreadableImage as error:
             skip = Skip(item.key, str(error))
             return pool.submit(lambda: skip)
 
@@ -137,12 +137,12 @@ class PictureStage:
         if problem := sample.problem():
             return Skip(sample.key, problem)
         try:
-            picture = decode_picture(data)
-        except UnreadablePicture as error:
+            picture = decode_image(data)
+        except UnreadableImage as error:
             return Skip(sample.key, str(error))
         ratio = closest_ratio(*picture.size, list(self.shapes))
         count, flip, seed = (self.settings[name] for name in ("views", "flip", "seed"))
-        views = picture_views(picture, *self.shapes[ratio], count, flip=flip, seed=seed, key=sample.key)
+        views = image_views(picture, *self.shapes[ratio], count, flip=flip, seed=seed, key=sample.key)
         line = {
             "key": sample.key,
             "captions": sample.captions,

@@ -13,18 +13,20 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mlx_starflow.errors import StarflowError
-from mlx_starflow.model_dir.weights import one_line, read_json
+from mlx_starflow.errors import StarflowError, one_line
+from mlx_starflow.media.files import read_json, replacing
 
 FORMAT = 1
 MANIFEST, STATE = "cache.json", "unfinished.json"
 INDEX, SKIPPED, TEXT_INDEX, TEXT = "index.jsonl", "skipped.txt", "text.jsonl", "text.bin"
 REQUIRED = {"settings", "files", "buckets", "scale", "text_width"}
 """What readers take from a manifest."""
+
+ADVICE = "; mend that and run the same command again: it goes on"
 
 _DATA_FILE = re.compile(r"index\.jsonl|skipped\.txt|text\.jsonl|text\.bin|latents-\d+x\d+\.bin")
 
@@ -208,24 +210,16 @@ class CacheWriter:
         self.close()
 
     def _replace(self, path: Path, content: Mapping[str, Any]) -> None:
-        temporary = path.with_name(f".{path.name}.partial")
-        with self._writing(path):
-            with open(temporary, "wb") as file:
-                file.write((json.dumps(content, indent=1) + "\n").encode())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-            with suppress(OSError):  # not every file system can say that a folder has reached the disk
-                os.fsync(self._lock)
+        failure = f"cannot write {path}"
+        with replacing(path, failure=failure, advice=ADVICE, overwrites_partial=True, sync=True) as temporary:
+            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
     @contextmanager
     def _writing(self, path: Path) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            raise StarflowError(
-                f"cannot write {path}: {one_line(error)}; mend that and run the same command again: it goes on"
-            ) from None
+            raise StarflowError(f"cannot write {path}: {one_line(error)}{ADVICE}") from None
 
 
 def _checksum(path: Path) -> str:

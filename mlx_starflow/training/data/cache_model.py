@@ -10,11 +10,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_starflow.errors import StarflowError
-from mlx_starflow.model_dir.hub import find_model
-from mlx_starflow.model_dir.weights import load_weights, one_line, read_config
+from mlx_starflow.errors import StarflowError, one_line
+from mlx_starflow.model_dir.directory import ModelDirectory
+from mlx_starflow.model_dir.files import load_weights
 from mlx_starflow.models.autoencoder_kl import AutoencoderKLConfig
-from mlx_starflow.models.starflow import FlowConfig
 
 DIFFERENCES = {
     "autoencoder": "another autoencoder",
@@ -38,15 +37,15 @@ class CacheModel:
     """
 
     def __init__(self, name: str | Path):
-        self.name, self.directory = str(name), find_model(name)
-        config = read_config(self.directory)
-        if config.get("model_type") != "starflow" or not config.get("txt_size"):
+        self.name, self._model = str(name), ModelDirectory.find(name)
+        self.directory = self._model.path
+        if not self._model.reads_prompts:
             raise StarflowError(f"{name} does not read captions: a cache is for models of latents and prompts")
         for part in ("text_encoder", "vae"):
             if not (self.directory / part).is_dir():
                 raise StarflowError(f"{self.directory} is a flow alone: a cache needs its {part}/ folder too")
-        self.config = FlowConfig.from_dict(config)
-        self.vae_config = AutoencoderKLConfig.from_dict(read_config(self.directory / "vae"))
+        self.config = self._model.flow.config
+        self.vae_config = AutoencoderKLConfig.from_dict(self._model.vae.content)
         self.side = self.config.img_size * self.vae_config.downscale
         self.step = self.config.patch_size * self.vae_config.downscale
 
@@ -75,7 +74,8 @@ class CacheModel:
     def _text_encoder(self) -> Iterable[bytes]:
         folder = self.directory / "text_encoder"
         # `architectures` and the like say nothing about numbers.
-        yield _json({k: v for k, v in read_config(folder).items() if not k.startswith("_") and k != "architectures"})
+        content = self._model.text_encoder.content
+        yield _json({k: v for k, v in content.items() if not k.startswith("_") and k != "architectures"})
         yield from _tensors(folder)
         try:
             yield (folder / "spiece.model").read_bytes()

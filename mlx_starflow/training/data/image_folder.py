@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mlx_starflow.errors import StarflowError
-from mlx_starflow.media.pixels import UnreadablePicture, crop_picture, decode_picture, no_remarks
+from mlx_starflow.errors import StarflowError, one_line
+from mlx_starflow.media.pixels import UnreadableImage, crop_image, decode_image, no_remarks
 from mlx_starflow.media.sources import Sample, Skip, open_source, skip_report, split_of
-from mlx_starflow.model_dir.weights import one_line
 
 
 @dataclass
@@ -52,10 +51,10 @@ class PictureFolder:
                 continue
             try:
                 if sample.split != "autoencoder" and (problem := sample.problem()):
-                    raise UnreadablePicture(problem)
+                    raise UnreadableImage(problem)
                 with no_remarks():
-                    picture = crop_picture(decode_picture(read_bytes(sample)), size, size)
-            except UnreadablePicture as error:
+                    picture = crop_image(decode_image(read_bytes(sample)), size, size)
+            except UnreadableImage as error:
                 skipped.append(Skip(sample.key, str(error)))
                 continue
             pictures.append(np.asarray(picture))
@@ -75,11 +74,11 @@ class PictureFolder:
 
 
 def read_bytes(sample: Sample) -> bytes:
-    """The file of a sample's picture. Raises UnreadablePicture."""
+    """The file of a sample's picture. Raises UnreadableImage."""
     try:
         return sample.read()
     except (OSError, ValueError) as error:  # a path that is none is a ValueError
-        raise UnreadablePicture(one_line(error)) from None
+        raise UnreadableImage(one_line(error)) from None
 
 
 class Order:

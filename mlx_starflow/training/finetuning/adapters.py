@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_starflow.errors import StarflowError
+from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.media.files import replacing
 from mlx_starflow.model_dir.adapters import CONFIG_FILE, KINDS, WEIGHTS_FILE, linear_layers, replace_layers
 
@@ -182,7 +182,7 @@ def save_adapter(
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise StarflowError(f"{folder} cannot be made: {error.strerror or error}") from None
+        raise StarflowError(f"{folder} cannot be made: {one_line(error)}") from None
     with replacing(folder / WEIGHTS_FILE) as temporary:
         mx.save_safetensors(str(temporary), arrays, {"format": "mlx"})
     with replacing(folder / CONFIG_FILE) as temporary:

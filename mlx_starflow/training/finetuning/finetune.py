@@ -12,16 +12,15 @@ from typing import Any
 import mlx.core as mx
 import yaml
 
-from mlx_starflow.errors import StarflowError
+from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.likelihood import Nll
 from mlx_starflow.media.files import replacing
 from mlx_starflow.media.images import grid, save_image
 from mlx_starflow.media.sources import open_source
-from mlx_starflow.model_dir.hub import find_model
+from mlx_starflow.model_dir.directory import ModelDirectory, load_flow
 from mlx_starflow.model_dir.quantization import QUANTIZATIONS, dequantize_module, quantize_module, quantized_layers
 from mlx_starflow.model_dir.saving import save_model
-from mlx_starflow.model_dir.weights import default_dtype, load_flow, new_flow, parameters, place_weights, read_config
-from mlx_starflow.model_dir.weights import load_weights as read_weights
+from mlx_starflow.model_dir.weights import default_dtype, parameters
 from mlx_starflow.models.starflow import STARFlow
 from mlx_starflow.pipelines.pipeline import Pipeline, load
 from mlx_starflow.planning.finetune_memory import BATCH_SIZES, PRECISIONS, RANKS, Choice, Planner
@@ -181,7 +180,7 @@ def plan_finetune(model: str | Path, config: FinetuneConfig, memory: float | Non
 
     Nothing but the headers of the weights is read. Raises StarflowError, also if nothing fits.
     """
-    directory = find_model(model)
+    directory = ModelDirectory.find(model)
     planner = finetune_planner(lambda: _lazy_flow(directory, default_dtype()), config)
     memory = available() if memory is None else memory
     choice = planner.choose(memory)
@@ -219,13 +218,11 @@ def finetune_planner(make_flow: Callable[[], Any], config: FinetuneConfig) -> Pl
     )
 
 
-def _lazy_flow(directory: Path, dtype: mx.Dtype) -> Any:
+def _lazy_flow(model: ModelDirectory, dtype: mx.Dtype) -> Any:
     """A model directory's flow; each tensor is read when it is computed with."""
-    config = read_config(directory)
-    if config.get("model_type") != "starflow" or not config.get("txt_size"):
-        raise StarflowError(f"{directory} does not read captions: fine-tuning is for models of latents and prompts")
-    flow = new_flow(directory, config)
-    place_weights(flow, read_weights(directory), directory, quantization=config.get("quantization"))
+    if not model.reads_prompts:
+        raise StarflowError(f"{model.path} does not read captions: fine-tuning is for models of latents and prompts")
+    flow = model.flow.lazy()
     flow.set_dtype(dtype)
     return flow
 
@@ -234,7 +231,7 @@ def _load_base(model: str | Path, quantization: str | None) -> Any:
     """A model's flow, quantized if need be; its dense weights are never in memory all at once."""
     if quantization is None:
         return load_flow(model)
-    flow = _lazy_flow(find_model(model), default_dtype())
+    flow = _lazy_flow(ModelDirectory.find(model), default_dtype())
     quantize_module(flow, quantization)
     for array in parameters(flow).values():
         mx.eval(array)
@@ -332,9 +329,9 @@ def _save(flow: STARFlow, model: str | Path, out: Path, config: FinetuneConfig, 
         if choice.quantization:
             about["base_quantized_to"] = choice.quantization
         return save_adapter(out / "adapter", flow, adapter, about)
-    directory = find_model(model)
-    settings = {key: value for key, value in read_config(directory).items() if key != "quantization"}
-    files = copy_parts(directory, out / "model")
+    source = ModelDirectory.find(model)
+    settings = {key: value for key, value in source.flow.content.items() if key != "quantization"}
+    files = copy_parts(source, out / "model")
     return save_model(out / "model", parameters(flow), settings, files=files)
 
 
@@ -353,6 +350,6 @@ def _write(path: Path, text: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise StarflowError(f"{path.parent} cannot be made: {error.strerror or error}") from None
+        raise StarflowError(f"{path.parent} cannot be made: {one_line(error)}") from None
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

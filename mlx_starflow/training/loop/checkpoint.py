@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,8 @@ import mlx.core as mx
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from mlx_starflow.errors import StarflowError
+from mlx_starflow.errors import StarflowError, one_line
+from mlx_starflow.media.files import replacing
 
 KEPT = 2
 _NAME = re.compile(r"checkpoint-(\d+)\.safetensors")
@@ -74,22 +74,15 @@ def write_arrays(path: Path, arrays: dict[str, mx.array], metadata: dict[str, st
     Raises:
         StarflowError: the folder cannot be written to, or the disk is full.
     """
-    temporary = path.parent / "unfinished.safetensors"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    failure = f"cannot write the checkpoint {path}"
+    advice = "; make room or choose another folder (checkpoints written before are intact)"
+    with replacing(
+        path, failure=failure, advice=advice, makes_folder=True, overwrites_partial=True, sync=True
+    ) as temporary:
         try:
             mx.save_safetensors(str(temporary), arrays, metadata)
-            # The name must not reach the disk before the contents do.
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except (OSError, RuntimeError) as error:
-        raise StarflowError(
-            f"cannot write the checkpoint {path}: {_first_line(error)}; "
-            "make room or choose another folder (checkpoints written before are intact)"
-        ) from None
+        except RuntimeError as error:
+            raise OSError(one_line(error)) from None
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -114,7 +107,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         )
     except (OSError, RuntimeError, SafetensorError, KeyError, ValueError) as error:
         raise StarflowError(
-            f"the checkpoint {path} is damaged or not of this program ({_first_line(error)}); "
+            f"the checkpoint {path} is damaged or not of this program ({one_line(error, first=True)}); "
             "delete it to use the one before"
         ) from None
 
@@ -139,7 +132,3 @@ def load_latest(folder: Path) -> tuple[Checkpoint | None, str]:
 def _plain(state: dict[str, Any]) -> dict[str, Any]:
     """A bit generator's state with lists in place of arrays; NumPy takes both."""
     return json.loads(json.dumps(state, default=lambda value: value.tolist()))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_starflow.errors import StarflowError
+from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.media.files import replacing
 
 NAME = "log.jsonl"
@@ -99,5 +99,5 @@ class RunLog:
                 os.close(file)
         except OSError as error:
             raise StarflowError(
-                f"cannot write {path}: {error.strerror or error}; make room, and the same command resumes"
+                f"cannot write {path}: {one_line(error)}; make room, and the same command resumes"
             ) from None

@@ -14,12 +14,13 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from mlx_starflow.errors import StarflowError
+from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.media.images import grid, save_image, to_images
 from mlx_starflow.media.sources import open_source, write_skips
+from mlx_starflow.model_dir.directory import ModelDirectory, load_vae
 from mlx_starflow.model_dir.hub import find_model
 from mlx_starflow.model_dir.saving import save_model
-from mlx_starflow.model_dir.weights import load_vae, one_line, parameters
+from mlx_starflow.model_dir.weights import parameters
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
 from mlx_starflow.models.tarflow import TarFlow, TarFlowConfig
 from mlx_starflow.planning.finetune_memory import BATCH_SIZES, Choice, Planner
@@ -314,6 +315,6 @@ class NewFlow:
         if self.is_pixels:
             files["classes.txt"] = "".join(f"{name}\n" for name in self.pictures.classes).encode()
         else:
-            files = copy_parts(find_model(self.encoders), self.out)
+            files = copy_parts(ModelDirectory.find(self.encoders), self.out)
         # The flow last: without its config.json the directory is not yet a model.
         save_model(self.out, parameters(flow), config, files=files)

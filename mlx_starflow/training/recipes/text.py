@@ -11,7 +11,7 @@ import mlx.nn as nn
 import numpy as np
 import sentencepiece
 
-from mlx_starflow.errors import StarflowError
+from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.media.files import replacing
 from mlx_starflow.models.starflow import STARFlow
 from mlx_starflow.models.t5 import T5Encoder
@@ -132,10 +132,9 @@ def train_tokenizer(captions: Sequence[str], path: Path, vocab_size: int) -> Tok
             minloglevel=2,
         )
     except RuntimeError as error:
-        reason = (str(error).splitlines() or ["unknown"])[0]
+        reason = one_line(error, first=True)
         raise StarflowError(f"no tokenizer can be made of these captions ({reason}); add captions") from None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
+    with replacing(path, makes_folder=True) as temporary:
         temporary.write_bytes(model.getvalue())
     return Tokenizer(path)
 

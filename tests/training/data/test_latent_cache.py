@@ -16,16 +16,17 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.model_directories import write_image_model
 from helpers.paths import TESTS
-from helpers.tiny_model import write_tiny_model
 from PIL import Image
 
 from mlx_starflow import load
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.media.buckets import RATIOS, bucket_size
-from mlx_starflow.media.pixels import decode_picture, picture_views, scale_pixels
+from mlx_starflow.media.pixels import decode_image, image_views, scale_pixels
+from mlx_starflow.model_dir.directory import load_flow
+from mlx_starflow.model_dir.files import load_weights, read_config
 from mlx_starflow.model_dir.saving import save_model
-from mlx_starflow.model_dir.weights import load_flow, load_weights, read_config
 from mlx_starflow.models import autoencoder_kl, t5
 from mlx_starflow.training.data import cache_encode, cache_files
 from mlx_starflow.training.data.cache_build import CacheSettings, build_cache
@@ -47,7 +48,7 @@ def change_config(folder: Path, **changes: object) -> None:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    directory = write_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+    directory = write_image_model(tmp_path_factory.mktemp("model") / "tiny")
     change_config(directory / "vae", latents_mean=[0.1, -0.2, 0.0, 0.3], latents_std=[1.0, 0.5, 2.0, 0.7])
     return directory
 
@@ -117,10 +118,10 @@ def test_latents_are_the_autoencoders(cache, model, data):
     pipe = load(model)
     rng = np.random.default_rng(0)
     for index, key in enumerate(found.keys):
-        picture = decode_picture((data / key).read_bytes())
+        picture = decode_image((data / key).read_bytes())
         ratio = found.ratios[found.buckets[index]]
         width, height = bucket_size(ratio, 8, 2)
-        views = picture_views(picture, width, height, 2, key=key)
+        views = image_views(picture, width, height, 2, key=key)
         posterior = pipe.vae.encode(mx.array(scale_pixels(views)))
         mean, std = np.array(posterior.mean), np.exp(0.5 * np.array(posterior.logvar))
         for view in range(2):
@@ -172,7 +173,7 @@ def test_squares_and_other_settings(model, data, tmp_path):
 
 def test_models_that_read_aspect_ratios(model, data, tmp_path):
     """Buckets are the default there, and each caption is encoded with the ratio of its picture."""
-    other = write_tiny_model(tmp_path / "mix")
+    other = write_image_model(tmp_path / "mix")
     change_config(other, mix_aspect=True, txt_size=24)
     build_cache(data, tmp_path / "cache", other, replace(SMALL, buckets=None))
     found = LatentCache(tmp_path / "cache", other)
@@ -352,7 +353,7 @@ def read_manifest(folder: Path) -> dict:
 
 def test_numbers_that_do_not_fit(model, data, tmp_path):
     other = tmp_path / "model"
-    write_tiny_model(other)
+    write_image_model(other)
     weights = load_weights(other / "vae")
     weights["encoder.conv_out.bias"] = weights["encoder.conv_out.bias"] + 1e5
     save_model(other / "vae", weights, read_config(other / "vae"))

@@ -275,7 +275,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_intact(tmp_path, limit)
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "\n" not in str(raised.value)
     assert_same(before, last_checkpoint(tmp_path))
-    assert not list(tmp_path.glob("*unfinished*"))
+    assert not list(tmp_path.glob("partial-*"))
     make_trainer(tmp_path, config).run()
     assert load_checkpoint(checkpoint_files(tmp_path)[0]).step == 6
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.tiny_flows import tiny_case
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
@@ -33,8 +34,8 @@ def test_labels_are_a_condition_too(golden):
     assert float(loss) == pytest.approx(float(loaded.arrays["loss"]), rel=1e-5)
 
 
-def test_noise_is_added_in_units_of_its_std(tiny_flow):
-    tiny = tiny_flow("softplus")
+def test_noise_is_added_in_units_of_its_std():
+    tiny = tiny_case("softplus")
     noise = mx.array(np.random.default_rng(0).standard_normal(tiny.x.shape, dtype=np.float32))
     loss, _ = flow_loss(tiny.flow, tiny.x, tiny.text, noise_std=0.3, noise=noise)
     expected, _ = flow_loss(tiny.flow, tiny.x + 0.3 * noise, tiny.text, noise_std=0.0)
@@ -43,8 +44,8 @@ def test_noise_is_added_in_units_of_its_std(tiny_flow):
     assert len(drawn) == 2 and float(expected) not in drawn
 
 
-def test_latent_norm_penalty(tiny_flow):
-    tiny = tiny_flow("softplus")
+def test_latent_norm_penalty():
+    tiny = tiny_case("softplus")
     plain, _ = flow_loss(tiny.flow, tiny.x, tiny.text, noise_std=0.0)
     hidden = tiny.flow(tiny.x, tiny.text).hidden
     tiny.flow.config.latent_norm_regularization = 0.01
@@ -55,9 +56,9 @@ def test_latent_norm_penalty(tiny_flow):
 
 
 @pytest.mark.parametrize("family", ["softplus", "exp_all_text", "shifted", "modern", "language_model", "no_text"])
-def test_gradient_is_the_slope(tiny_flow, family):
+def test_gradient_is_the_slope(family):
     """d loss(weights + t * direction) / dt against central differences, along the gradient and at random."""
-    tiny = tiny_flow(family)
+    tiny = tiny_case(family)
     weights = tiny.flow.trainable_parameters()
     keep = None
     if tiny.text is not None:
@@ -80,8 +81,8 @@ def test_gradient_is_the_slope(tiny_flow, family):
         assert slope == pytest.approx((ahead - behind) / 8e-3, rel=5e-3, abs=2e-4)
 
 
-def test_metrics_tell_what_was_read(tiny_flow):
-    tiny = tiny_flow("softplus", 3)
+def test_metrics_tell_what_was_read():
+    tiny = tiny_case("softplus", 3)
     keep = np.ones((3, 6), np.float32)
     keep[1, 1:] = 0
     keep[2, 3] = 0
@@ -94,8 +95,8 @@ def test_metrics_tell_what_was_read(tiny_flow):
     assert np.isnan(float(metrics["nll-text-only"]))
 
 
-def test_text_only_samples_ignore_their_tokens(tiny_flow):
-    tiny = tiny_flow("softplus")
+def test_text_only_samples_ignore_their_tokens():
+    tiny = tiny_case("softplus")
     block = tiny.flow.blocks[-1]
     tokens = tiny.flow.tokens(tiny.x)
     keep = mx.array(context_keep(np.random.default_rng(0), 2, tokens.shape[1], 1.0, 0.0))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 from helpers.commands import Command
-from helpers.tiny_model import write_tiny_model
+from helpers.model_directories import write_image_model
 from PIL import Image
 
 from mlx_starflow import load, load_flow
@@ -29,7 +29,7 @@ QUICK = "--steps 4 --batch-size 2 --lr 1e-3 --log-every 1".split()
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("model"))
+    return write_image_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

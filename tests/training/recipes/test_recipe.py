@@ -17,7 +17,7 @@ from PIL import Image
 from mlx_starflow import load
 from mlx_starflow.cli import main
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.model_dir.weights import load_vae
+from mlx_starflow.model_dir.directory import load_vae
 from mlx_starflow.models.starflow import FlowConfig
 from mlx_starflow.training.loop.trainer import TrainingConfig
 from mlx_starflow.training.recipes.recipe import PRESETS, Preset, get_preset, train_model
@@ -178,9 +178,9 @@ def test_validation_split(picture_folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("learning-rate: 1", "unknown setting 'learning-rate'; known are accumulate,"),
-        ("- steps", "must hold lines such as 'batch-size: 32'"),
-        ("steps: [", "is not YAML: "),
+        ("learning-rate: 1", "there is no option learning-rate; see mlx-starflow train --help"),
+        ("- steps", "holds no options: write lines such as steps: 400"),
+        ("steps: [", "is not valid YAML: "),
         ("steps: many", "Invalid value for '--steps': 'many' is not a valid integer"),
         ("optimizer: sgd", "Invalid value for '--optimizer': 'sgd' is not one of"),
     ],

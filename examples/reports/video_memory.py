@@ -1,6 +1,6 @@
 """How much memory videos of several lengths take, with a small random model, streamed into MP4 files.
 
-    python examples/video_memory.py SCRATCH
+    python examples/reports/video_memory.py SCRATCH
 
 Each length runs in a process of its own, which prints the most that MLX held in each phase, and the most that the
 process held in all. The model is trained, so to speak, on 81 frames: longer videos are made window by window.

@@ -1,7 +1,7 @@
 """What each way to quantize a flow saves and costs, in bytes and in exact likelihood.
 
     python examples/demo_data.py data/emoji
-    python examples/quantization_report.py runs/demo/model data/emoji
+    python examples/reports/quantization.py runs/demo/model data/emoji
 
 Start from dense weights: those of a model that is quantized already are compared with themselves. The change is
 paired: every model sees the same noise.

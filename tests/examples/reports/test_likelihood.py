@@ -1,22 +1,15 @@
-"""The measures of examples/likelihood_report.py."""
-
-import importlib.util
+"""The measures of examples/reports/likelihood.py."""
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers.paths import EXAMPLES
+from helpers.examples import example_module
 from PIL import Image
-
-SCRIPT = EXAMPLES / "likelihood_report.py"
 
 
 @pytest.fixture(scope="module")
 def report():
-    spec = importlib.util.spec_from_file_location("likelihood_report", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return example_module("reports/likelihood.py")
 
 
 def test_auroc(report):

@@ -1,7 +1,7 @@
 """Memory and time of the full-size 7B text-to-video model, with random weights, on this machine.
 
-    python examples/full_size_video.py SCRATCH
-    python examples/full_size_video.py SCRATCH --frames 9 --decode-size 128x80
+    python examples/reports/full_size_video.py SCRATCH
+    python examples/reports/full_size_video.py SCRATCH --frames 9 --decode-size 128x80
 
 Writes a model directory of the released sizes into SCRATCH (flow with its denoiser, flan-t5-xl encoder, Wan 2.2
 autoencoder; the first two quantized), opens it as any other is opened, and prints, phase by phase, seconds, the most
@@ -21,7 +21,7 @@ import numpy as np
 from full_size_run import begin_sampling, encode_prompt, phase, size_on_disk, write_random_model
 
 from mlx_starflow.media.noise import draw_noise
-from mlx_starflow.model_dir.weights import load_vae
+from mlx_starflow.model_dir.directory import load_vae
 from mlx_starflow.planning.memory import ModelConfigs, plan
 from mlx_starflow.sampling import denoise_frames
 

@@ -1,7 +1,7 @@
 """Train a tiny video flow, from nothing, and make videos whose motion follows the prompt.
 
-    python examples/moving_shapes.py runs/shapes          # run it again to resume
-    python examples/moving_shapes.py runs/shapes --prompt "a green square moves up" --video up.webp
+    python examples/reports/moving_shapes.py runs/shapes          # run it again to resume
+    python examples/reports/moving_shapes.py runs/shapes --prompt "a green square moves up" --video up.webp
 
 A video is 8 frames of 16x16 pixels of a circle, a square or a triangle that moves left, right, up or down. There is no
 autoencoder: a latent is a patch of 4x4 pixels, 48 numbers. All else is as in STARFlow-V (arXiv 2511.20462): shallow

@@ -1,6 +1,6 @@
 """Training throughput and memory, MLX beside the PyTorch reference doing the same work on the same CPU.
 
-    python examples/training_report.py            # needs PyTorch: pip install '.[torch]'
+    python examples/reports/training.py            # needs PyTorch: pip install '.[torch]'
 
 One step is: forward, backward, clipping and AdamW on a flow of the embedded model's sizes. Every way of doing it runs
 in a process of its own, and the processes take turns, so that a busy machine slows all of them alike; the table has the
@@ -170,6 +170,7 @@ def main(arguments: list[str] | None = None) -> None:
     for way in args.ways:
         pipes[way], other = context.Pipe()
         context.Process(target=worker, args=(way, args.channels, args.batch_size, other), daemon=True).start()
+        other.close()
         pipes[way].recv()  # one after another: compiling must not disturb
     measured: dict[str, list[tuple[float, float]]] = {way: [] for way in args.ways}
     for _ in range(args.turns):

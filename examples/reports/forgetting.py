@@ -2,7 +2,7 @@
 
     python examples/demo_data.py data/emoji
     python examples/style_data.py data/twemoji --style twemoji
-    python examples/forgetting.py data/emoji data/twemoji
+    python examples/reports/forgetting.py data/emoji data/twemoji
 
 Half of the old pictures may be given to the anchor; the likelihood on old data is that of others. All likelihoods are
 exact, in nats per latent dimension, with standard errors of the paired change. Folders may be caches too.

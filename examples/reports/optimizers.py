@@ -1,6 +1,6 @@
 """What each optimizer costs in memory and gives in likelihood: one small flow, equal steps, one table.
 
-    python examples/optimizer_report.py
+    python examples/reports/optimizers.py
 
 The flow learns 8x8 latents with a bright spot at a random place (see examples/train_flow.py).
 Memory is MLX's own count: at rest (weights and optimizer state) and the peak of training. The likelihood is that of

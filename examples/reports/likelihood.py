@@ -1,7 +1,7 @@
 """Every figure that docs/likelihood.md states, and its pictures.
 
     python examples/demo_data.py data/emoji
-    python examples/likelihood_report.py data/emoji docs
+    python examples/reports/likelihood.py data/emoji docs
 
 The photographs are sample pictures of scikit-image (public domain or CC0) and scikit-learn (china.jpg and flower.jpg,
 CC BY 2.0), taken out of their wheels, which `pip download` fetches from PyPI. `--only` runs some of the parts.
@@ -32,7 +32,7 @@ from mlx_starflow.editing.maps import noise_to_tokens
 from mlx_starflow.likelihood import Reference, heat_map, score, standard_error, token_nats, with_noise
 from mlx_starflow.likelihood.prompts import fit_of_data, log_likelihoods
 from mlx_starflow.media.images import grid, save_image
-from mlx_starflow.media.pixels import crop_picture
+from mlx_starflow.media.pixels import crop_image
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
 from mlx_starflow.pipelines.picture_flow import LatentFlow
 from mlx_starflow.pipelines.pipeline import load
@@ -313,7 +313,7 @@ def photographs(size: tuple[int, int], rng: np.random.Generator) -> list[Image.I
                 for name in sorted(set(archive.namelist()) & set(PHOTOGRAPHS)):
                     found.append(Image.open(io.BytesIO(archive.read(name))).convert("RGB"))
     views = [(1.0, (0.5, 0.5)), *((rng.uniform(1, 3), tuple(rng.random(2))) for _ in range(VIEWS - 1))]
-    return [crop_picture(photograph, *size, zoom, place) for photograph in found for zoom, place in views]
+    return [crop_image(photograph, *size, zoom, place) for photograph in found for zoom, place in views]
 
 
 # ---- measures

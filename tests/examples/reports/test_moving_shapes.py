@@ -1,4 +1,4 @@
-"""The measures of examples/moving_shapes.py, and the script, small."""
+"""The measures of examples/reports/moving_shapes.py, and the script, small."""
 
 from __future__ import annotations
 
@@ -7,16 +7,13 @@ import re
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers.paths import EXAMPLES
+from helpers.examples import example_module
 from PIL import Image
 
 
-@pytest.fixture
-def shapes(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    import moving_shapes
-
-    return moving_shapes
+@pytest.fixture(scope="module")
+def shapes():
+    return example_module("reports/moving_shapes.py")
 
 
 def test_what_is_drawn_is_what_is_measured(shapes):

@@ -1,15 +1,11 @@
 """The speed report runs, and its tables hold what it promises. Times are not looked at."""
 
-import subprocess
-import sys
-
 import pytest
-from helpers.paths import EXAMPLES
-from helpers.tiny_model import write_tiny_model
+from helpers.examples import run_example
+from helpers.model_directories import write_image_model
 
 pytestmark = pytest.mark.torch
 
-SCRIPT = EXAMPLES / "speed_report.py"
 SMALL = "--rounds 1 --tune 1 --width 64 --layers 1 1 --side 4 --text 3 --long-side 4 --steps 3".split()
 OFFICIAL = ["official, sequential", "official, jacobi", "reference, sequential", "reference, jacobi"]
 STRICT = ["official, jacobi, as right as auto"]
@@ -21,14 +17,13 @@ EQUAL = [
 
 def tables(*words: object) -> list[list[list[str]]]:
     """Cells of the tables it prints, without their heads."""
-    done = subprocess.run([sys.executable, SCRIPT, *map(str, words)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    blocks = [block.splitlines() for block in done.stdout.split("\n\n") if block.startswith("| ")]
+    printed = run_example("reports/speed.py", *words)
+    blocks = [block.splitlines() for block in printed.split("\n\n") if block.startswith("| ")]
     return [[[cell.strip() for cell in line.strip("|").split("|")] for line in block[2:]] for block in blocks]
 
 
 def test_both_models(tmp_path):
-    random, trained, position, targets = tables(*SMALL, "--trained", write_tiny_model(tmp_path))
+    random, trained, position, targets = tables(*SMALL, "--trained", write_image_model(tmp_path))
     assert [row[0] for row in random] == OFFICIAL + OURS
     assert [row[0] for row in trained] == OFFICIAL + STRICT + OURS + EQUAL
     for table in (random, trained):

@@ -1,7 +1,7 @@
 """Every figure that the README states about the embedded model, and its picture grid.
 
     python examples/demo_data.py data/emoji
-    python examples/demo_report.py data/emoji grid.png
+    python examples/reports/demo.py data/emoji grid.png
 
 Prints the exact likelihood of training and held-out pictures, how often a sample's nearest training picture (among
 the latents of all of them) has the name that was asked for, and the time of one picture, and draws the grid.

@@ -1,7 +1,7 @@
 """Memory and time of the full-size 3B text-to-image model, with random weights, on this machine.
 
-    python examples/full_size_run.py SCRATCH --quantize 8
-    python examples/full_size_run.py SCRATCH --quantize 4
+    python examples/reports/full_size_run.py SCRATCH --quantize 8
+    python examples/reports/full_size_run.py SCRATCH --quantize 4
 
 Writes a model directory of the released sizes into SCRATCH (flow, flan-t5-xl encoder, SD-VAE), opens it as any other is
 opened, and prints, phase by phase, the seconds, the most memory that MLX held and what `mlx-starflow info`
@@ -22,9 +22,10 @@ import mlx.core as mx
 from mlx.utils import tree_map
 
 from mlx_starflow.media.noise import draw_noise
+from mlx_starflow.model_dir.directory import load_flow, load_text_encoder, load_vae
 from mlx_starflow.model_dir.quantization import quantize_module
 from mlx_starflow.model_dir.saving import save_model
-from mlx_starflow.model_dir.weights import load_flow, load_text_encoder, load_vae, parameters
+from mlx_starflow.model_dir.weights import parameters
 from mlx_starflow.models.starflow import STARFlow
 from mlx_starflow.planning.memory import ModelConfigs, plan
 from mlx_starflow.sampling import GuidedFlow, SamplingOptions, sequential

@@ -1,6 +1,6 @@
 """Memory and time of converting a checkpoint of the full 3B size (15 GB of random float32 weights).
 
-    python examples/full_size_conversion.py SCRATCH [--quantize 8]
+    python examples/reports/full_size_conversion.py SCRATCH [--quantize 8]
 
 Linux only. Writes a checkpoint under the official tensor names into SCRATCH, converts it with `mlx-starflow convert
 flow`, and prints the conversion's peak of anonymous memory (what a process holds beside the files that it maps), its
@@ -21,10 +21,12 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlx_starflow.convert.archive import Spec, write_archive
+from mlx_starflow.convert.archive import write_archive
 from mlx_starflow.convert.official import ARGUMENTS
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.model_dir.weights import load_flow, parameters
+from mlx_starflow.model_dir.directory import load_flow
+from mlx_starflow.model_dir.files import Spec
+from mlx_starflow.model_dir.weights import parameters
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
 
 NAME = "starflow_3B_t2i_256x256"

@@ -2,12 +2,12 @@
 
     python examples/demo_data.py data/emoji
     python examples/train_latent_flow.py data/emoji runs/latent
-    python examples/speed_report.py --trained runs/latent/model     # on a machine that has nothing else to do
+    python examples/reports/speed.py --trained runs/latent/model     # on a machine that has nothing else to do
 
 Two flows are sampled, in float32, one picture at a time: *random*, the architecture of the released image model in
 small with random weights, and *trained*, a model directory. Three programs sample them: the official algorithm in
-PyTorch (tests/official_algorithm.py), the PyTorch reference of this code (mlx_starflow/reference), and this code. Needs
-PyTorch: pip install '.[torch]'.
+PyTorch (official_algorithm.py), the PyTorch reference of this package (mlx_starflow/reference), and the package in MLX.
+Needs PyTorch: pip install '.[torch]'.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+import official_algorithm
 import torch
 
 from mlx_starflow import cpu
@@ -47,9 +48,6 @@ from mlx_starflow.sampling import (
     SequentialSettings,
 )
 from mlx_starflow.sampling.tuning import describe, tune
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-import official_algorithm
 
 GUIDANCE = 2.5
 TORCH_METHODS = {"sequential": SequentialSettings(), "jacobi": JacobiSettings()}

@@ -1,0 +1,281 @@
+"""Model directories: which networks one holds, their configs, read once, and loading them.
+
+A flow's `config.json` and `model*.safetensors` lie in the directory itself; the text encoder and the autoencoder of a
+flow that reads prompts lie in its folders `text_encoder` and `vae`. A network's `config.json` holds its config, its
+`model_type` and, for quantized weights, `quantization`; a flow's also `pipeline`, how to sample unless told otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_starflow.errors import StarflowError, one_line
+from mlx_starflow.model_dir.adapters import Strengths, add_adapters
+from mlx_starflow.model_dir.files import PLAN_FILE, STATISTICS_FILE, load_weights, read_config
+from mlx_starflow.model_dir.hub import find_model
+from mlx_starflow.model_dir.tensor_parallel import load_part
+from mlx_starflow.model_dir.weights import default_dtype, load_module, parse_dtype, place_weights
+from mlx_starflow.models import starflow, tarflow
+from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from mlx_starflow.models.autoencoder_wan.network import AutoencoderWan, AutoencoderWanConfig
+from mlx_starflow.models.starflow import FlowConfig, STARFlow
+from mlx_starflow.models.t5 import T5Config, T5Encoder
+from mlx_starflow.models.tarflow import TarFlow, TarFlowConfig
+from mlx_starflow.models.tokenizer import Tokenizer
+
+Network = TypeVar("Network", bound=nn.Module, covariant=True)
+Config = TypeVar("Config", covariant=True)
+
+
+LICENCES = ("LICENSE", "LICENCE", "NOTICE")
+"""Names, without suffix, of files that go with weights."""
+
+
+class FlowKind(NamedTuple):
+    """One kind of flow: its network, its config, and what makes the network's tensors of official ones."""
+
+    network: type[STARFlow] | type[TarFlow]
+    config: type[FlowConfig] | type[TarFlowConfig]
+    sanitize: Callable[[dict[str, Any]], dict[str, Any]]
+
+
+FLOWS = {
+    "starflow": FlowKind(STARFlow, FlowConfig, starflow.sanitize),
+    "tarflow": FlowKind(TarFlow, TarFlowConfig, tarflow.sanitize),
+}
+"""Flows by the `model_type` of their `config.json`."""
+
+
+class NetworkDirectory(Generic[Network, Config]):
+    """One network on disk: a folder with `config.json`, read once, and `model*.safetensors`.
+
+    Attributes:
+        folder: where it is.
+        content: all of its `config.json`.
+    """
+
+    def __init__(self, folder: Path, content: dict[str, Any], network: type[Network], config: type[Config]):
+        self.folder, self.content = folder, content
+        self._network, self._config = network, config
+
+    @classmethod
+    def flow(cls, folder: str | Path) -> NetworkDirectory[STARFlow | TarFlow, FlowConfig | TarFlowConfig]:
+        """The flow in a folder. Raises StarflowError if there is none, or it is of an unknown type."""
+        folder = Path(folder)
+        content = read_config(folder)
+        model_type = content.get("model_type")
+        if model_type not in FLOWS:
+            raise StarflowError(
+                f"{folder / 'config.json'}: model_type {model_type!r} is not a flow's, {' or '.join(FLOWS)}; "
+                "convert an official checkpoint with: mlx-starflow convert flow CHECKPOINT --config YAML -o DIR"
+            )
+        return NetworkDirectory(folder, content, FLOWS[model_type].network, FLOWS[model_type].config)
+
+    @classmethod
+    def text_encoder(cls, folder: str | Path) -> NetworkDirectory[T5Encoder, T5Config]:
+        """The text encoder in a folder. Raises StarflowError if there is no `config.json`."""
+        return NetworkDirectory(Path(folder), read_config(folder), T5Encoder, T5Config)
+
+    @classmethod
+    def vae(
+        cls, folder: str | Path
+    ) -> NetworkDirectory[AutoencoderKL | AutoencoderWan, AutoencoderKLConfig | AutoencoderWanConfig]:
+        """The autoencoder in a folder, of images or of videos. Raises StarflowError if there is no `config.json`."""
+        content = read_config(folder)
+        if content.get("model_type") == "autoencoder_wan":
+            return NetworkDirectory(Path(folder), content, AutoencoderWan, AutoencoderWanConfig)
+        return NetworkDirectory(Path(folder), content, AutoencoderKL, AutoencoderKLConfig)
+
+    @cached_property
+    def config(self) -> Config:
+        """The network's config. Raises StarflowError if `config.json` does not hold one."""
+        with self._naming():
+            return self._config.from_dict(self.content)  # type: ignore[attr-defined]
+
+    @property
+    def quantization(self) -> Mapping[str, Any] | None:
+        """How the weights are quantized, see `quantization.quantize_module`; None if they are not."""
+        return self.content.get("quantization")
+
+    def weights(self) -> dict[str, mx.array]:
+        """Tensors by name, as they are stored; each is read when it is evaluated. Raises StarflowError."""
+        return load_weights(self.folder)
+
+    def new(self) -> Network:
+        """The network without its weights. Raises StarflowError if `config.json` does not hold a config."""
+        config = self.config
+        with self._naming():
+            return self._network(config)
+
+    def lazy(self) -> Network:
+        """The network with weights that are read when they are evaluated, as they are stored. Raises StarflowError."""
+        network = self.new()
+        place_weights(network, self.weights(), self.folder, quantization=self.quantization)
+        return network
+
+    def load(self, dtype: str | mx.Dtype | None = None) -> Network:
+        """The network, read.
+
+        Args:
+            dtype: "float32", "bfloat16" or "float16"; None: float32 on CPU, bfloat16 on a GPU.
+
+        Raises:
+            StarflowError: a file is missing or damaged, or does not fit the config.
+        """
+        dtype = parse_dtype(dtype) or default_dtype()
+        return load_module(self.new(), self.weights(), self.folder, dtype, quantization=self.quantization)
+
+    @contextmanager
+    def _naming(self) -> Iterator[None]:
+        try:
+            yield
+        except (StarflowError, ArithmeticError, TypeError, ValueError) as error:
+            raise StarflowError(f"{self.folder / 'config.json'}: {one_line(error)}") from error
+
+
+class ModelDirectory:
+    """A model on disk: a flow and, for models that read prompts, its text encoder and its autoencoder.
+
+    Each network's `config.json` is read once, the flow's when the directory is opened, the others' when they are asked
+    for.
+
+    Attributes:
+        path: the directory.
+        flow: its flow.
+    """
+
+    def __init__(self, path: str | Path):
+        """Raises StarflowError if it is no model directory."""
+        self.path = Path(path)
+        self.flow = NetworkDirectory.flow(self.path)
+
+    @classmethod
+    def find(cls, name: str | Path) -> ModelDirectory:
+        """The directory of "demo", of a folder or of a Hugging Face repository, see `hub.find_model`.
+
+        Raises:
+            StarflowError: there is no such model, or it cannot be downloaded.
+        """
+        return cls(find_model(name))
+
+    @cached_property
+    def text_encoder(self) -> NetworkDirectory[T5Encoder, T5Config]:
+        """Raises StarflowError if there is none."""
+        return NetworkDirectory.text_encoder(self._part("text_encoder"))
+
+    @cached_property
+    def vae(self) -> NetworkDirectory[AutoencoderKL | AutoencoderWan, AutoencoderKLConfig | AutoencoderWanConfig]:
+        """Raises StarflowError if there is none."""
+        return NetworkDirectory.vae(self._part("vae"))
+
+    def _part(self, name: str) -> Path:
+        if not (self.path / name).is_dir():
+            raise StarflowError(f"{self.path} is a flow alone: generating needs its {name}/ folder too")
+        return self.path / name
+
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether the flow is conditioned on text."""
+        return bool(self.flow.content.get("model_type") == "starflow" and self.flow.content.get("txt_size"))
+
+    def has(self, part: str) -> bool:
+        """Whether there is a network beside the flow, "text_encoder" or "vae"."""
+        return (self.path / part / "config.json").is_file()
+
+    @property
+    def licences(self) -> list[str]:
+        """Names of the files that say what may be done with the weights."""
+        return sorted(path.name for path in self.path.iterdir() if path.is_file() and path.stem.upper() in LICENCES)
+
+    @property
+    def pipeline(self) -> dict[str, Any]:
+        """How the model samples unless told otherwise: settings by name, those that its `config.json` has."""
+        return dict(self.flow.content.get("pipeline", {}))
+
+    @property
+    def plan_file(self) -> Path:
+        return self.path / PLAN_FILE
+
+    @property
+    def statistics_file(self) -> Path:
+        return self.path / STATISTICS_FILE
+
+    def load_flow(
+        self,
+        dtype: str | mx.Dtype | None = None,
+        adapters: Strengths = (),
+        group: mx.distributed.Group | None = None,
+    ) -> STARFlow | TarFlow:
+        """`directory.load_flow` of this directory."""
+        if group is None:
+            flow = self.flow.load(dtype)
+            add_adapters(flow, adapters)
+            return flow
+        if adapters:
+            raise StarflowError("adapters cannot be split over ranks: fuse them into the model first")
+        return load_part(self.flow.lazy(), self.path, parse_dtype(dtype) or default_dtype(), group)
+
+
+def load_flow(
+    path_or_id: str | Path,
+    dtype: str | mx.Dtype | None = None,
+    adapters: Strengths = (),
+    group: mx.distributed.Group | None = None,
+) -> STARFlow | TarFlow:
+    """The flow of a model directory.
+
+    Args:
+        path_or_id: "demo", a model directory or a Hugging Face repository of one (see `find_model`).
+        dtype: "float32", "bfloat16" or "float16"; None: float32 on CPU, bfloat16 on a GPU.
+        adapters: folders of adapters with their strengths (1: as trained), see `adapters.add_adapters`.
+        group: processes that compute it together, each with a part of it, see `tensor_parallel`.
+
+    Raises:
+        StarflowError: there is no such model, it is incomplete, damaged or of an unknown type, or an adapter does not
+            fit it, or it cannot be split over the group.
+    """
+    parse_dtype(dtype)  # a mistake in it comes before a download
+    return ModelDirectory.find(path_or_id).load_flow(dtype, adapters, group)
+
+
+def load_text_encoder(directory: str | Path, dtype: str | mx.Dtype | None = None) -> tuple[T5Encoder, Tokenizer]:
+    """The text encoder in a folder with `spiece.model` beside its weights; `dtype` as in `load_flow`.
+
+    Raises:
+        StarflowError: a file is missing or damaged, or tokenizer and encoder do not belong together.
+    """
+    return read_text_encoder(NetworkDirectory.text_encoder(directory), dtype)
+
+
+def read_text_encoder(
+    directory: NetworkDirectory[T5Encoder, T5Config], dtype: str | mx.Dtype | None = None
+) -> tuple[T5Encoder, Tokenizer]:
+    """`load_text_encoder` of a directory that has been opened."""
+    return directory.load(dtype), read_tokenizer(directory.folder / "spiece.model", directory.config)
+
+
+def read_tokenizer(path: Path, config: T5Config) -> Tokenizer:
+    """A text encoder's tokenizer. Raises StarflowError if it is unusable or has more tokens than the encoder."""
+    tokenizer = Tokenizer(path)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise StarflowError(
+            f"{path} has {tokenizer.vocab_size} tokens but the model only {config.vocab_size}; "
+            "use the spiece.model of this checkpoint"
+        )
+    return tokenizer
+
+
+def load_vae(directory: str | Path, dtype: str | mx.Dtype | None = None) -> AutoencoderKL | AutoencoderWan:
+    """The autoencoder in a folder, of images or of videos; `dtype` as in `load_flow`.
+
+    Raises:
+        StarflowError: a file is missing or damaged, or the folder holds another kind of model.
+    """
+    return NetworkDirectory.vae(directory).load(dtype)
