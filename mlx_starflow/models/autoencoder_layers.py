@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_starflow.kernels import on_cpu
+
 _NORM_EPS = 1e-6
 
 
@@ -84,7 +86,7 @@ class Conv3x3(nn.Conv2d):
 
     def __call__(self, x: mx.array) -> mx.array:
         _, H, W, C = x.shape
-        if mx.default_device() == mx.cpu and x.dtype == mx.float32 and C >= 32 and H * W >= 64 * 64:
+        if on_cpu() and x.dtype == mx.float32 and C >= 32 and H * W >= 64 * 64:
             return self._sum_of_products(x)
         return super().__call__(x)
 

@@ -245,7 +245,7 @@ def test_correlation_is_the_convolution():
 
 def test_other_backends_convolve_likewise(vae, monkeypatch):
     """What a GPU runs instead of the CPU's sums of products."""
-    monkeypatch.setattr(layers, "_on_cpu", lambda: False)
+    monkeypatch.setattr(layers, "on_cpu", lambda: False)
     assert error(vae.decode(vae.unscale(GOLDEN["latents"])), GOLDEN["decoded"]) < 1e-5
     assert error(vae.scale(vae.encode(GOLDEN["video"]).mean), GOLDEN["video_mean_normalized"]) < 1e-5
 

@@ -7,6 +7,7 @@ import math
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_starflow.kernels import on_cpu
 from mlx_starflow.models.autoencoder_kl_tiling import LOGITS
 from mlx_starflow.models.autoencoder_layers import PointwiseConv
 from mlx_starflow.models.autoencoder_wan.tiling import RowQueue, StreamState, Strips, joined, kept, resplit, whole
@@ -49,16 +50,12 @@ def correlate(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
     On the CPU it is one matrix product for each tap of the kernel, as in `autoencoder_layers.Conv3x3` and for the same
     reason: MLX's convolution would gather a copy of the input for each. It is done in float32 there.
     """
-    if _on_cpu():
+    if on_cpu():
         return mx.concatenate([_sum_of_products(x[i : i + 1], weight, bias) for i in range(x.shape[0])])
     if weight.shape[1] == 1:
         y = mx.conv2d(x.flatten(0, 1), weight[:, 0])
         return y.reshape(*x.shape[:2], *y.shape[1:]) + bias
     return mx.conv3d(x, weight) + bias
-
-
-def _on_cpu() -> bool:
-    return mx.default_device() == mx.cpu
 
 
 def _sum_of_products(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
