@@ -234,11 +234,11 @@ class FlowBlock(nn.Module):
         x = _flip(x, 1) if self.config.flip else x
         return x.reshape(x.shape[0] // frames, -1, x.shape[-1])
 
-    def rope_frequencies(self, rope_frequencies: mx.array | None, length: int) -> mx.array | None:
+    def rope_frequencies(self, axial: mx.array | None, length: int) -> mx.array | None:
         """Those of this block's sequence of `length`: the last of the flow's axial ones, or one-dimensional ones."""
         if self.config.hf_style_rope:
             return line_frequencies(self.config.head_dim, length)
-        return rope_frequencies[rope_frequencies.shape[0] - length :]
+        return None if axial is None else axial[axial.shape[0] - length :]
 
     def embed_prefix(self, text: mx.array | None) -> mx.array | None:
         """Text `[B, L, D]` -> what stands before the tokens, `[B, L, channels]`; None if the block reads no text."""

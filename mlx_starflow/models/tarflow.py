@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.models.configs import known_arguments, official_arguments, read_config, write_config
+from mlx_starflow.models.configs import FLOW, known_arguments, official_arguments, write_config
 from mlx_starflow.models.denoiser import Denoiser
 from mlx_starflow.models.flow import BlockConfig, Condition, Conditions, FlowBlock, FlowOutput, run_blocks
 
@@ -54,16 +54,12 @@ class TarFlowConfig:
     cfg: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("img_size", "channel_size", "patch_size", "channels", "blocks", "layers_per_block", "head_dim"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise StarflowError(f"flow config: {name} must be a whole number of at least 1, not {value!r}")
-        if self.noise_type not in ("gaussian", "uniform"):
-            raise StarflowError(f"flow config: noise_type must be gaussian or uniform, not {self.noise_type!r}")
-        if self.img_size % self.patch_size:
-            raise StarflowError(f"flow config: img_size {self.img_size} is no multiple of patch_size {self.patch_size}")
-        if self.channels % self.head_dim:
-            raise StarflowError(f"flow config: channels {self.channels} is no multiple of head_dim {self.head_dim}")
+        names = ("img_size", "channel_size", "patch_size", "channels", "blocks", "layers_per_block", "head_dim")
+        FLOW.positive(**{name: getattr(self, name) for name in names})
+        FLOW.choice("noise_type", self.noise_type, ("gaussian", "uniform"))
+        for name, divisor in (("img_size", "patch_size"), ("channels", "head_dim")):
+            value, by = getattr(self, name), getattr(self, divisor)
+            FLOW.require(value % by == 0, f"{name} {value} is no multiple of {divisor} {by}")
 
     @property
     def num_patches(self) -> int:
@@ -94,7 +90,7 @@ class TarFlowConfig:
         Raises:
             StarflowError: a key is missing or unknown, or a value is not usable.
         """
-        return read_config(cls, config)
+        return FLOW.read(cls, config)
 
     @classmethod
     def from_official(cls, config: Mapping[str, Any]) -> TarFlowConfig:
@@ -114,6 +110,8 @@ class TarFlowConfig:
 
 class TarFlowBlock(FlowBlock):
     """A flow block with learned positions and, if there are classes, an embedding of the label."""
+
+    config: TarFlowBlockConfig
 
     def __init__(self, config: TarFlowBlockConfig):
         super().__init__(config)
@@ -265,7 +263,7 @@ class TarFlow(nn.Module):
             self._check_labels(labels, batch)
             if labels is None:
                 continue
-            low, high = labels.min().item(), labels.max().item()
+            low, high = int(labels.min()), int(labels.max())
             if low < -1 or high >= self.config.num_classes:
                 raise StarflowError(f"labels must be 0 to {self.config.num_classes - 1}, or -1 for no class")
         guided = guidance > 0
@@ -306,7 +304,7 @@ class TarFlow(nn.Module):
         frequencies = self.block_rope_frequencies(x.shape, 0)
         hidden, log_dets = run_blocks(self.blocks, tokens, text, frequencies, context_mask, gradient_checkpointing)
         log_dets = [self.latents(t) for t in log_dets]
-        return FlowOutput(hidden[-1], sum(log_dets), log_dets, [self.latents(t) for t in hidden])
+        return FlowOutput(hidden[-1], sum(log_dets[1:], log_dets[0]), log_dets, [self.latents(t) for t in hidden])
 
 
 def sanitize(weights: Mapping[str, Any]) -> dict[str, Any]:

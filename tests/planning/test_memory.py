@@ -104,7 +104,7 @@ def test_predicted_peaks_of_another_size(tmp_path):
 
 
 @pytest.mark.parametrize("width", [16, 32])
-def test_predicted_decoding_in_strips(width):
+def test_predicted_decoding_in_tiles(width):
     config = AutoencoderKLConfig(block_out_channels=(width,) * 4, layers_per_block=1, norm_num_groups=8)
     vae = AutoencoderKL(config)
     z = mx.zeros((1, 48, 48, 4))
