@@ -1,4 +1,4 @@
-"""Training loops in PyTorch, for machines where it is faster than MLX: Linux without a GPU, or CUDA.
+"""Training loops in PyTorch for the examples beside this file: it is faster than MLX on Linux without a GPU.
 
 The objective is that of `mlx_starflow.training`; so are the data, the schedule and the names of the tensors.
 """
@@ -137,7 +137,7 @@ def autoencoder_loss(
     return loss, {"L1": error.abs().mean().item(), "dB": 10 * math.log10(4 / squared.item()), "kl": kl.item()}
 
 
-def context_keep(batch: int, tokens: int, full: float, partial: float) -> Tensor:
+def context_mask(batch: int, tokens: int, full: float, partial: float) -> Tensor:
     """Which token inputs the deep block may read, `[B, N]`, 1 or 0: a training aid for small data sets.
 
     With teacher forcing the tokens before give a picture away and the text is ignored. So a share `full` of the
@@ -172,7 +172,7 @@ def flow_loss(
 ) -> tuple[Tensor, dict[str, float]]:
     """Exact NLL (nats per dimension) of latents `[B, H, W, C]` plus noise, given token ids and mask `[B, L]`."""
     noisy = latents + noise_std * torch.randn_like(latents)
-    keep = context_keep(len(latents), latents[0].numel() // model.flow.config.blocks[-1].in_channels, full, partial)
+    keep = context_mask(len(latents), latents[0].numel() // model.flow.config.blocks[-1].in_channels, full, partial)
     keep = keep.to(latents.device)
     with torch.autocast(latents.device.type, dtype=torch.bfloat16):
         text = model.text_encoder.encode(ids, mask)
