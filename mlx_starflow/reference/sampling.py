@@ -8,14 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.kernels.affine import GuidanceTarget
 from mlx_starflow.reference.flow import Condition, FlowBlock
+from mlx_starflow.reference.starflow import STARFlow
+from mlx_starflow.reference.tarflow import TarFlow
 from mlx_starflow.sampling.guidance import SamplingOptions, guidance_function
 from mlx_starflow.sampling.methods import JacobiSettings, SequentialSettings
 from mlx_starflow.sampling.sampler import progress_off
@@ -23,7 +26,9 @@ from mlx_starflow.sampling.sampler import progress_off
 if TYPE_CHECKING:
     from mlx_starflow.sampling import SamplingTrace
 
-METHODS = {kind.name: kind for kind in (SequentialSettings, JacobiSettings)}
+METHODS: dict[str, type[SequentialSettings | JacobiSettings]] = {
+    kind.name: kind for kind in (SequentialSettings, JacobiSettings)
+}
 
 
 class KVCache:
@@ -59,7 +64,12 @@ def starflow_guidance(
 
 
 def tarflow_guidance(
-    mu: Tensor, log_sigma: Tensor, mu_null: Tensor, log_sigma_null: Tensor, weight: float | Tensor, target: str = "ab"
+    mu: Tensor,
+    log_sigma: Tensor,
+    mu_null: Tensor,
+    log_sigma_null: Tensor,
+    weight: float | Tensor,
+    target: GuidanceTarget = "ab",
 ) -> tuple[Tensor, Tensor]:
     """TarFlow's guidance (arXiv 2412.06329): mean ("b") and log-scale ("a") move away from the null's by `weight`."""
     if "b" in target:
@@ -154,17 +164,6 @@ class BlockDecoder:
             cache.trim(n)
 
 
-def invert_sequential(
-    decoder: BlockDecoder, z: Tensor, x: Tensor, start: int, advance: Callable[[int], None]
-) -> Tensor:
-    """Noise `[B, N, C]` in the block's order -> data in it, one token after another; x holds its first `start`."""
-    for n in range(start, z.shape[1]):
-        mu, log_sigma = decoder.predict(x, n, n + 1)
-        x[:, n : n + 1] = z[:, n : n + 1] * torch.exp(log_sigma) + mu
-        advance(1)
-    return x
-
-
 def invert_jacobi(
     decoder: BlockDecoder,
     z: Tensor,
@@ -173,17 +172,21 @@ def invert_jacobi(
     settings: JacobiSettings,
     advance: Callable[[int], None],
 ) -> Tensor:
-    """The same, block after block of tokens, each iterated from its noise until it stands still."""
+    """Noise `[B, N, C]` in the block's order -> data in it; x holds its first `start` tokens.
+
+    Block after block of tokens, each iterated from its noise until it stands still.
+    """
     while start < z.shape[1]:
         stop = min(start + settings.block_size, z.shape[1])
         for sweep in range(settings.max_iterations):
             if sweep:
                 decoder.trim(stop - start)
             mu, log_sigma = decoder.predict(x, start, stop)
-            new = z[:, start:stop] * torch.exp(log_sigma) + mu
-            change = (new - x[:, start:stop]).square().mean() / new.square().mean()
+            new, old = z[:, start:stop] * torch.exp(log_sigma) + mu, x[:, start:stop]
+            last = sweep + 1 == settings.max_iterations
+            still = last or not ((new - old).square().mean() / new.square().mean()).item() >= settings.threshold
             x[:, start:stop] = new
-            if not change.item() >= settings.threshold:
+            if still:
                 break
         advance(stop - start)
         start = stop
@@ -204,15 +207,14 @@ def invert_block(
         mu, log_sigma = decoder.block.unpredicted(z[:, :1])
         x[:, :1] = z[:, :1] * torch.exp(log_sigma) + mu
         advance(1)
-    if isinstance(settings, JacobiSettings):
-        x = invert_jacobi(decoder, z, x, start, settings, advance)
-    else:
-        x = invert_sequential(decoder, z, x, start, advance)
+    if isinstance(settings, SequentialSettings):
+        settings = JacobiSettings(block_size=1, max_iterations=1)
+    x = invert_jacobi(decoder, z, x, start, settings, advance)
     return x.flip(1) if flip else x
 
 
 def sample(
-    flow: Any,
+    flow: STARFlow | TarFlow,
     z: Tensor,
     text: Tensor | None = None,
     null_text: Tensor | None = None,
@@ -221,7 +223,7 @@ def sample(
     *,
     attn_temp: float = 1.0,
     annealed_guidance: bool = False,
-    guidance_target: str = "ab",
+    guidance_target: GuidanceTarget = "ab",
     progress: bool | None = False,
     trace: SamplingTrace | None = None,
 ) -> Tensor:
@@ -269,7 +271,7 @@ def null_temperature(attn_temp: float, batch: int, device: torch.device) -> Tens
     return torch.tensor([1.0] * batch + [attn_temp] * batch, device=device).reshape(-1, 1, 1, 1)
 
 
-def denoise(flow: Any, x: Tensor, text: Tensor | None = None, noise_std: float | None = None) -> Tensor:
+def denoise(flow: STARFlow | TarFlow, x: Tensor, text: Tensor | None = None, noise_std: float | None = None) -> Tensor:
     """One score step (Tweedie's formula): x + noise_std^2 * d log p(x | text) / dx, one sample after another."""
     noise_std = flow.config.noise_std if noise_std is None else noise_std
     cleaned = []

@@ -184,7 +184,7 @@ def test_tarflow_mistakes(tmp_path):
     ):
         assert f"its tokens hold 12 numbers, {what}" in mistake("flow", unnamed, *option, "--noise-std", "0.1", *out)
     for option in ("--patch-size", "--channel-size"):
-        assert "must be a positive integer, not 0" in mistake("flow", unnamed, option, "0", *out)
+        assert "must be a whole number of at least 1, not 0" in mistake("flow", unnamed, option, "0", *out)
     # Options that contradict the tensors.
     assert "does not account for: blocks.2." in mistake("flow", named, "--blocks", "2", *out)
     assert "has shape" in mistake("flow", named, "--channels", "256", *out)

@@ -193,7 +193,7 @@ def test_errors(tmp_path):
         plan(tmp_path)
     directory = write_image_model(tmp_path / "model")
     (directory / "vae/config.json").write_text("{}")
-    with pytest.raises(StarflowError, match=r"vae/config\.json: .*block_out_channels is missing"):
+    with pytest.raises(StarflowError, match=r"vae/config\.json: .*missing key block_out_channels"):
         plan(directory)
 
 
