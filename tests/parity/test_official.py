@@ -30,7 +30,7 @@ TARFLOW_KINDS = {
     "reverse": {},
     "reverse_cfg": {"guidance": 1.5},
     "reverse_cfg_annealed": {"guidance": 1.5, "annealed_guidance": True},
-    "reverse_cfg_b": {"guidance": 1.5, "guide_what": "b"},
+    "reverse_cfg_b": {"guidance": 1.5, "guidance_target": "b"},
     "reverse_cfg_attn_temp_0.7": {"guidance": 0.8, "attn_temp": 0.7},
 }
 

@@ -32,7 +32,7 @@ TARFLOW = {
     "reverse": {},
     "reverse_cfg": {"guidance": 1.5},
     "reverse_cfg_annealed": {"guidance": 1.5, "annealed_guidance": True},
-    "reverse_cfg_b": {"guidance": 1.5, "guide_what": "b"},
+    "reverse_cfg_b": {"guidance": 1.5, "guidance_target": "b"},
     "reverse_cfg_attn_temp_0.7": {"guidance": 0.8, "attn_temp": 0.7},
 }
 ARRAYS = [
@@ -203,8 +203,8 @@ def test_trace(capsys):
         ({"text": mx.zeros((2, 6))}, r"embeddings \[batch, length, width\]"),
         ({"z": mx.zeros((2, 2, 3, 4))}, r"shape \(2, 2, 3, 4\); this flow reads \[batch, height, width, 2\]"),
         ({"z": mx.zeros((2, 6, 2))}, "shape"),
-        ({"guide_what": "b", "guidance": 1.0}, "TarFlow"),
-        ({"guide_what": "c"}, "guide_what must be"),
+        ({"guidance_target": "b", "guidance": 1.0}, "TarFlow"),
+        ({"guidance_target": "c"}, "guidance_target must be"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message):
