@@ -14,7 +14,7 @@ from mlx_starflow.media.noise import draw_noise
 from mlx_starflow.model_dir.directory import load_flow
 from mlx_starflow.model_dir.hub import find_model
 from mlx_starflow.models.starflow import STARFlow
-from mlx_starflow.pipelines.pipeline import load
+from mlx_starflow.pipelines import load
 from mlx_starflow.sampling import SamplingPlan
 
 PROMPTS = ("a red apple", "a cat face", "a rocket", "a slice of pizza")

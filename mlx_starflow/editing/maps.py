@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_starflow.kernels.plain import Array, namespace
 from mlx_starflow.likelihood.nll import is_dequantized
+from mlx_starflow.likelihood.protocol import Flow
 from mlx_starflow.models.tarflow import TarFlow
 from mlx_starflow.sampling import denoise
 from mlx_starflow.sampling.decoder import check_finite
@@ -25,7 +27,14 @@ class BlendedFlow(GuidedFlow):
     autoregressive flow: the source's at 0, the target's at 1.
     """
 
-    def __init__(self, flow: Any, shape: tuple[int, ...], source: mx.array, target: mx.array, strength: Any):
+    def __init__(
+        self,
+        flow: Flow,
+        shape: tuple[int, ...],
+        source: mx.array,
+        target: mx.array,
+        strength: float | Sequence[float],
+    ):
         """`shape` is the noise's; `strength` is one number from 0 on, or one a sample, `[B]`."""
         # Any guidance makes the blocks see both conditions; what is done with them is decided below.
         super().__init__(flow, shape, target, source, guidance=1.0)
@@ -39,10 +48,10 @@ class BlendedFlow(GuidedFlow):
             between = (mu_source + s * (mu - mu_source), log_sigma_source + s * (log_sigma - log_sigma_source))
             return tuple(arrays.where(s > 1, *pair) for pair in zip(beyond, between, strict=True))
 
-        self.guidance = Guidance(rule, mx.array(strength, mx.float32).reshape(-1, 1, 1))
+        self.guidance = Guidance(rule, mx.array(np.asarray(strength, np.float32)).reshape(-1, 1, 1))
 
 
-def prior_std(flow: Any) -> float | mx.array:
+def prior_std(flow: Flow) -> float | mx.array:
     """Standard deviation of the prior's tokens: 1, or `[N, C]` where a TarFlow has learned it."""
     return mx.sqrt(flow.var.astype(mx.float32)) if isinstance(flow, TarFlow) else 1.0
 
@@ -79,7 +88,7 @@ def from_noise(guided: GuidedFlow, z: mx.array) -> mx.array:
     return flow.latents(_inverted(guided, flow.noise_tokens(z)), z.shape)
 
 
-def cleaned(flow: Any, x: mx.array, text: mx.array | None) -> mx.array:
+def cleaned(flow: Flow, x: mx.array, text: mx.array | None) -> mx.array:
     """A sample `[B, ...]` without the Gaussian noise that the flow was trained with, by one score step.
 
     The uniform noise of a dequantized pixel model is below what a pixel can show, and stays.

@@ -72,6 +72,15 @@ class PictureFolder:
         chosen = [i for i, row in enumerate(self.rows) if split_of(row) in splits]
         return PictureFolder(self.pictures[chosen], [self.captions[i] for i in chosen], [self.rows[i] for i in chosen])
 
+    def spread(self, most: int) -> PictureFolder:
+        """At most so many of them, spread evenly."""
+        chosen = np.unique(np.linspace(0, len(self) - 1, min(most, len(self))).round().astype(int))
+        return PictureFolder(self.pictures[chosen], [self.captions[i] for i in chosen], [self.rows[i] for i in chosen])
+
+    def images(self) -> list[Image.Image]:
+        """The pictures, one by one."""
+        return [Image.fromarray(picture) for picture in self.pictures]
+
 
 def read_bytes(sample: Sample) -> bytes:
     """The file of a sample's picture. Raises UnreadableImage."""

@@ -21,7 +21,7 @@ from mlx_starflow.model_dir.directory import ModelDirectory, load_flow
 from mlx_starflow.model_dir.quantization import QUANTIZATIONS, dequantize_module, quantize_module, quantized_layers
 from mlx_starflow.model_dir.saving import save_model
 from mlx_starflow.model_dir.weights import default_dtype, parameters
-from mlx_starflow.pipelines.pipeline import Pipeline, load
+from mlx_starflow.pipelines import load
 from mlx_starflow.planning.finetune_memory import BATCH_SIZES, PRECISIONS, RANKS, Choice, Planner
 from mlx_starflow.planning.memory import available
 from mlx_starflow.training.data.cache_build import CacheSettings, build_cache
@@ -315,7 +315,7 @@ def finetune(
     if config.samples:
         shown = held_out if len(held_out) else pictures
         prompts = [cache.captions[index][0] for index in shown[: config.samples]]
-        pipe: Pipeline = load(folder) if config.kind == "full" else load(model, adapters=[(folder, 1.0)])
+        pipe = load(folder) if config.kind == "full" else load(model, adapters=[(folder, 1.0)])
         made = pipe.generate(prompts, seed=config.seed, verify=False)
         save_image(grid(made.images), out / "grid.png", pipe.grid_metadata(made))
         report(f"{out / 'grid.png'}: {', '.join(prompts)}; seed {config.seed}")
