@@ -16,6 +16,7 @@ from mlx_starflow.likelihood import CalibrationStatistics, heat_map
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else ".")
 pipe = load("demo")
 statistics = CalibrationStatistics.find(pipe.directory)
+assert statistics is not None  # of the images that the embedded model was trained on
 
 car = pipe.generate("automobile", seed=1).images[0]
 upside_down = car.rotate(180)

@@ -5,10 +5,11 @@ A pipeline has a backend. `MLXBackend` is the usual one; `torch_backend.TorchBac
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -27,43 +28,49 @@ from mlx_starflow.sampling import Certificate, SamplingPlan, SamplingTrace, cert
 Array = TypeVar("Array")
 
 
-class Backend(Protocol[Array]):
+class Backend(ABC, Generic[Array]):
     """The networks of one model, and what is computed with them; arrays are those of its framework.
 
     Attributes:
         certifies: whether it has `certify`.
         low_memory: hold one network at a time, and read it again when it is needed next.
+        adapters: folders of the flow's adapters and their strengths.
     """
 
-    certifies: bool
-    low_memory: bool
+    certifies: bool = False
+    low_memory: bool = False
+    adapters: Sequence[tuple[str, float]] = ()
 
     @property
-    def adapters(self) -> Sequence[tuple[str, float]]:
-        """Folders of the flow's adapters and their strengths."""
-
-    @property
+    @abstractmethod
     def flow(self) -> Any:
         """The flow, read when it is first used, as the other networks are."""
 
     @property
+    @abstractmethod
     def text_encoder(self) -> Any: ...
 
     @property
+    @abstractmethod
     def tokenizer(self) -> Tokenizer: ...
 
     @property
+    @abstractmethod
     def vae(self) -> Any: ...
 
+    @abstractmethod
     def array(self, values: np.ndarray) -> Array:
         """Values as an array of the framework, where it computes."""
 
-    def concatenate(self, arrays: Sequence[Array]) -> Array:
+    @abstractmethod
+    def concatenate(self, arrays: list[Array]) -> Array:
         """Along the first axis."""
 
+    @abstractmethod
     def encode_text(self, ids: np.ndarray, mask: np.ndarray) -> Array:
         """Token ids and mask `[B, L]` -> text embeddings `[B, L, D]`, zero at padding."""
 
+    @abstractmethod
     def invert(
         self,
         z: Array,
@@ -78,27 +85,34 @@ class Backend(Protocol[Array]):
 
     def certify(self, x: Array, z: Array, text: Array, null_text: Array, settings: GenerationSettings) -> Certificate:
         """How far the guided flow, run forwards over samples, is from their noise; see `sampling.certify`."""
+        raise NotImplementedError
 
+    @abstractmethod
     def denoise(self, x: Array, text: Array) -> Array:
         """One score step on data `[B, h, w, C]`."""
 
+    @abstractmethod
     def decode(self, latents: Array) -> np.ndarray:
         """Normalized latents `[B, h, w, C]` -> images, float32 `[B, H, W, 3]`, about -1..1."""
 
+    def release(self, part: Part) -> None:
+        """With `low_memory`, let go of a network that the next phases do not need."""
+        return
+
     def limits(self) -> AbstractContextManager[None]:
         """Limits of memory while generating."""
+        return nullcontext()
 
     def start_phase(self) -> None:
         """Begin to measure memory."""
+        return
 
     def finish_phase(self) -> int | None:
         """Wait for what is being computed; the most bytes that were held since `start_phase`, if known."""
-
-    def release(self, part: Part) -> None:
-        """Let go of a network that the next phases do not need, with `low_memory`."""
+        return None
 
 
-class MLXBackend:
+class MLXBackend(Backend[mx.array]):
     """The networks of a model directory in MLX, read when they are first used.
 
     Attributes:
@@ -158,7 +172,6 @@ class MLXBackend:
         return {part for part, network in networks.items() if network is not None}
 
     def release(self, part: Part) -> None:
-        """Let go of a network that the next phases do not need, with `low_memory`."""
         if not self.low_memory:
             return
         if part == "flow":
@@ -179,8 +192,8 @@ class MLXBackend:
     def array(self, values: np.ndarray) -> mx.array:
         return mx.array(values)
 
-    def concatenate(self, arrays: Sequence[mx.array]) -> mx.array:
-        return mx.concatenate(list(arrays))
+    def concatenate(self, arrays: list[mx.array]) -> mx.array:
+        return mx.concatenate(arrays)
 
     def encode_text(self, ids: np.ndarray, mask: np.ndarray) -> mx.array:
         text = self.text_encoder.encode(mx.array(ids), mx.array(mask))

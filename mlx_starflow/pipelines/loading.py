@@ -59,10 +59,14 @@ def load(
             raise StarflowError("the torch backend does not know adapters: fuse them first, or use --backend mlx")
         if group is not None:
             raise StarflowError("the torch backend cannot split a flow over processes: use --backend mlx")
+        from mlx_starflow.reference.loading import parse_device
+
+        # Before the next import: the reference says what to install where there is no PyTorch.
+        torch_device = parse_device(device)
         from mlx_starflow.pipelines.torch_backend import TorchBackend
 
         model = ModelDirectory.find(name)
-        in_torch = ImagePipeline(str(name), model, TorchBackend(model, device=device, dtype=dtype))
+        in_torch = ImagePipeline(str(name), model, TorchBackend(model, device=torch_device, dtype=dtype))
         _ = in_torch.flow, in_torch.text_encoder, in_torch.vae
         return in_torch
     if device is not None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 
 import mlx.core as mx
@@ -11,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlx_starflow.likelihood.protocol import Part
 from mlx_starflow.model_dir.directory import ModelDirectory
 from mlx_starflow.models.tokenizer import Tokenizer
+from mlx_starflow.pipelines.backend import Backend
 from mlx_starflow.pipelines.results import GenerationSettings
 from mlx_starflow.reference.autoencoder_kl import AutoencoderKL
 from mlx_starflow.reference.loading import load_flow, load_text_encoder, load_vae, parse_device, parse_dtype
@@ -21,10 +19,10 @@ from mlx_starflow.reference.sampling import denoise, sample
 from mlx_starflow.reference.starflow import STARFlow
 from mlx_starflow.reference.t5 import T5Encoder
 from mlx_starflow.reference.tarflow import TarFlow
-from mlx_starflow.sampling import Certificate, SamplingPlan, SamplingTrace
+from mlx_starflow.sampling import SamplingPlan, SamplingTrace
 
 
-class TorchBackend:
+class TorchBackend(Backend[Tensor]):
     """The networks of a model directory in PyTorch, frozen; `mlx_starflow.load(..., backend="torch")` uses it.
 
     In float32 a seed makes the image that MLX makes of it, but for rounding.
@@ -32,10 +30,6 @@ class TorchBackend:
     Attributes:
         device, dtype: where and in what precision the networks run.
     """
-
-    certifies = False
-    low_memory = False
-    adapters: Sequence[tuple[str, float]] = ()
 
     def __init__(
         self,
@@ -71,8 +65,8 @@ class TorchBackend:
     def array(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(self.device)
 
-    def concatenate(self, arrays: Sequence[Tensor]) -> Tensor:
-        return torch.cat(list(arrays))
+    def concatenate(self, arrays: list[Tensor]) -> Tensor:
+        return torch.cat(arrays)
 
     @torch.no_grad()
     def encode_text(self, ids: np.ndarray, mask: np.ndarray) -> Tensor:
@@ -95,11 +89,6 @@ class TorchBackend:
             self.flow, z, text, null_text, guidance, method, attn_temp=attn_temp, progress=progress, trace=trace
         )
 
-    def certify(
-        self, x: Tensor, z: Tensor, text: Tensor, null_text: Tensor, settings: GenerationSettings
-    ) -> Certificate:
-        raise NotImplementedError("certificates need the MLX backend")
-
     def denoise(self, x: Tensor, text: Tensor) -> Tensor:
         return denoise(self.flow, x, text)
 
@@ -111,12 +100,6 @@ class TorchBackend:
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             images = self.vae.decode(unscaled)
         return images.permute(0, 2, 3, 1).float().cpu().numpy()
-
-    def release(self, part: Part) -> None:
-        """Keeps all networks: there is no low-memory mode."""
-
-    def limits(self) -> AbstractContextManager[None]:
-        return nullcontext()
 
     def start_phase(self) -> None:
         if self.device.type == "cuda":

@@ -11,7 +11,6 @@ from mlx_starflow import load
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.media.noise import VideoNoise, draw_noise
 from mlx_starflow.media.videos import VideoWriter
-from mlx_starflow.model_dir.directory import ModelDirectory
 from mlx_starflow.pipelines import VideoPipeline, load_video
 from mlx_starflow.pipelines.video_frames import encode_frames, last_frames
 from mlx_starflow.pipelines.video_requests import read_past_video
@@ -60,7 +59,7 @@ def test_load_knows_what_makes_videos(pipe, tmp_path):
     assert isinstance(pipe, VideoPipeline)
     assert (pipe.format.window, pipe.settings.frames, pipe.settings.fps, pipe.settings.size) == (5, 17, 16, (48, 32))
     with pytest.raises(StarflowError, match="makes pictures, not videos"):
-        load_video(ModelDirectory(write_image_model(tmp_path)))
+        load_video(write_image_model(tmp_path))
 
 
 def test_a_video(pipe):

@@ -153,7 +153,7 @@ def generate(
     )
     pipe = opened.image_pipeline if isinstance(opened, VideoPipeline) else opened
     if not isinstance(pipe, ImagePipeline):
-        raise StarflowError(f"{model} does not read prompts: use load_flow and sample in Python")
+        raise StarflowError(f"{opened.name} does not read prompts: use load_flow and sample in Python")
     settings = GenerationSettings.from_dict({**pipe.settings.to_dict(), **recipe.get("settings", {})}).updated(
         guidance=guidance, temperature=temperature, method=method, attn_temp=attn_temp, denoise=denoise, size=size
     )
@@ -165,16 +165,8 @@ def generate(
             raise StarflowError(f"{load_noise} is not the noise that {source} was made from")
     ranks.agree_on_method(settings.method, pipe)
     start = None if given is None else noise.digest(given)
-    options = (
-        settings.to_dict(),
-        seeds,
-        images,
-        start,
-        steps_dir is not None,
-        batch_size,
-        verify is not False,
-        best_of,
-    )
+    keep_steps, certify = steps_dir is not None, verify is not False
+    options = (settings, seeds, images, best_of, start, keep_steps, batch_size, certify)
     ranks.agree({"prompts": asked, "options": options})
     fits: list[str] = []
     if best_of > 1:
@@ -185,9 +177,9 @@ def generate(
             seed=seeds if isinstance(seeds, int) else None,
             noise=given,
             settings=settings,
-            keep_steps=steps_dir is not None,
+            keep_steps=keep_steps,
             batch_size=batch_size,
-            verify=verify is not False,
+            verify=certify,
             progress=None,
         )
         result = best.result
@@ -200,9 +192,9 @@ def generate(
             images=images,
             noise=given,
             settings=settings,
-            keep_steps=steps_dir is not None,
+            keep_steps=keep_steps,
             batch_size=batch_size,
-            verify=verify is not False,
+            verify=certify,
             progress=None,
         )
     if not ranks.first:
