@@ -30,14 +30,14 @@ from mlx_starflow.model_dir.saving import save_model
 from mlx_starflow.model_dir.weights import load_module, parameters
 from mlx_starflow.models.starflow import FlowConfig
 from mlx_starflow.models.starflow import STARFlow as MLXSTARFlow
-from mlx_starflow.pipelines.pipeline import Pipeline
+from mlx_starflow.pipelines import ImagePipeline
 from mlx_starflow.reference.starflow import STARFlow
 from mlx_starflow.training.data.views import augmented_crops
 
 VIEWS = 3
 
 
-def flow_config(pipe: Pipeline) -> FlowConfig:
+def flow_config(pipe: ImagePipeline) -> FlowConfig:
     return FlowConfig(
         img_size=pipe.config.img_size,
         channel_size=pipe.config.channel_size,
@@ -54,7 +54,7 @@ def flow_config(pipe: Pipeline) -> FlowConfig:
     )
 
 
-def encode(pipe: Pipeline, data: Path) -> tuple[Tensor, Tensor, Tensor]:
+def encode(pipe: ImagePipeline, data: Path) -> tuple[Tensor, Tensor, Tensor]:
     """Latents `[N, VIEWS, H, W, C]`, embeddings of the pictures' names `[N, L, D]` and of no text `[L, D]`."""
     pictures = ImageFolder.read(data, size=128, splits=("train",))
     rng = np.random.default_rng(0)
@@ -102,7 +102,7 @@ def train(views: Tensor, texts: Tensor, null: Tensor, config: FlowConfig, out: P
     )
 
 
-def export(flow: nn.Module, pipe: Pipeline, folder: Path) -> None:
+def export(flow: nn.Module, pipe: ImagePipeline, folder: Path) -> None:
     """Write a model directory: the flow in 8 bits beside the embedded model's text encoder and autoencoder."""
     for part in ("text_encoder", "vae"):
         shutil.copytree(pipe.directory / part, folder / part, dirs_exist_ok=True)

@@ -10,7 +10,7 @@ from helpers.model_directories import write_class_model, write_image_model
 from helpers.tiny_flows import FAMILIES, TinyCase, tiny_case
 
 from mlx_starflow import cpu
-from mlx_starflow.pipelines.picture_flow import PictureFlow, open_picture_flow
+from mlx_starflow.pipelines import ClassPipeline, ImagePipeline, Pipeline, load, load_class_labels
 
 
 @pytest.fixture(scope="session")
@@ -32,18 +32,18 @@ def in_mlx(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def latent_flow(tmp_path_factory: pytest.TempPathFactory) -> PictureFlow:
+def latent_flow(tmp_path_factory: pytest.TempPathFactory) -> ImagePipeline:
     """A text-to-image model of 16 tokens."""
-    return open_picture_flow(write_image_model(tmp_path_factory.mktemp("text") / "model"))
+    return load(write_image_model(tmp_path_factory.mktemp("text") / "model"))
 
 
 @pytest.fixture(scope="session")
-def pixel_flow(tmp_path_factory: pytest.TempPathFactory) -> PictureFlow:
+def pixel_flow(tmp_path_factory: pytest.TempPathFactory) -> ClassPipeline:
     """A TarFlow of 3 classes, trained with Gaussian noise."""
-    return open_picture_flow(write_class_model(tmp_path_factory.mktemp("classes") / "model"))
+    return load_class_labels(write_class_model(tmp_path_factory.mktemp("classes") / "model"))
 
 
 @pytest.fixture(params=["latents", "pixels"])
-def model(request: pytest.FixtureRequest, latent_flow: PictureFlow, pixel_flow: PictureFlow) -> PictureFlow:
+def model(request: pytest.FixtureRequest, latent_flow: ImagePipeline, pixel_flow: ClassPipeline) -> Pipeline:
     """Both of them."""
     return latent_flow if request.param == "latents" else pixel_flow

@@ -25,7 +25,7 @@ from mlx_starflow import load
 from mlx_starflow.media.image_folder import ImageFolder
 from mlx_starflow.media.images import grid, save_image
 from mlx_starflow.media.noise import draw_noise
-from mlx_starflow.pipelines.pipeline import Pipeline
+from mlx_starflow.pipelines import ImagePipeline
 
 PROMPTS = (
     "red apple, slice of pizza, grinning face, cat face, dog face, red heart, purple heart, rocket, sun, rainbow, "
@@ -34,7 +34,7 @@ PROMPTS = (
 ).split(", ")
 
 
-def latents_of(pipe: Pipeline, data: ImageFolder) -> np.ndarray:
+def latents_of(pipe: ImagePipeline, data: ImageFolder) -> np.ndarray:
     """Normalized latents of pictures as they are, `[N, 16, 16, 4]`."""
     parts = []
     for start in range(0, len(data), 32):
@@ -43,7 +43,7 @@ def latents_of(pipe: Pipeline, data: ImageFolder) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def nll(pipe: Pipeline, latents: np.ndarray, names: list[str]) -> str:
+def nll(pipe: ImagePipeline, latents: np.ndarray, names: list[str]) -> str:
     """Mean exact NLL and its standard error over pictures, in nats per latent dimension."""
     noisy = latents + pipe.flow.config.noise_std * draw_noise(range(len(latents)), latents.shape[1:])
     values = []
@@ -56,7 +56,7 @@ def nll(pipe: Pipeline, latents: np.ndarray, names: list[str]) -> str:
     )
 
 
-def likelihood(pipe: Pipeline, train: ImageFolder, held_out: ImageFolder, known: np.ndarray) -> None:
+def likelihood(pipe: ImagePipeline, train: ImageFolder, held_out: ImageFolder, known: np.ndarray) -> None:
     names = [captions[0] for captions in train.captions]
     print(f"NLL of training pictures given their names: {nll(pipe, known, names)}")
     print(f"NLL of training pictures, no prompt:        {nll(pipe, known, [''] * len(names))}")
@@ -64,7 +64,7 @@ def likelihood(pipe: Pipeline, train: ImageFolder, held_out: ImageFolder, known:
     print(f"NLL of held-out pictures given their names: {nll(pipe, latents_of(pipe, held_out), unseen)}")
 
 
-def names_right(pipe: Pipeline, train: ImageFolder, known: np.ndarray, every: int = 8) -> None:
+def names_right(pipe: ImagePipeline, train: ImageFolder, known: np.ndarray, every: int = 8) -> None:
     """How often the training picture nearest to a sample (in the latents) has the name that was asked for."""
     names = [captions[0] for captions in train.captions]
     asked = list(range(0, len(names), every))
@@ -75,7 +75,7 @@ def names_right(pipe: Pipeline, train: ImageFolder, known: np.ndarray, every: in
     print(f"nearest training picture has the name asked for: {right:.1%} of {len(asked)} concepts, seed 1")
 
 
-def draw_grid(pipe: Pipeline, path: Path) -> None:
+def draw_grid(pipe: ImagePipeline, path: Path) -> None:
     shown = pipe.generate(PROMPTS, seed=1, progress=None)
     save_image(grid(shown.images, columns=8), path, pipe.grid_metadata(shown))
     print(f"{path}: {', '.join(PROMPTS)}; seed 1, {pipe.settings}")

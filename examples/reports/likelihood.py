@@ -29,14 +29,13 @@ from PIL import Image
 from mlx_starflow.editing import encode, inpaint, interpolate, read_mask, reprompt
 from mlx_starflow.editing.inpainting import Chain
 from mlx_starflow.editing.maps import noise_to_tokens
-from mlx_starflow.likelihood import Reference, heat_map, score, standard_error, token_nats, with_noise
-from mlx_starflow.likelihood.prompts import fit_of_data, log_likelihoods
+from mlx_starflow.likelihood import CalibrationStatistics, heat_map, score, standard_error, token_nats, with_noise
+from mlx_starflow.likelihood.prompts import log_likelihoods
 from mlx_starflow.media.image_folder import ImageFolder
 from mlx_starflow.media.images import grid, save_image
 from mlx_starflow.media.pixels import crop_image
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
-from mlx_starflow.pipelines.picture_flow import LatentFlow
-from mlx_starflow.pipelines.pipeline import load
+from mlx_starflow.pipelines import ImagePipeline, load
 from mlx_starflow.sampling import GuidedFlow
 
 WHEELS = ("scikit-image==0.26.0", "scikit-learn==1.9.1")
@@ -57,14 +56,14 @@ VIEWS = 8
 class Pictures:
     """Some pictures with their captions and latents."""
 
-    def __init__(self, model: LatentFlow, folder: ImageFolder):
+    def __init__(self, model: ImagePipeline, folder: ImageFolder):
         self.images = [Image.fromarray(picture) for picture in folder.images]
         self.names = [captions[0] for captions in folder.captions]
         self._model = model
 
     @cached_property
     def data(self) -> np.ndarray:
-        return self._model.data(self.images)
+        return self._model.to_data(self.images)
 
     def find(self, name: str) -> Image.Image:
         return self.images[self.names.index(name)]
@@ -74,16 +73,15 @@ class Report:
     """The parts, each a method that prints its figures."""
 
     def __init__(self, folder: Path, pictures: Path, model: str):
-        self.pipe = load(model)
-        self.model = LatentFlow(self.pipe)
+        self.model = load(model)
         self.size = self.model.size
         self.known, self.unseen = (
             Pictures(self.model, ImageFolder.read(folder, size=self.size[0], splits=(split,)))
             for split in ("train", "held_out")
         )
         self.folder = pictures
-        _ = self.model.flow  # dense from here on, for generating too
-        self.reference = Reference.find(self.pipe.directory)
+        self.model.dense_flow()  # from here on, for generating too
+        self.statistics = CalibrationStatistics.find(self.model.directory)
 
     def exactness(self) -> None:
         """The surprise map sums to the NLL, and log-dets are those of the Jacobian."""
@@ -124,7 +122,8 @@ class Report:
                 own = pictures.names[number]
                 others = [name for name in dict.fromkeys(pictures.names) if name != own]
                 asked = [own, *rng.choice(others, captions - 1, replace=False)]
-                fits = fit_of_data(self.model, pictures.data[number : number + 1], asked, draws=max(right))
+                nats = log_likelihoods(self.model, pictures.data[number : number + 1], [*asked, ""], draws=max(right))
+                fits = nats[:, :, :-1] - nats[:, :, -1:]
                 for draws in right:
                     right[draws] += int(fits[:draws].mean(axis=0)[0].argmax() == 0)
             shares = ", ".join(f"{share / len(numbers):.1%} (draws: {draws})" for draws, share in right.items())
@@ -142,7 +141,7 @@ class Report:
             for name in asked:
                 # What `best_of` does, but here all candidates are wanted.
                 seeds = range(100, 100 + candidates)
-                latents = np.array(self.pipe.generate(name, seed=seeds, verify=False, **settings).latents)
+                latents = np.array(self.model.generate(name, seed=seeds, verify=False, **settings).latents)
                 both = log_likelihoods(self.model, latents, [name, ""], draws=8, numbers=[0] * candidates)
                 nats.append(both.mean(axis=0))
                 away = np.sqrt(np.square(latents[:, None] - self.known.data).mean(axis=(2, 3, 4)))
@@ -184,7 +183,7 @@ class Report:
         for kind, images in kinds.items():
             scores = score(self.model, images, draws=2)
             nll[kind] = np.array([each.nll for each in scores])
-            distance[kind] = np.array([self.reference.typicality(each).distance for each in scores])
+            distance[kind] = np.array([self.statistics.typicality(each).distance for each in scores])
             print(
                 f"{kind:<28}{len(images):5} pictures  NLL {nll[kind].mean():8.3f} (5% to 95%: "
                 f"{np.quantile(nll[kind], 0.05):7.3f} to {np.quantile(nll[kind], 0.95):8.3f})  "
@@ -228,7 +227,7 @@ class Report:
                 image = pictures.find(name)
                 result = inpaint(self.model, image, mask, name)
                 scores = score(self.model, [image, result.images[0]], name)
-                deviation = [self.reference.typicality(each, prompted=True).deviation for each in scores]
+                deviation = [self.statistics.typicality(each, prompted=True).deviation for each in scores]
                 deviations.append(deviation[1])
                 start, end = result.trace.nll[[0, -1], 0]
                 print(
@@ -246,7 +245,7 @@ class Report:
     def drift(self, chains: int = 64, steps: int = 16) -> None:
         """Chains that start from the model's own samples must leave their likelihood as it is."""
         flow = self.model.flow
-        shape = (chains, *self.pipe.latent_shape())
+        shape = (chains, *self.model.latent_shape())
         text = self.model.conditions(["red apple", "dog face", "automobile", "tulip"] * (chains // 4))
         z = np.random.default_rng(0).standard_normal(shape, np.float32)
         samples = noise_to_tokens(GuidedFlow(flow, shape, text), flow.tokens(mx.array(z)))

@@ -16,8 +16,11 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_starflow.likelihood.requantize import Comparison, measure, quantize_model, read_pictures
+from mlx_starflow import load
+from mlx_starflow.likelihood.quantization_cost import CaptionedData, Comparison, measure
+from mlx_starflow.media.image_folder import ImageFolder
 from mlx_starflow.model_dir.quantization import QUANTIZATIONS
+from mlx_starflow.model_dir.requantize import quantize_model
 
 
 def main() -> None:
@@ -29,16 +32,18 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=QUANTIZATIONS, default=list(QUANTIZATIONS), metavar="Q")
     args = parser.parse_args()
     print(f"machine: {platform.platform()}, {platform.processor() or platform.machine()}, MLX {mx.__version__}")
-    pictures = read_pictures(args.model, args.pictures, args.limit)
-    original = measure(args.model, pictures, draws=args.draws)
+    pipe = load(args.model, low_memory=True)
+    folder = ImageFolder.read(args.pictures, size=pipe.size[0], splits=("train",)).spread(args.limit)
+    data = CaptionedData.encode(pipe, folder.pil_images(), [captions[0] for captions in folder.captions])
+    original = measure(pipe, data, draws=args.draws)
     print(f"{args.model}: {original.nll}, {args.draws} draws of the noise each")
     mib = original.flow_bytes / 2**20
     print(f"{'flow':<10}{'MiB':>9}{'change of the NLL':>30}   {'block by block, then prior'}")
     print(f"{'as it is':<10}{mib:9.2f}")
     for how in args.only:
         with tempfile.TemporaryDirectory() as scratch:
-            quantize_model(args.model, Path(scratch) / how, how)
-            comparison = Comparison(original, measure(Path(scratch) / how, pictures, draws=args.draws))
+            smaller = load(quantize_model(args.model, Path(scratch) / how, how), low_memory=True)
+            comparison = Comparison(original, measure(smaller, data, draws=args.draws))
         change, mib = comparison.change, comparison.quantized.flow_bytes / 2**20
         parts = " ".join(f"{value:+.5f}" for value in [*change.blocks.mean(axis=0), change.prior.mean()])
         total = f"{change.mean:+.6f} +- {change.standard_error:.6f}"

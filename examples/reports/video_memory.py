@@ -20,7 +20,7 @@ from pathlib import Path
 import mlx.core as mx
 from full_size_run import write_random_model
 
-from mlx_starflow import load
+from mlx_starflow import load_video
 from mlx_starflow.media.videos import VideoWriter
 from mlx_starflow.models.autoencoder_wan import AutoencoderWanConfig
 from mlx_starflow.models.starflow import FlowConfig
@@ -48,7 +48,7 @@ def small_model() -> ModelConfigs:
 
 def run(folder: Path, frames: int) -> None:
     """Make one video and print what it took, as JSON."""
-    pipe = load(folder)
+    pipe = load_video(folder)
     before = mx.get_active_memory()
     began = time.perf_counter()
     stream = pipe.stream("a cat on a sofa", seed=1, frames=frames)

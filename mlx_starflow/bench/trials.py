@@ -14,7 +14,7 @@ from mlx_starflow.model_dir.directory import load_flow
 from mlx_starflow.model_dir.hub import find_model
 from mlx_starflow.models.starflow import STARFlow
 from mlx_starflow.models.tarflow import TarFlow
-from mlx_starflow.pipelines.pipeline import load
+from mlx_starflow.pipelines import load
 from mlx_starflow.sampling import Certificate, GuidedFlow, SamplingOptions, SamplingPlan, SamplingTrace, certify, sample
 from mlx_starflow.sampling.methods import Method
 

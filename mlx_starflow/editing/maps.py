@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_starflow.likelihood.nll import is_dequantized
 from mlx_starflow.models.flow import Flow
@@ -24,7 +25,14 @@ class BlendedFlow(GuidedFlow):
     autoregressive flow: the source's at 0, the target's at 1.
     """
 
-    def __init__(self, flow: Flow, shape: tuple[int, ...], source: mx.array, target: mx.array, strength: Any):
+    def __init__(
+        self,
+        flow: Flow,
+        shape: tuple[int, ...],
+        source: mx.array,
+        target: mx.array,
+        strength: float | Sequence[float],
+    ):
         """`shape` is the noise's; `strength` is one number from 0 on, or one a sample, `[B]`."""
         # Any guidance makes the blocks see both conditions; what is done with them is decided below.
         super().__init__(flow, shape, target, source, SamplingOptions(1.0))
@@ -38,7 +46,7 @@ class BlendedFlow(GuidedFlow):
             between = (mu_source + s * (mu - mu_source), log_sigma_source + s * (log_sigma - log_sigma_source))
             return mx.where(s > 1, beyond[0], between[0]), mx.where(s > 1, beyond[1], between[1])
 
-        self.guidance = Guidance(rule, mx.array(strength, mx.float32).reshape(-1, 1, 1))
+        self.guidance = Guidance(rule, mx.array(np.asarray(strength, np.float32)).reshape(-1, 1, 1))
 
 
 def prior_std(flow: Flow) -> mx.array:

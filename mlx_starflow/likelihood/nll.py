@@ -20,14 +20,14 @@ LEVELS = 256
 
 @dataclass(frozen=True)
 class Nll:
-    """Exact negative log-likelihoods of pictures, in nats per latent dimension, and what they are made of.
+    """Exact negative log-likelihoods of images, in nats per latent dimension, and what they are made of.
 
-    The difference of two `Nll` of the same pictures with the same noise is their paired difference: its standard error
+    The difference of two `Nll` of the same images with the same noise is their paired difference: its standard error
     is that of the change, which is much smaller than that of either.
 
     Attributes:
-        prior: 0.5 mean(z^2) + 0.5 log(2 pi) of each picture, `[B]`.
-        blocks: -mean(log det) of each picture and flow block, data side first, `[B, blocks]`.
+        prior: 0.5 mean(z^2) + 0.5 log(2 pi) of each image, `[B]`.
+        blocks: -mean(log det) of each image and flow block, data side first, `[B, blocks]`.
     """
 
     prior: np.ndarray
@@ -35,7 +35,7 @@ class Nll:
 
     @property
     def total(self) -> np.ndarray:
-        """NLL of each picture, `[B]`."""
+        """NLL of each image, `[B]`."""
         return self.prior + self.blocks.sum(axis=1)
 
     @property
@@ -66,7 +66,7 @@ def training_noise(
 ) -> np.ndarray:
     """Standard normal float32 `[count, *shape]` (NumPy's Philox).
 
-    A picture's noise follows from its number, the draw and the seed alone; pictures are numbered 0, 1, 2 unless
+    An image's noise follows from its number, the draw and the seed alone; images are numbered 0, 1, 2 unless
     `numbers` says otherwise.
     """
     generators = _generators(count, draw, seed, numbers)
@@ -89,7 +89,7 @@ def is_dequantized(flow: Flow) -> bool:
 def bits_per_dimension(nll: float) -> float:
     """Nats per dimension of a dequantized pixel model, whose data lie in -1..1, -> bits per pixel and channel.
 
-    This bounds from above what a lossless code of the 8-bit picture would take (arXiv 1511.01844).
+    This bounds from above what a lossless code of the 8-bit image would take (arXiv 1511.01844).
     """
     return (nll + math.log(LEVELS / 2)) / math.log(2)
 
@@ -115,8 +115,8 @@ def with_noise(
 
 
 def at_once(batch_size: int, shape: Sequence[int]) -> int:
-    """How many data of `shape` `[B, ...]` to take at once: a video counts as many pictures as it has latent frames."""
-    return max(1, batch_size // frame_count(shape))
+    """How many data of `shape` `[B, ...]` to take at once: a video counts as many images as it has latent frames."""
+    return max(1, batch_size // frame_count(tuple(shape)))
 
 
 def unit_of(shape: Sequence[int]) -> str:
@@ -161,12 +161,12 @@ def drawn_nats(
 
     Args:
         flow: the flow.
-        data: without noise, `[B, ...]`: normalized latents, or a TarFlow's pictures.
-        text: condition of each picture: embeddings `[B, L, D]`, or a TarFlow's labels `[B]`.
+        data: without noise, `[B, ...]`: normalized latents, or a TarFlow's images.
+        text: condition of each image: embeddings `[B, L, D]`, or a TarFlow's labels `[B]`.
         draws: of the noise, 1 or more.
         seed: of the noise.
-        batch_size: pictures at once.
-        numbers: of the pictures, from which their noise follows; 0, 1, 2 by default.
+        batch_size: images at once.
+        numbers: of the images, from which their noise follows; 0, 1, 2 by default.
 
     Raises:
         StarflowError: shapes do not fit the flow, there is nothing to score, or the likelihood is not finite.

@@ -21,9 +21,9 @@ from PIL import Image
 
 from mlx_starflow import load_flow
 from mlx_starflow.convert.official import ARGUMENTS
-from mlx_starflow.likelihood.requantize import quantize_model
 from mlx_starflow.model_dir.adapters import Adapter
 from mlx_starflow.model_dir.quantization import quantize_module
+from mlx_starflow.model_dir.requantize import quantize_model
 from mlx_starflow.model_dir.weights import parameters
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
 from mlx_starflow.planning.finetune_memory import Planner, training_plan

@@ -13,8 +13,8 @@ from helpers.model_directories import write_image_model
 from PIL import Image
 
 from mlx_starflow import load, load_flow
-from mlx_starflow.likelihood.requantize import quantize_model
 from mlx_starflow.model_dir.quantization import quantized_layers
+from mlx_starflow.model_dir.requantize import quantize_model
 from mlx_starflow.training.finetuning.adapters import AdapterConfig, adapter_layers, attach, save_adapter
 
 fuse, generate = Command("fuse"), Command("generate")

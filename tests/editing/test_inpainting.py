@@ -16,7 +16,7 @@ from PIL import Image
 from mlx_starflow.editing import Trace, inpaint, read_mask
 from mlx_starflow.editing.inpainting import Chain
 from mlx_starflow.editing.maps import noise_to_tokens
-from mlx_starflow.pipelines.picture_flow import open_picture_flow
+from mlx_starflow.pipelines import load, open_model
 from mlx_starflow.sampling import GuidedFlow
 
 RIGHT = "4,0,4,8"
@@ -38,7 +38,7 @@ def test_what_is_kept_stays(model):
         assert np.array_equal(after[:, :4], before[:, :4])
         assert (after[:, 4:] != before[:, 4:]).any()
     assert (np.asarray(result.images[0]) != np.asarray(result.images[1])).any()
-    assert result.data.shape == model.data([image, image]).shape
+    assert result.data.shape == model.to_data([image, image]).shape
     assert result.trace.accepted.shape == (6, 2) and result.trace.nll.shape == (7, 2)
     assert 0 <= result.trace.rate <= 1
 
@@ -71,7 +71,7 @@ def test_other_sizes(latent_flow):
 
 
 def test_dequantized_pixels(tmp_path):
-    flow = open_picture_flow(write_class_model(tmp_path / "model", noise_type="uniform", num_classes=0))
+    flow = open_model(write_class_model(tmp_path / "model", noise_type="uniform", num_classes=0))
     (image,) = smooth_images(1)
     result = inpaint(flow, image, read_mask(RIGHT, (8, 8)), steps=2, rounds=1)
     assert np.array_equal(np.asarray(result.images[0])[:, :4], np.asarray(image)[:, :4])
@@ -80,10 +80,10 @@ def test_dequantized_pixels(tmp_path):
 def test_low_memory_holds_one_network_at_a_time(latent_flow):
     (image,) = smooth_images(1)
     mask = read_mask(RIGHT, (8, 8))
-    frugal = open_picture_flow(latent_flow.directory, low_memory=True)
+    frugal = load(latent_flow.directory, low_memory=True)
     images = [inpaint(model, image, mask, "a", steps=2, rounds=2).images[0] for model in (frugal, latent_flow)]
     assert np.array_equal(*map(np.asarray, images))
-    assert set(vars(frugal.pipe)) & {"flow", "_text", "vae"} == {"vae"}
+    assert frugal.backend.held == {"vae"}
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_samples_stay_samples(accept):
 
 
 def test_a_first_state_keeps_what_is_kept(model):
-    data = model.data(smooth_images(2))
+    data = model.to_data(smooth_images(2))
     free = np.arange(16) % 4 > 1
     chain = Chain(model.flow, data.shape, model.conditions(["1", ""]), free)
     kept = model.flow.tokens(mx.array(data))
@@ -177,7 +177,7 @@ def test_a_first_state_keeps_what_is_kept(model):
 
 
 def test_states_under_a_condition(model):
-    shape = model.data(smooth_images(1)).shape
+    shape = model.to_data(smooth_images(1)).shape
     chain = Chain(model.flow, shape, model.conditions(["2"]), np.arange(16) < 8)
     assert isinstance(chain.guided, GuidedFlow)
     zeros = mx.zeros(model.flow.tokens(mx.zeros(shape)).shape)
@@ -194,8 +194,8 @@ def test_traces_join_where_they_meet():
 
 @pytest.mark.slow
 def test_the_embedded_model_restores_half_an_apple():
-    model = open_picture_flow("demo")
-    image = model.pipe.generate("red apple", seed=1).images[0]
+    model = load("demo")
+    image = model.generate("red apple", seed=1).images[0]
     result = inpaint(model, image, read_mask("32,0,32,64", (64, 64)), "red apple", steps=10, rounds=2)
     assert result.trace.nll[-1, 0] < result.trace.nll[0, 0]
     difference = np.asarray(result.images[0]).astype(float) - np.asarray(image)

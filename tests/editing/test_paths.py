@@ -10,13 +10,13 @@ from helpers.model_directories import write_class_model
 
 from mlx_starflow.editing import interpolate, reprompt, vary
 from mlx_starflow.editing.paths import slerp
-from mlx_starflow.pipelines.picture_flow import open_picture_flow
+from mlx_starflow.pipelines import open_model
 from mlx_starflow.sampling import denoise, sample
 
 
 def test_reprompt(model):
     (image,) = smooth_images(1)
-    data = model.data([image])[0]
+    data = model.to_data([image])[0]
     edit = reprompt(model, image, "0", "2", [0.0, 0.5, 1.0, 1.5], batch_size=3)
     assert edit.places == [0.0, 0.5, 1.0, 1.5] and len(edit.images) == 4
     np.testing.assert_allclose(edit.data[0], data, atol=1e-3)
@@ -29,12 +29,12 @@ def test_the_same_prompt_gives_the_picture_back(model):
     (image,) = smooth_images(1)
     edit = reprompt(model, image, "1", "1", [0.0, 0.7, 1.0])
     for each in edit.data:
-        np.testing.assert_allclose(each, model.data([image])[0], atol=1e-3)
+        np.testing.assert_allclose(each, model.to_data([image])[0], atol=1e-3)
 
 
 def test_vary(model):
     (image,) = smooth_images(1)
-    data = model.data([image])[0]
+    data = model.to_data([image])[0]
     edit = vary(model, image, "1", [0.0, 0.5, 1.0], images=2, seed=3, batch_size=4)
     assert edit.places == [0.0, 0.5, 1.0] * 2
     for start in (0, 3):
@@ -68,17 +68,17 @@ def test_the_models_own_temperature(latent_flow):
 def test_interpolation_has_the_pictures_at_its_ends(model, prompts):
     first, second = smooth_images(2)
     edit = interpolate(model, first, second, prompts, [0.0, 0.4, 1.0])
-    ends = model.data([first, second])
+    ends = model.to_data([first, second])
     np.testing.assert_allclose(edit.data[[0, 2]], ends, atol=1e-3)
     assert np.abs(edit.data[1] - ends).reshape(2, -1).max(axis=1).min() > 1e-2
 
 
 def test_no_condition_at_all(tmp_path):
-    flow = open_picture_flow(write_class_model(tmp_path / "model", num_classes=0))
+    flow = open_model(write_class_model(tmp_path / "model", num_classes=0))
     first, second = smooth_images(2)
     edit = interpolate(flow, first, second, shares=[0.0, 1.0])
-    np.testing.assert_allclose(edit.data, flow.data([first, second]), atol=1e-3)
-    np.testing.assert_allclose(vary(flow, first, strengths=[0.0]).data, flow.data([first]), atol=1e-3)
+    np.testing.assert_allclose(edit.data, flow.to_data([first, second]), atol=1e-3)
+    np.testing.assert_allclose(vary(flow, first, strengths=[0.0]).data, flow.to_data([first]), atol=1e-3)
     assert "reads no prompts" in message(reprompt, flow, first, "", "")
 
 

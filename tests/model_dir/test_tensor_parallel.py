@@ -23,7 +23,7 @@ from mlx_starflow.model_dir.directory import load_flow
 from mlx_starflow.model_dir.quantization import quantize_module
 from mlx_starflow.model_dir.saving import save_model
 from mlx_starflow.model_dir.tensor_parallel import fingerprint, shard
-from mlx_starflow.pipelines.pipeline import load
+from mlx_starflow.pipelines import load
 from mlx_starflow.training.loop import distributed
 
 HERE = Path(__file__)

@@ -202,13 +202,13 @@ def test_errors(tmp_path):
 
 def test_low_memory_is_chosen_by_the_plan(tmp_path, monkeypatch):
     directory = write_image_model(tmp_path)
-    assert not load(directory).low_memory
+    assert not load(directory).backend.low_memory
     peak = plan(directory).peak()
     for room, low_memory in ((peak, False), (peak - 1, True)):
-        monkeypatch.setattr("mlx_starflow.pipelines.pipeline.available", lambda room=room: room)
-        assert load(directory).low_memory == low_memory
-        assert ("flow" in vars(load(directory))) != low_memory
-    assert not load(directory, low_memory=False).low_memory
+        monkeypatch.setattr("mlx_starflow.pipelines.loading.available", lambda room=room: room)
+        assert load(directory).backend.low_memory == low_memory
+        assert ("flow" in load(directory).backend.held) != low_memory
+    assert not load(directory, low_memory=False).backend.low_memory
 
 
 def test_metal_limits_do_nothing_elsewhere(monkeypatch):

@@ -22,7 +22,7 @@ from mlx_starflow.model_dir.quantization import dequantize_module, quantize_modu
 from mlx_starflow.model_dir.saving import save_model
 from mlx_starflow.model_dir.weights import default_dtype, parameters
 from mlx_starflow.models.starflow import STARFlow
-from mlx_starflow.pipelines.pipeline import Pipeline, load
+from mlx_starflow.pipelines import load
 from mlx_starflow.planning.finetune_memory import BATCH_SIZES, PRECISIONS, RANKS, Choice, Planner
 from mlx_starflow.planning.memory import available
 from mlx_starflow.training.data.batches import split_samples
@@ -217,7 +217,7 @@ def finetune(
     if config.samples:
         shown = held_out if len(held_out) else images
         prompts = [cache.captions[index][0] for index in shown[: config.samples]]
-        pipe: Pipeline = load(folder) if config.kind == "full" else load(model, adapters=[(folder, 1.0)])
+        pipe = load(folder) if config.kind == "full" else load(model, adapters=[(folder, 1.0)])
         made = pipe.generate(prompts, seed=config.seed, verify=False)
         save_image(grid(made.images), out / "grid.png", pipe.grid_metadata(made))
         report(f"{out / 'grid.png'}: {', '.join(prompts)}; seed {config.seed}")

@@ -1,9 +1,8 @@
-"""Text to pictures in PyTorch: the twin of `pipeline.Pipeline`, from the same models and the same noise."""
+"""The PyTorch backend: the same models from the same noise by the PyTorch reference networks."""
 
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -12,39 +11,39 @@ from torch import Tensor
 
 from mlx_starflow.model_dir.directory import ModelDirectory
 from mlx_starflow.models.tokenizer import Tokenizer
+from mlx_starflow.pipelines.backend import Backend
 from mlx_starflow.pipelines.results import GenerationSettings
-from mlx_starflow.pipelines.text_to_picture import TextToPicture
 from mlx_starflow.reference.autoencoder_kl import AutoencoderKL
 from mlx_starflow.reference.loading import load_flow, load_text_encoder, load_vae, parse_device, parse_dtype
 from mlx_starflow.reference.sampling import denoise, sample
 from mlx_starflow.reference.starflow import STARFlow
 from mlx_starflow.reference.t5 import T5Encoder
+from mlx_starflow.reference.tarflow import TarFlow
+from mlx_starflow.sampling import SamplingPlan, SamplingTrace
 
 
-class TorchPipeline(TextToPicture[Tensor]):
-    """A flow with its text encoder and its autoencoder in PyTorch; `mlx_starflow.load(..., backend="torch")` makes one.
+class TorchBackend(Backend[Tensor]):
+    """The networks of a model directory in PyTorch, frozen; `mlx_starflow.load(..., backend="torch")` uses it.
 
-    In float32 a seed makes the picture that `Pipeline` makes of it, but for rounding. Method "auto" is sequential.
+    In float32 a seed makes the image that MLX makes of it, but for rounding.
 
     Attributes:
-        flow, text_encoder, tokenizer, vae: the networks, frozen.
-        device, dtype: where and in what precision they run.
+        device, dtype: where and in what precision the networks run.
     """
 
     def __init__(
         self,
-        name: str,
         model: ModelDirectory,
         *,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | mx.Dtype | None = None,
     ):
-        super().__init__(name, model)
+        self.directory = model.path
         self.device = parse_device(device)
         self.dtype = parse_dtype(dtype, self.device)
 
     @cached_property
-    def flow(self) -> STARFlow:
+    def flow(self) -> STARFlow | TarFlow:
         return load_flow(self.directory, self.device, self.dtype)
 
     @cached_property
@@ -63,38 +62,51 @@ class TorchPipeline(TextToPicture[Tensor]):
     def vae(self) -> AutoencoderKL:
         return load_vae(self.directory / "vae", self.device, self.dtype)
 
-    def _array(self, values: np.ndarray) -> Tensor:
+    def array(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(self.device)
 
-    def _concatenate(self, arrays: list[Tensor]) -> Tensor:
+    def concatenate(self, arrays: list[Tensor]) -> Tensor:
         return torch.cat(arrays)
 
     @torch.no_grad()
-    def _encode(self, ids: np.ndarray, mask: np.ndarray) -> Tensor:
-        return self.text_encoder.encode(self._array(ids), self._array(mask))
+    def encode_text(self, ids: np.ndarray, mask: np.ndarray) -> Tensor:
+        return self.text_encoder.encode(self.array(ids), self.array(mask))
 
-    def _invert(self, z: Tensor, text: Tensor, null_text: Tensor, settings: GenerationSettings, **how: Any) -> Tensor:
-        method = "sequential" if settings.method == "auto" else settings.method
-        return sample(self.flow, z, text, null_text, settings.guidance, method, attn_temp=settings.attn_temp, **how)
+    def invert(
+        self,
+        z: Tensor,
+        text: Tensor,
+        null_text: Tensor,
+        settings: GenerationSettings,
+        method: str | SamplingPlan,
+        progress: bool | None,
+        trace: SamplingTrace,
+    ) -> Tensor:
+        # A sampling plan is about MLX's speed.
+        method = "sequential" if isinstance(method, SamplingPlan) else method
+        guidance, attn_temp = settings.guidance, settings.attn_temp
+        return sample(
+            self.flow, z, text, null_text, guidance, method, attn_temp=attn_temp, progress=progress, trace=trace
+        )
 
-    def _denoise(self, x: Tensor, text: Tensor) -> Tensor:
+    def denoise(self, x: Tensor, text: Tensor) -> Tensor:
         return denoise(self.flow, x, text)
 
     @torch.inference_mode()
-    def _pictures(self, latents: Tensor) -> np.ndarray:
+    def decode(self, latents: Tensor) -> np.ndarray:
         # The flow speaks float32; the decoder its own precision. It takes channels first.
         unscaled = self.vae.unscale(latents.permute(0, 3, 1, 2)).to(self.dtype)
         # By default CUDA's convolutions round float32 to TF32, which keeps ten bits of the mantissa.
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            pictures = self.vae.decode(unscaled)
-        return pictures.permute(0, 2, 3, 1).float().cpu().numpy()
+            images = self.vae.decode(unscaled)
+        return images.permute(0, 2, 3, 1).float().cpu().numpy()
 
-    def _start_phase(self) -> None:
+    def start_phase(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
 
-    def _finish_phase(self) -> int | None:
+    def finish_phase(self) -> int | None:
         if self.device.type != "cuda":
             return None
         torch.cuda.synchronize(self.device)
