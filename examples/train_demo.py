@@ -24,6 +24,7 @@ import mlx.core as mx
 import numpy as np
 import torch
 from torch import Tensor
+from torch_training import TextFlow, autoencoder_loss, flow_loss, run
 
 from mlx_starflow.media.image_folder import ImageFolder
 from mlx_starflow.model_dir.quantization import quantize_module
@@ -38,7 +39,6 @@ from mlx_starflow.reference.autoencoder_kl import AutoencoderKL
 from mlx_starflow.reference.sampling import sample
 from mlx_starflow.reference.starflow import STARFlow
 from mlx_starflow.reference.t5 import T5Encoder
-from mlx_starflow.reference.training import TextFlow, autoencoder_loss, flow_loss, run
 from mlx_starflow.training.data.views import augmented_crops
 from mlx_starflow.training.recipes.presets import get_preset
 from mlx_starflow.training.recipes.text import train_tokenizer

@@ -21,6 +21,7 @@ import mlx.core as mx
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch_training import run
 
 from mlx_starflow import load
 from mlx_starflow.media.image_folder import ImageFolder
@@ -31,7 +32,6 @@ from mlx_starflow.models.starflow import FlowConfig
 from mlx_starflow.models.starflow import STARFlow as MLXSTARFlow
 from mlx_starflow.pipelines.pipeline import Pipeline
 from mlx_starflow.reference.starflow import STARFlow
-from mlx_starflow.reference.training import run
 from mlx_starflow.training.data.views import augmented_crops
 
 VIEWS = 3

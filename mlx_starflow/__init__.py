@@ -11,7 +11,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from mlx_starflow.cpu import blas
+from mlx_starflow import cpu
 
 if TYPE_CHECKING:
     from mlx_starflow.model_dir.directory import load_flow as load_flow
@@ -23,12 +23,12 @@ __all__ = ["__version__", "load", "load_flow", "sample"]
 
 _HOMES = {"load": "pipelines.pipeline", "load_flow": "model_dir.directory", "sample": "sampling"}
 
-blas.install()
+cpu.install()
 
 
 def __getattr__(name: str) -> Any:
     # Loaded on first use: `mlx-starflow --help` and converters need not wait for MLX.
     if name in _HOMES:
-        blas.check()
+        cpu.check()
         return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,7 +9,7 @@ from helpers.golden import Golden, load_golden
 from helpers.model_directories import write_class_model, write_image_model
 from helpers.tiny_flows import FAMILIES, TinyCase, tiny_case
 
-from mlx_starflow.cpu import native
+from mlx_starflow import cpu
 from mlx_starflow.pipelines.picture_flow import PictureFlow, open_picture_flow
 
 
@@ -28,7 +28,7 @@ def tiny(request: pytest.FixtureRequest) -> TinyCase:
 @pytest.fixture
 def in_mlx(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sampling computes in MLX, as on a Mac, even where there is C++ for it."""
-    monkeypatch.setattr(native, "available", lambda: False)
+    monkeypatch.setattr(cpu, "has_fast_networks", lambda: False)
 
 
 @pytest.fixture(scope="session")

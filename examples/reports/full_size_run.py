@@ -28,7 +28,7 @@ from mlx_starflow.model_dir.saving import save_model
 from mlx_starflow.model_dir.weights import parameters
 from mlx_starflow.models.starflow import STARFlow
 from mlx_starflow.planning.memory import ModelConfigs, plan
-from mlx_starflow.sampling import GuidedFlow, sequential
+from mlx_starflow.sampling import GuidedFlow, SamplingOptions, sequential
 from mlx_starflow.training.recipes.text import train_tokenizer
 
 PROMPT = "a corgi in the snow"
@@ -84,11 +84,11 @@ def begin_sampling(
     """Load the flow and sample its first tokens: the flow, and the bytes of the deep block's KV cache."""
     with phase(f"flow: first {TOKENS} tokens of the deep block", expected):
         flow = load_flow(folder)
-        guided = GuidedFlow(flow, z.shape, text, null, guidance)
+        guided = GuidedFlow(flow, z.shape, text, null, SamplingOptions(guidance))
         tokens = flow.noise_tokens(z)
         decoder = guided.decoder(len(flow.blocks) - 1, 1, tokens.shape[1])
-        z = decoder.own(tokens[:, :TOKENS])
-        for _ in sequential.invert(decoder, z, decoder.arrays.array(z), 0):
+        z = tokens[:, :TOKENS]
+        for _ in sequential.invert(decoder, z, mx.array(z), 0):
             pass
     return flow, decoder.network.cache_bytes
 

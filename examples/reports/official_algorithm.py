@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mlx_starflow.reference.rope import rotate
-from mlx_starflow.reference.sampling import METHODS, BlockDecoder, Guidance, guide, invert_block
+from mlx_starflow.reference.sampling import METHODS, BlockDecoder, Guidance, invert_block, starflow_guidance
 from mlx_starflow.reference.starflow import STARFlow
 from mlx_starflow.reference.transformer import causal_mask
 from mlx_starflow.sampling.methods import JacobiSettings
@@ -82,8 +82,8 @@ def sample(
         if block.is_identity:
             evaluations.append(0)
             continue
-        rule = Guidance(guide, guidance) if condition.guided else None
-        decoder = OfficialDecoder(block, batch, length, conditions.rope_frequencies, condition, rule)
+        combined = Guidance(starflow_guidance, guidance) if condition.guided else None
+        decoder = OfficialDecoder(block, batch, length, conditions.rope_frequencies, condition, combined)
         tokens = invert_block(decoder, tokens, settings)
         evaluations.append(decoder.evaluations)
     return flow.latents(tokens, z.shape), evaluations

@@ -28,6 +28,7 @@ import numpy as np
 import official_algorithm
 import torch
 
+from mlx_starflow import cpu
 from mlx_starflow.bench.contenders import (
     Contender,
     Measurement,
@@ -38,7 +39,6 @@ from mlx_starflow.bench.contenders import (
 )
 from mlx_starflow.bench.products import WeightProducts
 from mlx_starflow.bench.trials import PROMPTS, Task, prepare
-from mlx_starflow.cpu import blas, native
 from mlx_starflow.media.noise import draw_noise
 from mlx_starflow.model_dir.quantization import dequantize_module
 from mlx_starflow.model_dir.weights import parameters
@@ -46,7 +46,14 @@ from mlx_starflow.models.starflow import FlowConfig, STARFlow
 from mlx_starflow.planning.traffic import READ_ONCE, evaluation_bytes
 from mlx_starflow.reference.sampling import sample as sample_in_torch
 from mlx_starflow.reference.starflow import STARFlow as TorchSTARFlow
-from mlx_starflow.sampling import GuidedFlow, JacobiSettings, SamplingPlan, SamplingTrace, SequentialSettings
+from mlx_starflow.sampling import (
+    GuidedFlow,
+    JacobiSettings,
+    SamplingOptions,
+    SamplingPlan,
+    SamplingTrace,
+    SequentialSettings,
+)
 from mlx_starflow.sampling.tuning import describe, tune
 
 GUIDANCE = 2.5
@@ -271,19 +278,19 @@ def cost_by_position(flow: STARFlow, steps: int, rounds: int) -> float:
     costs than its bytes, weights and cache, do."""
     task = random_pictures(flow, 1)
     block, index = flow.blocks[-1], len(flow.blocks) - 1
-    guided = GuidedFlow(flow, task.z.shape, task.text, task.null_text, task.guidance)
+    guided = GuidedFlow(flow, task.z.shape, task.text, task.null_text, SamplingOptions(task.guidance))
     starts = (min(NEAR, task.length - steps), task.length - steps)
     decoders = [filled(guided, index, flow.tokens(task.z), start) for start in starts]
-    z = decoders[0].own(flow.tokens(task.z))
-    x = decoders[0].arrays.array(z)
+    z = flow.tokens(task.z)
+    x = mx.array(z)
     seconds: list[list[float]] = [[], []]
     for number in range(rounds + 1):
         for start, decoder, times in zip(starts, decoders, seconds, strict=True):
             began = time.perf_counter()
             for n in range(start, start + steps):
                 x[:, n : n + 1] = decoder.invert(x, z, n, n + 1)
-                decoder.launch(x)
-            decoder.evaluate(x)
+                mx.async_eval(x)
+            mx.eval(x)
             if number:  # the first is to warm up
                 times.append((time.perf_counter() - began) / steps)
             decoder.trim(steps)
@@ -305,7 +312,7 @@ def filled(guided: GuidedFlow, index: int, x: mx.array, start: int) -> object:
     """A decoder that knows the tokens before number `start`, fed a few at a time to save memory."""
     decoder = guided.decoder(index, 1, x.shape[1])
     for begin in range(decoder.first, start, NEAR):
-        decoder.evaluate(*decoder.predict(decoder.own(x), begin, min(begin + NEAR, start)))
+        mx.eval(decoder.predict(x, begin, min(begin + NEAR, start)))
     return decoder
 
 
@@ -359,9 +366,9 @@ def main() -> None:
     args = parser.parse_args()
     chosen = [f"{name}={os.environ[name]}" for name in THREADS if name in os.environ]
     print(platform.platform(), platform.processor() or platform.machine(), os.cpu_count(), "CPUs", *chosen)
-    layers = f", networks in C++, {native.threads()} threads" if native.available() else ""
+    layers = f", networks in C++, {cpu.network_threads()} threads" if cpu.has_fast_networks() else ""
     theirs = f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads"
-    print(f"MLX {mx.__version__}, {blas.describe()}{layers}; {theirs}")
+    print(f"MLX {mx.__version__}, {cpu.describe()}{layers}; {theirs}")
     flow = random_flow(args.width, args.layers, args.side, args.text)
     random = compare("Random weights", random_pictures(flow, args.tune), args.rounds)
     trained = None

@@ -22,7 +22,7 @@ from full_size_run import write_random_model
 
 from mlx_starflow import load
 from mlx_starflow.media.videos import VideoWriter
-from mlx_starflow.models.autoencoder_wan.network import AutoencoderWanConfig
+from mlx_starflow.models.autoencoder_wan import AutoencoderWanConfig
 from mlx_starflow.models.starflow import FlowConfig
 from mlx_starflow.models.t5 import T5Config
 from mlx_starflow.planning.memory import ModelConfigs

@@ -11,6 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_starflow import cpu
 from mlx_starflow.bench.contenders import (
     Contender,
     Measurement,
@@ -21,7 +22,6 @@ from mlx_starflow.bench.contenders import (
 )
 from mlx_starflow.bench.products import WeightProducts
 from mlx_starflow.bench.trials import PROMPTS, Task, Trials, prepare
-from mlx_starflow.cpu import blas
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.model_dir.weights import default_dtype, parse_dtype
 from mlx_starflow.sampling.methods import METHODS
@@ -221,7 +221,7 @@ def bench(
     about = {
         "model": str(model),
         "machine": f"{platform.processor() or platform.machine()}, {platform.system()}",
-        "mlx": f"{version('mlx')} on the {mx.default_device().type.name.upper()}, BLAS {blas.describe()}",
+        "mlx": f"{version('mlx')} on the {mx.default_device().type.name.upper()}, BLAS {cpu.describe()}",
         "dtype": str(dtype).rpartition(".")[2],
         "pictures": task.images,
         "tokens": task.length,

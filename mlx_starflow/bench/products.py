@@ -12,10 +12,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_starflow.cpu import native
-from mlx_starflow.models.flow import Condition
-from mlx_starflow.models.starflow import STARFlow
-from mlx_starflow.models.tarflow import TarFlow
+from mlx_starflow import cpu
+from mlx_starflow.models.flow import Condition, Flow
 from mlx_starflow.planning.traffic import READ_ONCE, evaluation_bytes
 
 IN_A_ROW = 3
@@ -28,7 +26,7 @@ class WeightProducts:
     a row for each block, so that the caches of a processor hold what they hold while sampling.
     """
 
-    def __init__(self, flow: STARFlow | TarFlow, rows: Sequence[int], rounds: int = 5):
+    def __init__(self, flow: Flow, rows: Sequence[int], rounds: int = 5):
         """`rows` are the sequences that each block sees at once, data side first, see `Task.rows`."""
         self.flow, self.rows, self.rounds = flow, list(rows), rounds
         self.bytes = [evaluation_bytes(block) for block in flow.blocks]
@@ -69,7 +67,7 @@ class WeightProducts:
     def _products(self, index: int, tokens: int) -> Callable[[], Callable[[], None]]:
         """What prepares the products of one evaluation of a block, and gives what computes them."""
         block, rows = self.flow.blocks[index], self.rows[index]
-        if network := native.network(block, rows, 1, None, Condition(), 1.0):
+        if network := cpu.fast_network(block, rows, 1, None, Condition(), 1.0):
             return lambda: partial(network.multiply, tokens)
         layers, inputs = self._layers[index], self._inputs(index, tokens)
         mx.eval(inputs)

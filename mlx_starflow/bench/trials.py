@@ -15,7 +15,7 @@ from mlx_starflow.model_dir.hub import find_model
 from mlx_starflow.models.starflow import STARFlow
 from mlx_starflow.models.tarflow import TarFlow
 from mlx_starflow.pipelines.pipeline import load
-from mlx_starflow.sampling import Certificate, GuidedFlow, SamplingPlan, SamplingTrace, certify, sample
+from mlx_starflow.sampling import Certificate, GuidedFlow, SamplingOptions, SamplingPlan, SamplingTrace, certify, sample
 from mlx_starflow.sampling.methods import Method
 
 PROMPTS = ("a red apple", "a cat face", "a rocket", "a slice of pizza")
@@ -50,7 +50,7 @@ class Task:
 
     def rows(self) -> list[int]:
         """Sequences that each block sees at once, data side first: the samples, and twice as many where guided."""
-        guided = GuidedFlow(self.flow, self.z.shape, self.text, self.null_text, self.guidance)
+        guided = GuidedFlow(self.flow, self.z.shape, self.text, self.null_text, SamplingOptions(self.guidance))
         return [self.images * (2 if condition.guided else 1) for condition in guided.conditions.blocks]
 
     def sample(self, method: Method) -> tuple[mx.array, list[int]]:

@@ -32,6 +32,7 @@ from mlx_starflow.errors import StarflowError
 from mlx_starflow.likelihood.nll import noise_and_nats, with_noise
 from mlx_starflow.media.images import to_images
 from mlx_starflow.media.pixels import crop_image, scale_pixels
+from mlx_starflow.models.flow import Flow
 from mlx_starflow.pipelines.picture_flow import PictureFlow, picture_flow
 from mlx_starflow.pipelines.pipeline import Pipeline
 from mlx_starflow.sampling import GuidedFlow
@@ -172,7 +173,7 @@ def _round(
 class Chain:
     """Metropolis-Hastings over the free tokens of noisy data; a batch is as many independent chains."""
 
-    def __init__(self, flow: Any, shape: tuple[int, ...], condition: mx.array | None, free: np.ndarray):
+    def __init__(self, flow: Flow, shape: tuple[int, ...], condition: mx.array | None, free: np.ndarray):
         """`shape` `[B, ...]` is the data's, `free` `[N]` says which tokens change."""
         self.flow, self.shape, self.condition = flow, shape, condition
         self.free, self.mask = free, mx.array(free)[None, :, None]

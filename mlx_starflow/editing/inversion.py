@@ -23,7 +23,7 @@ from mlx_starflow.media.noise import KEY
 from mlx_starflow.pipelines.picture_flow import PictureFlow, picture_flow
 from mlx_starflow.pipelines.pipeline import Pipeline
 from mlx_starflow.pipelines.video_requests import VideoModel
-from mlx_starflow.sampling import GuidedFlow
+from mlx_starflow.sampling import GuidedFlow, SamplingOptions
 from mlx_starflow.sampling.sampler import progress_off
 
 METADATA_KEY = "mlx-starflow"
@@ -200,7 +200,11 @@ def _batches(
             text = null = None
             if conditions is not None:
                 text, null = conditions[part], conditions[-1:]
-            yield part, GuidedFlow(model.flow, (part.stop - start, *shape[1:]), text, null, guidance), text
+            yield (
+                part,
+                GuidedFlow(model.flow, (part.stop - start, *shape[1:]), text, null, SamplingOptions(guidance)),
+                text,
+            )
             bar.update(part.stop - start)
 
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.models.flow import frame_count
-from mlx_starflow.models.tarflow import TarFlow
+from mlx_starflow.models.flow import Flow, frame_count
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
@@ -80,12 +78,12 @@ def _generators(count: int, draw: int, seed: int, numbers: Sequence[int] | None)
     return [np.random.Generator(np.random.Philox([seed, draw, number])) for number in numbers]
 
 
-def is_dequantized(flow: Any) -> bool:
+def is_dequantized(flow: Flow) -> bool:
     """Whether a flow's data are pixels made continuous by uniform noise within each of their 256 levels.
 
     Of such a flow alone the likelihood says something about the pixels themselves: see `bits_per_dimension`.
     """
-    return getattr(flow.config, "noise_type", "gaussian") == "uniform"
+    return flow.noise_type == "uniform"
 
 
 def bits_per_dimension(nll: float) -> float:
@@ -97,7 +95,7 @@ def bits_per_dimension(nll: float) -> float:
 
 
 def with_noise(
-    flow: Any, data: np.ndarray, draw: int, seed: int = 0, numbers: Sequence[int] | None = None
+    flow: Flow, data: np.ndarray, draw: int, seed: int = 0, numbers: Sequence[int] | None = None
 ) -> np.ndarray:
     """Data `[B, ...]` with the noise that the flow was trained with: what it knows the density of.
 
@@ -126,19 +124,16 @@ def unit_of(shape: Sequence[int]) -> str:
     return "video" if len(shape) == 5 else "picture"
 
 
-def noise_and_nats(flow: Any, x: mx.array, text: mx.array | None = None) -> tuple[mx.array, np.ndarray]:
+def noise_and_nats(flow: Flow, x: mx.array, text: mx.array | None = None) -> tuple[mx.array, np.ndarray]:
     """One pass through the flow: standard normal tokens `[B, N, C]` in data order, and `token_nats`."""
     out = flow(x, text)
-    if isinstance(flow, TarFlow):
-        # With learned variances the prior is N(0, var).
-        z, constant = flow.standardize(out.z), HALF_LOG_2PI + 0.5 * mx.log(flow.var.astype(mx.float32))
-    else:
-        z, constant = flow.tokens(out.z), HALF_LOG_2PI
+    z = flow.output_tokens(out.z) / mx.sqrt(flow.prior_variance)
+    constant = HALF_LOG_2PI + 0.5 * mx.log(flow.prior_variance)
     parts = [0.5 * mx.square(z) + constant, *(-flow.tokens(log_det) for log_det in out.block_log_dets)]
     return z, np.array(mx.stack([part.sum(axis=-1) for part in parts], axis=1)).astype(np.float64)
 
 
-def token_nats(flow: Any, x: mx.array, text: mx.array | None = None) -> np.ndarray:
+def token_nats(flow: Flow, x: mx.array, text: mx.array | None = None) -> np.ndarray:
     """-log p(x | text) in nats, by part and token: float64 `[B, 1 + blocks, N]`, tokens in data order.
 
     Part 0 is the prior's, 0.5 z^2 + 0.5 log(2 pi) summed over a token's dimensions; the others are -log|det dz/dx| of
@@ -153,7 +148,7 @@ def token_nats(flow: Any, x: mx.array, text: mx.array | None = None) -> np.ndarr
 
 
 def drawn_nats(
-    flow: Any,
+    flow: Flow,
     data: np.ndarray | mx.array,
     text: mx.array | None = None,
     *,
@@ -194,7 +189,7 @@ def drawn_nats(
 
 
 def exact_nll(
-    flow: Any,
+    flow: Flow,
     latents: np.ndarray | mx.array,
     text: mx.array | None = None,
     *,

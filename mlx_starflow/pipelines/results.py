@@ -10,7 +10,7 @@ from PIL import Image
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.sampling.certificate import Certificate
-from mlx_starflow.sampling.guided import check_guidance
+from mlx_starflow.sampling.guidance import SamplingOptions
 from mlx_starflow.sampling.methods import METHODS
 
 
@@ -36,7 +36,7 @@ class GenerationSettings:
     size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        check_guidance(self.guidance, self.attn_temp)
+        SamplingOptions(self.guidance, self.attn_temp)  # its errors
         if self.method not in ("auto", *METHODS):
             raise StarflowError(
                 f"unknown sampling method {self.method!r}; it must be one of {', '.join(['auto', *METHODS])}"

@@ -16,7 +16,7 @@ from mlx_starflow.media.buckets import RATIOS, bucket_size, closest_ratio
 from mlx_starflow.media.image_files import read_image
 from mlx_starflow.media.noise import check_seeds
 from mlx_starflow.media.videos import read_video
-from mlx_starflow.models.autoencoder_wan.network import AutoencoderWan, AutoencoderWanConfig
+from mlx_starflow.models.autoencoder_wan import AutoencoderWan, AutoencoderWanConfig
 from mlx_starflow.pipelines.mlx_model import MLXModel
 from mlx_starflow.pipelines.results import GenerationStats
 from mlx_starflow.pipelines.video_results import Given, VideoSettings

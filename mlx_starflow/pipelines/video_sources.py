@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from mlx_starflow.media.pixels import crop_image, scale_pixels
-from mlx_starflow.models.autoencoder_wan.network import AutoencoderWan
+from mlx_starflow.models.autoencoder_wan import AutoencoderWan
 
 
 def encode_frames(

@@ -9,7 +9,7 @@ from helpers.tiny_flows import tiny_case
 
 from mlx_starflow.editing.maps import BlendedFlow, cleaned, from_noise, to_noise
 from mlx_starflow.models.tarflow import TarFlow
-from mlx_starflow.sampling import GuidedFlow, denoise, sample
+from mlx_starflow.sampling import GuidedFlow, SamplingOptions, denoise, sample
 
 
 def close(first: mx.array, second: mx.array, tolerance: float = 2e-4) -> bool:
@@ -68,7 +68,7 @@ def test_each_sample_can_have_its_own_strength(reading):
 
 def test_guided_maps_are_invertible(reading):
     null = mx.array([-1]) if isinstance(reading.flow, TarFlow) else reading.null_text
-    guided = GuidedFlow(reading.flow, reading.x.shape, conditions(reading)[0], null, 1.0)
+    guided = GuidedFlow(reading.flow, reading.x.shape, conditions(reading)[0], null, SamplingOptions(1.0))
     z = to_noise(guided, reading.x)
     assert not close(z, reading.noise(reading.flow(reading.x, conditions(reading)[0]).z), 1e-3)
     assert close(from_noise(guided, z), reading.x)

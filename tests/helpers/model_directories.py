@@ -19,7 +19,7 @@ from mlx_starflow.model_dir.files import load_weights, read_config
 from mlx_starflow.model_dir.saving import save_model
 from mlx_starflow.model_dir.weights import parameters
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
-from mlx_starflow.models.autoencoder_wan.network import AutoencoderWan, AutoencoderWanConfig
+from mlx_starflow.models.autoencoder_wan import AutoencoderWan, AutoencoderWanConfig
 from mlx_starflow.models.starflow import STARFlow
 from mlx_starflow.models.t5 import T5Config, T5Encoder
 

@@ -84,7 +84,7 @@ class TinyCase:
 
     def noise(self, z: mx.array) -> mx.array:
         """`flow(x).z` as `sample` takes it."""
-        return self.flow.standardize(z) if isinstance(self.flow, TarFlow) else z
+        return self.flow.standardize(z)
 
 
 def tiny_flow(family: str = "image", **changes: object) -> STARFlow | TarFlow:

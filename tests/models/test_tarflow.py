@@ -134,10 +134,10 @@ def test_official_arguments():
     [
         ({"rope": 1}, "unknown key rope"),
         ({"blocks": None}, "missing key blocks"),
-        ({"blocks": 0}, "blocks must be a whole number of at least 1, not 0"),
+        ({"blocks": 0}, "blocks must be a positive integer, not 0"),
         ({"img_size": 9}, "img_size 9 is no multiple of patch_size 2"),
         ({"channels": 100}, "channels 100 is no multiple of head_dim 64"),
-        ({"layers_per_block": "1 1"}, "layers_per_block must be a whole number"),
+        ({"layers_per_block": "1 1"}, "layers_per_block must be a positive integer"),
     ],
 )
 def test_config_mistakes_are_named(change, message):

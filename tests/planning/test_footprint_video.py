@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import pytest
 
-from mlx_starflow.models.autoencoder_wan.network import AutoencoderWan, AutoencoderWanConfig
+from mlx_starflow.models.autoencoder_wan import AutoencoderWan, AutoencoderWanConfig
 from mlx_starflow.planning.footprint.autoencoder_wan import decode_video, encode_video
 
 STATISTICS = {"latents_mean": (0.0,) * 4, "latents_std": (1.0,) * 4, "z_dim": 4, "num_res_blocks": 1}

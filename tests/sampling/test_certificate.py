@@ -31,7 +31,7 @@ def test_without_guidance_it_is_the_flow(tiny):
         ("t2i_shifted", "reverse_cfg", {"guidance": 2.5}),
         ("tarflow", "reverse_cfg", {"guidance": 1.5}),
         ("tarflow", "reverse_cfg_annealed", {"guidance": 1.5, "annealed_guidance": True}),
-        ("tarflow", "reverse_cfg_b", {"guidance": 1.5, "guide_what": "b"}),
+        ("tarflow", "reverse_cfg_b", {"guidance": 1.5, "guidance_target": "b"}),
         ("tarflow", "reverse_cfg_attn_temp_0.7", {"guidance": 0.8, "attn_temp": 0.7}),
     ],
 )
@@ -42,7 +42,7 @@ def test_the_official_samples_are_right(golden, case, kind, options):
     assert certificate.max < 1e-3
     assert certificate.rms < certificate.max
     # And it is this guidance that they are samples of.
-    wrong = {**options, "guidance": options.get("guidance", 0.0) + 0.5, "guide_what": "ab"}
+    wrong = {**options, "guidance": options.get("guidance", 0.0) + 0.5, "guidance_target": "ab"}
     null = golden.get("y_null")
     assert certify(golden.flow, golden[kind], golden["noise"], golden["y"], null, **wrong).max > 1e-2
 

@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 from helpers.tiny_flows import tiny_case
 
-from mlx_starflow.sampling import GuidedFlow, JacobiSettings, RollingSettings, SamplingTrace, SequentialSettings, sample
+from mlx_starflow.sampling import (
+    GuidedFlow,
+    JacobiSettings,
+    RollingSettings,
+    SamplingOptions,
+    SamplingTrace,
+    SequentialSettings,
+    sample,
+)
 from mlx_starflow.sampling.sampler import invert_block
 
 EVERY = [
@@ -22,7 +30,7 @@ EVERY = [
 def guided(tiny, weight: float = 0.7) -> GuidedFlow:
     shape = tiny.noise(tiny.flow(tiny.x, tiny.text).z).shape
     can = tiny.text is not None and (tiny.null_text is not None or "class_embed" in tiny.flow.blocks[0])
-    return GuidedFlow(tiny.flow, shape, tiny.text, tiny.null_text, weight if can else 0.0)
+    return GuidedFlow(tiny.flow, shape, tiny.text, tiny.null_text, SamplingOptions(weight if can else 0.0))
 
 
 def block_noise(tiny, key: int = 0) -> mx.array:

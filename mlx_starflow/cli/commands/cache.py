@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mlx_starflow import cpu
 from mlx_starflow.cli.options.interrupt import resumable
-from mlx_starflow.cpu import blas
 from mlx_starflow.model_dir.precision import DTYPES
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def cache(
         caption_column=caption_column,
         seed=seed,
     )
-    blas.hint_if_slow()
+    cpu.hint_if_slow()
     with resumable("stopped: the same command goes on where this one was"):
         summary = build_cache(data, output, model, settings, resume=resume)
     for line in _remarks(summary):

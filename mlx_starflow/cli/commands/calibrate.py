@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
+from mlx_starflow import cpu
 from mlx_starflow.cli.commands.score import PICTURES, noise_options
-from mlx_starflow.cpu import blas
 
 
 @click.command()
@@ -35,7 +35,7 @@ def calibrate(
     found = find_images(pictures, split)
     if limit is not None and limit < len(found):
         found = [found[number * len(found) // limit] for number in range(limit)]
-    blas.hint_if_slow()
+    cpu.hint_if_slow()
     flow = open_picture_flow(model)
     data = flow.data(each.open() for each in found)
     flow.release("vae")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
+from mlx_starflow import cpu
 from mlx_starflow.cli.commands.score import FRAMES, PICTURES, model_options, noise_options, table_options
-from mlx_starflow.cpu import blas
 
 
 @click.command()
@@ -53,7 +53,7 @@ def classify(
     for path in (csv_file, json_file):
         if path is not None:
             check_text_output(path)
-    blas.hint_if_slow()
+    cpu.hint_if_slow()
     flow = open_picture_flow(model, dtype=dtype)
     if not names and isinstance(flow, PixelFlow):
         names = [str(number) for number in range(flow.flow.config.num_classes)]

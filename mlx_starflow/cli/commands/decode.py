@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
+from mlx_starflow import cpu
 from mlx_starflow.cli.options.sampling import dtype_option, latent_batch_option
-from mlx_starflow.cpu import blas
 
 
 @click.command()
@@ -53,7 +53,7 @@ def decode(
     targets = media.numbered(output, len(encoded.noise)) if separate or videos else [output]
     for path in targets:
         (check_video_output if videos else media.check_output)(path)
-    blas.hint_if_slow()
+    cpu.hint_if_slow()
     if prompt is not None:
         encoded = replace(encoded, prompts=[prompt] * len(encoded.prompts))
     if guidance is not None:

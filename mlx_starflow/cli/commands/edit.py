@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mlx_starflow import cpu
 from mlx_starflow.cli.commands.score import model_options
 from mlx_starflow.cli.options.sampling import with_options
-from mlx_starflow.cpu import blas
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -292,7 +292,7 @@ def _read(path: Path) -> Image.Image:
 def _open(model: str, dtype: str | None) -> PictureFlow:
     from mlx_starflow.pipelines.picture_flow import open_picture_flow
 
-    blas.hint_if_slow()
+    cpu.hint_if_slow()
     return open_picture_flow(model, dtype=dtype)
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
+from mlx_starflow import cpu
 from mlx_starflow.cli.commands.score import FRAMES, PICTURES, model_options
 from mlx_starflow.cli.options.sampling import latent_batch_option
-from mlx_starflow.cpu import blas
 
 
 @click.command()
@@ -54,7 +54,7 @@ def encode(
         raise click.UsageError("--captions brings each picture's own prompt: leave out --prompt")
     found = find_images(pictures)
     check_text_output(output)
-    blas.hint_if_slow()
+    cpu.hint_if_slow()
     flow = open_picture_flow(model, dtype=dtype)
     encoded, trip = encode_pictures(
         flow,

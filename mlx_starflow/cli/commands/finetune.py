@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
+from mlx_starflow import cpu
 from mlx_starflow.cli.options.config_file import config_option
 from mlx_starflow.cli.options.interrupt import resumable
-from mlx_starflow.cpu import blas
 
 
 @click.command(context_settings={"show_default": True})
@@ -131,7 +131,7 @@ def finetune(
         choice, macs = plan_finetune(model, config)
         click.echo(f"here: {choice}\n{choice.plan}\n{macs}")
         return
-    blas.hint_if_slow()
+    cpu.hint_if_slow()
     with resumable():
         result = run(model, data, output, config, resume=resume, report=click.echo)
     click.echo(str(result))

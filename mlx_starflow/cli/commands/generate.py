@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
+from mlx_starflow import cpu
 from mlx_starflow.cli.options.parallel import Ranks, tensor_parallel_option
 from mlx_starflow.cli.options.sampling import Size, lora_option, network_options, sampling_options
-from mlx_starflow.cpu import blas
 from mlx_starflow.errors import StarflowError
 
 
@@ -134,7 +134,7 @@ def generate(
 
     if backend == "mlx":
         if ranks.first:
-            blas.hint_if_slow()
+            cpu.hint_if_slow()
     elif verify:
         raise StarflowError("--verify needs the mlx backend: leave one of them out")
     pipe = load(

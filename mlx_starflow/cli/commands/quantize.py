@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from mlx_starflow.cpu import blas
+from mlx_starflow import cpu
 from mlx_starflow.model_dir.precision import MIXED, QUANTIZATIONS
 
 
@@ -61,6 +61,6 @@ def quantize(
         size = sum(path.stat().st_size for path in output.glob("**/model*.safetensors"))
         click.echo(f"{output}: {size / 2**20:,.1f} MiB of weights")
         return
-    blas.hint_if_slow()
+    cpu.hint_if_slow()
     comparison = Comparison(*(measure(each, pictures, draws=draws) for each in (model, output)))
     click.echo(json.dumps(comparison.to_dict(), indent=2) if as_json else comparison)

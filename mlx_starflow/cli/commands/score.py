@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mlx_starflow import cpu
 from mlx_starflow.cli.options.sampling import Size, dtype_option, with_options
-from mlx_starflow.cpu import blas
 
 if TYPE_CHECKING:
     from mlx_starflow.likelihood import Reference, Score
@@ -120,7 +120,7 @@ def score(
             check_text_output(path)
     if map_dir is not None:
         make_folder(map_dir)
-    blas.hint_if_slow()
+    cpu.hint_if_slow()
     flow = open_picture_flow(model, dtype=dtype)
     items = open_files(flow, found, frames)
     reference = Reference.find(flow.directory)

@@ -9,10 +9,10 @@ from typing import Any
 
 import click
 
+from mlx_starflow import cpu
 from mlx_starflow.cli.options.config_file import config_option, save_options
 from mlx_starflow.cli.options.interrupt import resumable
 from mlx_starflow.cli.options.training import SHARE, training_options
-from mlx_starflow.cpu import blas
 from mlx_starflow.training.config import TrainingConfig, TrainingOptions
 
 
@@ -129,6 +129,6 @@ def _begin(context: click.Context, output: Path, training: TrainingConfig, other
     from mlx_starflow.training.loop import distributed
 
     if distributed.world().rank() == 0:
-        blas.hint_if_slow()
+        cpu.hint_if_slow()
         settings = {name: value for name, value in asdict(training).items() if name in context.params}
         save_options(context, output / "training/config.yaml", {**settings, **others})

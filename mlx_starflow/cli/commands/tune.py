@@ -6,8 +6,8 @@ from typing import TextIO
 
 import click
 
+from mlx_starflow import cpu
 from mlx_starflow.cli.options.sampling import dtype_option
-from mlx_starflow.cpu import blas
 
 
 @click.command()
@@ -51,7 +51,7 @@ def tune(
     from mlx_starflow.model_dir.weights import parse_dtype
     from mlx_starflow.sampling.tuning import tune as find_plan
 
-    blas.hint_if_slow()
+    cpu.hint_if_slow()
     prompts = [line.strip() for line in prompt_file if line.strip()] if prompt_file else PROMPTS
     trials = prepare(model, prompts, guidance=guidance, seed=seed, dtype=parse_dtype(dtype))
     task = trials.task

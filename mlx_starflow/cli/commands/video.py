@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mlx_starflow import cpu
 from mlx_starflow.cli.options.parallel import Ranks, tensor_parallel_option
 from mlx_starflow.cli.options.sampling import Size, lora_option, network_options, sampling_options
-from mlx_starflow.cpu import blas
 from mlx_starflow.errors import StarflowError
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def video(
     from mlx_starflow.pipelines.video import VideoPipeline
 
     if ranks.first:
-        blas.hint_if_slow()
+        cpu.hint_if_slow()
     pipe = load(model, dtype=dtype, low_memory=low_memory, adapters=adapters, group=ranks.group)
     if not isinstance(pipe, VideoPipeline):
         raise StarflowError(f"{model} makes pictures, not videos: mlx-starflow generate --model {model}")

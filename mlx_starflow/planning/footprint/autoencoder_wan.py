@@ -1,7 +1,7 @@
 """Bytes that encoding and decoding a video takes besides weights, from the autoencoder's config.
 
 Both work on one latent frame's frames at a time, so the length does not count. What is held from one to the next are
-the last two frames of every temporal convolution's input; on top comes the work on one strip of rows.
+the last two frames of every temporal convolution's input; on top comes the work on one tile of rows.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from mlx_starflow.models.autoencoder_wan.config import CHANNELS, PATCH, Autoenco
 class Layer(NamedTuple):
     """A convolution: what it reads, `[frames, rows, columns, inputs]`, and how many frames of that it keeps.
 
-    `doubles` says that rows and columns are doubled before it, `whole` that it does not work in strips.
+    `doubles` says that rows and columns are doubled before it, `whole` that it does not work in tiles.
     """
 
     frames: int
@@ -33,25 +33,25 @@ def decode_video(config: AutoencoderWanConfig, height: int, width: int, item: in
     frames = config.temporal_downscale
     pixels = frames * height * width * config.downscale**2 * CHANNELS
     layers = decoder_layers(config, height, width)
-    return _peak(layers, config.strip_rows(width), 6.0, item) + 2 * pixels * item
+    return _peak(layers, config.tile_rows(width), 6.0, item) + 2 * pixels * item
 
 
 def encode_video(config: AutoencoderWanConfig, height: int, width: int, item: int) -> int:
     """Encoding to latent frames of `height` x `width`, without the frames themselves."""
-    return _peak(encoder_layers(config, height, width), config.strip_rows(width), 6.9, item)
+    return _peak(encoder_layers(config, height, width), config.tile_rows(width), 6.9, item)
 
 
-def _peak(layers: Iterable[Layer], strip_rows: int, copies: float, item: int) -> int:
-    """The frames that are kept; two rows of every layer that works in strips; and some copies of the largest strip."""
+def _peak(layers: Iterable[Layer], tile_rows: int, copies: float, item: int) -> int:
+    """The frames that are kept; two rows of every layer that works in tiles; and some copies of the largest tile."""
     held, work = 0, 0.0
     for layer in layers:
         row = layer.columns * layer.inputs
         held += layer.kept * layer.rows * row
-        if not layer.whole and layer.rows > strip_rows:
+        if not layer.whole and layer.rows > tile_rows:
             held += 2 * (layer.frames + layer.kept) * row
         rows = layer.rows
         if not layer.whole:
-            rows = min(rows, strip_rows // 2 + 1 if layer.doubles else strip_rows + 2)
+            rows = min(rows, tile_rows // 2 + 1 if layer.doubles else tile_rows + 2)
         positions = layer.frames * rows * layer.columns * (4 if layer.doubles else 1)
         work = max(work, copies * positions * max(layer.inputs, layer.outputs))
     return int((held + work) * item)

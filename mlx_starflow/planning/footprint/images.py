@@ -24,7 +24,7 @@ def sampling(config: FlowConfig, tokens: int, batch: int, guided: bool, item: in
 
     A block caches 2 (keys, values) x layers x positions x heads x head size for each image, twice if it is guided.
     While a block reads its text, the cache of the block before it is still there, and about 5 hidden layers of MLPs.
-    A single token's activations do not count. In C++ (mlx_starflow/native) there is nothing but the cache.
+    A single token's activations do not count. In C++ (mlx_starflow/cpu) there is nothing but the cache.
     """
     largest = peak = before = 0
     for block in reversed(config.blocks):
@@ -66,11 +66,11 @@ def score(config: FlowConfig, tokens: int, item: int) -> int:
 
 
 def decode(config: AutoencoderKLConfig, height: int, width: int, batch: int, item: int) -> int:
-    """Decoding latents of `height` x `width`, whole or in strips."""
+    """Decoding latents of `height` x `width`, whole or in tiles."""
     pixels = height * width * config.downscale**2
     images = batch * pixels * (config.out_channels * (item + 4 + 1))
     if rows := config.tile_rows(height, width):
-        return images + _strips(config, height, width, rows, item)
+        return images + _tiles(config, height, width, rows, item)
     return images + min(batch, WHOLE_PIXELS // pixels) * _whole(config, height, width, item)
 
 
@@ -110,14 +110,14 @@ def _whole(config: AutoencoderKLConfig, height: int, width: int, item: int) -> i
     return int(peak * item)
 
 
-def _strips(config: AutoencoderKLConfig, height: int, width: int, strip_rows: int, item: int) -> int:
-    """One image in strips: a residual block's input and what is between its convolutions (or an image before and
-    after doubling), with the work on one strip: what its convolution reads 12 times where it gathers, else 3 times.
+def _tiles(config: AutoencoderKLConfig, height: int, width: int, tile_rows: int, item: int) -> int:
+    """One image in tiles: a residual block's input and what is between its convolutions (or an image before and
+    after doubling), with the work on one tile: what its convolution reads 12 times where it gathers, else 3 times.
     Or, if more, attention's keys, values, input and output and a few rows of weights."""
     peak = 0.0
     for rows, columns, inputs, outputs, doubled in convolutions(config, height, width):
-        strip = min(strip_rows + 2, rows) * columns
-        work = strip * (12 * inputs + outputs if _gathers(strip, inputs, item) else 3 * inputs + 2 * outputs)
+        tile = min(tile_rows + 2, rows) * columns
+        work = tile * (12 * inputs + outputs if _gathers(tile, inputs, item) else 3 * inputs + 2 * outputs)
         held = rows * columns * (inputs / 4 if doubled else inputs) + rows * columns * outputs
         peak = max(peak, held + work)
     if config.mid_block_add_attention:

@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_starflow.likelihood import Nll, exact_nll
+from mlx_starflow.models.starflow import STARFlow
 from mlx_starflow.sampling import sample
 from mlx_starflow.training.config import TrainingConfig
 from mlx_starflow.training.data.cache.reading import CachedLatents, LatentCache
@@ -45,7 +46,7 @@ class AnchorSamples:
     text: np.ndarray
 
     @classmethod
-    def draw(cls, flow: Any, cache: LatentCache, images: np.ndarray, count: int, seed: int) -> AnchorSamples:
+    def draw(cls, flow: STARFlow, cache: LatentCache, images: np.ndarray, count: int, seed: int) -> AnchorSamples:
         """Sample, without guidance, for captions of some of these images, of the most frequent bucket."""
         rng = np.random.default_rng([seed, 2])
         buckets = cache.buckets[images]
@@ -106,7 +107,7 @@ def anchored(batch_size: int, share: float) -> int:
 
 
 def finetune_loss(
-    flow: Any, batch: Batch, anchor_weight: float = 1.0, base: Any = None, gradient_checkpointing: bool = True
+    flow: STARFlow, batch: Batch, anchor_weight: float = 1.0, base: Any = None, gradient_checkpointing: bool = True
 ) -> tuple[mx.array, Metrics]:
     """NLL of a batch of `FinetuneData` (nats per dimension, without log(2 pi) / 2) plus the anchor's KL divergence.
 
@@ -120,7 +121,7 @@ def finetune_loss(
     return loss, metrics
 
 
-def cached_nll(flow: Any, cache: LatentCache, images: Sequence[int] | np.ndarray, *, draws: int, seed: int) -> Nll:
+def cached_nll(flow: STARFlow, cache: LatentCache, images: Sequence[int] | np.ndarray, *, draws: int, seed: int) -> Nll:
     """Exact NLL of images of a cache, the middle view of each, given their usual captions; see `exact_nll`."""
     images = np.asarray(images)
     parts = []

@@ -21,6 +21,7 @@ from mlx_starflow.model_dir.directory import ModelDirectory, load_flow
 from mlx_starflow.model_dir.quantization import dequantize_module, quantize_module, quantized_layers
 from mlx_starflow.model_dir.saving import save_model
 from mlx_starflow.model_dir.weights import default_dtype, parameters
+from mlx_starflow.models.starflow import STARFlow
 from mlx_starflow.pipelines.pipeline import Pipeline, load
 from mlx_starflow.planning.finetune_memory import BATCH_SIZES, PRECISIONS, RANKS, Choice, Planner
 from mlx_starflow.planning.memory import available
@@ -136,7 +137,7 @@ def _load_base(model: str | Path, quantization: str | None) -> Any:
     return flow
 
 
-def _make_trainable(flow: Any, config: FinetuneConfig, quantization: str | None, rank: int) -> None:
+def _make_trainable(flow: STARFlow, config: FinetuneConfig, quantization: str | None, rank: int) -> None:
     if quantization is not None:
         quantize_module(flow, quantization)
     if adapter := config.adapter(rank):
@@ -223,7 +224,7 @@ def finetune(
     return result
 
 
-def _save(flow: Any, model: str | Path, out: Path, config: FinetuneConfig, choice: Choice) -> Path:
+def _save(flow: STARFlow, model: str | Path, out: Path, config: FinetuneConfig, choice: Choice) -> Path:
     if adapter := config.adapter(choice.rank):
         about = {"model": str(model)}
         if choice.quantization:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import mlx.core as mx
+
+from mlx_starflow.models.flow import Flow
 
 Batch = dict[str, mx.array]
 Metrics = dict[str, mx.array]
@@ -14,20 +15,20 @@ LEVELS = 256
 """Values of a pixel's channel."""
 
 
-def noisy(flow: Any, x: mx.array, noise: mx.array) -> mx.array:
+def noisy(flow: Flow, x: mx.array, noise: mx.array) -> mx.array:
     """Data with the noise that makes its density exist, from standard normal `noise` shaped as x.
 
     Gaussian of the flow's `noise_std`; where its `noise_type` is "uniform", uniform within each of the 256 levels of
     pixels in -1..1 (dequantization, arXiv 1511.01844): the normal distribution function makes uniform numbers.
     """
-    if getattr(flow.config, "noise_type", "gaussian") != "uniform":
+    if flow.noise_type != "uniform":
         return x + flow.config.noise_std * noise
     levels = mx.round((x + 1) * ((LEVELS - 1) / 2))
     uniform = 0.5 * (1 + mx.erf(noise * math.sqrt(0.5)))
     return (levels + uniform) * (2 / LEVELS) - 1
 
 
-def noisy_data(flow: Any, batch: Batch) -> mx.array:
+def noisy_data(flow: Flow, batch: Batch) -> mx.array:
     """What a flow reads of a batch: its data with noise, and, where there is one, with its `probe`.
 
     That is zero everywhere; the loss's gradient with respect to it is the one with respect to the noisy data.
@@ -37,7 +38,7 @@ def noisy_data(flow: Any, batch: Batch) -> mx.array:
 
 
 def flow_loss(
-    flow: Any,
+    flow: Flow,
     x: mx.array,
     text: mx.array | None = None,
     *,
@@ -66,10 +67,7 @@ def flow_loss(
     """
     if noise_std:
         x = x + noise_std * (mx.random.normal(x.shape) if noise is None else noise)
-    options: dict[str, Any] = {"gradient_checkpointing": True} if gradient_checkpointing else {}
-    if context_mask is not None:
-        options["context_mask"] = context_mask
-    out = flow(x, text, **options)
+    out = flow(x, text, context_mask, gradient_checkpointing)
     nll = out.nll()
     # Computed once: `mx.compile` (0.32) fails with "_Map_base::at" where loss and metrics compute the same twice.
     mean = nll.mean()
@@ -82,7 +80,7 @@ def flow_loss(
     return loss, {"nll": _mean_where(nll, mx.equal(read, tokens)), "nll-text-only": _mean_where(nll, mx.equal(read, 1))}
 
 
-def batch_loss(flow: Any, batch: Batch, gradient_checkpointing: bool = False) -> tuple[mx.array, Metrics]:
+def batch_loss(flow: Flow, batch: Batch, gradient_checkpointing: bool = False) -> tuple[mx.array, Metrics]:
     """`flow_loss` of a batch with the flow's own noise: what `Trainer` trains a flow with.
 
     The batch holds `latents` (or a TarFlow's images) `[B, H, W, C]`, or those of videos `[B, T, H, W, C]`, and
@@ -100,7 +98,7 @@ def batch_loss(flow: Any, batch: Batch, gradient_checkpointing: bool = False) ->
     )
 
 
-def batch_nll(flow: Any, batch: Batch) -> mx.array:
+def batch_nll(flow: Flow, batch: Batch) -> mx.array:
     """Exact NLL of each sample of a batch of `batch_loss`, `[B]`, nats per dimension, without log(2 pi) / 2."""
     return flow(noisy_data(flow, batch), batch.get("text")).nll()
 

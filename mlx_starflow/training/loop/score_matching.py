@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_starflow.models.flow import frame_count
+from mlx_starflow.models.flow import Flow, frame_count
 from mlx_starflow.sampling.denoise import PREDICTION_STD
 from mlx_starflow.training.loop.objective import Batch, noisy_data
 from mlx_starflow.training.loop.weights import Weights, trainable
@@ -30,7 +30,7 @@ def new_probe(batch: Batch) -> Batch:
     return {"probe": mx.zeros(batch["latents"].shape)}
 
 
-def score_target(flow: Any, batch: Batch, gradient: mx.array) -> tuple[mx.array, mx.array]:
+def score_target(flow: Flow, batch: Batch, gradient: mx.array) -> tuple[mx.array, mx.array]:
     """What the denoiser is to predict, and which samples it can be shown with.
 
     Args:

@@ -33,6 +33,6 @@ def draw_classes(flow: TarFlow, count: int = 8) -> list[Image.Image]:
     batch = count if labels is None else labels.size
     z = np.random.default_rng(0).standard_normal((batch, *flow.var.shape), dtype=np.float32)
     x = sample(flow, mx.array(z), labels)
-    if flow.config.noise_type == "gaussian":
+    if flow.noise_type == "gaussian":
         x = denoise(flow, x, labels)
     return to_images(np.array(x))

@@ -1,4 +1,4 @@
-// Threads that take the pieces of one task after another.
+// A thread pool whose workers take the pieces of one task after another.
 #pragma once
 
 #include <atomic>
@@ -8,7 +8,8 @@
 
 namespace starflow {
 
-inline void rest() {
+// What a thread does between two looks at a variable that it waits for.
+inline void yield() {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
 #elif defined(__aarch64__)
@@ -16,58 +17,59 @@ inline void rest() {
 #endif
 }
 
-// None waits for one that has not begun: where there is no CPU for a helper, the caller does everything itself.
-class Team {
+// The caller works too, and never waits for a worker that has not begun: where there is no CPU for a worker, the caller
+// does everything itself.
+class ThreadPool {
   public:
     void grow(int threads) {
-        for (; helpers < threads - 1; helpers++) std::thread([this] { help(); }).detach();
+        for (; workers < threads - 1; workers++) std::thread([this] { work(); }).detach();
     }
 
-    // One caller at a time has the helpers; another does without.
-    class Turn {
+    // One caller at a time claims the workers; another does without.
+    class Claim {
       public:
-        explicit Turn(Team& team) : team(team), mine(team.owner.try_lock()) {}
-        ~Turn() {
-            if (mine) team.owner.unlock();
+        explicit Claim(ThreadPool& pool) : pool(pool), granted(pool.claimed.try_lock()) {}
+        ~Claim() {
+            if (granted) pool.claimed.unlock();
         }
 
-        // work(i) for each i below `pieces`, in no order.
-        template <typename Work>
-        void all(int pieces, Work&& work) {
-            if (!mine || !team.helpers || pieces < 2)
-                for (int i = 0; i < pieces; i++) work(i);
+        // function(i) for each i below `pieces`, in no order.
+        template <typename Function>
+        void parallel_for(int pieces, Function&& function) {
+            if (!granted || !pool.workers || pieces < 2)
+                for (int i = 0; i < pieces; i++) function(i);
             else
-                team.share(pieces, work);
+                pool.run(pieces, function);
         }
 
       private:
-        Team& team;
-        const bool mine;
+        ThreadPool& pool;
+        const bool granted;
     };
 
   private:
     static constexpr uint64_t COUNT = 1 << 20;
-    static constexpr int PATIENCE = 4000;  // looks for more work before a helper sleeps: some 200 microseconds
+    static constexpr int SPIN_COUNT = 4000;  // looks for more work before a worker sleeps: some 200 microseconds
 
     // A task's number, how many pieces it has, and the next of them, in one word: who takes a piece knows whose it is.
     static uint64_t task(uint64_t word) { return word / (COUNT * COUNT); }
     static int pieces(uint64_t word) { return word / COUNT % COUNT; }
     static int next(uint64_t word) { return word % COUNT; }
 
-    template <typename Work>
-    void share(int count, Work& work) {
-        call = [](void* with, int i) { (*static_cast<Work*>(with))(i); };
-        argument = &work;
+    template <typename Function>
+    void run(int count, Function& function) {
+        call = [](void* with, int i) { (*static_cast<Function*>(with))(i); };
+        argument = &function;
         done.store(0, std::memory_order_relaxed);
         state.store((task(state.load()) + 1) * COUNT * COUNT + count * COUNT);
         tasks.fetch_add(1);
         if (asleep.load()) tasks.notify_all();
-        take();
-        while (done.load(std::memory_order_acquire) < count) rest();
+        take_pieces();
+        while (done.load(std::memory_order_acquire) < count) yield();
     }
 
     // Pieces are taken only of a task that has some left; it does not end before they are done.
-    void take() {
+    void take_pieces() {
         for (;;) {
             uint64_t word = state.load();
             if (next(word) >= pieces(word)) return;
@@ -78,21 +80,21 @@ class Team {
         }
     }
 
-    void help() {
+    void work() {
         for (uint32_t seen = tasks.load();;) {
-            for (int looks = 0; tasks.load() == seen && looks < PATIENCE; looks++) rest();
+            for (int spins = 0; tasks.load() == seen && spins < SPIN_COUNT; spins++) yield();
             if (tasks.load() == seen) {
                 asleep++;
                 tasks.wait(seen);
                 asleep--;
             }
             seen = tasks.load();
-            take();
+            take_pieces();
         }
     }
 
-    std::mutex owner;
-    int helpers = 0;
+    std::mutex claimed;
+    int workers = 0;
     void (*call)(void*, int) = nullptr;
     void* argument = nullptr;
     alignas(64) std::atomic<uint64_t> state{0};

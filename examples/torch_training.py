@@ -1,4 +1,4 @@
-"""Training loops in PyTorch, for machines where it is faster than MLX: Linux without a GPU, or CUDA.
+"""Training loops in PyTorch for the examples beside this file: it is faster than MLX on Linux without a GPU.
 
 The objective is that of `mlx_starflow.training`; so are the data, the schedule and the names of the tensors.
 """
