@@ -137,7 +137,7 @@ def tokens(tokenizer: Tokenizer, texts: list[str]) -> tuple[Tensor, Tensor]:
 
 
 def share_of_text_alone(progress: float) -> float:
-    """How much of a batch reads the text and no tokens: half of it, and less towards the end (see `context_keep`)."""
+    """How much of a batch reads the text and no tokens: half of it, and less towards the end (see `context_mask`)."""
     return 0.5 if progress < 0.7 else max(0.1, 0.5 - 0.4 * (progress - 0.7) / 0.15)
 
 

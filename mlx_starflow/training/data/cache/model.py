@@ -14,6 +14,7 @@ from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.model_dir.directory import ModelDirectory
 from mlx_starflow.model_dir.files import load_weights
 from mlx_starflow.models.autoencoder_kl import AutoencoderKLConfig
+from mlx_starflow.models.starflow import FlowConfig
 
 DIFFERENCES = {
     "autoencoder": "another autoencoder",
@@ -44,7 +45,9 @@ class CacheModel:
         for part in ("text_encoder", "vae"):
             if not (self.directory / part).is_dir():
                 raise StarflowError(f"{self.directory} is a flow alone: a cache needs its {part}/ folder too")
-        self.config = self._model.flow.config
+        config = self._model.flow.config
+        assert isinstance(config, FlowConfig)  # no other flow reads prompts
+        self.config = config
         self.vae_config = AutoencoderKLConfig.from_dict(self._model.vae.content)
         self.side = self.config.img_size * self.vae_config.downscale
         self.step = self.config.patch_size * self.vae_config.downscale
