@@ -18,13 +18,13 @@ from scene_pictures import Renderer
 from scene_recipe import NOISE, PIPELINE, TEXT_LENGTH, Recipe
 from scene_words import objects, plural
 from torch import Tensor
+from torch_training import TextFlow, flow_loss
 
 from mlx_starflow.models.tokenizer import Tokenizer
 from mlx_starflow.reference.autoencoder_kl import AutoencoderKL
 from mlx_starflow.reference.sampling import denoise, sample
 from mlx_starflow.reference.starflow import STARFlow
 from mlx_starflow.reference.t5 import T5Encoder
-from mlx_starflow.reference.training import TextFlow, flow_loss
 from mlx_starflow.training.recipes.text import train_tokenizer
 
 NOT_TRAINED_ON = 10**9
@@ -137,7 +137,7 @@ def tokens(tokenizer: Tokenizer, texts: list[str]) -> tuple[Tensor, Tensor]:
 
 
 def share_of_text_alone(progress: float) -> float:
-    """How much of a batch reads the text and no tokens: half of it, and less towards the end (see `context_keep`)."""
+    """How much of a batch reads the text and no tokens: half of it, and less towards the end (see `torch_training.context_mask`)."""
     return 0.5 if progress < 0.7 else max(0.1, 0.5 - 0.4 * (progress - 0.7) / 0.15)
 
 
