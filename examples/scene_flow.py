@@ -18,13 +18,13 @@ from scene_pictures import Renderer
 from scene_recipe import NOISE, PIPELINE, TEXT_LENGTH, Recipe
 from scene_words import objects, plural
 from torch import Tensor
+from torch_training import TextFlow, flow_loss
 
 from mlx_starflow.models.tokenizer import Tokenizer
 from mlx_starflow.reference.autoencoder_kl import AutoencoderKL
 from mlx_starflow.reference.sampling import denoise, sample
 from mlx_starflow.reference.starflow import STARFlow
 from mlx_starflow.reference.t5 import T5Encoder
-from mlx_starflow.reference.training import TextFlow, flow_loss
 from mlx_starflow.training.recipes.text import train_tokenizer
 
 NOT_TRAINED_ON = 10**9

@@ -26,12 +26,12 @@ from scene_loop import Device, TimeIsUp, read_averaged
 from scene_pictures import Renderer
 from scene_recipe import PIPELINE, SCENES, TINY, Recipe, on_gpu
 from torch import Tensor, nn
+from torch_training import TextFlow
 
 from mlx_starflow.models.tokenizer import Tokenizer
 from mlx_starflow.reference.autoencoder_kl import AutoencoderKL
 from mlx_starflow.reference.starflow import STARFlow
 from mlx_starflow.reference.t5 import T5Encoder
-from mlx_starflow.reference.training import TextFlow
 
 
 def export(recipe: Recipe, latents: Latents, tokenizer: Tokenizer, out: Path) -> None:

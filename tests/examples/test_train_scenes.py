@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+from helpers.examples import example_module
 from helpers.paths import EXAMPLES
 from helpers.scenes import write_sprites
 
@@ -127,9 +128,7 @@ def test_the_evaluator_learns_and_judges(folders, tmp_path):
 
 @pytest.mark.slow
 def test_report(folders, tmp_path, capsys):
-    sys.path.insert(0, str(EXAMPLES / "reports"))
-    import embedded_model
-
+    embedded_model = example_module("reports/embedded_model.py")
     data, out = folders
     words = ["--most", "2", "--evaluator-steps", "2", "--grid", str(tmp_path / "grid.png")]
     embedded_model.main([str(data), str(out), *words])
