@@ -21,7 +21,7 @@ from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfi
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
 from mlx_starflow.models.t5 import T5Config, T5Encoder
 from mlx_starflow.planning import memory
-from mlx_starflow.planning.footprint.images import decode
+from mlx_starflow.planning.footprint import decode
 from mlx_starflow.planning.memory import ModelConfigs, parameter_count, plan, usable, weight_bytes
 
 PLAIN = T5Config(vocab_size=1000, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4)
