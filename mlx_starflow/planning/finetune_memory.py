@@ -103,13 +103,13 @@ def training_plan(
 
 def _whole_weights(flow: nn.Module) -> int:
     """Numbers of the weights that are computed on the way: quantized layers are unpacked for each product, those of
-    one transformer layer there and back, and DoRA computes whole ones of every layer it changes."""
+    one transformer layer there, there again and back, and DoRA computes whole ones of every layer it changes."""
     unpacked: Counter[str] = Counter()
     for path, each in quantized_layers(flow).items():
         unpacked[".".join(path.split(".")[:4])] += each.weight.size * 32 // each.bits
     adapted = [each for _, each in flow.named_modules() if "lora_a" in each and "m" in each]
     dense = sum(math.prod(each.lora_a.shape[:1] + each.lora_b.shape[1:]) for each in adapted)
-    return 2 * max(unpacked.values(), default=0) + dense
+    return 3 * max(unpacked.values(), default=0) + dense
 
 
 def _floating(flow: nn.Module) -> list[mx.array]:

@@ -17,7 +17,7 @@ from mlx_starflow.models.flow import BlockConfig
 from mlx_starflow.models.starflow import FlowConfig
 from mlx_starflow.models.t5 import T5Config
 
-MARGIN = 1.5
+MARGIN = 1.4
 """MLX begins operations before those ahead of them have let go of their memory; how many depends on the machine."""
 
 
@@ -28,8 +28,8 @@ def layer(positions: int, channels: int, hidden: int, logits: int, *, gradient: 
     """Numbers in the arrays of one transformer layer.
 
     Forwards these are 12 of its width (norms, queries, keys and values before and after rotation, attention's output,
-    projections, sums), 4 of the MLP's hidden width and 2 of attention's weights; with the way back, twice as many but
-    for what has gone by then.
+    projections, sums), 4 of the MLP's hidden width and attention's weights. There and back it is twice as many, but for
+    what has gone by then, and attention's weights are three: themselves, their gradient and that of the logits.
 
     Args:
         positions: in all sequences together.
@@ -37,7 +37,7 @@ def layer(positions: int, channels: int, hidden: int, logits: int, *, gradient: 
         logits: attention's weights, heads x positions x positions of each sequence. Metal's fused kernel holds none.
         gradient: forwards and backwards.
     """
-    own, inner, weights = (24, 6, 3) if gradient else (12, 4, 2)
+    own, inner, weights = (24, 6, 3) if gradient else (12, 4, 1)
     return positions * (own * channels + inner * hidden) + weights * logits
 
 
@@ -153,14 +153,14 @@ class Convolution(NamedTuple):
     doubles: bool = False
 
     def arrays(self, rows: int, item: int) -> int:
-        """Numbers in the arrays of some of its rows: what it reads, normalized twice over and activated, and makes.
+        """Numbers in the arrays of some of its rows: what it reads, normalized and activated or doubled, and makes.
 
         A CPU's convolution gathers nine copies of what it reads, unless `autoencoder_layers.Conv3x3` takes them from
         where they lie.
         """
         pixels = rows * self.width
         gathers = item != 4 or self.inputs < 32 or pixels < 64 * 64
-        return pixels * ((12 if gathers else 3) * self.inputs + self.outputs)
+        return pixels * ((9 * gathers + (1 if self.doubles else 3)) * self.inputs + self.outputs)
 
 
 def decode(config: AutoencoderKLConfig, height: int, width: int, batch: int, item: int) -> int:

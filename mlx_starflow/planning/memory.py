@@ -246,7 +246,8 @@ def plan(
         }
     for phase, part in PHASES.items():
         if part not in chosen and phase in activations:
-            activations[phase] += _unpacked(configs, part)
+            # The score step needs them there and back.
+            activations[phase] += (2 if phase == "denoise" else 1) * _unpacked(configs, part)
     return MemoryPlan(weights, kv_cache, activations, others)
 
 

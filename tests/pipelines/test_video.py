@@ -4,6 +4,7 @@ import warnings
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.peaks import one_at_a_time
 from helpers.tiny_model import write_tiny_model, write_tiny_video_model
 from PIL import Image
 
@@ -263,13 +264,13 @@ def test_predicted_memory(tmp_path):
     before = mx.get_active_memory()
     pipe = load(directory, low_memory=False)
     streams = [pipe.stream("a", seed=seed) for seed in (1, 2)]
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), one_at_a_time():
         warnings.simplefilter("ignore")
         assert [len(list(stream)) for stream in streams] == [17, 17]
     expected = plan(directory).phases()
     for phase in ("flow", "denoise", "decode"):
         held = max(stream.stats.memory[phase] for stream in streams) - before
-        assert expected[phase] == pytest.approx(held, rel=0.35), phase
+        assert held <= expected[phase] <= 2 * held, phase
 
 
 def test_the_last_frames():
