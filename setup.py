@@ -18,7 +18,7 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["mlx_starflow", "mlx_starflow.*"]), "mlx_starflow.convert"],
     package_dir={"mlx_starflow.convert": "convert"},
-    package_data={"mlx_starflow": ["cpu/*.cpp", "cpu/*.h", "demo/model/*", "demo/model/*/*"]},
+    package_data={"mlx_starflow": ["py.typed", "*.pyi", "cpu/*.cpp", "cpu/*.h", "demo/model/*", "demo/model/*/*"]},
     install_requires=[
         # PyPI's plain mlx has no backend on Linux: the CPU one is an extra there.
         "mlx>=0.30; sys_platform == 'darwin'",

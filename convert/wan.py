@@ -10,8 +10,8 @@ import mlx.core as mx
 
 from mlx_starflow.convert.common import Tensor, open_tensors, write_module
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.models.autoencoder_wan import AutoencoderWan, AutoencoderWanConfig
 from mlx_starflow.models.autoencoder_wan.names import rearranged
-from mlx_starflow.models.autoencoder_wan.network import AutoencoderWan, AutoencoderWanConfig
 
 WAN_FILE = "Wan2.2_VAE.pth"
 """What the official release calls it."""

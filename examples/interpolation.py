@@ -18,7 +18,7 @@ prompts = ("red heart", "green apple")
 pipe = load("demo")
 first, second = pipe.generate(prompts, seed=1).images
 
-way = pipe.interpolate(first, second, prompts, np.linspace(0, 1, 9))
+way = pipe.interpolate(first, second, prompts, [step / 8 for step in range(9)])
 save_animation(way.images, target)
 
 # Both ends are the pictures, as the autoencoder gives them back.

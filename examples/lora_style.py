@@ -15,7 +15,8 @@ from pathlib import Path
 
 from mlx_starflow import load
 from mlx_starflow.media.images import grid, save_image
-from mlx_starflow.training.finetuning.finetune import FinetuneConfig, finetune
+from mlx_starflow.training.finetuning.config import FinetuneConfig
+from mlx_starflow.training.finetuning.finetune import finetune
 
 PROMPTS = "red apple, slice of pizza, cat face, dog face, rocket, octopus, tulip, guitar, hamburger, sun".split(", ")
 

@@ -13,10 +13,11 @@ import argparse
 from pathlib import Path
 
 from mlx_starflow import load_flow
-from mlx_starflow.training.data.latent_cache import CachedLatents, LatentCache
+from mlx_starflow.training.config import TrainingConfig
+from mlx_starflow.training.data.cache.reading import CachedLatents, LatentCache
 from mlx_starflow.training.finetuning.adapters import AdapterConfig, attach, save_adapter
-from mlx_starflow.training.loop.schedules import assign
-from mlx_starflow.training.loop.trainer import Trainer, TrainingConfig
+from mlx_starflow.training.loop.trainer import Trainer
+from mlx_starflow.training.loop.weights import assign
 
 
 def main(arguments: list[str] | None = None) -> None:

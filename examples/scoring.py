@@ -11,11 +11,12 @@ from pathlib import Path
 from PIL import Image
 
 from mlx_starflow import load
-from mlx_starflow.likelihood import Reference, heat_map
+from mlx_starflow.likelihood import CalibrationStatistics, heat_map
 
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else ".")
 pipe = load("demo")
-reference = Reference.find(pipe.directory)
+statistics = CalibrationStatistics.find(pipe.directory)
+assert statistics is not None  # of the images that the embedded model was trained on
 
 car = pipe.generate("automobile", seed=1).images[0]
 upside_down = car.rotate(180)
@@ -25,7 +26,7 @@ pictures = {"car": car, "car upside down": upside_down, "nothing": blank}
 scores = pipe.score(list(pictures.values()))
 highest = max(score.surprise.max() for score in scores)
 for (name, picture), score in zip(pictures.items(), scores, strict=True):
-    deviation = reference.typicality(score).deviation
+    deviation = statistics.typicality(score).deviation
     print(f"{name:<16}{score.nll:8.4f} +- {score.standard_error:.4f} nats per dimension, deviation {deviation:+.1f}")
     heat_map(picture, score.surprise, 0, highest).save(folder / f"{name.replace(' ', '-')}.png")
 

@@ -9,11 +9,11 @@ import sys
 import time
 from pathlib import Path
 
-from mlx_starflow import load
+from mlx_starflow import load_video
 from mlx_starflow.media.videos import VideoWriter, read_video
 
 model, prompt, target = sys.argv[1], sys.argv[2], Path(sys.argv[3])
-pipe = load(model)
+pipe = load_video(model)
 
 began = time.perf_counter()
 stream = pipe.stream(prompt, seed=1)

@@ -24,7 +24,9 @@ import mlx.core as mx
 import numpy as np
 import torch
 from torch import Tensor
+from torch_training import TextFlow, autoencoder_loss, flow_loss, run
 
+from mlx_starflow.media.image_folder import ImageFolder
 from mlx_starflow.model_dir.quantization import quantize_module
 from mlx_starflow.model_dir.saving import save_model
 from mlx_starflow.model_dir.weights import load_module, parameters
@@ -37,9 +39,8 @@ from mlx_starflow.reference.autoencoder_kl import AutoencoderKL
 from mlx_starflow.reference.sampling import sample
 from mlx_starflow.reference.starflow import STARFlow
 from mlx_starflow.reference.t5 import T5Encoder
-from mlx_starflow.reference.training import TextFlow, autoencoder_loss, flow_loss, run
-from mlx_starflow.training.data.image_folder import PictureFolder, augmented_crops
-from mlx_starflow.training.recipes.recipe import get_preset
+from mlx_starflow.training.data.views import augmented_crops
+from mlx_starflow.training.recipes.presets import get_preset
 from mlx_starflow.training.recipes.text import train_tokenizer
 
 PRESET = get_preset("demo")
@@ -66,14 +67,14 @@ FAVOURED = [
 
 
 def train_autoencoder(data: Path, out: Path, steps: int) -> AutoencoderKL:
-    pictures = PictureFolder.read(data, size=128, splits=("train", "autoencoder"))
+    pictures = ImageFolder.read(data, size=128, splits=("train", "autoencoder"))
     weight = np.array([2.0 if row["split"] == "train" else 0.6 for row in pictures.rows])
     rng = np.random.default_rng(0)
 
     def batches(size: int = 16) -> Iterator[Tensor]:
         while True:
             chosen = rng.choice(len(pictures), size, p=weight / weight.sum())
-            views = augmented_crops(pictures.pictures[chosen], SIZE, rng, zoom=0.15, shift=2)
+            views = augmented_crops(pictures.images[chosen], SIZE, rng, zoom=0.15, shift=2)
             yield to_tensor(views)
 
     model = AutoencoderKL(PRESET.autoencoder_config()).to(memory_format=torch.channels_last)
@@ -98,18 +99,18 @@ def to_tensor(pictures: np.ndarray) -> Tensor:
 
 
 @torch.no_grad()
-def encode(autoencoder: AutoencoderKL, pictures: PictureFolder, seed: int, views: int) -> Tensor:
+def encode(autoencoder: AutoencoderKL, pictures: ImageFolder, seed: int, views: int) -> Tensor:
     """Latents (the posterior's mean) of `views` random views of each picture, `[N, views, 16, 16, 4]`."""
     rng = np.random.default_rng(seed)
     latents = []
     for _ in range(views):
         # Hardly varied: a token's Gaussian cannot be left and right at once, and blurs what it is shown both ways.
-        crops = to_tensor(augmented_crops(pictures.pictures, SIZE, rng, zoom=0.04, shift=1, flip=False))
+        crops = to_tensor(augmented_crops(pictures.images, SIZE, rng, zoom=0.04, shift=1, flip=False))
         latents.append(torch.cat([autoencoder.encode(part)[0] for part in crops.split(64)]).permute(0, 2, 3, 1))
     return torch.stack(latents, dim=1).contiguous()
 
 
-def tokenizer_for(pictures: PictureFolder, out: Path) -> Tokenizer:
+def tokenizer_for(pictures: ImageFolder, out: Path) -> Tokenizer:
     """A tokenizer for the names, their articles and, seen less often, the tags."""
     words = [caption for captions in pictures.captions for caption in captions]
     tags = [tag for row in pictures.rows for tag in row["tags"]]
@@ -135,8 +136,8 @@ def caption(captions: list[str], tags: list[str], rng: np.random.Generator) -> s
 
 
 def train_flow(data: Path, out: Path, autoencoder: AutoencoderKL, steps: int, batch_size: int) -> tuple:
-    pictures = PictureFolder.read(data, size=128, splits=("train",))
-    held_out = PictureFolder.read(data, size=128, splits=("held_out",))
+    pictures = ImageFolder.read(data, size=128, splits=("train",))
+    held_out = ImageFolder.read(data, size=128, splits=("held_out",))
     views = encode(autoencoder, pictures, 0, PRESET.views)
     mean = views.mean(dim=(0, 1, 2, 3))
     std = views.std(dim=(0, 1, 2, 3))

@@ -17,9 +17,10 @@ import numpy as np
 
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
 from mlx_starflow.sampling import denoise, sample
-from mlx_starflow.training.data.image_folder import Order
-from mlx_starflow.training.loop.schedules import assign
-from mlx_starflow.training.loop.trainer import Trainer, TrainingConfig
+from mlx_starflow.training.config import TrainingConfig
+from mlx_starflow.training.data.batches import Order
+from mlx_starflow.training.loop.trainer import Trainer
+from mlx_starflow.training.loop.weights import assign
 
 SIDE = 8
 NOISE = 0.1

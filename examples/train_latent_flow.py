@@ -21,22 +21,23 @@ import mlx.core as mx
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch_training import run
 
 from mlx_starflow import load
+from mlx_starflow.media.image_folder import ImageFolder
 from mlx_starflow.model_dir.quantization import quantize_module
 from mlx_starflow.model_dir.saving import save_model
 from mlx_starflow.model_dir.weights import load_module, parameters
 from mlx_starflow.models.starflow import FlowConfig
 from mlx_starflow.models.starflow import STARFlow as MLXSTARFlow
-from mlx_starflow.pipelines.pipeline import Pipeline
+from mlx_starflow.pipelines import ImagePipeline
 from mlx_starflow.reference.starflow import STARFlow
-from mlx_starflow.reference.training import run
-from mlx_starflow.training.data.image_folder import PictureFolder, augmented_crops
+from mlx_starflow.training.data.views import augmented_crops
 
 VIEWS = 3
 
 
-def flow_config(pipe: Pipeline) -> FlowConfig:
+def flow_config(pipe: ImagePipeline) -> FlowConfig:
     return FlowConfig(
         img_size=pipe.config.img_size,
         channel_size=pipe.config.channel_size,
@@ -53,14 +54,14 @@ def flow_config(pipe: Pipeline) -> FlowConfig:
     )
 
 
-def encode(pipe: Pipeline, data: Path) -> tuple[Tensor, Tensor, Tensor]:
+def encode(pipe: ImagePipeline, data: Path) -> tuple[Tensor, Tensor, Tensor]:
     """Latents `[N, VIEWS, H, W, C]`, embeddings of the pictures' names `[N, L, D]` and of no text `[L, D]`."""
-    pictures = PictureFolder.read(data, size=128, splits=("train",))
+    pictures = ImageFolder.read(data, size=128, splits=("train",))
     rng = np.random.default_rng(0)
     size = pipe.config.img_size * pipe.vae_config.downscale
     latents = []
     for _ in range(VIEWS):
-        crops = augmented_crops(pictures.pictures, size, rng, zoom=0.04, shift=1, flip=False)
+        crops = augmented_crops(pictures.images, size, rng, zoom=0.04, shift=1, flip=False)
         for start in range(0, len(crops), 16):
             part = mx.array(crops[start : start + 16].astype(np.float32) / 127.5 - 1)
             latents.append(np.array(pipe.vae.scale(pipe.vae.encode(part).mean)))
@@ -101,7 +102,7 @@ def train(views: Tensor, texts: Tensor, null: Tensor, config: FlowConfig, out: P
     )
 
 
-def export(flow: nn.Module, pipe: Pipeline, folder: Path) -> None:
+def export(flow: nn.Module, pipe: ImagePipeline, folder: Path) -> None:
     """Write a model directory: the flow in 8 bits beside the embedded model's text encoder and autoencoder."""
     for part in ("text_encoder", "vae"):
         shutil.copytree(pipe.directory / part, folder / part, dirs_exist_ok=True)

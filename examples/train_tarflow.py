@@ -19,9 +19,11 @@ from mlx_starflow.media.images import grid, save_image
 from mlx_starflow.model_dir.saving import save_model
 from mlx_starflow.model_dir.weights import parameters
 from mlx_starflow.models.tarflow import TarFlow, TarFlowConfig
-from mlx_starflow.training.data.labelled import LabelledPictures, draw_classes
-from mlx_starflow.training.loop.schedules import assign
-from mlx_starflow.training.loop.trainer import Trainer, TrainingConfig
+from mlx_starflow.training.config import TrainingConfig
+from mlx_starflow.training.data.labelled_images import LabelledImages
+from mlx_starflow.training.loop.trainer import Trainer
+from mlx_starflow.training.loop.weights import assign
+from mlx_starflow.training.recipes.samples import draw_classes
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -37,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--noise", choices=["gaussian", "uniform"], default="gaussian", help="uniform: for likelihood")
     args = parser.parse_args(arguments)
 
-    data, held_out = LabelledPictures.read(args.pictures, size=args.size).split(10)
+    data, held_out = LabelledImages.read(args.pictures, size=args.size).split(10)
     classes = len(data.classes) if len(data.classes) > 1 else 0
     mx.random.seed(0)
     flow = TarFlow(

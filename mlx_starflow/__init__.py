@@ -1,4 +1,4 @@
-"""STARFlow in MLX: text to pictures by one autoregressive normalizing flow, with exact likelihood and inversion.
+"""STARFlow in MLX: text to images by one autoregressive normalizing flow, with exact likelihood and inversion.
 
 from mlx_starflow import load
 
@@ -9,26 +9,37 @@ pipe.generate("a slice of pizza", seed=7).images[0].save("pizza.png")
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
-from mlx_starflow.cpu import blas
-
-if TYPE_CHECKING:
-    from mlx_starflow.model_dir.directory import load_flow as load_flow
-    from mlx_starflow.pipelines.pipeline import load as load
-    from mlx_starflow.sampling import sample as sample
+from mlx_starflow import cpu
+from mlx_starflow.errors import StarflowError
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load", "load_flow", "sample"]
+__all__ = [
+    "StarflowError",
+    "__version__",
+    "denoise",
+    "load",
+    "load_class_labels",
+    "load_flow",
+    "load_video",
+    "sample",
+]
 
-_HOMES = {"load": "pipelines.pipeline", "load_flow": "model_dir.directory", "sample": "sampling"}
+_HOMES = {
+    "denoise": "sampling",
+    "load": "pipelines",
+    "load_class_labels": "pipelines",
+    "load_flow": "model_dir.directory",
+    "load_video": "pipelines",
+    "sample": "sampling",
+}
 
-blas.install()
+cpu.install()
 
 
-def __getattr__(name: str) -> Any:
-    # Loaded on first use: `mlx-starflow --help` and converters need not wait for MLX.
+def __getattr__(name: str) -> object:
+    # Loaded on first use: `mlx-starflow --help` and converters need not wait for MLX. The stub beside this has types.
     if name in _HOMES:
-        blas.check()
+        cpu.check()
         return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

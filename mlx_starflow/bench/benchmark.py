@@ -5,15 +5,23 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from mlx_starflow.bench.contenders import Contender, Measurement, Task, measure, product_seconds, torch_contenders
+from mlx_starflow import cpu
+from mlx_starflow.bench.contenders import (
+    Contender,
+    Measurement,
+    measure,
+    own_contender,
+    product_seconds,
+    torch_contenders,
+)
 from mlx_starflow.bench.products import WeightProducts
-from mlx_starflow.bench.trials import PROMPTS, Trials, prepare
-from mlx_starflow.cpu import blas
+from mlx_starflow.bench.trials import PROMPTS, Task, Trials, prepare
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.model_dir.weights import default_dtype, parse_dtype
 from mlx_starflow.sampling.methods import METHODS
@@ -69,8 +77,8 @@ class Benchmark:
         weights; `product_seconds` what the products of all its evaluations, with as many rows as they have, take by
         themselves. Both are None for other backends, whose products are not measured.
         """
-        length, pictures, seconds = self.task.length, self.task.pictures, measured.median
-        tokens = pictures * length * sum(count > 0 for count in measured.evaluations)
+        length, images, seconds = self.task.length, self.task.images, measured.median
+        tokens = images * length * sum(count > 0 for count in measured.evaluations)
         bandwidth = measured.weight_bytes / seconds
         ours = measured.contender.backend == "mlx"
         alone = product_seconds(measured, self.products, length) if ours else None
@@ -82,7 +90,7 @@ class Benchmark:
             "tokens_per_second": tokens / seconds,
             "evaluations": measured.evaluations,
             "tokens_per_evaluation": [length / count if count else 0.0 for count in measured.evaluations],
-            "weight_bytes_per_picture": measured.weight_bytes / pictures,
+            "weight_bytes_per_picture": measured.weight_bytes / images,
             "bandwidth": bandwidth,
             "share": bandwidth / self.products.bandwidth if ours else None,
             "product_seconds": alone,
@@ -185,11 +193,11 @@ def bench(
 
     Args:
         model: "demo", a model directory or a Hub repository.
-        prompts: of the pictures, which are sampled as one batch; as many classes for a TarFlow.
+        prompts: of the images, which are sampled as one batch; as many classes for a TarFlow.
         methods: of `ALL_METHODS`; "auto" is the model's sampling plan.
         guidance: its weight; None: the model's own.
-        seed: of the first picture's noise; the others' count up.
-        size: (width, height) of the pictures in pixels; None: the size the model was trained at.
+        seed: of the first image's noise; the others' count up.
+        size: (width, height) of the images in pixels; None: the size the model was trained at.
         dtype: of the flow; None: float32 on a CPU, bfloat16 on a GPU.
         rounds: how often each method is timed.
         against: "torch": time the PyTorch reference too, with CUDA if there is one.
@@ -208,16 +216,16 @@ def bench(
         raise StarflowError(f"there must be at least one round, not {rounds}")
     dtype = parse_dtype(dtype) or default_dtype()
     trials = prepare(model, prompts, guidance=guidance, seed=seed, dtype=dtype, size=size)
-    task = Task(trials.flow, trials.z, trials.condition)
-    contenders, notes = _ours(task, trials, list(dict.fromkeys(methods)), str(model))
+    task = trials.task
+    contenders, notes = _ours(trials, list(dict.fromkeys(methods)), str(model))
     about = {
         "model": str(model),
         "machine": f"{platform.processor() or platform.machine()}, {platform.system()}",
-        "mlx": f"{mx.__version__} on the {mx.default_device().type.name.upper()}, BLAS {blas.describe()}",
+        "mlx": f"{version('mlx')} on the {mx.default_device().type.name.upper()}, BLAS {cpu.describe()}",
         "dtype": str(dtype).rpartition(".")[2],
-        "pictures": task.pictures,
+        "pictures": task.images,
         "tokens": task.length,
-        "guidance": trials.guidance,
+        "guidance": task.guidance,
         "seed": seed,
     }
     if against == "torch":
@@ -230,12 +238,12 @@ def bench(
     return Benchmark(about, task, products, measure(contenders, task.certify, rounds, report), notes)
 
 
-def _ours(task: Task, trials: Trials, methods: list[str], model: str) -> tuple[list[Contender], list[str]]:
+def _ours(trials: Trials, methods: list[str], model: str) -> tuple[list[Contender], list[str]]:
     """MLX's contenders, and a note if there is no plan for "auto"."""
-    contenders = [task.contender(name, name) for name in methods if name != "auto"]
+    contenders = [own_contender(name, trials.task, name) for name in methods if name != "auto"]
     notes = []
     if "auto" in methods and trials.plan is not None:
-        contenders.append(task.contender("auto", trials.plan))
+        contenders.append(own_contender("auto", trials.task, trials.plan))
     elif "auto" in methods:
         notes.append(f"auto is left out, since this model has no sampling plan: mlx-starflow tune {model} makes one")
     if not contenders:

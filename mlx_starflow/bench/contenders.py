@@ -1,4 +1,4 @@
-"""Ways of sampling the same pictures, run in turn so that their times can be compared."""
+"""Ways of sampling the same images, run in turn so that their times can be compared."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_starflow.bench.products import WeightProducts
-from mlx_starflow.bench.trials import Trials
+from mlx_starflow.bench.trials import Task, Trials
 from mlx_starflow.planning.traffic import READ_ONCE, evaluation_bytes, tokens_at_once
-from mlx_starflow.sampling import Certificate, GuidedFlow, SamplingTrace, certify, sample
+from mlx_starflow.sampling import Certificate, SamplingTrace
 from mlx_starflow.sampling.methods import Method, Settings, block_settings
 
 Run = Callable[[], tuple[mx.array, list[int]]]
@@ -97,41 +97,11 @@ def measure(
     return measured
 
 
-@dataclass(frozen=True)
-class Task:
-    """A flow and what it is to sample; z and `condition` are arguments of `sampling.sample`."""
-
-    flow: Any
-    z: mx.array
-    condition: dict[str, Any]
-
-    @property
-    def pictures(self) -> int:
-        return self.z.shape[0]
-
-    @property
-    def length(self) -> int:
-        """Tokens of one picture in each block."""
-        return self.flow.noise_tokens(self.z).shape[1]
-
-    def rows(self) -> list[int]:
-        """Sequences that each block sees at once, data side first: pictures, and twice as many where guided."""
-        conditions = GuidedFlow(self.flow, self.z.shape, **self.condition).conditions.blocks
-        return [self.pictures * (2 if condition.guided else 1) for condition in conditions]
-
-    def certify(self, x: mx.array) -> Certificate:
-        return certify(self.flow, x, self.z, **self.condition)
-
-    def contender(self, name: str, method: Method) -> Contender:
-        """MLX's, by `method`, called `name`."""
-
-        def run() -> tuple[mx.array, list[int]]:
-            trace = SamplingTrace()
-            x = sample(self.flow, self.z, **self.condition, method=method, trace=trace)
-            return x, trace.evaluations
-
-        blocks = self.flow.blocks
-        return Contender(name, "mlx", run, block_settings(method, len(blocks)), [evaluation_bytes(b) for b in blocks])
+def own_contender(name: str, task: Task, method: Method) -> Contender:
+    """This code's, by `method`, called `name`."""
+    blocks = task.flow.blocks
+    settings, sizes = block_settings(method, len(blocks)), [evaluation_bytes(block) for block in blocks]
+    return Contender(name, "mlx", partial(task.sample, method), settings, sizes)
 
 
 def product_seconds(measured: Measurement, products: WeightProducts, length: int) -> float:
@@ -152,12 +122,11 @@ def torch_contenders(trials: Trials, methods: Sequence[str], dtype: mx.Dtype) ->
 
     device = parse_device(None)
     flow = load_flow(trials.directory, device, dtype)
-    z = _tensor(trials.z, device)
-    condition = {"text": _tensor(trials.text, device), "null_text": _tensor(trials.null_text, device)}
+    z, text, null_text = (_tensor(array, device) for array in (trials.task.z, trials.task.text, trials.task.null_text))
 
     def run(method: str) -> tuple[mx.array, list[int]]:
         trace = SamplingTrace()
-        x = sample(flow, z, **condition, guidance=trials.guidance, method=method, trace=trace)
+        x = sample(flow, z, text, null_text, trials.task.guidance, method, trace=trace)
         return mx.array(x.float().cpu().numpy()), trace.evaluations
 
     names = dict.fromkeys(["sequential", *(name for name in methods if name in METHODS)])

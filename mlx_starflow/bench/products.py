@@ -12,8 +12,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_starflow.cpu import native
-from mlx_starflow.models.flow import Condition
+from mlx_starflow import cpu
+from mlx_starflow.models.flow import Condition, Flow
 from mlx_starflow.planning.traffic import READ_ONCE, evaluation_bytes
 
 IN_A_ROW = 3
@@ -26,17 +26,17 @@ class WeightProducts:
     a row for each block, so that the caches of a processor hold what they hold while sampling.
     """
 
-    def __init__(self, flow: Any, rows: Sequence[int], rounds: int = 5):
-        """`rows` are the sequences that each block sees at once, data side first: samples, twice where guided."""
+    def __init__(self, flow: Flow, rows: Sequence[int], rounds: int = 5):
+        """`rows` are the sequences that each block sees at once, data side first, see `Task.rows`."""
         self.flow, self.rows, self.rounds = flow, list(rows), rounds
         self.bytes = [evaluation_bytes(block) for block in flow.blocks]
         self._measured: dict[tuple[int, ...], tuple[float, ...]] = {}
 
     @cached_property
-    def _layers(self) -> list[list[nn.Module]]:
+    def _layers(self) -> list[list[nn.Linear | nn.QuantizedLinear]]:
         layers = []
         for block in self.flow.blocks:
-            leaves = tree_flatten(block.leaf_modules(), is_leaf=nn.Module.is_module)
+            leaves: Any = tree_flatten(block.leaf_modules(), is_leaf=nn.Module.is_module)
             wanted = [layer for path, layer in leaves if path.partition(".")[0] not in READ_ONCE]
             layers.append([layer for layer in wanted if isinstance(layer, nn.Linear | nn.QuantizedLinear)])
         return layers
@@ -67,7 +67,7 @@ class WeightProducts:
     def _products(self, index: int, tokens: int) -> Callable[[], Callable[[], None]]:
         """What prepares the products of one evaluation of a block, and gives what computes them."""
         block, rows = self.flow.blocks[index], self.rows[index]
-        if network := native.network(block, rows, 1, None, Condition(), 1.0):
+        if network := cpu.fast_network(block, rows, 1, None, Condition(), 1.0):
             return lambda: partial(network.multiply, tokens)
         layers, inputs = self._layers[index], self._inputs(index, tokens)
         mx.eval(inputs)
@@ -89,7 +89,7 @@ class WeightProducts:
         return sum(self.bytes) / sum(self.vector_seconds)
 
 
-def _width(layer: nn.Module) -> int:
+def _width(layer: nn.Linear | nn.QuantizedLinear) -> int:
     """Of a layer's input."""
     width = layer.weight.shape[1]
     return width * 32 // layer.bits if isinstance(layer, nn.QuantizedLinear) else width

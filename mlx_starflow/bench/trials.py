@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
@@ -14,30 +13,64 @@ from mlx_starflow.media.noise import draw_noise
 from mlx_starflow.model_dir.directory import load_flow
 from mlx_starflow.model_dir.hub import find_model
 from mlx_starflow.models.starflow import STARFlow
-from mlx_starflow.pipelines.pipeline import load
-from mlx_starflow.sampling import SamplingPlan
+from mlx_starflow.models.tarflow import TarFlow
+from mlx_starflow.pipelines import load
+from mlx_starflow.sampling import Certificate, GuidedFlow, SamplingOptions, SamplingPlan, SamplingTrace, certify, sample
+from mlx_starflow.sampling.methods import Method
 
 PROMPTS = ("a red apple", "a cat face", "a rocket", "a slice of pizza")
 
 
-@dataclass
-class Trials:
-    """Arguments of `sampling.sample` for a few samples of a model in `directory`, and its sampling plan if it has one.
+@dataclass(frozen=True)
+class Task:
+    """A flow and what it is to sample: arguments of `sampling.sample`.
 
-    `text` and `null_text` are None, and the guidance is 0, for a model without conditions.
+    Attributes:
+        flow: the flow.
+        z: noise of all samples.
+        text, null_text: what they are conditioned on, and what stands for no condition; None if the flow has none.
+        guidance: its weight.
     """
 
-    directory: Path
-    flow: Any
+    flow: STARFlow | TarFlow
     z: mx.array
-    text: mx.array | None
-    null_text: mx.array | None
-    guidance: float
-    plan: SamplingPlan | None
+    text: mx.array | None = None
+    null_text: mx.array | None = None
+    guidance: float = 0.0
 
     @property
-    def condition(self) -> dict[str, Any]:
-        return {"text": self.text, "null_text": self.null_text, "guidance": self.guidance}
+    def images(self) -> int:
+        """How many samples there are."""
+        return self.z.shape[0]
+
+    @property
+    def length(self) -> int:
+        """Tokens of one sample in each block."""
+        return self.flow.noise_tokens(self.z).shape[1]
+
+    def rows(self) -> list[int]:
+        """Sequences that each block sees at once, data side first: the samples, and twice as many where guided."""
+        guided = GuidedFlow(self.flow, self.z.shape, self.text, self.null_text, SamplingOptions(self.guidance))
+        return [self.images * (2 if condition.guided else 1) for condition in guided.conditions.blocks]
+
+    def sample(self, method: Method) -> tuple[mx.array, list[int]]:
+        """The samples, and the network evaluations of each block, deep block first."""
+        trace = SamplingTrace()
+        x = sample(self.flow, self.z, self.text, self.null_text, self.guidance, method, trace=trace)
+        return x, trace.evaluations
+
+    def certify(self, x: mx.array) -> Certificate:
+        """How far the flow, run forwards over samples x, is from the noise."""
+        return certify(self.flow, x, self.z, self.text, self.null_text, self.guidance)
+
+
+@dataclass(frozen=True)
+class Trials:
+    """A task for a model: the directory it is in, and its sampling plan, if it has one."""
+
+    directory: Path
+    task: Task
+    plan: SamplingPlan | None
 
 
 def prepare(
@@ -51,7 +84,7 @@ def prepare(
 ) -> Trials:
     """One sample a prompt, with seeds that count up from `seed`; a TarFlow's samples are of random classes.
 
-    The guidance, and the size (width, height) of pictures from prompts, in pixels, are the model's own by default.
+    The guidance, and the size (width, height) of images from prompts, in pixels, are the model's own by default.
 
     Raises:
         StarflowError: the model cannot be read, there is no prompt, or the guidance does not suit the model.
@@ -68,12 +101,12 @@ def prepare(
         mx.eval(texts)
         weight = pipe.settings.guidance if guidance is None else guidance
         z = pipe.settings.temperature * mx.array(draw_noise(seeds, pipe.latent_shape(size)))
-        return Trials(directory, flow, z, texts[:-1], texts[-1:], weight, plan)
+        return Trials(directory, Task(flow, z, texts[:-1], texts[-1:], weight), plan)
     if isinstance(flow, STARFlow):
         config = flow.config
         z = mx.array(draw_noise(seeds, (config.img_size, config.img_size, config.channel_size)))
-        return Trials(directory, flow, z, None, None, guidance or 0.0, plan)
+        return Trials(directory, Task(flow, z, guidance=guidance or 0.0), plan)
     z = mx.array(draw_noise(seeds, flow.var.shape))
     classes = flow.config.num_classes
     labels = mx.array([index % classes for index in range(len(prompts))]) if classes else None
-    return Trials(directory, flow, z, labels, None, guidance or 0.0, plan)
+    return Trials(directory, Task(flow, z, labels, guidance=guidance or 0.0), plan)

@@ -9,9 +9,8 @@ from importlib import import_module
 
 import click
 
-from mlx_starflow import __version__
+from mlx_starflow import __version__, cpu
 from mlx_starflow.cli import commands
-from mlx_starflow.cpu import blas
 from mlx_starflow.errors import StarflowError
 
 
@@ -46,8 +45,8 @@ class _UserError(click.ClickException):
 @click.version_option(__version__, prog_name="mlx-starflow")
 def main() -> None:
     """STARFlow on your own machine: text to pictures with a normalizing flow, in MLX."""
-    warnings.showwarning = _warn
-    blas.check()
+    warnings.showwarning = _warn  # type: ignore[assignment]  # its other arguments are not shown
+    cpu.check()
 
 
 def _warn(message: Warning | str, *_: object) -> None:

@@ -17,7 +17,7 @@ from mlx_starflow.kernels import on_cpu, switched_off
 from mlx_starflow.media.files import replacing
 
 SOURCES = tuple(
-    Path(__file__).with_name(name) for name in ("network.cpp", "products.h", "team.h", "vectors.h", "weights.h")
+    Path(__file__).with_name(name) for name in ("network.cpp", "products.h", "thread_pool.h", "vectors.h", "weights.h")
 )
 COMPILE = ("g++", "-std=c++20", "-O3", "-march=native", "-Wno-psabi", "-fPIC", "-shared", "-pthread")
 

@@ -5,7 +5,7 @@
 #include <memory>
 
 #include "products.h"
-#include "team.h"
+#include "thread_pool.h"
 #include "weights.h"
 
 namespace starflow {
@@ -45,9 +45,9 @@ struct Tokens {
 
 namespace {
 
-Team& team = *new Team;  // outlives everything: its threads do not end
+ThreadPool& thread_pool = *new ThreadPool;  // outlives everything: its threads do not end
 
-// Numbers: so many of weights, or of rows to normalize, are worth handing to a thread.
+// Numbers: so many of weights, or of rows to normalize, are worth handing to a worker.
 constexpr int PIECE = 1 << 14;
 constexpr int QUERIES = 16;  // of a piece of attention
 
@@ -102,7 +102,7 @@ void normalize(const Norm& norm, const float* x, float* y, int width) {
 
 int whole_vectors(int numbers) { return (numbers + LANES - 1) / LANES * LANES; }
 
-// Turn the pairs of one head by its position's rope frequencies.
+// Rotate the pairs of one head by its position's rope frequencies.
 void rotate(float* x, const float* rope_frequencies, int dim, bool half_split) {
     for (int i = 0; i < dim / 2; i++) {
         float &a = half_split ? x[i] : x[2 * i], &b = half_split ? x[i + dim / 2] : x[2 * i + 1];
@@ -153,7 +153,7 @@ void mix(const float* weights, int next, const float* values, int dim, int count
 class Evaluation {
   public:
     Evaluation(const Block& block, const Tokens& tokens)
-        : block(block), tokens(tokens), turn(team), rows(block.batch * tokens.length) {}
+        : block(block), tokens(tokens), claim(thread_pool), rows(block.batch * tokens.length) {}
 
     void run() {
         allocate();
@@ -217,7 +217,7 @@ class Evaluation {
     template <typename Work>
     void outputs(const Linear& linear, Work work) {
         const int width = std::max(1, PIECE / GROUP / linear.inputs) * GROUP;
-        turn.all((linear.outputs + width - 1) / width,
+        claim.parallel_for((linear.outputs + width - 1) / width,
                  [&](int i) { work(i * width, std::min((i + 1) * width, linear.outputs)); });
     }
 
@@ -308,7 +308,7 @@ class Evaluation {
     template <typename Work>
     void each_row(Work work) {
         const int some = std::max(1, PIECE / 2 / block.channels);
-        turn.all((rows + some - 1) / some, [&](int i) {
+        claim.parallel_for((rows + some - 1) / some, [&](int i) {
             for (int row = i * some; row < std::min((i + 1) * some, rows); row++) work(row);
         });
     }
@@ -318,13 +318,13 @@ class Evaluation {
         const int groups = block.batch * block.num_kv_heads, parts = (tokens.length + QUERIES - 1) / QUERIES;
         auto attend = [&](int i) { this->attend(layer, i % groups, i / groups * QUERIES); };
         if (parts == 1) {
-            turn.all(groups, [&](int i) {
-                turn_heads(layer, i);
+            claim.parallel_for(groups, [&](int i) {
+                rotate_heads(layer, i);
                 attend(i);
             });
         } else {
-            turn.all(groups, [&](int i) { turn_heads(layer, i); });
-            turn.all(groups * parts, attend);
+            claim.parallel_for(groups, [&](int i) { rotate_heads(layer, i); });
+            claim.parallel_for(groups * parts, attend);
         }
     }
 
@@ -335,19 +335,20 @@ class Evaluation {
     }
 
     // Norms and rotation of a group's queries and keys, which the cache gets, and values as well.
-    void turn_heads(const Layer& layer, int group) {
-        const int dim = block.head_dim, ratio = block.num_heads / block.num_kv_heads, number = group % block.num_kv_heads;
+    void rotate_heads(const Layer& layer, int group) {
+        const int dim = block.head_dim, kv_heads = block.num_kv_heads, ratio = block.num_heads / kv_heads;
+        const int number = group % kv_heads;
         for (int n = 0; n < tokens.length; n++) {
-            const float* rope_frequencies = tokens.rope_frequencies ? tokens.rope_frequencies + size_t(n) * dim : nullptr;
+            const float* frequencies = tokens.rope_frequencies ? tokens.rope_frequencies + size_t(n) * dim : nullptr;
             float* token = packed(layer, group) + size_t(n) * layer.qkv.outputs;
-            auto turned = [&](const Norm& norm, int head) {
+            auto rotated = [&](const Norm& norm, int head) {
                 float* x = token + head * dim;
                 normalize(norm, x, x, dim);
-                if (rope_frequencies) rotate(x, rope_frequencies, dim, block.half_split);
+                if (frequencies) rotate(x, frequencies, dim, block.half_split);
                 return x;
             };
-            for (int head = number * ratio; head < (number + 1) * ratio; head++) turned(layer.query_norm, head);
-            const float *key = turned(layer.key_norm, block.num_heads + number), *value = key + block.num_kv_heads * dim;
+            for (int head = number * ratio; head < (number + 1) * ratio; head++) rotated(layer.query_norm, head);
+            const float *key = rotated(layer.key_norm, block.num_heads + number), *value = key + kv_heads * dim;
             const size_t to = cached(group) + size_t(tokens.offset + n) * dim;
             std::copy(key, key + dim, layer.keys + to);
             std::copy(value, value + dim, layer.values + to);
@@ -357,8 +358,8 @@ class Evaluation {
     // Up to QUERIES tokens from number `from` on.
     void attend(const Layer& layer, int group, int from) {
         static thread_local Buffer memory;
-        const int dim = block.head_dim, ratio = block.num_heads / block.num_kv_heads, number = group % block.num_kv_heads;
-        const int sample = group / block.num_kv_heads, stop = std::min(from + QUERIES, tokens.length);
+        const int dim = block.head_dim, kv_heads = block.num_kv_heads, ratio = block.num_heads / kv_heads;
+        const int number = group % kv_heads, sample = group / kv_heads, stop = std::min(from + QUERIES, tokens.length);
         const int stride = whole_vectors(tokens.offset + stop);
         const ptrdiff_t row = layer.qkv.outputs, width = layer.proj.inputs;
         float* scores = memory.of(size_t(TILE) * stride);
@@ -384,7 +385,7 @@ class Evaluation {
 
     const Block& block;
     const Tokens& tokens;
-    Team::Turn turn;
+    ThreadPool::Claim claim;
     const int rows;
     float *a, *qkv, *attended, *inner, *branch;
 };
@@ -392,7 +393,7 @@ class Evaluation {
 }  // namespace
 }  // namespace starflow
 
-extern "C" void starflow_threads(int threads) { starflow::team.grow(threads); }
+extern "C" void starflow_threads(int threads) { starflow::thread_pool.grow(threads); }
 
 extern "C" void starflow_network(const starflow::Block* block, const starflow::Tokens* tokens) {
     starflow::Evaluation(*block, *tokens).run();

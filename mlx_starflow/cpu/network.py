@@ -1,4 +1,13 @@
-"""network.cpp seen from Python: the structures that both share, and what fills them."""
+"""The network of a flow block on a Linux CPU, in C++: sampling takes it a token, or a few, at a time.
+
+A token goes through all layers in one call: the weights are read once and where they lie, norms, rotation, attention
+and activations in between cost next to nothing, no graph is built and no other thread is woken. MLX compiles fused
+operations with g++ wherever that is installed; network.cpp is compiled with it too, once, into the user's cache.
+Without g++, on other systems and for weights that are neither float32 nor MLX's affine quantization of it,
+`sampling.network.CompiledNetwork` does the same in MLX.
+
+This is network.cpp seen from Python: the structures that both share, and what fills them.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +22,7 @@ import numpy as np
 
 from mlx_starflow.cpu import library
 from mlx_starflow.model_dir.adapters import AdaptedLinear
-from mlx_starflow.models.flow import Condition
+from mlx_starflow.models.flow import Condition, FlowBlock
 from mlx_starflow.models.transformer import RMSNorm, TransformerLayer
 
 LANES = 16
@@ -77,20 +86,18 @@ class Unsuitable(Exception):
 
 
 class NativeNetwork:
-    """See `sampling.network.CachedNetwork`: this one takes NumPy arrays, and gives them."""
-
-    arrays = np
+    """A `sampling.network.CachedNetwork`; what it is given is evaluated, and what it gives is computed already."""
 
     def __init__(
         self,
-        block: Any,
+        block: FlowBlock,
         batch: int,
         length: int,
         rope_frequencies: mx.array | None,
         condition: Condition,
         temperature: float | mx.array,
     ):
-        """Arguments as for `sampling.network.CompiledNetwork`.
+        """Arguments as for `cpu.fast_network`.
 
         Raises Unsuitable for a block with sharded weights, or others than float32 and MLX's affine quantization of it.
         """
@@ -130,34 +137,22 @@ class NativeNetwork:
         self._library = library.load()
         if prefix is not None:
             for start, stop in self._parts(self.prefix_length):
-                self._run(np.array(prefix[:, start:stop], order="C"))
+                self._run(_Tokens(), np.array(prefix[:, start:stop], order="C"))
 
     @property
     def known(self) -> int:
         return self.position - self.prefix_length
 
-    def __call__(self, tokens: np.ndarray) -> np.ndarray:
-        raw = []
-        for start, stop in self._parts(tokens.shape[1]):
-            inputs = np.ascontiguousarray(tokens[:, start:stop])
-            hidden = np.empty((*inputs.shape[:2], self._block.channels), np.float32)
-            raw.append(np.empty((*inputs.shape[:2], self._block.output.outputs), np.float32))
-            self._run(hidden, inputs, raw[-1])
-        return self._complete(np.concatenate(raw, axis=1) if len(raw) > 1 else raw[0])
+    def __call__(self, tokens: mx.array) -> mx.array:
+        inputs = np.asarray(tokens)
+        parts = [self._evaluate(np.ascontiguousarray(inputs[:, a:b])) for a, b in self._parts(inputs.shape[1])]
+        return self._complete(mx.array(parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)))
 
-    def remember(self, tokens: np.ndarray) -> None:
+    def remember(self, tokens: mx.array) -> None:
         self(tokens)
 
     def trim(self, n: int) -> None:
         self.position -= n
-
-    def own(self, array: mx.array | np.ndarray) -> np.ndarray:
-        return array if isinstance(array, np.ndarray) else np.array(array, order="C")
-
-    def launch(self, *arrays: np.ndarray) -> None:
-        """NumPy has computed them."""
-
-    evaluate = launch
 
     def multiply(self, length: int) -> None:
         """Only multiply `length` positions with the weights, and remember nothing: for measurements."""
@@ -168,18 +163,25 @@ class NativeNetwork:
         step = max(1, MOST_ROWS // self.batch)
         return [(start, min(start + step, length)) for start in range(0, length, step)]
 
-    def _run(self, hidden: np.ndarray, inputs: np.ndarray | None = None, outputs: np.ndarray | None = None) -> None:
-        """Tokens `[B, n, C]` -> raw outputs; or embedded ones, `[B, n, channels]`, with no outputs."""
+    def _evaluate(self, inputs: np.ndarray) -> np.ndarray:
+        """Tokens `[B, n, C]` -> outputs of the last layer, `[B, n, outputs]`."""
+        assert inputs.dtype == np.float32
+        hidden = np.empty((*inputs.shape[:2], self._block.channels), np.float32)
+        outputs = np.empty((*inputs.shape[:2], self._block.output.outputs), np.float32)
+        tokens = _Tokens(inputs=_address(inputs), outputs=_address(outputs))
+        if self._added is not None:
+            tokens.added, tokens.added_step = _address(self._added[:, self.known :]), self._added[0].size
+        self._run(tokens, hidden)
+        return outputs
+
+    def _run(self, tokens: _Tokens, hidden: np.ndarray) -> None:
+        """All layers over embedded positions, float32 `[B, n, channels]`, which are replaced by what comes out."""
         length = hidden.shape[1]
         assert self.position + length <= self.capacity and hidden.dtype == np.float32
-        tokens = _Tokens(length=length, offset=self.position, scales=_address(self._scales), hidden=_address(hidden))
+        tokens.length, tokens.offset = length, self.position
+        tokens.scales, tokens.hidden = _address(self._scales), _address(hidden)
         if self._rope_frequencies is not None:
             tokens.rope_frequencies = _address(self._rope_frequencies[self.position :])
-        if inputs is not None:
-            assert inputs.dtype == np.float32
-            tokens.inputs, tokens.outputs = _address(inputs), _address(outputs)
-            if self._added is not None:
-                tokens.added, tokens.added_step = _address(self._added[:, self.known :]), self._added[0].size
         self._library.starflow_network(ctypes.byref(self._block), ctypes.byref(tokens))
         self.position += length
 

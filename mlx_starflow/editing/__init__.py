@@ -1,4 +1,4 @@
-"""What exact inversion gives: pictures to noise and back, inpainting, re-prompting, variations, interpolation."""
+"""What exact inversion gives: images to noise and back, inpainting, re-prompting, variations, interpolation."""
 
 from mlx_starflow.editing.inpainting import Inpainting, Trace, inpaint
 from mlx_starflow.editing.inversion import Encoded, RoundTrip, decode, encode

@@ -1,6 +1,6 @@
-"""Inpainting by Metropolis-Hastings: part of a picture stays, the rest follows the model.
+"""Inpainting by Metropolis-Hastings: part of an image stays, the rest follows the model.
 
-A state is noisy data x whose kept tokens are those of the picture. A proposal perturbs the noise z = f(x) under the
+A state is noisy data x whose kept tokens are those of the image. A proposal perturbs the noise z = f(x) under the
 mask,
 
     z' = sqrt(1 - s^2) z + s e,   e ~ N(0, 1),
@@ -11,15 +11,14 @@ ratio, the Metropolis-Hastings ratio p(x') q(x | x') / (p(x) q(x' | x)) is the p
 they go with their new surroundings. That is exact for one block that reads the kept tokens all before or all after the
 free ones, and a close approximation for several blocks, which mix tokens (docs/likelihood.md measures it). The whole
 likelihood ratio would be right if the proposal were symmetric; it counts the free tokens twice, and its chains drift
-to pictures that are more likely than samples are.
+to images that are more likely than samples are.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -30,10 +29,10 @@ from mlx_starflow.editing.maps import cleaned, noise_to_tokens
 from mlx_starflow.editing.masks import check_mask, fill, token_mask
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.likelihood.nll import noise_and_nats, with_noise
+from mlx_starflow.likelihood.protocol import ImageModel
 from mlx_starflow.media.images import to_images
 from mlx_starflow.media.pixels import crop_image, scale_pixels
-from mlx_starflow.pipelines.picture_flow import PictureFlow, picture_flow
-from mlx_starflow.pipelines.pipeline import Pipeline
+from mlx_starflow.models.flow import Flow
 from mlx_starflow.sampling import GuidedFlow
 from mlx_starflow.sampling.sampler import progress_off
 
@@ -67,11 +66,11 @@ class Trace:
 
 @dataclass(frozen=True)
 class Inpainting:
-    """Pictures whose free part was painted, one a chain.
+    """Images whose free part was painted, one a chain.
 
     Attributes:
-        images: the pictures; outside the mask their pixels are those of the original.
-        data: of the pictures, without noise, `[B, ...]`.
+        images: outside the mask their pixels are those of the original.
+        data: of the images, without noise, `[B, ...]`.
         trace: what the chains did.
     """
 
@@ -81,7 +80,7 @@ class Inpainting:
 
 
 def inpaint(
-    model: PictureFlow | Pipeline,
+    model: ImageModel,
     image: Image.Image,
     mask: Image.Image,
     prompt: str = "",
@@ -95,20 +94,20 @@ def inpaint(
     size: tuple[int, int] | None = None,
     progress: bool | None = False,
 ) -> Inpainting:
-    """Paint the free part of a picture anew.
+    """Paint the free part of an image anew.
 
     Args:
-        model: a pipeline, or what `open_picture_flow` gives.
-        image: the picture; it is cut about its middle and resized to `size`, and the mask with it.
-        mask: of the picture's size, white where it is free, see `masks.read_mask`.
-        prompt: of the whole picture; "" is none.
-        steps: of Metropolis-Hastings in each round; each costs about as much as generating a picture.
-        rounds: after each, the picture is encoded anew, so that the autoencoder's latents of the kept part know what
+        model: a pipeline, or another model.
+        image: it is cut about its middle and resized to `size`, and the mask with it.
+        mask: of the image's size, white where it is free, see `masks.read_mask`.
+        prompt: of the whole image; "" is none.
+        steps: of Metropolis-Hastings in each round; each costs about as much as generating an image.
+        rounds: after each, the image is encoded anew, so that the autoencoder's latents of the kept part know what
             is beside it. One is enough for a TarFlow, which has no autoencoder.
         strength: s of the proposals, above 0 and at most 1, which forgets the noise under the mask at each step.
         accept: "kept" or "whole": the tokens whose likelihood ratio decides, see above.
-        images: chains, each with a picture of its own.
-        seed: of the first chain; the others count up. A seed means one picture.
+        images: chains, each with an image of its own.
+        seed: of the first chain; the others count up. A seed means one image.
         size: (width, height) in pixels; the model's own by default.
         progress: show a progress bar; None shows it on a terminal only.
 
@@ -118,31 +117,30 @@ def inpaint(
     _check(steps, rounds, strength, accept, images, seed)
     if mask.size != image.size:
         raise StarflowError(f"the mask is {mask.size}, the picture {image.size}; they must have the same size")
-    model = picture_flow(model)
     width, height = size or model.size
     free_pixels = np.asarray(crop_image(mask.convert("L"), width, height)) > 127
     check_mask(free_pixels, "(resized to the model's pictures)")
     original = scale_pixels(np.asarray(model.fit(image, size)))
-    picture = np.repeat(fill(original, free_pixels)[None], images, axis=0)
+    painted = np.repeat(fill(original, free_pixels)[None], images, axis=0)
     seeds = range(seed, seed + images)
     rngs = [np.random.Generator(np.random.Philox(each)) for each in seeds]
     condition, noisy, traces = None, None, []
     with tqdm(total=steps * rounds, desc="inpainting", unit="step", disable=progress_off(progress)) as bar:
         for number in range(rounds):
-            kept = np.concatenate([model.encode_pictures(each[None]) for each in picture.astype(np.float32)])
+            kept = np.concatenate([model.encode_images(each[None]) for each in painted.astype(np.float32)])
             model.release("vae")
             if number == 0:
                 condition = model.conditions([prompt] * images, kept.shape)
-                model.release("text")
+                model.release("text_encoder")
             free = token_mask(free_pixels, model.grid(kept.shape[1:])).reshape(-1)
-            chain = Chain(model.flow, kept.shape, condition, free)
+            chain = Chain(model.dense_flow(), kept.shape, condition, free)
             noisy, data, trace = _round(chain, kept, noisy, seeds, rngs, steps, strength, accept, bar.update)
             traces.append(trace)
             del chain
             model.release("flow")
-            painted = np.concatenate([model.decode_pictures(each[None]) for each in data])
-            picture = np.where(free_pixels[:, :, None], np.clip(painted, -1, 1), original)
-    return Inpainting(to_images(picture), data, Trace.joined(traces))
+            decoded = np.concatenate([model.decode_images(each[None]) for each in data])
+            painted = np.where(free_pixels[:, :, None], np.clip(decoded, -1, 1), original)
+    return Inpainting(to_images(painted), data, Trace.joined(traces))
 
 
 def _round(
@@ -154,7 +152,7 @@ def _round(
     steps: int,
     strength: float,
     accept: str,
-    advance: Any,
+    advance: Callable[[int], object],
 ) -> tuple[mx.array, np.ndarray, Trace]:
     """One round over data without noise, `[B, ...]`: where its noisy tokens end, the data cleaned, and the trace.
 
@@ -172,7 +170,7 @@ def _round(
 class Chain:
     """Metropolis-Hastings over the free tokens of noisy data; a batch is as many independent chains."""
 
-    def __init__(self, flow: Any, shape: tuple[int, ...], condition: mx.array | None, free: np.ndarray):
+    def __init__(self, flow: Flow, shape: tuple[int, ...], condition: mx.array | None, free: np.ndarray):
         """`shape` `[B, ...]` is the data's, `free` `[N]` says which tokens change."""
         self.flow, self.shape, self.condition = flow, shape, condition
         self.free, self.mask = free, mx.array(free)[None, :, None]
@@ -195,7 +193,7 @@ class Chain:
         steps: int,
         strength: float,
         accept: str = "kept",
-        advance: Any = lambda steps: None,
+        advance: Callable[[int], object] = lambda steps: None,
     ) -> tuple[mx.array, Trace]:
         """So many steps from tokens `[B, N, C]`; the generators are those of the chains."""
         decisive = ~self.free if accept == "kept" else np.ones_like(self.free)

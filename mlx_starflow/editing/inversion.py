@@ -1,4 +1,4 @@
-"""Pictures, or videos, to noise and back, as files, and how exact the round trip is."""
+"""Images, or videos, to noise and back, as files, and how exact the round trip is."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -18,12 +17,10 @@ from tqdm import tqdm
 from mlx_starflow.editing.maps import cleaned, from_noise, to_noise
 from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.likelihood.nll import at_once, unit_of, with_noise
+from mlx_starflow.likelihood.protocol import ImageModel, ImageOrVideo
 from mlx_starflow.media.files import replacing
 from mlx_starflow.media.noise import KEY
-from mlx_starflow.pipelines.picture_flow import PictureFlow, picture_flow
-from mlx_starflow.pipelines.pipeline import Pipeline
-from mlx_starflow.pipelines.video_requests import VideoModel
-from mlx_starflow.sampling import GuidedFlow
+from mlx_starflow.sampling import GuidedFlow, SamplingOptions
 from mlx_starflow.sampling.sampler import progress_off
 
 METADATA_KEY = "mlx-starflow"
@@ -31,11 +28,11 @@ METADATA_KEY = "mlx-starflow"
 
 @dataclass(frozen=True)
 class Encoded:
-    """Noise that pictures come from, and how they do.
+    """Noise that images come from, and how they do.
 
     Attributes:
-        noise: as `sample` takes it, `[B, ...]`; of a picture without training noise it is smaller than standard normal.
-        prompts: of each picture.
+        noise: as `sample` takes it, `[B, ...]`; of an image without training noise it is smaller than standard normal.
+        prompts: of each image.
         guidance: weight that it was mapped with; 0 is the flow itself.
         model: name of the model.
     """
@@ -74,12 +71,12 @@ class Encoded:
 
 @dataclass(frozen=True)
 class RoundTrip:
-    """What is lost from data to noise and back, and from picture to data and back.
+    """What is lost from data to noise and back, and from image to data and back.
 
     Attributes:
         flow_max: largest difference of the data, of normalized latents for instance.
         flow_rms: its root mean square.
-        autoencoder_rms: of the pictures' pixels, in levels of 0 to 255, without the flow; 0 if there is no autoencoder.
+        autoencoder_rms: of the images' pixels, in levels of 0 to 255, without the flow; 0 if there is no autoencoder.
     """
 
     flow_max: float
@@ -94,8 +91,8 @@ class RoundTrip:
 
 
 def encode(
-    model: PictureFlow | Pipeline | VideoModel,
-    images: Iterable[Image.Image | Iterable[Image.Image]],
+    model: ImageModel,
+    images: Iterable[ImageOrVideo],
     prompts: str | Sequence[str] = "",
     *,
     guidance: float = 0.0,
@@ -105,34 +102,33 @@ def encode(
     batch_size: int = 8,
     progress: bool | None = False,
 ) -> tuple[Encoded, RoundTrip | None]:
-    """Pictures -> the noise that they come from, exactly, given their prompts.
+    """Images -> the noise that they come from, exactly, given their prompts.
 
     Args:
-        model: a pipeline, or what `open_picture_flow` gives.
-        images: pictures; each is cut about its middle and resized to `size`. For a model of videos also videos of as
-            many frames: the frames of each.
-        prompts: one for all or one a picture; "" is none.
+        model: a pipeline, or another model.
+        images: each is cut about its middle and resized to `size`. For a model of videos also videos of as many frames:
+            the frames of each.
+        prompts: one for all or one an image; "" is none.
         guidance: map as a sampler with this guidance does: its maps are affine and autoregressive too.
         noise_seed: add the flow's training noise of this seed first. Then the result is standard normal, as far as the
-            flow models the picture; `decode` should then denoise. None: the picture as it is.
+            flow models the image; `decode` should then denoise. None: the image as it is.
         size: (width, height) in pixels; the model's own by default.
-        check: go the way back too, which takes as long as generating the pictures.
-        batch_size: pictures, or latent frames of videos, at once.
+        check: go the way back too, which takes as long as generating the images.
+        batch_size: images, or latent frames of videos, at once.
         progress: show a progress bar; None shows it on a terminal only.
 
     Returns:
         The noise, and the errors of the way back (None without `check`).
 
     Raises:
-        StarflowError: there are no pictures, or not as many prompts, or the noise is not finite.
+        StarflowError: there are no images, or not as many prompts, or the noise is not finite.
     """
-    model = picture_flow(model)
-    pictures = [model.fit(image, size) for image in images]
-    data = model.data(pictures, size)
-    lost = _lost_levels(model.images(data), pictures) if check else 0.0
+    fitted = [model.fit(image, size) for image in images]
+    data = model.to_data(fitted, size)
+    lost = _lost_levels(model.to_images(data), fitted) if check else 0.0
     model.release("vae")
     if noise_seed is not None:
-        data = with_noise(model.flow, data, 0, noise_seed)
+        data = with_noise(model.dense_flow(), data, 0, noise_seed)
     prompts = [prompts] * len(data) if isinstance(prompts, str) else list(prompts)
     noise, errors = [], []
     for part, guided, _ in _batches(model, prompts, len(data), data.shape, guidance, batch_size, progress, "encoding"):
@@ -149,37 +145,36 @@ def encode(
 
 
 def decode(
-    model: PictureFlow | Pipeline | VideoModel,
+    model: ImageModel,
     encoded: Encoded,
     *,
     denoise: bool = False,
     batch_size: int = 8,
     progress: bool | None = False,
-) -> tuple[list[Any], np.ndarray]:
-    """Noise -> pictures (of videos lists of frames) and their data: the inverse of `encode`.
+) -> tuple[list[Image.Image] | list[list[Image.Image]], np.ndarray]:
+    """Noise -> images (of videos the frames of each) and their data: the inverse of `encode`.
 
     Args:
-        model: a pipeline, or what `open_picture_flow` gives.
+        model: a pipeline, or another model.
         encoded: noise, prompts and guidance.
-        denoise: clean the data with one score step: for noise of pictures that training noise was added to.
+        denoise: clean the data with one score step: for noise of images that training noise was added to.
 
     Raises:
         StarflowError: the noise does not fit the model, or the data are not finite.
     """
-    model = picture_flow(model)
     noise, shape = encoded.noise, encoded.noise.shape
     data = []
     batches = _batches(model, encoded.prompts, len(noise), shape, encoded.guidance, batch_size, progress, "decoding")
     for part, guided, condition in batches:
         x = from_noise(guided, mx.array(noise[part]))
-        data.append(np.array(cleaned(model.flow, x, condition) if denoise else x))
+        data.append(np.array(cleaned(model.dense_flow(), x, condition) if denoise else x))
     model.release("flow")
     result = np.concatenate(data)
-    return model.images(result), result
+    return model.to_images(result), result
 
 
 def _batches(
-    model: PictureFlow,
+    model: ImageModel,
     prompts: Sequence[str],
     count: int,
     shape: tuple[int, ...],
@@ -187,12 +182,13 @@ def _batches(
     batch_size: int,
     progress: bool | None,
     what: str,
-) -> Iterable[tuple[slice, GuidedFlow, Any]]:
-    """Parts of so many pictures, each with the flow under their prompts and these prompts' condition."""
+) -> Iterator[tuple[slice, GuidedFlow, mx.array | None]]:
+    """Parts of so many images, each with the flow under their prompts and these prompts' condition."""
     if len(prompts) != count:
         raise StarflowError(f"there are {len(prompts)} prompts for {count} pictures; give one, or one a picture")
     conditions = model.conditions([*prompts, ""], shape)
-    model.release("text")
+    model.release("text_encoder")
+    flow = model.dense_flow()
     batch_size = at_once(batch_size, shape)
     with tqdm(total=count, desc=what, unit=unit_of(shape), disable=progress_off(progress)) as bar:
         for start in range(0, count, batch_size):
@@ -200,19 +196,21 @@ def _batches(
             text = null = None
             if conditions is not None:
                 text, null = conditions[part], conditions[-1:]
-            yield part, GuidedFlow(model.flow, (part.stop - start, *shape[1:]), text, null, guidance), text
+            yield part, GuidedFlow(flow, (part.stop - start, *shape[1:]), text, null, SamplingOptions(guidance)), text
             bar.update(part.stop - start)
 
 
-def _lost_levels(made: Sequence[Any], given: Sequence[Any]) -> float:
-    """RMS difference of pictures, or of frames of videos, of one size."""
+def _lost_levels(made: Sequence[ImageOrVideo], given: Sequence[ImageOrVideo]) -> float:
+    """RMS difference of images, or of frames of videos, of one size."""
     pairs = zip(_frames(made), _frames(given), strict=True)
-    return _rms(np.array([_rms(np.subtract(ours, theirs, dtype=np.float32)) for ours, theirs in pairs]))
+    return _rms(
+        np.array([_rms(np.asarray(ours, np.float32) - np.asarray(theirs, np.float32)) for ours, theirs in pairs])
+    )
 
 
-def _frames(images: Iterable[Any]) -> Iterator[Image.Image]:
+def _frames(images: Iterable[ImageOrVideo]) -> Iterator[Image.Image]:
     for each in images:
-        yield from each if isinstance(each, list) else [each]
+        yield from [each] if isinstance(each, Image.Image) else each
 
 
 def _rms(values: np.ndarray) -> float:

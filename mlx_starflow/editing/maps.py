@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import mlx.core as mx
+import numpy as np
 
-from mlx_starflow.kernels.plain import Array, namespace
 from mlx_starflow.likelihood.nll import is_dequantized
-from mlx_starflow.models.tarflow import TarFlow
+from mlx_starflow.models.flow import Flow
 from mlx_starflow.sampling import denoise
 from mlx_starflow.sampling.decoder import check_finite
-from mlx_starflow.sampling.guidance import Guidance, guidance_rule
+from mlx_starflow.sampling.guidance import Guidance, SamplingOptions, guidance_function
 from mlx_starflow.sampling.guided import GuidedFlow
 from mlx_starflow.sampling.methods import SequentialSettings
 from mlx_starflow.sampling.sampler import invert_block
@@ -25,26 +25,33 @@ class BlendedFlow(GuidedFlow):
     autoregressive flow: the source's at 0, the target's at 1.
     """
 
-    def __init__(self, flow: Any, shape: tuple[int, ...], source: mx.array, target: mx.array, strength: Any):
+    def __init__(
+        self,
+        flow: Flow,
+        shape: tuple[int, ...],
+        source: mx.array,
+        target: mx.array,
+        strength: float | Sequence[float],
+    ):
         """`shape` is the noise's; `strength` is one number from 0 on, or one a sample, `[B]`."""
         # Any guidance makes the blocks see both conditions; what is done with them is decided below.
-        super().__init__(flow, shape, target, source, guidance=1.0)
-        further = guidance_rule(self.conditions.rule)
+        super().__init__(flow, shape, target, source, SamplingOptions(1.0))
+        further = guidance_function(self.conditions.guidance_mode)
 
         def rule(
-            mu: Array, log_sigma: Array, mu_source: Array, log_sigma_source: Array, s: Array
-        ) -> tuple[Array, Array]:
-            arrays = namespace(mu)
-            beyond = further(mu, log_sigma, mu_source, log_sigma_source, arrays.maximum(s - 1, 0))
+            mu: mx.array, log_sigma: mx.array, mu_source: mx.array, log_sigma_source: mx.array, s: float | mx.array
+        ) -> tuple[mx.array, mx.array]:
+            s = mx.array(s)
+            beyond = further(mu, log_sigma, mu_source, log_sigma_source, mx.maximum(s - 1, 0))
             between = (mu_source + s * (mu - mu_source), log_sigma_source + s * (log_sigma - log_sigma_source))
-            return tuple(arrays.where(s > 1, *pair) for pair in zip(beyond, between, strict=True))
+            return mx.where(s > 1, beyond[0], between[0]), mx.where(s > 1, beyond[1], between[1])
 
-        self.guidance = Guidance(rule, mx.array(strength, mx.float32).reshape(-1, 1, 1))
+        self.guidance = Guidance(rule, mx.array(np.asarray(strength, np.float32)).reshape(-1, 1, 1))
 
 
-def prior_std(flow: Any) -> float | mx.array:
+def prior_std(flow: Flow) -> mx.array:
     """Standard deviation of the prior's tokens: 1, or `[N, C]` where a TarFlow has learned it."""
-    return mx.sqrt(flow.var.astype(mx.float32)) if isinstance(flow, TarFlow) else 1.0
+    return mx.sqrt(flow.prior_variance)
 
 
 def tokens_to_noise(guided: GuidedFlow, tokens: mx.array) -> mx.array:
@@ -70,7 +77,7 @@ def to_noise(guided: GuidedFlow, x: mx.array) -> mx.array:
     """Data `[B, ...]` -> noise, shaped as `sample` takes it."""
     flow = guided.flow
     noise = tokens_to_noise(guided, flow.tokens(x))
-    return noise if isinstance(flow, TarFlow) else flow.latents(noise, x.shape)
+    return flow.token_noise(noise, x.shape)
 
 
 def from_noise(guided: GuidedFlow, z: mx.array) -> mx.array:
@@ -79,7 +86,7 @@ def from_noise(guided: GuidedFlow, z: mx.array) -> mx.array:
     return flow.latents(_inverted(guided, flow.noise_tokens(z)), z.shape)
 
 
-def cleaned(flow: Any, x: mx.array, text: mx.array | None) -> mx.array:
+def cleaned(flow: Flow, x: mx.array, text: mx.array | None) -> mx.array:
     """A sample `[B, ...]` without the Gaussian noise that the flow was trained with, by one score step.
 
     The uniform noise of a dequantized pixel model is below what a pixel can show, and stays.

@@ -1,4 +1,4 @@
-"""Masks: which part of a picture is free, given as a black-and-white picture or as a rectangle."""
+"""Masks: which part of an image is free, given as a black-and-white image or as a rectangle."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _RECTANGLE = re.compile(r"(-?\d+),(-?\d+),(-?\d+),(-?\d+)")
 
 
 def read_mask(mask: str | Path, size: tuple[int, int]) -> Image.Image:
-    """A mask for a picture of `size` (width, height), mode "L": 255 where it is free, 0 where it is kept.
+    """A mask for an image of `size` (width, height), mode "L": 255 where it is free, 0 where it is kept.
 
     Args:
-        mask: "x,y,w,h", the free rectangle in pixels, from the upper left; or a picture's file, white where the
-            picture is free.
+        mask: "x,y,w,h", the free rectangle in pixels, from the upper left; or an image's file, white where the
+            image is free.
 
     Raises:
         StarflowError: the file cannot be read or has another size, or nothing or everything is free.
@@ -28,19 +28,19 @@ def read_mask(mask: str | Path, size: tuple[int, int]) -> Image.Image:
     text = str(mask).replace(" ", "")
     if match := _RECTANGLE.fullmatch(text):
         x, y, width, height = map(int, match.groups())
-        picture = Image.new("L", size, 0)
+        image = Image.new("L", size, 0)
         if width > 0 and height > 0:
-            ImageDraw.Draw(picture).rectangle((x, y, x + width - 1, y + height - 1), fill=255)
+            ImageDraw.Draw(image).rectangle((x, y, x + width - 1, y + height - 1), fill=255)
     else:
-        picture = read_image(Path(mask)).convert("L")
-        if picture.size != size:
+        image = read_image(Path(mask)).convert("L")
+        if image.size != size:
             raise StarflowError(
-                f"the mask {mask} is {picture.width}x{picture.height} and the picture {size[0]}x{size[1]}; "
+                f"the mask {mask} is {image.width}x{image.height} and the picture {size[0]}x{size[1]}; "
                 "they must have the same size"
             )
-        picture = picture.point(lambda value: 255 if value > 127 else 0)
-    check_mask(np.asarray(picture) > 0, str(mask))
-    return picture
+        image = image.point(lambda value: 255 if value > 127 else 0)
+    check_mask(np.asarray(image) > 0, str(mask))
+    return image
 
 
 def check_mask(free: np.ndarray, what: str) -> None:
@@ -59,7 +59,7 @@ def token_mask(free: np.ndarray, grid: Sequence[int]) -> np.ndarray:
     """
     rows, columns = grid
     height, width = free.shape
-    tokens = free.reshape(rows, height // rows, columns, width // columns).any(axis=(1, 3))
+    tokens = np.asarray(free.reshape(rows, height // rows, columns, width // columns).any(axis=(1, 3)))
     if tokens.all():
         raise StarflowError(
             f"the mask touches every token of the picture (each is {width // columns}x{height // rows} pixels), "
@@ -68,15 +68,15 @@ def token_mask(free: np.ndarray, grid: Sequence[int]) -> np.ndarray:
     return tokens
 
 
-def fill(picture: np.ndarray, free: np.ndarray) -> np.ndarray:
-    """A picture `[height, width, C]` whose free pixels have the colour of the nearest pixel that is kept.
+def fill(image: np.ndarray, free: np.ndarray) -> np.ndarray:
+    """An image `[height, width, C]` whose free pixels have the colour of the nearest pixel that is kept.
 
-    What lies there must not reach the autoencoder, whose normalization and attention spread it over the whole picture;
+    What lies there must not reach the autoencoder, whose normalization and attention spread it over the whole image;
     neither may a hole of one colour, which spreads as well. Nearest pixels are found by jump flooding (Rong and Tan,
     2006).
     """
     height, width = free.shape
-    rows, columns = np.indices(free.shape)
+    rows, columns = (np.asarray(each) for each in np.indices(free.shape))
     far = 4 * (height + width)
     nearest = np.where(free[..., None], -far, np.stack([rows, columns], axis=-1))
     step = 1 << (max(free.shape) - 1).bit_length() >> 1
@@ -87,7 +87,7 @@ def fill(picture: np.ndarray, free: np.ndarray) -> np.ndarray:
                 closer = _distance(shifted, rows, columns) < _distance(nearest, rows, columns)
                 nearest = np.where(closer[..., None], shifted, nearest)
         step //= 2
-    return picture[nearest[..., 0], nearest[..., 1]]
+    return image[nearest[..., 0], nearest[..., 1]]
 
 
 def _distance(points: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:

@@ -1,10 +1,10 @@
-"""Other pictures from a picture's noise: re-prompted, varied, or on the way to a second picture."""
+"""Other images from an image's noise: re-prompted, varied, or on the way to a second image."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar, cast
 
 import mlx.core as mx
 import numpy as np
@@ -13,20 +13,21 @@ from tqdm import tqdm
 
 from mlx_starflow.editing.maps import BlendedFlow, cleaned, from_noise, to_noise
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.likelihood.protocol import ImageModel
 from mlx_starflow.media.noise import draw_noise
-from mlx_starflow.pipelines.picture_flow import PictureFlow, picture_flow
-from mlx_starflow.pipelines.pipeline import Pipeline
 from mlx_starflow.sampling import GuidedFlow
 from mlx_starflow.sampling.sampler import progress_off
+
+Place = TypeVar("Place")
 
 
 @dataclass(frozen=True)
 class Edit:
-    """Pictures on a path.
+    """Images on a path.
 
     Attributes:
-        images: the pictures.
-        data: of the pictures, `[B, ...]`.
+        images: the images.
+        data: theirs, `[B, ...]`.
         places: where on the path each is: its strength, or its share of the way.
     """
 
@@ -36,7 +37,7 @@ class Edit:
 
 
 def reprompt(
-    model: PictureFlow | Pipeline,
+    model: ImageModel,
     image: Image.Image,
     source: str,
     target: str,
@@ -46,45 +47,44 @@ def reprompt(
     batch_size: int = 8,
     progress: bool | None = False,
 ) -> Edit:
-    """The noise of a picture under one prompt, regenerated under another.
+    """The noise of an image under one prompt, regenerated under another.
 
-    What the first prompt explains of the picture is replaced, what it does not explain (pose, layout) stays in the
+    What the first prompt explains of the image is replaced, what it does not explain (pose, layout) stays in the
     noise. The affine maps of strength s lie between those of the two prompts (see `maps.BlendedFlow`): at 0 the
-    picture comes back, at 1 the target prompt alone decides, beyond 1 it is guided away from the source prompt.
+    image comes back, at 1 the target prompt alone decides, beyond 1 it is guided away from the source prompt.
 
     Args:
-        model: a pipeline, or what `open_picture_flow` gives.
-        image: the picture.
+        model: a pipeline, or another model.
+        image: the image.
         source: what is on it; "" if it cannot be said.
         target: what shall be.
-        strengths: one picture for each, 0 or more.
+        strengths: one image for each, 0 or more.
         size: (width, height) in pixels; the model's own by default.
-        batch_size: pictures at once.
+        batch_size: images at once.
         progress: show a progress bar; None shows it on a terminal only.
 
     Raises:
         StarflowError: a strength is negative, the model reads no prompts, or the result is not finite.
     """
     strengths = _numbers(strengths, "strengths")
-    model = picture_flow(model)
-    data = model.data([image], size)
+    data = model.to_data([image], size)
     conditions = model.conditions([source, target], data.shape)
-    model.release("text")
+    model.release("text_encoder")
     if conditions is None:
         raise StarflowError(f"{model.name} reads no prompts: use vary or interpolate")
-    z = np.array(to_noise(GuidedFlow(model.flow, data.shape, conditions[:1]), mx.array(data)))
+    z = np.array(to_noise(GuidedFlow(model.dense_flow(), data.shape, conditions[:1]), mx.array(data)))
 
     def regenerate(part: list[float]) -> mx.array:
         count = len(part)
-        both = (mx.repeat(conditions[i : i + 1], count, axis=0) for i in (0, 1))
-        guided = BlendedFlow(model.flow, (count, *z.shape[1:]), *both, part)
+        first, second = (mx.repeat(conditions[i : i + 1], count, axis=0) for i in (0, 1))
+        guided = BlendedFlow(model.dense_flow(), (count, *z.shape[1:]), first, second, part)
         return from_noise(guided, mx.array(np.repeat(z, count, axis=0)))
 
-    return _edit(model, strengths, regenerate, batch_size, progress)
+    return Edit(*_regenerated(model, strengths, regenerate, batch_size, progress), strengths)
 
 
 def vary(
-    model: PictureFlow | Pipeline,
+    model: ImageModel,
     image: Image.Image,
     prompt: str = "",
     strengths: Sequence[float] = (0.3,),
@@ -96,32 +96,31 @@ def vary(
     batch_size: int = 8,
     progress: bool | None = False,
 ) -> Edit:
-    """Pictures near a picture: its noise turned towards other noise.
+    """Images near an image: its noise turned towards other noise.
 
     With strength s the noise is cos(s pi / 2) z + sin(s pi / 2) temperature e, e ~ N(0, 1): a spherical path, which
-    keeps standard normal noise standard normal. At 0 the picture comes back, at 1 the result has nothing of it. The
-    noise that comes in carries the flow's training noise, so these pictures are cleaned by one score step.
+    keeps standard normal noise standard normal. At 0 the image comes back, at 1 the result has nothing of it. The
+    noise that comes in carries the flow's training noise, so these images are cleaned by one score step.
 
     Args:
         model, image, size, batch_size, progress: as for `reprompt`.
-        prompt: what is on the picture; "" if it cannot be said.
+        prompt: what is on the image; "" if it cannot be said.
         strengths: 0 to 1.
         images: paths; each has all strengths.
         temperature: of the other noise; the model's own by default.
-        seed: of the first path's noise; the others count up. A seed means one picture.
+        seed: of the first path's noise; the others count up. A seed means one image.
 
     Raises:
         StarflowError: a setting is out of range, or the result is not finite.
     """
     strengths = _numbers(strengths, "strengths", 1.0)
-    model = picture_flow(model)
     temperature = model.temperature if temperature is None else temperature
     if images < 1 or not temperature >= 0:
         raise StarflowError(f"images must be 1 or more and the temperature 0 or more, not {images} and {temperature:g}")
-    data = model.data([image], size)
+    data = model.to_data([image], size)
     condition = model.conditions([prompt], data.shape)
-    model.release("text")
-    z = np.array(to_noise(GuidedFlow(model.flow, data.shape, condition), mx.array(data)))
+    model.release("text_encoder")
+    z = np.array(to_noise(GuidedFlow(model.dense_flow(), data.shape, condition), mx.array(data)))
     other = temperature * draw_noise(range(seed, seed + images), z.shape[1:])
     places = [(path, strength) for path in range(images) for strength in strengths]
 
@@ -130,16 +129,16 @@ def vary(
         cos, sin = (_column(f(angles), z.ndim) for f in (np.cos, np.sin))
         turned = cos * z + sin * other[[path for path, _ in part]]
         text = None if condition is None else mx.repeat(condition, len(part), axis=0)
-        x = from_noise(GuidedFlow(model.flow, turned.shape, text), mx.array(turned.astype(np.float32)))
+        x = from_noise(GuidedFlow(model.dense_flow(), turned.shape, text), mx.array(turned.astype(np.float32)))
         moved = mx.array(_column(angles > 0, x.ndim))
-        return mx.where(moved, cleaned(model.flow, x, text), x) if any(angles) else x
+        return mx.where(moved, cleaned(model.dense_flow(), x, text), x) if any(angles) else x
 
-    edit = _edit(model, places, regenerate, batch_size, progress)
-    return Edit(edit.images, edit.data, [strength for _, strength in places])
+    made = _regenerated(model, places, regenerate, batch_size, progress)
+    return Edit(*made, [strength for _, strength in places])
 
 
 def interpolate(
-    model: PictureFlow | Pipeline,
+    model: ImageModel,
     first: Image.Image,
     second: Image.Image,
     prompts: tuple[str, str] = ("", ""),
@@ -149,36 +148,35 @@ def interpolate(
     batch_size: int = 8,
     progress: bool | None = False,
 ) -> Edit:
-    """Pictures on the spherical path between the noises of two pictures; both ends are the pictures themselves.
+    """Images on the spherical path between the noises of two images; both ends are the images themselves.
 
-    Each picture is mapped under its own prompt, and on the way the affine maps turn from one prompt's into the other's.
+    Each image is mapped under its own prompt, and on the way the affine maps turn from one prompt's into the other's.
 
     Args:
         model, size, batch_size, progress: as for `reprompt`.
-        first, second: the pictures.
+        first, second: the images.
         prompts: what is on them; "" if it cannot be said.
-        shares: of the way, 0 to 1, one picture for each.
+        shares: of the way, 0 to 1, one image for each.
 
     Raises:
         StarflowError: a share is out of range, or the result is not finite.
     """
     shares = _numbers(shares, "shares", 1.0)
-    model = picture_flow(model)
-    data = model.data([first, second], size)
+    data = model.to_data([first, second], size)
     conditions = model.conditions(prompts, data.shape)
-    model.release("text")
-    z = np.array(to_noise(GuidedFlow(model.flow, data.shape, conditions), mx.array(data)))
+    model.release("text_encoder")
+    z = np.array(to_noise(GuidedFlow(model.dense_flow(), data.shape, conditions), mx.array(data)))
 
     def regenerate(part: list[float]) -> mx.array:
         noise = slerp(z[:1], z[1:], np.array(part))
         if conditions is None:
-            guided: GuidedFlow = GuidedFlow(model.flow, noise.shape)
+            guided = GuidedFlow(model.dense_flow(), noise.shape)
         else:
-            both = (mx.repeat(conditions[i : i + 1], len(part), axis=0) for i in (0, 1))
-            guided = BlendedFlow(model.flow, noise.shape, *both, part)
+            start, end = (mx.repeat(conditions[i : i + 1], len(part), axis=0) for i in (0, 1))
+            guided = BlendedFlow(model.dense_flow(), noise.shape, start, end, part)
         return from_noise(guided, mx.array(noise.astype(np.float32)))
 
-    return _edit(model, shares, regenerate, batch_size, progress)
+    return Edit(*_regenerated(model, shares, regenerate, batch_size, progress), shares)
 
 
 def slerp(first: np.ndarray, second: np.ndarray, shares: np.ndarray) -> np.ndarray:
@@ -196,8 +194,14 @@ def slerp(first: np.ndarray, second: np.ndarray, shares: np.ndarray) -> np.ndarr
     return _column(near, first.ndim) * first + _column(far, first.ndim) * second
 
 
-def _edit(model: PictureFlow, places: list[Any], regenerate: Any, batch_size: int, progress: bool | None) -> Edit:
-    """Regenerate the picture at every place, so many at once, and decode."""
+def _regenerated(
+    model: ImageModel,
+    places: list[Place],
+    regenerate: Callable[[list[Place]], mx.array],
+    batch_size: int,
+    progress: bool | None,
+) -> tuple[list[Image.Image], np.ndarray]:
+    """Regenerate the image at every place, so many at once, and decode: images and their data."""
     data = []
     with tqdm(total=len(places), desc="editing", unit="picture", disable=progress_off(progress)) as bar:
         for start in range(0, len(places), batch_size):
@@ -206,7 +210,7 @@ def _edit(model: PictureFlow, places: list[Any], regenerate: Any, batch_size: in
             bar.update(len(part))
     model.release("flow")
     result = np.concatenate(data)
-    return Edit(model.images(result), result, places)
+    return cast(list[Image.Image], model.to_images(result)), result
 
 
 def _column(values: np.ndarray, ndim: int) -> np.ndarray:

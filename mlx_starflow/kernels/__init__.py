@@ -28,7 +28,7 @@ def switched_off() -> bool:
 
 @cache
 def on_cpu() -> bool:
-    """Whether MLX computes on its CPU backend by default, which computes erf and exp one number at a time."""
+    """Whether MLX computes on its CPU backend by default: there exp is slow, and convolutions copy what they read."""
     return mx.default_device() == mx.cpu
 
 

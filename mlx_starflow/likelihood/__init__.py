@@ -1,11 +1,7 @@
-"""What exact likelihood gives: scores, surprise maps, prompt fit, classification, typicality.
+"""What exact likelihood gives: scores, surprise maps, prompt fit, classification, typicality."""
 
-The names that need a whole model with its autoencoder are imported when they are used: flows alone are scored without.
-"""
-
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
+from mlx_starflow.likelihood.calibration import CalibrationStatistics, calibrate
+from mlx_starflow.likelihood.heatmap import heat_map
 from mlx_starflow.likelihood.nll import (
     HALF_LOG_2PI,
     Nll,
@@ -16,34 +12,18 @@ from mlx_starflow.likelihood.nll import (
     training_noise,
     with_noise,
 )
-
-if TYPE_CHECKING:
-    from mlx_starflow.likelihood.calibration import Reference as Reference
-    from mlx_starflow.likelihood.calibration import calibrate as calibrate
-    from mlx_starflow.likelihood.heatmap import heat_map as heat_map
-    from mlx_starflow.likelihood.prompts import best_of as best_of
-    from mlx_starflow.likelihood.prompts import classify as classify
-    from mlx_starflow.likelihood.prompts import prompt_fit as prompt_fit
-    from mlx_starflow.likelihood.scores import Score as Score
-    from mlx_starflow.likelihood.scores import score as score
-
-_HOMES = {
-    "heat_map": "heatmap",
-    "Score": "scores",
-    "score": "scores",
-    "best_of": "prompts",
-    "classify": "prompts",
-    "prompt_fit": "prompts",
-    "Reference": "calibration",
-    "calibrate": "calibration",
-}
+from mlx_starflow.likelihood.prompts import Classification, classify, prompt_fit
+from mlx_starflow.likelihood.protocol import ImageModel, ImageOrVideo
+from mlx_starflow.likelihood.scores import Score, score
 
 __all__ = [
     "HALF_LOG_2PI",
+    "CalibrationStatistics",
+    "Classification",
+    "ImageModel",
+    "ImageOrVideo",
     "Nll",
-    "Reference",
     "Score",
-    "best_of",
     "calibrate",
     "classify",
     "drawn_nats",
@@ -56,9 +36,3 @@ __all__ = [
     "training_noise",
     "with_noise",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

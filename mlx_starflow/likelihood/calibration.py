@@ -1,7 +1,7 @@
-"""Typicality: how far a picture's likelihood is from what the model's training pictures have.
+"""Typicality: how far an image's likelihood is from what the model's training images have.
 
 The most likely point of a density in many dimensions is not a typical one: samples gather where likelihood times volume
-is large, and flat, simple pictures can be more likely than every training picture (arXiv 1810.09136). So what tells
+is large, and flat, simple images can be more likely than every training image (arXiv 1810.09136). So what tells
 an anomaly is a likelihood that is unusual, be it low or high (arXiv 1906.02994).
 """
 
@@ -19,16 +19,15 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.likelihood.protocol import ImageModel
 from mlx_starflow.likelihood.scores import Score, score_data
 from mlx_starflow.media.files import read_json, replacing
-from mlx_starflow.model_dir.files import STATISTICS_FILE as REFERENCE_FILE
-from mlx_starflow.model_dir.files import load_weights
-from mlx_starflow.pipelines.picture_flow import PictureFlow
+from mlx_starflow.model_dir.files import STATISTICS_FILE, load_weights
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean and variances of numbers of any shape over pictures and, within a picture, over draws of the noise."""
+    """Mean and variances of numbers of any shape over images and, within an image, over draws of the noise."""
 
     mean: np.ndarray
     between: np.ndarray
@@ -36,14 +35,14 @@ class Statistics:
 
     @classmethod
     def of(cls, values: np.ndarray) -> Statistics:
-        """Of `[pictures, draws, ...]`, 2 or more of both."""
+        """Of `[images, draws, ...]`, 2 or more of both."""
         within = values.var(axis=1, ddof=1).mean(axis=0)
         means = values.mean(axis=1)
         between = np.maximum(means.var(axis=0, ddof=1) - within / values.shape[1], 0)
         return cls(means.mean(axis=0), between, within)
 
     def std(self, draws: int) -> np.ndarray:
-        """Standard deviation of a picture's mean over so many draws."""
+        """Standard deviation of an image's mean over so many draws."""
         return np.sqrt(self.between + self.within / draws)
 
     def to_dict(self) -> dict[str, Any]:
@@ -59,12 +58,12 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Typicality:
-    """How unusual a picture's likelihood is.
+    """How unusual an image's likelihood is.
 
     Attributes:
-        deviation: (NLL - mean) / std, in standard deviations of the reference pictures: positive is less likely than
+        deviation: (NLL - mean) / std, in standard deviations of the calibration images: positive is less likely than
             usual, negative more.
-        map: the same of each token's nats, `[*grid]`; None for a picture of another size than the reference's.
+        map: the same of each token's nats, `[*grid]`; None for an image of another size than theirs.
     """
 
     deviation: float
@@ -77,34 +76,34 @@ class Typicality:
 
 
 @dataclass(frozen=True)
-class Reference:
-    """What the likelihood of a model's own pictures is: statistics of NLL (nats per dimension) and of tokens' nats.
+class CalibrationStatistics:
+    """What the likelihood of a model's own images is: statistics of NLL (nats per dimension) and of tokens' nats.
 
     Attributes:
         fingerprint: of the weights that it belongs to.
-        pictures: how many there were.
-        nll: "unprompted", and "prompted" if the pictures had captions: statistics of the NLL, scalars.
+        images: how many there were.
+        nll: "unprompted", and "prompted" if the images had captions: statistics of the NLL, scalars.
         tokens: the same of each token's nats, `[*grid]`.
     """
 
     fingerprint: str
-    pictures: int
+    images: int
     nll: Mapping[str, Statistics]
     tokens: Mapping[str, Statistics]
 
     def typicality(self, score: Score, prompted: bool = False) -> Typicality:
-        """Of a picture that was scored with a prompt or without.
+        """Of an image that was scored with a prompt or without.
 
         Raises:
-            StarflowError: it was scored with a prompt, and the reference's pictures had none; or it is a video.
+            StarflowError: it was scored with a prompt, and the calibration images had no captions; or it is a video.
         """
         kind = "prompted" if prompted else "unprompted"
         if score.frames:
-            raise StarflowError("the model's reference are pictures: a video cannot be compared with them")
+            raise StarflowError("the model was calibrated with pictures: a video cannot be compared with them")
         if kind not in self.nll:
             raise StarflowError(
-                "the model's reference pictures had no captions: score without a prompt, or run `mlx-starflow "
-                "calibrate` on a folder of pictures with a metadata.jsonl"
+                "the pictures that the model was calibrated with had no captions: score without a prompt, or run "
+                "`mlx-starflow calibrate` on a folder of pictures with a metadata.jsonl"
             )
         draws = len(score.nats)
         deviation = _deviation(np.asarray(score.nll), self.nll[kind], draws)
@@ -116,22 +115,26 @@ class Reference:
 
     def save(self, directory: Path) -> Path:
         """Write into a model directory. Raises StarflowError."""
-        path = directory / REFERENCE_FILE
-        values = {"version": 1, "fingerprint": self.fingerprint, "pictures": self.pictures}
-        for name in ("nll", "tokens"):
-            values[name] = {kind: each.to_dict() for kind, each in getattr(self, name).items()}
+        path = directory / STATISTICS_FILE
+        values = {
+            "version": 1,
+            "fingerprint": self.fingerprint,
+            "pictures": self.images,
+            "nll": {kind: each.to_dict() for kind, each in self.nll.items()},
+            "tokens": {kind: each.to_dict() for kind, each in self.tokens.items()},
+        }
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(values, indent=1) + "\n")
         return path
 
     @classmethod
-    def find(cls, directory: Path) -> Reference | None:
-        """The reference in a model directory; None if there is none, or if the weights are others now.
+    def find(cls, directory: Path) -> CalibrationStatistics | None:
+        """The statistics in a model directory; None if there are none, or if the weights are others now.
 
         Raises:
             StarflowError: the file is damaged.
         """
-        path = directory / REFERENCE_FILE
+        path = directory / STATISTICS_FILE
         if not path.is_file():
             return None
         values = read_json(path)
@@ -141,12 +144,12 @@ class Reference:
             statistics = [
                 {kind: Statistics.from_dict(each) for kind, each in values[name].items()} for name in ("nll", "tokens")
             ]
-            reference = cls(str(values["fingerprint"]), int(values["pictures"]), *statistics)
-            if "unprompted" not in reference.nll or reference.nll.keys() != reference.tokens.keys():
+            found = cls(str(values["fingerprint"]), int(values["pictures"]), *statistics)
+            if "unprompted" not in found.nll or found.nll.keys() != found.tokens.keys():
                 raise ValueError("incomplete")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise StarflowError(f"{path} is damaged ({error}); run `mlx-starflow calibrate` again") from None
-        return reference if reference.fingerprint == fingerprint(directory) else None
+        return found if found.fingerprint == fingerprint(directory) else None
 
 
 def _deviation(values: np.ndarray, statistics: Statistics, draws: int) -> np.ndarray:
@@ -165,7 +168,7 @@ def fingerprint(directory: Path) -> str:
 
 
 def calibrate(
-    model: PictureFlow,
+    model: ImageModel,
     data: np.ndarray,
     captions: Sequence[str] | None = None,
     *,
@@ -173,17 +176,17 @@ def calibrate(
     seed: int = 0,
     batch_size: int = 16,
     progress: bool | None = False,
-) -> Reference:
-    """Reference statistics from pictures that the model should take to be usual.
+) -> CalibrationStatistics:
+    """Statistics of images that the model should take to be usual.
 
     Args:
-        model: what `open_picture_flow` gives.
-        data: the pictures as `PictureFlow.data` gives them, `[B, ...]`, 2 or more.
-        captions: of each picture, if they have any: then there are also statistics for pictures with their prompt.
+        model: a pipeline, or another model.
+        data: the images as `ImageModel.to_data` gives them, `[B, ...]`, 2 or more.
+        captions: of each image, if they have any: then there are also statistics for images with their prompt.
         draws: of the training noise, 2 or more.
 
     Raises:
-        StarflowError: there are too few pictures or draws, or the likelihood is not finite.
+        StarflowError: there are too few images or draws, or the likelihood is not finite.
     """
     if len(data) < 2 or draws < 2:
         raise StarflowError(f"statistics need 2 pictures and 2 draws or more, not {len(data)} and {draws}")
@@ -194,9 +197,9 @@ def calibrate(
         scores = score_data(model, data, prompts, draws=draws, seed=seed, batch_size=batch_size, progress=progress)
         nll[kind] = Statistics.of(np.stack([each.draws for each in scores]))
         tokens[kind] = Statistics.of(np.stack([each.nats.sum(axis=1) for each in scores]))
-    return Reference(fingerprint(model.directory), len(data), nll, tokens)
+    return CalibrationStatistics(fingerprint(model.directory), len(data), nll, tokens)
 
 
 def describe(statistics: Statistics) -> str:
-    """Mean and standard deviation between pictures, as text."""
+    """Mean and standard deviation between images, as text."""
     return f"{float(statistics.mean):.4f} +- {math.sqrt(float(statistics.between)):.4f}"

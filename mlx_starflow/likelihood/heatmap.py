@@ -1,4 +1,4 @@
-"""Maps of numbers, one a token, drawn over the picture that they belong to."""
+"""Maps of numbers, one a token, drawn over the image that they belong to."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COLOURS = np.array(
 """From low to high: lighter all the way, so that it also reads in grey."""
 
 LEAST_SIDE = 256
-"""Maps of smaller pictures are enlarged to at least this many pixels."""
+"""Maps of smaller images are enlarged to at least this many pixels."""
 
 BAR = 22
 
@@ -28,7 +28,7 @@ def colours(values: np.ndarray) -> np.ndarray:
 
 
 def heat_map(
-    picture: Image.Image,
+    image: Image.Image,
     values: np.ndarray,
     low: float,
     high: float,
@@ -36,23 +36,23 @@ def heat_map(
     unit: str = "nats per token",
     opacity: float = 0.6,
 ) -> Image.Image:
-    """A picture and, beside it, the picture under its map, with a scale below.
+    """An image and, beside it, the image under its map, with a scale below.
 
     Args:
-        picture: what was scored, already cut to the shape that the model saw.
-        values: `[rows, columns]`, in the picture's order.
+        image: what was scored, already cut to the shape that the model saw.
+        values: `[rows, columns]`, in the image's order.
         low, high: values at the ends of the colours.
         unit: what the numbers are.
         opacity: of the map, 0 to 1.
     """
-    enlarge = max(1, math.ceil(LEAST_SIDE / min(picture.size)))
-    width, height = (side * enlarge for side in picture.size)
-    picture = picture.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
-    grey = picture.convert("L").convert("RGB")
+    enlarge = max(1, math.ceil(LEAST_SIDE / min(image.size)))
+    width, height = (side * enlarge for side in image.size)
+    image = image.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
+    grey = image.convert("L").convert("RGB")
     layer = Image.fromarray(colours((values - low) / ((high - low) or 1.0)))
     layer = layer.resize((width, height), Image.Resampling.NEAREST)
     sheet = Image.new("RGB", (2 * width + 4, height + BAR), "white")
-    sheet.paste(picture, (0, 0))
+    sheet.paste(image, (0, 0))
     sheet.paste(Image.blend(grey, layer, opacity), (width + 4, 0))
     scale = Image.fromarray(colours(np.linspace(0, 1, width))[None].repeat(6, axis=0))
     sheet.paste(scale, (width + 4, height + 2))

@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.models.flow import frame_count
-from mlx_starflow.models.tarflow import TarFlow
+from mlx_starflow.models.flow import Flow, frame_count
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
@@ -22,14 +20,14 @@ LEVELS = 256
 
 @dataclass(frozen=True)
 class Nll:
-    """Exact negative log-likelihoods of pictures, in nats per latent dimension, and what they are made of.
+    """Exact negative log-likelihoods of images, in nats per latent dimension, and what they are made of.
 
-    The difference of two `Nll` of the same pictures with the same noise is their paired difference: its standard error
+    The difference of two `Nll` of the same images with the same noise is their paired difference: its standard error
     is that of the change, which is much smaller than that of either.
 
     Attributes:
-        prior: 0.5 mean(z^2) + 0.5 log(2 pi) of each picture, `[B]`.
-        blocks: -mean(log det) of each picture and flow block, data side first, `[B, blocks]`.
+        prior: 0.5 mean(z^2) + 0.5 log(2 pi) of each image, `[B]`.
+        blocks: -mean(log det) of each image and flow block, data side first, `[B, blocks]`.
     """
 
     prior: np.ndarray
@@ -37,7 +35,7 @@ class Nll:
 
     @property
     def total(self) -> np.ndarray:
-        """NLL of each picture, `[B]`."""
+        """NLL of each image, `[B]`."""
         return self.prior + self.blocks.sum(axis=1)
 
     @property
@@ -68,7 +66,7 @@ def training_noise(
 ) -> np.ndarray:
     """Standard normal float32 `[count, *shape]` (NumPy's Philox).
 
-    A picture's noise follows from its number, the draw and the seed alone; pictures are numbered 0, 1, 2 unless
+    An image's noise follows from its number, the draw and the seed alone; images are numbered 0, 1, 2 unless
     `numbers` says otherwise.
     """
     generators = _generators(count, draw, seed, numbers)
@@ -80,24 +78,24 @@ def _generators(count: int, draw: int, seed: int, numbers: Sequence[int] | None)
     return [np.random.Generator(np.random.Philox([seed, draw, number])) for number in numbers]
 
 
-def is_dequantized(flow: Any) -> bool:
+def is_dequantized(flow: Flow) -> bool:
     """Whether a flow's data are pixels made continuous by uniform noise within each of their 256 levels.
 
     Of such a flow alone the likelihood says something about the pixels themselves: see `bits_per_dimension`.
     """
-    return getattr(flow.config, "noise_type", "gaussian") == "uniform"
+    return flow.noise_type == "uniform"
 
 
 def bits_per_dimension(nll: float) -> float:
     """Nats per dimension of a dequantized pixel model, whose data lie in -1..1, -> bits per pixel and channel.
 
-    This bounds from above what a lossless code of the 8-bit picture would take (arXiv 1511.01844).
+    This bounds from above what a lossless code of the 8-bit image would take (arXiv 1511.01844).
     """
     return (nll + math.log(LEVELS / 2)) / math.log(2)
 
 
 def with_noise(
-    flow: Any, data: np.ndarray, draw: int, seed: int = 0, numbers: Sequence[int] | None = None
+    flow: Flow, data: np.ndarray, draw: int, seed: int = 0, numbers: Sequence[int] | None = None
 ) -> np.ndarray:
     """Data `[B, ...]` with the noise that the flow was trained with: what it knows the density of.
 
@@ -117,8 +115,8 @@ def with_noise(
 
 
 def at_once(batch_size: int, shape: Sequence[int]) -> int:
-    """How many data of `shape` `[B, ...]` to take at once: a video counts as many pictures as it has latent frames."""
-    return max(1, batch_size // frame_count(shape))
+    """How many data of `shape` `[B, ...]` to take at once: a video counts as many images as it has latent frames."""
+    return max(1, batch_size // frame_count(tuple(shape)))
 
 
 def unit_of(shape: Sequence[int]) -> str:
@@ -126,19 +124,16 @@ def unit_of(shape: Sequence[int]) -> str:
     return "video" if len(shape) == 5 else "picture"
 
 
-def noise_and_nats(flow: Any, x: mx.array, text: mx.array | None = None) -> tuple[mx.array, np.ndarray]:
+def noise_and_nats(flow: Flow, x: mx.array, text: mx.array | None = None) -> tuple[mx.array, np.ndarray]:
     """One pass through the flow: standard normal tokens `[B, N, C]` in data order, and `token_nats`."""
     out = flow(x, text)
-    if isinstance(flow, TarFlow):
-        # With learned variances the prior is N(0, var).
-        z, constant = flow.standardize(out.z), HALF_LOG_2PI + 0.5 * mx.log(flow.var.astype(mx.float32))
-    else:
-        z, constant = flow.tokens(out.z), HALF_LOG_2PI
+    z = flow.output_tokens(out.z) / mx.sqrt(flow.prior_variance)
+    constant = HALF_LOG_2PI + 0.5 * mx.log(flow.prior_variance)
     parts = [0.5 * mx.square(z) + constant, *(-flow.tokens(log_det) for log_det in out.block_log_dets)]
     return z, np.array(mx.stack([part.sum(axis=-1) for part in parts], axis=1)).astype(np.float64)
 
 
-def token_nats(flow: Any, x: mx.array, text: mx.array | None = None) -> np.ndarray:
+def token_nats(flow: Flow, x: mx.array, text: mx.array | None = None) -> np.ndarray:
     """-log p(x | text) in nats, by part and token: float64 `[B, 1 + blocks, N]`, tokens in data order.
 
     Part 0 is the prior's, 0.5 z^2 + 0.5 log(2 pi) summed over a token's dimensions; the others are -log|det dz/dx| of
@@ -153,7 +148,7 @@ def token_nats(flow: Any, x: mx.array, text: mx.array | None = None) -> np.ndarr
 
 
 def drawn_nats(
-    flow: Any,
+    flow: Flow,
     data: np.ndarray | mx.array,
     text: mx.array | None = None,
     *,
@@ -166,12 +161,12 @@ def drawn_nats(
 
     Args:
         flow: the flow.
-        data: without noise, `[B, ...]`: normalized latents, or a TarFlow's pictures.
-        text: condition of each picture: embeddings `[B, L, D]`, or a TarFlow's labels `[B]`.
+        data: without noise, `[B, ...]`: normalized latents, or a TarFlow's images.
+        text: condition of each image: embeddings `[B, L, D]`, or a TarFlow's labels `[B]`.
         draws: of the noise, 1 or more.
         seed: of the noise.
-        batch_size: pictures at once.
-        numbers: of the pictures, from which their noise follows; 0, 1, 2 by default.
+        batch_size: images at once.
+        numbers: of the images, from which their noise follows; 0, 1, 2 by default.
 
     Raises:
         StarflowError: shapes do not fit the flow, there is nothing to score, or the likelihood is not finite.
@@ -194,7 +189,7 @@ def drawn_nats(
 
 
 def exact_nll(
-    flow: Any,
+    flow: Flow,
     latents: np.ndarray | mx.array,
     text: mx.array | None = None,
     *,

@@ -1,4 +1,4 @@
-"""Scores of pictures and videos: exact NLL with its error, and where in the picture, or when, it comes from."""
+"""Scores of images and videos: exact NLL with its error, and where in the image, or when, it comes from."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from mlx_starflow.errors import StarflowError
@@ -19,19 +18,17 @@ from mlx_starflow.likelihood.nll import (
     standard_error,
     unit_of,
 )
-from mlx_starflow.pipelines.picture_flow import PictureFlow, picture_flow
-from mlx_starflow.pipelines.pipeline import Pipeline
-from mlx_starflow.pipelines.video_requests import VideoModel
+from mlx_starflow.likelihood.protocol import ImageModel, ImageOrVideo
 from mlx_starflow.sampling.sampler import progress_off
 
 
 @dataclass(frozen=True)
 class Score:
-    """Exact likelihood of one picture, or video, with the noise that the flow was trained with.
+    """Exact likelihood of one image, or video, with the noise that the flow was trained with.
 
     Attributes:
         nats: -log p in nats of each draw of the noise, part (the prior, then the flow's blocks) and token, tokens in
-            the picture's order: `[draws, 1 + blocks, *grid]`, with the grid (rows, columns) or, of a video, (latent
+            the image's order: `[draws, 1 + blocks, *grid]`, with the grid (rows, columns) or, of a video, (latent
             frames, rows, columns).
         dimensions: of the data.
         dequantized: the flow models pixels made continuous, so that bits per dimension mean something.
@@ -68,7 +65,7 @@ class Score:
 
     @property
     def frames(self) -> list[Score]:
-        """Of a video, -log p of each latent frame given those before it; none of a picture.
+        """Of a video, -log p of each latent frame given those before it; none of an image.
 
         The parts of `nats` that a frame has are that exactly: z and the log-determinants of a frame depend on it and
         the frames before it alone, since the shallow blocks read each frame by itself and the deep block is causal in
@@ -101,8 +98,8 @@ class Score:
 
 
 def score(
-    model: PictureFlow | Pipeline | VideoModel,
-    images: Iterable[Image.Image | Iterable[Image.Image]],
+    model: ImageModel,
+    images: Iterable[ImageOrVideo],
     prompts: str | Sequence[str] = "",
     *,
     draws: int = 4,
@@ -111,30 +108,29 @@ def score(
     size: tuple[int, int] | None = None,
     progress: bool | None = False,
 ) -> list[Score]:
-    """Score pictures: exact likelihood under the model, given a prompt or none.
+    """Score images: exact likelihood under the model, given a prompt or none.
 
     Args:
-        model: a pipeline, or what `open_picture_flow` gives.
-        images: pictures; each is cut about its middle and resized to `size`. For a model of videos also videos, of any
-            lengths up to the model's: the frames of each.
-        prompts: one for all or one a picture; "" is no prompt. For a TarFlow: numbers of classes.
-        draws: of the training noise, which is added to the picture's latents; 1 or more.
-        seed: of the noise. A picture's noise follows from its number in `images`, the draw and the seed alone.
-        batch_size: pictures, or latent frames of videos, at once.
+        model: a pipeline, or another model.
+        images: each is cut about its middle and resized to `size`. For a model of videos also videos, of any lengths up
+            to the model's: the frames of each.
+        prompts: one for all or one an image; "" is no prompt. For a TarFlow: numbers of classes.
+        draws: of the training noise, which is added to the image's latents; 1 or more.
+        seed: of the noise. An image's noise follows from its number in `images`, the draw and the seed alone.
+        batch_size: images, or latent frames of videos, at once.
         size: (width, height) in pixels; the model's own by default.
         progress: show a progress bar; None shows it on a terminal only.
 
     Raises:
-        StarflowError: there are no pictures, or not as many prompts, or the likelihood is not finite.
+        StarflowError: there are no images, or not as many prompts, or the likelihood is not finite.
     """
-    model = picture_flow(model)
-    data = model.each_data(tqdm(images, desc="reading", unit="picture", disable=progress_off(progress)), size)
+    data = model.to_data_each(tqdm(images, desc="reading", unit="picture", disable=progress_off(progress)), size)
     model.release("vae")
     return score_data(model, data, prompts, draws=draws, seed=seed, batch_size=batch_size, progress=progress)
 
 
 def score_data(
-    model: PictureFlow,
+    model: ImageModel,
     data: np.ndarray | Sequence[np.ndarray],
     prompts: str | Sequence[str] = "",
     *,
@@ -143,7 +139,7 @@ def score_data(
     batch_size: int = 16,
     progress: bool | None = False,
 ) -> list[Score]:
-    """`score` of data `[B, ...]` without noise, such as `PictureFlow.data` gives or latents of a sample.
+    """`score` of data `[B, ...]` without noise, such as `ImageModel.to_data` gives or latents of a sample.
 
     Also of a list of data `[...]` of different shapes.
     """
@@ -155,8 +151,9 @@ def score_data(
     for number, each in enumerate(data):
         shapes.setdefault(each.shape, []).append(number)
     texts = [model.conditions([prompts[n] for n in own], (len(own), *shape)) for shape, own in shapes.items()]
-    model.release("text")
+    model.release("text_encoder")
     scores: dict[int, Score] = {}
+    flow = model.dense_flow()
     unit = unit_of(data[0][None].shape)
     with tqdm(total=len(data), desc="scoring", unit=unit, disable=progress_off(progress)) as bar:
         for (shape, own), text in zip(shapes.items(), texts, strict=True):
@@ -164,7 +161,7 @@ def score_data(
             count = at_once(batch_size, (1, *shape))
             for part in _parts(len(own), count):
                 nats = drawn_nats(
-                    model.flow,
+                    flow,
                     np.stack([data[number] for number in own[part]]),
                     None if text is None else text[part],
                     draws=draws,
@@ -174,7 +171,7 @@ def score_data(
                 )
                 for number, each in zip(own[part], nats.swapaxes(0, 1), strict=True):
                     each = each.reshape(*each.shape[:2], *grid)
-                    scores[number] = Score(each, dimensions, is_dequantized(model.flow))
+                    scores[number] = Score(each, dimensions, is_dequantized(flow))
                 bar.update(part.stop - part.start)
     return [scores[number] for number in range(len(data))]
 

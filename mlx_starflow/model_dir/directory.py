@@ -24,7 +24,7 @@ from mlx_starflow.model_dir.tensor_parallel import load_part
 from mlx_starflow.model_dir.weights import default_dtype, load_module, parse_dtype, place_weights
 from mlx_starflow.models import starflow, tarflow
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
-from mlx_starflow.models.autoencoder_wan.network import AutoencoderWan, AutoencoderWanConfig
+from mlx_starflow.models.autoencoder_wan import AutoencoderWan, AutoencoderWanConfig
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
 from mlx_starflow.models.t5 import T5Config, T5Encoder
 from mlx_starflow.models.tarflow import TarFlow, TarFlowConfig

@@ -20,5 +20,5 @@ QUANTIZATIONS = {
 
 "mixed" gives the layers of a flow's shallow blocks `SHALLOW_BITS` instead. Shallow blocks see the data itself and
 predict it sharply: an error of mu weighs 1/sigma^2 in the likelihood. They hold less than a third of the weights, and
-nearly all of what plain 4 bits lose; examples/quantization_report.py measures it.
+nearly all of what plain 4 bits lose; examples/reports/quantization.py measures it.
 """

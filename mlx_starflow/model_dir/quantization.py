@@ -148,6 +148,19 @@ def dequantize_module(module: nn.Module) -> None:
     module.update_modules(tree_unflatten(dense))
 
 
+def dequantize_on_cpu(module: nn.Module, room: int) -> None:
+    """Where MLX computes on a CPU, make a module's quantized layers dense, in place, if that takes less than `room`
+    bytes.
+
+    MLX's CPU backend multiplies a few rows by a quantized matrix more slowly than by a dense one: what inverts a flow
+    again and again runs two to four times as fast. The numbers differ by rounding.
+    """
+    layers = quantized_layers(module) if mx.default_device().type == mx.cpu else {}
+    if layers and sum(layer.weight.nbytes * 32 // layer.bits for layer in layers.values()) < room:
+        dequantize_module(module)
+        mx.eval(module.parameters())
+
+
 def _settings(layer: nn.Module) -> dict[str, Any]:
     return {key: getattr(layer, key) for key in _KEYS}
 

@@ -16,23 +16,23 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.models.autoencoder_kl_tiling import decode_in_strips
+from mlx_starflow.models import autoencoder_kl_tiling as tiling
 from mlx_starflow.models.autoencoder_layers import Conv3x3, DownBlock, GroupNorm, MidBlock, PointwiseConv, UpBlock
-from mlx_starflow.models.configs import autoencoder_settings, check_autoencoder
+from mlx_starflow.models.configs import ConfigKind, check_autoencoder
 
-# Keys of a config.json that are checked apart or do not change the network. Those beginning with "_" are notes.
-_OTHER_KEYS = {"model_type", "quantization", "force_upcast", "act_fn", "down_block_types", "up_block_types"}
+_NOTES = ("model_type", "quantization", "force_upcast", "act_fn", "down_block_types", "up_block_types")
+_CONFIG = ConfigKind("autoencoder", _NOTES)
 
 # The attention's projections as diffusers called them before 0.17, which released SD-VAEs still do.
 _OLD_PROJECTIONS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
-_SIZES = ("layers_per_block", "in_channels", "out_channels", "latent_channels", "norm_num_groups")
+_SIZES = ("block_out_channels", "layers_per_block", "in_channels", "out_channels", "latent_channels", "norm_num_groups")
 
 WHOLE_PIXELS = 2**17
-"""Pictures of more pixels than this are decoded in strips."""
+"""Pictures of more pixels than this are decoded in tiles."""
 
-STRIP_PIXELS = 2**15
-"""About how many pixels such a strip has."""
+TILE_PIXELS = 2**15
+"""About how many pixels such a tile has."""
 
 
 @dataclass(frozen=True)
@@ -59,29 +59,18 @@ class AutoencoderKLConfig:
     sample_size: int = 32
 
     def __post_init__(self) -> None:
-        sizes = {name: getattr(self, name) for name in _SIZES}
-        sizes |= {f"block_out_channels[{i}]": width for i, width in enumerate(self.block_out_channels)}
-        for name, value in sizes.items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise StarflowError(f"autoencoder config: {name} must be a positive integer, not {value!r}")
-        if not self.block_out_channels:
-            raise StarflowError("autoencoder config: block_out_channels is empty; it takes one width per resolution")
+        _CONFIG.positive(**{name: getattr(self, name) for name in _SIZES})
+        groups, channels = self.norm_num_groups, self.latent_channels
         for width in self.block_out_channels:
-            if width % self.norm_num_groups:
-                raise StarflowError(
-                    f"autoencoder config: block_out_channels {width} is not a multiple of norm_num_groups "
-                    f"{self.norm_num_groups}"
-                )
-        if not self.scaling_factor:
-            raise StarflowError(f"autoencoder config: scaling_factor must not be {self.scaling_factor!r}")
-        if (self.latents_mean is None) != (self.latents_std is None):
-            raise StarflowError("autoencoder config: latents_mean and latents_std go together; give both or neither")
+            good = width % groups == 0
+            _CONFIG.require(good, f"block_out_channels {width} is not a multiple of norm_num_groups {groups}")
+        _CONFIG.require(self.scaling_factor, f"scaling_factor must not be {self.scaling_factor!r}")
+        both = (self.latents_mean is None) == (self.latents_std is None)
+        _CONFIG.require(both, "latents_mean and latents_std go together; give both or neither")
         for name in ("latents_mean", "latents_std"):
             values = getattr(self, name)
-            if values is not None and len(values) != self.latent_channels:
-                raise StarflowError(
-                    f"autoencoder config: {name} has {len(values)} values, latent_channels is {self.latent_channels}"
-                )
+            good = values is None or len(values) == channels
+            _CONFIG.require(good, f"{name} has {values and len(values)} values, latent_channels is {channels}")
 
     @property
     def downscale(self) -> int:
@@ -89,11 +78,11 @@ class AutoencoderKLConfig:
         return 2 ** (len(self.block_out_channels) - 1)
 
     def tile_rows(self, height: int, width: int) -> int:
-        """Rows of the strips in which latents of this height and width are decoded; 0: they are decoded whole."""
+        """Rows of the tiles in which latents of this height and width are decoded; 0: they are decoded whole."""
         height, width = height * self.downscale, width * self.downscale
         if height * width <= WHOLE_PIXELS:
             return 0
-        return max(16, STRIP_PIXELS // width)
+        return max(16, TILE_PIXELS // width)
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> AutoencoderKLConfig:
@@ -103,28 +92,21 @@ class AutoencoderKLConfig:
             StarflowError: another class, other blocks than Down/UpEncoderBlock2D, another activation than SiLU, a
                 width or depth that is missing or unusable, or a key that is not known.
         """
-        check_autoencoder(config, "AutoencoderKL", "autoencoder_kl")
-        if config.get("act_fn", "silu") not in ("silu", "swish"):
-            raise StarflowError(f"autoencoder config: act_fn {config['act_fn']!r} is not supported; it must be 'silu'")
-
-        values = autoencoder_settings(cls, config, _OTHER_KEYS, "AutoencoderKL")
-        widths = values["block_out_channels"]
-        if not isinstance(widths, list | tuple):
-            raise StarflowError(f"autoencoder config: block_out_channels must be a list, not {widths!r}")
+        check_autoencoder(_CONFIG, config, "AutoencoderKL", "autoencoder_kl")
+        activation = config.get("act_fn", "silu")
+        supported = activation in ("silu", "swish")
+        _CONFIG.require(supported, f"act_fn {activation!r} is not supported; it must be 'silu'")
+        if isinstance(config.get("sample_size"), list | tuple):
+            config = {**config, "sample_size": max(config["sample_size"])}
+        read = _CONFIG.read(cls, config)
+        count = len(read.block_out_channels)
         for key, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-            if config.get(key) is None:
-                continue
-            for block in config[key]:
-                if block != kind:
-                    raise StarflowError(f"autoencoder config: {key} has {block!r}; all of them must be {kind!r}")
-            if len(config[key]) != len(widths):
-                raise StarflowError(
-                    f"autoencoder config: {key} has {len(config[key])} blocks, block_out_channels has {len(widths)}"
-                )
-
-        if isinstance(values.get("sample_size"), list | tuple):
-            values["sample_size"] = max(values["sample_size"])
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+            blocks = config.get(key)
+            if blocks is not None:
+                for block in blocks:
+                    _CONFIG.require(block == kind, f"{key} has {block!r}; all of them must be {kind!r}")
+                _CONFIG.require(len(blocks) == count, f"{key} has {len(blocks)} blocks, block_out_channels has {count}")
+        return read
 
     def to_dict(self) -> dict[str, Any]:
         """The config as JSON, readable by `from_dict`."""
@@ -196,6 +178,20 @@ class Decoder(nn.Module):
             x = block(x)
         return self.conv_out(self.conv_norm_out(x, silu=True))
 
+    def in_tiles(self, z: mx.array, rows: int) -> mx.array:
+        """The same for latents that are not empty, in tiles of `rows` rows at every resolution."""
+        tiles = list(tiling.convolve(self.conv_in, tiling.split(z, rows)))
+        tiles = tiling.resnet(self.mid_block.resnets[0], tiles)
+        for attention in self.mid_block.attentions:
+            tiles = tiling.attend(attention, tiles)
+        tiles = tiling.resnet(self.mid_block.resnets[1], tiles)
+        for block in self.up_blocks:
+            for resnet in block.resnets:
+                tiles = tiling.resnet(resnet, tiles)
+            for upsample in block.upsamplers:
+                tiles = tiling.upsample(upsample, tiles, rows)
+        return mx.concatenate(list(tiling.convolve(self.conv_out, tiles, self.conv_norm_out)), axis=1)
+
 
 class AutoencoderKL(nn.Module):
     """Pictures to latents and back.
@@ -246,13 +242,13 @@ class AutoencoderKL(nn.Module):
     def decode(self, latents: mx.array, tile_rows: int | None = None) -> mx.array:
         """The pictures `[B, h * downscale, w * downscale, out_channels]` of raw latents `[B, h, w, latent_channels]`.
 
-        Values are about -1..1 and not clipped. A large picture is computed in strips of rows inside every layer: it
+        Values are about -1..1 and not clipped. A large picture is computed in tiles of rows inside every layer: it
         takes a third of the memory or less, and differs from the whole one by rounding only. It is then computed at
         once, picture by picture, and has no gradient.
 
         Args:
             latents: raw latents; `unscale` makes them of normalized ones.
-            tile_rows: rows of a strip; 0: none, the whole picture; None: as `AutoencoderKLConfig.tile_rows` says.
+            tile_rows: rows of a tile; 0: none, the whole picture; None: as `AutoencoderKLConfig.tile_rows` says.
 
         Raises:
             StarflowError: `latents` has another shape, or `tile_rows` is negative.
@@ -269,7 +265,7 @@ class AutoencoderKL(nn.Module):
             z = self.post_quant_conv(z)
         if not tile_rows:
             return self.decoder(z)
-        return mx.concatenate([decode_in_strips(self.decoder, z[i : i + 1], tile_rows) for i in range(z.shape[0])])
+        return mx.concatenate([self.decoder.in_tiles(z[i : i + 1], tile_rows) for i in range(z.shape[0])])
 
     def scale(self, latents: mx.array) -> mx.array:
         """Raw latents `[B, h, w, C]` to normalized ones, in float32.

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_starflow.kernels import on_cpu
+
 _NORM_EPS = 1e-6
 
 
@@ -36,27 +38,27 @@ class GroupNorm(nn.GroupNorm):
     def __call__(self, x: mx.array, silu: bool = False) -> mx.array:
         return self.normalize(x, *self.moments([x]), silu=silu)
 
-    def moments(self, strips: Sequence[mx.array]) -> tuple[mx.array, mx.array]:
-        """Mean and standard deviation of the picture that strips of rows `[B, n, W, C]` make up.
+    def moments(self, tiles: Sequence[mx.array]) -> tuple[mx.array, mx.array]:
+        """Mean and standard deviation of the picture that tiles of rows `[B, n, W, C]` make up.
 
-        Both are repeated for each channel, `[B, 1, 1, C]`. Several strips are read one after the other, each of them
+        Both are repeated for each channel, `[B, 1, 1, C]`. Several tiles are read one after the other, each of them
         evaluated before the next one.
         """
-        mean = self._group_mean(strips, lambda x: x.astype(mx.float32))
-        variance = self._group_mean(strips, lambda x: _squared_distance(x, mean))
+        mean = self._group_mean(tiles, lambda x: x.astype(mx.float32))
+        variance = self._group_mean(tiles, lambda x: _squared_distance(x, mean))
         return mean, mx.sqrt(variance + self.eps)
 
     def normalize(self, x: mx.array, mean: mx.array, deviation: mx.array, silu: bool = False) -> mx.array:
         return _normalize(x, mean, self.weight / deviation, self.bias, silu)
 
-    def _group_mean(self, strips: Sequence[mx.array], function: Callable[[mx.array], mx.array]) -> mx.array:
-        height = sum(strip.shape[1] for strip in strips)
+    def _group_mean(self, tiles: Sequence[mx.array], function: Callable[[mx.array], mx.array]) -> mx.array:
+        height = sum(tile.shape[1] for tile in tiles)
         # One axis after the other: a single sum over a large picture loses digits in float32.
         rows = None
-        for strip in strips:
-            part = function(strip).mean(axis=1)
-            if len(strips) > 1:
-                part = part * (strip.shape[1] / height)
+        for tile in tiles:
+            part = function(tile).mean(axis=1)
+            if len(tiles) > 1:
+                part = part * (tile.shape[1] / height)
                 rows = part if rows is None else rows + part
                 mx.eval(rows)
             else:
@@ -84,7 +86,7 @@ class Conv3x3(nn.Conv2d):
 
     def __call__(self, x: mx.array) -> mx.array:
         _, H, W, C = x.shape
-        if mx.default_device() == mx.cpu and x.dtype == mx.float32 and C >= 32 and H * W >= 64 * 64:
+        if on_cpu() and x.dtype == mx.float32 and C >= 32 and H * W >= 64 * 64:
             return self._sum_of_products(x)
         return super().__call__(x)
 

@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.models.configs import FLOW
 from mlx_starflow.models.gradient_checkpointing import checkpointed
 from mlx_starflow.models.transformer import RMSNorm, TransformerConfig, TransformerLayer
 
@@ -32,8 +33,8 @@ class DenoiserConfig(TransformerConfig):
     """Of the frames up to `look_ahead` after its own, a frame sees the last `window` + 1; None: all."""
 
     def __post_init__(self) -> None:
-        if self.window is not None and self.window < max(self.look_ahead, 1):
-            raise StarflowError(f"flow config: denoiser_window must be {max(self.look_ahead, 1)} or more")
+        least = max(self.look_ahead, 1)
+        FLOW.require(self.window is None or self.window >= least, f"denoiser_window must be {least} or more")
 
     def seen(self, frame: int, frames: int) -> tuple[int, int]:
         """The frames `[first, stop)` of a video of `frames` that frame number `frame` sees in a layer."""

@@ -1,4 +1,4 @@
-"""One block of an autoregressive affine flow, what conditions it, and what a forward pass gives.
+"""What every flow has: its protocol, one block of it, what conditions a block, and what a forward pass gives.
 
 A block reads its tokens in its own order and maps each one by an affine function whose parameters a causal transformer
 predicts from the tokens before it:
@@ -8,14 +8,16 @@ predicts from the tokens before it:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.kernels.affine import affine_forward, predict
-from mlx_starflow.kernels.plain import Array
+from mlx_starflow.kernels.affine import AffineMap, GuidanceMode, affine_forward, predict
+from mlx_starflow.models.denoiser import Denoiser
 from mlx_starflow.models.gradient_checkpointing import checkpointed
 from mlx_starflow.models.rope import line_frequencies
 from mlx_starflow.models.transformer import Cache, RMSNorm, TransformerConfig, TransformerLayer
@@ -39,6 +41,11 @@ class BlockConfig(TransformerConfig):
     """A learned start token predicts the first token; else the first token passes through unchanged."""
     use_softplus: bool = True
     soft_clip: float = 0.0
+
+    @property
+    def affine(self) -> AffineMap:
+        """How the block's affine parameters become (mu, log sigma)."""
+        return AffineMap(self.soft_clip, self.use_softplus)
 
 
 @dataclass
@@ -77,10 +84,10 @@ class FlowOutput:
 
 @dataclass
 class Condition:
-    """What a block knows besides its tokens.
+    """What a block reads in addition to its tokens.
 
     Attributes:
-        prefix: stands before the tokens, `[B, L, channels]`.
+        prefix: positions that stand before the tokens, `[B, L, channels]`.
         offset: is added to every embedded token, `[B, 1, channels]`.
         guided: the arrays hold the batch twice, with the condition and then with the null condition.
     """
@@ -92,26 +99,99 @@ class Condition:
 
 @dataclass
 class Conditions:
-    """What sampling from a flow needs to know besides the noise.
+    """What sampling from a flow reads in addition to the noise.
 
     Attributes:
         rope_frequencies: for each block, data side first, those of the text's and the tokens' positions; None for a
             block without rotary positions.
         blocks: each block's condition, data side first.
-        rule: name of the rule by which guidance combines predictions (in `kernels.affine.RULES`).
+        guidance_mode: how guidance combines the predictions with the condition and with the null condition.
         temper_null_only: the attention temperature is meant for the null predictions of guidance alone.
     """
 
-    rope_frequencies: list[mx.array | None]
+    rope_frequencies: Sequence[mx.array | None]
     blocks: list[Condition]
-    rule: str
+    guidance_mode: GuidanceMode
     temper_null_only: bool = False
+
+
+class FlowConfiguration(Protocol):
+    """What the configs of all flows have."""
+
+    noise_std: float
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+class Flow(Protocol):
+    """What sampling, likelihood, editing and training ask of a flow; `STARFlow` and `TarFlow` have it.
+
+    Data are latents `[B, H, W, C]`, of a video `[B, T, H, W, C]`, or a TarFlow's pixels. `text` is its condition:
+    embeddings `[B, L, D]`, or a TarFlow's integer labels `[B]`. Blocks are counted from the data side.
+    """
+
+    @property
+    def config(self) -> FlowConfiguration: ...
+
+    @property
+    def blocks(self) -> Sequence[FlowBlock]: ...
+
+    @property
+    def denoiser(self) -> Denoiser | None:
+        """The learned denoiser beside the flow; None: a score step through the flow cleans samples."""
+
+    @property
+    def noise_type(self) -> str:
+        """What was added to the training's data: "gaussian" noise of `config.noise_std`, or noise that is "uniform"
+        within each of a pixel's 256 levels."""
+
+    @property
+    def prior_variance(self) -> mx.array:
+        """Variance of the prior of the tokens that the last block makes, float32: 1, or `[N, C]` if learned."""
+
+    def tokens(self, x: mx.array) -> mx.array:
+        """Data -> tokens `[B, N, C]` in raster order, float32. Raises StarflowError if the shape does not fit."""
+
+    def latents(self, tokens: mx.array, shape: tuple[int, ...]) -> mx.array:
+        """The inverse of `tokens`, for data of `shape`, whose batch size may be another one."""
+
+    def noise_tokens(self, z: mx.array) -> mx.array:
+        """Standard-normal noise, shaped as `sample` takes it, -> the tokens that the last block makes of data."""
+
+    def output_tokens(self, z: mx.array) -> mx.array:
+        """`flow(x).z` -> the same as tokens `[B, N, C]`."""
+
+    def token_noise(self, tokens: mx.array, shape: tuple[int, ...]) -> mx.array:
+        """Standard-normal tokens -> noise, shaped as `sample` takes it for data of `shape`."""
+
+    def standardize(self, z: mx.array) -> mx.array:
+        """`flow(x).z` -> the noise that `sample` makes x of: the same, unless the prior's variance is learned."""
+
+    def rope_frequencies(self, shape: tuple[int, ...], text_length: int) -> mx.array | None:
+        """Rope frequencies of the text's and the tokens' positions for data of `shape`; None: the flow has none."""
+
+    def block_rope_frequencies(self, shape: tuple[int, ...], text_length: int) -> Sequence[mx.array | None]:
+        """Those that each block reads."""
+
+    def conditions(
+        self, shape: tuple[int, ...], text: mx.array | None, null_text: mx.array | None = None, guidance: float = 0.0
+    ) -> Conditions:
+        """What sampling from noise of `shape` reads; raises StarflowError if a condition does not fit."""
+
+    def __call__(
+        self,
+        x: mx.array,
+        text: mx.array | None = None,
+        context_mask: mx.array | None = None,
+        gradient_checkpointing: bool = False,
+    ) -> FlowOutput:
+        """Data -> noise."""
 
 
 class FlowBlock(nn.Module):
     """One autoregressive affine flow over tokens `[B, N, C]`; with no layers it is the identity.
 
-    `condition`, `embed`, `transform` and `affine` are its steps; samplers call them a few tokens at a time.
+    `condition`, `embed`, `transform` and `affine_parameters` are its steps; samplers take them a few tokens at a time.
     """
 
     def __init__(self, config: BlockConfig):
@@ -154,11 +234,11 @@ class FlowBlock(nn.Module):
         x = _flip(x, 1) if self.config.flip else x
         return x.reshape(x.shape[0] // frames, -1, x.shape[-1])
 
-    def rope_frequencies(self, rope_frequencies: mx.array | None, length: int) -> mx.array | None:
+    def rope_frequencies(self, axial: mx.array | None, length: int) -> mx.array | None:
         """Those of this block's sequence of `length`: the last of the flow's axial ones, or one-dimensional ones."""
         if self.config.hf_style_rope:
             return line_frequencies(self.config.head_dim, length)
-        return rope_frequencies[rope_frequencies.shape[0] - length :]
+        return None if axial is None else axial[axial.shape[0] - length :]
 
     def embed_prefix(self, text: mx.array | None) -> mx.array | None:
         """Text `[B, L, D]` -> what stands before the tokens, `[B, L, channels]`; None if the block reads no text."""
@@ -211,26 +291,21 @@ class FlowBlock(nn.Module):
             h = run(h, rope_frequencies, None if caches is None else caches[index], temperature)
         return h
 
-    def raw(self, h: mx.array) -> mx.array:
-        """Hidden states `[B, n, channels]` -> the network's outputs `[B, n, 2 * C]`, which `kernels.affine` reads."""
+    def affine_parameters(self, h: mx.array) -> mx.array:
+        """Hidden states `[B, n, channels]` -> affine parameters `[B, n, 2 * C]`, which `kernels.affine` reads."""
         if self.config.use_final_norm:
             h = self.final_norm(h)
         return self.complete(self.proj_out(h))
 
-    def complete(self, raw: Array) -> Array:
-        """What the last layer gives -> raw outputs: the same."""
-        return raw
-
-    def affine(self, h: mx.array) -> tuple[mx.array, mx.array]:
-        """Hidden states `[B, n, channels]` -> (mu, log sigma), float32 `[B, n, C]`."""
-        return predict(self.raw(h), self.config.soft_clip, self.config.use_softplus)
+    def complete(self, outputs: mx.array) -> mx.array:
+        """Outputs of the last layer -> affine parameters; here they are the same."""
+        return outputs
 
     def unpredicted(self, tokens: mx.array) -> tuple[mx.array, mx.array]:
-        """(mu, log sigma) of tokens that nothing predicts: those of raw outputs 0."""
-        zeros = mx.zeros((*tokens.shape[:-1], 2 * tokens.shape[-1]))
-        return predict(zeros, self.config.soft_clip, self.config.use_softplus)
+        """(mu, log sigma) of tokens that nothing predicts: those of affine parameters 0."""
+        return predict(mx.zeros((*tokens.shape[:-1], 2 * tokens.shape[-1])), self.config.affine)
 
-    def outputs(
+    def all_affine_parameters(
         self,
         x: mx.array,
         condition: Condition,
@@ -239,7 +314,7 @@ class FlowBlock(nn.Module):
         temperature: float | mx.array = 1.0,
         gradient_checkpointing: bool = False,
     ) -> mx.array:
-        """The network's raw outputs `[B, N, 2 * C]` for all tokens x `[B, N, C]`, each from the tokens before it.
+        """Affine parameters `[B, N, 2 * C]` of all tokens x `[B, N, C]`, each predicted from the tokens before it.
 
         All in the block's order; a token that nothing predicts gets zeros. `context_mask` is explained in `__call__`,
         `gradient_checkpointing` in `transform`.
@@ -252,14 +327,13 @@ class FlowBlock(nn.Module):
         h = self.embed(inputs, 0, condition.offset)
         if condition.prefix is not None:
             h = mx.concatenate([condition.prefix, h], axis=1)
-        rope_frequencies = self.rope_frequencies(rope_frequencies, h.shape[1])
-        h = self.transform(h, rope_frequencies, temperature=temperature, gradient_checkpointing=gradient_checkpointing)[
-            :, -length:
-        ]
+        own = self.rope_frequencies(rope_frequencies, h.shape[1])
+        h = self.transform(h, own, temperature=temperature, gradient_checkpointing=gradient_checkpointing)[:, -length:]
         if first is not None:
-            return self.raw(h)
-        raw = self.raw(h[:, :-1])
-        return mx.concatenate([mx.zeros((batch, 1, raw.shape[-1]), raw.dtype), raw], axis=1)
+            return self.affine_parameters(h)
+        predicted = self.affine_parameters(h[:, :-1])
+        unpredicted = mx.zeros((batch, 1, predicted.shape[-1]), predicted.dtype)
+        return mx.concatenate([unpredicted, predicted], axis=1)
 
     def __call__(
         self,
@@ -279,14 +353,11 @@ class FlowBlock(nn.Module):
         if self.is_identity:
             return x, mx.zeros_like(x)
         x = self.permute(x, frames)
-        raw = self.outputs(
-            x,
-            self.condition(text, x.shape[0]),
-            rope_frequencies,
-            context_mask,
-            gradient_checkpointing=gradient_checkpointing,
+        condition = self.condition(text, x.shape[0])
+        parameters = self.all_affine_parameters(
+            x, condition, rope_frequencies, context_mask, gradient_checkpointing=gradient_checkpointing
         )
-        z, log_det = affine_forward(raw, x, self.config.soft_clip, self.config.use_softplus)
+        z, log_det = affine_forward(parameters, x, self.config.affine)
         return self.unpermute(z, frames), self.unpermute(log_det, frames)
 
 
@@ -303,10 +374,10 @@ def _flip(x: mx.array, frames: int) -> mx.array:
 
 
 def run_blocks(
-    blocks: list[FlowBlock],
+    blocks: Sequence[FlowBlock],
     tokens: mx.array,
     text: mx.array | None,
-    rope_frequencies: list[mx.array | None],
+    rope_frequencies: Sequence[mx.array | None],
     context_mask: mx.array | None = None,
     gradient_checkpointing: bool = False,
     frames: int = 1,
@@ -314,14 +385,8 @@ def run_blocks(
     """Data -> noise: what each block read and then the noise, and each block's log-det; tokens in data order."""
     hidden, log_dets = [tokens], []
     for index, (block, frequencies) in enumerate(zip(blocks, rope_frequencies, strict=True)):
-        h, log_det = block(
-            hidden[-1],
-            text,
-            frequencies,
-            context_mask if index == len(blocks) - 1 else None,
-            gradient_checkpointing,
-            frames,
-        )
+        mask = context_mask if index == len(blocks) - 1 else None
+        h, log_det = block(hidden[-1], text, frequencies, mask, gradient_checkpointing, frames)
         hidden.append(h)
         log_dets.append(log_det)
     return hidden, log_dets

@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.models.configs import known_arguments, official_arguments, read_config, write_config
+from mlx_starflow.models.configs import FLOW, known_arguments, official_arguments, write_config
 from mlx_starflow.models.denoiser import Denoiser, DenoiserConfig
 from mlx_starflow.models.flow import BlockConfig, Condition, Conditions, FlowBlock, FlowOutput, frame_count, run_blocks
 from mlx_starflow.models.rope import axial_frequencies
@@ -76,18 +76,16 @@ class FlowConfig:
             self.layers_per_block = [int(n) for n in self.layers_per_block.split()]
         if self.pt_seq_len is None:
             self.pt_seq_len = self.img_size // self.patch_size
-        if self.seq_order not in ("L2R", "R2L"):
-            raise StarflowError(f"flow config: seq_order must be L2R or R2L, not {self.seq_order!r}")
-        if self.norm_type not in ("layer_norm", "rms_norm"):
-            raise StarflowError(f"flow config: norm_type must be layer_norm or rms_norm, not {self.norm_type!r}")
-        if self.txt_size > 0 and self.txt_dim <= 0:
-            raise StarflowError("flow config: txt_dim, the width of the text encoder, is missing")
+        FLOW.choice("seq_order", self.seq_order, ("L2R", "R2L"))
+        FLOW.choice("norm_type", self.norm_type, ("layer_norm", "rms_norm"))
+        has_width = self.txt_dim > 0 or self.txt_size <= 0
+        FLOW.require(has_width, "txt_dim, the width of the text encoder, is missing")
         self.blocks = [self._block(index) for index in range(len(self.layers_per_block))]
-        if self.vid_size and not (self.temporal_causal and self.shallow_block_local and self.cond_top_only):
-            raise StarflowError(
-                "flow config: a video model needs temporal_causal, shallow_block_local and cond_top_only, as the "
-                "released one has them: its frames could not be made one after another"
-            )
+        FLOW.require(
+            not self.vid_size or (self.temporal_causal and self.shallow_block_local and self.cond_top_only),
+            "a video model needs temporal_causal, shallow_block_local and cond_top_only, as the released one has them: "
+            "its frames could not be made one after another",
+        )
         self.denoiser = self._denoiser() if self.learnable_self_denoiser else None
 
     @property
@@ -154,7 +152,7 @@ class FlowConfig:
         Raises:
             StarflowError: a key is missing or unknown, or a value is not usable.
         """
-        return read_config(cls, config)
+        return FLOW.read(cls, config)
 
     @classmethod
     def from_official(cls, config: Mapping[str, Any]) -> FlowConfig:
@@ -167,13 +165,12 @@ class FlowConfig:
         """
         values = official_arguments(config)
         for key, needed in (("rope", 1), ("nvp", 1), ("adaln", 0)):
-            if values.pop(key, needed) != needed:
-                raise StarflowError(f"flow config: {key} must be {needed}, as it is in every released model")
+            good = values.pop(key, needed) == needed
+            FLOW.require(good, f"{key} must be {needed}, as it is in every released model")
         known = known_arguments(cls, values)
         if "vae" in values and "img_size" in known:
             name = str(values["vae"]).split(":")[0]
-            if name not in VAE_DOWNSCALE:
-                raise StarflowError(f"flow config: unknown vae {name!r}; known are {', '.join(VAE_DOWNSCALE)}")
+            FLOW.require(name in VAE_DOWNSCALE, f"unknown vae {name!r}; known are {', '.join(VAE_DOWNSCALE)}")
             known["img_size"] //= VAE_DOWNSCALE[name]
         return cls.from_dict(known)
 
@@ -213,6 +210,21 @@ class STARFlow(nn.Module):
         if config.denoiser:
             self.learnable_self_denoiser = Denoiser(config.denoiser)
 
+    @property
+    def denoiser(self) -> Denoiser | None:
+        """The learned denoiser beside the flow, where there is one."""
+        return self.get("learnable_self_denoiser")
+
+    @property
+    def noise_type(self) -> str:
+        """Latents are trained with Gaussian noise."""
+        return "gaussian"
+
+    @property
+    def prior_variance(self) -> mx.array:
+        """The prior is standard normal."""
+        return mx.array(1.0)
+
     def tokens(self, x: mx.array) -> mx.array:
         """Latents -> tokens in raster order, float32. Raises StarflowError if the shape does not fit."""
         patch, channels = self.config.patch_size, self.config.channel_size
@@ -229,6 +241,18 @@ class STARFlow(nn.Module):
     def noise_tokens(self, z: mx.array) -> mx.array:
         """Noise, shaped as `sample` takes it (here as latents), -> the tokens that the last block makes of data."""
         return self.tokens(z)
+
+    def output_tokens(self, z: mx.array) -> mx.array:
+        """`flow(x).z` -> the same as tokens `[B, N, C]`."""
+        return self.tokens(z)
+
+    def token_noise(self, tokens: mx.array, shape: tuple[int, ...]) -> mx.array:
+        """Standard-normal tokens -> noise, shaped as the latents of `shape`."""
+        return self.latents(tokens, shape)
+
+    def standardize(self, z: mx.array) -> mx.array:
+        """`flow(x).z` -> the noise that `sample` makes x of: the same."""
+        return z
 
     def latents(self, tokens: mx.array, shape: tuple[int, ...]) -> mx.array:
         """Tokens in raster order -> latents of `shape` `[B, H, W, C]` or `[B, T, H, W, C]`, but for B."""
@@ -283,7 +307,7 @@ class STARFlow(nn.Module):
             condition.guided = guided
             conditions.append(condition)
         return Conditions(
-            self.block_rope_frequencies(shape, 0 if text is None else text.shape[1]), conditions, "quotient"
+            self.block_rope_frequencies(shape, 0 if text is None else text.shape[1]), conditions, "starflow"
         )
 
     def __call__(
@@ -305,7 +329,8 @@ class STARFlow(nn.Module):
             self.blocks, tokens, text, rope_frequencies, context_mask, gradient_checkpointing, frame_count(x.shape)
         )
         hidden, log_dets = ([self.latents(t, x.shape) for t in part] for part in parts)
-        return FlowOutput(hidden[-1], sum(log_dets), log_dets, hidden, self.config.latent_norm_regularization)
+        total = sum(log_dets[1:], log_dets[0])
+        return FlowOutput(hidden[-1], total, log_dets, hidden, self.config.latent_norm_regularization)
 
 
 DEAD_BUFFERS = ("var", "feat_rope.freqs_cos", "feat_rope.freqs_sin")

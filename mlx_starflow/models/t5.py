@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -17,6 +17,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.models.configs import ConfigKind
 
 # "gated-gelu" alone means the tanh approximation: that is what T5 1.1 and flan-T5 were trained with.
 _ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
@@ -29,6 +30,8 @@ _ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
     "gated-gelu_new": nn.gelu_approx,
     "gated-silu": nn.silu,
 }
+
+_CONFIG = ConfigKind("T5", strict=False)
 
 
 @dataclass(frozen=True)
@@ -48,22 +51,15 @@ class T5Config:
     pad_token_id: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise StarflowError(f"T5 config: {name} must be a positive integer, not {value!r}")
+        names = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
+        _CONFIG.positive(**{name: getattr(self, name) for name in names})
         buckets, distance = self.relative_attention_num_buckets, self.relative_attention_max_distance
-        if buckets < 4 or buckets % 4:
-            raise StarflowError(f"T5 config: relative_attention_num_buckets must be a multiple of 4, not {buckets!r}")
-        if distance <= buckets // 4:
-            raise StarflowError(
-                f"T5 config: relative_attention_max_distance must be greater than {buckets // 4}, not {distance!r}"
-            )
-        if self.feed_forward_proj not in _ACTIVATIONS:
-            raise StarflowError(
-                f"T5 config: feed_forward_proj {self.feed_forward_proj!r} is not supported; "
-                f"it must be one of {', '.join(_ACTIVATIONS)}"
-            )
+        whole = buckets >= 4 and buckets % 4 == 0
+        _CONFIG.require(whole, f"relative_attention_num_buckets must be a multiple of 4, not {buckets!r}")
+        least = buckets // 4
+        far = distance > least
+        _CONFIG.require(far, f"relative_attention_max_distance must be greater than {least}, not {distance!r}")
+        _CONFIG.choice("feed_forward_proj", self.feed_forward_proj, _ACTIVATIONS)
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> T5Config:
@@ -75,13 +71,7 @@ class T5Config:
         model_type = config.get("model_type", "t5")
         if model_type != "t5":
             raise StarflowError(f"the text encoder's config says model_type {model_type!r}; it must be a T5 ('t5')")
-        known = fields(cls)
-        missing = [field.name for field in known if field.default is MISSING and field.name not in config]
-        if missing:
-            raise StarflowError(f"T5 config: {', '.join(missing)} missing; use the config.json of the checkpoint")
-        # Hugging Face writes null for "the default".
-        names = [field.name for field in known if config.get(field.name) is not None or field.default is MISSING]
-        return cls(**{name: config[name] for name in names})
+        return _CONFIG.read(cls, config)
 
     def to_dict(self) -> dict[str, Any]:
         """The config as JSON, readable by `from_dict` and as the config of a Hugging Face `T5EncoderModel`."""
@@ -257,6 +247,6 @@ def sanitize(weights: Mapping[str, Any]) -> dict[str, Any]:
 
     Tensors are passed on untouched, so a lazy mapping's decoder is never read.
     """
-    names = {encoder_name(name): name for name in sorted(weights)}  # "shared.weight" sorts last and wins
-    names.pop(None, None)
-    return {new: weights[old] for new, old in names.items()}
+    # "shared.weight" sorts last and wins.
+    names = {new: name for name in sorted(weights) if (new := encoder_name(name)) is not None}
+    return {new: weights[name] for new, name in names.items()}

@@ -14,8 +14,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.kernels.plain import Array, namespace
-from mlx_starflow.models.configs import known_arguments, official_arguments, read_config, write_config
+from mlx_starflow.models.configs import FLOW, known_arguments, official_arguments, write_config
+from mlx_starflow.models.denoiser import Denoiser
 from mlx_starflow.models.flow import BlockConfig, Condition, Conditions, FlowBlock, FlowOutput, run_blocks
 
 
@@ -54,16 +54,12 @@ class TarFlowConfig:
     cfg: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("img_size", "channel_size", "patch_size", "channels", "blocks", "layers_per_block", "head_dim"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise StarflowError(f"flow config: {name} must be a whole number of at least 1, not {value!r}")
-        if self.noise_type not in ("gaussian", "uniform"):
-            raise StarflowError(f"flow config: noise_type must be gaussian or uniform, not {self.noise_type!r}")
-        if self.img_size % self.patch_size:
-            raise StarflowError(f"flow config: img_size {self.img_size} is no multiple of patch_size {self.patch_size}")
-        if self.channels % self.head_dim:
-            raise StarflowError(f"flow config: channels {self.channels} is no multiple of head_dim {self.head_dim}")
+        names = ("img_size", "channel_size", "patch_size", "channels", "blocks", "layers_per_block", "head_dim")
+        FLOW.positive(**{name: getattr(self, name) for name in names})
+        FLOW.choice("noise_type", self.noise_type, ("gaussian", "uniform"))
+        for name, divisor in (("img_size", "patch_size"), ("channels", "head_dim")):
+            value, by = getattr(self, name), getattr(self, divisor)
+            FLOW.require(value % by == 0, f"{name} {value} is no multiple of {divisor} {by}")
 
     @property
     def num_patches(self) -> int:
@@ -94,7 +90,7 @@ class TarFlowConfig:
         Raises:
             StarflowError: a key is missing or unknown, or a value is not usable.
         """
-        return read_config(cls, config)
+        return FLOW.read(cls, config)
 
     @classmethod
     def from_official(cls, config: Mapping[str, Any]) -> TarFlowConfig:
@@ -114,6 +110,8 @@ class TarFlowConfig:
 
 class TarFlowBlock(FlowBlock):
     """A flow block with learned positions and, if there are classes, an embedding of the label."""
+
+    config: TarFlowBlockConfig
 
     def __init__(self, config: TarFlowBlockConfig):
         super().__init__(config)
@@ -153,12 +151,9 @@ class TarFlowBlock(FlowBlock):
             positions = self.pos_embed[start:stop]
         return positions[None] if offset is None else positions + offset
 
-    def complete(self, raw: Array) -> Array:
+    def complete(self, outputs: mx.array) -> mx.array:
         """Without `nvp` the network gives means alone, and the log-scales are 0."""
-        if self.config.nvp:
-            return raw
-        arrays = namespace(raw)
-        return arrays.concatenate([arrays.zeros_like(raw), raw], axis=-1)
+        return outputs if self.config.nvp else mx.concatenate([mx.zeros_like(outputs), outputs], axis=-1)
 
 
 class TarFlow(nn.Module):
@@ -180,6 +175,21 @@ class TarFlow(nn.Module):
         """As `Module.unfreeze`, but `var` stays frozen."""
         super().unfreeze(*args, **kwargs)
         return self.freeze(recurse=False, keys="var")
+
+    @property
+    def denoiser(self) -> Denoiser | None:
+        """A TarFlow has no learned denoiser."""
+        return None
+
+    @property
+    def noise_type(self) -> str:
+        """What was added to the training's pixels: "gaussian" or "uniform" noise, see `TarFlowConfig`."""
+        return self.config.noise_type
+
+    @property
+    def prior_variance(self) -> mx.array:
+        """The prior's variances `[N, C * p * p]`, float32."""
+        return self.var.astype(mx.float32)
 
     def tokens(self, x: mx.array) -> mx.array:
         """Pictures -> tokens `[B, N, C * p * p]` in raster order; within a token channel, row, column.
@@ -212,11 +222,26 @@ class TarFlow(nn.Module):
         if z.ndim != 3 or z.shape[1:] != self.var.shape:
             length, width = self.var.shape
             raise StarflowError(f"noise has shape {tuple(z.shape)}; this flow reads tokens [batch, {length}, {width}]")
-        return z.astype(mx.float32) * mx.sqrt(self.var.astype(mx.float32))
+        return z.astype(mx.float32) * mx.sqrt(self.prior_variance)
+
+    def output_tokens(self, z: mx.array) -> mx.array:
+        """`flow(x).z`, which is tokens `[B, N, C * p * p]` already."""
+        return z
+
+    def token_noise(self, tokens: mx.array, shape: tuple[int, ...]) -> mx.array:
+        """Standard-normal tokens -> noise as `sample` takes it: tokens as well."""
+        return tokens
 
     def standardize(self, z: mx.array) -> mx.array:
         """`flow(x).z` -> the noise that `sample` makes x of: the same, unless the prior's variances are learned."""
-        return z / mx.sqrt(self.var.astype(mx.float32))
+        return z / mx.sqrt(self.prior_variance)
+
+    def rope_frequencies(self, shape: tuple[int, ...], text_length: int) -> None:
+        """A TarFlow has no rotary positions."""
+
+    def block_rope_frequencies(self, shape: tuple[int, ...], text_length: int) -> list[mx.array | None]:
+        """None for each block."""
+        return [None] * len(self.blocks)
 
     def conditions(
         self, shape: tuple[int, ...], text: mx.array | None, null_text: mx.array | None = None, guidance: float = 0.0
@@ -238,7 +263,7 @@ class TarFlow(nn.Module):
             self._check_labels(labels, batch)
             if labels is None:
                 continue
-            low, high = labels.min().item(), labels.max().item()
+            low, high = int(labels.min()), int(labels.max())
             if low < -1 or high >= self.config.num_classes:
                 raise StarflowError(f"labels must be 0 to {self.config.num_classes - 1}, or -1 for no class")
         guided = guidance > 0
@@ -249,7 +274,7 @@ class TarFlow(nn.Module):
         conditions = [block.condition(text, batch) for block in self.blocks]
         for condition in conditions:
             condition.guided = guided
-        return Conditions([None] * len(self.blocks), conditions, "extrapolate", temper_null_only=True)
+        return Conditions(self.block_rope_frequencies(shape, 0), conditions, "tarflow", temper_null_only=True)
 
     def _check_labels(self, labels: mx.array | None, batch: int) -> None:
         if labels is None:
@@ -261,20 +286,25 @@ class TarFlow(nn.Module):
                 f"labels have shape {tuple(labels.shape)} and type {labels.dtype}; give {batch} whole numbers"
             )
 
-    def __call__(self, x: mx.array, text: mx.array | None = None, gradient_checkpointing: bool = False) -> FlowOutput:
+    def __call__(
+        self,
+        x: mx.array,
+        text: mx.array | None = None,
+        context_mask: mx.array | None = None,
+        gradient_checkpointing: bool = False,
+    ) -> FlowOutput:
         """Pictures `[B, H, W, C]` and integer labels `[B]` (-1 or None: no class) -> noise tokens in `z`.
 
-        `gradient_checkpointing` lets gradients take less memory and more time.
-        Neither `z` nor the loss knows of learned variances of the prior, as in training: see `standardize`.
+        `context_mask` goes to the last block (see `FlowBlock`); `gradient_checkpointing` lets gradients take less
+        memory and more time. Neither `z` nor the loss knows of learned variances of the prior, as in training: see
+        `standardize`.
         """
         tokens = self.tokens(x)
         self._check_labels(text, x.shape[0])
-        rope_frequencies = [None] * len(self.blocks)
-        hidden, log_dets = run_blocks(
-            self.blocks, tokens, text, rope_frequencies, gradient_checkpointing=gradient_checkpointing
-        )
+        frequencies = self.block_rope_frequencies(x.shape, 0)
+        hidden, log_dets = run_blocks(self.blocks, tokens, text, frequencies, context_mask, gradient_checkpointing)
         log_dets = [self.latents(t) for t in log_dets]
-        return FlowOutput(hidden[-1], sum(log_dets), log_dets, [self.latents(t) for t in hidden])
+        return FlowOutput(hidden[-1], sum(log_dets[1:], log_dets[0]), log_dets, [self.latents(t) for t in hidden])
 
 
 def sanitize(weights: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,6 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_starflow.kernels.attention import attention
-from mlx_starflow.kernels.gelu import GELU
 from mlx_starflow.kernels.plain import EPSILON, rms_norm
 from mlx_starflow.kernels.qkv import split_rotate
 
@@ -117,7 +116,7 @@ class MLP(nn.Module):
             self.up_proj = nn.Linear(channels, hidden, bias=bias)
             self.down_proj = nn.Linear(hidden, channels, bias=bias)
         else:
-            self.main = [nn.Linear(channels, hidden, bias=bias), GELU(), nn.Linear(hidden, channels, bias=bias)]
+            self.main = [nn.Linear(channels, hidden, bias=bias), nn.GELU(), nn.Linear(hidden, channels, bias=bias)]
         if config.use_post_norm:
             self.post_norm = make_norm(config.norm_type, channels)
 

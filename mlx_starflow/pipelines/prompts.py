@@ -9,13 +9,13 @@ def complete_prompt(prompt: str, config: FlowConfig, *, ratio: str = "1:1", fps:
     """The text to be encoded for a prompt; for most models the prompt itself.
 
     The flow's config says what belongs around it: `cond_noise_level` the standard deviation of the training noise in
-    thousandths, `fps_cond` the frame rate or that this is a picture, `mix_aspect` the aspect ratio. The empty prompt,
+    thousandths, `fps_cond` the frame rate or that this is an image, `mix_aspect` the aspect ratio. The empty prompt,
     which guidance compares with, is completed as any other. The words are the release's; its line breaks are spaces
     here, which to the tokenizer is the same.
 
     Args:
         ratio: width to height, one of `buckets.RATIOS`.
-        fps: frames a second; 0 for a picture.
+        fps: frames a second; 0 for an image.
     """
     words = [prompt]
     if config.fps_cond:

@@ -1,26 +1,29 @@
-"""Records of generating: how pictures are sampled, what it cost, and what came of it."""
+"""Records of generating: how images are sampled, what it cost, and what came of it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar
 
+import mlx.core as mx
 import numpy as np
 from PIL import Image
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.sampling.certificate import Certificate
-from mlx_starflow.sampling.guided import check_guidance
+from mlx_starflow.sampling.guidance import SamplingOptions
 from mlx_starflow.sampling.methods import METHODS
+
+Settings = TypeVar("Settings", bound="GenerationSettings")
 
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How pictures are sampled. A model directory's `config.json` may hold its own defaults under "pipeline".
+    """How images are sampled. A model directory's `config.json` may hold its own defaults under "pipeline".
 
     Attributes:
         guidance: weight of classifier-free guidance, 0 or more.
-        temperature: the noise is multiplied by this; below 1 gives more typical, less varied pictures.
+        temperature: the noise is multiplied by this; below 1 gives more typical, less varied images.
         method: "sequential", "jacobi" or "rolling" (see `sampling.sample`), or "auto": what the model's sampling plan
             says (see `mlx-starflow tune`), sequential if it has none.
         attn_temp: attention logits are divided by this.
@@ -36,7 +39,7 @@ class GenerationSettings:
     size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        check_guidance(self.guidance, self.attn_temp)
+        SamplingOptions(self.guidance, self.attn_temp)  # its errors
         if self.method not in ("auto", *METHODS):
             raise StarflowError(
                 f"unknown sampling method {self.method!r}; it must be one of {', '.join(['auto', *METHODS])}"
@@ -44,11 +47,33 @@ class GenerationSettings:
         if not self.temperature >= 0:
             raise StarflowError(f"the temperature must be 0 or more, not {self.temperature:g}")
 
+    def updated(
+        self: Settings,
+        *,
+        guidance: float | None = None,
+        temperature: float | None = None,
+        method: str | None = None,
+        attn_temp: float | None = None,
+        denoise: bool | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> Settings:
+        """The same with other values where they are not None. Raises StarflowError if one is out of range."""
+        values: dict[str, Any] = {
+            "guidance": guidance,
+            "temperature": temperature,
+            "method": method,
+            "attn_temp": attn_temp,
+            "denoise": denoise,
+            "size": size,
+        }
+        return replace(self, **{name: value for name, value in values.items() if value is not None})
+
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> GenerationSettings:
+    def from_dict(cls: type[Settings], values: dict[str, Any]) -> Settings:
+        """Settings from what `to_dict` gives, such as a file's metadata. Raises StarflowError."""
         known = {item.name for item in fields(cls)}
         if unknown := sorted(set(values) - known):
-            raise StarflowError(f"unknown setting {', '.join(unknown)}; this picture may be of a newer version")
+            raise StarflowError(f"unknown setting {', '.join(unknown)}; this image may be of a newer version")
         size = values.get("size")
         return cls(**{**values, "size": tuple(size) if size else None})
 
@@ -63,9 +88,9 @@ class GenerationStats:
     Attributes:
         seconds: wall time of each phase: text, flow, denoise, decode (loading included if it was put off).
         memory: bytes of arrays held at most in each phase; empty where nobody counts them (PyTorch on a CPU).
-        tokens: tokens sampled, over all blocks and pictures.
+        tokens: tokens sampled, over all blocks and images.
         evaluations: network evaluations of each flow block, deep block first, summed over batches.
-        certificates: of each picture, if they were asked for.
+        certificates: of each image, if they were asked for.
     """
 
     seconds: dict[str, float] = field(default_factory=dict)
@@ -76,7 +101,7 @@ class GenerationStats:
 
     @property
     def certificate(self) -> Certificate | None:
-        """The worst of all pictures'; None if there are none."""
+        """The worst of all images'; None if there are none."""
         return Certificate.worst(self.certificates) if self.certificates else None
 
     @property
@@ -99,6 +124,13 @@ class GenerationStats:
         self.evaluations = [a + b for a, b in zip(before, evaluations, strict=True)]
         self.tokens += tokens
 
+    def add(self, other: GenerationStats) -> None:
+        """Add what something else has cost."""
+        for phase, seconds in other.seconds.items():
+            self.spend(phase, seconds, other.memory.get(phase))
+        self.count(other.evaluations, other.tokens)
+        self.certificates += other.certificates
+
     def __str__(self) -> str:
         phases = ", ".join(
             f"{name} {seconds:.2f} s" + (f" {self.memory[name] / 2**20:.0f} MiB" if name in self.memory else "")
@@ -110,20 +142,20 @@ class GenerationStats:
 
 @dataclass
 class GenerationResult:
-    """Pictures, prompt by prompt and seed by seed, and all there is to know about them.
+    """Images, prompt by prompt and seed by seed, and all there is to know about them.
 
     Attributes:
-        images: PIL pictures.
-        latents: what was decoded, `[B, h, w, C]`, an array of the framework that computed it.
-        noise: what the pictures came from, before the temperature, `[B, h, w, C]`.
-        prompts: prompt of each picture.
-        seeds: seed of each picture; None where the noise was given.
-        steps: for each picture the states from noise to latents, decoded, if asked for.
-        metadata: of each picture, for `media.save_image`.
+        images: PIL images.
+        latents: what was decoded, `[B, h, w, C]`, an array of the framework that computed it (MLX by default).
+        noise: what the images came from, before the temperature, `[B, h, w, C]`.
+        prompts: prompt of each image.
+        seeds: seed of each image; None where the noise was given.
+        steps: for each image the states from noise to latents, decoded, if asked for.
+        metadata: of each image, for `media.save_image`.
     """
 
     images: list[Image.Image]
-    latents: Any
+    latents: mx.array
     noise: np.ndarray
     prompts: list[str]
     seeds: list[int | None]

@@ -1,75 +1,103 @@
-"""Text, pictures and videos to videos: `VideoPipeline`, which gives frames while it is still sampling.
-
-The stages are generators, each fed by the one before: noise, noisy latent frames, clean latent frames, pixels. Nothing
-that grows with the video's length is kept.
-"""
+"""Text, images and videos to videos: `VideoPipeline`, which gives frames while it is still sampling."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from functools import cached_property, partial
-from typing import Any
+from collections.abc import Generator, Iterable, Sequence
+from functools import cached_property
+from itertools import chain, islice
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 from PIL import Image
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.media.images import to_images
-from mlx_starflow.media.noise import VideoNoise, draw_noise, draw_side_noise
-from mlx_starflow.pipelines.pipeline import Pipeline
-from mlx_starflow.pipelines.results import GenerationSettings
-from mlx_starflow.pipelines.video_requests import Picture, Video, VideoModel, VideoRequest
-from mlx_starflow.pipelines.video_results import VideoResult, VideoStream
-from mlx_starflow.sampling import SamplingTrace, certify, denoise_frames, sample_frames
+from mlx_starflow.likelihood.protocol import ImageOrVideo
+from mlx_starflow.media.noise import check_seeds
+from mlx_starflow.model_dir.directory import ModelDirectory
+from mlx_starflow.models.autoencoder_wan.network import AutoencoderWan, AutoencoderWanConfig
+from mlx_starflow.pipelines.backend import MLXBackend
+from mlx_starflow.pipelines.base import fit_image
+from mlx_starflow.pipelines.image import ImagePipeline
+from mlx_starflow.pipelines.latents import LatentPipeline
+from mlx_starflow.pipelines.results import GenerationStats
+from mlx_starflow.pipelines.video_frames import decode_frames, encode_frames, one_kind
+from mlx_starflow.pipelines.video_requests import (
+    ImageSource,
+    VideoFormat,
+    VideoRequest,
+    VideoSource,
+    read_first_image,
+    read_past_video,
+    read_source_video,
+)
+from mlx_starflow.pipelines.video_results import Given, VideoOverrides, VideoResult, VideoSettings, VideoStream
+from mlx_starflow.pipelines.video_stages import VideoStages
+from mlx_starflow.planning.memory import trained_size
 
 
-class VideoPipeline(VideoModel):
-    """A flow that was trained on videos, with its text encoder and its autoencoder; `load` makes one.
+class VideoPipeline(LatentPipeline):
+    """A flow that was trained on videos, with its text encoder and its autoencoder; `load_video` gives one.
+
+    It scores and encodes videos, whose frames are given one by one, and images, which are videos of one frame to it.
+    Data of videos are `[B, T, h, w, C]`, T latent frames.
 
     Attributes (the networks are read when they are first used):
         flow, text_encoder, tokenizer, vae: the networks.
         config, vae_config: of the flow and of the autoencoder.
         settings: how this model samples unless told otherwise.
-        low_memory: hold one network at a time where that is possible, and read it again for the next videos.
+        format: the sizes and lengths of videos that it makes.
     """
 
-    @cached_property
-    def pictures(self) -> Pipeline:
-        """The same model, making pictures; it shares the networks that have been read."""
-        pipe = Pipeline(
-            self.name,
-            self.model,
-            dtype=self.dtype,
-            low_memory=self.low_memory,
-            adapters=self.adapters,
-            group=self.group,
-        )
-        for part in ("flow", "_text", "vae"):
-            if part in self.__dict__:
-                pipe.__dict__[part] = self.__dict__[part]
-        return pipe
+    backend: MLXBackend
+    settings: VideoSettings
+    vae_config: AutoencoderWanConfig
 
-    # ---- what a user calls
+    def __init__(self, name: str, model: ModelDirectory, backend: MLXBackend):
+        super().__init__(name, model, backend)
+        if self.config.video is None or not isinstance(self.vae_config, AutoencoderWanConfig):
+            raise StarflowError(f"{name} makes pictures, not videos: mlx-starflow generate")
+        frames, fps = self.config.video
+        size = self.settings.size or trained_size(self.config, self.vae_config)
+        self.settings = VideoSettings.from_dict({**self.settings.to_dict(), "frames": frames, "fps": fps, "size": size})
+        self.format = VideoFormat(self.config, self.vae_config, frames)
+
+    @property
+    def vae(self) -> AutoencoderWan:
+        vae = self.backend.vae
+        assert isinstance(vae, AutoencoderWan)
+        return vae
+
+    @cached_property
+    def image_pipeline(self) -> ImagePipeline:
+        """The same model, making images, with the same networks."""
+        return ImagePipeline(self.name, self.model, self.backend)
+
+    # ---- making videos
 
     def stream(
         self,
         prompt: str,
         *,
         seed: int | None = None,
+        image: ImageSource | None = None,
+        video: VideoSource | None = None,
+        extend: VideoSource | None = None,
+        noise: np.ndarray | None = None,
+        settings: VideoSettings | None = None,
         frames: int | None = None,
         size: tuple[int, int] | None = None,
         fps: int | None = None,
-        image: Picture | None = None,
-        video: Video | None = None,
-        extend: Video | None = None,
-        noise: np.ndarray | None = None,
+        context: int | None = None,
+        guidance: float | None = None,
+        temperature: float | None = None,
+        method: str | None = None,
+        attn_temp: float | None = None,
+        denoise: bool | None = None,
         frames_at_once: int = 1,
         live: bool = True,
         verify: bool = False,
         progress: bool | None = False,
-        **settings: Any,
     ) -> VideoStream:
         """Make a video and give its frames, in order, each as soon as it is finished.
 
@@ -80,35 +108,38 @@ class VideoPipeline(VideoModel):
         Args:
             prompt: "" is no prompt at all.
             seed: drawn if None.
-            frames: 1 + a multiple of 4; by default as many as the model was trained on. Longer videos are made window
-                by window. 1 is a picture. With `extend` it counts the new frames, a multiple of 4.
-            size: (width, height) in pixels; by default 16:9, or the nearest shape to what is given.
-            fps: frames a second; by default as the model was trained.
-            image: the first frame, a picture or its file.
-            video: frames to make the video from, one by one, or a video file: see `video.media.read_video`.
+            image: the first frame, an image or its file.
+            video: frames to make the video from, one by one, or a video file: see `media.videos.read_video`.
             extend: frames, or a video file, to go on from; the frames that come are those after it.
             noise: standard normal noise of the frames to be made, `[1, t, h, w, C]`, instead of a seed.
+            settings: how to sample; None: the model's own settings, but that size and length follow what is given.
+            frames: 1 + a multiple of 4; by default as many as the model was trained on. Longer videos are made window
+                by window. 1 is an image. With `extend` it counts the new frames, a multiple of 4.
+            size: (width, height) in pixels; by default 16:9, or the nearest shape to what is given.
+            fps: frames a second; by default as the model was trained.
+            context, guidance, temperature, method, attn_temp, denoise: values that differ from the settings, see
+                `VideoSettings`; None: as in the settings.
             frames_at_once: latent frames that go through the flow's shallow blocks together.
             live: False samples the whole video before the first frame is decoded: with `low_memory`, one network is in
                 memory at a time.
             verify: run the flow forwards over the sample and put the difference from its noise into the stream's
                 `stats.certificates` at the end.
             progress: show a progress bar of tokens; None shows it on a terminal only.
-            settings: overrides of `VideoSettings`.
 
         Raises:
             StarflowError: here, an argument does not fit; while frames are made, a frame is not finite.
         """
-        chosen = {"frames": frames, "size": size, "fps": fps, **settings}
-        sources = {"image": image, "video": video, "extend": extend}
-        request = self.request([prompt], seed, 1, noise, chosen, sources, verify, live)
-        if request.still:
-            images = self._picture(request, verify, progress)
+        asked = VideoOverrides(guidance, temperature, method, attn_temp, denoise, size, frames, fps, context)
+        request = self._request(
+            [prompt], seed, 1, noise, asked.or_else(settings), image, video, extend, verify=verify, live=live
+        )
+        if len(request.shape) == 3:
+            images = self._one_image(request, verify, progress)
         else:
-            images = self._images(request, frames_at_once, live, verify, progress)
-        noise_of = partial(self._whole_noise, request)
-        origin, how = request.seeds[0], request.metadata[0]
-        return VideoStream(prompt, origin, request.settings, how, request.stats, noise_of, images)
+            images = self._frames(request, self._stages(request, frames_at_once, verify, progress), live)
+        return VideoStream(
+            prompt, request.seeds[0], request.settings, request.metadata[0], request.stats, request.whole_noise, images
+        )
 
     def generate(
         self,
@@ -116,18 +147,24 @@ class VideoPipeline(VideoModel):
         *,
         seed: int | Sequence[int] | None = None,
         videos: int = 1,
+        image: ImageSource | None = None,
+        video: VideoSource | None = None,
+        extend: VideoSource | None = None,
+        noise: np.ndarray | None = None,
+        settings: VideoSettings | None = None,
         frames: int | None = None,
         size: tuple[int, int] | None = None,
         fps: int | None = None,
-        image: Picture | None = None,
-        video: Video | None = None,
-        extend: Video | None = None,
-        noise: np.ndarray | None = None,
+        context: int | None = None,
+        guidance: float | None = None,
+        temperature: float | None = None,
+        method: str | None = None,
+        attn_temp: float | None = None,
+        denoise: bool | None = None,
         frames_at_once: int = 16,
         batch_size: int = 1,
         verify: bool = False,
         progress: bool | None = False,
-        **settings: Any,
     ) -> VideoResult:
         """Make videos whole; the frames are those of `stream`, up to rounding.
 
@@ -135,7 +172,7 @@ class VideoPipeline(VideoModel):
             prompts: one prompt or several.
             seed: of the first video of each prompt, the next ones count up; or a list, one a video of a prompt.
             videos: of each prompt.
-            noise: `[prompts * videos, t, h, w, C]`; of pictures `[prompts * videos, h, w, C]`.
+            noise: `[prompts * videos, t, h, w, C]`; of images `[prompts * videos, h, w, C]`.
             batch_size: videos sampled at once.
 
         The other arguments are those of `stream`, and so are the errors.
@@ -143,30 +180,31 @@ class VideoPipeline(VideoModel):
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
             raise StarflowError("there is no prompt")
-        chosen = {"frames": frames, "size": size, "fps": fps, **settings}
-        sources = {"image": image, "video": video, "extend": extend}
-        request = self.request(prompts, seed, videos, noise, chosen, sources, verify, False)
-        if request.still:
-            return self._pictures(request, batch_size, verify, progress)
-        latents, made = [], []
+        asked = VideoOverrides(guidance, temperature, method, attn_temp, denoise, size, frames, fps, context)
+        request = self._request(
+            prompts, seed, videos, noise, asked.or_else(settings), image, video, extend, verify=verify, live=False
+        )
+        if len(request.shape) == 3:
+            return self._images(request, batch_size, verify, progress)
+        stages = self._stages(request, frames_at_once, verify, progress)
+        latents: list[mx.array] = []
+        made: list[list[Image.Image]] = []
         parts = [request.part(slice(at, at + batch_size)) for at in range(0, len(request.prompts), batch_size)]
-        with self._while_generating():
+        with self.backend.limits():
             texts = [self._texts(part) for part in parts]
-            self._done_with("_text")
+            self.release("text_encoder")
             for part, text in zip(parts, texts, strict=True):
-                latents.append(
-                    mx.concatenate(list(self._latents(part, *text, frames_at_once, verify, progress)), axis=1)
-                )
+                latents.append(mx.concatenate(list(stages.latents(part, *text)), axis=1))
                 mx.eval(latents[-1])
-            self._done_with("flow")
+            self.release("flow")
             for part, clean in zip(parts, latents, strict=True):
-                pieces = list(self._pixels(part, iter([clean])))
-                made += [[image for piece in pieces for image in piece[index]] for index in range(len(part.prompts))]
-            self._done_with("vae")
+                pieces = list(stages.images(part, iter([clean])))
+                made += [[frame for piece in pieces for frame in piece[index]] for index in range(len(part.prompts))]
+            self.release("vae")
         return VideoResult(
             videos=made,
             latents=mx.concatenate(latents),
-            noise=self._whole_noise(request),
+            noise=request.whole_noise(),
             prompts=request.prompts,
             seeds=request.seeds,
             metadata=request.metadata,
@@ -174,22 +212,65 @@ class VideoPipeline(VideoModel):
             stats=request.stats,
         )
 
-    # ---- stages
-
-    def _images(
-        self, request: VideoRequest, frames_at_once: int, live: bool, verify: bool, progress: bool | None
-    ) -> Iterator[Image.Image]:
-        with self._while_generating():
-            text = self._texts(request)
-            self._done_with("_text")
-            latents = self._latents(request, *text, frames_at_once, verify, progress)
+    def _request(
+        self,
+        prompts: list[str],
+        seed: int | Sequence[int] | None,
+        videos: int,
+        noise: np.ndarray | None,
+        asked: VideoOverrides,
+        image: ImageSource | None,
+        video: VideoSource | None,
+        extend: VideoSource | None,
+        *,
+        verify: bool,
+        live: bool,
+    ) -> VideoRequest:
+        """Check what is asked for, and read and encode the image or the video that is given."""
+        seeds, stats = self._seeds(seed, videos, noise), GenerationStats()
+        check_seeds([each for each in seeds if each is not None])
+        self.format.check_context(asked.apply(self.settings).context)
+        self.latent_shape(asked.size)  # raises StarflowError if the size does not fit
+        sources = {"image": image, "video": video, "extend": extend}
+        named = {kind: source for kind, source in sources.items() if source is not None}
+        if len(named) > 1:
+            raise StarflowError(f"give {' or '.join(named)}, not both: a video begins with one of them")
+        given: Given | None = None
+        if named:
+            fps = asked.fps or self.settings.fps
+            with self.backend.limits(), self.phases.run(stats, "encode"):
+                if image is not None:
+                    given, asked = read_first_image(image, asked, self.format, self.vae)
+                elif video is not None:
+                    given, asked = read_source_video(video, asked, self.format, self.vae, fps)
+                elif extend is not None:
+                    given, asked = read_past_video(extend, asked, self.format, self.vae, fps)
             if not live:
-                latents = iter(list(latents))
-                self._done_with("flow")
-            for piece in self._pixels(request, latents):
-                yield from piece[0]
-            self._done_with("flow")
-            self._done_with("vae")
+                self.release("vae")
+        settings = asked.apply(self.settings)
+        shape: tuple[int, ...] = self.latent_shape(settings.size)
+        if settings.frames > 1 or given is not None:
+            shape = (self.format.latent_frames(settings.frames, new=extend is not None), *shape)
+        names = [prompt for prompt in prompts for _ in seeds]
+        if noise is not None and noise.shape != (len(names), *shape):
+            raise StarflowError(f"the noise has shape {list(noise.shape)}; this video needs {[len(names), *shape]}")
+        if verify and (given is not None or self.format.latent_frames(settings.frames) > self.format.window):
+            raise StarflowError(
+                f"certificates are for videos of at most {self.format.trained} frames that are made from a prompt "
+                "alone: leave out the verification"
+            )
+        request = VideoRequest(names, seeds * len(prompts), settings, shape, noise, given, stats, len(seeds))
+        for index, (prompt, each) in enumerate(zip(request.prompts, request.seeds, strict=True)):
+            own = np.empty(0) if noise is None else noise[index : index + 1]
+            metadata = self._metadata([prompt], [each], settings, own, None)
+            for kind, source in named.items():
+                metadata["source"] = {kind: str(source) if isinstance(source, str | Path) else None}
+            request.metadata.append(metadata)
+        return request
+
+    def _stages(self, request: VideoRequest, frames_at_once: int, verify: bool, progress: bool | None) -> VideoStages:
+        method, window = self.method(request.settings), self.format.window
+        return VideoStages(self.backend, self.phases, self.config, window, method, frames_at_once, verify, progress)
 
     def _texts(self, request: VideoRequest) -> tuple[mx.array, mx.array]:
         """Embeddings of each video's prompt, and of no prompt."""
@@ -197,142 +278,113 @@ class VideoPipeline(VideoModel):
         settings = request.settings
         # A prompt that is none has no prefix either: neither had those that training dropped.
         prompts = [prefix + prompt if prompt else "" for prompt in request.prompts]
-        with self._phase(request.stats, "text"):
+        with self.phases.run(request.stats, "text"):
             texts = self.encode_prompts([*prompts, ""], settings.size, settings.fps)
         return texts[:-1], texts[-1:]
 
-    def _latents(
-        self,
-        request: VideoRequest,
-        text: mx.array,
-        null_text: mx.array,
-        frames_at_once: int,
-        verify: bool,
-        progress: bool | None,
-    ) -> Iterator[mx.array]:
-        """Clean latents of the frames to be shown, `[B, 1, h, w, C]` each."""
-        settings, stats, given = request.settings, request.stats, request.given
-        shape = self.noise_shape(request)
-        known = None if given is None else self._with_noise(request)
-        hidden = 0 if given is None or given.shown else given.latents.shape[1]
-        total = hidden + shape[1]
-        # A video made from another one sees all of it.
-        window = None if total <= self.window or (given and given.kind == "video") else self.window
-        trace, sampled = SamplingTrace(), []
-        stats.spend("flow", 0.0, None)  # comes first, though the denoiser asks for frames before there are any
-        frames = sample_frames(
-            self.flow,
-            self._noise(request, hidden),
-            text,
-            null_text,
-            settings.guidance,
-            (self.plan or "sequential") if settings.method == "auto" else settings.method,
-            given=known,
-            window=window,
-            context=settings.context,
-            frames_at_once=frames_at_once,
-            attn_temp=settings.attn_temp,
-            progress=progress,
-            trace=trace,
-        )
-        noisy = _kept(self._each(stats, "flow", frames), sampled if verify else None)
-        clean = noisy
-        if settings.denoise:
-            clean = self._each(stats, "denoise", denoise_frames(self.flow, noisy, text, total, window))
-        done = 0
-        for part in clean:
-            for index in range(part.shape[1]):
-                if done >= hidden:
-                    yield part[:, index : index + 1]
-                done += 1
-        for _ in noisy:  # it counts its evaluations at the very end
-            pass
-        tokens = math.prod(shape[:-1]) // self.config.patch_size**2
-        if given is not None and given.shown:
-            tokens = tokens * (shape[1] - 1) // shape[1]
-        stats.count(trace.evaluations, sum(block.num_layers > 0 for block in self.config.blocks) * tokens)
-        if verify:
-            self._verify(request, mx.concatenate(sampled, axis=1), text, null_text)
+    def _frames(self, request: VideoRequest, stages: VideoStages, live: bool) -> Generator[Image.Image, None, None]:
+        with self.backend.limits():
+            text, null_text = self._texts(request)
+            self.release("text_encoder")
+            latents = stages.latents(request, text, null_text)
+            if not live:
+                latents = iter(list(latents))
+                self.release("flow")
+            for piece in stages.images(request, latents):
+                yield from piece[0]
+            self.release("flow")
+            self.release("vae")
 
-    def _noise(self, request: VideoRequest, before: int) -> VideoNoise | np.ndarray:
-        """What `sample_frames` takes: the noise times the temperature, after so many frames that have none."""
-        scale = request.settings.temperature
-        if request.noise is None:
-            return VideoNoise(request.seeds, self.noise_shape(request)[1:], before=before, scale=scale)
-        return np.pad(scale * request.noise, [(0, 0), (before, 0), (0, 0), (0, 0), (0, 0)])
-
-    def _whole_noise(self, request: VideoRequest) -> np.ndarray:
-        return draw_noise(request.seeds, self.noise_shape(request)[1:]) if request.noise is None else request.noise
-
-    def _with_noise(self, request: VideoRequest) -> mx.array:
-        """The given latents with each seed's training noise, `[B, P, h, w, C]`."""
-        latents = request.given.latents
-        noise = draw_side_noise([each or 0 for each in request.seeds], latents.shape[1:])
-        return latents + self.config.noise_std * mx.array(noise)
-
-    def _verify(self, request: VideoRequest, x: mx.array, text: mx.array, null_text: mx.array) -> None:
-        settings = request.settings
-        noise = self._noise(request, 0)
-        z = mx.array(noise[:, 0 : noise.shape[1]])
-        with self._phase(request.stats, "verify"):
-            for index in range(len(request.prompts)):
-                one = slice(index, index + 1)
-                certificate = certify(
-                    self.flow, x[one], z[one], text[one], null_text, settings.guidance, attn_temp=settings.attn_temp
-                )
-                request.stats.certificates.append(certificate)
-
-    def _pixels(self, request: VideoRequest, latents: Iterator[mx.array]) -> Iterator[list[list[Image.Image]]]:
-        """Clean latents -> for each latent frame the pictures of each video."""
-        decoder, number = self.vae.decoder_stream(), 0
-        if request.given is not None and request.given.past is not None:
-            past = mx.repeat(request.given.past, len(request.prompts), axis=0)
-            with self._phase(request.stats, "decode"):
-                for number in range(past.shape[1]):
-                    decoder.push(self.vae.unscale(past[:, number : number + 1], number))
-            number += 1
-        for part in latents:
-            for index in range(part.shape[1]):
-                with self._phase(request.stats, "decode"):
-                    pixels = decoder.push(self.vae.unscale(part[:, index : index + 1], number))
-                    pictures = [to_images(video) for video in np.array(pixels.astype(mx.float32))]
-                number += 1
-                yield pictures
-
-    # ---- pictures
-
-    def _pictures(self, request: VideoRequest, batch_size: int, verify: bool, progress: bool | None) -> VideoResult:
-        known = GenerationSettings().to_dict()
-        settings = {name: value for name, value in request.settings.to_dict().items() if name in known}
-        result = self.pictures.generate(
+    def _images(self, request: VideoRequest, batch_size: int, verify: bool, progress: bool | None) -> VideoResult:
+        """Videos of one frame."""
+        result = self.image_pipeline.generate(
             request.prompts[:: request.videos],
-            seed=None if request.noise is not None else request.seeds[: request.videos],
+            seed=None if request.noise is not None else request.drawn_seeds[: request.videos],
             images=request.videos,
             noise=request.noise,
+            settings=request.settings.of_images(),
             batch_size=batch_size,
             verify=verify,
             progress=progress,
-            **settings,
         )
+        request.stats.add(result.stats)
         return VideoResult(
-            [[image] for image in result.images],
-            result.latents,
-            result.noise,
-            result.prompts,
-            result.seeds,
-            request.metadata,
-            request.settings,
-            result.stats,
+            videos=[[image] for image in result.images],
+            latents=result.latents,
+            noise=result.noise,
+            prompts=result.prompts,
+            seeds=result.seeds,
+            metadata=request.metadata,
+            settings=request.settings,
+            stats=request.stats,
         )
 
-    def _picture(self, request: VideoRequest, verify: bool, progress: bool | None) -> Iterator[Image.Image]:
-        result = self._pictures(request, 1, verify, progress)
-        request.stats.__dict__.update(result.stats.__dict__)
-        yield result.videos[0][0]
+    def _one_image(
+        self, request: VideoRequest, verify: bool, progress: bool | None
+    ) -> Generator[Image.Image, None, None]:
+        yield self._images(request, 1, verify, progress).videos[0][0]
 
+    # ---- videos that are there already
 
-def _kept(frames: Iterator[mx.array], into: list[mx.array] | None) -> Iterator[mx.array]:
-    for part in frames:
-        if into is not None:
-            into.append(part)
-        yield part
+    def _frame_rate(self, shape: Sequence[int] | None) -> int:
+        return self.settings.fps if shape is not None and len(shape) == 5 else 0
+
+    def conditions(self, prompts: Sequence[str], shape: Sequence[int] | None = None) -> mx.array:
+        if shape is not None and len(shape) == 5 and shape[1] > self.format.window:
+            raise StarflowError(
+                f"{shape[1]} latent frames are more than the {self.format.window} that {self.name} was trained on: "
+                "give a shorter video"
+            )
+        return super().conditions(prompts, shape)
+
+    def fit(self, image: ImageOrVideo, size: tuple[int, int] | None = None) -> Image.Image | list[Image.Image]:
+        """An image as of every model; of a video its frames, without those at the end that make no latent frame.
+
+        A video's `size` is by default its own, if the model makes it, or that of the nearest shape.
+
+        Raises:
+            StarflowError: it has no frames, or more than the model was trained on, or the size does not fit.
+        """
+        return super().fit(image, size) if isinstance(image, Image.Image) else self._fit_video(image, size)
+
+    def _fit_video(self, video: Iterable[Image.Image], size: tuple[int, int] | None) -> list[Image.Image]:
+        waiting = iter(video)
+        first = next(waiting, None)
+        if first is None:
+            raise StarflowError("the video has no frames")
+        self.latent_shape(size)  # raises StarflowError if the size does not fit
+        size = size or self.format.nearest_size(first)
+        step, most = self.vae_config.temporal_downscale, self.format.trained
+        frames = [fit_image(each, size) for each in islice(chain([first], waiting), most + step)]
+        del frames[len(frames) - (len(frames) - 1) % step :]
+        if len(frames) > most:
+            raise StarflowError(
+                f"{getattr(video, 'path', 'the video')} has more than the {most} frames that {self.name} was trained "
+                f"on: give a part of it, such as its beginning with --frames {most}"
+            )
+        return frames
+
+    def to_data(self, images: Iterable[ImageOrVideo], size: tuple[int, int] | None = None) -> np.ndarray:
+        """Images, or videos of one size and length -> data without noise, float32 `[B, ...]`."""
+        images, videos = one_kind(images)
+        if not videos:
+            return super().to_data(images, size)
+        parts = self.to_data_each(images, size)
+        if len({part.shape for part in parts}) > 1:
+            raise StarflowError(
+                "the videos differ in size or in the number of frames: give --size and --frames, or take one at a time"
+            )
+        return np.stack(parts)
+
+    def to_data_each(self, images: Iterable[ImageOrVideo], size: tuple[int, int] | None = None) -> list[np.ndarray]:
+        images, videos = one_kind(images)
+        if not videos:
+            return list(super().to_data(images, size))
+        fitted = (self._fit_video(each, size) for each in images if not isinstance(each, Image.Image))
+        return [np.array(encode_frames(self.vae, frames, frames[0].size))[0] for frames in fitted]
+
+    def to_images(self, data: np.ndarray | mx.array) -> list[Image.Image] | list[list[Image.Image]]:
+        """Data -> images, or the frames of each video."""
+        if data.ndim == 4:
+            return super().to_images(data)
+        return [list(decode_frames(self.vae, mx.array(video)[None])) for video in data]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -14,19 +14,20 @@ from mlx_starflow.errors import StarflowError
 from mlx_starflow.pipelines.results import GenerationSettings, GenerationStats
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class VideoSettings(GenerationSettings):
-    """How videos are sampled; what is not said here is as for pictures.
+    """How videos are sampled; what is not said here is as for images.
 
     Attributes:
         size: (width, height) in pixels.
-        frames: of the video, 1 + a multiple of 4 (for the released autoencoder); 1 is a picture. Of a continuation
+        frames: of the video, 1 + a multiple of 4 (for the released autoencoder); 1 is an image. Of a continuation
             they are the new ones, a multiple of 4.
         fps: frames a second; models that were trained on several rates are told.
         context: latent frames of the past that a window of a long video, or a continuation, begins with; None: 16, as
             in the release, and at most all but one of those that the model was trained on.
     """
 
+    size: tuple[int, int]
     frames: int = 1
     fps: int = 16
     context: int | None = None
@@ -39,6 +40,35 @@ class VideoSettings(GenerationSettings):
             raise StarflowError(f"the frame rate must be 1 or more frames a second, not {self.fps}")
         if self.context is not None and self.context < 1:
             raise StarflowError(f"the context must be 1 or more latent frames, not {self.context}")
+
+    def of_images(self) -> GenerationSettings:
+        """The part of the settings that images have."""
+        return GenerationSettings(self.guidance, self.temperature, self.method, self.attn_temp, self.denoise, self.size)
+
+
+@dataclass(frozen=True)
+class VideoOverrides:
+    """What a user asks for instead of a model's `VideoSettings`; None where nothing is asked for."""
+
+    guidance: float | None = None
+    temperature: float | None = None
+    method: str | None = None
+    attn_temp: float | None = None
+    denoise: bool | None = None
+    size: tuple[int, int] | None = None
+    frames: int | None = None
+    fps: int | None = None
+    context: int | None = None
+
+    def apply(self, settings: VideoSettings) -> VideoSettings:
+        """The settings with what is asked for. Raises StarflowError if a value is out of range."""
+        return replace(settings, **{name: value for name, value in vars(self).items() if value is not None})
+
+    def or_else(self, settings: VideoSettings | None) -> VideoOverrides:
+        """The same; what is not asked for is asked for as in the settings, if there are any."""
+        if settings is None:
+            return self
+        return VideoOverrides(**vars(self.apply(settings)))
 
 
 @dataclass(frozen=True)
@@ -70,7 +100,7 @@ class VideoStream(Iterator[Image.Image]):
         prompt, seed, settings: what it is made of; no seed where the noise was given.
         frames: how many will come.
         fps, size: frames a second, and (width, height).
-        metadata: all that is needed to make it again, for `video.media.VideoWriter`.
+        metadata: all that is needed to make it again, for `media.videos.VideoWriter`.
         stats: what the frames so far have cost.
     """
 
@@ -82,7 +112,7 @@ class VideoStream(Iterator[Image.Image]):
         metadata: dict[str, Any],
         stats: GenerationStats,
         noise: Callable[[], np.ndarray],
-        images: Iterator[Image.Image],
+        images: Generator[Image.Image, None, None],
     ):
         self.prompt, self.seed, self.settings, self.metadata, self.stats = prompt, seed, settings, metadata, stats
         self._noise, self._images = noise, images
@@ -117,11 +147,11 @@ class VideoResult:
 
     Attributes:
         videos: the frames of each.
-        latents: what was decoded, `[B, t, h, w, C]`, or of pictures `[B, h, w, C]`.
+        latents: what was decoded, `[B, t, h, w, C]`, or of images `[B, h, w, C]`.
         noise: what the videos came from, before the temperature; the same shape.
         prompts: prompt of each video.
         seeds: seed of each video; None where the noise was given.
-        metadata: of each video, for `video.media.VideoWriter`.
+        metadata: of each video, for `media.videos.VideoWriter`.
     """
 
     videos: list[list[Image.Image]]

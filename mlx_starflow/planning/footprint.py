@@ -37,7 +37,7 @@ def layer(positions: int, channels: int, hidden: int, logits: int, *, gradient: 
         logits: attention's weights, heads x positions x positions of each sequence. Metal's fused kernel holds none.
         gradient: forwards and backwards.
     """
-    own, inner, weights = (24, 6, 3) if gradient else (12, 4, 1)
+    own, inner, weights = (22, 6, 3) if gradient else (12, 4, 1)
     return positions * (own * channels + inner * hidden) + weights * logits
 
 
@@ -164,11 +164,11 @@ class Convolution(NamedTuple):
 
 
 def decode(config: AutoencoderKLConfig, height: int, width: int, batch: int, item: int) -> int:
-    """Decoding latents of `height` x `width`, whole or in strips of rows; and the images, float32 and bytes too."""
+    """Decoding latents of `height` x `width`, whole or in tiles of rows; and the images, float32 and bytes too."""
     pixels = height * width * config.downscale**2
     images = batch * pixels * config.out_channels * (item + 4 + 1)
-    if strip_rows := config.tile_rows(height, width):
-        return images + int(MARGIN * item * _strips(config, height, width, strip_rows, item))
+    if tile_rows := config.tile_rows(height, width):
+        return images + int(MARGIN * item * _tiles(config, height, width, tile_rows, item))
     together = min(batch, WHOLE_PIXELS // pixels)
     return images + together * int(MARGIN * item * _whole(config, height, width, item))
 
@@ -200,14 +200,14 @@ def _whole(config: AutoencoderKLConfig, height: int, width: int, item: int) -> i
     return peak
 
 
-def _strips(config: AutoencoderKLConfig, height: int, width: int, strip_rows: int, item: int) -> int:
-    """One image in strips: a residual block's input and what is between its convolutions (or an image before and
-    after doubling), with the work on one strip. Or attention's keys, values, input and output and a few weights."""
+def _tiles(config: AutoencoderKLConfig, height: int, width: int, tile_rows: int, item: int) -> int:
+    """One image in tiles: a residual block's input and what is between its convolutions (or an image before and
+    after doubling), with the work on one tile. Or attention's keys, values, input and output and a few weights."""
     peak = 0
     for each in convolutions(config, height, width):
         pixels = each.height * each.width
         held = pixels * (each.inputs // 4 if each.doubles else each.inputs) + pixels * each.outputs
-        peak = max(peak, held + each.arrays(min(strip_rows + 2, each.height), item))
+        peak = max(peak, held + each.arrays(min(tile_rows + 2, each.height), item))
     if config.mid_block_add_attention:
         area, channels = height * width, config.block_out_channels[-1]
         peak = max(peak, 4 * area * channels + min(max(LOGITS, area), area**2))
@@ -221,7 +221,7 @@ class VideoConvolution(NamedTuple):
     """A convolution over the frames of one latent frame: what it reads, `[frames, rows, columns, inputs]`.
 
     `kept` frames of that are held for the next latent frame; `doubles`: rows and columns are doubled before it;
-    `whole`: it does not work in strips of rows.
+    `whole`: it does not work in tiles of rows.
     """
 
     frames: int
@@ -243,16 +243,16 @@ def decoder_state(config: AutoencoderWanConfig, height: int, width: int, item: i
 def decode_video(config: AutoencoderWanConfig, height: int, width: int, item: int) -> int:
     """Decoding latent frames of `height` x `width`, one at a time: the length does not count.
 
-    Besides what is held there are two rows of every layer that works in strips, five arrays of the largest strip (what
+    Besides what is held there are two rows of every layer that works in tiles, five arrays of the largest tile (what
     it reads with its neighbours, normalized and activated, what it makes, a sum), and the frames themselves twice.
     """
     rows_held, work = 0, 0
-    strip_rows = config.strip_rows(width)
+    tile_rows = config.tile_rows(width)
     for each in video_convolutions(config, height, width):
         rows = each.rows
         if not each.whole:
-            rows = min(rows, strip_rows // 2 + 1 if each.doubles else strip_rows + 2)
-            if each.rows > strip_rows:
+            rows = min(rows, tile_rows // 2 + 1 if each.doubles else tile_rows + 2)
+            if each.rows > tile_rows:
                 rows_held += 2 * (each.frames + each.kept) * each.columns * each.inputs
         positions = each.frames * rows * each.columns * (4 if each.doubles else 1)
         work = max(work, 5 * positions * max(each.inputs, each.outputs))

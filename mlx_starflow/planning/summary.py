@@ -10,9 +10,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_starflow import __version__
+from mlx_starflow import __version__, cpu
 from mlx_starflow.convert.official import RELEASES
-from mlx_starflow.cpu import blas, native
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.model_dir.directory import ModelDirectory, NetworkDirectory
 from mlx_starflow.model_dir.hub import converted_directory
@@ -43,9 +42,9 @@ def summarize(model: str) -> dict[str, str]:
     """
     device = mx.default_device().type.name.upper()
     lines = {"mlx-starflow": f"{__version__}, MLX {mx.__version__} on the {device}, Python {platform.python_version()}"}
-    lines["BLAS"] = f"{blas.describe()}, {blas.gflops():.1f} GFLOPS on the CPU"
-    if native.available():
-        lines["sampling"] = f"in C++ on {native.threads()} CPUs; half precision, mxfp and nvfp in MLX"
+    lines["BLAS"] = f"{cpu.describe()}, {cpu.gflops():.1f} GFLOPS on the CPU"
+    if cpu.has_fast_networks():
+        lines["sampling"] = f"in C++ on {cpu.network_threads()} CPUs; half precision, mxfp and nvfp in MLX"
     if configs := _release(model):
         lines["model"] = f"{model} (starflow), not converted yet: mlx-starflow convert {model}"
         lines |= _architecture(configs.flow)

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import mlx.core as mx
 
 from mlx_starflow.model_dir.weights import parameters
-from mlx_starflow.models.flow import BlockConfig
+from mlx_starflow.models.flow import BlockConfig, FlowBlock
 from mlx_starflow.sampling.methods import JacobiSettings, RollingSettings, Settings
 
 READ_ONCE = ("sos_embed", "proj_txt", "pos_embed", "class_embed")
 """Weights of a block that make its condition or its first input, or of which an evaluation reads single rows."""
 
 
-def evaluation_weights(block: Any) -> dict[str, mx.array]:
+def evaluation_weights(block: FlowBlock) -> dict[str, mx.array]:
     """The weights that every network evaluation of a flow block reads, by name; those of quantized layers packed."""
     return {name: value for name, value in parameters(block).items() if name.partition(".")[0] not in READ_ONCE}
 
 
-def evaluation_bytes(block: Any, dtype: mx.Dtype | None = None) -> int:
+def evaluation_bytes(block: FlowBlock, dtype: mx.Dtype | None = None) -> int:
     """Their bytes, as they are stored, or with floating ones in `dtype`. Nothing is computed."""
     return sum(
         value.size * dtype.size if dtype is not None and mx.issubdtype(value.dtype, mx.floating) else value.nbytes

@@ -15,6 +15,7 @@ from mlx_starflow.reference.rope import line_frequencies
 from mlx_starflow.reference.transformer import Cache, RMSNorm, TransformerLayer, causal_mask
 
 if TYPE_CHECKING:
+    from mlx_starflow.kernels.affine import GuidanceMode
     from mlx_starflow.models.flow import BlockConfig
 
 SOFTPLUS_SHIFT = math.log(math.e - 1)
@@ -45,8 +46,8 @@ class FlowOutput:
 
 @dataclass
 class Condition:
-    """What a block knows besides its tokens: a prefix `[B, L, channels]` and an offset `[B, 1, channels]`; if `guided`,
-    for the batch with the condition and then with the null condition."""
+    """What a block reads in addition to its tokens: a prefix `[B, L, channels]` and an offset `[B, 1, channels]`; if
+    `guided`, for the batch with the condition and then with the null condition."""
 
     prefix: Tensor | None = None
     offset: Tensor | None = None
@@ -55,11 +56,11 @@ class Condition:
 
 @dataclass
 class Conditions:
-    """What sampling from a flow needs to know besides the noise; see `models.flow.Conditions`."""
+    """What sampling from a flow reads in addition to the noise; see `models.flow.Conditions`."""
 
     rope_frequencies: Tensor | None
     blocks: list[Condition]
-    rule: str
+    guidance_mode: GuidanceMode
     temper_null_only: bool = False
 
 
@@ -145,14 +146,14 @@ class FlowBlock(nn.Module):
         return self._affine(self.proj_out(h).float())
 
     def unpredicted(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """(mu, log sigma) of tokens that nothing predicts: those of raw outputs 0."""
+        """(mu, log sigma) of tokens that nothing predicts: those of affine parameters 0."""
         return self._affine(tokens.new_zeros(*tokens.shape[:-1], 2 * tokens.shape[-1]))
 
-    def _affine(self, raw: Tensor) -> tuple[Tensor, Tensor]:
+    def _affine(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
         clip = self.config.soft_clip
         if clip:
-            raw = clip * torch.tanh(raw / clip)
-        scale, mu = raw.chunk(2, dim=-1)
+            parameters = clip * torch.tanh(parameters / clip)
+        scale, mu = parameters.chunk(2, dim=-1)
         if self.config.use_softplus:
             scale = F.softplus(scale + SOFTPLUS_SHIFT).log()
         return mu, scale

@@ -8,23 +8,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.kernels.affine import GuidanceTarget
 from mlx_starflow.reference.flow import Condition, FlowBlock
-from mlx_starflow.sampling.guidance import guidance_rule
-from mlx_starflow.sampling.guided import check_guidance
+from mlx_starflow.reference.starflow import STARFlow
+from mlx_starflow.reference.tarflow import TarFlow
+from mlx_starflow.sampling.guidance import SamplingOptions, guidance_function
 from mlx_starflow.sampling.methods import JacobiSettings, SequentialSettings
 from mlx_starflow.sampling.sampler import progress_off
 
 if TYPE_CHECKING:
     from mlx_starflow.sampling import SamplingTrace
 
-METHODS = {kind.name: kind for kind in (SequentialSettings, JacobiSettings)}
+METHODS: dict[str, type[SequentialSettings | JacobiSettings]] = {
+    kind.name: kind for kind in (SequentialSettings, JacobiSettings)
+}
 
 
 class KVCache:
@@ -50,22 +54,27 @@ class KVCache:
         self.offset -= min(n, self.offset)
 
 
-def guide(
+def starflow_guidance(
     mu: Tensor, log_sigma: Tensor, mu_null: Tensor, log_sigma_null: Tensor, weight: float | Tensor
 ) -> tuple[Tensor, Tensor]:
-    """STARFlow's rule (arXiv 2506.06276); see `sampling.guidance.guide`."""
+    """STARFlow's guidance (arXiv 2506.06276); see `kernels.affine.starflow_guidance`."""
     excess = weight * -torch.expm1(2 * (log_sigma - log_sigma_null).clamp(max=0))
     guided = mu + (weight - excess) / (1 + excess) * (mu - mu_null)
     return guided, log_sigma - 0.5 * torch.log1p(excess)
 
 
-def extrapolate(
-    mu: Tensor, log_sigma: Tensor, mu_null: Tensor, log_sigma_null: Tensor, weight: float | Tensor, what: str = "ab"
+def tarflow_guidance(
+    mu: Tensor,
+    log_sigma: Tensor,
+    mu_null: Tensor,
+    log_sigma_null: Tensor,
+    weight: float | Tensor,
+    target: GuidanceTarget = "ab",
 ) -> tuple[Tensor, Tensor]:
-    """TarFlow's rule (arXiv 2412.06329): mean ("b") and log-scale ("a") move away from the null's by `weight`."""
-    if "b" in what:
+    """TarFlow's guidance (arXiv 2412.06329): mean ("b") and log-scale ("a") move away from the null's by `weight`."""
+    if "b" in target:
         mu = mu + weight * (mu - mu_null)
-    if "a" in what:
+    if "a" in target:
         log_sigma = log_sigma + weight * (log_sigma - log_sigma_null)
     return mu, log_sigma
 
@@ -74,7 +83,7 @@ def extrapolate(
 class Guidance:
     """How conditional and null predictions are combined. `annealed` grows the weight linearly over the sequence."""
 
-    rule: Callable[..., tuple[Tensor, Tensor]]
+    combine: Callable[..., tuple[Tensor, Tensor]]
     weight: float
     annealed: bool = False
 
@@ -146,24 +155,13 @@ class BlockDecoder:
         if self.guidance:
             (mu, mu_null), (log_sigma, log_sigma_null) = mu.chunk(2), log_sigma.chunk(2)
             weight = self.guidance.at(start - self.first, stop - start, self.length - self.first, x.device)
-            mu, log_sigma = self.guidance.rule(mu, log_sigma, mu_null, log_sigma_null, weight)
+            mu, log_sigma = self.guidance.combine(mu, log_sigma, mu_null, log_sigma_null, weight)
         return mu, log_sigma
 
     def trim(self, n: int) -> None:
         """Forget the last `n` inputs."""
         for cache in self.caches:
             cache.trim(n)
-
-
-def invert_sequential(
-    decoder: BlockDecoder, z: Tensor, x: Tensor, start: int, advance: Callable[[int], None]
-) -> Tensor:
-    """Noise `[B, N, C]` in the block's order -> data in it, one token after another; x holds its first `start`."""
-    for n in range(start, z.shape[1]):
-        mu, log_sigma = decoder.predict(x, n, n + 1)
-        x[:, n : n + 1] = z[:, n : n + 1] * torch.exp(log_sigma) + mu
-        advance(1)
-    return x
 
 
 def invert_jacobi(
@@ -174,17 +172,21 @@ def invert_jacobi(
     settings: JacobiSettings,
     advance: Callable[[int], None],
 ) -> Tensor:
-    """The same, block after block of tokens, each iterated from its noise until it stands still."""
+    """Noise `[B, N, C]` in the block's order -> data in it; x holds its first `start` tokens.
+
+    Block after block of tokens, each iterated from its noise until it stands still.
+    """
     while start < z.shape[1]:
         stop = min(start + settings.block_size, z.shape[1])
         for sweep in range(settings.max_iterations):
             if sweep:
                 decoder.trim(stop - start)
             mu, log_sigma = decoder.predict(x, start, stop)
-            new = z[:, start:stop] * torch.exp(log_sigma) + mu
-            change = (new - x[:, start:stop]).square().mean() / new.square().mean()
+            new, old = z[:, start:stop] * torch.exp(log_sigma) + mu, x[:, start:stop]
+            last = sweep + 1 == settings.max_iterations
+            still = last or not ((new - old).square().mean() / new.square().mean()).item() >= settings.threshold
             x[:, start:stop] = new
-            if not change.item() >= settings.threshold:
+            if still:
                 break
         advance(stop - start)
         start = stop
@@ -205,15 +207,14 @@ def invert_block(
         mu, log_sigma = decoder.block.unpredicted(z[:, :1])
         x[:, :1] = z[:, :1] * torch.exp(log_sigma) + mu
         advance(1)
-    if isinstance(settings, JacobiSettings):
-        x = invert_jacobi(decoder, z, x, start, settings, advance)
-    else:
-        x = invert_sequential(decoder, z, x, start, advance)
+    if isinstance(settings, SequentialSettings):
+        settings = JacobiSettings(block_size=1, max_iterations=1)
+    x = invert_jacobi(decoder, z, x, start, settings, advance)
     return x.flip(1) if flip else x
 
 
 def sample(
-    flow: Any,
+    flow: STARFlow | TarFlow,
     z: Tensor,
     text: Tensor | None = None,
     null_text: Tensor | None = None,
@@ -222,7 +223,7 @@ def sample(
     *,
     attn_temp: float = 1.0,
     annealed_guidance: bool = False,
-    guide_what: str = "ab",
+    guidance_target: GuidanceTarget = "ab",
     progress: bool | None = False,
     trace: SamplingTrace | None = None,
 ) -> Tensor:
@@ -230,7 +231,7 @@ def sample(
 
     `method` is "sequential" or "jacobi", or the settings of one of them.
     """
-    check_guidance(guidance, attn_temp)
+    SamplingOptions(guidance, attn_temp, annealed_guidance, guidance_target)  # its errors
     settings = METHODS[method]() if isinstance(method, str) and method in METHODS else method
     if not isinstance(settings, SequentialSettings | JacobiSettings):
         raise StarflowError(f"the PyTorch reference samples by {' or '.join(METHODS)}, not by {method!r}")
@@ -238,14 +239,15 @@ def sample(
         tokens = flow.noise_tokens(z)
         batch, length, _ = tokens.shape
         conditions = flow.conditions(z, text, null_text, guidance)
-        guidance_rule(conditions.rule, guide_what)  # its errors
-        rule = guide if conditions.rule == "quotient" else partial(extrapolate, what=guide_what)
+        guidance_function(conditions.guidance_mode, guidance_target)  # its errors
+        starflow = conditions.guidance_mode == "starflow"
+        combine = starflow_guidance if starflow else partial(tarflow_guidance, target=guidance_target)
         total = sum(length for block in flow.blocks if not block.is_identity)
         with tqdm(total=total, desc="sampling", unit="tok", disable=progress_off(progress), leave=False) as bar:
             for block, condition in reversed(list(zip(flow.blocks, conditions.blocks, strict=True))):
                 evaluations = 0
                 if not block.is_identity:
-                    weight = Guidance(rule, guidance, annealed_guidance) if condition.guided else None
+                    weight = Guidance(combine, guidance, annealed_guidance) if condition.guided else None
                     temperature: float | Tensor = attn_temp
                     if conditions.temper_null_only:
                         temperature = null_temperature(attn_temp, batch, z.device) if condition.guided else 1.0
@@ -269,7 +271,7 @@ def null_temperature(attn_temp: float, batch: int, device: torch.device) -> Tens
     return torch.tensor([1.0] * batch + [attn_temp] * batch, device=device).reshape(-1, 1, 1, 1)
 
 
-def denoise(flow: Any, x: Tensor, text: Tensor | None = None, noise_std: float | None = None) -> Tensor:
+def denoise(flow: STARFlow | TarFlow, x: Tensor, text: Tensor | None = None, noise_std: float | None = None) -> Tensor:
     """One score step (Tweedie's formula): x + noise_std^2 * d log p(x | text) / dx, one sample after another."""
     noise_std = flow.config.noise_std if noise_std is None else noise_std
     cleaned = []

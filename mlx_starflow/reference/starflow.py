@@ -63,7 +63,7 @@ class STARFlow(nn.Module):
             condition = Condition() if block.is_identity else block.condition(both if guided else text, len(z))
             condition.guided = guided
             conditions.append(condition)
-        return Conditions(self.rope_frequencies(z, 0 if text is None else text.shape[1]), conditions, "quotient")
+        return Conditions(self.rope_frequencies(z, 0 if text is None else text.shape[1]), conditions, "starflow")
 
     def forward(self, x: Tensor, text: Tensor | None = None, context_mask: Tensor | None = None) -> FlowOutput:
         """Latents `[B, H, W, C]` and text embeddings `[B, L, D]` -> noise; `context_mask` goes to the deep block."""

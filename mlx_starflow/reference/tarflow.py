@@ -45,8 +45,8 @@ class TarFlowBlock(FlowBlock):
         h = self.proj_in(tokens.to(self.dtype)) + positions[start : start + tokens.shape[1]]
         return h if offset is None else h + offset
 
-    def _affine(self, raw: Tensor) -> tuple[Tensor, Tensor]:
-        return super()._affine(raw) if self.config.nvp else (raw, torch.zeros_like(raw))
+    def _affine(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        return super()._affine(parameters) if self.config.nvp else (parameters, torch.zeros_like(parameters))
 
     def unpredicted(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """(mu, log sigma) of a token that nothing predicts: it passes unchanged."""
@@ -103,7 +103,7 @@ class TarFlow(nn.Module):
         conditions = [block.condition(text, len(z)) for block in self.blocks]
         for condition in conditions:
             condition.guided = guided
-        return Conditions(None, conditions, "extrapolate", temper_null_only=True)
+        return Conditions(None, conditions, "tarflow", temper_null_only=True)
 
     def _check_labels(self, labels: Tensor | None) -> None:
         if labels is None:

@@ -2,6 +2,7 @@
 
 from mlx_starflow.sampling.certificate import Certificate, certify
 from mlx_starflow.sampling.denoise import denoise
+from mlx_starflow.sampling.guidance import SamplingOptions
 from mlx_starflow.sampling.guided import GuidedFlow
 from mlx_starflow.sampling.methods import JacobiSettings, RollingSettings, SamplingPlan, SequentialSettings
 from mlx_starflow.sampling.sampler import SamplingTrace, sample
@@ -12,6 +13,7 @@ __all__ = [
     "GuidedFlow",
     "JacobiSettings",
     "RollingSettings",
+    "SamplingOptions",
     "SamplingPlan",
     "SamplingTrace",
     "SequentialSettings",

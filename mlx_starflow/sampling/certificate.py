@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_starflow.kernels.affine import GuidanceTarget
+from mlx_starflow.models.flow import Flow
+from mlx_starflow.sampling.guidance import SamplingOptions
 from mlx_starflow.sampling.guided import GuidedFlow
 
 
@@ -41,24 +43,28 @@ class Certificate:
 
 
 def certify(
-    flow: Any,
+    flow: Flow,
     x: mx.array,
     z: mx.array,
     text: mx.array | None = None,
     null_text: mx.array | None = None,
     guidance: float = 0.0,
-    **options: Any,
+    *,
+    attn_temp: float = 1.0,
+    annealed_guidance: bool = False,
+    guidance_target: GuidanceTarget = "ab",
 ) -> Certificate:
     """Certify samples x `[B, H, W, C]`, before denoising, of noise z: one parallel forward pass, sample by sample.
 
     The other arguments are those of `sample`, and must be the ones that the samples were made with.
     """
+    options = SamplingOptions(guidance, attn_temp, annealed_guidance, guidance_target)
     tokens, noise = flow.tokens(x), flow.noise_tokens(z)
     residuals = []
     for index in range(len(tokens)):
         one = slice(index, index + 1)
         null = null_text if null_text is None or len(null_text) == 1 else null_text[one]
         condition = None if text is None else text[one]
-        guided = GuidedFlow(flow, z[one].shape, condition, null, guidance, **options)
+        guided = GuidedFlow(flow, z[one].shape, condition, null, options)
         residuals.append(np.array(guided.forward(tokens[one]) - noise[one]))
     return Certificate.of(np.concatenate(residuals))

@@ -3,34 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.kernels.affine import affine_inverse, predict
-from mlx_starflow.kernels.plain import Array
-from mlx_starflow.models.flow import Condition
+from mlx_starflow.models.flow import Condition, FlowBlock
 from mlx_starflow.sampling.guidance import Guidance
 from mlx_starflow.sampling.network import cached_network
 
-quietly = np.errstate(over="ignore", divide="ignore", invalid="ignore")
-"""Guesses may be far off: a result that is not finite is for `check_finite`, not for NumPy, to report."""
 
-
-def inverse_of(block: Any, guidance: Guidance | None) -> Callable[[Array, Array, Any], Array]:
-    """(raw outputs, noise, weight of guidance) -> data.
+def inverse_of(
+    block: FlowBlock, guidance: Guidance | None
+) -> Callable[[mx.array, mx.array, float | mx.array], mx.array]:
+    """(affine parameters, noise, weight of guidance) -> data.
 
     Not a method: Python's garbage collector cannot see that a compiled method belongs to its object, and would never
     free either.
     """
-    clip, softplus = block.config.soft_clip, block.config.use_softplus
+    affine = block.config.affine
 
-    def inverse(raw: Array, z: Array, weight: float | Array) -> Array:
+    def inverse(parameters: mx.array, z: mx.array, weight: float | mx.array) -> mx.array:
         if guidance is None:
-            return affine_inverse(raw, z, clip, softplus)
-        return guidance.inverse(raw, z, clip, softplus, weight)
+            return affine_inverse(parameters, z, affine)
+        return guidance.inverse(parameters, z, affine, weight)
 
     return inverse
 
@@ -38,18 +34,16 @@ def inverse_of(block: Any, guidance: Guidance | None) -> Callable[[Array, Array,
 class BlockDecoder:
     """Predicts (mu, log sigma) of tokens from the tokens before them, in the block's order.
 
-    With guidance the network sees the batch twice, once with the null condition, in one evaluation. Tokens are `own`
-    arrays: MLX's, or NumPy's where the network is computed outside of MLX.
+    With guidance the network sees the batch twice, once with the null condition, in one evaluation.
 
     Attributes:
         first: number of the first token that is predicted (1 if the first one passes unchanged).
         evaluations: how often the network was run.
-        arrays, own, launch, evaluate: those of its `CachedNetwork`.
     """
 
     def __init__(
         self,
-        block: Any,
+        block: FlowBlock,
         batch: int,
         length: int,
         rope_frequencies: mx.array | None,
@@ -66,13 +60,10 @@ class BlockDecoder:
         self.block, self.length, self.guidance, self.frames = block, length, guidance, frames
         self.copies = 2 if guidance else 1
         self.network = cached_network(block, batch * self.copies, length, rope_frequencies, condition, temperature)
-        self.arrays, self.own = self.network.arrays, self.network.own
-        self.launch, self.evaluate = self.network.launch, self.network.evaluate
         start = block.first_input(batch * self.copies)
         self.first = 0 if start is not None else 1
-        self.start = None if start is None else self.own(start.astype(mx.float32))
-        inverse = inverse_of(block, guidance)
-        self.to_data = mx.compile(inverse) if self.arrays is mx else inverse
+        self.start = None if start is None else start.astype(mx.float32)
+        self.to_data = mx.compile(inverse_of(block, guidance))
         self.evaluations = 0
 
     @property
@@ -80,16 +71,16 @@ class BlockDecoder:
         """How many inputs the cache holds, the start token included."""
         return self.network.known
 
-    def _inputs(self, x: Array, start: int, stop: int) -> Array:
+    def _inputs(self, x: mx.array, start: int, stop: int) -> mx.array:
         """What the network reads to predict tokens `start` to `stop`; once more for guidance."""
         inputs = x[:, max(start - 1, 0) : stop - 1]
         if self.copies == 2:
-            inputs = self.arrays.concatenate([inputs, inputs])
+            inputs = mx.concatenate([inputs, inputs])
         if start == 0 and self.start is not None:
-            inputs = self.arrays.concatenate([self.start, inputs], axis=1)
+            inputs = mx.concatenate([self.start, inputs], axis=1)
         return inputs
 
-    def feed(self, x: Array, stop: int) -> None:
+    def feed(self, x: mx.array, stop: int) -> None:
         """Fill the cache with the inputs before those that token `stop` of `[B, N, C]` needs.
 
         A frame at a time, so that a long past takes no more memory than the cache.
@@ -102,30 +93,28 @@ class BlockDecoder:
         """Forget all inputs, and keep what stands before them."""
         self.trim(self.known)
 
-    def _raw(self, x: Array, start: int, stop: int) -> Array:
+    def _parameters(self, x: mx.array, start: int, stop: int) -> mx.array:
         self.evaluations += 1
         return self.network(self._inputs(x, start, stop))
 
-    def _weight(self, start: int, stop: int) -> float | Array:
-        weight = self.guidance.at(start - self.first, stop - start, self.length - self.first)
-        return self.own(weight) if isinstance(weight, mx.array) else weight
+    def _weight(self, start: int, stop: int) -> float | mx.array:
+        if self.guidance is None:
+            return 0.0
+        return self.guidance.at(start - self.first, stop - start, self.length - self.first)
 
-    @quietly
-    def predict(self, x: Array, start: int, stop: int) -> tuple[Array, Array]:
+    def predict(self, x: mx.array, start: int, stop: int) -> tuple[mx.array, mx.array]:
         """(mu, log sigma) `[B, stop - start, C]` of tokens `start` to `stop`, given the tokens x `[B, N, C]`.
 
         The cache must hold exactly the inputs before those that are needed, and holds them too afterwards.
         """
-        raw, config = self._raw(x, start, stop), self.block.config
+        parameters, affine = self._parameters(x, start, stop), self.block.config.affine
         if self.guidance is None:
-            return predict(raw, config.soft_clip, config.use_softplus)
-        return self.guidance.affine(raw, config.soft_clip, config.use_softplus, self._weight(start, stop))
+            return predict(parameters, affine)
+        return self.guidance.predict(parameters, affine, self._weight(start, stop))
 
-    @quietly
-    def invert(self, x: Array, z: Array, start: int, stop: int) -> Array:
+    def invert(self, x: mx.array, z: mx.array, start: int, stop: int) -> mx.array:
         """Tokens `start` to `stop` of noise z `[B, N, C]`, mapped to data as `predict` says."""
-        weight = self._weight(start, stop) if self.guidance else 0.0
-        return self.to_data(self._raw(x, start, stop), z[:, start:stop], weight)
+        return self.to_data(self._parameters(x, start, stop), z[:, start:stop], self._weight(start, stop))
 
     def trim(self, n: int) -> None:
         """Forget the last `n` inputs."""

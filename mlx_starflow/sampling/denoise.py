@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import mlx.core as mx
 
-from mlx_starflow.models.flow import frame_count
+from mlx_starflow.models.flow import Flow, frame_count
 from mlx_starflow.sampling.decoder import check_finite
 
 PREDICTION_STD = 0.3
@@ -14,7 +12,7 @@ PREDICTION_STD = 0.3
 target where the noise is another."""
 
 
-def denoise(flow: Any, x: mx.array, text: mx.array | None = None, noise_std: float | None = None) -> mx.array:
+def denoise(flow: Flow, x: mx.array, text: mx.array | None = None, noise_std: float | None = None) -> mx.array:
     """One score step (Tweedie's formula): x + noise_std^2 * d log p(x | text) / dx, which is E[clean | noisy].
 
     Args:
@@ -27,7 +25,7 @@ def denoise(flow: Any, x: mx.array, text: mx.array | None = None, noise_std: flo
     a vector-Jacobian product through the whole flow, computed one sample at a time and with every layer run twice, to
     save memory.
     """
-    if denoiser := getattr(flow, "learnable_self_denoiser", None):
+    if (denoiser := flow.denoiser) is not None:
         rope_frequencies = flow.rope_frequencies(x.shape, 0 if text is None else text.shape[1])
         result = clean(x, flow.latents(denoiser(flow.tokens(x), text, rope_frequencies, frame_count(x.shape)), x.shape))
         check_finite(result, "the denoised sample")

@@ -1,4 +1,4 @@
-"""Classifier-free guidance for affine flows."""
+"""Classifier-free guidance for affine flows, and the options of sampling that a guided flow depends on."""
 
 from __future__ import annotations
 
@@ -9,47 +9,76 @@ from functools import partial
 import mlx.core as mx
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.kernels.affine import affine_inverse, extrapolate, guide, predict
-from mlx_starflow.kernels.plain import Array, namespace
+from mlx_starflow.kernels.affine import (
+    AffineMap,
+    GuidanceMode,
+    GuidanceTarget,
+    affine_inverse,
+    predict,
+    starflow_guidance,
+    tarflow_guidance,
+)
 
-GuidanceRule = Callable[[Array, Array, Array, Array, "float | Array"], tuple[Array, Array]]
+GuidanceFunction = Callable[[mx.array, mx.array, mx.array, mx.array, "float | mx.array"], "tuple[mx.array, mx.array]"]
 """(mu, log sigma) with the condition, (mu, log sigma) without it, weight -> guided (mu, log sigma)."""
 
 
-def guidance_rule(name: str, what: str = "ab") -> GuidanceRule:
-    """The rule of a flow by its name in `kernels.affine.RULES`; `what` is the choice of "extrapolate".
+@dataclass(frozen=True)
+class SamplingOptions:
+    """What a guided flow depends on besides its condition; `sample` explains each.
 
     Raises:
-        StarflowError: the rule does not know this `what`.
+        StarflowError: the weight or the temperature is out of range.
     """
-    if what not in ("ab", "a", "b"):
-        raise StarflowError(f"guide_what must be ab, a (scale) or b (mean), not {what!r}")
-    if name == "extrapolate":
-        return partial(extrapolate, what=what)
-    if what != "ab":
-        raise StarflowError("guide_what is a choice of TarFlow's guidance; this flow guides mean and scale together")
-    return guide
+
+    guidance: float = 0.0
+    attn_temp: float = 1.0
+    annealed_guidance: bool = False
+    guidance_target: GuidanceTarget = "ab"
+
+    def __post_init__(self) -> None:
+        if not self.guidance >= 0:
+            raise StarflowError(f"guidance must be 0 or more, not {self.guidance:g}")
+        if not self.attn_temp > 0:
+            raise StarflowError(f"the attention temperature must be greater than 0, not {self.attn_temp:g}")
+        if self.guidance_target not in ("ab", "a", "b"):
+            raise StarflowError(f"guidance_target must be ab, a (scale) or b (mean), not {self.guidance_target!r}")
+
+
+def guidance_function(mode: GuidanceMode, target: GuidanceTarget = "ab") -> GuidanceFunction:
+    """The function of a guidance mode; `target` is a choice of the mode "tarflow".
+
+    Raises:
+        StarflowError: the mode does not have this target.
+    """
+    if mode == "tarflow":
+        return partial(tarflow_guidance, target=target)
+    if target != "ab":
+        raise StarflowError(
+            "guidance_target is a choice of TarFlow's guidance; this flow guides mean and scale together"
+        )
+    return starflow_guidance
 
 
 @dataclass
 class Guidance:
-    """How conditional and null predictions are combined.
+    """How the predictions with the condition and with the null condition are combined.
 
     Attributes:
-        rule: a name in `kernels.affine.RULES`, which is computed in one pass, or a function.
+        mode: a guidance mode, which is computed in one pass, or a function.
         weight: of guidance, a number, or an array that broadcasts to `[B, N, 1]`.
         annealed: grow the weight linearly over the sequence.
-        what: what "extrapolate" guides.
+        target: what the mode "tarflow" guides.
     """
 
-    rule: str | GuidanceRule
+    mode: GuidanceMode | GuidanceFunction
     weight: float | mx.array
     annealed: bool = False
-    what: str = "ab"
+    target: GuidanceTarget = "ab"
 
     def __post_init__(self) -> None:
-        if isinstance(self.rule, str):
-            guidance_rule(self.rule, self.what)
+        if isinstance(self.mode, str):
+            guidance_function(self.mode, self.target)  # its errors
 
     def at(self, start: int, count: int, total: int) -> float | mx.array:
         """The weight for `count` tokens from number `start` of `total` on."""
@@ -57,18 +86,17 @@ class Guidance:
             return self.weight
         return self.weight * (mx.arange(start + 1, start + count + 1) / total)[None, :, None]
 
-    def affine(self, raw: Array, clip: float, softplus: bool, weight: float | Array) -> tuple[Array, Array]:
-        """Raw outputs `[2 * B, n, 2 * C]`, with the condition and then without -> (mu, log sigma) `[B, n, C]`."""
-        if isinstance(self.rule, str):
-            return predict(raw, clip, softplus, self.rule, weight, self.what)
-        mu, log_sigma = predict(raw, clip, softplus)
-        split = namespace(raw).split
-        (mu, mu_null), (log_sigma, log_sigma_null) = split(mu, 2), split(log_sigma, 2)
-        return self.rule(mu, log_sigma, mu_null, log_sigma_null, weight)
+    def predict(self, parameters: mx.array, affine: AffineMap, weight: float | mx.array) -> tuple[mx.array, mx.array]:
+        """Affine parameters `[2 * B, n, 2 * C]`, with the condition and then without -> (mu, log sigma) `[B, n, C]`."""
+        if isinstance(self.mode, str):
+            return predict(parameters, affine, self.mode, weight, self.target)
+        mu, log_sigma = predict(parameters, affine)
+        (mu, mu_null), (log_sigma, log_sigma_null) = mx.split(mu, 2), mx.split(log_sigma, 2)
+        return self.mode(mu, log_sigma, mu_null, log_sigma_null, weight)
 
-    def inverse(self, raw: Array, z: Array, clip: float, softplus: bool, weight: float | Array) -> Array:
-        """Raw outputs, as `affine` takes them, and noise `[B, n, C]` -> data."""
-        if isinstance(self.rule, str):
-            return affine_inverse(raw, z, clip, softplus, self.rule, weight, self.what)
-        mu, log_sigma = self.affine(raw, clip, softplus, weight)
-        return z * namespace(z).exp(log_sigma) + mu
+    def inverse(self, parameters: mx.array, z: mx.array, affine: AffineMap, weight: float | mx.array) -> mx.array:
+        """Affine parameters, as `predict` takes them, and noise `[B, n, C]` -> data."""
+        if isinstance(self.mode, str):
+            return affine_inverse(parameters, z, affine, self.mode, weight, self.target)
+        mu, log_sigma = self.predict(parameters, affine, weight)
+        return z * mx.exp(log_sigma) + mu

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import mlx.core as mx
 
-from mlx_starflow.errors import StarflowError
 from mlx_starflow.kernels.affine import predict
-from mlx_starflow.models.flow import Condition, frame_count
+from mlx_starflow.models.flow import Condition, Flow, frame_count
 from mlx_starflow.sampling.decoder import BlockDecoder
-from mlx_starflow.sampling.guidance import Guidance
+from mlx_starflow.sampling.guidance import Guidance, SamplingOptions
+
+DEFAULT_OPTIONS = SamplingOptions()
 
 
 class GuidedFlow:
@@ -19,21 +19,17 @@ class GuidedFlow:
 
     def __init__(
         self,
-        flow: Any,
+        flow: Flow,
         shape: tuple[int, ...],
         text: mx.array | None = None,
         null_text: mx.array | None = None,
-        guidance: float = 0.0,
-        *,
-        attn_temp: float = 1.0,
-        annealed_guidance: bool = False,
-        guide_what: str = "ab",
+        options: SamplingOptions = DEFAULT_OPTIONS,
     ):
         """`shape` is the noise's; the other arguments are those of `sample`, and so are the errors raised."""
-        check_guidance(guidance, attn_temp)
-        self.flow, self.attn_temp, self.frames = flow, attn_temp, frame_count(shape)
-        self.conditions = flow.conditions(shape, text, null_text, guidance)
-        self.guidance = Guidance(self.conditions.rule, guidance, annealed_guidance, guide_what)
+        self.flow, self.attn_temp, self.frames = flow, options.attn_temp, frame_count(shape)
+        self.conditions = flow.conditions(shape, text, null_text, options.guidance)
+        mode = self.conditions.guidance_mode
+        self.guidance = Guidance(mode, options.guidance, options.annealed_guidance, options.guidance_target)
 
     def decoder(self, index: int, batch: int, length: int, frames: int | None = None) -> BlockDecoder:
         """A fresh decoder of block number `index` for `batch` samples of `length` tokens.
@@ -41,12 +37,12 @@ class GuidedFlow:
         `frames` of a video are decoded, by default all.
         """
         block, condition, frames = self.flow.blocks[index], self.conditions.blocks[index], frames or self.frames
-        rule = self.guidance if condition.guided else None
+        guidance = self.guidance if condition.guided else None
         temperature = self.temperature(condition, batch)
         if block.config.local:
             batch, length = batch * frames, length // frames
         rope_frequencies = self.conditions.rope_frequencies[index]
-        return BlockDecoder(block, batch, length, rope_frequencies, condition, rule, temperature, frames)
+        return BlockDecoder(block, batch, length, rope_frequencies, condition, guidance, temperature, frames)
 
     def temperature(self, condition: Condition, batch: int) -> float | mx.array:
         """What attention logits of a block are divided by: a number, or one a sample of a guided batch."""
@@ -63,14 +59,13 @@ class GuidedFlow:
         batch, length, _ = x.shape
         inputs = mx.concatenate([x, x]) if condition.guided else x
         rope_frequencies, temperature = self.conditions.rope_frequencies[index], self.temperature(condition, batch)
-        raw = block.outputs(inputs, condition, rope_frequencies, temperature=temperature)
-        clip, softplus = block.config.soft_clip, block.config.use_softplus
+        parameters = block.all_affine_parameters(inputs, condition, rope_frequencies, temperature=temperature)
         if condition.guided:
             first = 0 if block.config.sos else 1
-            affine = self.guidance.affine(raw, clip, softplus, self.guidance.at(-first, length, length - first))
+            weight = self.guidance.at(-first, length, length - first)
+            mu, log_sigma = self.guidance.predict(parameters, block.config.affine, weight)
         else:
-            affine = predict(raw, clip, softplus)
-        mu, log_sigma = affine
+            mu, log_sigma = predict(parameters, block.config.affine)
         return block.unpermute(mu, self.frames), block.unpermute(log_sigma, self.frames)
 
     def forward(self, x: mx.array) -> mx.array:
@@ -85,10 +80,3 @@ class GuidedFlow:
     def active(self) -> Iterator[int]:
         """Numbers of the blocks that do something, in the order of sampling."""
         return (index for index in reversed(range(len(self.flow.blocks))) if not self.flow.blocks[index].is_identity)
-
-
-def check_guidance(guidance: float, attn_temp: float) -> None:
-    if not guidance >= 0:
-        raise StarflowError(f"guidance must be 0 or more, not {guidance:g}")
-    if not attn_temp > 0:
-        raise StarflowError(f"the attention temperature must be greater than 0, not {attn_temp:g}")

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mlx_starflow.kernels.plain import Array, namespace
-from mlx_starflow.sampling.decoder import BlockDecoder, quietly
+import mlx.core as mx
+
+from mlx_starflow.sampling.decoder import BlockDecoder
 from mlx_starflow.sampling.methods import JacobiSettings, RollingSettings
 
 BOUND = 1e4
@@ -18,8 +19,8 @@ BOUND = 1e4
 
 def invert(
     decoder: BlockDecoder,
-    z: Array,
-    x: Array,
+    z: mx.array,
+    x: mx.array,
     start: int,
     settings: JacobiSettings,
 ) -> Iterator[int]:
@@ -28,7 +29,7 @@ def invert(
     In a video, blocks after the first frame are four times as long, as in the release.
 
     Args:
-        z: noise `[B, N, C]` in the block's order; `own` arrays of the decoder, as x is.
+        z: noise `[B, N, C]` in the block's order.
         x: the same shape; its first `start` tokens are known. Is made data in the block's order.
 
     Yields:
@@ -42,7 +43,7 @@ def invert(
         guess = x
         if start > frame:
             # The first sweep reads the frame before, the known token at the front included, as in the release.
-            guess = decoder.arrays.array(x)
+            guess = mx.array(x)
             guess[:, start - 1 : stop] = x[:, start - 1 - frame : stop - frame]
         for sweep in range(settings.max_iterations):
             if sweep:
@@ -50,7 +51,7 @@ def invert(
             new = decoder.invert(x if sweep else guess, z, start, stop)
             change = _relative_change(x[:, start:stop], new)
             x[:, start:stop] = new
-            decoder.evaluate(x, change)
+            mx.eval(x, change)
             if not change.item() >= settings.threshold:
                 break
         start = stop
@@ -59,8 +60,8 @@ def invert(
 
 def roll(
     decoder: BlockDecoder,
-    z: Array,
-    x: Array,
+    z: mx.array,
+    x: mx.array,
     start: int,
     settings: RollingSettings,
 ) -> Iterator[int]:
@@ -84,7 +85,7 @@ def roll(
         old, noise = x[:, start:stop], z[:, start:stop]
         x[:, start:stop], done = _advance(old, noise, mu, log_sigma, settings.tolerance)
         affine = (mu[:, -1:], log_sigma[:, -1:])
-        decoder.evaluate(x, done, *affine)
+        mx.eval(x, done, *affine)
         count = min(done.item() + 1, stop - start)
         # The cache keeps the inputs that predicted these tokens; those behind were guesses.
         decoder.trim(stop - start - count)
@@ -92,45 +93,41 @@ def roll(
         yield start
 
 
-@quietly
-def _relative_change(old: Array, new: Array) -> Array:
+def _relative_change(old: mx.array, new: mx.array) -> mx.array:
     """Mean square of the change over that of the values."""
-    square = namespace(new).square
-    return square(new - old).mean() / square(new).mean()
+    return mx.square(new - old).mean() / mx.square(new).mean()
 
 
-@quietly
-def _advance(old: Array, noise: Array, mu: Array, log_sigma: Array, tolerance: float) -> tuple[Array, Array]:
+def _advance(
+    old: mx.array, noise: mx.array, mu: mx.array, log_sigma: mx.array, tolerance: float
+) -> tuple[mx.array, mx.array]:
     """The values of a window's tokens after an evaluation, and how many of the first are final as they were."""
-    arrays = namespace(old)
-    residual = arrays.abs((old - mu) * arrays.exp(-log_sigma) - noise)
+    residual = mx.abs((old - mu) * mx.exp(-log_sigma) - noise)
     good = (residual <= tolerance).all(axis=(0, 2))
-    done = arrays.cumprod(good.astype(arrays.int32)).sum()
-    new = noise * arrays.exp(log_sigma) + mu
-    place = arrays.arange(old.shape[1])[:, None]
-    return arrays.where(place < done, old, arrays.where(place == done, new, _bounded(new, noise))), done
+    done = mx.cumprod(good.astype(mx.int32)).sum()
+    new = noise * mx.exp(log_sigma) + mu
+    place = mx.arange(old.shape[1])[:, None]
+    return mx.where(place < done, old, mx.where(place == done, new, _bounded(new, noise))), done
 
 
-def _bounded(guess: Array, noise: Array) -> Array:
-    arrays = namespace(guess)
-    return arrays.clip(arrays.where(arrays.isfinite(guess), guess, noise), -BOUND, BOUND)
+def _bounded(guess: mx.array, noise: mx.array) -> mx.array:
+    return mx.clip(mx.where(mx.isfinite(guess), guess, noise), -BOUND, BOUND)
 
 
-@quietly
 def _first_guess(
-    x: Array,
-    z: Array,
+    x: mx.array,
+    z: mx.array,
     start: int,
     stop: int,
-    affine: tuple[Array, Array] | None,
+    affine: tuple[mx.array, mx.array] | None,
     settings: RollingSettings,
-) -> Array:
-    noise, arrays = z[:, start:stop], namespace(z)
+) -> mx.array:
+    noise = z[:, start:stop]
     if settings.guess == "affine" and affine is not None:
         mu, log_sigma = affine
-        return _bounded(noise * arrays.exp(log_sigma) + mu, noise)
+        return _bounded(noise * mx.exp(log_sigma) + mu, noise)
     if settings.guess == "previous" and start >= settings.lag:
         # Guesses that are themselves copies of tokens this far back: a window may be longer than the lag.
         source = [start - settings.lag + n % settings.lag for n in range(stop - start)]
-        return x[:, arrays.array(source)]
+        return x[:, mx.array(source)]
     return noise

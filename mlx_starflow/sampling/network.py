@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any, Protocol
 
 import mlx.core as mx
 
-from mlx_starflow.cpu import native
-from mlx_starflow.kernels.plain import Array
-from mlx_starflow.models.flow import Condition
+from mlx_starflow import cpu
+from mlx_starflow.models.flow import Condition, FlowBlock
+from mlx_starflow.models.transformer import TransformerLayer
 from mlx_starflow.sampling.cache import KVCache
 
 
@@ -18,38 +17,31 @@ class CachedNetwork(Protocol):
     """A network that keeps the keys and values of what it was fed.
 
     Attributes:
-        arrays: the module of the arrays that it takes and gives, mlx.core or numpy.
         prefix_length: how many positions stand before the tokens.
         known: how many tokens it remembers.
         cache_bytes: of keys and values, room for later ones included.
     """
 
-    arrays: ModuleType
     prefix_length: int
-    known: int
-    cache_bytes: int
 
-    def __call__(self, tokens: Array) -> Array:
-        """The next input tokens, `[B, n, C]` -> the network's raw outputs for them, `[B, n, 2 * C]`."""
+    @property
+    def known(self) -> int: ...
 
-    def remember(self, tokens: Array) -> None:
+    @property
+    def cache_bytes(self) -> int: ...
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        """The next input tokens, float32 `[B, n, C]` -> the affine parameters they predict, `[B, n, 2 * C]`."""
+
+    def remember(self, tokens: mx.array) -> None:
         """Be fed input tokens, maybe many, whose outputs nobody reads."""
 
     def trim(self, n: int) -> None:
         """Forget the last `n` tokens."""
 
-    def own(self, array: Array) -> Array:
-        """The same as one of `arrays`."""
-
-    def launch(self, *arrays: Array) -> None:
-        """Begin to compute arrays."""
-
-    def evaluate(self, *arrays: Array) -> None:
-        """Compute arrays."""
-
 
 def cached_network(
-    block: Any,
+    block: FlowBlock,
     batch: int,
     length: int,
     rope_frequencies: mx.array | None,
@@ -58,22 +50,20 @@ def cached_network(
 ) -> CachedNetwork:
     """That of a block for up to `length` tokens of `batch` sequences, by the fastest code that knows it.
 
-    The other arguments are those of `FlowBlock.outputs`.
+    The other arguments are those of `FlowBlock.all_affine_parameters`.
     """
     positions = length if condition.prefix is None else condition.prefix.shape[1] + length
     rope_frequencies = None if rope_frequencies is None else block.rope_frequencies(rope_frequencies, positions)
     arguments = (block, batch, length, rope_frequencies, condition, temperature)
-    return native.network(*arguments) or CompiledNetwork(*arguments)
+    return cpu.fast_network(*arguments) or CompiledNetwork(*arguments)
 
 
 class CompiledNetwork:
     """In MLX, compiled but for attention and its cache."""
 
-    arrays = mx
-
     def __init__(
         self,
-        block: Any,
+        block: FlowBlock,
         batch: int,
         length: int,
         rope_frequencies: mx.array | None,
@@ -115,15 +105,6 @@ class CompiledNetwork:
         for cache in self.caches:
             cache.trim(n)
 
-    def own(self, array: Array) -> mx.array:
-        return array if isinstance(array, mx.array) else mx.array(array)
-
-    def launch(self, *arrays: mx.array) -> None:
-        mx.async_eval(*arrays)
-
-    def evaluate(self, *arrays: mx.array) -> None:
-        mx.eval(*arrays)
-
     def _remember(self, h: mx.array) -> None:
         self.block.transform(h, self._rope_frequencies(h), self.caches, self.temperature)
         mx.eval([(cache.keys, cache.values) for cache in self.caches])
@@ -133,15 +114,15 @@ class CompiledNetwork:
         return None if self.rope_frequencies is None else self.rope_frequencies[start : start + h.shape[1]]
 
 
-def compiled_pieces(block: Any) -> list[Callable[..., Any]]:
+def compiled_pieces(block: FlowBlock) -> list[Callable[..., Any]]:
     """What a block computes before its first attention, between one and the next, and after the last, each compiled.
 
     Compiled, a piece costs Python one call. The first takes (h, rope frequencies) to queries, keys and values; the
-    last takes (h, what attention gave) to raw outputs; those between both to (h, queries, keys, values).
+    last takes (h, what attention gave) to affine parameters; those between both to (h, queries, keys, values).
     """
     layers = block.attn_blocks
 
-    def between(before: Any, layer: Any) -> Callable[..., Any]:
+    def between(before: TransformerLayer, layer: TransformerLayer) -> Callable[..., Any]:
         def piece(h: mx.array, attended: mx.array, rope_frequencies: mx.array | None) -> tuple[mx.array, ...]:
             h = before.after(h, attended)
             return h, *layer.before(h, rope_frequencies)
@@ -149,6 +130,6 @@ def compiled_pieces(block: Any) -> list[Callable[..., Any]]:
         return mx.compile(piece)
 
     def end(h: mx.array, attended: mx.array) -> mx.array:
-        return block.raw(layers[-1].after(h, attended))
+        return block.affine_parameters(layers[-1].after(h, attended))
 
     return [mx.compile(layers[0].before), *map(between, layers, layers[1:]), mx.compile(end)]

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import mlx.core as mx
 from tqdm import tqdm
 
-from mlx_starflow.kernels.plain import Array
-from mlx_starflow.models.flow import frame_count
+from mlx_starflow.kernels.affine import GuidanceTarget
+from mlx_starflow.models.flow import Flow, frame_count
 from mlx_starflow.sampling import jacobi, sequential
 from mlx_starflow.sampling.decoder import BlockDecoder, check_finite
+from mlx_starflow.sampling.guidance import SamplingOptions
 from mlx_starflow.sampling.guided import GuidedFlow
 from mlx_starflow.sampling.methods import (
     JacobiSettings,
@@ -40,7 +40,7 @@ class SamplingTrace:
 
 
 def sample(
-    flow: Any,
+    flow: Flow,
     z: mx.array,
     text: mx.array | None = None,
     null_text: mx.array | None = None,
@@ -49,7 +49,7 @@ def sample(
     *,
     attn_temp: float = 1.0,
     annealed_guidance: bool = False,
-    guide_what: str = "ab",
+    guidance_target: GuidanceTarget = "ab",
     progress: bool | None = False,
     trace: SamplingTrace | None = None,
 ) -> mx.array:
@@ -64,13 +64,13 @@ def sample(
         null_text: embeddings of the empty prompt, `[B or 1, L, D]`; needed for guidance. A TarFlow's is a label, by
             default -1.
         guidance: weight w >= 0 of classifier-free guidance in the blocks that read the condition (see
-            `guidance.guide` and, for a TarFlow, `guidance.extrapolate`).
+            `kernels.affine.starflow_guidance` and `tarflow_guidance`).
         method: "sequential", "jacobi" (block by block, as in the official release) or "rolling" (a window with
             certified tokens); or settings of one of them, such as `RollingSettings(window=32)`; or a `SamplingPlan`.
             For videos the names mean what `methods.for_videos` says.
         attn_temp: attention logits are divided by this; in a TarFlow those of guidance's null predictions only.
         annealed_guidance: let the weight grow linearly over the sequence.
-        guide_what: what a TarFlow's guidance changes: "b" the mean, "a" the log-scale, "ab" both.
+        guidance_target: what a TarFlow's guidance changes: "b" the mean, "a" the log-scale, "ab" both.
         progress: show a progress bar; None shows it on a terminal only.
         trace: is filled with what was done.
 
@@ -85,16 +85,8 @@ def sample(
     if (frames := frame_count(z.shape)) > 1:
         method = for_videos(method, length // frames)
     settings = block_settings(method, len(flow.blocks))
-    guided = GuidedFlow(
-        flow,
-        z.shape,
-        text,
-        null_text,
-        guidance,
-        attn_temp=attn_temp,
-        annealed_guidance=annealed_guidance,
-        guide_what=guide_what,
-    )
+    options = SamplingOptions(guidance, attn_temp, annealed_guidance, guidance_target)
+    guided = GuidedFlow(flow, z.shape, text, null_text, options)
     total = sum(length for block in flow.blocks if not block.is_identity)
     with tqdm(total=total, desc="sampling", unit="tok", disable=progress_off(progress), leave=False) as bar:
         for index in reversed(range(len(flow.blocks))):
@@ -126,32 +118,31 @@ def invert_block(
         advance: is called with numbers of tokens as they are done; those of a local block's frames count together.
     """
     block, frames = decoder.block, decoder.frames
-    z = decoder.own(block.permute(z, frames))
-    x = decoder.arrays.array(z)
+    z = block.permute(z, frames)
+    x = mx.array(z)
     parallel = frames if block.config.local else 1
     before = 0
     for done in invert_steps(decoder, z, x, settings, given):
         advance(parallel * (done - before))
         before = done
-    return block.unpermute(mx.array(x), frames)
+    return block.unpermute(x, frames)
 
 
 def invert_steps(
-    decoder: BlockDecoder, z: Array, x: Array, settings: Settings, given: mx.array | None = None
+    decoder: BlockDecoder, z: mx.array, x: mx.array, settings: Settings, given: mx.array | None = None
 ) -> Iterator[int]:
     """Invert one block in x, step by step, and yield how many of its tokens are done.
 
-    `z` and x are `[B, N, C]` in the block's order (see `FlowBlock.permute`), the decoder's `own` arrays; `given` as for
-    `invert_block`.
+    `z` and x are `[B, N, C]` in the block's order (see `FlowBlock.permute`); `given` as for `invert_block`.
     """
     start = decoder.first
     if given is not None:
         start = given.shape[1]
-        x[:, :start] = decoder.own(given)
+        x[:, :start] = given
         decoder.feed(x, start)
     elif start:
-        mu, log_sigma = map(decoder.own, decoder.block.unpredicted(z[:, :1]))
-        x[:, :1] = z[:, :1] * decoder.arrays.exp(log_sigma) + mu
+        mu, log_sigma = decoder.block.unpredicted(z[:, :1])
+        x[:, :1] = z[:, :1] * mx.exp(log_sigma) + mu
     yield start
     if isinstance(settings, RollingSettings):
         yield from jacobi.roll(decoder, z, x, start, settings)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mlx_starflow.kernels.plain import Array
+import mlx.core as mx
+
 from mlx_starflow.sampling.decoder import BlockDecoder
 
 
-def invert(decoder: BlockDecoder, z: Array, x: Array, start: int) -> Iterator[int]:
+def invert(decoder: BlockDecoder, z: mx.array, x: mx.array, start: int) -> Iterator[int]:
     """Noise `[B, N, C]` in the block's order -> data x in the block's order, whose first `start` tokens are known.
 
     Works in x and yields, after each token, how many are done.
@@ -16,5 +17,5 @@ def invert(decoder: BlockDecoder, z: Array, x: Array, start: int) -> Iterator[in
     for n in range(start, z.shape[1]):
         x[:, n : n + 1] = decoder.invert(x, z, n, n + 1)
         # Evaluating each step lets the caches be written in place while Python builds the next one.
-        decoder.launch(x)
+        mx.async_eval(x)
         yield n + 1

@@ -11,18 +11,20 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.models.flow import Flow
 from mlx_starflow.sampling.certificate import Certificate, certify
+from mlx_starflow.sampling.guidance import SamplingOptions
 from mlx_starflow.sampling.guided import GuidedFlow
 from mlx_starflow.sampling.methods import (
     JacobiSettings,
+    Method,
     RollingSettings,
     SamplingPlan,
     SequentialSettings,
@@ -71,7 +73,7 @@ def describe(settings: Settings) -> str:
 
 
 def tune(
-    flow: Any,
+    flow: Flow,
     z: mx.array,
     text: mx.array | None = None,
     null_text: mx.array | None = None,
@@ -98,7 +100,7 @@ def tune(
         raise StarflowError(f"a plan can take the least {' or '.join(COSTS)}, not {least!r}")
     if not tolerance > 0:
         raise StarflowError(f"the tolerance must be greater than 0, not {tolerance:g}")
-    samples = [_Sample.of(flow, z, text, null_text, guidance, index) for index in range(z.shape[0])]
+    samples = list(_samples(flow, z, text, null_text, guidance))
     exact = max(one.certificate.max for one in samples)
     report(f"sequential: {samples[0].evaluations} evaluations, certificate {exact:.1e}")
     if exact > tolerance / 2:
@@ -116,29 +118,38 @@ def tune(
 
 @dataclass
 class _Sample:
-    """One sample: its noise and condition, and the exact tokens that each block reads and writes."""
+    """One sample's noise and condition, the exact tokens that each block reads and writes, and its certificate."""
 
+    flow: Flow
     z: mx.array
-    condition: dict[str, Any]
-    guided: GuidedFlow
-    noise: dict[int, mx.array]
-    certificate: Certificate
-    evaluations: list[int]
+    text: mx.array | None
+    null_text: mx.array | None
+    guidance: float
 
-    @classmethod
-    def of(
-        cls, flow: Any, z: mx.array, text: mx.array | None, null_text: mx.array | None, guidance: float, index: int
-    ) -> _Sample:
+    def __post_init__(self) -> None:
+        options = SamplingOptions(self.guidance)
+        self.guided = GuidedFlow(self.flow, self.z.shape, self.text, self.null_text, options)
+        trace = SamplingTrace(keep_states=True)
+        self.certificate = self.certify(self.sample("sequential", trace))
+        self.evaluations = trace.evaluations
+        tokens = [self.flow.noise_tokens(self.z), *(self.flow.tokens(state) for state in trace.states)]
+        self.noise = dict(zip(reversed(range(len(self.flow.blocks))), tokens, strict=False))
+        mx.eval(self.noise)
+
+    def sample(self, method: Method, trace: SamplingTrace) -> mx.array:
+        return sample(self.flow, self.z, self.text, self.null_text, self.guidance, method, trace=trace)
+
+    def certify(self, x: mx.array) -> Certificate:
+        return certify(self.flow, x, self.z, self.text, self.null_text, self.guidance)
+
+
+def _samples(
+    flow: Flow, z: mx.array, text: mx.array | None, null_text: mx.array | None, guidance: float
+) -> Iterator[_Sample]:
+    for index in range(z.shape[0]):
         one = slice(index, index + 1)
         null = null_text if null_text is None or len(null_text) == 1 else null_text[one]
-        condition = {"text": None if text is None else text[one], "null_text": null, "guidance": guidance}
-        trace = SamplingTrace(keep_states=True)
-        x = sample(flow, z[one], **condition, trace=trace)
-        tokens = [flow.noise_tokens(z[one]), *(flow.tokens(state) for state in trace.states)]
-        noise = dict(zip(reversed(range(len(flow.blocks))), tokens, strict=False))
-        mx.eval(noise)
-        guided = GuidedFlow(flow, z[one].shape, **condition)
-        return cls(z[one], condition, guided, noise, certify(flow, x, z[one], **condition), trace.evaluations)
+        yield _Sample(flow, z[one], None if text is None else text[one], null, guidance)
 
 
 def _try(index: int, samples: list[_Sample], settings: Settings) -> Trial:
@@ -196,7 +207,7 @@ def _cheapest(trials: list[Trial], least: str) -> Trial:
 
 
 def _tightened(
-    flow: Any,
+    flow: Flow,
     samples: list[_Sample],
     blocks: list[Settings],
     deep: int,
@@ -215,9 +226,9 @@ def _tightened(
         evaluations, certificates = np.zeros(len(flow.blocks), int), []
         for one in samples:
             trace = SamplingTrace()
-            x = sample(flow, one.z, **one.condition, method=plan, trace=trace)
+            x = one.sample(plan, trace)
             evaluations += np.array(trace.evaluations)
-            certificates.append(certify(flow, x, one.z, **one.condition))
+            certificates.append(one.certify(x))
         certificate = Certificate.worst(certificates)
         report(f"together: {evaluations.tolist()} evaluations for {len(samples)} samples, {certificate}")
         if certificate.max <= tolerance:

@@ -9,22 +9,36 @@ last frames again, from position 0 on, and goes on from there (STARFlow-V, arXiv
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Protocol
 
 import mlx.core as mx
+import numpy as np
 from tqdm import tqdm
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.models.denoiser import Denoiser
+from mlx_starflow.models.flow import Flow
 from mlx_starflow.models.transformer import TransformerLayer
 from mlx_starflow.sampling.decoder import BlockDecoder, check_finite
 from mlx_starflow.sampling.denoise import clean, denoise
+from mlx_starflow.sampling.guidance import SamplingOptions
 from mlx_starflow.sampling.guided import GuidedFlow
 from mlx_starflow.sampling.methods import Method, Settings, block_settings, for_videos
 from mlx_starflow.sampling.sampler import SamplingTrace, invert_block, invert_steps, progress_off
 
 CONTEXT = 16
 """Latent frames that are read again when a window is full, by default as in the release."""
+
+
+class NoiseSource(Protocol):
+    """Noise of a video: an array, or what makes it range by range."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`[B, T, H, W, C]`."""
+
+    def __getitem__(self, key: tuple[slice, slice], /) -> mx.array | np.ndarray:
+        """`noise[:, start:stop]`, frames of the whole batch."""
 
 
 def default_context(window: int) -> int:
@@ -56,8 +70,8 @@ def windows(frames: int, window: int | None, context: int | None = None) -> list
 
 
 def sample_frames(
-    flow: Any,
-    noise: Any,
+    flow: Flow,
+    noise: NoiseSource,
     text: mx.array | None = None,
     null_text: mx.array | None = None,
     guidance: float = 0.0,
@@ -110,7 +124,7 @@ def sample_frames(
     evaluations = [0] * (deep + 1)
     unknown = (total - known) * size * sum(not block.is_identity for block in flow.blocks)
     shape = (batch, parts[0][2], *frame_shape)
-    guided = GuidedFlow(flow, shape, text, null_text, guidance, attn_temp=attn_temp)
+    guided = GuidedFlow(flow, shape, text, null_text, SamplingOptions(guidance, attn_temp))
     decoder = None
     with tqdm(total=unknown, desc="sampling", unit="tok", disable=progress_off(progress), leave=False) as bar:
         if given is not None:
@@ -146,7 +160,7 @@ def sample_frames(
         trace.evaluations = evaluations[::-1]
 
 
-def _shallow_forward(flow: Any, x: mx.array) -> mx.array:
+def _shallow_forward(flow: Flow, x: mx.array) -> mx.array:
     """What the deep block reads of data `[B, T, H, W, C]`: tokens `[B, T * N, C]`."""
     tokens, frames = flow.tokens(x), x.shape[1]
     for block, frequencies in list(zip(flow.blocks, flow.block_rope_frequencies(x.shape, 0), strict=True))[:-1]:
@@ -169,19 +183,19 @@ def _deep_frames(
     frames = z.shape[1] // size
     out = 0 if read is None else read.shape[1] // size
     given = None if read is None else block.permute(read, out)
-    z = decoder.own(block.permute(z, frames))
-    x = decoder.arrays.array(z)
+    z = block.permute(z, frames)
+    x = mx.array(z)
     before = out * size
     for done in invert_steps(decoder, z, x, settings, given):
         advance(done - before)
         before = done
         while out < frames and done >= (stop := min(out + frames_at_once, frames)) * size:
-            yield block.unpermute(mx.array(x[:, out * size : stop * size]), stop - out)
+            yield block.unpermute(x[:, out * size : stop * size], stop - out)
             out = stop
 
 
 def denoise_frames(
-    flow: Any,
+    flow: Flow,
     frames: Iterator[mx.array],
     text: mx.array | None,
     total: int,
@@ -204,7 +218,7 @@ def denoise_frames(
     Yields:
         Clean frames `[B, 1, H, W, C]` in order.
     """
-    learned = getattr(flow, "learnable_self_denoiser", None)
+    learned = flow.denoiser
     overlap = None if learned is None or window is None else learned.config.window
     if overlap is not None and window is not None:
         overlap = min(overlap, window - 1)
@@ -214,7 +228,10 @@ def denoise_frames(
         begin = recent[len(recent) - (new - first) :]
         recent = []
         fresh = (next(single) for _ in range(stop - new))
-        cleaned = (_score_steps if learned is None else _denoise_window)(flow, begin, fresh, text, stop - first)
+        if learned is None:
+            cleaned = _score_steps(flow, begin, fresh, text, stop - first)
+        else:
+            cleaned = _denoise_window(flow, learned, begin, fresh, text, stop - first)
         for index, frame in enumerate(cleaned):
             check_finite(frame, "a denoised frame")
             recent.append(frame if index >= new - first else begin[index])
@@ -223,17 +240,21 @@ def denoise_frames(
 
 
 def _score_steps(
-    flow: Any, clean_frames: list[mx.array], noisy: Iterator[mx.array], text: mx.array | None, frames: int
+    flow: Flow, clean_frames: list[mx.array], noisy: Iterator[mx.array], text: mx.array | None, frames: int
 ) -> Iterator[mx.array]:
     x = denoise(flow, mx.concatenate([*clean_frames, *noisy], axis=1), text)
     return (x[:, index : index + 1] for index in range(frames))
 
 
 def _denoise_window(
-    flow: Any, clean_frames: list[mx.array], noisy: Iterator[mx.array], text: mx.array | None, frames: int
+    flow: Flow,
+    denoiser: Denoiser,
+    clean_frames: list[mx.array],
+    noisy: Iterator[mx.array],
+    text: mx.array | None,
+    frames: int,
 ) -> Iterator[mx.array]:
     """All frames of a window, each when the denoiser has seen enough of what follows."""
-    denoiser: Denoiser = flow.learnable_self_denoiser
     prefix = denoiser.embed_text(text)
     start = 0 if prefix is None else prefix.shape[1]
     waiting: list[mx.array] = []

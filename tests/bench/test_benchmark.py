@@ -3,11 +3,13 @@
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from helpers.tiny_model import tiny_flow, write_tiny_model
+from helpers.model_directories import write_image_model
+from helpers.tiny_flows import tiny_case, tiny_flow
 
 from mlx_starflow.bench.benchmark import ALL_METHODS, bench
-from mlx_starflow.bench.contenders import Contender, Task, measure
+from mlx_starflow.bench.contenders import Contender, measure
 from mlx_starflow.bench.products import WeightProducts
+from mlx_starflow.bench.trials import Task
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.model_dir.quantization import quantize_module
 from mlx_starflow.model_dir.saving import save_model
@@ -24,7 +26,7 @@ ENDS = CHANNELS * WIDTH + WIDTH + 2 * CHANNELS * WIDTH + 2 * CHANNELS  # proj_in
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return write_tiny_model(tmp_path_factory.mktemp("model"))
+    return write_image_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +73,8 @@ def test_tokens_at_once():
 # ---- products
 
 
-def test_products_are_of_all_layers_and_of_no_condition(tiny_flow):
-    products = WeightProducts(tiny_flow("identity_block").flow, [1, 1, 2], rounds=1)
+def test_products_are_of_all_layers_and_of_no_condition():
+    products = WeightProducts(tiny_case("identity_block").flow, [1, 1, 2], rounds=1)
     assert [len(layers) for layers in products._layers] == [6, 0, 6]
     seconds = products.seconds([1, 1, 4])
     assert seconds[1] == 0 and min(seconds[0], seconds[2]) > 0
@@ -114,11 +116,10 @@ def test_rounds_go_in_turn():
     assert sorted(found[0].seconds)[1] == found[0].median
 
 
-def test_rows_of_guided_blocks(tiny_flow):
-    tiny = tiny_flow("softplus", 3)
-    condition = {"text": tiny.text, "null_text": tiny.null_text}
-    assert Task(tiny.flow, tiny.x, {**condition, "guidance": 1.5}).rows() == [3, 3, 6]
-    assert Task(tiny.flow, tiny.x, {**condition, "guidance": 0.0}).rows() == [3, 3, 3]
+def test_rows_of_guided_blocks():
+    tiny = tiny_case("softplus", 3)
+    assert Task(tiny.flow, tiny.x, tiny.text, tiny.null_text, 1.5).rows() == [3, 3, 6]
+    assert Task(tiny.flow, tiny.x, tiny.text, tiny.null_text, 0.0).rows() == [3, 3, 3]
 
 
 # ---- the benchmark
@@ -155,7 +156,7 @@ def test_without_a_plan_auto_is_left_out(model, measured):
 
 
 def test_auto_is_the_plan(tmp_path):
-    model = write_tiny_model(tmp_path)
+    model = write_image_model(tmp_path)
     SamplingPlan((SequentialSettings(), RollingSettings(window=4)), 1e-2, {}).save(model)
     result = bench(model, methods=["auto", "rolling", "auto"], rounds=1)
     assert [one.contender.method for one in result.measured] == ["rolling", "auto"]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import mlx.core as mx
 import pytest
-from helpers.tiny_model import tiny_flow, write_tiny_model
+from helpers.model_directories import write_image_model
+from helpers.tiny_flows import tiny_flow
 
 from mlx_starflow.bench.trials import prepare
 from mlx_starflow.errors import StarflowError
@@ -12,18 +13,22 @@ from mlx_starflow.media.noise import draw_noise
 from mlx_starflow.model_dir.saving import save_model
 from mlx_starflow.model_dir.weights import parameters
 from mlx_starflow.models.tarflow import TarFlow, TarFlowConfig
-from mlx_starflow.sampling import SamplingPlan, SequentialSettings, sample
+from mlx_starflow.sampling import SamplingPlan, SequentialSettings
 
 
 def test_a_model_that_reads_prompts(tmp_path):
-    write_tiny_model(tmp_path)
+    write_image_model(tmp_path)
     trials = prepare(tmp_path, ["a cat", "a dog"], seed=5)
-    assert trials.z.shape == (2, 4, 4, 4) and trials.text.shape == (2, 6, 32) and trials.null_text.shape == (1, 6, 32)
+    assert (
+        trials.task.z.shape == (2, 4, 4, 4)
+        and trials.task.text.shape == (2, 6, 32)
+        and trials.task.null_text.shape == (1, 6, 32)
+    )
     # The model's own guidance and temperature.
-    assert trials.guidance == 1.0
-    assert mx.allclose(trials.z, 0.8 * mx.array(draw_noise([5, 6], (4, 4, 4))))
+    assert trials.task.guidance == 1.0
+    assert mx.allclose(trials.task.z, 0.8 * mx.array(draw_noise([5, 6], (4, 4, 4))))
     assert trials.plan is None
-    assert sample(trials.flow, trials.z, **trials.condition).shape == trials.z.shape
+    assert trials.task.sample("sequential")[0].shape == trials.task.z.shape
     plan = SamplingPlan((SequentialSettings(),) * 2, 0.1, {})
     plan.save(tmp_path)
     assert prepare(tmp_path, ["a cat"], guidance=0.0).plan == plan
@@ -35,8 +40,8 @@ def test_a_model_without_conditions(tmp_path):
     flow = tiny_flow(txt_size=0, txt_dim=0)
     save_model(tmp_path, parameters(flow), {"model_type": "starflow", **flow.config.to_dict()})
     trials = prepare(tmp_path, ["", ""])
-    assert trials.text is None and trials.guidance == 0.0
-    assert sample(trials.flow, trials.z, **trials.condition).shape == (2, 4, 4, 4)
+    assert trials.task.text is None and trials.task.guidance == 0.0
+    assert trials.task.sample("sequential")[0].shape == (2, 4, 4, 4)
 
 
 def test_a_model_of_classes(tmp_path):
@@ -44,5 +49,5 @@ def test_a_model_of_classes(tmp_path):
     flow = TarFlow(TarFlowConfig.from_dict({**config, "num_classes": 3}))
     save_model(tmp_path, parameters(flow), {"model_type": "tarflow", **flow.config.to_dict()})
     trials = prepare(tmp_path, ["", ""], guidance=1.5)
-    assert trials.text.tolist() == [0, 1]
-    assert sample(trials.flow, trials.z, **trials.condition).shape == (2, 4, 4, 1)
+    assert trials.task.text.tolist() == [0, 1]
+    assert trials.task.sample("sequential")[0].shape == (2, 4, 4, 1)

@@ -2,14 +2,14 @@ import json
 
 import pytest
 from helpers.commands import Command
-from helpers.tiny_model import write_tiny_model
+from helpers.model_directories import write_image_model
 
 bench = Command("bench")
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return write_tiny_model(tmp_path_factory.mktemp("model"))
+    return write_image_model(tmp_path_factory.mktemp("model"))
 
 
 def test_table(model):

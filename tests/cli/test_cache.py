@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 from helpers.commands import Command
-from helpers.tiny_model import write_tiny_model
+from helpers.model_directories import write_image_model
 from PIL import Image
 
-from mlx_starflow.training.data.latent_cache import LatentCache
+from mlx_starflow.training.data.cache.reading import LatentCache
 
 run = Command("cache")
 mistake = run.mistake
@@ -15,7 +15,7 @@ mistake = run.mistake
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return write_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+    return write_image_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_ctrl_c(model, pictures, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("mlx_starflow.training.data.cache_build.TextStage.run", interrupted)
+        patch.setattr("mlx_starflow.training.data.cache.build.TextStage.run", interrupted)
         result = run(pictures, "-o", tmp_path / "out", "-m", model)
     assert result.exit_code == 130 and result.stdout == ""
     assert result.stderr == "stopped: the same command goes on where this one was\n"

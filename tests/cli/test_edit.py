@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 from helpers.commands import Command
-from helpers.picture_models import write_pictures
-from helpers.tiny_model import write_tiny_model
+from helpers.images import write_images
+from helpers.model_directories import write_image_model
 from PIL import Image
 
 from mlx_starflow.editing import Encoded
@@ -18,12 +18,12 @@ edit, encode, decode, generate = Command("edit"), Command("encode"), Command("de
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return write_tiny_model(tmp_path_factory.mktemp("model"))
+    return write_image_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
 def pictures(tmp_path):
-    return write_pictures(tmp_path / "pictures", 2)
+    return write_images(tmp_path / "pictures", 2)
 
 
 def size(path) -> tuple[int, int]:

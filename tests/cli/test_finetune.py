@@ -5,8 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import re
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -15,26 +13,29 @@ import numpy as np
 import pytest
 import yaml
 from helpers.commands import Command
-from helpers.paths import EXAMPLES
+from helpers.examples import run_example
+from helpers.images import colours, write_images
+from helpers.model_directories import write_image_model
 from helpers.peaks import one_at_a_time
-from helpers.tiny_model import tiny_flow, write_tiny_model
+from helpers.tiny_flows import tiny_flow
 from PIL import Image
 
 from mlx_starflow import load_flow
 from mlx_starflow.convert.official import ARGUMENTS
-from mlx_starflow.likelihood.requantize import quantize_model
 from mlx_starflow.model_dir.adapters import Adapter
 from mlx_starflow.model_dir.quantization import quantize_module
+from mlx_starflow.model_dir.requantize import quantize_model
 from mlx_starflow.model_dir.weights import parameters
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
 from mlx_starflow.planning.finetune_memory import Planner, training_plan
 from mlx_starflow.planning.memory import usable
-from mlx_starflow.training.data.cache_build import build_cache
-from mlx_starflow.training.data.image_folder import Order
-from mlx_starflow.training.data.latent_cache import LatentCache
+from mlx_starflow.training.data.batches import Order, split_samples
+from mlx_starflow.training.data.cache.build import build_cache
+from mlx_starflow.training.data.cache.reading import LatentCache
 from mlx_starflow.training.finetuning.adapters import AdapterConfig, attach
-from mlx_starflow.training.finetuning.data import FinetuneData, finetune_loss, split_pictures
-from mlx_starflow.training.finetuning.finetune import FinetuneConfig, finetune, finetune_planner
+from mlx_starflow.training.finetuning.config import FinetuneConfig
+from mlx_starflow.training.finetuning.data import FinetuneData, finetune_loss
+from mlx_starflow.training.finetuning.finetune import finetune, finetune_planner
 from mlx_starflow.training.loop.trainer import Trainer
 
 command = Command("finetune")
@@ -47,17 +48,14 @@ def options(**values: object) -> list[object]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("model"))
+    return write_image_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pictures")
-    lines = []
-    for index, colour in enumerate(["red", "green", "blue", "black", "yellow", "white"]):
-        Image.new("RGB", (10, 12), colour).save(folder / f"{index}.png")
-        lines.append(json.dumps({"file_name": f"{index}.png", "text": f"a {colour} square"}))
-    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    names = ["red", "green", "blue", "black", "yellow", "white"]
+    write_images(folder, colours(names), [{"text": f"a {name} square"} for name in names])
     return folder
 
 
@@ -120,19 +118,14 @@ def test_resumed_is_uninterrupted(model, cache, tmp_path):
 
 def test_examples(model, cache, pictures, tmp_path):
     small = ["--model", model, "--steps", 2, "--batch-size", 2, "--rank", 2]
-    shown = _example("lora_style.py", cache, *small, "--out", tmp_path / "style")
+    shown = run_example("lora_style.py", cache, *small, "--out", tmp_path / "style")
     assert "held-out NLL" in shown and Image.open(tmp_path / "style/strengths.png").width > 80
-    _example("lora_trainer.py", cache, tmp_path / "trainer", *small)
+    run_example("lora_trainer.py", cache, tmp_path / "trainer", *small)
     assert Adapter.read(tmp_path / "trainer/adapter").config["rank"] == 2
-    shown = _example("forgetting.py", cache, pictures, *small, "--measured", 2, "--out", tmp_path / "forgetting")
+    shown = run_example(
+        "reports/forgetting.py", cache, pictures, *small, "--measured", 2, "--out", tmp_path / "forgetting"
+    )
     assert len(re.findall(r"new [+-]\d", shown)) == 3
-
-
-def _example(name: str, *words: object) -> str:
-    path = EXAMPLES / name
-    done = subprocess.run([sys.executable, path, *map(str, words)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_dry_run(model, pictures, tmp_path):
@@ -217,7 +210,7 @@ def test_plan_is_above_what_is_measured(tmp_path, kind, quantization, batch_size
         attach(flow, AdapterConfig(kind=kind, rank=8))
     mx.eval(flow.parameters())
     plan = training_plan(flow, batch_size, checkpoint=checkpoint)
-    loss = partial(finetune_loss, checkpoint=checkpoint)
+    loss = partial(finetune_loss, gradient_checkpointing=checkpoint)
 
     class Data:
         order = Order(4)
@@ -244,13 +237,13 @@ def test_plan_is_above_what_is_measured(tmp_path, kind, quantization, batch_size
 
 def test_parts_of_the_data(cache):
     found = LatentCache(cache)
-    train, held_out = split_pictures(len(found), 0.4, 100, 0)
+    train, held_out = split_samples(len(found), 0.4, 100, 0)
     assert sorted([*train, *held_out]) == list(range(6)) and len(held_out) == 2
     data = FinetuneData(found, train, 0.3)
     rng = np.random.default_rng(0)
-    taken = {int(index) for _ in range(8) for index in data.order.take(2, rng)}
+    taken = {int(data.subset[index]) for _ in range(8) for index in data.order.take(2, rng)}
     assert taken == set(train.tolist())
-    assert len(split_pictures(5000, 0.1, 100, 0)[1]) == 100
+    assert len(split_samples(5000, 0.1, 100, 0)[1]) == 100
 
 
 def test_mistakes(model, pictures, cache, tmp_path):

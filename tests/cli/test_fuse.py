@@ -9,12 +9,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from helpers.commands import Command
-from helpers.tiny_model import write_tiny_model
+from helpers.model_directories import write_image_model
 from PIL import Image
 
 from mlx_starflow import load, load_flow
-from mlx_starflow.likelihood.requantize import quantize_model
 from mlx_starflow.model_dir.quantization import quantized_layers
+from mlx_starflow.model_dir.requantize import quantize_model
 from mlx_starflow.training.finetuning.adapters import AdapterConfig, adapter_layers, attach, save_adapter
 
 fuse, generate = Command("fuse"), Command("generate")
@@ -22,7 +22,7 @@ fuse, generate = Command("fuse"), Command("generate")
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("model"))
+    return write_image_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

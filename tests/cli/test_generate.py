@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from helpers.tiny_model import write_tiny_model
+from helpers.model_directories import write_image_model
 from PIL import Image
 
 from mlx_starflow.cli import main
@@ -12,7 +12,7 @@ from mlx_starflow.media.metadata import read_metadata
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return str(write_tiny_model(tmp_path_factory.mktemp("model")))
+    return str(write_image_model(tmp_path_factory.mktemp("model")))
 
 
 @pytest.fixture
@@ -134,7 +134,7 @@ def test_errors_are_one_line_and_exit_with_2(run, model, words, message):
     "part", ["model.safetensors", "config.json", "vae/model.safetensors", "text_encoder/spiece.model"]
 )
 def test_a_damaged_model(run, model, tmp_path, part):
-    directory = write_tiny_model(tmp_path / "damaged")
+    directory = write_image_model(tmp_path / "damaged")
     data = (directory / part).read_bytes()
     (directory / part).write_bytes(data[: len(data) // 2])
     result = run("a cat", "-m", directory)

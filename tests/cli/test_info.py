@@ -1,6 +1,7 @@
 import pytest
 from click.testing import CliRunner
-from helpers.tiny_model import tiny_flow, write_tiny_model
+from helpers.model_directories import write_image_model
+from helpers.tiny_flows import tiny_flow
 
 from mlx_starflow.cli import main
 from mlx_starflow.model_dir.hub import CACHE_VARIABLE
@@ -19,7 +20,7 @@ def table(output, title):
 
 
 def test_a_model(tmp_path):
-    result = info(write_tiny_model(tmp_path))
+    result = info(write_image_model(tmp_path))
     assert result.exit_code == 0, result.output
     assert "block 1        1 layers, width 64" in result.output
     assert "guidance       1.0" in result.output
@@ -48,7 +49,7 @@ def test_the_official_release_needs_no_download(tmp_path, monkeypatch):
 
 
 def test_size_and_batch(tmp_path):
-    directory = write_tiny_model(tmp_path)
+    directory = write_image_model(tmp_path)
     small, large = info(directory), info(directory, "--size", "32x16", "--batch-size", 4)
     assert "4 pictures at once of 32x16" in large.output
     peaks = [float(table(each.output, "peak, all in memory")["decode"][0]) for each in (small, large)]

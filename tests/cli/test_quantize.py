@@ -6,7 +6,8 @@ import json
 
 import pytest
 from helpers.commands import Command
-from helpers.quantizable_model import write_pictures, write_quantizable_model
+from helpers.images import write_gradients
+from helpers.model_directories import write_trained_model
 
 from mlx_starflow.model_dir.directory import load_flow, load_text_encoder
 from mlx_starflow.model_dir.files import read_config
@@ -15,12 +16,12 @@ from mlx_starflow.model_dir.quantization import quantized_layers
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    return write_pictures(tmp_path_factory.mktemp("data") / "pictures")
+    return write_gradients(tmp_path_factory.mktemp("data") / "pictures")
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory, pictures):
-    return write_quantizable_model(tmp_path_factory.mktemp("trained") / "model", pictures, steps=2)
+    return write_trained_model(tmp_path_factory.mktemp("trained") / "model", pictures, steps=2)
 
 
 run = Command("quantize")

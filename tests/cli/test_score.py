@@ -8,8 +8,8 @@ import json
 import numpy as np
 import pytest
 from helpers.commands import Command
-from helpers.picture_models import write_pictures, write_tiny_tarflow
-from helpers.tiny_model import write_tiny_model
+from helpers.images import write_images
+from helpers.model_directories import write_class_model, write_image_model
 from PIL import Image
 
 score, classify, calibrate = Command("score"), Command("classify"), Command("calibrate")
@@ -17,15 +17,13 @@ score, classify, calibrate = Command("score"), Command("classify"), Command("cal
 
 @pytest.fixture
 def model(tmp_path):
-    return write_tiny_model(tmp_path / "model")
+    return write_image_model(tmp_path / "model")
 
 
 @pytest.fixture
 def folder(tmp_path):
     """Three pictures with captions."""
-    write_pictures(tmp_path / "pictures", 3)
-    lines = [{"file_name": f"{n}.png", "text": text} for n, text in enumerate(["a cat", "a dog", "a cat"])]
-    (tmp_path / "pictures/metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    write_images(tmp_path / "pictures", 3, [{"text": text} for text in ("a cat", "a dog", "a cat")])
     return tmp_path / "pictures"
 
 
@@ -88,10 +86,10 @@ def test_calibrating_without_captions(model, folder):
 
 
 def test_bits_of_dequantized_pixels(folder, tmp_path):
-    pixels = write_tiny_tarflow(tmp_path / "tarflow", noise_type="uniform")
+    pixels = write_class_model(tmp_path / "tarflow", noise_type="uniform")
     result = score(folder / "0.png", "-m", pixels, "--prompt", 2)
     assert "bits/pixel dim" in result.stdout and "nats per pixel dimension" in result.stdout
-    assert "bits/pixel dim" not in score(folder / "0.png", "-m", write_tiny_tarflow(tmp_path / "other")).stdout
+    assert "bits/pixel dim" not in score(folder / "0.png", "-m", write_class_model(tmp_path / "other")).stdout
 
 
 def test_classify(model, folder, tmp_path):
@@ -114,7 +112,7 @@ def test_labels_from_a_file_and_all_classes(model, folder, tmp_path):
     (tmp_path / "labels.txt").write_text("a cat\n\na dog\n")
     result = classify(folder / "0.png", "-m", model, "--label-file", tmp_path / "labels.txt", "--json", "-")
     assert json.loads(result.stdout)["labels"] == ["a cat", "a dog"]
-    pixels = write_tiny_tarflow(tmp_path / "tarflow")
+    pixels = write_class_model(tmp_path / "tarflow")
     result = classify(folder / "0.png", "-m", pixels, "--json", "-")
     assert json.loads(result.stdout)["labels"] == ["0", "1", "2"]
 

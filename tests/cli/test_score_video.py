@@ -8,8 +8,8 @@ import json
 import numpy as np
 import pytest
 from helpers.commands import Command
-from helpers.picture_models import pictures
-from helpers.tiny_model import write_tiny_model, write_tiny_video_model
+from helpers.images import smooth_images
+from helpers.model_directories import write_image_model, write_video_model
 from PIL import Image
 
 from mlx_starflow.media.videos import VideoWriter, read_video
@@ -20,7 +20,7 @@ encode, decode, edit, video = Command("encode"), Command("decode"), Command("edi
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return write_tiny_video_model(tmp_path_factory.mktemp("model"))
+    return write_video_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
@@ -29,9 +29,9 @@ def clips(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, count in {"a.mp4": 13, "b.webp": 9, "long.gif": 25}.items():
         with VideoWriter(tmp_path / name, 16) as writer:
-            for frame in pictures(count, (48, 32)):
+            for frame in smooth_images(count, (48, 32)):
                 writer.add(frame)
-    pictures(1, (48, 32))[0].save("still.png")
+    smooth_images(1, (48, 32))[0].save("still.png")
     return tmp_path
 
 
@@ -93,7 +93,7 @@ def test_classify(model, clips):
 def test_mistakes(model, clips):
     Image.new("RGB", (8, 8)).save("one.webp")
     (clips / "bad.mp4").write_bytes(b"nonsense")
-    stills = write_tiny_model(clips / "pictures")
+    stills = write_image_model(clips / "pictures")
     assert "pictures or videos" in score.mistake("a.mp4", "still.png", "-m", model)
     assert "pictures or videos" in score.mistake("one.webp", "b.webp", "-m", model)
     assert "13 or 17, not 15" in score.mistake("a.mp4", "-m", model, "--frames", 15)

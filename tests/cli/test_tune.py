@@ -7,7 +7,8 @@ import shutil
 
 import pytest
 from helpers.commands import Command
-from helpers.tiny_model import tiny_flow, write_tiny_model
+from helpers.model_directories import write_image_model
+from helpers.tiny_flows import tiny_flow
 
 from mlx_starflow import load
 from mlx_starflow.media.metadata import read_metadata
@@ -21,7 +22,7 @@ generate = Command("generate")
 
 @pytest.fixture(scope="module")
 def untuned(tmp_path_factory):
-    return write_tiny_model(tmp_path_factory.mktemp("untuned"))
+    return write_image_model(tmp_path_factory.mktemp("untuned"))
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 from helpers.commands import Command
-from helpers.tiny_model import write_tiny_model, write_tiny_video_model
+from helpers.model_directories import write_image_model, write_video_model
 from PIL import Image
 
 from mlx_starflow.media.metadata import read_metadata
@@ -16,7 +16,7 @@ video = Command("video")
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return str(write_tiny_video_model(tmp_path_factory.mktemp("model")))
+    return str(write_video_model(tmp_path_factory.mktemp("model")))
 
 
 @pytest.fixture
@@ -134,7 +134,7 @@ def test_a_still_of_a_video_model(run, model):
 
 def test_mistakes_leave_nothing(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    pictures = write_tiny_model(tmp_path / "pictures")
+    pictures = write_image_model(tmp_path / "pictures")
     before = sorted(tmp_path.iterdir())
     for words, message in [
         ([], "there is no prompt"),

@@ -20,7 +20,8 @@ from urllib.parse import unquote
 import mlx.core as mx
 import pytest
 import yaml
-from helpers.tiny_model import SPIECE, tiny_flow, write_tiny_model, write_tiny_video_model
+from helpers.model_directories import SPIECE, write_image_model, write_video_model
+from helpers.tiny_flows import tiny_flow
 
 from mlx_starflow.convert import convert_release, export_model
 from mlx_starflow.convert.archive import write_archive
@@ -150,7 +151,7 @@ def sha(text: str) -> str:
 
 def write_release(root: Path) -> None:
     """A tiny model as the release would be on the Hub, files that must not be downloaded included."""
-    model = write_tiny_model(root / "model")
+    model = write_image_model(root / "model")
     # huggingface_hub writes 10 MB at a time: only a larger file can be resumed.
     flow = load_weights(model) | {"blocks.0.attn_mask": mx.zeros((22, 1 << 20), mx.uint8)}
     write_archive(root / FLOW / CHECKPOINT, {n: Spec(w.shape, w.dtype) for n, w in flow.items()}, flow.items())
@@ -190,7 +191,7 @@ def write_release(root: Path) -> None:
 
 def write_video_release(root: Path) -> None:
     """The video model's flow in the same repository, and its autoencoder as a folder of a diffusers pipeline's."""
-    model = write_tiny_video_model(root / "video")
+    model = write_video_model(root / "video")
     shutil.copytree(root / "model/text_encoder", model / "text_encoder", dirs_exist_ok=True)
     flow = load_weights(model)
     write_archive(root / FLOW / VIDEO_CHECKPOINT, {n: Spec(w.shape, w.dtype) for n, w in flow.items()}, flow.items())

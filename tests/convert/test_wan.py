@@ -19,7 +19,7 @@ from mlx_starflow.convert.wan import WAN_VAE
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.model_dir.directory import load_vae
 from mlx_starflow.model_dir.files import Spec, load_weights, read_config
-from mlx_starflow.models.autoencoder_wan.network import AutoencoderWan, AutoencoderWanConfig
+from mlx_starflow.models.autoencoder_wan import AutoencoderWan, AutoencoderWanConfig
 
 DATA = golden_case("wan_vae")
 GOLDEN = mx.load(str(DATA / "golden.safetensors"))

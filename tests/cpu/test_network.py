@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from mlx.utils import tree_map_with_path
 
-from mlx_starflow.cpu import native
-from mlx_starflow.cpu.network import MOST_ROWS, Unsuitable
+from mlx_starflow import cpu
+from mlx_starflow.cpu.network import MOST_ROWS, NativeNetwork, Unsuitable
 from mlx_starflow.model_dir.adapters import AdaptedLinear
 from mlx_starflow.model_dir.quantization import quantize_module
 from mlx_starflow.models.flow import BlockConfig, Condition, FlowBlock
 from mlx_starflow.models.tarflow import TarFlowBlock, TarFlowBlockConfig
 from mlx_starflow.sampling.network import CompiledNetwork, cached_network
 
-pytestmark = pytest.mark.skipif(not native.available(), reason="there is no compiler, or no Linux CPU")
+pytestmark = pytest.mark.skipif(not cpu.has_fast_networks(), reason="there is no compiler, or no Linux CPU")
 
 LENGTH, PREFIX = 40, 5
 PLAIN = {"channels": 64, "head_dim": 32, "num_heads": 2, "num_kv_heads": 2}
@@ -53,7 +53,7 @@ def make(name: str) -> FlowBlock:
 
 
 def networks(name: str, batch: int = 2, block: FlowBlock | None = None) -> list:
-    """The native one and MLX's, of the same block and condition."""
+    """The one in C++ and MLX's, of the same block and condition."""
     block = block or make(name)
     text = draw(1, batch, PREFIX, 7) if block.config.txt_dim else None
     labels = mx.arange(batch) % 4 if name.startswith("tarflow") else None
@@ -65,11 +65,11 @@ def networks(name: str, batch: int = 2, block: FlowBlock | None = None) -> list:
         rope_frequencies = mx.cos(angles) + 1j * mx.sin(angles)
     temperature = mx.array([0.8, 1.3] * (batch // 2)).reshape(-1, 1, 1, 1) if batch > 1 else 1.2
     arguments = (block, batch, LENGTH, rope_frequencies, condition, temperature)
-    return [native.network(*arguments), CompiledNetwork(*arguments)]
+    return [cpu.fast_network(*arguments), CompiledNetwork(*arguments)]
 
 
 def run(network, tokens: mx.array) -> np.ndarray:
-    return np.array(network(network.own(tokens)))
+    return np.array(network(tokens))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -103,7 +103,7 @@ def test_many_rows_and_long_texts_go_in_parts():
 def test_trimmed_tokens_are_forgotten():
     x, other = draw(3, 2, LENGTH, 3), draw(4, 2, LENGTH, 3)
     network, fresh = networks("text")[0], networks("text")[0]
-    network.remember(network.own(other))
+    network.remember(other)
     network.trim(LENGTH - 3)
     assert network.known == 3
     network.trim(3)
@@ -118,12 +118,12 @@ def test_more_tokens_than_there_is_room_for():
 
 def test_several_callers_at_once():
     x = draw(3, 2, LENGTH, 3)
-    mx.eval(x)
+    pieces = [x[:, n : n + 2] for n in range(0, LENGTH, 2)]
+    mx.eval(pieces)
     block = make("modern")
     callers = [networks("modern", block=block)[0] for _ in range(4)]
-    tokens = callers[0].own(x)
     with ThreadPoolExecutor(4) as pool:
-        results = list(pool.map(lambda network: [network(tokens[:, n : n + 2]) for n in range(0, LENGTH, 2)], callers))
+        results = list(pool.map(lambda network: [np.array(network(tokens)) for tokens in pieces], callers))
     assert all(np.array_equal(a, b) for result in results for a, b in zip(result, results[0], strict=True))
 
 
@@ -132,7 +132,7 @@ def test_infinite_guesses_stay_where_they_are():
     network, fresh = networks("plain")[0], networks("plain")[0]
     expected = run(fresh, mx.array(x))
     x[:, 21:] = np.inf
-    actual = network(x)
+    actual = run(network, mx.array(x))
     assert np.array_equal(actual[:, :20], expected[:, :20])
     assert not np.isfinite(actual[:, 21:]).any()
 
@@ -192,7 +192,7 @@ def test_mlx_computes_what_cpp_does_not_know(block):
     block = block()
     arguments = (block, 1, 4, None, Condition(), 1.0)
     with pytest.raises(Unsuitable):
-        native.NativeNetwork(*arguments)
+        NativeNetwork(*arguments)
     network = cached_network(*arguments)
     assert isinstance(network, CompiledNetwork)
     assert np.isfinite(np.array(network(mx.zeros((1, 1, 3))).astype(mx.float32))).all()

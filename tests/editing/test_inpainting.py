@@ -7,15 +7,16 @@ import math
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers.model_directories import message
-from helpers.picture_models import pictures, write_tiny_tarflow
-from helpers.tiny_model import tiny_flow as random_flow
+from helpers.commands import message
+from helpers.images import smooth_images
+from helpers.model_directories import write_class_model
+from helpers.tiny_flows import tiny_flow
 from PIL import Image
 
 from mlx_starflow.editing import Trace, inpaint, read_mask
 from mlx_starflow.editing.inpainting import Chain
 from mlx_starflow.editing.maps import noise_to_tokens
-from mlx_starflow.pipelines.picture_flow import open_picture_flow
+from mlx_starflow.pipelines import load, open_model
 from mlx_starflow.sampling import GuidedFlow
 
 RIGHT = "4,0,4,8"
@@ -29,7 +30,7 @@ def generators(count: int) -> list[np.random.Generator]:
 
 
 def test_what_is_kept_stays(model):
-    (image,) = pictures(1)
+    (image,) = smooth_images(1)
     result = inpaint(model, image, read_mask(RIGHT, (8, 8)), "1", steps=3, rounds=2, images=2, seed=4)
     before = np.asarray(image)
     for painted in result.images:
@@ -37,13 +38,13 @@ def test_what_is_kept_stays(model):
         assert np.array_equal(after[:, :4], before[:, :4])
         assert (after[:, 4:] != before[:, 4:]).any()
     assert (np.asarray(result.images[0]) != np.asarray(result.images[1])).any()
-    assert result.data.shape == model.data([image, image]).shape
+    assert result.data.shape == model.to_data([image, image]).shape
     assert result.trace.accepted.shape == (6, 2) and result.trace.nll.shape == (7, 2)
     assert 0 <= result.trace.rate <= 1
 
 
 def test_a_seed_is_one_picture_in_any_company(model):
-    (image,) = pictures(1)
+    (image,) = smooth_images(1)
     mask = read_mask("0,0,8,3", (8, 8))
     together = inpaint(model, image, mask, steps=3, rounds=1, images=3, seed=7)
     alone = inpaint(model, image, mask, steps=3, rounds=1, seed=8)
@@ -53,7 +54,7 @@ def test_a_seed_is_one_picture_in_any_company(model):
 
 
 def test_what_lies_under_the_mask_does_not_matter(model):
-    first, second = pictures(2)
+    first, second = smooth_images(2)
     mask = read_mask(RIGHT, (8, 8))
     mixed = Image.composite(second, first, mask)
     results = [inpaint(model, each, mask, steps=2, rounds=1).images[0] for each in (first, mixed)]
@@ -61,7 +62,7 @@ def test_what_lies_under_the_mask_does_not_matter(model):
 
 
 def test_other_sizes(latent_flow):
-    (image,) = pictures(1, (32, 16))
+    (image,) = smooth_images(1, (32, 16))
     mask = read_mask("0,0,10,16", image.size)
     result = inpaint(latent_flow, image, mask, steps=1, rounds=1, size=(16, 8))
     assert result.images[0].size == (16, 8)
@@ -70,19 +71,19 @@ def test_other_sizes(latent_flow):
 
 
 def test_dequantized_pixels(tmp_path):
-    flow = open_picture_flow(write_tiny_tarflow(tmp_path / "model", noise_type="uniform", num_classes=0))
-    (image,) = pictures(1)
+    flow = open_model(write_class_model(tmp_path / "model", noise_type="uniform", num_classes=0))
+    (image,) = smooth_images(1)
     result = inpaint(flow, image, read_mask(RIGHT, (8, 8)), steps=2, rounds=1)
     assert np.array_equal(np.asarray(result.images[0])[:, :4], np.asarray(image)[:, :4])
 
 
 def test_low_memory_holds_one_network_at_a_time(latent_flow):
-    (image,) = pictures(1)
+    (image,) = smooth_images(1)
     mask = read_mask(RIGHT, (8, 8))
-    frugal = open_picture_flow(latent_flow.directory, low_memory=True)
+    frugal = load(latent_flow.directory, low_memory=True)
     images = [inpaint(model, image, mask, "a", steps=2, rounds=2).images[0] for model in (frugal, latent_flow)]
     assert np.array_equal(*map(np.asarray, images))
-    assert set(vars(frugal.pipe)) & {"flow", "_text", "vae"} == {"vae"}
+    assert frugal.backend.held == {"vae"}
 
 
 @pytest.mark.parametrize(
@@ -98,15 +99,15 @@ def test_low_memory_holds_one_network_at_a_time(latent_flow):
     ],
 )
 def test_settings_out_of_range(model, options, reason):
-    assert reason in message(inpaint, model, pictures(1)[0], read_mask(RIGHT, (8, 8)), **options)
+    assert reason in message(inpaint, model, smooth_images(1)[0], read_mask(RIGHT, (8, 8)), **options)
 
 
 def test_masks_that_do_not_fit(latent_flow):
-    (image,) = pictures(1)
+    (image,) = smooth_images(1)
     assert "must have the same size" in message(inpaint, latent_flow, image, Image.new("L", (4, 4), 255))
     everywhere = Image.fromarray(np.tile(np.uint8([[255, 0]]), (8, 4)))
     assert "touches every token" in message(inpaint, latent_flow, image, everywhere)
-    (wide,) = pictures(1, (24, 8))
+    (wide,) = smooth_images(1, (24, 8))
     outside = read_mask("0,0,4,8", wide.size)
     assert "nothing free" in message(inpaint, latent_flow, wide, outside)
 
@@ -116,7 +117,7 @@ def test_masks_that_do_not_fit(latent_flow):
 
 def one_block(flip: bool) -> Chain:
     """256 chains over a flow of one block whose first four tokens, in data order, are free."""
-    flow = random_flow(layers_per_block=[1], seq_order="L2R" if flip else "R2L", txt_size=0, txt_dim=0)
+    flow = tiny_flow(layers_per_block=[1], seq_order="L2R" if flip else "R2L", txt_size=0, txt_dim=0)
     flow.blocks[0].proj_out.weight = 5 * flow.blocks[0].proj_out.weight
     free = np.arange(16) < 4
     return Chain(flow, (256, 4, 4, 4), None, free)
@@ -166,7 +167,7 @@ def test_samples_stay_samples(accept):
 
 
 def test_a_first_state_keeps_what_is_kept(model):
-    data = model.data(pictures(2))
+    data = model.to_data(smooth_images(2))
     free = np.arange(16) % 4 > 1
     chain = Chain(model.flow, data.shape, model.conditions(["1", ""]), free)
     kept = model.flow.tokens(mx.array(data))
@@ -176,7 +177,7 @@ def test_a_first_state_keeps_what_is_kept(model):
 
 
 def test_states_under_a_condition(model):
-    shape = model.data(pictures(1)).shape
+    shape = model.to_data(smooth_images(1)).shape
     chain = Chain(model.flow, shape, model.conditions(["2"]), np.arange(16) < 8)
     assert isinstance(chain.guided, GuidedFlow)
     zeros = mx.zeros(model.flow.tokens(mx.zeros(shape)).shape)
@@ -193,8 +194,8 @@ def test_traces_join_where_they_meet():
 
 @pytest.mark.slow
 def test_the_embedded_model_restores_half_an_apple():
-    model = open_picture_flow("demo")
-    image = model.pipe.generate("red apple", seed=1).images[0]
+    model = load("demo")
+    image = model.generate("red apple", seed=1).images[0]
     result = inpaint(model, image, read_mask("32,0,32,64", (64, 64)), "red apple", steps=10, rounds=2)
     assert result.trace.nll[-1, 0] < result.trace.nll[0, 0]
     difference = np.asarray(result.images[0]).astype(float) - np.asarray(image)

@@ -7,25 +7,25 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers.model_directories import message
-from helpers.picture_models import pictures, write_tiny_tarflow
-from helpers.tiny_model import write_tiny_video_model
+from helpers.commands import message
+from helpers.images import smooth_images
+from helpers.model_directories import write_class_model, write_video_model
 from safetensors.numpy import save_file
 
 from mlx_starflow.editing import Encoded, decode, encode
 from mlx_starflow.media.noise import load_noise, save_noise
-from mlx_starflow.pipelines.picture_flow import open_picture_flow
+from mlx_starflow.pipelines import open_model
 from mlx_starflow.sampling import sample
 
 
 def test_there_and_back(model):
-    images = pictures(3)
+    images = smooth_images(3)
     encoded, trip = encode(model, images, ["1", "", "2"], batch_size=2)
-    data = model.data(images)
+    data = model.to_data(images)
     assert trip.flow_max < 1e-3 and 0 < trip.flow_rms <= trip.flow_max
     again, back = decode(model, encoded, batch_size=2)
     np.testing.assert_allclose(back, data, atol=1e-3)
-    for image, expected in zip(again, model.images(data), strict=True):
+    for image, expected in zip(again, model.to_images(data), strict=True):
         assert np.abs(np.asarray(image).astype(int) - np.asarray(expected)).max() <= 1
     # It is the noise that the sampler takes.
     x = sample(model.flow, mx.array(encoded.noise), model.conditions(encoded.prompts))
@@ -33,8 +33,9 @@ def test_there_and_back(model):
 
 
 def test_what_the_autoencoder_loses_is_told_apart(latent_flow, pixel_flow):
-    images = pictures(2)
-    lost = [np.asarray(a, float) - b for a, b in zip(latent_flow.images(latent_flow.data(images)), images, strict=True)]
+    images = smooth_images(2)
+    back = latent_flow.to_images(latent_flow.to_data(images))
+    lost = [np.asarray(a, float) - b for a, b in zip(back, images, strict=True)]
     trip = encode(latent_flow, images)[1]
     assert trip.autoencoder_rms == pytest.approx(np.sqrt(np.square(lost).mean()), rel=1e-4)
     assert encode(pixel_flow, images)[1].autoencoder_rms == 0
@@ -43,16 +44,16 @@ def test_what_the_autoencoder_loses_is_told_apart(latent_flow, pixel_flow):
 
 
 def test_guided_maps(model):
-    images = pictures(2)
+    images = smooth_images(2)
     plain = encode(model, images, "1", check=False)[0]
     guided, trip = encode(model, images, "1", guidance=1.5)
     assert guided.guidance == 1.5 and trip.flow_max < 1e-3
     assert np.abs(guided.noise - plain.noise).max() > 1e-3
-    np.testing.assert_allclose(decode(model, guided)[1], model.data(images), atol=1e-3)
+    np.testing.assert_allclose(decode(model, guided)[1], model.to_data(images), atol=1e-3)
 
 
 def test_training_noise_and_denoising(model):
-    images = pictures(2)
+    images = smooth_images(2)
     noisy = encode(model, images, "1", noise_seed=3, check=False)[0]
     assert np.abs(noisy.noise - encode(model, images, "1", check=False)[0].noise).max() > 1e-3
     rough, clean = (decode(model, noisy, denoise=denoise)[1] for denoise in (False, True))
@@ -60,13 +61,13 @@ def test_training_noise_and_denoising(model):
 
 
 def test_another_prompt_on_the_way_back(model):
-    encoded, _ = encode(model, pictures(1), "1", check=False)
+    encoded, _ = encode(model, smooth_images(1), "1", check=False)
     _, other = decode(model, replace(encoded, prompts=[""]))
-    assert np.abs(other - model.data(pictures(1))).max() > 1e-3
+    assert np.abs(other - model.to_data(smooth_images(1))).max() > 1e-3
 
 
 def test_files(latent_flow, tmp_path):
-    encoded, _ = encode(latent_flow, pictures(2), ["a", "b"], guidance=0.5, check=False)
+    encoded, _ = encode(latent_flow, smooth_images(2), ["a", "b"], guidance=0.5, check=False)
     path = tmp_path / "noise.safetensors"
     encoded.save(path)
     found = Encoded.load(path)
@@ -94,29 +95,29 @@ def test_damaged_files(tmp_path):
 
 
 def test_mistakes(model):
-    assert "there are 2 prompts for 3 pictures" in message(encode, model, pictures(3), ["1", "2"])
+    assert "there are 2 prompts for 3 pictures" in message(encode, model, smooth_images(3), ["1", "2"])
     assert "there are no pictures" in message(encode, model, [])
 
 
 def test_learned_variances(tmp_path):
-    flow = open_picture_flow(write_tiny_tarflow(tmp_path / "model", nvp=False, num_classes=0))
-    encoded, trip = encode(flow, pictures(1))
+    flow = open_model(write_class_model(tmp_path / "model", nvp=False, num_classes=0))
+    encoded, trip = encode(flow, smooth_images(1))
     assert trip.flow_max < 1e-3 and encoded.noise.shape == (1, 16, 12)
     assert "shape" in message(decode, flow, replace(encoded, noise=encoded.noise[:, :8]))
 
 
 @pytest.fixture(scope="module")
 def video_flow(tmp_path_factory):
-    return open_picture_flow(write_tiny_video_model(tmp_path_factory.mktemp("video")))
+    return open_model(write_video_model(tmp_path_factory.mktemp("video")))
 
 
 def test_videos_there_and_back(video_flow):
-    videos = [pictures(9, (48, 32)), pictures(9, (48, 32))[::-1]]
+    videos = [smooth_images(9, (48, 32)), smooth_images(9, (48, 32))[::-1]]
     encoded, trip = encode(video_flow, videos, ["a cat", ""])
     assert encoded.noise.shape == (2, 3, 2, 3, 4)
     assert trip.flow_max < 1e-3 and trip.autoencoder_rms > 1
     again, data = decode(video_flow, encoded)
-    np.testing.assert_allclose(data, video_flow.data(videos), atol=1e-3)
+    np.testing.assert_allclose(data, video_flow.to_data(videos), atol=1e-3)
     # The autoencoder's part is what it loses by itself.
     given = np.concatenate([np.stack(frames) for frames in videos]).astype(np.float32)
     made = np.concatenate([np.stack(frames) for frames in again]).astype(np.float32)
@@ -127,11 +128,11 @@ def test_videos_there_and_back(video_flow):
 
 
 def test_the_video_sampler_takes_encoded_noise(video_flow):
-    frames = pictures(9, (48, 32))
+    frames = smooth_images(9, (48, 32))
     encoded, _ = encode(video_flow, [frames], "a cat", check=False)
     options = {"frames": 9, "size": (48, 32), "temperature": 1.0, "guidance": 0.0, "denoise": False}
-    result = video_flow.pipe.generate("a cat", noise=encoded.noise, **options)
-    np.testing.assert_allclose(np.array(result.latents), video_flow.data([frames]), atol=1e-3)
+    result = video_flow.generate("a cat", noise=encoded.noise, **options)
+    np.testing.assert_allclose(np.array(result.latents), video_flow.to_data([frames]), atol=1e-3)
 
 
 def test_noise_of_too_long_a_video(video_flow):

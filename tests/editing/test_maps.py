@@ -5,10 +5,11 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.tiny_flows import tiny_case
 
 from mlx_starflow.editing.maps import BlendedFlow, cleaned, from_noise, to_noise
 from mlx_starflow.models.tarflow import TarFlow
-from mlx_starflow.sampling import GuidedFlow, denoise, sample
+from mlx_starflow.sampling import GuidedFlow, SamplingOptions, denoise, sample
 
 
 def close(first: mx.array, second: mx.array, tolerance: float = 2e-4) -> bool:
@@ -31,9 +32,9 @@ def conditions(tiny) -> tuple[mx.array, mx.array]:
 
 
 @pytest.fixture(params=["softplus", "exp_all_text", "shifted", "reversed", "language_model", "tarflow"])
-def reading(request, tiny_flow):
+def reading(request):
     """A tiny flow that reads a condition."""
-    return tiny_flow(request.param)
+    return tiny_case(request.param)
 
 
 def test_strength_leads_from_one_condition_to_the_other(reading):
@@ -67,14 +68,14 @@ def test_each_sample_can_have_its_own_strength(reading):
 
 def test_guided_maps_are_invertible(reading):
     null = mx.array([-1]) if isinstance(reading.flow, TarFlow) else reading.null_text
-    guided = GuidedFlow(reading.flow, reading.x.shape, conditions(reading)[0], null, 1.0)
+    guided = GuidedFlow(reading.flow, reading.x.shape, conditions(reading)[0], null, SamplingOptions(1.0))
     z = to_noise(guided, reading.x)
     assert not close(z, reading.noise(reading.flow(reading.x, conditions(reading)[0]).z), 1e-3)
     assert close(from_noise(guided, z), reading.x)
 
 
-def test_uniform_noise_is_not_cleaned(tiny_flow):
-    tiny = tiny_flow("tarflow")
+def test_uniform_noise_is_not_cleaned():
+    tiny = tiny_case("tarflow")
     assert close(cleaned(tiny.flow, tiny.x, tiny.text), denoise(tiny.flow, tiny.x, tiny.text))
     tiny.flow.config.noise_type = "uniform"
     assert cleaned(tiny.flow, tiny.x, tiny.text) is tiny.x

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from helpers.model_directories import message
+from helpers.commands import message
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image

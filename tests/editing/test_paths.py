@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from helpers.model_directories import message
-from helpers.picture_models import pictures, write_tiny_tarflow
+from helpers.commands import message
+from helpers.images import smooth_images
+from helpers.model_directories import write_class_model
 
 from mlx_starflow.editing import interpolate, reprompt, vary
 from mlx_starflow.editing.paths import slerp
-from mlx_starflow.pipelines.picture_flow import open_picture_flow
+from mlx_starflow.pipelines import open_model
 from mlx_starflow.sampling import denoise, sample
 
 
 def test_reprompt(model):
-    (image,) = pictures(1)
-    data = model.data([image])[0]
+    (image,) = smooth_images(1)
+    data = model.to_data([image])[0]
     edit = reprompt(model, image, "0", "2", [0.0, 0.5, 1.0, 1.5], batch_size=3)
     assert edit.places == [0.0, 0.5, 1.0, 1.5] and len(edit.images) == 4
     np.testing.assert_allclose(edit.data[0], data, atol=1e-3)
@@ -25,15 +26,15 @@ def test_reprompt(model):
 
 
 def test_the_same_prompt_gives_the_picture_back(model):
-    (image,) = pictures(1)
+    (image,) = smooth_images(1)
     edit = reprompt(model, image, "1", "1", [0.0, 0.7, 1.0])
     for each in edit.data:
-        np.testing.assert_allclose(each, model.data([image])[0], atol=1e-3)
+        np.testing.assert_allclose(each, model.to_data([image])[0], atol=1e-3)
 
 
 def test_vary(model):
-    (image,) = pictures(1)
-    data = model.data([image])[0]
+    (image,) = smooth_images(1)
+    data = model.to_data([image])[0]
     edit = vary(model, image, "1", [0.0, 0.5, 1.0], images=2, seed=3, batch_size=4)
     assert edit.places == [0.0, 0.5, 1.0] * 2
     for start in (0, 3):
@@ -46,7 +47,7 @@ def test_vary(model):
 def test_full_strength_is_a_sample(latent_flow):
     from mlx_starflow.media.noise import draw_noise
 
-    (image,) = pictures(1)
+    (image,) = smooth_images(1)
     edit = vary(latent_flow, image, "a cat", [1.0], temperature=0.5, seed=9)
     text = latent_flow.conditions(["a cat"])
     noise = 0.5 * draw_noise([9], edit.data.shape[1:])
@@ -57,7 +58,7 @@ def test_full_strength_is_a_sample(latent_flow):
 
 
 def test_the_models_own_temperature(latent_flow):
-    (image,) = pictures(1)
+    (image,) = smooth_images(1)
     assert latent_flow.temperature == 0.8
     own, given = (vary(latent_flow, image, "a", [0.6], temperature=each).data for each in (None, 0.8))
     assert np.array_equal(own, given)
@@ -65,19 +66,19 @@ def test_the_models_own_temperature(latent_flow):
 
 @pytest.mark.parametrize("prompts", [("0", "1"), ("2", "2"), ("", "")])
 def test_interpolation_has_the_pictures_at_its_ends(model, prompts):
-    first, second = pictures(2)
+    first, second = smooth_images(2)
     edit = interpolate(model, first, second, prompts, [0.0, 0.4, 1.0])
-    ends = model.data([first, second])
+    ends = model.to_data([first, second])
     np.testing.assert_allclose(edit.data[[0, 2]], ends, atol=1e-3)
     assert np.abs(edit.data[1] - ends).reshape(2, -1).max(axis=1).min() > 1e-2
 
 
 def test_no_condition_at_all(tmp_path):
-    flow = open_picture_flow(write_tiny_tarflow(tmp_path / "model", num_classes=0))
-    first, second = pictures(2)
+    flow = open_model(write_class_model(tmp_path / "model", num_classes=0))
+    first, second = smooth_images(2)
     edit = interpolate(flow, first, second, shares=[0.0, 1.0])
-    np.testing.assert_allclose(edit.data, flow.data([first, second]), atol=1e-3)
-    np.testing.assert_allclose(vary(flow, first, strengths=[0.0]).data, flow.data([first]), atol=1e-3)
+    np.testing.assert_allclose(edit.data, flow.to_data([first, second]), atol=1e-3)
+    np.testing.assert_allclose(vary(flow, first, strengths=[0.0]).data, flow.to_data([first]), atol=1e-3)
     assert "reads no prompts" in message(reprompt, flow, first, "", "")
 
 
@@ -95,7 +96,7 @@ def test_slerp():
 
 
 def test_mistakes(model):
-    first, second = pictures(2)
+    first, second = smooth_images(2)
     assert "must be numbers, 0 or more" in message(reprompt, model, first, "0", "1", [-0.1])
     assert "must be numbers, 0 to 1" in message(vary, model, first, "0", [1.1])
     assert "must be numbers, 0 to 1" in message(interpolate, model, first, second, shares=[float("nan")])

@@ -1,10 +1,14 @@
-"""Running one subcommand of `mlx-starflow` in a test."""
+"""Running one subcommand of `mlx-starflow`, and what a user's mistake says."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import pytest
 from click.testing import CliRunner, Result
 
 from mlx_starflow.cli import main
+from mlx_starflow.errors import StarflowError
 
 
 class Command:
@@ -24,3 +28,11 @@ class Command:
         assert result.stderr.startswith("Error: ")
         assert result.stderr.count("\n") == 1
         return result.stderr
+
+
+def message(function: Callable[..., object], *args: object, **options: object) -> str:
+    """The one line of the StarflowError that this call raises."""
+    with pytest.raises(StarflowError) as error:
+        function(*args, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)

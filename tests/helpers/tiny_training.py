@@ -7,9 +7,9 @@ import numpy as np
 
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
 from mlx_starflow.models.t5 import T5Config, T5Encoder
-from mlx_starflow.training.data.image_folder import Order
-from mlx_starflow.training.loop.objective import context_keep, context_share
-from mlx_starflow.training.loop.trainer import TrainingConfig
+from mlx_starflow.training.config import TrainingConfig
+from mlx_starflow.training.data.batches import Order
+from mlx_starflow.training.data.dropout import context_mask, context_share
 from mlx_starflow.training.recipes.text import TextFlow, initialize_text_encoder
 
 FLOW = {
@@ -38,7 +38,7 @@ class TinyData:
         return {
             "latents": self.latents[chosen],
             "noise": rng.standard_normal((len(chosen), 4, 4, 2), dtype=np.float32),
-            "keep": context_keep(rng, len(chosen), 16, share, config.context_partial),
+            "context_mask": context_mask(rng, len(chosen), 16, share, config.context_partial),
             "ids": ids.astype(np.int32),
             "mask": (ids != 0).astype(np.int32),
         }

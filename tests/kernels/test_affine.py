@@ -8,24 +8,24 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_starflow.kernels.affine import RULES, affine_forward, affine_inverse, predict
+from mlx_starflow.kernels.affine import GUIDANCE_MODES, AffineMap, affine_forward, affine_inverse, predict
 from mlx_starflow.sampling import guidance
 
 WEIGHT = 1.7
 BOUND = 4e-6 if mx.metal.is_available() else 1e-6
-"""Of the difference between kernel and plain MLX, relative to the terms. Metal's own exp, log and tanh are good to 4 ulp."""
+"""Difference of the kernel from plain MLX, relative to the terms. Metal's own exp, log and tanh are good to 4 ulp."""
 
 SHAPES = [(1, 1, 1), (2, 1, 16), (3, 7, 5), (1, 37, 11)]
 DTYPES = [mx.float32, mx.float16, mx.bfloat16]
 PARAMETRIZATIONS = [(0.0, False), (0.0, True), (4.0, False), (4.0, True)]
-GUIDED = [(None, "ab"), ("quotient", "ab"), ("extrapolate", "ab"), ("extrapolate", "a"), ("extrapolate", "b")]
+GUIDED = [(None, "ab"), ("starflow", "ab"), ("tarflow", "ab"), ("tarflow", "a"), ("tarflow", "b")]
 
 
 def normal(key: int, *shape: int) -> mx.array:
     return mx.random.normal(shape, key=mx.random.key(key))
 
 
-def raw_outputs(batch: int, length: int, channels: int, dtype: mx.Dtype = mx.float32) -> mx.array:
+def draw_parameters(batch: int, length: int, channels: int, dtype: mx.Dtype = mx.float32) -> mx.array:
     return (2 * normal(0, batch, length, 2 * channels)).astype(dtype)
 
 
@@ -38,19 +38,19 @@ def annealed(batch: int, length: int, per_sample: bool) -> mx.array:
     )
 
 
-def numpy_map(raw: mx.array, clip: float, softplus: bool) -> tuple[np.ndarray, np.ndarray]:
+def numpy_map(parameters: mx.array, clip: float, softplus: bool) -> tuple[np.ndarray, np.ndarray]:
     """(mu, log sigma) in double precision."""
-    values = np.array(raw.astype(mx.float32), np.float64)
+    values = np.array(parameters.astype(mx.float32), np.float64)
     if clip:
         values = clip * np.tanh(values / clip)
     scale, mu = np.split(values, 2, axis=-1)
     return mu, np.log(np.log1p(np.exp(scale + math.log(math.e - 1)))) if softplus else scale
 
 
-def sizes(raw: mx.array, clip: float, softplus: bool, rule: str | None) -> tuple[np.ndarray, np.ndarray]:
+def sizes(parameters: mx.array, clip: float, softplus: bool, mode: str | None) -> tuple[np.ndarray, np.ndarray]:
     """How large the terms are that a token's mu and its log sigma are sums of, at least 1."""
-    mu, log_sigma = (np.maximum(np.abs(part), 1) for part in numpy_map(raw, clip, softplus))
-    if rule is None:
+    mu, log_sigma = (np.maximum(np.abs(part), 1) for part in numpy_map(parameters, clip, softplus))
+    if mode is None:
         return mu, log_sigma
     both = [(1 + 3 * WEIGHT) * sum(np.split(part, 2)) for part in (mu, log_sigma)]
     return both[0], both[1]
@@ -64,30 +64,30 @@ def check(actual: mx.array, expected: mx.array, size: np.ndarray) -> None:
 @pytest.mark.parametrize(("clip", "softplus"), PARAMETRIZATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_plain_version_is_the_formula(clip, softplus, dtype):
-    raw, x = raw_outputs(2, 5, 3, dtype), normal(1, 2, 5, 3)
-    mu, log_sigma = numpy_map(raw, clip, softplus)
-    z, log_det = affine_forward(raw, x, clip, softplus)
+    parameters, x = draw_parameters(2, 5, 3, dtype), normal(1, 2, 5, 3)
+    mu, log_sigma = numpy_map(parameters, clip, softplus)
+    z, log_det = affine_forward(parameters, x, AffineMap(clip, softplus))
     assert z.dtype == log_det.dtype == mx.float32
     assert np.abs(np.array(log_det) + log_sigma).max() < 2e-6
     expected = (np.array(x) - mu) * np.exp(-log_sigma)
     assert (np.abs(np.array(z) - expected) <= 2e-5 * np.maximum(np.abs(expected), 1)).all()
-    back = affine_inverse(raw, z, clip, softplus)
+    back = affine_inverse(parameters, z, AffineMap(clip, softplus))
     assert np.abs(np.array(back - x)).max() < 2e-5
-    for actual, wanted in zip(predict(raw, clip, softplus), (mu, log_sigma), strict=True):
+    for actual, wanted in zip(predict(parameters, AffineMap(clip, softplus)), (mu, log_sigma), strict=True):
         assert np.abs(np.array(actual) - wanted).max() < 2e-6
 
 
 @pytest.mark.parametrize("weight", [WEIGHT, "annealed"])
 def test_guidance_is_that_of_the_samplers(weight):
-    raw, z = raw_outputs(4, 5, 3), normal(1, 2, 5, 3)
+    parameters, z = draw_parameters(4, 5, 3), normal(1, 2, 5, 3)
     weight = annealed(2, 5, False) if weight == "annealed" else weight
-    with_condition, without = (predict(half, 4.0, True) for half in mx.split(raw, 2))
-    for name, what in GUIDED[1:]:
-        mu, log_sigma = guidance.guidance_rule(name, what)(*with_condition, *without, weight)
-        actual = predict(raw, 4.0, True, name, weight, what)
+    with_condition, without = (predict(half, AffineMap(4.0, True)) for half in mx.split(parameters, 2))
+    for name, target in GUIDED[1:]:
+        mu, log_sigma = guidance.guidance_function(name, target)(*with_condition, *without, weight)
+        actual = predict(parameters, AffineMap(4.0, True), name, weight, target)
         assert np.array_equal(np.array(actual[0]), np.array(mu))
         assert np.array_equal(np.array(actual[1]), np.array(log_sigma))
-        x = affine_inverse(raw, z, 4.0, True, name, weight, what)
+        x = affine_inverse(parameters, z, AffineMap(4.0, True), name, weight, target)
         assert np.array_equal(np.array(x), np.array(z * mx.exp(log_sigma) + mu))
 
 
@@ -95,33 +95,33 @@ def test_guidance_is_that_of_the_samplers(weight):
 def test_forward_kernel_is_the_plain_version(kernels_on, clip, softplus):
     for dtype in DTYPES:
         for batch, length, channels in SHAPES:
-            raw, x = raw_outputs(batch, length, channels, dtype), normal(1, batch, length, channels)
+            parameters, x = draw_parameters(batch, length, channels, dtype), normal(1, batch, length, channels)
             with kernels_on():
-                z, log_det = affine_forward(raw, x, clip, softplus)
-            expected = affine_forward(raw, x, clip, softplus)
-            mean, scale = sizes(raw, clip, softplus, None)
+                z, log_det = affine_forward(parameters, x, AffineMap(clip, softplus))
+            expected = affine_forward(parameters, x, AffineMap(clip, softplus))
+            mean, scale = sizes(parameters, clip, softplus, None)
             check(log_det, expected[1], scale)
             inverse = np.exp(np.array(expected[1], np.float64))
             check(z, expected[0], scale * (np.abs(np.array(x)) + mean) * inverse)
 
 
-@pytest.mark.parametrize(("rule", "what"), GUIDED)
+@pytest.mark.parametrize(("mode", "target"), GUIDED)
 @pytest.mark.parametrize(("clip", "softplus"), PARAMETRIZATIONS)
-def test_inverse_kernels_are_the_plain_versions(kernels_on, clip, softplus, rule, what):
+def test_inverse_kernels_are_the_plain_versions(kernels_on, clip, softplus, mode, target):
     for number, (batch, length, channels) in enumerate(SHAPES):
-        raw = raw_outputs(batch * (2 if rule else 1), length, channels, DTYPES[(number + 1) % 3])
+        parameters = draw_parameters(batch * (2 if mode else 1), length, channels, DTYPES[(number + 1) % 3])
         z = normal(1, batch, length, channels)
         weights = (WEIGHT, annealed(batch, length, False), annealed(batch, length, True))
-        arguments = (clip, softplus, rule, weights[number % 3], what)
+        arguments = (AffineMap(clip, softplus), mode, weights[number % 3], target)
         with kernels_on():
-            mu, log_sigma = predict(raw, *arguments)
-            x = affine_inverse(raw, z, *arguments)
-        expected = predict(raw, *arguments)
-        mean, scale = sizes(raw, clip, softplus, rule)
+            mu, log_sigma = predict(parameters, *arguments)
+            x = affine_inverse(parameters, z, *arguments)
+        expected = predict(parameters, *arguments)
+        mean, scale = sizes(parameters, clip, softplus, mode)
         check(mu, expected[0], mean)
         check(log_sigma, expected[1], scale)
         sigma = np.exp(np.array(expected[1], np.float64))
-        check(x, affine_inverse(raw, z, *arguments), mean + np.abs(np.array(z)) * sigma * scale)
+        check(x, affine_inverse(parameters, z, *arguments), mean + np.abs(np.array(z)) * sigma * scale)
 
 
 @pytest.mark.parametrize(("clip", "softplus"), PARAMETRIZATIONS)
@@ -129,16 +129,16 @@ def test_extreme_outputs(kernels_on, clip, softplus):
     """No overflow in between, and a NaN stays one."""
     values = [0.0, -0.0, 1e-30, 20.0, -20.0, 88.0, -60.0, 1e4, 1e30, -1e30, math.inf, -math.inf, math.nan]
     grid = np.array([(a, b) for a in values for b in values], np.float32)
-    raw = mx.array(np.concatenate([grid, grid[::-1]])[:, None])
+    parameters = mx.array(np.concatenate([grid, grid[::-1]])[:, None])
     z = mx.ones((len(grid), 1, 1))
-    for rule in (None, *RULES):
-        part = raw if rule else raw[: len(grid)]
-        arguments = (clip, softplus, rule, WEIGHT)
+    for mode in (None, *GUIDANCE_MODES):
+        part = parameters if mode else parameters[: len(grid)]
+        arguments = (AffineMap(clip, softplus), mode, WEIGHT)
         with kernels_on():
             actual = [*predict(part, *arguments), affine_inverse(part, z, *arguments)]
         expected = [*predict(part, *arguments), affine_inverse(part, z, *arguments)]
-        if not rule:
-            assert np.isfinite(np.array(predict(mx.array([[[1e4, 1e4]]]), clip, softplus))).all()
+        if not mode:
+            assert np.isfinite(np.array(predict(mx.array([[[1e4, 1e4]]]), AffineMap(clip, softplus)))).all()
         mu = np.abs(np.array(expected[0]))
         for found, wanted in zip(map(np.array, actual), map(np.array, expected), strict=True):
             assert np.array_equal(np.isnan(found), np.isnan(wanted))
@@ -149,18 +149,24 @@ def test_extreme_outputs(kernels_on, clip, softplus):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rule", "what"), GUIDED)
-def test_gradients_are_those_of_the_plain_version(kernels_on, rule, what, dtype):
-    raw, x = raw_outputs(2 if rule is None else 4, 3, 5, dtype), normal(1, 2, 3, 5)
+@pytest.mark.parametrize(("mode", "target"), GUIDED)
+def test_gradients_are_those_of_the_plain_version(kernels_on, mode, target, dtype):
+    parameters, x = draw_parameters(2 if mode is None else 4, 3, 5, dtype), normal(1, 2, 3, 5)
     weight = annealed(2, 3, False)
     cotangents = [normal(key, 2, 3, 5) for key in (2, 3)]
 
     def gradients() -> list[mx.array]:
-        arguments = (4.0, True, rule, weight, what)
-        found = mx.vjp(lambda raw, x: affine_inverse(raw, x, *arguments), [raw, x], cotangents[:1])[1]
-        found += mx.vjp(lambda raw: list(predict(raw, *arguments)), [raw], cotangents)[1]
-        if rule is None:
-            found += mx.vjp(lambda raw, x: list(affine_forward(raw, x, 4.0, True)), [raw, x], cotangents)[1]
+        arguments = (AffineMap(4.0, True), mode, weight, target)
+        found = mx.vjp(
+            lambda parameters, x: affine_inverse(parameters, x, *arguments), [parameters, x], cotangents[:1]
+        )[1]
+        found += mx.vjp(lambda parameters: list(predict(parameters, *arguments)), [parameters], cotangents)[1]
+        if mode is None:
+            found += mx.vjp(
+                lambda parameters, x: list(affine_forward(parameters, x, AffineMap(4.0, True))),
+                [parameters, x],
+                cotangents,
+            )[1]
         return found
 
     with kernels_on():
@@ -169,5 +175,6 @@ def test_gradients_are_those_of_the_plain_version(kernels_on, rule, what, dtype)
         assert gradient.dtype == wanted.dtype
         assert np.array_equal(np.array(gradient.astype(mx.float32)), np.array(wanted.astype(mx.float32)))
     with kernels_on():
-        second = mx.grad(lambda r: mx.square(mx.grad(lambda r: predict(r, 4.0, True)[1].sum())(r)).sum())(raw)
+        first = mx.grad(lambda parameters: predict(parameters, AffineMap(4.0, True))[1].sum())
+        second = mx.grad(lambda parameters: mx.square(first(parameters)).sum())(parameters)
     assert mx.isfinite(second).all().item()

@@ -6,7 +6,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_starflow.kernels.plain import MANY_NUMBERS, rotate
 from mlx_starflow.kernels.qkv import split_rotate, split_rotate_plain
 from mlx_starflow.models.rope import line_frequencies
 
@@ -82,18 +81,6 @@ def test_without_positions_heads_are_only_split():
     x = np.array(qkv).reshape(2, 5, 4, 7).transpose(0, 2, 1, 3)
     for part, wanted in zip((q, k, v), np.split(x, [2, 3], axis=1), strict=True):
         assert np.array_equal(np.array(part), wanted)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_few_and_many_pairs_turn_alike(dtype):
-    """Large arrays are turned in another way on the CPU."""
-    x, rope_frequencies = normal(0, 2, 4, 64, 64, dtype=dtype), line_frequencies(64, 64)
-    assert x.size >= MANY_NUMBERS > x[:, :1].size
-    parts = mx.concatenate([rotate(x[:, head : head + 1], rope_frequencies) for head in range(4)], axis=1)
-    assert np.array_equal(array(rotate(x, rope_frequencies)), array(parts))
-    cotangent = normal(1, *x.shape, dtype=dtype)
-    (gradient,) = mx.vjp(lambda y: rotate(y, rope_frequencies), [x], [cotangent])[1]
-    assert np.array_equal(array(gradient), array(rotate(cotangent, mx.conjugate(rope_frequencies))))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

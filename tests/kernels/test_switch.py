@@ -6,6 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from helpers.tiny_flows import tiny_case
 from mlx.utils import tree_flatten
 
 from mlx_starflow import kernels
@@ -42,16 +43,16 @@ def test_decided_once(monkeypatch, undecided, metal, device, variable, on):
     assert kernels.enabled() is on
 
 
-def test_off_means_off(monkeypatch, undecided, tiny_flow):
+def test_off_means_off(monkeypatch, undecided):
     monkeypatch.setenv("MLX_STARFLOW_KERNELS", "0")
     monkeypatch.setattr(mx.fast, "metal_kernel", lambda **_: pytest.fail("a kernel was made"))
-    tiny = tiny_flow("modern")
+    tiny = tiny_case("modern")
     sample(tiny.flow, tiny.flow(tiny.x, tiny.text).z, tiny.text)
 
 
 @pytest.mark.parametrize("family", ["softplus", "shifted_softplus", "modern", "language_model", "tarflow"])
-def test_models_give_the_same_numbers(kernels_on, in_mlx, tiny_flow, family):
-    tiny = tiny_flow(family)
+def test_models_give_the_same_numbers(kernels_on, in_mlx, family):
+    tiny = tiny_case(family)
     flow, text = tiny.flow, tiny.text
     null = None if family == "tarflow" else tiny.null_text
 

@@ -8,12 +8,13 @@ import shutil
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers.model_directories import edit_weights, message
-from helpers.picture_models import pictures
+from helpers.commands import message
+from helpers.images import smooth_images
+from helpers.model_directories import edit_weights
 
-from mlx_starflow.likelihood import Reference, calibrate, score
-from mlx_starflow.likelihood.calibration import REFERENCE_FILE, Statistics, describe
-from mlx_starflow.pipelines.picture_flow import open_picture_flow
+from mlx_starflow.likelihood import CalibrationStatistics, calibrate, score
+from mlx_starflow.likelihood.calibration import STATISTICS_FILE, Statistics, describe
+from mlx_starflow.pipelines import open_model
 
 
 def test_statistics_tell_pictures_from_draws():
@@ -29,45 +30,45 @@ def test_statistics_tell_pictures_from_draws():
     assert describe(Statistics(np.array(0.5), np.array(0.04), np.array(0.0))) == "0.5000 +- 0.2000"
 
 
-def test_typicality_of_the_reference_itself(model):
-    data = model.data(pictures(16))
-    reference = calibrate(model, data, draws=2)
-    assert reference.pictures == 16 and set(reference.nll) == {"unprompted"}
-    deviations = [reference.typicality(each).deviation for each in score(model, pictures(16), draws=2)]
+def test_typicality_of_the_calibration_images(model):
+    data = model.to_data(smooth_images(16))
+    measured = calibrate(model, data, draws=2)
+    assert measured.images == 16 and set(measured.nll) == {"unprompted"}
+    deviations = [measured.typicality(each).deviation for each in score(model, smooth_images(16), draws=2)]
     assert abs(np.mean(deviations)) < 1e-6
     assert 0.5 < np.std(deviations) < 1.5
-    typicality = reference.typicality(score(model, pictures(1), draws=2)[0])
+    typicality = measured.typicality(score(model, smooth_images(1), draws=2)[0])
     assert typicality.distance == abs(typicality.deviation)
     assert typicality.map.shape == (4, 4)
 
 
 def test_captions_have_statistics_of_their_own(latent_flow):
-    reference = calibrate(latent_flow, latent_flow.data(pictures(4)), ["a", "b", "c", "d"], draws=2)
-    (each,) = score(latent_flow, pictures(1), "a", draws=2)
-    assert reference.typicality(each, prompted=True).deviation != reference.typicality(each).deviation
-    (wide,) = score(latent_flow, pictures(1), size=(16, 8), draws=2)
-    assert reference.typicality(wide).map is None
+    measured = calibrate(latent_flow, latent_flow.to_data(smooth_images(4)), ["a", "b", "c", "d"], draws=2)
+    (each,) = score(latent_flow, smooth_images(1), "a", draws=2)
+    assert measured.typicality(each, prompted=True).deviation != measured.typicality(each).deviation
+    (wide,) = score(latent_flow, smooth_images(1), size=(16, 8), draws=2)
+    assert measured.typicality(wide).map is None
 
 
 @pytest.fixture
 def copied(latent_flow, tmp_path):
-    return open_picture_flow(shutil.copytree(latent_flow.directory, tmp_path / "model"))
+    return open_model(shutil.copytree(latent_flow.directory, tmp_path / "model"))
 
 
 def test_files(copied):
-    assert Reference.find(copied.directory) is None
-    reference = calibrate(copied, copied.data(pictures(3)), ["a", "b", "c"], draws=2)
-    path = reference.save(copied.directory)
-    assert path.name == REFERENCE_FILE
-    found = Reference.find(copied.directory)
-    assert found.pictures == 3 and found.fingerprint == reference.fingerprint
+    assert CalibrationStatistics.find(copied.directory) is None
+    measured = calibrate(copied, copied.to_data(smooth_images(3)), ["a", "b", "c"], draws=2)
+    path = measured.save(copied.directory)
+    assert path.name == STATISTICS_FILE
+    found = CalibrationStatistics.find(copied.directory)
+    assert found.images == 3 and found.fingerprint == measured.fingerprint
     for kind in ("prompted", "unprompted"):
-        assert found.nll[kind].mean == reference.nll[kind].mean
-        np.testing.assert_array_equal(found.tokens[kind].between, reference.tokens[kind].between)
+        assert found.nll[kind].mean == measured.nll[kind].mean
+        np.testing.assert_array_equal(found.tokens[kind].between, measured.tokens[kind].between)
     # Other weights: the statistics are no longer theirs.
     weight = mx.array(copied.flow.blocks[0].proj_out.weight)
     edit_weights(copied.directory, blocks__0__proj_out__weight=weight + 1)
-    assert Reference.find(copied.directory) is None
+    assert CalibrationStatistics.find(copied.directory) is None
 
 
 @pytest.mark.parametrize(
@@ -81,23 +82,23 @@ def test_files(copied):
     ],
 )
 def test_damaged_files(copied, spoil):
-    path = calibrate(copied, copied.data(pictures(2)), draws=2).save(copied.directory)
+    path = calibrate(copied, copied.to_data(smooth_images(2)), draws=2).save(copied.directory)
     path.write_text(json.dumps(spoil(json.loads(path.read_text()))))
-    assert "run `mlx-starflow calibrate` again" in message(Reference.find, copied.directory)
+    assert "run `mlx-starflow calibrate` again" in message(CalibrationStatistics.find, copied.directory)
 
 
 def test_mistakes(latent_flow, tmp_path):
-    data = latent_flow.data(pictures(2))
+    data = latent_flow.to_data(smooth_images(2))
     assert "2 pictures and 2 draws or more" in message(calibrate, latent_flow, data[:1])
     assert "2 pictures and 2 draws or more" in message(calibrate, latent_flow, data, draws=1)
-    reference = calibrate(latent_flow, data, draws=2)
-    assert "had no captions" in message(reference.typicality, score(latent_flow, pictures(1))[0], True)
-    assert "cannot be written" in message(reference.save, tmp_path / "nowhere")
+    measured = calibrate(latent_flow, data, draws=2)
+    assert "had no captions" in message(measured.typicality, score(latent_flow, smooth_images(1))[0], True)
+    assert "cannot be written" in message(measured.save, tmp_path / "nowhere")
 
 
 def test_the_embedded_model_has_one():
     from mlx_starflow.model_dir.hub import find_model
 
-    reference = Reference.find(find_model("demo"))
-    assert reference.pictures == 998 and set(reference.nll) == {"prompted", "unprompted"}
-    assert reference.nll["prompted"].mean < reference.nll["unprompted"].mean
+    measured = CalibrationStatistics.find(find_model("demo"))
+    assert measured.images == 998 and set(measured.nll) == {"prompted", "unprompted"}
+    assert measured.nll["prompted"].mean < measured.nll["unprompted"].mean

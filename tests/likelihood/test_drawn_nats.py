@@ -7,7 +7,7 @@ import math
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers.tiny_model import tiny_flow as random_flow
+from helpers.tiny_flows import tiny_flow
 
 from mlx_starflow.likelihood.nll import (
     HALF_LOG_2PI,
@@ -70,7 +70,7 @@ def test_noise_and_nats_are_one_pass(tiny):
 @pytest.mark.parametrize("flip", [True, False])
 def test_tokens_are_in_the_pictures_order(flip):
     """One block reads its tokens last to first (or first to last): the token it reads last changes only itself."""
-    flow = random_flow(layers_per_block=[1], seq_order="L2R" if flip else "R2L", txt_size=0, txt_dim=0)
+    flow = tiny_flow(layers_per_block=[1], seq_order="L2R" if flip else "R2L", txt_size=0, txt_dim=0)
     assert flow.blocks[0].config.flip == flip
     x = np.random.default_rng(0).standard_normal((1, 4, 4, 4)).astype(np.float32)
     moved = x.copy()
@@ -88,7 +88,7 @@ def test_tokens_are_in_the_pictures_order(flip):
 def test_noise_follows_from_the_pictures_number():
     noise = training_noise(3, (2, 2, 1), draw=1, seed=4)
     assert np.array_equal(training_noise(2, (2, 2, 1), 1, 4, numbers=[2, 0]), noise[[2, 0]])
-    flow = random_flow(txt_size=0, txt_dim=0)
+    flow = tiny_flow(txt_size=0, txt_dim=0)
     x = np.random.default_rng(0).standard_normal((3, 4, 4, 4)).astype(np.float32)
     nats = drawn_nats(flow, x, draws=2)
     assert nats.shape == (2, 3, 3, 16)

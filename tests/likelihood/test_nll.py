@@ -7,7 +7,8 @@ import math
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers.model_directories import message
+from helpers.commands import message
+from helpers.tiny_flows import tiny_case, tiny_flow
 
 from mlx_starflow.likelihood import HALF_LOG_2PI, Nll, exact_nll, standard_error, training_noise
 from mlx_starflow.model_dir.quantization import quantize_module
@@ -25,8 +26,8 @@ def text_for(flow, count: int = 3) -> mx.array | None:
 
 
 @pytest.mark.parametrize("family", ["softplus", "exp_all_text", "patches", "no_text", "identity_block"])
-def test_it_is_the_flows_likelihood(family, tiny_flow):
-    flow = tiny_flow(family).flow
+def test_it_is_the_flows_likelihood(family):
+    flow = tiny_case(family).flow
     x, text = latents(flow), text_for(flow)
     nll = exact_nll(flow, x, text, draws=2, seed=5, batch_size=2)
     expected = []
@@ -39,9 +40,9 @@ def test_it_is_the_flows_likelihood(family, tiny_flow):
     assert nll.standard_error == pytest.approx(nll.total.std(ddof=1) / math.sqrt(3))
 
 
-def test_a_new_flow_is_the_prior(tiny_flow):
+def test_a_new_flow_is_the_prior():
     """With the identity, the likelihood is the normal distribution's, and blocks contribute nothing."""
-    flow = tiny_flow("softplus").flow
+    flow = tiny_case("softplus").flow
     for block in flow.blocks:
         block.proj_out.weight = mx.zeros_like(block.proj_out.weight)
         block.proj_out.bias = mx.zeros_like(block.proj_out.bias)
@@ -62,8 +63,8 @@ def test_noise_is_each_pictures_own():
     assert abs(training_noise(50, (16, 16, 4), 0).std() - 1) < 0.01
 
 
-def test_batches_do_not_matter(tiny_flow):
-    flow = tiny_flow("softplus").flow
+def test_batches_do_not_matter():
+    flow = tiny_case("softplus").flow
     results = [exact_nll(flow, latents(flow), text_for(flow), draws=2, batch_size=size) for size in (1, 2, 16)]
     for other in results[1:]:
         np.testing.assert_allclose(results[0].blocks, other.blocks, atol=1e-5)
@@ -81,8 +82,8 @@ def test_differences_are_paired():
     assert str(change) == f"{change.mean:.4f} +- {change.standard_error:.4f} nats per dimension (100 pictures)"
 
 
-def test_what_cannot_be_scored(tiny_flow):
-    flow = tiny_flow("softplus").flow
+def test_what_cannot_be_scored():
+    flow = tiny_case("softplus").flow
     x, text = latents(flow), text_for(flow)
     assert "there are 2 texts for 3 pictures" in message(exact_nll, flow, x, text[:2])
     assert "nothing to score" in message(exact_nll, flow, x[:0], text[:0])
@@ -93,9 +94,7 @@ def test_what_cannot_be_scored(tiny_flow):
 
 
 def test_quantized_flows_are_scored():
-    from helpers.model_directories import wide_flow
-
-    flow = wide_flow()
+    flow = tiny_flow("wide")
     x = latents(flow)
     text = mx.array(np.random.default_rng(1).standard_normal((3, 4, 64)).astype(np.float32))
     before = exact_nll(flow, x, text)

@@ -8,19 +8,20 @@ import math
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers.model_directories import message
-from helpers.picture_models import pictures, write_tiny_tarflow
+from helpers.commands import message
+from helpers.images import smooth_images
+from helpers.model_directories import write_class_model
 
 from mlx_starflow.likelihood import exact_nll, score
 from mlx_starflow.likelihood.scores import score_data
-from mlx_starflow.pipelines.picture_flow import open_picture_flow
+from mlx_starflow.pipelines import open_model
 
 
 def test_a_score_is_the_exact_likelihood(model):
-    images = pictures(3)
+    images = smooth_images(3)
     prompts = ["1", "", "2"]
     scores = score(model, images, prompts, draws=3, seed=5, batch_size=2)
-    expected = exact_nll(model.flow, model.data(images), model.conditions(prompts), draws=3, seed=5)
+    expected = exact_nll(model.flow, model.to_data(images), model.conditions(prompts), draws=3, seed=5)
     np.testing.assert_allclose([each.nll for each in scores], expected.total, rtol=1e-5)
     np.testing.assert_allclose([each.prior for each in scores], expected.prior, rtol=1e-5)
     assert scores[0].draws.shape == (3,)
@@ -28,13 +29,13 @@ def test_a_score_is_the_exact_likelihood(model):
 
 
 def test_the_surprise_map_sums_to_the_likelihood(model):
-    for each in score(model, pictures(2), draws=2):
+    for each in score(model, smooth_images(2), draws=2):
         assert each.surprise.shape == (4, 4)
         assert each.surprise.sum() / each.dimensions == pytest.approx(each.nll, abs=1e-4)
 
 
 def test_company_does_not_matter(model):
-    data = model.data(pictures(5))
+    data = model.to_data(smooth_images(5))
     together = score_data(model, data, draws=2, batch_size=3)
     again = score_data(model, data[:2], draws=2, batch_size=1)
     for first, second in zip(together, again, strict=False):
@@ -42,7 +43,7 @@ def test_company_does_not_matter(model):
 
 
 def test_pictures_are_cut_and_resized(latent_flow):
-    wide = pictures(1, (40, 20))[0]
+    wide = smooth_images(1, (40, 20))[0]
     square = latent_flow.fit(wide)
     assert square.size == (8, 8)
     (first,), (second,) = score(latent_flow, [wide]), score(latent_flow, [square])
@@ -52,18 +53,18 @@ def test_pictures_are_cut_and_resized(latent_flow):
 
 
 def test_bits_only_of_dequantized_pixels(model, tmp_path):
-    (plain,) = score(model, pictures(1), draws=1)
+    (plain,) = score(model, smooth_images(1), draws=1)
     assert plain.bits is None and "bits_per_pixel_dimension" not in plain.to_dict()
     assert math.isnan(plain.standard_error) and plain.to_dict()["standard_error"] is None
-    pixels = open_picture_flow(write_tiny_tarflow(tmp_path / "model", noise_type="uniform"))
-    (each,) = score(pixels, pictures(1))
+    pixels = open_model(write_class_model(tmp_path / "model", noise_type="uniform"))
+    (each,) = score(pixels, smooth_images(1))
     assert each.bits == pytest.approx((each.nll + math.log(128)) / math.log(2))
     assert json.loads(json.dumps(each.to_dict()))["bits_per_pixel_dimension"] == each.bits
 
 
 def test_learned_variances_of_the_prior_count(tmp_path):
-    flow = open_picture_flow(write_tiny_tarflow(tmp_path / "model", nvp=False, num_classes=0))
-    data = flow.data(pictures(2))
+    flow = open_model(write_class_model(tmp_path / "model", nvp=False, num_classes=0))
+    data = flow.to_data(smooth_images(2))
     expected = exact_nll(flow.flow, data)
     before = expected.total
     flow.flow.var = mx.ones_like(flow.flow.var)
@@ -71,12 +72,11 @@ def test_learned_variances_of_the_prior_count(tmp_path):
 
 
 def test_mistakes(model):
-    assert "there are 2 prompts for 3 pictures" in message(score, model, pictures(3), ["", ""])
+    assert "there are 2 prompts for 3 pictures" in message(score, model, smooth_images(3), ["", ""])
     assert "there are no pictures" in message(score, model, [])
-    assert "at least one picture and one draw" in message(score, model, pictures(1), draws=0)
-    assert "mlx backend" in message(score, object(), pictures(1))
+    assert "at least one picture and one draw" in message(score, model, smooth_images(1), draws=0)
 
 
 def test_classes_are_numbers(pixel_flow):
-    assert "takes no prompt 'cat' but a number from 0 to 2" in message(score, pixel_flow, pictures(1), "cat")
-    assert "from 0 to 2" in message(score, pixel_flow, pictures(1), "3")
+    assert "takes no prompt 'cat' but a number from 0 to 2" in message(score, pixel_flow, smooth_images(1), "cat")
+    assert "from 0 to 2" in message(score, pixel_flow, smooth_images(1), "3")

@@ -7,31 +7,31 @@ import json
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers.model_directories import message
-from helpers.picture_models import pictures
-from helpers.tiny_model import tiny_video_flow, write_tiny_video_model
+from helpers.commands import message
+from helpers.images import smooth_images
+from helpers.model_directories import write_video_model
+from helpers.tiny_flows import tiny_flow
 from PIL import Image
 
-from mlx_starflow import load
 from mlx_starflow.likelihood import calibrate, classify, exact_nll, score, token_nats
 from mlx_starflow.likelihood.heatmap import heat_map_frames
-from mlx_starflow.pipelines.picture_flow import VideoFlow, picture_flow
+from mlx_starflow.pipelines import VideoPipeline, load_video
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> VideoFlow:
+def model(tmp_path_factory) -> VideoPipeline:
     """A model of videos of 17 frames."""
-    return picture_flow(load(write_tiny_video_model(tmp_path_factory.mktemp("video"))))
+    return load_video(write_video_model(tmp_path_factory.mktemp("video")))
 
 
 def video(count: int, size: tuple[int, int] = (48, 32)) -> list[Image.Image]:
     """Smooth pictures as frames."""
-    return pictures(count, size)
+    return smooth_images(count, size)
 
 
 def test_frames_have_the_jacobian_of_their_own_map():
     """z of a frame depends on it and earlier frames; its log-det is that of dz_t / dx_t, computed numerically."""
-    flow = tiny_video_flow(img_size=1, channel_size=3)
+    flow = tiny_flow("video", img_size=1, channel_size=3)
     rng = np.random.default_rng(0)
     x = rng.standard_normal((3, 2, 2, 3)).astype(np.float32)
     text = mx.array(rng.standard_normal((1, 72, 32)), mx.float32)
@@ -52,7 +52,7 @@ def test_frames_have_the_jacobian_of_their_own_map():
 
 
 def test_a_frame_is_scored_given_the_past_alone():
-    flow = tiny_video_flow()
+    flow = tiny_flow("video")
     rng = np.random.default_rng(1)
     x = mx.array(rng.standard_normal((1, 4, 2, 3, 4)), mx.float32)
     text = mx.array(rng.standard_normal((1, 72, 32)), mx.float32)
@@ -68,7 +68,7 @@ def test_a_frame_is_scored_given_the_past_alone():
 
 def test_the_score_of_a_video(model):
     (each,) = score(model, [video(17)], "a cat", draws=3)
-    data = model.data([video(17)])
+    data = model.to_data([video(17)])
     assert data.shape == (1, 5, 2, 3, 4) and each.dimensions == data.size
     expected = exact_nll(model.flow, data, model.conditions(["a cat"], data.shape), draws=3)
     assert each.nll == pytest.approx(expected.mean, rel=1e-5)
@@ -104,11 +104,11 @@ def test_pictures_are_stills(model):
 
 
 def test_low_memory(model):
-    frugal = load(model.directory, low_memory=True)
+    frugal = load_video(model.directory, low_memory=True)
     scores = score(frugal, [video(9), video(5)], "a", draws=2)
     for ours, theirs in zip(scores, score(model, [video(9), video(5)], "a", draws=2), strict=True):
         assert ours.nll == pytest.approx(theirs.nll, abs=1e-5)
-    assert not {"vae", "_text"} & set(vars(frugal))
+    assert frugal.backend.held == {"flow"}
 
 
 def test_classify(model):
@@ -133,7 +133,7 @@ def test_mistakes(model):
     assert "pictures or videos" in message(score, model, [*video(1), video(5)])
     assert "there are no pictures" in message(score, model, [])
     assert "multiples of 16" in message(score, model, [video(5)], size=(50, 32))
-    assert "differ in size or in the number" in message(model.data, [video(5), video(9)])
+    assert "differ in size or in the number" in message(model.to_data, [video(5), video(9)])
     assert "6 latent frames are more than the 5" in message(model.conditions, [""], (1, 6, 2, 3, 4))
-    reference = calibrate(model, model.data(pictures(2)), draws=2)
-    assert "a video cannot be compared" in message(reference.typicality, score(model, [video(5)])[0])
+    measured = calibrate(model, model.to_data(smooth_images(2)), draws=2)
+    assert "a video cannot be compared" in message(measured.typicality, score(model, [video(5)])[0])

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
-from helpers.model_directories import message
-from helpers.picture_models import write_pictures
+from helpers.commands import message
+from helpers.images import write_images
 from PIL import Image
 
 from mlx_starflow.media.image_files import find_images, read_image
 
 
 def test_files_and_plain_folders(tmp_path):
-    first, second = write_pictures(tmp_path / "a", 2)
-    write_pictures(tmp_path / "b" / "deeper", 1)
-    write_pictures(tmp_path / "b", 1)
+    first, second = write_images(tmp_path / "a", 2)
+    write_images(tmp_path / "b" / "deeper", 1)
+    write_images(tmp_path / "b", 1)
     found = find_images([second, tmp_path / "b", first])
     names = [str(second), str(tmp_path / "b/0.png"), str(tmp_path / "b/deeper/0.png"), str(first)]
     assert [each.name for each in found] == names
@@ -25,19 +23,17 @@ def test_files_and_plain_folders(tmp_path):
 
 
 def test_captions_and_splits(tmp_path):
-    write_pictures(tmp_path, 3)
-    lines = [{"file_name": f"{n}.png", "text": f"number {n}", "split": "held_out" if n else "train"} for n in range(3)]
-    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    write_images(tmp_path, 3, [{"text": f"number {n}", "split": "held_out" if n else "train"} for n in range(3)])
     assert [each.caption for each in find_images([tmp_path])] == ["number 0", "number 1", "number 2"]
     assert [each.caption for each in find_images([tmp_path], "held_out")] == ["number 1", "number 2"]
     assert "no pictures of the split 'test'" in message(find_images, [tmp_path], "test")
 
 
 def test_text_files_and_classes(tmp_path):
-    write_pictures(tmp_path / "texts", 2)
+    write_images(tmp_path / "texts", 2)
     (tmp_path / "texts/1.txt").write_text("one")
     assert [each.caption for each in find_images([tmp_path / "texts"])] == ["", "one"]
-    write_pictures(tmp_path / "classes/red_apple", 1)
+    write_images(tmp_path / "classes/red_apple", 1)
     assert [each.caption for each in find_images([tmp_path / "classes"])] == ["red apple"]
 
 

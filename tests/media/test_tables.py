@@ -6,7 +6,7 @@ import csv
 import json
 from pathlib import Path
 
-from helpers.model_directories import message
+from helpers.commands import message
 
 from mlx_starflow.media.tables import check_text_output, write_csv, write_json
 

@@ -8,7 +8,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from helpers.model_directories import edit_config, message, save_flow
+from helpers.commands import message
+from helpers.model_directories import edit_config, save_flow
 
 from mlx_starflow import load
 from mlx_starflow.model_dir.directory import ModelDirectory

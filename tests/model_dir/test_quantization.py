@@ -5,8 +5,9 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from helpers.model_directories import config_of, edit_config, message, same, wide_flow
-from helpers.tiny_model import tiny_flow
+from helpers.commands import message
+from helpers.model_directories import config_of, edit_config, same
+from helpers.tiny_flows import tiny_flow
 from mlx.utils import tree_flatten
 
 from mlx_starflow.model_dir.directory import load_flow
@@ -21,7 +22,7 @@ ON_CPU = mx.default_device().type == mx.cpu
 
 def deep_flow() -> STARFlow:
     """Wide enough to be quantized, with shallow blocks and a deep one."""
-    return wide_flow(layers_per_block=[1, 2, 3])
+    return tiny_flow("wide", layers_per_block=[1, 2, 3])
 
 
 def close(first: mx.array, second: mx.array, tolerance: float) -> bool:
@@ -52,7 +53,7 @@ def test_round_trip(how, dtype, tmp_path):
 
 
 def test_dense_layers_stay_dense():
-    flow = wide_flow()
+    flow = tiny_flow("wide")
     flow.blocks[0].proj_out = nn.Linear(64, 64)
     quantize_module(flow, 8)
     kinds = {path.rpartition(".")[2] for path in quantized_layers(flow)}
@@ -60,7 +61,7 @@ def test_dense_layers_stay_dense():
 
 
 def test_own_settings_of_a_layer(tmp_path):
-    flow = wide_flow()
+    flow = tiny_flow("wide")
     path = "blocks.0.attn_blocks.0.attention.qkv"
     quantization = quantize_module(
         flow, 4, 32, lambda name, layer: {"bits": 8} if name == path else name.endswith(".proj_txt")
@@ -98,7 +99,7 @@ def test_mixed():
 @pytest.mark.parametrize("sizes", [{"layers_per_block": [2, 2]}, {"layers_per_block": [2]}])
 def test_mixed_needs_shallow_blocks(sizes):
     expected = "mixed quantization is for flows with shallow blocks and a deep one; use 8, 6 or 4"
-    assert message(quantize_module, wide_flow(**sizes), "mixed") == expected
+    assert message(quantize_module, tiny_flow("wide", **sizes), "mixed") == expected
 
 
 def test_mixed_is_not_for_text_encoders():
@@ -109,7 +110,9 @@ def test_mixed_is_not_for_text_encoders():
 @pytest.mark.parametrize("how", list(QUANTIZATIONS))
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 def test_dense_again(how, dtype):
-    flow = deep_flow()
+    # Weights of a new flow are uniform: bfloat16 rounds the scales of normal ones, which reach further, too coarsely.
+    mx.random.seed(0)
+    flow = STARFlow(deep_flow().config)
     flow.set_dtype(dtype)
     before = parameters(flow)
     quantize_module(flow, how)
@@ -154,7 +157,7 @@ def test_a_group_size_that_does_not_divide():
     expected = (
         "groups of 128 do not divide the 64 columns of blocks.0.attn_blocks.0.attention.qkv; the usual size is 64"
     )
-    assert expected in message(quantize_module, wide_flow(), 8, 128)
+    assert expected in message(quantize_module, tiny_flow("wide"), 8, 128)
     # Without a group size of the user's, such layers stay dense.
     flow = tiny_flow(txt_dim=32)
     quantize_module(flow, 8)
@@ -162,12 +165,12 @@ def test_a_group_size_that_does_not_divide():
 
 
 def test_quantization_mistakes(tmp_path):
-    assert "cannot quantize to 5; it must be one of 8, 6, 4, mxfp8" in message(quantize_module, wide_flow(), 5)
+    assert "cannot quantize to 5; it must be one of 8, 6, 4, mxfp8" in message(quantize_module, tiny_flow("wide"), 5)
     assert "no layer is a multiple of 64 wide" in message(
         quantize_module, tiny_flow(channels=96, head_dim=32, expansion=1, txt_dim=32), 8
     )
-    assert "cannot quantize to 8: " in message(quantize_module, wide_flow(), 8, 16)
-    flow = wide_flow()
+    assert "cannot quantize to 8: " in message(quantize_module, tiny_flow("wide"), 8, 16)
+    flow = tiny_flow("wide")
     quantization = quantize_module(flow, 8)
     save_model(tmp_path, parameters(flow), config_of(flow, quantization=quantization))
     edit_config(tmp_path, quantization=None)

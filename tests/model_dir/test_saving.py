@@ -7,9 +7,10 @@ import os
 
 import mlx.core as mx
 import pytest
+from helpers.commands import message
 from helpers.golden_files import golden_case
-from helpers.model_directories import config_of, message, same, save_flow
-from helpers.tiny_model import tiny_flow
+from helpers.model_directories import config_of, same, save_flow
+from helpers.tiny_flows import tiny_flow
 
 from mlx_starflow.convert import convert_t5
 from mlx_starflow.errors import StarflowError

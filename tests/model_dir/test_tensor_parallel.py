@@ -12,8 +12,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from helpers.commands import Command
+from helpers.model_directories import write_image_model, write_video_model
 from helpers.processes import finish, start
-from helpers.tiny_model import tiny_flow, write_tiny_model, write_tiny_video_model
+from helpers.tiny_flows import tiny_flow
 from mlx.utils import tree_flatten
 from PIL import Image
 
@@ -22,7 +23,7 @@ from mlx_starflow.model_dir.directory import load_flow
 from mlx_starflow.model_dir.quantization import quantize_module
 from mlx_starflow.model_dir.saving import save_model
 from mlx_starflow.model_dir.tensor_parallel import fingerprint, shard
-from mlx_starflow.pipelines.pipeline import load
+from mlx_starflow.pipelines import load
 from mlx_starflow.training.loop import distributed
 
 HERE = Path(__file__)
@@ -41,13 +42,13 @@ CLI = "from mlx_starflow.cli import main; main()"
 
 def write_models(folder: Path) -> None:
     for name, changes in FLOWS.items():
-        directory = write_tiny_model(folder / name)
+        directory = write_image_model(folder / name)
         flow = tiny_flow(**changes)
         config = {**json.loads((directory / "config.json").read_text()), **flow.config.to_dict()}
         if name in QUANTIZATION:
             config["quantization"] = quantize_module(flow, QUANTIZATION[name])
         save_model(directory, dict(tree_flatten(flow.parameters())), config)
-    write_tiny_video_model(folder / "video", head_dim=16)
+    write_video_model(folder / "video", head_dim=16)
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +120,7 @@ def test_a_video_by_command_from_a_seed_that_is_drawn(models, tmp_path):
 def test_a_mistake_ends_both(models, tmp_path):
     """One line each and exit code 2, whichever rank finds it."""
     out = ["-o", tmp_path / "out.png"]
-    one_head = write_tiny_model(tmp_path / "one-head")
+    one_head = write_image_model(tmp_path / "one-head")
     prompt = ["generate", "a cat", "--tensor-parallel"]
     dense, nowhere = ["-m", models / "dense"], tmp_path / "no" / "out.png"
     cases = [
@@ -189,7 +190,7 @@ def test_what_cannot_be_split(models):
 
 
 def test_fingerprints(models, tmp_path):
-    write_tiny_model(tmp_path / "a")
+    write_image_model(tmp_path / "a")
     before = fingerprint(tmp_path / "a")
     assert before == fingerprint(tmp_path / "a") != fingerprint(models / "dense")
     data = bytearray((tmp_path / "a/vae/model.safetensors").read_bytes())

@@ -7,10 +7,11 @@ import shutil
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.commands import message
 from helpers.golden_files import golden_case
-from helpers.model_directories import edit_config, edit_weights, message, save_flow
+from helpers.model_directories import edit_config, edit_weights, save_flow
 from helpers.paths import DATA
-from helpers.tiny_model import tiny_flow
+from helpers.tiny_flows import tiny_flow
 
 from mlx_starflow.convert import convert_t5, convert_vae
 from mlx_starflow.model_dir.directory import load_flow, load_text_encoder, load_vae

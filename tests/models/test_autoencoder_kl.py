@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_starflow.convert.vae import convert_vae
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.models import autoencoder_kl
-from mlx_starflow.models import autoencoder_kl_tiling as autoencoder_strips
+from mlx_starflow.models import autoencoder_kl_tiling as tiling
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from mlx_starflow.models.autoencoder_layers import Conv3x3, GroupNorm, PointwiseConv
 
@@ -181,11 +181,11 @@ def test_statistics_are_no_weights():
     assert names == {name for name, _ in tree_flatten(tiny_vae().parameters())}
 
 
-# ---- decoding in strips
+# ---- decoding in tiles
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8, 64])
-def test_strips_are_the_whole_picture(rows):
+def test_tiles_are_the_whole_picture(rows):
     vae = load_vae()
     assert largest_error(vae.decode(GOLDEN["latents"], rows), vae.decode(GOLDEN["latents"], 0)) < 1e-5
     assert largest_error(vae.decode(GOLDEN["latents"], rows), GOLDEN["decoded_raw"]) < 1e-4
@@ -193,37 +193,37 @@ def test_strips_are_the_whole_picture(rows):
 
 @pytest.mark.parametrize("shape", [(2, 7, 5, 4), (1, 1, 1, 4), (1, 13, 1, 4), (1, 40, 24, 4)])
 @pytest.mark.parametrize("changes", [{}, {"mid_block_add_attention": False, "block_out_channels": [8, 16, 16]}])
-def test_strips_of_any_shape(shape, changes):
+def test_tiles_of_any_shape(shape, changes):
     vae = tiny_vae(**changes)
     z = mx.random.normal(shape)
     for rows in (3, 6):
         assert largest_error(vae.decode(z, rows), vae.decode(z, 0)) < 1e-5
 
 
-def test_strips_of_queries(monkeypatch):
-    monkeypatch.setattr(autoencoder_strips, "LOGITS", 100)
+def test_tiles_of_queries(monkeypatch):
+    monkeypatch.setattr(tiling, "LOGITS", 100)
     vae = tiny_vae()
     z = mx.random.normal((1, 6, 9, 4))
     assert largest_error(vae.decode(z, 4), vae.decode(z, 0)) < 1e-5
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(mx.bfloat16, 0.05), (mx.float16, 0.01)])
-def test_strips_in_half_precision(dtype, bound):
+def test_tiles_in_half_precision(dtype, bound):
     decoded = load_vae(dtype).decode(GOLDEN["latents"], 8)
     assert decoded.dtype == dtype
     assert largest_error(decoded, GOLDEN["decoded_raw"]) < bound
 
 
-def test_large_pictures_are_decoded_in_strips(monkeypatch):
+def test_large_pictures_are_decoded_in_tiles(monkeypatch):
     used = []
-    original = autoencoder_kl.decode_in_strips
-    monkeypatch.setattr(autoencoder_kl, "decode_in_strips", lambda *a: used.append(a[2]) or original(*a))
+    original = autoencoder_kl.Decoder.in_tiles
+    monkeypatch.setattr(autoencoder_kl.Decoder, "in_tiles", lambda *a: used.append(a[2]) or original(*a))
     vae = tiny_vae()
     vae.decode(mx.zeros((2, 16, 16, 4)))
     assert not used
     monkeypatch.setattr(autoencoder_kl, "WHOLE_PIXELS", 32 * 32 - 1)
     vae.decode(mx.zeros((2, 16, 16, 4)))
-    assert used == [autoencoder_kl.STRIP_PIXELS // 32] * 2
+    assert used == [autoencoder_kl.TILE_PIXELS // 32] * 2
     with pytest.raises(StarflowError, match="tile_rows must be 0 or more, not -1"):
         vae.decode(mx.zeros((1, 4, 4, 4)), -1)
 
@@ -231,7 +231,7 @@ def test_large_pictures_are_decoded_in_strips(monkeypatch):
 @pytest.mark.parametrize(
     ("side", "width", "attention", "share"), [(512, 8, True, 0.25), (1024, 4, False, 0.25)], ids=["512", "1024"]
 )
-def test_strips_take_less_memory(side, width, attention, share):
+def test_tiles_take_less_memory(side, width, attention, share):
     config = {"block_out_channels": [width] * 4, "norm_num_groups": 2, "mid_block_add_attention": attention}
     vae = tiny_vae(**config)
     z = mx.random.normal((1, side // 8, side // 8, 4))
@@ -244,8 +244,8 @@ def test_strips_take_less_memory(side, width, attention, share):
         mx.eval(decoded)
         return decoded, mx.get_peak_memory() - before
 
-    (strips, less), (whole, more) = measured(None), measured(0)
-    assert largest_error(strips, whole) < 1e-5
+    (tiles, less), (whole, more) = measured(None), measured(0)
+    assert largest_error(tiles, whole) < 1e-5
     assert less < share * more
 
 
@@ -379,8 +379,8 @@ def test_optional_parts():
         ({"down_block_types": ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]}, "AttnDownEncoderBlock2D"),
         ({"up_block_types": ["UpDecoderBlock2D", "AttnUpDecoderBlock2D"]}, "AttnUpDecoderBlock2D"),
         ({"up_block_types": ["UpDecoderBlock2D"]}, "up_block_types has 1 blocks, block_out_channels has 2"),
-        ({"block_out_channels": None}, "block_out_channels is missing"),
-        ({"layers_per_block": None}, "layers_per_block is missing"),
+        ({"block_out_channels": None}, "missing key block_out_channels"),
+        ({"layers_per_block": None}, "missing key layers_per_block"),
         ({"layers_per_block": 0}, "layers_per_block must be a positive integer, not 0"),
         ({"latent_channels": "4"}, "latent_channels must be a positive integer, not '4'"),
         ({"block_out_channels": 8}, "block_out_channels must be a list, not 8"),
@@ -390,7 +390,7 @@ def test_optional_parts():
         ({"scaling_factor": 0}, "scaling_factor must not be 0"),
         ({"latents_mean": [0.0] * 4}, "latents_mean and latents_std go together"),
         ({"latents_mean": [0.0] * 4, "latents_std": [1.0] * 3}, "latents_std has 3 values, latent_channels is 4"),
-        ({"resnet_act": "silu"}, "resnet_act is not a setting"),
+        ({"resnet_act": "silu"}, "unknown key resnet_act"),
     ],
 )
 def test_config_errors(changes, message):

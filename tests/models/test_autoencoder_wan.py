@@ -1,4 +1,4 @@
-"""The video autoencoder against the official one (arrays in tests/data/wan_vae): whole, in strips, piece by piece."""
+"""The video autoencoder against the official one (arrays in tests/data/wan_vae): whole, in tiles, piece by piece."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from mlx.utils import tree_flatten
 
 from mlx_starflow.convert.pth import read_checkpoint
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.models.autoencoder_wan import AutoencoderWan, AutoencoderWanConfig
 from mlx_starflow.models.autoencoder_wan import layers as layers
 from mlx_starflow.models.autoencoder_wan.names import present_name
-from mlx_starflow.models.autoencoder_wan.network import AutoencoderWan, AutoencoderWanConfig
 from mlx_starflow.models.autoencoder_wan.tiling import StreamState, joined, resplit, whole
 
 DATA = golden_case("wan_vae")
@@ -98,7 +98,7 @@ def test_half_precision(dtype, bound):
     assert error(decoded, GOLDEN["image_decoded"]) < bound
 
 
-# ---- piece by piece, in strips, in batches
+# ---- piece by piece, in tiles, in batches
 
 
 def test_decoding_piece_by_piece_is_decoding_at_once(vae):
@@ -125,7 +125,7 @@ def test_encoding_piece_by_piece_is_encoding_at_once(vae):
 
 
 @pytest.mark.parametrize(("height", "width", "rows"), [(5, 3, 1), (5, 3, 2), (6, 2, 7), (1, 1, 1), (9, 2, 40)])
-def test_strips_are_the_whole(height, width, rows):
+def test_tiles_are_the_whole(height, width, rows):
     vae = tiny_vae()
     z = mx.random.normal((2, 2, height, width, 2))
     assert error(vae.decode(z, rows), vae.decode(z, 0)) < 1e-5
@@ -135,11 +135,11 @@ def test_strips_are_the_whole(height, width, rows):
     assert error(tiled.logvar, at_once.logvar) < 1e-5
 
 
-def test_large_frames_go_in_strips():
+def test_large_frames_go_in_tiles():
     config = AutoencoderWanConfig.from_dict(CONFIG)
-    assert config.strip_rows(53) == 19  # 848 pixels: 240 rows of patches, in 13 strips
-    assert config.strip_rows(4) == 256
-    assert config.strip_rows(10_000) == 8
+    assert config.tile_rows(53) == 19  # 848 pixels: 240 rows of patches, in 13 tiles
+    assert config.tile_rows(4) == 256
+    assert config.tile_rows(10_000) == 8
 
 
 def test_attention_a_few_queries_at_a_time(vae, monkeypatch):
@@ -169,7 +169,7 @@ def test_memory_grows_neither_with_the_length_nor_with_the_height():
         return mx.get_peak_memory() - before
 
     def peaks(*how: int | None) -> list[int]:
-        """A main thread that is faster than MLX's begins strips before those ahead are freed: 0.29 to 0.38 of the
+        """A main thread that is faster than MLX's begins tiles before those ahead are freed: 0.29 to 0.38 of the
         whole, by the threads of the BLAS."""
         return [peak(*how) for _ in range(4)]
 
@@ -245,18 +245,18 @@ def test_correlation_is_the_convolution():
 
 def test_other_backends_convolve_likewise(vae, monkeypatch):
     """What a GPU runs instead of the CPU's sums of products."""
-    monkeypatch.setattr(layers, "_on_cpu", lambda: False)
+    monkeypatch.setattr(layers, "on_cpu", lambda: False)
     assert error(vae.decode(vae.unscale(GOLDEN["latents"])), GOLDEN["decoded"]) < 1e-5
     assert error(vae.scale(vae.encode(GOLDEN["video"]).mean), GOLDEN["video_mean_normalized"]) < 1e-5
 
 
-def test_strips_of_every_height():
+def test_tiles_of_every_height():
     x = mx.random.normal((1, 1, 11, 2, 1))
     for rows in range(1, 13):
-        strips = list(resplit(whole(x), rows))
-        assert [last for _, last in strips] == [False] * (len(strips) - 1) + [True]
-        assert all(strip.shape[2] <= rows for strip, _ in strips)
-        assert mx.array_equal(joined(iter(strips)), x)
+        tiles = list(resplit(whole(x), rows))
+        assert [last for _, last in tiles] == [False] * (len(tiles) - 1) + [True]
+        assert all(tile.shape[2] <= rows for tile, _ in tiles)
+        assert mx.array_equal(joined(iter(tiles)), x)
 
 
 def test_what_a_stream_remembers():
@@ -295,9 +295,9 @@ def test_config():
         ({"dim_mult": [1, 2]}, "temperal_downsample has 3 values, dim_mult 2"),
         ({"dim_mult": [1, 3, 2, 2]}, "do not make"),
         ({"z_dim": 16}, "latents_mean has 48 values, z_dim is 16"),
-        ({"latents_mean": None}, "latents_mean is missing"),
+        ({"latents_mean": None}, "missing key latents_mean"),
         ({"later_scale": 0}, "later_scale must be above 0"),
-        ({"act_fn": "silu"}, "act_fn is not a setting"),
+        ({"act_fn": "silu"}, "unknown key act_fn"),
     ],
 )
 def test_config_errors(changes, message):

@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from helpers.paths import DATA
+from helpers.tiny_flows import tiny_case
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_starflow.errors import StarflowError
@@ -70,9 +71,9 @@ def test_bfloat16_weights(golden, case, prefix):
     assert abs(float(out.loss()) - float(golden.arrays[prefix + "loss"])) < 0.02
 
 
-def test_new_flow_is_the_identity(tiny_flow):
+def test_new_flow_is_the_identity():
     for family in ("softplus", "exp_all_text", "shifted", "modern"):
-        tiny = tiny_flow(family)
+        tiny = tiny_case(family)
         out = STARFlow(tiny.flow.config)(tiny.x, tiny.text)
         assert np.abs(np.array(out.z - tiny.x)).max() < 1e-6
         assert np.abs(np.array(out.log_det)).max() < 1e-6
@@ -138,8 +139,8 @@ def test_loss_gradients_are_finite_differences(tiny):
     assert abs(float(rise - fall) / (2 * step) - length) < 0.01 * length
 
 
-def test_latent_norm_penalty(tiny_flow):
-    tiny = tiny_flow("softplus")
+def test_latent_norm_penalty():
+    tiny = tiny_case("softplus")
     out = tiny.flow(tiny.x, tiny.text)
     tiny.flow.config.latent_norm_regularization = 0.5
     penalized = tiny.flow(tiny.x, tiny.text).loss()
@@ -182,9 +183,9 @@ def _rope_frequencies(tiny, text_length):
     return tiny.flow.rope_frequencies(tiny.x.shape, text_length) if isinstance(tiny.flow, STARFlow) else None
 
 
-def test_only_the_deep_block_reads_text_unless_told(tiny_flow):
+def test_only_the_deep_block_reads_text_unless_told():
     for family, readers in (("softplus", 1), ("exp_all_text", 3), ("no_text", 0)):
-        tiny = tiny_flow(family)
+        tiny = tiny_case(family)
         assert [block.txt_dim > 0 for block in tiny.flow.config.blocks] == [False] * (3 - readers) + [True] * readers
         if readers:
             out = tiny.flow(tiny.x, tiny.text)
@@ -194,9 +195,9 @@ def test_only_the_deep_block_reads_text_unless_told(tiny_flow):
 
 
 @pytest.mark.parametrize("shape", [(1, 7), (5, 1), (3, 2), (6, 6)])
-def test_any_aspect_ratio(tiny_flow, shape):
+def test_any_aspect_ratio(shape):
     for family in ("softplus", "patches", "no_text"):
-        tiny = tiny_flow(family)
+        tiny = tiny_case(family)
         patch, channels = tiny.flow.config.patch_size, tiny.flow.config.channel_size
         x = mx.random.normal((2, shape[0] * patch, shape[1] * patch, channels), key=mx.random.key(0))
         out = tiny.flow(x, tiny.text)
@@ -212,8 +213,8 @@ def test_patches_are_a_permutation():
     assert np.array_equal(np.array(unpatchify(tokens, 2, x.shape)), np.array(x))
 
 
-def test_keep_hides_inputs_of_the_deep_block(tiny_flow):
-    tiny = tiny_flow("softplus")
+def test_keep_hides_inputs_of_the_deep_block():
+    tiny = tiny_case("softplus")
     x, text = tiny.x, tiny.text
     plain = tiny.flow(x, text)
     count = x.shape[1] * x.shape[2]
@@ -236,8 +237,8 @@ def test_keep_hides_inputs_of_the_deep_block(tiny_flow):
     assert np.array_equal(np.array(blind[0]), np.array(blind[1]))
 
 
-def test_wrong_inputs_are_named(tiny_flow):
-    tiny = tiny_flow("softplus")
+def test_wrong_inputs_are_named():
+    tiny = tiny_case("softplus")
     flow, x, text = tiny.flow, tiny.x, tiny.text
     with pytest.raises(StarflowError, match=r"shape \(2, 2, 3, 3\).*\[batch, height, width, 2\]"):
         flow(mx.zeros((2, 2, 3, 3)), text)
@@ -251,7 +252,7 @@ def test_wrong_inputs_are_named(tiny_flow):
         flow(x, text[:1])
     with pytest.raises(StarflowError, match=r"embeddings \[batch, length, width\]"):
         flow(x, mx.array([0, 1]))
-    patches = tiny_flow("patches")
+    patches = tiny_case("patches")
     with pytest.raises(StarflowError, match="multiples of 2"):
         patches.flow(patches.x[:, :3], patches.text)
 
@@ -313,9 +314,9 @@ def test_official_config_mistakes_are_named(change, message):
         FlowConfig.from_official({"arguments": arguments})
 
 
-def test_config_round_trip(tiny_flow):
+def test_config_round_trip():
     for family in ("softplus", "shifted", "modern", "language_model"):
-        config = tiny_flow(family).flow.config
+        config = tiny_case(family).flow.config
         again = FlowConfig.from_dict({"model_type": "starflow", "pipeline": {}, **config.to_dict()})
         assert again == config and again.blocks == config.blocks
 

@@ -155,7 +155,7 @@ def test_config_errors(change, message):
 
 
 def test_config_names_missing_sizes():
-    with pytest.raises(StarflowError, match="d_ff, num_heads missing"):
+    with pytest.raises(StarflowError, match="missing key d_ff, num_heads"):
         T5Config.from_dict({key: value for key, value in TINY.items() if key not in ("d_ff", "num_heads")})
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.tiny_flows import tiny_case
 from mlx.utils import tree_flatten
 
 from mlx_starflow.errors import StarflowError
@@ -49,9 +50,9 @@ def test_dropped_labels_read_the_mean_class(golden):
     assert np.abs(np.array(flow(x).z - flow(x, mx.full((4,), -1)).z)).max() < 1e-6
 
 
-def test_first_token_of_a_block_passes_unchanged(tiny_flow):
+def test_first_token_of_a_block_passes_unchanged():
     for family in CASES:
-        tiny = tiny_flow(family)
+        tiny = tiny_case(family)
         out = tiny.flow(tiny.x, tiny.text)
         hidden = [tiny.flow.tokens(h) for h in out.hidden]
         for index, block in enumerate(tiny.flow.blocks):
@@ -60,15 +61,15 @@ def test_first_token_of_a_block_passes_unchanged(tiny_flow):
             assert not np.array(tiny.flow.tokens(out.block_log_dets[index])[:, first]).any()
 
 
-def test_volume_is_preserved_without_nvp(tiny_flow):
-    tiny = tiny_flow("tarflow_vp")
+def test_volume_is_preserved_without_nvp():
+    tiny = tiny_case("tarflow_vp")
     out = tiny.flow(tiny.x)
     assert not np.array(out.log_det).any()
     assert np.abs(np.array(out.z - tiny.flow.tokens(tiny.x))).max() > 0.1
 
 
-def test_prior_variances(tiny_flow):
-    tiny = tiny_flow("tarflow_vp")
+def test_prior_variances():
+    tiny = tiny_case("tarflow_vp")
     flow = tiny.flow
     z = flow(tiny.x).z
     noise = flow.standardize(z)
@@ -83,17 +84,17 @@ def test_prior_variances(tiny_flow):
     assert "var" in {name for name, _ in tree_flatten(flow.parameters())}
 
 
-def test_new_flow_is_the_identity(tiny_flow):
+def test_new_flow_is_the_identity():
     for family in CASES:
-        tiny = tiny_flow(family)
+        tiny = tiny_case(family)
         flow = TarFlow(tiny.flow.config)
         out = flow(tiny.x, tiny.text)
         assert np.array_equal(np.array(out.z), np.array(flow.tokens(tiny.x)))
         assert np.array_equal(np.array(flow.standardize(out.z)), np.array(out.z))
 
 
-def test_wrong_inputs_are_named(tiny_flow):
-    tiny = tiny_flow("tarflow")
+def test_wrong_inputs_are_named():
+    tiny = tiny_case("tarflow")
     with pytest.raises(StarflowError, match=r"\(2, 4, 8, 1\); this flow reads \[batch, 4, 4, 1\]"):
         tiny.flow(mx.zeros((2, 4, 8, 1)), tiny.text)
     with pytest.raises(StarflowError, match="2 whole numbers"):
@@ -101,7 +102,7 @@ def test_wrong_inputs_are_named(tiny_flow):
     with pytest.raises(StarflowError, match="2 whole numbers"):
         tiny.flow(tiny.x, mx.array([0.0, 1.0]))
     with pytest.raises(StarflowError, match="no classes"):
-        tiny_flow("tarflow_vp").flow(tiny.x, tiny.text)
+        tiny_case("tarflow_vp").flow(tiny.x, tiny.text)
     # Inside traced functions labels cannot be looked at: a label that is no class cannot pass for one.
     for label in (3, -2):
         assert mx.isnan(tiny.flow(tiny.x, mx.array([label, 0])).loss()).item()
@@ -115,9 +116,9 @@ def test_sanitize_keeps_the_prior():
 GOOD = {"img_size": 8, "channel_size": 3, "patch_size": 2, "channels": 128, "blocks": 3, "layers_per_block": 1}
 
 
-def test_config_round_trip(tiny_flow):
+def test_config_round_trip():
     for family in CASES:
-        config = tiny_flow(family).flow.config
+        config = tiny_case(family).flow.config
         assert TarFlowConfig.from_dict({"model_type": "tarflow", **config.to_dict()}) == config
 
 
@@ -133,10 +134,10 @@ def test_official_arguments():
     [
         ({"rope": 1}, "unknown key rope"),
         ({"blocks": None}, "missing key blocks"),
-        ({"blocks": 0}, "blocks must be a whole number of at least 1, not 0"),
+        ({"blocks": 0}, "blocks must be a positive integer, not 0"),
         ({"img_size": 9}, "img_size 9 is no multiple of patch_size 2"),
         ({"channels": 100}, "channels 100 is no multiple of head_dim 64"),
-        ({"layers_per_block": "1 1"}, "layers_per_block must be a whole number"),
+        ({"layers_per_block": "1 1"}, "layers_per_block must be a positive integer"),
     ],
 )
 def test_config_mistakes_are_named(change, message):

@@ -10,10 +10,18 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.commands import message
 from helpers.golden_files import golden_case
-from helpers.model_directories import config_of, edit_config, edit_weights, message, save_flow, wide_flow
+from helpers.model_directories import (
+    config_of,
+    edit_config,
+    edit_weights,
+    save_flow,
+    write_image_model,
+    write_video_model,
+)
 from helpers.paths import DATA
-from helpers.tiny_model import write_tiny_model, write_tiny_video_model
+from helpers.tiny_flows import tiny_flow
 from helpers.torch_reference import DEVICES, both, relative, to_numpy
 
 from mlx_starflow import load_flow as load_mlx
@@ -76,7 +84,7 @@ def test_shards(loading, tmp_path, device):
 @pytest.mark.parametrize("stored", [mx.float32, mx.bfloat16])
 @pytest.mark.parametrize("how", list(QUANTIZATIONS))
 def test_quantized_weights(loading, tmp_path, device, how, stored):
-    flow = wide_flow(layers_per_block=[1, 2, 3])
+    flow = tiny_flow("wide", layers_per_block=[1, 2, 3])
     flow.set_dtype(stored)
     quantization = quantize_module(flow, how)
     save_model(tmp_path, parameters(flow), config_of(flow, quantization=quantization))
@@ -102,7 +110,7 @@ def test_an_official_checkpoint(loading, tmp_path, device, case):
 
 
 def test_text_encoder_and_autoencoder(loading, tmp_path, device):
-    directory = write_tiny_model(tmp_path)
+    directory = write_image_model(tmp_path)
     encoder, tokenizer = loading.load_text_encoder(directory / "text_encoder", device, "float32")
     ours, our_tokenizer = load_mlx_encoder(directory / "text_encoder", "float32")
     ids, mask, _ = tokenizer.batch(["a cat", ""], 6)
@@ -133,11 +141,11 @@ def test_tensors_that_do_not_fit(loading, tmp_path, device):
 
 
 def test_video_models(loading, tmp_path, device):
-    assert "makes videos" in message(loading.load_flow, write_tiny_video_model(tmp_path), device)
+    assert "makes videos" in message(loading.load_flow, write_video_model(tmp_path), device)
 
 
 def test_damaged_files(loading, tmp_path, device):
-    directory = write_tiny_model(tmp_path)
+    directory = write_image_model(tmp_path)
     for load, folder in (
         (loading.load_flow, directory),
         (loading.load_text_encoder, directory / "text_encoder"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from helpers.examples import example_module
+from helpers.tiny_flows import tiny_case
 from helpers.torch_reference import DEVICES, both, difference, give_weights
 
 from mlx_starflow.sampling import SamplingTrace
@@ -15,13 +17,12 @@ STARFLOWS = ["softplus", "exp_all_text", "shifted", "patches", "no_text", "ident
 
 @pytest.mark.parametrize("method", ["sequential", "jacobi"])
 @pytest.mark.parametrize("family", STARFLOWS)
-def test_the_same_sample(tiny_flow, family, method, device):
-    import official_algorithm
-
+def test_the_same_sample(family, method, device):
+    official_algorithm = example_module("reports/official_algorithm.py")
     from mlx_starflow.reference.sampling import sample
     from mlx_starflow.reference.starflow import STARFlow
 
-    tiny = tiny_flow(family)
+    tiny = tiny_case(family)
     torch_model = give_weights(STARFlow(tiny.flow.config), tiny.flow, device)
     z = both(np.random.default_rng(0).standard_normal(tiny.x.shape).astype(np.float32), device)[1]
     text, null = (both(None if a is None else np.array(a), device)[1] for a in (tiny.text, tiny.null_text))
@@ -35,7 +36,7 @@ def test_the_same_sample(tiny_flow, family, method, device):
 
 def test_the_released_configuration(golden, device):
     """Against arrays of the official code, at a sequence longer than a Jacobi block."""
-    import official_algorithm
+    official_algorithm = example_module("reports/official_algorithm.py")
 
     from mlx_starflow.reference.starflow import STARFlow
 

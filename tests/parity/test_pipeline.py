@@ -6,12 +6,13 @@ import sys
 
 import numpy as np
 import pytest
-from helpers.commands import Command
-from helpers.model_directories import edit_weights, message
-from helpers.tiny_model import write_tiny_model
+from helpers.commands import Command, message
+from helpers.images import smooth_images
+from helpers.model_directories import edit_weights, write_image_model
 from helpers.torch_reference import DEVICES, difference
 
 from mlx_starflow import load
+from mlx_starflow.editing import Encoded
 from mlx_starflow.media.metadata import read_metadata
 
 pytestmark = [pytest.mark.torch, pytest.mark.parametrize("device", DEVICES)]
@@ -30,7 +31,7 @@ generate = Command("generate")
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    return write_tiny_model(tmp_path_factory.mktemp("model"))
+    return write_image_model(tmp_path_factory.mktemp("model"))
 
 
 def pixels(images) -> np.ndarray:
@@ -63,7 +64,17 @@ def test_prompts_and_decoder(tiny, device):
     prompts = ["a cat", "a dog"]
     assert difference(ours.encode_prompts(prompts), theirs.encode_prompts(prompts)) < 1e-5
     latents = np.random.default_rng(0).standard_normal((2, 4, 8, 4)).astype(np.float32)
-    assert np.abs(ours._pictures(ours._array(latents)) - theirs._pictures(theirs._array(latents))).max() < 1e-4
+    decoded = [pipe.backend.decode(pipe.backend.array(latents)) for pipe in (ours, theirs)]
+    assert np.abs(decoded[0] - decoded[1]).max() < 1e-4
+
+
+def test_scoring_and_editing_need_mlx(tiny, device):
+    pipe = load(tiny, backend="torch", device=device)
+    (image,) = smooth_images(1)
+    encoded = Encoded(np.zeros((1, 4, 4, 4), np.float32), ["a cat"])
+    for call in (lambda: pipe.score([image]), lambda: pipe.vary(image), lambda: pipe.decode(encoded)):
+        assert "need the mlx backend" in message(call)
+    assert "need the mlx backend" in message(pipe.best_of, "a cat", 2)
 
 
 def test_bfloat16(device):
@@ -101,7 +112,7 @@ def test_options_that_torch_does_not_have(tiny, tmp_path, device):
 
 
 def test_a_damaged_model_is_named(tmp_path, device):
-    directory = write_tiny_model(tmp_path)
+    directory = write_image_model(tmp_path)
     edit_weights(directory / "vae", decoder__conv_in__bias=None)
     assert "decoder.conv_in.bias" in generate.mistake("a cat", "-m", directory, "--backend", "torch")
 

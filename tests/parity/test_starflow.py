@@ -180,7 +180,7 @@ def test_wrong_arguments_are_named(device):
         (torch_model, {"method": "parallel"}, "sequential or jacobi, not by 'parallel'"),
         (torch_model, {"guidance": 1.0, "null_text": None}, "guidance needs text and null_text"),
         (torch_model, {"text": None}, "this flow reads text"),
-        (torch_model, {"guidance": 1.0, "guide_what": "b"}, "TarFlow"),
+        (torch_model, {"guidance": 1.0, "guidance_target": "b"}, "TarFlow"),
         (textless, {"guidance": 1.0}, "reads no text, so guidance has no effect"),
         (torch_model, {"z": x * float("nan")}, "not finite"),
     ):

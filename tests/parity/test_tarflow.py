@@ -36,7 +36,7 @@ SAMPLING = st.fixed_dictionaries(
         "guidance": st.sampled_from([0.0, 0.8, 1.5]),
         "attn_temp": st.sampled_from([1.0, 0.7]),
         "annealed_guidance": st.booleans(),
-        "guide_what": st.sampled_from(["ab", "a", "b"]),
+        "guidance_target": st.sampled_from(["ab", "a", "b"]),
     }
 )
 NULLS = st.sampled_from([None, [0], [-1, 0]])

@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 
 from mlx_starflow.models.tarflow import TarFlow, TarFlowConfig
 from mlx_starflow.training.loop.objective import batch_loss
-from mlx_starflow.training.loop.schedules import assign, trainable
+from mlx_starflow.training.loop.weights import assign, trainable
 
 LABELS = np.array([0, 2, -1, 1, 1], np.int32)
 
@@ -45,7 +45,7 @@ def make(**settings) -> tuple[TarFlow, dict[str, mx.array]]:
 
 
 def value_and_gradients(flow: TarFlow, batch: dict[str, mx.array]) -> tuple[float, dict[str, mx.array]]:
-    loss, gradients = nn.value_and_grad(flow, lambda: batch_loss(flow, batch, checkpoint=True)[0])()
+    loss, gradients = nn.value_and_grad(flow, lambda: batch_loss(flow, batch, gradient_checkpointing=True)[0])()
     return float(loss), dict(tree_flatten(gradients))
 
 

@@ -8,16 +8,19 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from helpers.examples import example_module
 from helpers.tiny_training import FLOW, TEXT, TinyData
 from helpers.torch_reference import DEVICES
 
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
 from mlx_starflow.models.t5 import T5Config, T5Encoder
-from mlx_starflow.training.loop import objective
+from mlx_starflow.training.config import TrainingConfig
+from mlx_starflow.training.data import dropout
 from mlx_starflow.training.loop.optimizers import GroupedOptimizer
-from mlx_starflow.training.loop.schedules import assign, cosine, ema_decay, trainable, update_average
-from mlx_starflow.training.loop.trainer import TrainingConfig
+from mlx_starflow.training.loop.schedules import cosine, ema_decay
+from mlx_starflow.training.loop.weights import assign, trainable, update_average
+from mlx_starflow.training.recipes import autoencoder
 from mlx_starflow.training.recipes.text import TextFlow
 
 pytestmark = pytest.mark.torch
@@ -82,13 +85,12 @@ def torch():
 def make_pair(name: str, torch, device: str):
     from mlx_starflow.reference.starflow import STARFlow as TorchFlow
     from mlx_starflow.reference.t5 import T5Encoder as TorchEncoder
-    from mlx_starflow.reference.training import TextFlow as TorchTextFlow
 
     flow_config = FlowConfig(**{**FLOW, **FLOWS[name]})
     text_config = T5Config(**TEXT, feed_forward_proj="gated-gelu")
     model = TextFlow(STARFlow(flow_config), T5Encoder(text_config))
     randomize(model)
-    torch_model = TorchTextFlow(TorchFlow(flow_config), TorchEncoder(text_config))
+    torch_model = example_module("torch_training.py").TextFlow(TorchFlow(flow_config), TorchEncoder(text_config))
     load_reference(torch_model, model, torch)
     return model, torch_model.to(device)
 
@@ -106,7 +108,7 @@ def torch_loss(torch_model, batch, torch):
     device = next(torch_model.parameters()).device
     t = {key: torch.from_numpy(value).to(device) for key, value in batch.items()}
     text = torch_model.text_encoder.encode(t["ids"].long(), t["mask"])
-    return torch_model.flow(t["latents"] + 0.3 * t["noise"], text, t["keep"]).nll().mean()
+    return torch_model.flow(t["latents"] + 0.3 * t["noise"], text, t["context_mask"]).nll().mean()
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -126,9 +128,7 @@ def test_three_steps_of_training(torch, device):
     """Gradient, clipping, AdamW's groups, schedule and average together, as the trainer does them."""
     from mlx.optimizers import clip_grad_norm
 
-    from mlx_starflow.reference.training import Averaged
-    from mlx_starflow.reference.training import cosine as torch_cosine
-
+    torch_training = example_module("torch_training.py")
     model, torch_model = make_pair("demo", torch, device)
     batch = make_batch(model.flow.config)
     arrays = {k: mx.array(v) for k, v in batch.items()}
@@ -140,12 +140,12 @@ def test_three_steps_of_training(torch, device):
         is_fast=lambda name: name == "text_encoder.shared.weight",
         factor=8.0,
     )
-    averaged = Averaged(torch_model, 0.999)
+    averaged = torch_training.Averaged(torch_model, 0.999)
     adamw = torch.optim.AdamW(torch_model.groups(1e-3, 8.0), betas=(0.9, 0.98), weight_decay=0.01)
     peaks = [group["lr"] for group in adamw.param_groups]
     for step in range(3):
         factor = cosine((step + 1) / 8, 0.3)
-        assert factor == torch_cosine((step + 1) / 8, 0.3)
+        assert factor == torch_training.cosine((step + 1) / 8, 0.3)
         _, gradients = flat_gradients(model, lambda: model.loss(arrays))
         gradients, norm = clip_grad_norm(gradients, 0.05)
         assign(model, optimizer.apply(gradients, trainable(model), mx.array(1e-3 * factor)))
@@ -186,8 +186,8 @@ def test_adamw_is_pytorchs(torch):
 
 def test_autoencoder_loss_and_gradients(torch, monkeypatch):
     from mlx_starflow.reference.autoencoder_kl import AutoencoderKL as Reference
-    from mlx_starflow.reference.training import autoencoder_loss
 
+    torch_training = example_module("torch_training.py")
     config = AutoencoderKLConfig((8, 16), 1, norm_num_groups=4)
     model = AutoencoderKL(config)
     randomize(model)
@@ -195,9 +195,9 @@ def test_autoencoder_loss_and_gradients(torch, monkeypatch):
     load_reference(torch_model, model, torch)
     rng = np.random.default_rng(0)
     pictures = rng.uniform(-1, 1, (6, 16, 16, 3)).astype(np.float32)
-    noise = objective.autoencoder_noise(rng, 6, (8, 8, 4), 0.3)
+    noise = autoencoder.autoencoder_noise(rng, 6, (8, 8, 4), 0.3)
     arrays = {key: mx.array(value) for key, value in noise.items()}
-    loss = lambda: objective.autoencoder_loss(model, mx.array(pictures), **arrays, kl_weight=0.1)  # noqa: E731
+    loss = lambda: autoencoder.autoencoder_loss(model, mx.array(pictures), **arrays, kl_weight=0.1)  # noqa: E731
     value, gradients = flat_gradients(model, loss)
 
     draws = iter([noise["posterior"], noise["latent"]])
@@ -205,7 +205,7 @@ def test_autoencoder_loss_and_gradients(torch, monkeypatch):
     monkeypatch.setattr(torch, "rand", lambda *shape: torch.from_numpy(noise["level"][:2] / 0.3).reshape(shape))
     monkeypatch.setattr(torch, "autocast", lambda *arguments, **options: contextlib.nullcontext())
     images = torch.from_numpy(pictures.transpose(0, 3, 1, 2).copy())
-    expected, numbers = autoencoder_loss(torch_model, images, kl_weight=0.1, noise_std=0.3)
+    expected, numbers = torch_training.autoencoder_loss(torch_model, images, kl_weight=0.1, noise_std=0.3)
     expected.backward()
     assert value == pytest.approx(expected.item(), rel=1e-5)
     metrics = loss()[1]
@@ -213,11 +213,9 @@ def test_autoencoder_loss_and_gradients(torch, monkeypatch):
     assert_gradients_agree(gradients, torch_model, torch, 1e-4)
 
 
-def test_context_keep_is_distributed_alike(torch):
-    from mlx_starflow.reference.training import context_keep
-
+def test_context_masks_are_distributed_alike(torch):
     torch.manual_seed(0)
-    torch_model = context_keep(20000, 8, 0.4, 0.3).numpy()
-    ours = objective.context_keep(np.random.default_rng(0), 20000, 8, 0.4, 0.3)
-    counts = [np.bincount(keep.sum(axis=1).astype(int), minlength=9) / 20000 for keep in (torch_model, ours)]
+    reference = example_module("torch_training.py").context_mask(20000, 8, 0.4, 0.3).numpy()
+    ours = dropout.context_mask(np.random.default_rng(0), 20000, 8, 0.4, 0.3)
+    counts = [np.bincount(mask.sum(axis=1).astype(int), minlength=9) / 20000 for mask in (reference, ours)]
     assert np.abs(counts[0] - counts[1]).max() < 0.012

@@ -1,14 +1,15 @@
 import numpy as np
 import pytest
-from helpers.tiny_model import write_tiny_model
+from helpers.model_directories import write_image_model
 
 from mlx_starflow import load
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.pipelines import GenerationSettings
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    return write_tiny_model(tmp_path_factory.mktemp("model"))
+    return write_image_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -92,10 +93,9 @@ def test_stats(pipe):
 def test_low_memory_holds_one_network_at_a_time(directory, pipe):
     frugal = load(directory, low_memory=True)
     result = frugal.generate("a cat", seed=1)
-    assert not {"flow", "_text", "vae"} & set(vars(frugal))
+    assert not frugal.backend.held
     assert (pixels(result)[0] == pixels(pipe.generate("a cat", seed=1))[0]).all()
-    for part in ("flow", "_text", "vae"):
-        assert part in vars(pipe)
+    assert pipe.backend.held == {"flow", "text_encoder", "vae"}
 
 
 def test_a_long_prompt_is_cut_with_a_warning(pipe):
@@ -111,12 +111,28 @@ def test_a_long_prompt_is_cut_with_a_warning(pipe):
         ({"method": "magic"}, "unknown sampling method"),
         ({"images": 0}, "images must be 1 or more"),
         ({"seed": -4}, "seed is a whole number"),
-        ({"colour": 3}, "unknown setting colour"),
     ],
 )
 def test_errors(pipe, settings, message):
     with pytest.raises(StarflowError, match=message):
         pipe.generate("a cat", **settings)
+
+
+def test_settings_of_a_file():
+    settings = GenerationSettings.from_dict({"guidance": 2.0, "size": [16, 8]})
+    assert settings.size == (16, 8) and settings.to_dict() == GenerationSettings(2.0, size=(16, 8)).to_dict()
+    with pytest.raises(StarflowError, match="unknown setting colour"):
+        GenerationSettings.from_dict({"colour": 3})
+
+
+def test_settings_and_overrides(pipe):
+    """What is given by name comes before the settings, and None leaves them as they are."""
+    chosen = GenerationSettings(guidance=0.5, temperature=0.6, denoise=False)
+    result = pipe.generate("a cat", seed=1, settings=chosen, temperature=0.9, guidance=None)
+    assert result.settings == GenerationSettings(guidance=0.5, temperature=0.9, denoise=False)
+    assert pipe.generate("a cat", seed=1, guidance=0.0).settings.guidance == 0.0
+    with pytest.raises(TypeError, match="colour"):
+        pipe.generate("a cat", colour=3)
 
 
 def test_a_flow_alone_does_not_generate(directory, tmp_path):

@@ -4,18 +4,18 @@ import warnings
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.model_directories import write_image_model, write_video_model
 from helpers.peaks import one_at_a_time
-from helpers.tiny_model import write_tiny_model, write_tiny_video_model
 from PIL import Image
 
-from mlx_starflow import likelihood as scoring
 from mlx_starflow import load
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.media.noise import VideoNoise, draw_noise
 from mlx_starflow.media.videos import VideoWriter
-from mlx_starflow.model_dir.directory import ModelDirectory
-from mlx_starflow.pipelines.video import VideoPipeline
-from mlx_starflow.pipelines.video_sources import encode_frames, last_frames
+from mlx_starflow.pipelines import VideoPipeline, load_video
+from mlx_starflow.pipelines.video_frames import encode_frames, last_frames
+from mlx_starflow.pipelines.video_requests import read_past_video
+from mlx_starflow.pipelines.video_results import VideoOverrides
 from mlx_starflow.planning.memory import plan
 from mlx_starflow.sampling import denoise, sample
 from mlx_starflow.sampling.video import default_context
@@ -23,7 +23,7 @@ from mlx_starflow.sampling.video import default_context
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    return write_tiny_video_model(tmp_path_factory.mktemp("model"))
+    return write_video_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +58,9 @@ def differs(ours, theirs):
 
 def test_load_knows_what_makes_videos(pipe, tmp_path):
     assert isinstance(pipe, VideoPipeline)
-    assert (pipe.window, pipe.settings.frames, pipe.settings.fps, pipe.settings.size) == (5, 17, 16, (48, 32))
+    assert (pipe.format.window, pipe.settings.frames, pipe.settings.fps, pipe.settings.size) == (5, 17, 16, (48, 32))
     with pytest.raises(StarflowError, match="makes pictures, not videos"):
-        VideoPipeline("tiny", ModelDirectory(write_tiny_model(tmp_path)))
+        load_video(write_image_model(tmp_path))
 
 
 def test_a_video(pipe):
@@ -156,10 +156,10 @@ def test_a_picture_of_a_video_model(pipe, seen):
     stream = pipe.stream("a cat", seed=2, frames=1)
     assert differs(list(stream), result.videos[1]) == 0
     assert stream.stats.tokens
-    same = pipe.pictures.generate("a cat", seed=2, size=(48, 32))
+    same = pipe.image_pipeline.generate("a cat", seed=2, size=(48, 32))
     assert differs(same.images, result.videos[1]) == 0
-    assert pipe.pictures.flow is pipe.flow
-    assert np.isfinite(scoring.score(pipe.pictures, same.images, "a cat")[0].nll)
+    assert pipe.image_pipeline.flow is pipe.flow
+    assert pipe.image_pipeline.score(same.images, "a cat")[0].nll == pipe.score(same.images, "a cat")[0].nll
 
 
 def test_from_a_picture(pipe, source, seen, tmp_path):
@@ -207,10 +207,11 @@ def test_going_on_from_a_video(pipe, source, seen):
 
 
 def test_a_continuation_sees_16_latent_frames_by_default(tmp_path):
-    pipe = load(write_tiny_video_model(tmp_path, vid_size="81:16"))
+    pipe = load(write_video_model(tmp_path, vid_size="81:16"))
     frames = [Image.new("RGB", (16, 16))] * 85
     for chosen, seen in (({}, 16), ({"context": 19}, 19)):
-        given, _ = pipe._past_video(frames, {"size": (16, 16), **chosen})
+        asked = VideoOverrides(size=(16, 16), **chosen)
+        given, _ = read_past_video(frames, asked, pipe.format, pipe.vae, fps=16)
         assert given.latents.shape[1] == seen
     assert [default_context(window) for window in (21, 17, 5)] == [16, 16, 4]
 
@@ -234,8 +235,8 @@ def test_a_video_file_is_read_at_the_rate_of_the_video(pipe, source, tmp_path):
 
 
 def test_sizes(pipe, source):
-    assert pipe.size_of("9:16") == (32, 48)
-    assert pipe.stream("a cat", image=source[0].resize((90, 120))).size == pipe.size_of("4:5")
+    assert pipe.format.size_of("9:16") == (32, 48)
+    assert pipe.stream("a cat", image=source[0].resize((90, 120))).size == pipe.format.size_of("4:5")
     assert pipe.stream("a cat", image=source[0].resize((90, 120)), size=(64, 16)).size == (64, 16)
     assert pipe.stream("a cat", image=source[0]).size == source[0].size
 
@@ -243,7 +244,7 @@ def test_sizes(pipe, source):
 def test_a_model_of_squares_makes_squares(pipe, source, monkeypatch):
     monkeypatch.setattr(pipe.config, "mix_aspect", False)
     assert pipe.stream("a cat", image=source[0]).size == (32, 32)
-    assert pipe.size_of("16:9") == (48, 32)
+    assert pipe.format.size_of("16:9") == (48, 32)
 
 
 def test_low_memory_holds_one_network_at_a_time(directory, pipe, source):
@@ -251,15 +252,15 @@ def test_low_memory_holds_one_network_at_a_time(directory, pipe, source):
     for options in ({}, {"extend": source}):
         options |= {"frames": 4 if "extend" in options else 5}
         result = frugal.generate("a cat", seed=1, **options)
-        assert not {"flow", "_text", "vae"} & set(vars(frugal))
+        assert not frugal.backend.held
         assert differs(result.videos[0], pipe.generate("a cat", seed=1, **options).videos[0]) <= 1
         assert len(list(frugal.stream("a cat", seed=1, live=False, **options))) == len(result.videos[0])
-        assert not {"flow", "_text", "vae"} & set(vars(frugal))
+        assert not frugal.backend.held
 
 
 def test_predicted_memory(tmp_path):
     shape = {"channels": 128, "top_block_channels": 256, "layers_per_block": [1, 1, 4], "img_size": 6, "txt_size": 24}
-    directory = write_tiny_video_model(tmp_path, **shape, mix_aspect=False)
+    directory = write_video_model(tmp_path, **shape, mix_aspect=False)
     gc.collect()
     before = mx.get_active_memory()
     pipe = load(directory, low_memory=False)
@@ -291,7 +292,6 @@ def test_the_last_frames():
         ({"size": (50, 32)}, "multiples of 16 pixels"),
         ({"context": 5, "frames": 41}, "context must be at most 4"),
         ({"context": 0}, "context must be 1 or more"),
-        ({"colour": 1}, "unknown setting colour"),
         ({"seed": -1}, "seed is a whole number"),
         ({"image": "missing.png"}, "cannot read the picture missing.png"),
         ({"video": "missing.mp4"}, "missing.mp4 does not exist"),

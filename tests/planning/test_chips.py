@@ -3,7 +3,8 @@
 import mlx.core as mx
 import pytest
 from helpers.commands import Command
-from helpers.tiny_model import tiny_flow, write_tiny_model
+from helpers.model_directories import write_image_model
+from helpers.tiny_flows import tiny_flow
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.model_dir.hub import CACHE_VARIABLE, DEMO
@@ -172,7 +173,7 @@ def test_larger_pictures_take_longer(release):
 
 
 def test_a_plan(tmp_path):
-    model = write_tiny_model(tmp_path)
+    model = write_image_model(tmp_path)
     blocks = (JacobiSettings(block_size=4), RollingSettings(window=8))
     SamplingPlan(blocks, 1e-2, {"evaluations": [4.0, 8.0]}).save(model)
     configs = ModelConfigs.read(model)
@@ -211,7 +212,7 @@ def test_info_needs_no_download(tmp_path, monkeypatch):
 
 
 def test_info_without_a_chip(tmp_path):
-    assert "Estimate" not in info(write_tiny_model(tmp_path)).stdout
+    assert "Estimate" not in info(write_image_model(tmp_path)).stdout
 
 
 def test_mistakes(tmp_path):

@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 from helpers.peaks import one_at_a_time
 
-from mlx_starflow.models.autoencoder_wan.network import AutoencoderWan, AutoencoderWanConfig
+from mlx_starflow.models.autoencoder_wan import AutoencoderWan, AutoencoderWanConfig
 from mlx_starflow.planning.footprint import decode_video
 
 STATISTICS = {"latents_mean": (0.0,) * 4, "latents_std": (1.0,) * 4, "z_dim": 4, "num_res_blocks": 1}

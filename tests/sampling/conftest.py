@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from mlx_starflow.cpu import native
+from mlx_starflow import cpu
 
 
-@pytest.fixture(autouse=True, params=["native", "mlx"])
+@pytest.fixture(autouse=True, params=["cpp", "mlx"])
 def computed_by(request: pytest.FixtureRequest) -> str:
     """Which of the two computes."""
     if request.param == "mlx":
         request.getfixturevalue("in_mlx")
-    elif not native.available():
+    elif not cpu.has_fast_networks():
         pytest.skip("there is no compiler")
     return request.param

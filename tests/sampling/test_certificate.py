@@ -7,6 +7,7 @@ import math
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.tiny_flows import tiny_case
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.sampling import Certificate, GuidedFlow, certify, sample
@@ -30,7 +31,7 @@ def test_without_guidance_it_is_the_flow(tiny):
         ("t2i_shifted", "reverse_cfg", {"guidance": 2.5}),
         ("tarflow", "reverse_cfg", {"guidance": 1.5}),
         ("tarflow", "reverse_cfg_annealed", {"guidance": 1.5, "annealed_guidance": True}),
-        ("tarflow", "reverse_cfg_b", {"guidance": 1.5, "guide_what": "b"}),
+        ("tarflow", "reverse_cfg_b", {"guidance": 1.5, "guidance_target": "b"}),
         ("tarflow", "reverse_cfg_attn_temp_0.7", {"guidance": 0.8, "attn_temp": 0.7}),
     ],
 )
@@ -41,7 +42,7 @@ def test_the_official_samples_are_right(golden, case, kind, options):
     assert certificate.max < 1e-3
     assert certificate.rms < certificate.max
     # And it is this guidance that they are samples of.
-    wrong = {**options, "guidance": options.get("guidance", 0.0) + 0.5, "guide_what": "ab"}
+    wrong = {**options, "guidance": options.get("guidance", 0.0) + 0.5, "guidance_target": "ab"}
     null = golden.get("y_null")
     assert certify(golden.flow, golden[kind], golden["noise"], golden["y"], null, **wrong).max > 1e-2
 
@@ -53,8 +54,8 @@ def test_a_wrong_sample_is_found_out(tiny):
     assert certify(tiny.flow, mx.array(wrong), z, tiny.text).max > 1e-2
 
 
-def test_each_sample_has_its_own_condition(tiny_flow):
-    tiny = tiny_flow("softplus")
+def test_each_sample_has_its_own_condition():
+    tiny = tiny_case("softplus")
     z = mx.random.normal(tiny.x.shape, key=mx.random.key(1))
     null = mx.concatenate([tiny.null_text, 2 * tiny.null_text])
     x = sample(tiny.flow, z, tiny.text, null, 1.3)
@@ -69,8 +70,8 @@ def test_figures():
     assert str(Certificate(1.2e-4, 1e-5)) == "|f(x) - z| at most 1.2e-04, RMS 1.0e-05"
 
 
-def test_arguments_are_checked(tiny_flow):
-    tiny = tiny_flow("softplus")
+def test_arguments_are_checked():
+    tiny = tiny_case("softplus")
     with pytest.raises(StarflowError, match="guidance must be 0 or more"):
         certify(tiny.flow, tiny.x, tiny.x, tiny.text, tiny.null_text, -1.0)
     with pytest.raises(StarflowError, match="latents have shape"):

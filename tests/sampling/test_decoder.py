@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.tiny_flows import tiny_case
 
 from mlx_starflow.models.flow import frame_count
 from mlx_starflow.sampling import JacobiSettings, SamplingTrace, sample
 from mlx_starflow.sampling.cache import KVCache
 from mlx_starflow.sampling.decoder import BlockDecoder
-from mlx_starflow.sampling.guidance import Guidance, extrapolate, guidance_rule, guide
+from mlx_starflow.sampling.guidance import Guidance, guidance_function, starflow_guidance, tarflow_guidance
 
 
 def test_cache_keeps_and_trims():
@@ -45,7 +48,7 @@ def decoders(tiny):
         x, z, log_sigma = (block.permute(tiny.flow.tokens(part), frames) for part in parts)
         rope_frequencies, condition = conditions.rope_frequencies[index], conditions.blocks[index]
         decoder = BlockDecoder(block, x.shape[0], x.shape[1], rope_frequencies, condition, None, frames=frames)
-        yield decoder, decoder.own(x), np.array(z), np.array(log_sigma)
+        yield decoder, x, np.array(z), np.array(log_sigma)
 
 
 def test_tokens_can_be_fed_in_any_portions(tiny):
@@ -85,8 +88,8 @@ def test_jacobi_is_exact_after_as_many_sweeps_as_tokens(tiny, size):
     assert max(trace.evaluations) <= (2 if frame_count(tiny.x.shape) == 1 else 4) * tokens
 
 
-def test_jacobi_stops_early(tiny_flow):
-    tiny = tiny_flow("softplus")
+def test_jacobi_stops_early():
+    tiny = tiny_case("softplus")
     noise = tiny.flow(tiny.x, tiny.text).z
     counts = []
     for threshold in (1.0, 1e-2, 1e-12):
@@ -101,7 +104,7 @@ def gaussian(key: int, *shape: int) -> mx.array:
     return mx.random.normal(shape, key=mx.random.key(key))
 
 
-def test_guide_is_the_quotient_of_gaussians():
+def test_starflow_guidance_is_the_quotient_of_gaussians():
     """p_cond^(1 + w) / p_null^w, computed by precisions."""
     w = 1.7
     mu, mu_null, log_null = gaussian(0, 50), gaussian(1, 50), gaussian(2, 50)
@@ -109,32 +112,32 @@ def test_guide_is_the_quotient_of_gaussians():
     a, b = np.exp(-2 * np.array(log_sigma, np.float64)), np.exp(-2 * np.array(log_null, np.float64))
     precision = (1 + w) * a - w * b
     mean = ((1 + w) * a * np.array(mu) - w * b * np.array(mu_null)) / precision
-    guided, log_guided = guide(mu, log_sigma, mu_null, log_null, w)
+    guided, log_guided = starflow_guidance(mu, log_sigma, mu_null, log_null, w)
     assert np.abs(np.array(guided) - mean).max() < 1e-4
     assert np.abs(np.array(log_guided) + 0.5 * np.log(precision)).max() < 1e-4
 
 
-def test_guide_is_safe_where_the_condition_is_wider():
+def test_starflow_guidance_is_safe_where_the_condition_is_wider():
     mu, mu_null, log_null = gaussian(0, 50), gaussian(1, 50), gaussian(2, 50)
     log_sigma = log_null + 0.1
-    guided, log_guided = guide(mu, log_sigma, mu_null, log_null, 2.0)
+    guided, log_guided = starflow_guidance(mu, log_sigma, mu_null, log_null, 2.0)
     assert np.abs(np.array(guided - (3 * mu - 2 * mu_null))).max() < 1e-5
     assert np.abs(np.array(log_guided - log_sigma)).max() < 1e-6
 
 
-def test_extrapolate():
+def test_tarflow_guidance():
     parts = [gaussian(key, 9) for key in range(4)]
     mu, log_sigma, mu_null, log_null = parts
     moved = (2.5 * mu - 1.5 * mu_null, 2.5 * log_sigma - 1.5 * log_null)
-    for what, expected in (("ab", moved), ("b", (moved[0], log_sigma)), ("a", (mu, moved[1]))):
-        for rule in (lambda *a, what=what: extrapolate(*a, what), guidance_rule("extrapolate", what)):
-            for actual, wanted in zip(rule(*parts, 1.5), expected, strict=True):
+    for target, expected in (("ab", moved), ("b", (moved[0], log_sigma)), ("a", (mu, moved[1]))):
+        for combine in (partial(tarflow_guidance, target=target), guidance_function("tarflow", target)):
+            for actual, wanted in zip(combine(*parts, 1.5), expected, strict=True):
                 assert np.abs(np.array(actual - wanted)).max() < 1e-5
-    assert guidance_rule("quotient") is guide
+    assert guidance_function("starflow") is starflow_guidance
 
 
 def test_annealed_weight_grows_to_the_whole():
-    guidance = Guidance(guide, 3.0, annealed=True)
+    guidance = Guidance(starflow_guidance, 3.0, annealed=True)
     weights = mx.concatenate([guidance.at(0, 2, 6), guidance.at(2, 4, 6)], axis=1)
     assert np.abs(np.array(weights)[0, :, 0] - 3.0 * np.arange(1, 7) / 6).max() < 1e-6
-    assert Guidance(guide, 3.0).at(2, 4, 6) == 3.0
+    assert Guidance(starflow_guidance, 3.0).at(2, 4, 6) == 3.0

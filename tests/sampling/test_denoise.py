@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from helpers.paths import DATA
+from helpers.tiny_flows import tiny_case
 from mlx.utils import tree_map
 
 from mlx_starflow.errors import StarflowError
@@ -64,17 +65,17 @@ def test_step_follows_the_log_likelihood(tiny):
         assert length == pytest.approx(std**2 * slope, rel=0.01)
 
 
-def test_noise_level_is_the_flows_own_by_default(tiny_flow):
-    tiny = tiny_flow("softplus")
+def test_noise_level_is_the_flows_own_by_default():
+    tiny = tiny_case("softplus")
     own = denoise(tiny.flow, tiny.x, tiny.text)
     given = denoise(tiny.flow, tiny.x, tiny.text, noise_std=tiny.flow.config.noise_std)
     assert np.array_equal(np.array(own), np.array(given))
     assert np.array_equal(np.array(denoise(tiny.flow, tiny.x, tiny.text, noise_std=0.0)), np.array(tiny.x))
 
 
-def test_no_nan_is_returned(tiny_flow):
+def test_no_nan_is_returned():
     for family in ("softplus", "tarflow"):
-        tiny = tiny_flow(family)
+        tiny = tiny_case(family)
         tiny.flow.update(tree_map(lambda w: w * float("nan"), tiny.flow.parameters()))
         with pytest.raises(StarflowError, match="not finite"):
             denoise(tiny.flow, tiny.x, tiny.text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from helpers.tiny_flows import tiny_case
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.sampling import JacobiSettings, RollingSettings, SamplingPlan, SequentialSettings, sample
@@ -75,11 +76,11 @@ def test_settings_are_checked(make, message):
         make()
 
 
-def test_settings_of_each_block(tiny_flow):
+def test_settings_of_each_block():
     assert block_settings("rolling", 2) == (RollingSettings(), RollingSettings())
     assert block_settings(JacobiSettings(4), 2) == (JacobiSettings(4), JacobiSettings(4))
     assert block_settings(PLAN, 3) == PLAN.blocks
-    tiny = tiny_flow("tarflow_vp")
+    tiny = tiny_case("tarflow_vp")
     z = tiny.noise(tiny.flow(tiny.x).z)
     assert sample(tiny.flow, z, method=PLAN).shape == tiny.x.shape
     with pytest.raises(StarflowError, match="plan is for 3 blocks, and this flow has 2"):

@@ -5,8 +5,17 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.tiny_flows import tiny_case
 
-from mlx_starflow.sampling import GuidedFlow, JacobiSettings, RollingSettings, SamplingTrace, SequentialSettings, sample
+from mlx_starflow.sampling import (
+    GuidedFlow,
+    JacobiSettings,
+    RollingSettings,
+    SamplingOptions,
+    SamplingTrace,
+    SequentialSettings,
+    sample,
+)
 from mlx_starflow.sampling.sampler import invert_block
 
 EVERY = [
@@ -21,7 +30,7 @@ EVERY = [
 def guided(tiny, weight: float = 0.7) -> GuidedFlow:
     shape = tiny.noise(tiny.flow(tiny.x, tiny.text).z).shape
     can = tiny.text is not None and (tiny.null_text is not None or "class_embed" in tiny.flow.blocks[0])
-    return GuidedFlow(tiny.flow, shape, tiny.text, tiny.null_text, weight if can else 0.0)
+    return GuidedFlow(tiny.flow, shape, tiny.text, tiny.null_text, SamplingOptions(weight if can else 0.0))
 
 
 def block_noise(tiny, key: int = 0) -> mx.array:
@@ -45,8 +54,8 @@ def test_every_token_is_within_the_tolerance(tiny, window, tolerance):
             assert decoder.evaluations == tokens
 
 
-def test_a_loose_tolerance_saves_evaluations(tiny_flow):
-    tiny = tiny_flow("softplus")
+def test_a_loose_tolerance_saves_evaluations():
+    tiny = tiny_case("softplus")
     z = tiny.flow(tiny.x, tiny.text).z
     counts = []
     for tolerance in (1e-6, 1e-2, 1.0):
@@ -56,9 +65,9 @@ def test_a_loose_tolerance_saves_evaluations(tiny_flow):
     assert counts[0] > counts[1] > counts[2]
 
 
-def test_independent_tokens_take_one_evaluation(tiny_flow):
+def test_independent_tokens_take_one_evaluation():
     """A flow whose blocks are the identity: the noise is the right guess."""
-    tiny = tiny_flow("softplus")
+    tiny = tiny_case("softplus")
     for block in tiny.flow.blocks:
         block.proj_out.update({"weight": 0 * block.proj_out.weight, "bias": 0 * block.proj_out.bias})
     trace = SamplingTrace()
@@ -83,9 +92,9 @@ def test_given_tokens_stay(tiny, settings):
             assert mx.abs(x - whole).max().item() < 1e-4
 
 
-def test_wild_guesses_do_no_harm(tiny_flow):
+def test_wild_guesses_do_no_harm():
     """Log-scales of exp flows run away where guesses are wrong, and must not reach the tokens before them as NaN."""
-    tiny = tiny_flow("exp_all_text")
+    tiny = tiny_case("exp_all_text")
     flow = guided(tiny, 0.0)
     z = block_noise(tiny)
     index = 0
@@ -108,8 +117,8 @@ def test_wild_guesses_do_no_harm(tiny_flow):
         assert len(calls) == z.shape[1]
 
 
-def test_a_batch_is_within_the_tolerance_of_single_samples(tiny_flow):
-    tiny = tiny_flow("softplus")
+def test_a_batch_is_within_the_tolerance_of_single_samples():
+    tiny = tiny_case("softplus")
     z = mx.random.normal(tiny.x.shape, key=mx.random.key(5))
     settings = RollingSettings(window=4, tolerance=1e-6)
     together = sample(tiny.flow, z, tiny.text, tiny.null_text, 1.0, settings)

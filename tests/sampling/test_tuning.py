@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 import pytest
+from helpers.tiny_flows import tiny_case
 from mlx.utils import tree_map
 
 from mlx_starflow.errors import StarflowError
@@ -12,8 +13,8 @@ from mlx_starflow.sampling.tuning import ALIKE, Trial, _cheapest, tune
 
 
 @pytest.mark.parametrize("family", ["softplus", "shifted", "identity_block", "no_text", "tarflow"])
-def test_a_plan_holds_its_certificate(tiny_flow, family):
-    tiny = tiny_flow(family)
+def test_a_plan_holds_its_certificate(family):
+    tiny = tiny_case(family)
     guidance = 0.0 if tiny.text is None else 0.5
     z = mx.random.normal(tiny.noise(tiny.flow(tiny.x, tiny.text).z).shape, key=mx.random.key(0))
     args = (tiny.flow, z, tiny.text, tiny.null_text, guidance)
@@ -30,8 +31,8 @@ def test_a_plan_holds_its_certificate(tiny_flow, family):
     assert any("rolling window" in line for line in lines)
 
 
-def test_half_precision(tiny_flow):
-    tiny = tiny_flow("softplus")
+def test_half_precision():
+    tiny = tiny_case("softplus")
     tiny.flow.update(tree_map(lambda w: w.astype(mx.bfloat16), tiny.flow.parameters()))
     z = mx.random.normal(tiny.x.shape, key=mx.random.key(0))
     lines: list[str] = []
@@ -40,14 +41,14 @@ def test_half_precision(tiny_flow):
     assert any("all that this precision gives" in line for line in lines)
 
 
-def test_tolerance_is_checked(tiny_flow):
-    tiny = tiny_flow("softplus")
+def test_tolerance_is_checked():
+    tiny = tiny_case("softplus")
     with pytest.raises(StarflowError, match="tolerance must be greater than 0"):
         tune(tiny.flow, tiny.x, tiny.text, tolerance=0.0)
 
 
-def test_fewest_evaluations(tiny_flow):
-    tiny = tiny_flow("softplus")
+def test_fewest_evaluations():
+    tiny = tiny_case("softplus")
     z = mx.random.normal(tiny.x.shape, key=mx.random.key(0))
     lines: list[str] = []
     plan = tune(tiny.flow, z, tiny.text, tolerance=5e-3, least="evaluations", report=lines.append)
@@ -68,7 +69,7 @@ def test_the_other_cost_decides_between_what_costs_alike():
     assert _cheapest(trials, "evaluations").evaluations == 46
 
 
-def test_arguments_are_checked(tiny_flow):
-    tiny = tiny_flow("softplus")
+def test_arguments_are_checked():
+    tiny = tiny_case("softplus")
     with pytest.raises(StarflowError, match="least seconds or evaluations, not 'joules'"):
         tune(tiny.flow, tiny.x, tiny.text, least="joules")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.tiny_flows import tiny_case
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.sampling import (
@@ -134,15 +135,15 @@ def test_long_videos_are_cleaned_window_by_window(golden):
     assert np.abs(np.array(cleaned) - expected).max() < 1e-5
 
 
-def test_without_a_learned_denoiser_the_score_cleans(tiny_flow):
-    tiny = tiny_flow("frames")
+def test_without_a_learned_denoiser_the_score_cleans():
+    tiny = tiny_case("frames")
     tiny.flow.pop("learnable_self_denoiser")
     cleaned = whole(denoise_frames(tiny.flow, iter([tiny.x]), tiny.text, 2))
     assert distance(cleaned, denoise(tiny.flow, tiny.x, tiny.text)) < 1e-6
 
 
-def test_evaluations_are_counted(tiny_flow):
-    tiny, trace = tiny_flow("frames"), SamplingTrace()
+def test_evaluations_are_counted():
+    tiny, trace = tiny_case("frames"), SamplingTrace()
     z = gaussian(0, 2, 4, 2, 3, 2)
     list(sample_frames(tiny.flow, z, tiny.text, given=tiny.x[:, :1], window=2, context=1, trace=trace))
     assert trace.evaluations == [18, 18, 18]
@@ -152,9 +153,9 @@ def test_evaluations_are_counted(tiny_flow):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
-def test_any_number_of_frames_can_be_given(tiny_flow, count):
+def test_any_number_of_frames_can_be_given(count):
     """The first frames of a sample, given, lead to the same sample."""
-    tiny = tiny_flow("frames")
+    tiny = tiny_case("frames")
     z = gaussian(1, 2, 4, 2, 3, 2)
     x = sample(tiny.flow, z, tiny.text, tiny.null_text, 1.0)
     assert certify(tiny.flow, x, z, tiny.text, tiny.null_text, 1.0).max < 1e-4
@@ -184,8 +185,8 @@ def test_windows():
     assert windows(9, 4, 1)[-1] == (6, 7, 9)
 
 
-def test_mistakes(tiny_flow):
-    tiny = tiny_flow("frames")
+def test_mistakes():
+    tiny = tiny_case("frames")
     z = gaussian(0, 2, 4, 2, 3, 2)
     for expected, options in (
         ("context must be 1 to 1", {"window": 2, "context": 2}),
@@ -197,7 +198,7 @@ def test_mistakes(tiny_flow):
             list(sample_frames(tiny.flow, z, tiny.text, **options))
     with pytest.raises(StarflowError, match=r"reads \[batch, frames, height, width, 2\]"):
         list(sample_frames(tiny.flow, z[..., :1], tiny.text))
-    pictures = tiny_flow("softplus")
+    pictures = tiny_case("softplus")
     with pytest.raises(StarflowError, match=r"reads \[batch, height, width, 2\]"):
         list(sample_frames(pictures.flow, z, pictures.text))
     broken = mx.where(mx.arange(4)[:, None, None, None] == 2, float("nan"), z)

@@ -7,8 +7,8 @@ from functools import partial
 
 import click
 
+from mlx_starflow import cpu
 from mlx_starflow.cli.options.sampling import Size, dtype_option
-from mlx_starflow.cpu import blas
 
 
 @click.command()
@@ -44,7 +44,7 @@ def bench(
     from mlx_starflow.bench.benchmark import bench as measure
     from mlx_starflow.bench.trials import PROMPTS
 
-    blas.hint_if_slow()
+    cpu.hint_if_slow()
     result = measure(
         model,
         prompts or PROMPTS[:1],

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from mlx_starflow.cpu import blas
+from mlx_starflow import cpu
+from mlx_starflow.cli.options.interrupt import resumable
+from mlx_starflow.model_dir.precision import DTYPES
 
 if TYPE_CHECKING:
-    from mlx_starflow.training.data.cache_build import CacheSummary
-
-INTERRUPTED = 130
-"""What a shell expects of a command that Ctrl-C ended."""
+    from mlx_starflow.training.data.cache.build import CacheSummary
 
 
 @click.command()
@@ -27,7 +26,7 @@ INTERRUPTED = 130
 @click.option("--flip", is_flag=True, help="Mirror every second view. Captions may name left and right, or letters.")
 @click.option(
     "--dtype",
-    type=click.Choice(["float16", "bfloat16", "float32"]),
+    type=click.Choice(DTYPES),
     default="float16",
     show_default=True,
     help="Of the numbers on disk.",
@@ -38,7 +37,22 @@ INTERRUPTED = 130
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random views.")
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Go on where an earlier run stopped.")
 @click.option("--check", is_flag=True, help="DATA is a cache: compare the checksums of its files.")
-def cache(data: str, output: Path | None, model: str, resume: bool, check: bool, **settings: Any) -> None:
+def cache(
+    data: str,
+    output: Path | None,
+    model: str,
+    size: int | None,
+    buckets: bool | None,
+    views: int,
+    flip: bool,
+    dtype: str,
+    batch_size: int,
+    split: str,
+    caption_column: str | None,
+    seed: int,
+    resume: bool,
+    check: bool,
+) -> None:
     """Encode the pictures of DATA and their captions once, so that training needs no encoder.
 
     DATA is a folder of pictures with a .txt file beside each, with a metadata.jsonl or metadata.csv (file_name, text),
@@ -56,23 +70,32 @@ def cache(data: str, output: Path | None, model: str, resume: bool, check: bool,
     if output is None:
         raise click.UsageError("Missing option '-o' / '--output'.")
 
-    from mlx_starflow.training.data.cache_build import CacheSettings, build_cache
+    from mlx_starflow.training.data.cache.build import CacheSettings, build_cache
 
-    blas.hint_if_slow()
-    try:
-        summary = build_cache(data, output, model, CacheSettings(**settings), resume=resume)
-    except KeyboardInterrupt:
-        click.echo("stopped: the same command goes on where this one was", err=True)
-        raise SystemExit(INTERRUPTED) from None
+    settings = CacheSettings(
+        size=size,
+        buckets=buckets,
+        views=views,
+        flip=flip,
+        dtype=dtype,
+        batch_size=batch_size,
+        split=split,
+        caption_column=caption_column,
+        seed=seed,
+    )
+    cpu.hint_if_slow()
+    with resumable("stopped: the same command goes on where this one was"):
+        summary = build_cache(data, output, model, settings, resume=resume)
     for line in _remarks(summary):
         click.echo(line, err=True)
     done = "was finished already" if summary.finished_before else "finished"
-    size = f"{summary.bytes / 2**20:.1f} MiB"
-    click.echo(f"{summary.folder} {done}: {summary.pictures} pictures, {summary.texts} texts, {size}")
+    click.echo(
+        f"{summary.folder} {done}: {summary.images} pictures, {summary.texts} texts, {summary.bytes / 2**20:.1f} MiB"
+    )
 
 
 def _check(folder: Path) -> None:
-    from mlx_starflow.training.data.latent_cache import LatentCache
+    from mlx_starflow.training.data.cache.reading import LatentCache
 
     found = LatentCache(folder)
     found.check()

@@ -1,4 +1,4 @@
-"""`mlx-starflow calibrate`: what the likelihood of a model's own pictures is."""
+"""`mlx-starflow calibrate`: what the likelihood of a model's own images is."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from pathlib import Path
 
 import click
 
-from mlx_starflow.cli.commands.score import PICTURES, noise_options
-from mlx_starflow.cpu import blas
+from mlx_starflow import cpu
+from mlx_starflow.cli.options.images import images_argument, noise_options
 
 
 @click.command()
-@PICTURES
+@images_argument
 @click.option("-m", "--model", required=True, help="A model directory.")
 @click.option("--split", default="train", show_default=True, help='Of a metadata.jsonl: only lines with this "split".')
 @click.option("--limit", type=click.IntRange(min=2), help="Most pictures, spread evenly; all by default.")
@@ -30,18 +30,18 @@ def calibrate(
     from mlx_starflow.likelihood import calibrate as measure
     from mlx_starflow.likelihood.calibration import describe
     from mlx_starflow.media.image_files import find_images
-    from mlx_starflow.pipelines.picture_flow import open_picture_flow
+    from mlx_starflow.pipelines import open_model
 
     found = find_images(pictures, split)
     if limit is not None and limit < len(found):
         found = [found[number * len(found) // limit] for number in range(limit)]
-    blas.hint_if_slow()
-    flow = open_picture_flow(model)
-    data = flow.data(each.open() for each in found)
-    flow.release("vae")
+    cpu.hint_if_slow()
+    pipe = open_model(model)
+    data = pipe.to_data(each.open() for each in found)
+    pipe.release("vae")
     captions = [each.caption for each in found]
-    reference = measure(
-        flow,
+    measured = measure(
+        pipe,
         data,
         captions if all(captions) else None,
         draws=draws,
@@ -49,9 +49,9 @@ def calibrate(
         batch_size=batch_size,
         progress=None,
     )
-    path = reference.save(flow.directory)
-    for kind, statistics in reference.nll.items():
+    path = measured.save(pipe.directory)
+    for kind, statistics in measured.nll.items():
         click.echo(
-            f"{kind}: {describe(statistics)} nats per {flow.dimension} (mean and spread of {len(found)} pictures)"
+            f"{kind}: {describe(statistics)} nats per {pipe.dimension} (mean and spread of {len(found)} pictures)"
         )
     click.echo(f"written: {path}")

@@ -1,28 +1,36 @@
-"""`mlx-starflow classify`: which label a picture has, by Bayes' rule."""
+"""`mlx-starflow classify`: which label an image has, by Bayes' rule."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TextIO
 
 import click
 
-from mlx_starflow.cli.commands.score import FRAMES, PICTURES, model_options, noise_options, table_options
-from mlx_starflow.cpu import blas
+from mlx_starflow import cpu
+from mlx_starflow.cli.options.images import (
+    frames_option,
+    images_argument,
+    model_options,
+    noise_options,
+    open_files,
+    table_options,
+)
 
 
 @click.command()
-@PICTURES
+@images_argument
 @click.option("-l", "--labels", help="Comma between them; all classes by default, if the model is a TarFlow.")
 @click.option("--label-file", type=click.File("r"), help="Labels from a file, one a line; - is standard input.")
 @click.option("--split", help='Of folders with a metadata.jsonl: only lines with this "split".')
 @table_options
 @noise_options
 @model_options
-@FRAMES
+@frames_option
 def classify(
     pictures: tuple[Path, ...],
     labels: str | None,
-    label_file: click.utils.LazyFile | None,
+    label_file: TextIO | None,
     split: str | None,
     csv_file: Path | None,
     json_file: Path | None,
@@ -42,10 +50,9 @@ def classify(
     All labels see the same noise. The margin is what the best label is ahead of the second, in nats; probabilities
     follow from it and are nearly always close to 0 or 1.
     """
-    from mlx_starflow.likelihood import classify as classify_pictures
     from mlx_starflow.media.image_files import find_images
     from mlx_starflow.media.tables import check_text_output, write_csv, write_json
-    from mlx_starflow.pipelines.picture_flow import PixelFlow, open_files, open_picture_flow
+    from mlx_starflow.pipelines import ClassPipeline, open_model
 
     names = [label.strip() for label in (labels or "").split(",")] + [line.strip() for line in label_file or ()]
     names = [name for name in names if name]
@@ -53,15 +60,14 @@ def classify(
     for path in (csv_file, json_file):
         if path is not None:
             check_text_output(path)
-    blas.hint_if_slow()
-    flow = open_picture_flow(model, dtype=dtype)
-    if not names and isinstance(flow, PixelFlow):
-        names = [str(number) for number in range(flow.flow.config.num_classes)]
+    cpu.hint_if_slow()
+    pipe = open_model(model, dtype=dtype)
+    if not names and isinstance(pipe, ClassPipeline):
+        names = [str(number) for number in range(pipe.config.num_classes)]
     if not names:
         raise click.UsageError('there are no labels: mlx-starflow classify cat.png --labels "cat face,dog face"')
-    result = classify_pictures(
-        flow,
-        open_files(flow, found, frames),
+    result = pipe.classify(
+        open_files(pipe, found, frames),
         names,
         draws=draws,
         seed=seed,

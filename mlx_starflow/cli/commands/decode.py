@@ -1,4 +1,4 @@
-"""`mlx-starflow decode`: noise to pictures, or to videos."""
+"""`mlx-starflow decode`: noise to images, or to videos."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
+from mlx_starflow import cpu
 from mlx_starflow.cli.options.sampling import dtype_option, latent_batch_option
-from mlx_starflow.cpu import blas
 
 
 @click.command()
@@ -41,11 +41,12 @@ def decode(
     mlx-starflow decode cat.safetensors --prompt "dog face" -o dog.png
     mlx-starflow decode street.safetensors -o again.mp4
     """
+    from PIL import Image
+
     from mlx_starflow.editing import Encoded
-    from mlx_starflow.editing import decode as decode_noise
     from mlx_starflow.media import images as media
     from mlx_starflow.media.videos import VideoWriter, check_video_output
-    from mlx_starflow.pipelines.picture_flow import open_picture_flow
+    from mlx_starflow.pipelines import VideoPipeline, open_model
 
     encoded = Encoded.load(noise)
     videos = encoded.noise.ndim == 5
@@ -53,22 +54,23 @@ def decode(
     targets = media.numbered(output, len(encoded.noise)) if separate or videos else [output]
     for path in targets:
         (check_video_output if videos else media.check_output)(path)
-    blas.hint_if_slow()
+    cpu.hint_if_slow()
     if prompt is not None:
         encoded = replace(encoded, prompts=[prompt] * len(encoded.prompts))
     if guidance is not None:
         encoded = replace(encoded, guidance=guidance)
-    flow = open_picture_flow(model or encoded.model or "demo", dtype=dtype)
-    images, _ = decode_noise(flow, encoded, denoise=denoise, batch_size=batch_size, progress=None)
-    if videos:
-        for path, frames in zip(targets, images, strict=True):
-            with VideoWriter(path, flow.fps) as writer:
-                for frame in frames:
-                    writer.add(frame)
-    elif len(targets) == 1:
-        media.save_image(images[0] if len(images) == 1 else media.grid(images), output)
-    else:
-        for path, image in zip(targets, images, strict=True):
+    pipe = open_model(model or encoded.model or "demo", dtype=dtype)
+    decoded, _ = pipe.decode(encoded, denoise=denoise, batch_size=batch_size, progress=None)
+    made: list[Image.Image | list[Image.Image]] = [*decoded]
+    if len(targets) < len(made):
+        made = [media.grid([image for image in made if isinstance(image, Image.Image)])]
+    for path, image in zip(targets, made, strict=True):
+        if isinstance(image, Image.Image):
             media.save_image(image, path)
+            continue
+        assert isinstance(pipe, VideoPipeline)  # others make no videos
+        with VideoWriter(path, pipe.settings.fps) as writer:
+            for frame in image:
+                writer.add(frame)
     more = f" and {len(targets) - 1} more" if len(targets) > 1 else ""
-    click.echo(f"{targets[0]}{more}: {len(images)} {'videos' if videos else 'pictures'}")
+    click.echo(f"{targets[0]}{more}: {len(encoded.noise)} {'videos' if videos else 'pictures'}")

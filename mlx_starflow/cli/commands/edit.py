@@ -1,4 +1,4 @@
-"""`mlx-starflow edit`: inpaint, re-prompt, vary and interpolate pictures."""
+"""`mlx-starflow edit`: inpaint, re-prompt, vary and interpolate images."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mlx_starflow.cli.commands.score import model_options
+from mlx_starflow import cpu
+from mlx_starflow.cli.options.images import model_options
 from mlx_starflow.cli.options.sampling import with_options
-from mlx_starflow.cpu import blas
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from mlx_starflow.editing import Edit
-    from mlx_starflow.pipelines.picture_flow import PictureFlow
+    from mlx_starflow.pipelines import Pipeline
 
 PICTURE = click.Path(path_type=Path)
 
@@ -93,7 +93,6 @@ def inpaint(
     \b
     mlx-starflow edit inpaint cat.png --mask 32,0,32,64 --prompt "cat face" -o whole.png
     """
-    from mlx_starflow.editing import inpaint as paint
     from mlx_starflow.editing import read_mask
     from mlx_starflow.media.images import check_output
     from mlx_starflow.media.tables import check_text_output, write_json
@@ -103,9 +102,8 @@ def inpaint(
     check_output(output)
     if trace is not None:
         check_text_output(trace)
-    flow = _open(model, dtype)
-    result = paint(
-        flow,
+    pipe = _open(model, dtype)
+    result = pipe.inpaint(
         image,
         free,
         prompt,
@@ -123,7 +121,7 @@ def inpaint(
         write_json({"accepted": result.trace.accepted.tolist(), "nll": result.trace.nll.tolist()}, trace)
     for number in range(images):
         nll = result.trace.nll[:, number]
-        click.echo(f"seed {seed + number}: {_thinned(nll)} nats per {flow.dimension}")
+        click.echo(f"seed {seed + number}: {_thinned(nll)} nats per {pipe.dimension}")
     click.echo(f"{output}: {result.trace.rate:.0%} of {steps * rounds * images} proposals accepted")
 
 
@@ -161,12 +159,9 @@ def reprompt(
     mlx-starflow edit reprompt apple.png --from "red apple" --to "green apple" -o green.png
     mlx-starflow edit reprompt dog.png --from "dog face" --to "cat face" --frames 16 -o dog-cat.webp
     """
-    from mlx_starflow.editing import reprompt as regenerate
-
     image = _read(picture)
     _check(output, frames)
-    result = regenerate(
-        _open(model, dtype),
+    result = _open(model, dtype).reprompt(
         image,
         source,
         target,
@@ -215,14 +210,11 @@ def vary(
     \b
     mlx-starflow edit vary tulip.png --prompt tulip --images 4 -o tulips.png
     """
-    from mlx_starflow.editing import vary as regenerate
-
     if frames and images > 1:
         raise click.UsageError("--frames shows the way to one picture: leave out --images")
     image = _read(picture)
     _check(output, frames)
-    result = regenerate(
-        _open(model, dtype),
+    result = _open(model, dtype).vary(
         image,
         prompt,
         _places(strength, frames),
@@ -263,13 +255,10 @@ def interpolate(
     \b
     mlx-starflow edit interpolate heart.png car.png --from "red heart" --to car -o way.webp
     """
-    from mlx_starflow.editing import interpolate as regenerate
-
     frames = frames or 16
     images = _read(first), _read(second)
     _check(output, frames)
-    result = regenerate(
-        _open(model, dtype),
+    result = _open(model, dtype).interpolate(
         *images,
         (source, target),
         _places(1.0, frames),
@@ -289,11 +278,11 @@ def _read(path: Path) -> Image.Image:
     return read_image(path)
 
 
-def _open(model: str, dtype: str | None) -> PictureFlow:
-    from mlx_starflow.pipelines.picture_flow import open_picture_flow
+def _open(model: str, dtype: str | None) -> Pipeline:
+    from mlx_starflow.pipelines import open_model
 
-    blas.hint_if_slow()
-    return open_picture_flow(model, dtype=dtype)
+    cpu.hint_if_slow()
+    return open_model(model, dtype=dtype)
 
 
 def _places(end: float, frames: int | None) -> list[float]:

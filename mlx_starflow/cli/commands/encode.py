@@ -1,4 +1,4 @@
-"""`mlx-starflow encode`: pictures, or videos, to the noise that they come from."""
+"""`mlx-starflow encode`: images, or videos, to the noise that they come from."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from pathlib import Path
 
 import click
 
-from mlx_starflow.cli.commands.score import FRAMES, PICTURES, model_options
+from mlx_starflow import cpu
+from mlx_starflow.cli.options.images import frames_option, images_argument, model_options, open_files
 from mlx_starflow.cli.options.sampling import latent_batch_option
-from mlx_starflow.cpu import blas
 
 
 @click.command()
-@PICTURES
+@images_argument
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Noise file, .safetensors.")
 @click.option("-p", "--prompt", default="", help="What is on the pictures; of a TarFlow the number of a class.")
 @click.option("--captions", is_flag=True, help="Take each picture's own caption from its folder as its prompt.")
@@ -23,7 +23,7 @@ from mlx_starflow.cpu import blas
 )
 @latent_batch_option
 @model_options
-@FRAMES
+@frames_option
 def encode(
     pictures: tuple[Path, ...],
     output: Path,
@@ -45,20 +45,18 @@ def encode(
     mlx-starflow decode cat.safetensors -o again.png
     mlx-starflow encode street.mp4 -m my-video-model -o street.safetensors
     """
-    from mlx_starflow.editing import encode as encode_pictures
     from mlx_starflow.media.image_files import find_images
     from mlx_starflow.media.tables import check_text_output
-    from mlx_starflow.pipelines.picture_flow import open_files, open_picture_flow
+    from mlx_starflow.pipelines import open_model
 
     if captions and prompt:
         raise click.UsageError("--captions brings each picture's own prompt: leave out --prompt")
     found = find_images(pictures)
     check_text_output(output)
-    blas.hint_if_slow()
-    flow = open_picture_flow(model, dtype=dtype)
-    encoded, trip = encode_pictures(
-        flow,
-        open_files(flow, found, frames),
+    cpu.hint_if_slow()
+    pipe = open_model(model, dtype=dtype)
+    encoded, trip = pipe.encode(
+        open_files(pipe, found, frames),
         [each.caption for each in found] if captions else prompt,
         guidance=guidance,
         noise_seed=noise_seed,

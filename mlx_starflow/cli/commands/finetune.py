@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
+from mlx_starflow import cpu
 from mlx_starflow.cli.options.config_file import config_option
-from mlx_starflow.cpu import blas
-
-INTERRUPTED = 130
-"""What a shell expects of a command that Ctrl-C ended."""
+from mlx_starflow.cli.options.interrupt import resumable
 
 
-@click.command()
+@click.command(context_settings={"show_default": True})
 @click.argument("model")
 @click.argument("data")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, metavar="RUN", help="The run's folder.")
@@ -22,30 +19,32 @@ INTERRUPTED = 130
 @click.option("--lora", type=int, metavar="RANK", help="Train a LoRA adapter of this rank; 0: 16, or what fits.")
 @click.option("--dora", type=int, metavar="RANK", help="Train a DoRA adapter of this rank.")
 @click.option("--full", is_flag=True, help="Train all weights of the flow, and write a model.")
-@click.option("--scale", type=float, help="Multiplies the adapter's change, alpha / rank in papers.  [default: 2]")
-@click.option("--dropout", type=float, help="Share of inputs that an adapter does not see while training.")
+@click.option("--scale", default=2.0, help="Multiplies the adapter's change, alpha / rank in papers.")
+@click.option("--dropout", default=0.0, help="Share of inputs that an adapter does not see while training.")
 @click.option("--layers", multiple=True, metavar="NAME", help="Layers with an adapter, such as qkv; all by default.")
-@click.option("--blocks", metavar="WHICH", help="all, deep, shallow, or numbers such as 0,2.  [default: all]")
-@click.option("--quantize", metavar="BITS", help="Hold the base so while training: auto, none, 8, 4, mixed, ...")
+@click.option("--blocks", default="all", metavar="WHICH", help="all, deep, shallow, or numbers such as 0,2.")
+@click.option(
+    "--quantize", default="auto", metavar="BITS", help="Hold the base so while training: auto, none, 8, 4, mixed, ..."
+)
 @click.option("--checkpoint-layers/--no-checkpoint-layers", default=None, help="Compute layers twice, to save memory.")
-@click.option("--steps", type=int, help="Optimizer steps.  [default: 400]")
-@click.option("--batch-size", type=click.IntRange(min=0), help="By default as many as fit into memory, at most 16.")
-@click.option("--lr", type=float, help="Highest learning rate.  [default: 2e-3, with --full 1e-4]")
-@click.option("--caption-dropout", type=float, help="Share of pictures without caption, for guidance.  [default: 0.1]")
-@click.option("--ema", type=float, help="Decay of the average of the weights.  [default: 0.99]")
-@click.option("--context-full", type=float, help="Share of samples that read the text alone.  [default: 0]")
-@click.option("--context-partial", type=float, help="Share of samples that read part of the picture.  [default: 0]")
-@click.option("--anchor", type=float, metavar="SHARE", help="Of each batch, held to the base, against forgetting.")
-@click.option("--anchor-weight", type=float, help="Of the KL divergence from the base there.  [default: 1]")
+@click.option("--steps", default=400, help="Optimizer steps.")
+@click.option("--batch-size", default=0, show_default="as many as fit, at most 16", help="Samples a step.")
+@click.option("--lr", default=0.0, show_default="2e-3, with --full 1e-4", help="Highest learning rate.")
+@click.option("--caption-dropout", default=0.1, help="Share of pictures without caption, for guidance.")
+@click.option("--ema", default=0.99, help="Decay of the average of the weights.")
+@click.option("--context-full", default=0.0, help="Share of samples that read the text alone.")
+@click.option("--context-partial", default=0.0, help="Share of samples that read part of the picture.")
+@click.option("--anchor", default=0.0, metavar="SHARE", help="Of each batch, held to the base, against forgetting.")
+@click.option("--anchor-weight", default=1.0, help="Of the KL divergence from the base there.")
 @click.option("--anchor-data", metavar="DATA", help="Pictures to hold it to; samples of the base by default.")
-@click.option("--anchor-samples", type=int, help="How many samples of the base to draw.  [default: 128]")
-@click.option("--validation", type=float, metavar="SHARE", help="Of the pictures, held out to measure.  [default: 0.1]")
-@click.option("--draws", type=int, help="Of the noise, for each held-out picture.  [default: 4]")
-@click.option("--samples", type=int, help="Pictures in the grid at the end.  [default: 8]")
-@click.option("--seed", type=int, help="Of everything random.  [default: 0]")
-@click.option("--save-seconds", type=float, help="Time between checkpoints.  [default: 180]")
-@click.option("--log-every", type=int, help="Steps between lines of the log.  [default: 20]")
-@click.option("--resume/--no-resume", default=True, show_default=True, help="Go on where an earlier run stopped.")
+@click.option("--anchor-samples", default=128, help="How many samples of the base to draw.")
+@click.option("--validation", default=0.1, metavar="SHARE", help="Of the pictures, held out to measure.")
+@click.option("--draws", default=4, help="Of the noise, for each held-out picture.")
+@click.option("--samples", default=8, help="Pictures in the grid at the end.")
+@click.option("--seed", default=0, help="Of everything random.")
+@click.option("--save-seconds", default=180.0, help="Time between checkpoints.")
+@click.option("--log-every", default=20, help="Steps between lines of the log.")
+@click.option("--resume/--no-resume", default=True, help="Go on where an earlier run stopped.")
 @click.option("--dry-run", is_flag=True, help="Say what it would take in memory, and do nothing.")
 def finetune(
     model: str,
@@ -54,10 +53,31 @@ def finetune(
     lora: int | None,
     dora: int | None,
     full: bool,
+    scale: float,
+    dropout: float,
     layers: tuple[str, ...],
+    blocks: str,
+    quantize: str,
+    checkpoint_layers: bool | None,
+    steps: int,
+    batch_size: int,
+    lr: float,
+    caption_dropout: float,
+    ema: float,
+    context_full: float,
+    context_partial: float,
+    anchor: float,
+    anchor_weight: float,
+    anchor_data: str | None,
+    anchor_samples: int,
+    validation: float,
+    draws: int,
+    samples: int,
+    seed: int,
+    save_seconds: float,
+    log_every: int,
     resume: bool,
     dry_run: bool,
-    **settings: Any,
 ) -> None:
     """Fine-tune MODEL on DATA, captioned pictures or a cache of them (see `mlx-starflow cache --help`).
 
@@ -73,25 +93,45 @@ def finetune(
     likelihood of held-out pictures before and after, RUN/config.yaml all settings. Ctrl-C saves; the same command
     resumes.
     """
-    from mlx_starflow.training.finetuning.finetune import FinetuneConfig, plan_finetune
+    from mlx_starflow.training.finetuning.adapters import LAYERS
+    from mlx_starflow.training.finetuning.config import FinetuneConfig
     from mlx_starflow.training.finetuning.finetune import finetune as run
+    from mlx_starflow.training.finetuning.finetune import plan_finetune
 
     if (lora is not None) + (dora is not None) + full > 1:
         raise click.UsageError("--lora, --dora and --full exclude each other: give one of them")
-    settings = {name: value for name, value in settings.items() if value is not None}
-    if layers:
-        settings["layers"] = tuple(layers)
-    settings["kind"] = "full" if full else "dora" if dora is not None else "lora"
-    if (rank := dora if dora is not None else lora) is not None:
-        settings["rank"] = rank
-    config = FinetuneConfig(**settings)
+    config = FinetuneConfig(
+        kind="full" if full else "dora" if dora is not None else "lora",
+        rank=lora or dora or 0,
+        scale=scale,
+        dropout=dropout,
+        layers=layers or LAYERS,
+        blocks=blocks,
+        quantize=quantize,
+        checkpoint_layers=checkpoint_layers,
+        steps=steps,
+        batch_size=batch_size,
+        lr=lr,
+        caption_dropout=caption_dropout,
+        ema=ema,
+        context_full=context_full,
+        context_partial=context_partial,
+        anchor=anchor,
+        anchor_weight=anchor_weight,
+        anchor_data=anchor_data,
+        anchor_samples=anchor_samples,
+        validation=validation,
+        draws=draws,
+        samples=samples,
+        seed=seed,
+        save_seconds=save_seconds,
+        log_every=log_every,
+    )
     if dry_run:
         choice, macs = plan_finetune(model, config)
         click.echo(f"here: {choice}\n{choice.plan}\n{macs}")
         return
-    blas.hint_if_slow()
-    try:
+    cpu.hint_if_slow()
+    with resumable():
         result = run(model, data, output, config, resume=resume, report=click.echo)
-    except KeyboardInterrupt:
-        raise SystemExit(INTERRUPTED) from None
     click.echo(str(result))

@@ -1,4 +1,4 @@
-"""`mlx-starflow generate`: prompts to pictures."""
+"""`mlx-starflow generate`: prompts to images."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any
 
 import click
 
+from mlx_starflow import cpu
+from mlx_starflow.cli.options.images import make_folder
 from mlx_starflow.cli.options.parallel import Ranks, tensor_parallel_option
 from mlx_starflow.cli.options.sampling import Size, lora_option, network_options, sampling_options
-from mlx_starflow.cpu import blas
 from mlx_starflow.errors import StarflowError
 
 
@@ -62,6 +63,13 @@ def generate(
     seed: int | None,
     images: int,
     best_of: int,
+    guidance: float | None,
+    temperature: float | None,
+    method: str | None,
+    verify: bool | None,
+    attn_temp: float | None,
+    denoise: bool | None,
+    size: tuple[int, int] | None,
     source: Path | None,
     separate: bool,
     columns: int | None,
@@ -76,8 +84,6 @@ def generate(
     device: str | None,
     data_parallel: bool,
     verbose: bool,
-    verify: bool | None,
-    **settings: Any,
 ) -> None:
     """Make pictures of PROMPTS.
 
@@ -91,7 +97,7 @@ def generate(
     from mlx_starflow.media import images as media
     from mlx_starflow.media import noise
 
-    settings = {name: value for name, value in settings.items() if value is not None}
+    recipe: dict[str, Any] = {}
     seeds: int | list[int] | None = seed
     wanted_noise = None
     asked = list(prompts) + ([line.strip() for line in prompt_file if line.strip()] if prompt_file else [])
@@ -104,7 +110,6 @@ def generate(
             raise click.UsageError("--from makes the same pictures again; leave out --best-of")
         asked, model = recipe["prompts"], model or recipe["model"]
         adapters = adapters or recipe.get("adapters", ())
-        settings = {**recipe["settings"], **settings}
         wanted_noise = recipe.get("noise_sha256")
         if wanted_noise and load_noise is None:
             raise StarflowError(f"{source} was made from a noise file: give it with --load-noise")
@@ -127,17 +132,17 @@ def generate(
             for path in targets:
                 media.check_output(path)
             if steps_dir is not None:
-                _make_folder(steps_dir)
+                make_folder(steps_dir)
     seeds = seeds if load_noise else ranks.seed(seeds)
 
-    from mlx_starflow.pipelines.pipeline import load
+    from mlx_starflow.pipelines import GenerationSettings, ImagePipeline, Pipeline, VideoPipeline, load
 
     if backend == "mlx":
         if ranks.first:
-            blas.hint_if_slow()
+            cpu.hint_if_slow()
     elif verify:
         raise StarflowError("--verify needs the mlx backend: leave one of them out")
-    pipe = load(
+    opened: Pipeline = load(
         model or "demo",
         dtype=dtype,
         low_memory=low_memory,
@@ -146,35 +151,52 @@ def generate(
         adapters=adapters,
         group=ranks.group,
     )
-    pipe = getattr(pipe, "pictures", pipe)  # of a model that makes videos too
+    pipe = opened.image_pipeline if isinstance(opened, VideoPipeline) else opened
+    if not isinstance(pipe, ImagePipeline):
+        raise StarflowError(f"{opened.name} does not read prompts: use load_flow and sample in Python")
+    settings = GenerationSettings.from_dict({**pipe.settings.to_dict(), **recipe.get("settings", {})}).updated(
+        guidance=guidance, temperature=temperature, method=method, attn_temp=attn_temp, denoise=denoise, size=size
+    )
     given = None
     if load_noise is not None:
-        size = settings.get("size", pipe.settings.size)
         with ranks.together():
-            given = noise.load_noise(load_noise, (len(asked) * images * best_of, *pipe.latent_shape(size)))
+            given = noise.load_noise(load_noise, (len(asked) * images * best_of, *pipe.latent_shape(settings.size)))
         if wanted_noise and noise.digest(given) != wanted_noise:
             raise StarflowError(f"{load_noise} is not the noise that {source} was made from")
-    ranks.agree_on_method(settings.get("method", "auto"), pipe)
-    settings |= {
-        "seed": seeds,
-        "images": images,
-        "noise": given,
-        "keep_steps": steps_dir is not None,
-        "batch_size": batch_size,
-        "verify": verify is not False,
-        "progress": None,
-    }
-    ranks.agree({"prompts": asked, "options": {**settings, "noise": None if given is None else noise.digest(given)}})
+    ranks.agree_on_method(settings.method, pipe)
+    start = None if given is None else noise.digest(given)
+    keep_steps, certify = steps_dir is not None, verify is not False
+    options = (settings, seeds, images, best_of, start, keep_steps, batch_size, certify)
+    ranks.agree({"prompts": asked, "options": options})
     fits: list[str] = []
     if best_of > 1:
-        from mlx_starflow import likelihood as scoring
-
-        best = scoring.best_of(pipe, asked, best_of, **settings)
+        best = pipe.best_of(
+            asked,
+            best_of,
+            images=images,
+            seed=seeds if isinstance(seeds, int) else None,
+            noise=given,
+            settings=settings,
+            keep_steps=keep_steps,
+            batch_size=batch_size,
+            verify=certify,
+            progress=None,
+        )
         result = best.result
         kept = best.fits[range(len(best.chosen)), best.chosen]
         fits = [f", prompt fit {fit:.0f} nats, the best of {best_of}" for fit in kept]
     else:
-        result = pipe.generate(asked, **settings)
+        result = pipe.generate(
+            asked,
+            seed=seeds,
+            images=images,
+            noise=given,
+            settings=settings,
+            keep_steps=keep_steps,
+            batch_size=batch_size,
+            verify=certify,
+            progress=None,
+        )
     if not ranks.first:
         return
     if save_noise is not None:
@@ -237,10 +259,3 @@ def _share(
     chosen = range(group.rank(), len(asked), group.size())
     files = [targets[index * images + number] for index in chosen for number in range(images)]
     return [asked[index] for index in chosen], files, seeds
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StarflowError(f"the folder {folder} cannot be made: {error.strerror}") from None

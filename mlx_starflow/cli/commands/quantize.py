@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from mlx_starflow.cpu import blas
+from mlx_starflow import cpu
 from mlx_starflow.model_dir.precision import MIXED, QUANTIZATIONS
 
 
@@ -51,16 +51,24 @@ def quantize(
     mlx-starflow quantize model -o model-mixed --quantize mixed --text-encoder 8
     mlx-starflow quantize demo -o small --quantize 4 --report my-pictures
     """
-    from mlx_starflow.likelihood.requantize import Comparison, measure, quantize_model, read_pictures
+    from mlx_starflow.likelihood.quantization_cost import CaptionedData, Comparison, measure
+    from mlx_starflow.media.image_folder import ImageFolder
+    from mlx_starflow.model_dir.requantize import quantize_model
+    from mlx_starflow.pipelines import load
 
     if as_json and folder is None:
         raise click.UsageError("--json is the format of the report: give --report PICTURES too")
-    pictures = None if folder is None else read_pictures(model, folder, limit)
+    data = None
+    if folder is not None:
+        pipe = load(model, low_memory=True)
+        captioned = ImageFolder.read(folder, size=pipe.size[0], splits=("train",)).spread(limit)
+        data = CaptionedData.encode(pipe, captioned.pil_images(), [captions[0] for captions in captioned.captions])
     quantize_model(model, output, how, text_encoder=text_encoder, group_size=group_size)
-    if pictures is None:
+    if data is None:
         size = sum(path.stat().st_size for path in output.glob("**/model*.safetensors"))
         click.echo(f"{output}: {size / 2**20:,.1f} MiB of weights")
         return
-    blas.hint_if_slow()
-    comparison = Comparison(*(measure(each, pictures, draws=draws) for each in (model, output)))
+    cpu.hint_if_slow()
+    before, after = (measure(load(each, low_memory=True), data, draws=draws) for each in (model, output))
+    comparison = Comparison(before, after)
     click.echo(json.dumps(comparison.to_dict(), indent=2) if as_json else comparison)

@@ -1,4 +1,4 @@
-"""`mlx-starflow score`: how likely pictures and videos are, and where they surprise."""
+"""`mlx-starflow score`: how likely images and videos are, and where they surprise."""
 
 from __future__ import annotations
 
@@ -8,57 +8,27 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_starflow.cli.options.sampling import Size, dtype_option, with_options
-from mlx_starflow.cpu import blas
+from mlx_starflow import cpu
+from mlx_starflow.cli.options.images import (
+    frames_option,
+    images_argument,
+    make_folder,
+    model_options,
+    noise_options,
+    open_files,
+    table_options,
+)
 
 if TYPE_CHECKING:
-    from mlx_starflow.likelihood import Reference, Score
+    from mlx_starflow.likelihood import CalibrationStatistics, ImageModel, ImageOrVideo, Score
     from mlx_starflow.media.image_files import ImageFile
-    from mlx_starflow.pipelines.picture_flow import PictureFlow
-
-PICTURES = click.argument("pictures", nargs=-1, required=True, type=click.Path(path_type=Path))
-"""Files, and folders of pictures."""
-
-FRAMES = click.option(
-    "--frames", type=click.IntRange(min=1), help="Of videos: so many from their start, 1 + a multiple of 4."
-)
 
 REDDEST = 6.0
 """Standard deviations at the end of the colours of a map of typicality."""
 
 
-model_options = with_options(
-    click.option(
-        "-m", "--model", default="demo", show_default=True, help="demo, a model directory, or a Hub repository."
-    ),
-    click.option("--size", type=Size(), help="Of the pictures, in pixels; the model's own by default."),
-    dtype_option("the networks"),
-)
-
-noise_options = with_options(
-    click.option("--draws", type=click.IntRange(min=1), default=4, show_default=True, help="Of the training noise."),
-    click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the training noise."),
-    click.option(
-        "--batch-size",
-        type=click.IntRange(min=1),
-        default=16,
-        show_default=True,
-        help="Pictures, or latent frames, at once.",
-    ),
-)
-
-table_options = with_options(
-    click.option(
-        "--csv", "csv_file", type=click.Path(path_type=Path), metavar="FILE", help="Write a table; - prints it."
-    ),
-    click.option(
-        "--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write JSON; - prints it."
-    ),
-)
-
-
 @click.command()
-@PICTURES
+@images_argument
 @click.option("-p", "--prompt", default="", help="What is on the pictures; of a TarFlow the number of a class.")
 @click.option("--captions", is_flag=True, help="Take each picture's own caption from its folder as its prompt.")
 @click.option("--split", help='Of folders with a metadata.jsonl: only lines with this "split".')
@@ -75,7 +45,7 @@ table_options = with_options(
 @table_options
 @noise_options
 @model_options
-@FRAMES
+@frames_option
 def score(
     pictures: tuple[Path, ...],
     prompt: str,
@@ -106,11 +76,10 @@ def score(
     averaged over draws of that noise, whose standard error is printed. A low value alone does not make a picture
     usual: see the deviation from the model's own pictures (mlx-starflow calibrate), in standard deviations.
     """
-    from mlx_starflow.likelihood import Reference
-    from mlx_starflow.likelihood import score as score_pictures
+    from mlx_starflow.likelihood import CalibrationStatistics
     from mlx_starflow.media.image_files import find_images
     from mlx_starflow.media.tables import check_text_output, write_csv, write_json
-    from mlx_starflow.pipelines.picture_flow import VideoFlow, open_files, open_picture_flow
+    from mlx_starflow.pipelines import VideoPipeline, open_model
 
     if captions and prompt:
         raise click.UsageError("--captions brings each picture's own prompt: leave out --prompt")
@@ -120,17 +89,16 @@ def score(
             check_text_output(path)
     if map_dir is not None:
         make_folder(map_dir)
-    blas.hint_if_slow()
-    flow = open_picture_flow(model, dtype=dtype)
-    items = open_files(flow, found, frames)
-    reference = Reference.find(flow.directory)
-    if map_of == "typicality" and map_dir is not None and isinstance(flow, VideoFlow) and found[0].is_video:
+    cpu.hint_if_slow()
+    pipe = open_model(model, dtype=dtype)
+    items = open_files(pipe, found, frames)
+    statistics = CalibrationStatistics.find(pipe.directory)
+    if map_of == "typicality" and map_dir is not None and isinstance(pipe, VideoPipeline) and found[0].is_video:
         raise click.UsageError("--map-of typicality is about pictures: a video has maps of surprise")
-    if map_of == "typicality" and map_dir is not None and reference is None:
-        raise click.UsageError("there are no reference pictures to compare with: run mlx-starflow calibrate first")
+    if map_of == "typicality" and map_dir is not None and statistics is None:
+        raise click.UsageError("there are no calibration statistics to compare with: run mlx-starflow calibrate first")
     prompts = [each.caption for each in found] if captions else [prompt] * len(found)
-    scores = score_pictures(
-        flow,
+    scores = pipe.score(
         items,
         prompts,
         draws=draws,
@@ -140,32 +108,24 @@ def score(
         progress=None,
     )
     rows = [
-        _row(*each, reference, prompted=captions or bool(prompt)) for each in zip(found, prompts, scores, strict=True)
+        _row(*each, statistics, prompted=captions or bool(prompt)) for each in zip(found, prompts, scores, strict=True)
     ]
     if map_dir is not None:
-        _write_maps(flow, open_files(flow, found, frames), found, scores, rows, size, map_dir, map_of)
+        _write_maps(pipe, open_files(pipe, found, frames), found, scores, rows, size, map_dir, map_of)
     if csv_file is not None:
         write_csv(_with_frames(rows), csv_file)
     if json_file is not None:
-        write_json({"model": model, "unit": f"nats per {flow.dimension}", "pictures": rows}, json_file)
+        write_json({"model": model, "unit": f"nats per {pipe.dimension}", "pictures": rows}, json_file)
     if Path("-") not in (csv_file, json_file):
-        _print(rows, flow.dimension)
+        _print(rows, pipe.dimension)
 
 
-def make_folder(folder: Path) -> None:
-    """Make a folder for output. Raises StarflowError."""
-    from mlx_starflow.errors import StarflowError
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StarflowError(f"the folder {folder} cannot be made: {error.strerror}") from None
-
-
-def _row(picture: ImageFile, prompt: str, result: Score, reference: Reference | None, prompted: bool) -> dict[str, Any]:
+def _row(
+    picture: ImageFile, prompt: str, result: Score, statistics: CalibrationStatistics | None, prompted: bool
+) -> dict[str, Any]:
     row = {"picture": picture.name, "prompt": prompt, **result.to_dict()}
-    if reference is not None and not result.frames and ("prompted" in reference.nll or not prompted):
-        typicality = reference.typicality(result, prompted)
+    if statistics is not None and not result.frames and ("prompted" in statistics.nll or not prompted):
+        typicality = statistics.typicality(result, prompted)
         row["deviation"] = typicality.deviation
         row["deviation_map"] = None if typicality.map is None else typicality.map.tolist()
     return row
@@ -205,8 +165,8 @@ def _print(rows: list[dict[str, Any]], dimension: str) -> None:
 
 
 def _write_maps(
-    flow: PictureFlow,
-    items: Iterable[Any],
+    model: ImageModel,
+    items: Iterable[ImageOrVideo],
     found: list[ImageFile],
     scores: list[Score],
     rows: list[dict[str, Any]],
@@ -215,6 +175,7 @@ def _write_maps(
     kind: str,
 ) -> None:
     import numpy as np
+    from PIL import Image
 
     from mlx_starflow.errors import StarflowError
     from mlx_starflow.likelihood import heat_map
@@ -222,11 +183,13 @@ def _write_maps(
     from mlx_starflow.media.formats import ANIMATIONS
     from mlx_starflow.media.images import save_image
     from mlx_starflow.media.videos import VideoWriter
+    from mlx_starflow.pipelines import VideoPipeline
 
     if kind == "typicality":
         if any(row.get("deviation_map") is None for row in rows):
             raise StarflowError(
-                "the model's reference pictures had another size, or no captions: no map can be compared with theirs"
+                "the pictures that the model was calibrated with had another size, or no captions: no map can be "
+                "compared with theirs"
             )
         maps = [np.abs(row["deviation_map"]) for row in rows]
         low, high, unit = 0.0, REDDEST, "standard deviations"
@@ -241,11 +204,13 @@ def _write_maps(
             number += 1
             name = f"{stem}-{number}"
         taken.add(name)
-        fitted, ends = flow.fit(item, size), (float(low), float(high))
-        if values.ndim == 2:
+        fitted, ends = model.fit(item, size), (float(low), float(high))
+        if isinstance(fitted, Image.Image):
             save_image(heat_map(fitted, values, *ends, unit=unit), folder / f"{name}.{kind}.png")
             continue
-        own = Path(picture.name).suffix.lower()
-        with VideoWriter(folder / f"{name}.{kind}{own if own in ANIMATIONS else '.mp4'}", flow.fps) as writer:
-            for image in heat_map_frames(fitted, values, *ends, flow.frame_step, unit=unit):
+        assert isinstance(model, VideoPipeline)  # others take no videos
+        own, step = Path(picture.name).suffix.lower(), model.vae_config.temporal_downscale
+        path = folder / f"{name}.{kind}{own if own in ANIMATIONS else '.mp4'}"
+        with VideoWriter(path, model.settings.fps) as writer:
+            for image in heat_map_frames(fitted, values, *ends, step, unit=unit):
                 writer.add(image)

@@ -2,59 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
+from mlx_starflow import cpu
 from mlx_starflow.cli.options.config_file import config_option, save_options
-from mlx_starflow.cpu import blas
-
-COUNT, EVERY, SHARE = click.IntRange(min=1), click.IntRange(min=0), click.FloatRange(0, 1)
-
-BOTH = ("seed", "save_seconds", "save_steps", "log_every")
-"""Flags for the autoencoder's training too; the others are for the flow's."""
-
-
-def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The flags that are fields of `TrainingConfig`; one that is left out is None."""
-    options = [
-        click.option("--steps", type=int, help="Steps of the training."),
-        click.option("--batch-size", type=int, help="Samples a step, of all processes together."),
-        click.option("--accumulate", type=int, help="Parts that a batch is computed in, one by one, to save memory."),
-        click.option("--lr", type=float, help="Highest learning rate."),
-        click.option("--warm-up", type=float, help="Share of the steps over which the learning rate rises."),
-        click.option("--optimizer", type=click.Choice(["adamw", "adafactor", "muon", "sinkgd"]), help="What steps."),
-        click.option("--weight-decay", type=float, help="Of the optimizer."),
-        click.option("--clip", type=float, help="Largest norm of the gradient."),
-        click.option("--skip", type=float, help="Skip steps whose gradient's norm is larger; 0: none."),
-        click.option("--ema", type=float, help="Decay of the average of the weights; 0 is none, and saves memory."),
-        click.option(
-            "--dtype",
-            type=click.Choice(["float32", "bfloat16", "float16"]),
-            help="What networks compute in; the trained weights are float32 then.",
-        ),
-        click.option(
-            "--checkpoint-layers/--no-checkpoint-layers", default=None, help="Compute layers twice, to save memory."
-        ),
-        click.option("--noise-std", type=float, help="Noise on the latents."),
-        click.option("--caption-dropout", type=float, help="Share of pictures trained without caption, for guidance."),
-        click.option("--context-full", type=SHARE, help="Share of samples that read the text alone."),
-        click.option("--context-partial", type=SHARE, help="Share of samples that read part of the picture."),
-        click.option("--seed", type=click.IntRange(min=0), help="Of everything random."),
-        click.option("--save-seconds", type=float, help="Time between checkpoints."),
-        click.option("--save-steps", type=EVERY, help="Steps between checkpoints; 0: by time alone."),
-        click.option("--log-every", type=COUNT, help="Steps between lines of the log."),
-        click.option("--watch-every", type=EVERY, help="Steps between sample grids and loss curves; 0: none."),
-        click.option("--validate-every", type=EVERY, help="Steps between validations; 0: none but the last."),
-        click.option("--patience", type=EVERY, help="Validations without a better one that end the training; 0: none."),
-        click.option("--shard/--no-shard", default=None, help="Split large weights over processes (not on ring)."),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+from mlx_starflow.cli.options.interrupt import resumable
+from mlx_starflow.cli.options.training import SHARE, training_options
+from mlx_starflow.training.config import TrainingConfig, TrainingOptions
 
 
 @click.command()
@@ -81,9 +40,9 @@ def train(
     validation: float,
     autoencoder_steps: int | None,
     text_length: int | None,
+    training: TrainingOptions,
     resume: bool,
     dry_run: bool,
-    **settings: Any,
 ) -> None:
     """Train a model on DATA, from nothing.
 
@@ -103,35 +62,25 @@ def train(
     chosen by memory. Ctrl-C saves; the same command resumes. Checkpoints, logs, pictures to watch, the settings
     (config.yaml, for --config) and the list of pictures that could not be used are in OUTPUT/training.
     """
-    from mlx_starflow.training.data.cache_files import MANIFEST
+    from mlx_starflow.training.data.cache.files import is_cache
     from mlx_starflow.training.recipes.new_flow import read_flow_config
+    from mlx_starflow.training.recipes.presets import TARFLOW, preset_flow
 
+    flow = None
     if model_config is not None:
         flow = read_flow_config(model_config)
-    elif preset == "tarflow":
-        flow = {"model_type": "tarflow", **TARFLOW}
-    elif (data / MANIFEST).is_file():
-        from mlx_starflow.training.recipes.recipe import get_preset
-
-        flow = {"model_type": "starflow", **get_preset(preset).flow, "pipeline": get_preset(preset).pipeline}
-        flow.pop("txt_size")
-    else:
-        flow = None
-    try:
+    elif preset == TARFLOW or is_cache(data):
+        flow = preset_flow(preset)
+    if flow is not None and (autoencoder_steps is not None or text_length is not None):
+        raise click.UsageError("a flow alone needs no --autoencoder-steps and no --text-length")
+    if flow is None and dry_run:
+        raise click.UsageError("--dry-run is for a flow alone: a cache, or --model-config")
+    # Both say themselves that they were stopped and are saved.
+    with resumable():
         if flow is not None:
-            if autoencoder_steps is not None or text_length is not None:
-                raise click.UsageError("a flow alone needs no --autoencoder-steps and no --text-length")
-            _train_flow(context, data, output, flow, encoders, validation, settings, resume, dry_run)
+            _train_flow(context, data, output, flow, encoders, validation, training, resume, dry_run)
         else:
-            if dry_run:
-                raise click.UsageError("--dry-run is for a flow alone: a cache, or --model-config")
-            _train_model(context, data, output, preset, autoencoder_steps, text_length, settings, resume)
-    except KeyboardInterrupt:
-        # Said and saved already; 130 is what a shell expects of an interrupted command.
-        raise SystemExit(130) from None
-
-
-TARFLOW = {"img_size": 32, "channel_size": 3, "patch_size": 4, "channels": 256, "blocks": 4, "layers_per_block": 2}
+            _train_model(context, data, output, preset, autoencoder_steps, text_length, training, resume)
 
 
 def _train_flow(
@@ -141,22 +90,18 @@ def _train_flow(
     flow: dict[str, Any],
     encoders: str,
     validation: float,
-    settings: dict[str, Any],
+    training: TrainingOptions,
     resume: bool,
     dry_run: bool,
 ) -> None:
-    from mlx_starflow.training.loop import distributed
     from mlx_starflow.training.recipes.new_flow import NewFlow
 
-    run = NewFlow(data, output, flow, settings, encoders, validation, click.echo)
+    run = NewFlow(data, output, flow, training, encoders, validation, click.echo)
     choice, macs = run.plan()
     if dry_run:
         click.echo(f"here: {choice}\n{choice.plan}\n{macs}")
         return
-    if distributed.world().rank() == 0:
-        blas.hint_if_slow()
-        training = run.training_config(choice)
-        save_options(context, output / "training/config.yaml", {name: getattr(training, name) for name in settings})
+    _begin(context, output, run.training_config(choice), {})
     run.run(resume)
 
 
@@ -167,27 +112,23 @@ def _train_model(
     preset: str,
     autoencoder_steps: int | None,
     text_length: int | None,
-    settings: dict[str, Any],
+    training: TrainingOptions,
     resume: bool,
 ) -> None:
-    from mlx_starflow.training.loop import distributed
-    from mlx_starflow.training.recipes.recipe import get_preset, train_model
+    from mlx_starflow.training.recipes.presets import get_preset
+    from mlx_starflow.training.recipes.text_to_image import train_model
 
-    chosen = get_preset(preset)
-    given = {name: value for name, value in settings.items() if value is not None}
-    autoencoder = {name: value for name, value in given.items() if name in BOTH}
-    if autoencoder_steps is not None:
-        autoencoder["steps"] = autoencoder_steps
-    chosen = replace(
-        chosen,
-        flow={**chosen.flow, **({"txt_size": text_length} if text_length else {})},
-        flow_training=replace(chosen.flow_training, **given),
-        autoencoder_training=replace(chosen.autoencoder_training, **autoencoder),
-    )
-    if distributed.world().rank() == 0:
-        blas.hint_if_slow()
-        training = chosen.flow_training
-        effective = {name: getattr(training, name) for name in settings}
-        effective |= {"autoencoder_steps": chosen.autoencoder_training.steps, "text_length": chosen.flow["txt_size"]}
-        save_options(context, output / "training/config.yaml", effective)
+    chosen = get_preset(preset).adjusted(training, autoencoder_steps=autoencoder_steps, text_length=text_length)
+    lengths = {"autoencoder_steps": chosen.autoencoder_training.steps, "text_length": chosen.flow["txt_size"]}
+    _begin(context, output, chosen.flow_training, lengths)
     train_model(data, output, chosen, resume=resume, report=click.echo)
+
+
+def _begin(context: click.Context, output: Path, training: TrainingConfig, others: Mapping[str, int]) -> None:
+    """Rank 0 writes down the settings as they came out."""
+    from mlx_starflow.training.loop import distributed
+
+    if distributed.world().rank() == 0:
+        cpu.hint_if_slow()
+        settings = {name: value for name, value in asdict(training).items() if name in context.params}
+        save_options(context, output / "training/config.yaml", {**settings, **others})

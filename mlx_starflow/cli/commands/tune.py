@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TextIO
 
 import click
 
+from mlx_starflow import cpu
 from mlx_starflow.cli.options.sampling import dtype_option
-from mlx_starflow.cpu import blas
 
 
 @click.command()
@@ -36,7 +36,7 @@ def tune(
     tolerance: float,
     least: str,
     guidance: float | None,
-    prompt_file: Any,
+    prompt_file: TextIO | None,
     seed: int,
     dtype: str | None,
     dry_run: bool,
@@ -51,9 +51,19 @@ def tune(
     from mlx_starflow.model_dir.weights import parse_dtype
     from mlx_starflow.sampling.tuning import tune as find_plan
 
-    blas.hint_if_slow()
+    cpu.hint_if_slow()
     prompts = [line.strip() for line in prompt_file if line.strip()] if prompt_file else PROMPTS
     trials = prepare(model, prompts, guidance=guidance, seed=seed, dtype=parse_dtype(dtype))
-    plan = find_plan(trials.flow, trials.z, **trials.condition, tolerance=tolerance, least=least, report=click.echo)
+    task = trials.task
+    plan = find_plan(
+        task.flow,
+        task.z,
+        task.text,
+        task.null_text,
+        task.guidance,
+        tolerance=tolerance,
+        least=least,
+        report=click.echo,
+    )
     if not dry_run:
         click.echo(f"{plan.save(trials.directory)} is written")

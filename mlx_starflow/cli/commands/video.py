@@ -1,4 +1,4 @@
-"""`mlx-starflow video`: prompts, pictures and videos to videos."""
+"""`mlx-starflow video`: prompts, images and videos to videos."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mlx_starflow import cpu
 from mlx_starflow.cli.options.parallel import Ranks, tensor_parallel_option
 from mlx_starflow.cli.options.sampling import Size, lora_option, network_options, sampling_options
-from mlx_starflow.cpu import blas
 from mlx_starflow.errors import StarflowError
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from mlx_starflow.pipelines.video_results import VideoStream
+    from mlx_starflow.pipelines import VideoStream
 
 PATH = click.Path(path_type=Path)
 SOURCES = ("image", "video", "extend")
@@ -74,10 +74,18 @@ def video(
     image: Path | None,
     video: Path | None,
     extend: Path | None,
+    frames: int | None,
+    fps: int | None,
     size: tuple[int, int] | None,
     ratio: str | None,
+    context: int | None,
     seed: int | None,
+    guidance: float | None,
+    temperature: float | None,
+    method: str | None,
     verify: bool | None,
+    attn_temp: float | None,
+    denoise: bool | None,
     stream: bool,
     keep_source: bool,
     crf: int,
@@ -88,7 +96,6 @@ def video(
     dtype: str | None,
     low_memory: bool | None,
     verbose: bool,
-    **settings: Any,
 ) -> None:
     """Make a video of PROMPT.
 
@@ -106,7 +113,6 @@ def video(
     from mlx_starflow.media.videos import VideoWriter, check_video_output
 
     given = {name: path for name, path in zip(SOURCES, (image, video, extend), strict=True) if path is not None}
-    settings = {name: value for name, value in settings.items() if value is not None}
     if size and ratio:
         raise click.UsageError("--size and --ratio both say the shape; leave one of them out")
     recipe: dict[str, Any] = {}
@@ -118,7 +124,6 @@ def video(
         prompt, model = recipe["prompts"][0], model or recipe["model"]
         adapters = adapters or recipe.get("adapters", ())
         seed = recipe["seeds"][0] if seed is None else seed
-        settings = {**recipe["settings"], **settings}
     if prompt is None:
         raise click.UsageError('there is no prompt: mlx-starflow video "waves at a beach" -m MODEL')
     if model is None:
@@ -127,56 +132,67 @@ def video(
         if ranks.first:
             check_video_output(output, stream)
 
-    from mlx_starflow.pipelines.pipeline import load
-    from mlx_starflow.pipelines.video import VideoPipeline
+    from mlx_starflow.pipelines import VideoSettings, load_video
 
     if ranks.first:
-        blas.hint_if_slow()
-    pipe = load(model, dtype=dtype, low_memory=low_memory, adapters=adapters, group=ranks.group)
-    if not isinstance(pipe, VideoPipeline):
-        raise StarflowError(f"{model} makes pictures, not videos: mlx-starflow generate --model {model}")
-    if size or ratio:
-        settings["size"] = size or pipe.size_of(ratio)
+        cpu.hint_if_slow()
+    pipe = load_video(model, dtype=dtype, low_memory=low_memory, adapters=adapters, group=ranks.group)
+    size = pipe.format.size_of(ratio) if ratio else size
+    settings = None
+    if recipe:
+        settings = VideoSettings.from_dict({**pipe.settings.to_dict(), **recipe["settings"]})
     loaded = None
     if load_noise is not None:
         with ranks.together():
             loaded = noise.read_noise(load_noise)
         if recipe.get("noise_sha256") not in (None, noise.digest(loaded)):
             raise StarflowError(f"{load_noise} is not the noise that {source} was made from")
-    ranks.agree_on_method(settings.get("method", "auto"), pipe)
+    ranks.agree_on_method(method or (settings or pipe.settings).method, pipe)
     ranks.agree_on_files(given)
-    ranks.agree({"prompt": prompt, "options": {**settings, "noise": None if loaded is None else noise.digest(loaded)}})
-    frames = pipe.stream(
+    options = (guidance, temperature, method, attn_temp, denoise, size, frames, fps, context, settings)
+    ranks.agree({"prompt": prompt, "options": (options, None if loaded is None else noise.digest(loaded))})
+    made = pipe.stream(
         prompt,
         seed=seed if loaded is not None else ranks.seed(seed),
-        **given,
-        **settings,
+        image=image,
+        video=video,
+        extend=extend,
         noise=loaded,
+        settings=settings,
+        frames=frames,
+        size=size,
+        fps=fps,
+        context=context,
+        guidance=guidance,
+        temperature=temperature,
+        method=method,
+        attn_temp=attn_temp,
+        denoise=denoise,
         live=stream,
         frames_at_once=1 if stream else 16,
         verify=bool(verify),
         progress=None,
     )
     if not ranks.first:
-        for _ in frames:
+        for _ in made:
             pass
         return
     if save_noise is not None:
-        noise.save_noise(frames.noise(), save_noise)
-    how = frames.metadata if metadata else None
-    with VideoWriter(output, frames.fps, crf=crf, metadata=how, live=stream) as writer:
+        noise.save_noise(made.noise(), save_noise)
+    how = made.metadata if metadata else None
+    with VideoWriter(output, made.fps, crf=crf, metadata=how, live=stream) as writer:
         if extend is not None and keep_source:
-            for frame in _source_frames(extend, frames):
+            for frame in _source_frames(extend, made):
                 writer.add(frame)
-        for frame in tqdm(frames, total=frames.frames, desc="frames", unit="frame", disable=None):
+        for frame in tqdm(made, total=made.frames, desc="frames", unit="frame", disable=None):
             writer.add(frame)
-    origin = f"noise from {load_noise}" if frames.seed is None else f"seed {frames.seed}"
-    width, height = frames.size
-    click.echo(f"{output}: {prompt!r}, {writer.frames} frames of {width}x{height} at {frames.fps} a second, {origin}")
+    origin = f"noise from {load_noise}" if made.seed is None else f"seed {made.seed}"
+    width, height = made.size
+    click.echo(f"{output}: {prompt!r}, {writer.frames} frames of {width}x{height} at {made.fps} a second, {origin}")
     if verify:
-        click.echo(f"{prompt!r}: {frames.stats.certificate}")
+        click.echo(f"{prompt!r}: {made.stats.certificate}")
     if verbose:
-        click.echo(str(frames.stats))
+        click.echo(str(made.stats))
 
 
 def _source_frames(path: Path, frames: VideoStream) -> Iterator[Image.Image]:

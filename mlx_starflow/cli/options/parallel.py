@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
+Seed = TypeVar("Seed", bound=int | list[int] | None)
 
 
 class Ranks:
@@ -31,7 +32,7 @@ class Ranks:
         self.group = group
         self.first = group is None or group.rank() == 0
 
-    def seed(self, seed: int | list[int] | None) -> int | list[int] | None:
+    def seed(self, seed: Seed) -> Seed | int:
         """The seed that is given, or else one that rank 0 draws for all."""
         if self.group is None or seed is not None:
             return seed

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.models.configs import autoencoder_settings, check_autoencoder
+from mlx_starflow.models.configs import ConfigKind, check_autoencoder
 
-# Keys of a config.json that are checked apart or do not change the network. Those beginning with "_" are notes.
-_OTHER_KEYS = {
+_NOTES = (
     "model_type", "quantization", "attn_scales", "dropout", "in_channels", "out_channels", "is_residual", "clip_output",
     "patch_size", "scale_factor_temporal", "scale_factor_spatial",
-}  # fmt: skip
+)  # fmt: skip
+_CONFIG = ConfigKind("autoencoder", _NOTES)
 
 PATCH = 2
 """Side of the patches of pixels that encoder and decoder work on."""
@@ -21,8 +21,8 @@ PATCH = 2
 CHANNELS = 3
 """Of a picture: red, green, blue."""
 
-STRIP_POSITIONS = 2**13
-"""About how many patches of a frame a strip has."""
+TILE_POSITIONS = 2**13
+"""About how many patches of a frame a tile has."""
 
 
 @dataclass(frozen=True)
@@ -50,30 +50,19 @@ class AutoencoderWanConfig:
     later_scale: float = 0.6
 
     def __post_init__(self) -> None:
-        sizes = {name: getattr(self, name) for name in ("base_dim", "decoder_base_dim", "z_dim", "num_res_blocks")}
-        sizes |= {f"dim_mult[{i}]": value for i, value in enumerate(self.dim_mult)}
-        for name, value in sizes.items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise StarflowError(f"autoencoder config: {name} must be a positive integer, not {value!r}")
-        if not self.dim_mult:
-            raise StarflowError("autoencoder config: dim_mult is empty; it takes one number per resolution")
-        if len(self.temperal_downsample) != len(self.dim_mult) - 1:
-            raise StarflowError(
-                f"autoencoder config: temperal_downsample has {len(self.temperal_downsample)} values, "
-                f"dim_mult {len(self.dim_mult)}; it takes one less"
-            )
+        names = ("base_dim", "decoder_base_dim", "z_dim", "num_res_blocks", "dim_mult")
+        _CONFIG.positive(**{name: getattr(self, name) for name in names})
+        steps, levels = len(self.temperal_downsample), len(self.dim_mult)
+        one_less = steps == levels - 1
+        _CONFIG.require(one_less, f"temperal_downsample has {steps} values, dim_mult {levels}; it takes one less")
         for name in ("latents_mean", "latents_std"):
-            if len(getattr(self, name)) != self.z_dim:
-                raise StarflowError(
-                    f"autoencoder config: {name} has {len(getattr(self, name))} values, z_dim is {self.z_dim}"
-                )
-        if not all(self.latents_std) or not isinstance(self.later_scale, int | float) or not self.later_scale > 0:
-            raise StarflowError("autoencoder config: latents_std and later_scale must be above 0")
+            count = len(getattr(self, name))
+            _CONFIG.require(count == self.z_dim, f"{name} has {count} values, z_dim is {self.z_dim}")
+        scaled = isinstance(self.later_scale, int | float) and self.later_scale > 0
+        _CONFIG.require(all(self.latents_std) and scaled, "latents_std and later_scale must be above 0")
         for inputs, outputs, cell in self._steps():
-            if inputs * cell % outputs:
-                raise StarflowError(
-                    f"autoencoder config: {cell} x {inputs} channels do not make {outputs}; see dim_mult"
-                )
+            divides = inputs * cell % outputs == 0
+            _CONFIG.require(divides, f"{cell} x {inputs} channels do not make {outputs}; see dim_mult")
 
     def _steps(self) -> list[tuple[int, int, int]]:
         """(width of the finer side, width of the other one, positions that are one there) of the steps."""
@@ -111,9 +100,9 @@ class AutoencoderWanConfig:
         """Frames of a video of so many latent frames, at least 1."""
         return 1 + self.temporal_downscale * (latent_frames - 1)
 
-    def strip_rows(self, width: int) -> int:
-        """Rows of the strips, at every resolution, of frames of latents of this width."""
-        return max(8, STRIP_POSITIONS // (width * self.downscale // PATCH))
+    def tile_rows(self, width: int) -> int:
+        """Rows of the tiles, at every resolution, of frames of latents of this width."""
+        return max(8, TILE_POSITIONS // (width * self.downscale // PATCH))
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> AutoencoderWanConfig:
@@ -123,25 +112,20 @@ class AutoencoderWanConfig:
             StarflowError: another class or kind (Wan 2.1's has no residual steps and no patches), a value that is
                 missing or unusable, or a key that is not known.
         """
-        check_autoencoder(config, "AutoencoderKLWan", "autoencoder_wan")
-        if "model_type" not in config and (not config.get("is_residual") or config.get("patch_size") != PATCH):
-            raise StarflowError(
-                "autoencoder config: this is not Wan 2.2's autoencoder (is_residual true, patch_size 2); "
-                "use the folder vae of Wan-AI/Wan2.2-TI2V-5B-Diffusers"
-            )
-        if config.get("attn_scales"):
-            raise StarflowError("autoencoder config: attn_scales is not supported; it must be empty")
+        check_autoencoder(_CONFIG, config, "AutoencoderKLWan", "autoencoder_wan")
+        released = config.get("is_residual") and config.get("patch_size") == PATCH
+        _CONFIG.require(
+            "model_type" in config or released,
+            "this is not Wan 2.2's autoencoder (is_residual true, patch_size 2); "
+            "use the folder vae of Wan-AI/Wan2.2-TI2V-5B-Diffusers",
+        )
+        _CONFIG.require(not config.get("attn_scales"), "attn_scales is not supported; it must be empty")
         for key in ("in_channels", "out_channels"):
-            if config.get(key) not in (None, CHANNELS, CHANNELS * PATCH**2):
-                raise StarflowError(f"autoencoder config: {key} is {config[key]!r}; it must be {CHANNELS * PATCH**2}")
-        values = autoencoder_settings(cls, config, _OTHER_KEYS, "AutoencoderKLWan")
-        for field in fields(cls):
-            wants_list = isinstance(field.default, tuple) or field.default is MISSING
-            if wants_list and not isinstance(values.get(field.name) or [], list | tuple):
-                raise StarflowError(f"autoencoder config: {field.name} must be a list, not {values[field.name]!r}")
-        if "decoder_base_dim" not in values and "base_dim" in values:
-            values["decoder_base_dim"] = values["base_dim"]
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+            found, whole = config.get(key), CHANNELS * PATCH**2
+            _CONFIG.require(found in (None, CHANNELS, whole), f"{key} is {found!r}; it must be {whole}")
+        if config.get("decoder_base_dim") is None and "base_dim" in config:
+            config = {**config, "decoder_base_dim": config["base_dim"]}
+        return _CONFIG.read(cls, config)
 
     def to_dict(self) -> dict[str, Any]:
         """The config as JSON, readable by `from_dict`."""

@@ -1,4 +1,4 @@
-"""Layers of the video autoencoder; most of them take and give strips of rows, see `autoencoder_wan_strips`."""
+"""Layers of the video autoencoder; most of them take and give tiles of rows, see `autoencoder_wan.tiling`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import math
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_starflow.kernels import on_cpu
 from mlx_starflow.models.autoencoder_kl_tiling import LOGITS
 from mlx_starflow.models.autoencoder_layers import PointwiseConv
-from mlx_starflow.models.autoencoder_wan.tiling import RowQueue, StreamState, Strips, joined, kept, resplit, whole
+from mlx_starflow.models.autoencoder_wan.tiling import RowQueue, StreamState, Tiles, joined, kept, resplit, whole
 
 _NORM_EPS = 1e-24
 
@@ -49,16 +50,12 @@ def correlate(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
     On the CPU it is one matrix product for each tap of the kernel, as in `autoencoder_layers.Conv3x3` and for the same
     reason: MLX's convolution would gather a copy of the input for each. It is done in float32 there.
     """
-    if _on_cpu():
+    if on_cpu():
         return mx.concatenate([_sum_of_products(x[i : i + 1], weight, bias) for i in range(x.shape[0])])
     if weight.shape[1] == 1:
         y = mx.conv2d(x.flatten(0, 1), weight[:, 0])
         return y.reshape(*x.shape[:2], *y.shape[1:]) + bias
     return mx.conv3d(x, weight) + bias
-
-
-def _on_cpu() -> bool:
-    return mx.default_device() == mx.cpu
 
 
 def _sum_of_products(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
@@ -81,7 +78,7 @@ def _sum_of_products(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
 
 
 class _RowConv(nn.Module):
-    """What the spatial convolutions share: windows of rows that overlap from strip to strip."""
+    """What the spatial convolutions share: windows of rows that overlap from tile to tile."""
 
     stride = 1
     frames = 0
@@ -95,11 +92,11 @@ class _RowConv(nn.Module):
         only)."""
         raise NotImplementedError
 
-    def __call__(self, strips: Strips, state: StreamState, norm: RMSNorm | None = None) -> Strips:
-        """The convolution of the strips; if there is a norm, of their SiLU after it."""
+    def __call__(self, tiles: Tiles, state: StreamState, norm: RMSNorm | None = None) -> Tiles:
+        """The convolution of the tiles; if there is a norm, of their SiLU after it."""
         carry: mx.array | None = None
         index = 0
-        for x, last in strips:
+        for x, last in tiles:
             if norm is not None:
                 x = norm(x, silu=True)
             if self.frames:
@@ -118,9 +115,9 @@ class _RowConv(nn.Module):
             carry = None if last else kept(x[:, :, count * self.stride :])
             y = self.compute(x[:, :, : (count - 1) * self.stride + 3])
             mx.eval(y, *([] if last else [carry]))
-            strip = [(y, last)]
+            tile = [(y, last)]
             del x, y, border
-            yield strip.pop()
+            yield tile.pop()
 
 
 def _conv_weight(outputs: int, *shape: int) -> mx.array:
@@ -178,25 +175,25 @@ class Downsample(_RowConv):
         if temporal:
             self.time_conv = TimeConv(channels, channels)
 
-    def __call__(self, strips: Strips, state: StreamState, norm: RMSNorm | None = None) -> Strips:
-        strips = super().__call__(strips, state, norm)
-        return self._fewer_frames(strips, state) if "time_conv" in self else strips
+    def __call__(self, tiles: Tiles, state: StreamState, norm: RMSNorm | None = None) -> Tiles:
+        tiles = super().__call__(tiles, state, norm)
+        return self._fewer_frames(tiles, state) if "time_conv" in self else tiles
 
     def compute(self, x: mx.array) -> mx.array:
         y = self.resample(x.flatten(0, 1))
         return y.reshape(*x.shape[:2], *y.shape[1:])
 
-    def _fewer_frames(self, strips: Strips, state: StreamState) -> Strips:
-        for index, strip in enumerate(map(list, strips)):
-            last, x = strip.pop(), strip.pop()
+    def _fewer_frames(self, tiles: Tiles, state: StreamState) -> Tiles:
+        for index, tile in enumerate(map(list, tiles)):
+            last, x = tile.pop(), tile.pop()
             if state.first:
                 state.remember(self, index, x[:, -1:])
             else:
                 x = self.time_conv(state.continued(self, index, x, 1), stride=2)
                 mx.eval(x)
-            strip = [(x, last)]
+            tile = [(x, last)]
             del x
-            yield strip.pop()
+            yield tile.pop()
 
 
 class Upsample(_RowConv):
@@ -211,10 +208,10 @@ class Upsample(_RowConv):
         if temporal:
             self.time_conv = TimeConv(channels, 2 * channels)
 
-    def __call__(self, strips: Strips, state: StreamState, norm: RMSNorm | None = None) -> Strips:
+    def __call__(self, tiles: Tiles, state: StreamState, norm: RMSNorm | None = None) -> Tiles:
         if "time_conv" in self:
-            strips = self._more_frames(strips, state)
-        return super().__call__(strips, state, norm)
+            tiles = self._more_frames(tiles, state)
+        return super().__call__(tiles, state, norm)
 
     def compute(self, x: mx.array) -> mx.array:
         B, T, n, W, C = x.shape
@@ -222,9 +219,9 @@ class Upsample(_RowConv):
         # Of the window's borders, one of the two rows and columns that they have become is enough.
         return correlate(x[:, :, 1:-1, 1:-1], self.resample.weight[:, None], self.resample.bias)
 
-    def _more_frames(self, strips: Strips, state: StreamState) -> Strips:
-        for index, strip in enumerate(map(list, strips)):
-            last, x = strip.pop(), strip.pop()
+    def _more_frames(self, tiles: Tiles, state: StreamState) -> Tiles:
+        for index, tile in enumerate(map(list, tiles)):
+            last, x = tile.pop(), tile.pop()
             if not state.first:
                 y = self.time_conv(state.continued(self, index, x, 2))
                 # The halves of the channels are two frames, one after the other.
@@ -232,9 +229,9 @@ class Upsample(_RowConv):
                 x = y.reshape(B, T, n, W, 2, C).transpose(0, 1, 4, 2, 3, 5).reshape(B, 2 * T, n, W, C)
                 mx.eval(x)
                 del y
-            strip = [(x, last)]
+            tile = [(x, last)]
             del x
-            yield strip.pop()
+            yield tile.pop()
 
 
 # ---- shortcuts without weights
@@ -275,16 +272,16 @@ class ResidualBlock(nn.Module):
         if inputs != outputs:
             self.conv_shortcut = PointwiseConv(inputs, outputs)
 
-    def __call__(self, strips: Strips, state: StreamState) -> Strips:
+    def __call__(self, tiles: Tiles, state: StreamState) -> Tiles:
         queue = RowQueue()
-        hidden = self.conv1(queue.watch(strips), state, self.norm1)
+        hidden = self.conv1(queue.watch(tiles), state, self.norm1)
         for y, last in self.conv2(hidden, state, self.norm2):
             x = queue.take(y.shape[2])
             y = y + (self.conv_shortcut(x) if "conv_shortcut" in self else x)
             mx.eval(y)
-            strip = [(y, last)]
+            tile = [(y, last)]
             del x, y
-            yield strip.pop()
+            yield tile.pop()
 
 
 class Attention(nn.Module):
@@ -334,20 +331,20 @@ class DownBlock(nn.Module):
         if down:
             self.downsampler = Downsample(outputs, temporal)
 
-    def __call__(self, strips: Strips, state: StreamState) -> Strips:
+    def __call__(self, tiles: Tiles, state: StreamState) -> Tiles:
         queue = RowQueue()
-        strips = queue.watch(strips)
+        tiles = queue.watch(tiles)
         for resnet in self.resnets:
-            strips = resnet(strips, state)
+            tiles = resnet(tiles, state)
         if "downsampler" in self:
-            strips = self.downsampler(strips, state)
-        for y, last in strips:
+            tiles = self.downsampler(tiles, state)
+        for y, last in tiles:
             x = queue.take(y.shape[2] * self.side)
             y = y + average_down(x, self.outputs, self.frames, self.side)
             mx.eval(y)
-            strip = [(y, last)]
+            tile = [(y, last)]
             del x, y
-            yield strip.pop()
+            yield tile.pop()
 
 
 class UpBlock(nn.Module):
@@ -361,22 +358,22 @@ class UpBlock(nn.Module):
         if up:
             self.upsampler = Upsample(outputs, temporal)
 
-    def __call__(self, strips: Strips, state: StreamState) -> Strips:
+    def __call__(self, tiles: Tiles, state: StreamState) -> Tiles:
         queue = RowQueue()
         if "upsampler" in self:
-            strips = queue.watch(strips)
+            tiles = queue.watch(tiles)
         for resnet in self.resnets:
-            strips = resnet(strips, state)
+            tiles = resnet(tiles, state)
         if "upsampler" not in self:
-            return strips
-        return resplit(self._upsample(strips, state, queue), state.rows)
+            return tiles
+        return resplit(self._upsample(tiles, state, queue), state.rows)
 
-    def _upsample(self, strips: Strips, state: StreamState, queue: RowQueue) -> Strips:
-        # Half a strip makes a whole one.
-        for y, last in self.upsampler(resplit(strips, max(1, state.rows // 2)), state):
+    def _upsample(self, tiles: Tiles, state: StreamState, queue: RowQueue) -> Tiles:
+        # Half a tile makes a whole one.
+        for y, last in self.upsampler(resplit(tiles, max(1, state.rows // 2)), state):
             x = duplicate_up(queue.take(y.shape[2] // 2), self.outputs, self.frames, 2)
             y = y + (x[:, self.frames - 1 :] if state.first else x)
             mx.eval(y)
-            strip = [(y, last)]
+            tile = [(y, last)]
             del x, y
-            yield strip.pop()
+            yield tile.pop()

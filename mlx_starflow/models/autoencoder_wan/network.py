@@ -19,8 +19,7 @@ from mlx.utils import tree_flatten
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.models.autoencoder_kl import Posterior
 from mlx_starflow.models.autoencoder_layers import PointwiseConv
-from mlx_starflow.models.autoencoder_wan.config import CHANNELS, PATCH
-from mlx_starflow.models.autoencoder_wan.config import AutoencoderWanConfig as AutoencoderWanConfig
+from mlx_starflow.models.autoencoder_wan.config import CHANNELS, PATCH, AutoencoderWanConfig
 from mlx_starflow.models.autoencoder_wan.layers import CausalConv, DownBlock, MidBlock, RMSNorm, UpBlock
 from mlx_starflow.models.autoencoder_wan.names import fits, present_name, rearranged
 from mlx_starflow.models.autoencoder_wan.tiling import StreamState, joined, resplit, whole
@@ -45,11 +44,11 @@ class Encoder(nn.Module):
 
     def __call__(self, x: mx.array, state: StreamState) -> mx.array:
         """`[B, T, H, W, 3]` to `[B, T', h, w, 2 z_dim]`; T is 1 for the first frames, then the temporal downscale."""
-        strips = ((_patches(rows), last) for rows, last in resplit(whole(x), PATCH * state.rows))
-        strips = self.conv_in(strips, state)
+        tiles = ((_patches(rows), last) for rows, last in resplit(whole(x), PATCH * state.rows))
+        tiles = self.conv_in(tiles, state)
         for block in self.down_blocks:
-            strips = block(strips, state)
-        x = self.mid_block(joined(strips), state)
+            tiles = block(tiles, state)
+        x = self.mid_block(joined(tiles), state)
         return joined(self.conv_out(whole(x), state, self.norm_out))
 
 
@@ -73,11 +72,11 @@ class Decoder(nn.Module):
     def __call__(self, z: mx.array, state: StreamState) -> mx.array:
         """`[B, 1, h, w, z_dim]` to `[B, T, H, W, 3]`, T = 1 for the first frame, then the temporal downscale."""
         x = joined(self.conv_in(whole(z), state))
-        strips = resplit(whole(self.mid_block(x, state)), state.rows)
+        tiles = resplit(whole(self.mid_block(x, state)), state.rows)
         del x
         for block in self.up_blocks:
-            strips = block(strips, state)
-        return mx.concatenate([_pixels(x) for x, _ in self.conv_out(strips, state, self.norm_out)], axis=2)
+            tiles = block(tiles, state)
+        return mx.concatenate([_pixels(x) for x, _ in self.conv_out(tiles, state, self.norm_out)], axis=2)
 
 
 def _patches(x: mx.array) -> mx.array:
@@ -169,7 +168,7 @@ def _rows(given: int | None, config: AutoencoderWanConfig, width: int) -> int:
     if given is not None and given < 0:
         raise StarflowError(f"tile_rows must be 0 or more, not {given}")
     if given is None:
-        return config.strip_rows(width)
+        return config.tile_rows(width)
     return given or _ALL_ROWS
 
 
@@ -181,8 +180,8 @@ class AutoencoderWan(nn.Module):
         latents = vae.scale(vae.encode(video).sample(noise))
         video = vae.decode(vae.unscale(latents))
 
-    Runs in the dtype of its weights, a latent frame and a strip of rows at a time: what it takes does not grow with
-    the length, and of feature maps there are strips alone. It computes at once and has no gradient.
+    Runs in the dtype of its weights, a latent frame and a tile of rows at a time: what it takes does not grow with
+    the length, and of feature maps there are tiles alone. It computes at once and has no gradient.
     """
 
     def __init__(self, config: AutoencoderWanConfig):
@@ -199,7 +198,7 @@ class AutoencoderWan(nn.Module):
         Args:
             video: `[B, T, H, W, 3]` or, a picture, `[B, H, W, 3]`; values in -1..1, H and W multiples of
                 `config.downscale`, T = 1 + a multiple of `config.temporal_downscale`.
-            tile_rows: rows of a strip, at every resolution; 0: whole frames; None: as `config.strip_rows` says. The
+            tile_rows: rows of a tile, at every resolution; 0: whole frames; None: as `config.tile_rows` says. The
                 result is the same but for rounding.
 
         Returns:
@@ -285,7 +284,7 @@ class AutoencoderWan(nn.Module):
     def sources(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Where the checkpoint has each of this module's tensors: its name there, and its shape here.
 
-        See `autoencoder_wan_names` for the layouts. `shapes` are the checkpoint's. Raises StarflowError as `sanitize`.
+        See `autoencoder_wan.names` for the layouts. `shapes` are the checkpoint's. Raises StarflowError as `sanitize`.
         """
         expected = {name: parameter.shape for name, parameter in tree_flatten(self.parameters())}
         out: dict[str, tuple[str, tuple[int, ...]]] = {}

@@ -1,14 +1,15 @@
-"""Frames in strips of rows, and what a network remembers from one piece of a video to the next.
+"""Frames in tiles of rows, and what a network remembers from one piece of a video to the next.
 
-A strip is a pair: frames `[B, T, n, W, C]` of some rows, and whether they are the frame's last ones. Strips go through
-the layers of `autoencoder_wan_layers` one after the other, from the top, as an iterator; each layer is a generator that
-pulls them from the one before it. A convolution keeps the last rows of a strip until the next one comes: it is a row
-late, and its strips are shifted by one. So nothing is computed twice, and at no time is there a whole feature map. The
+A tile is a pair: frames `[B, T, n, W, C]` of some rows, and whether they are the frame's last ones. Tiles go through
+the layers of `autoencoder_wan.layers` one after the other, from the top, as an iterator; each layer is a generator that
+pulls them from the one before it. A convolution keeps the last rows of a tile until the next one comes: it is a row
+late, and its tiles are shifted by one. So nothing is computed twice, and at no time is there a whole feature map. The
 last frames of its input are in a `StreamState`, where the next frames of the video find them. All of this gives what a
-single strip of all frames would, but for rounding.
+single tile of all frames would, but for rounding.
 
-A generator that waits at its `yield` must not hold the strip that it has given away, hence the lists of one strip that
-are emptied there.
+A generator that waits at its `yield` must not hold the tile that it has given away, hence the lists of one tile that
+are emptied there. (The image autoencoder has lists of tiles instead: its group norms need all of a picture's tiles
+before they give the first, and it has no frames to remember.)
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ from collections.abc import Iterator
 import mlx.core as mx
 import mlx.nn as nn
 
-Strip = tuple[mx.array, bool]
-Strips = Iterator[Strip]
+Tile = tuple[mx.array, bool]
+Tiles = Iterator[Tile]
 
 
 class StreamState:
-    """What a network knows of the frames before: the last ones of each temporal convolution's input, strip by strip.
+    """What a network knows of the frames before: the last ones of each temporal convolution's input, tile by tile.
 
     Attributes:
         first: whether the frames under way are a video's first ones; they are a single latent frame.
-        rows: of a strip, at every resolution.
+        rows: of a tile, at every resolution.
     """
 
     def __init__(self, rows: int):
@@ -36,7 +37,7 @@ class StreamState:
         self._tails: dict[tuple[int, int], mx.array] = {}
 
     def continued(self, layer: nn.Module, index: int, x: mx.array, frames: int) -> mx.array:
-        """`x` with the `frames` frames that came before it in the strip `index` of this layer.
+        """`x` with the `frames` frames that came before it in the tile `index` of this layer.
 
         Before the first frame that the layer gets there are zeros. If it is a video's first one, it comes back alone.
         """
@@ -64,14 +65,14 @@ def kept(x: mx.array) -> mx.array:
     return mx.concatenate([x[:, :, :, :1], x[:, :, :, 1:]], axis=3)
 
 
-def whole(x: mx.array) -> Strips:
-    """Whole frames as a single strip."""
+def whole(x: mx.array) -> Tiles:
+    """Whole frames as a single tile."""
     yield x, True
 
 
-def resplit(strips: Strips, rows: int) -> Strips:
-    """The same rows in strips of at most `rows`."""
-    for x, last in strips:
+def resplit(tiles: Tiles, rows: int) -> Tiles:
+    """The same rows in tiles of at most `rows`."""
+    for x, last in tiles:
         count = x.shape[2]
         pieces = [(x[:, :, a : a + rows], last and a + rows >= count) for a in range(0, count, rows)]
         del x
@@ -79,9 +80,9 @@ def resplit(strips: Strips, rows: int) -> Strips:
             yield pieces.pop(0)
 
 
-def joined(strips: Strips) -> mx.array:
+def joined(tiles: Tiles) -> mx.array:
     """All rows in one array."""
-    parts = [x for x, _ in strips]
+    parts = [x for x, _ in tiles]
     return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
 
 
@@ -91,13 +92,13 @@ class RowQueue:
     def __init__(self) -> None:
         self._rows: mx.array | None = None
 
-    def watch(self, strips: Strips) -> Strips:
-        """The strips as they are; their rows are queued."""
-        for x, last in strips:
+    def watch(self, tiles: Tiles) -> Tiles:
+        """The tiles as they are; their rows are queued."""
+        for x, last in tiles:
             self._rows = x if self._rows is None else mx.concatenate([self._rows, x], axis=2)
-            strip = [(x, last)]
+            tile = [(x, last)]
             del x
-            yield strip.pop()
+            yield tile.pop()
 
     def take(self, count: int) -> mx.array:
         """The next `count` rows."""

@@ -120,7 +120,7 @@ def attach(flow: nn.Module, config: AdapterConfig, seed: int = 0) -> list[str]:
     paths = config.paths(flow)
     flow.freeze()
     mx.random.seed(seed)
-    kind = LoRALinear if config.kind == "lora" else DoRALinear
+    kind: Any = LoRALinear if config.kind == "lora" else DoRALinear
     made = []
     for number, path in enumerate(paths):
         layer = kind.from_base(originals[path], r=config.rank, scale=config.scale)

@@ -15,11 +15,10 @@ over blocks is 0 exactly where all blocks agree with the base's on the data.
 
 from __future__ import annotations
 
-from typing import Any
-
 import mlx.core as mx
 
 from mlx_starflow.models.flow import frame_count
+from mlx_starflow.models.starflow import STARFlow
 from mlx_starflow.training.finetuning.adapters import adapter_layers, without_adapters
 
 
@@ -35,7 +34,7 @@ def gaussian_kl(z: mx.array, log_det: mx.array, tuned_z: mx.array, tuned_log_det
     return 0.5 * (mx.square(ratio) + mx.square(tuned_z - ratio * z) - 1) - log_ratio
 
 
-def anchor_kl(flow: Any, x: mx.array, text: mx.array | None = None, base: Any = None) -> mx.array:
+def anchor_kl(flow: STARFlow, x: mx.array, text: mx.array | None = None, base: STARFlow | None = None) -> mx.array:
     """Mean KL divergence of the base's per-token Gaussians from the tuned flow's, summed over blocks.
 
     Args:

@@ -9,53 +9,29 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_starflow.errors import StarflowError
 from mlx_starflow.likelihood import Nll, exact_nll
+from mlx_starflow.models.starflow import STARFlow
 from mlx_starflow.sampling import sample
-from mlx_starflow.training.data.image_folder import Order
-from mlx_starflow.training.data.latent_cache import CachedLatents, LatentCache
+from mlx_starflow.training.config import TrainingConfig
+from mlx_starflow.training.data.cache.reading import CachedLatents, LatentCache
 from mlx_starflow.training.finetuning.adapters import dropout_key
 from mlx_starflow.training.finetuning.anchor import anchor_kl
-from mlx_starflow.training.loop.config import TrainingConfig
 from mlx_starflow.training.loop.objective import Batch, Metrics, batch_loss
 
 
-class PartOrder(Order):
-    """Endless passes over some of the samples of a data set, by their numbers in it; `left` counts within the part."""
-
-    def __init__(self, chosen: np.ndarray, buckets: np.ndarray):
-        super().__init__(len(chosen), buckets[chosen])
-        self._chosen = chosen
-
-    def take(self, number: int, rng: np.random.Generator) -> np.ndarray:
-        return self._chosen[super().take(number, rng)]
-
-
-def split_pictures(count: int, share: float, most: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of the pictures to train on and of those to measure with: a random `share`, at least 2, at most `most`.
-
-    A share of 0 is none. Raises StarflowError if nothing would be left to train on.
-    """
-    held_out = min(max(round(share * count), 2), most) if share else 0
-    if held_out >= count:
-        raise StarflowError(f"{count} pictures are too few to hold some out: give more, or --validation 0")
-    order = np.random.default_rng([seed, 1]).permutation(count)
-    return np.sort(order[held_out:]), np.sort(order[:held_out])
-
-
 @dataclass
-class AnchorPictures:
-    """Pictures of a cache, all or those with the numbers `pictures`, that the tuned flow is to see as the base does."""
+class AnchorImages:
+    """Images of a cache, all or those with the numbers `subset`, that the tuned flow is to see as the base does."""
 
     cache: LatentCache
-    pictures: np.ndarray | None = None
+    subset: np.ndarray | None = None
 
     def batch(self, count: int, rng: np.random.Generator, noise_std: float) -> dict[str, np.ndarray]:
         """`anchor_x`, latents with noise, and `anchor_text`; of one bucket."""
         cache = self.cache
-        pictures = np.arange(len(cache)) if self.pictures is None else self.pictures
-        bucket = cache.buckets[rng.choice(pictures)]
-        chosen = rng.choice(pictures[cache.buckets[pictures] == bucket], count)
+        images = np.arange(len(cache)) if self.subset is None else self.subset
+        bucket = cache.buckets[rng.choice(images)]
+        chosen = rng.choice(images[cache.buckets[images] == bucket], count)
         draw, noise = rng.standard_normal((2, count, *cache.shapes[bucket]), dtype=np.float32)
         captions = [cache.captions[index][0] for index in chosen]
         latents = cache.latents(chosen, rng.integers(cache.views, size=count), draw)
@@ -70,12 +46,12 @@ class AnchorSamples:
     text: np.ndarray
 
     @classmethod
-    def draw(cls, flow: Any, cache: LatentCache, pictures: np.ndarray, count: int, seed: int) -> AnchorSamples:
-        """Sample, without guidance, for captions of some pictures of the most frequent bucket."""
+    def draw(cls, flow: STARFlow, cache: LatentCache, images: np.ndarray, count: int, seed: int) -> AnchorSamples:
+        """Sample, without guidance, for captions of some of these images, of the most frequent bucket."""
         rng = np.random.default_rng([seed, 2])
-        buckets = cache.buckets[pictures]
+        buckets = cache.buckets[images]
         bucket = np.bincount(buckets).argmax()
-        chosen = rng.choice(pictures[buckets == bucket], count)
+        chosen = rng.choice(images[buckets == bucket], count)
         text = cache.text([cache.captions[index][0] for index in chosen], cache.ratios[bucket])
         z = rng.standard_normal((count, *cache.shapes[bucket]), dtype=np.float32)
         parts = []
@@ -85,17 +61,17 @@ class AnchorSamples:
         return cls(np.concatenate(parts), text)
 
     def batch(self, count: int, rng: np.random.Generator, noise_std: float) -> dict[str, np.ndarray]:
-        """See `AnchorPictures.batch`."""
+        """See `AnchorImages.batch`."""
         chosen = rng.integers(len(self.x), size=count)
         return {"anchor_x": self.x[chosen], "anchor_text": self.text[chosen]}
 
 
 class FinetuneData(CachedLatents):
-    """Batches of some pictures of a cache, a share of each taken from an anchor.
+    """Batches of some images of a cache, a share of each taken from an anchor.
 
     Args:
-        cache: the pictures.
-        pictures: numbers of those to train on.
+        cache: the images.
+        subset: numbers of those to train on.
         noise_std: the flow's.
         anchor, share: what the anchor's part of a batch comes from, and how large it is.
         dropout: give a key for `dropout_key` too.
@@ -104,14 +80,13 @@ class FinetuneData(CachedLatents):
     def __init__(
         self,
         cache: LatentCache,
-        pictures: np.ndarray,
+        subset: np.ndarray,
         noise_std: float,
-        anchor: AnchorPictures | AnchorSamples | None = None,
+        anchor: AnchorImages | AnchorSamples | None = None,
         share: float = 0.0,
         dropout: bool = False,
     ):
-        super().__init__(cache)
-        self.order = PartOrder(pictures, cache.buckets)
+        super().__init__(cache, subset)
         self.noise_std, self.anchor, self.share, self.dropout = noise_std, anchor, share, dropout
 
     def batch(self, rng: np.random.Generator, config: TrainingConfig, progress: float) -> dict[str, np.ndarray]:
@@ -132,28 +107,27 @@ def anchored(batch_size: int, share: float) -> int:
 
 
 def finetune_loss(
-    flow: Any, batch: Batch, anchor_weight: float = 1.0, base: Any = None, checkpoint: bool = True
+    flow: STARFlow, batch: Batch, anchor_weight: float = 1.0, base: Any = None, gradient_checkpointing: bool = True
 ) -> tuple[mx.array, Metrics]:
     """NLL of a batch of `FinetuneData` (nats per dimension, without log(2 pi) / 2) plus the anchor's KL divergence.
 
-    With `checkpoint`, layers are computed again for the gradient, so that memory holds one of them at a time.
+    With `gradient_checkpointing` layers are computed again for the gradient, so that memory holds one at a time.
     """
     with dropout_key(flow, batch["dropout"][0] if "dropout" in batch else None):
-        loss, metrics = batch_loss(flow, batch, checkpoint=checkpoint)
+        loss, metrics = batch_loss(flow, batch, gradient_checkpointing)
         if "anchor_x" in batch:
             metrics["kl"] = anchor_kl(flow, batch["anchor_x"], batch["anchor_text"], base)
             loss = loss + anchor_weight * metrics["kl"]
     return loss, metrics
 
 
-def cached_nll(flow: Any, cache: LatentCache, pictures: Sequence[int] | np.ndarray, *, draws: int, seed: int) -> Nll:
-    """Exact NLL of pictures of a cache, the middle view of each, given their usual captions; see `exact_nll`."""
-    pictures = np.asarray(pictures)
+def cached_nll(flow: STARFlow, cache: LatentCache, images: Sequence[int] | np.ndarray, *, draws: int, seed: int) -> Nll:
+    """Exact NLL of images of a cache, the middle view of each, given their usual captions; see `exact_nll`."""
+    images = np.asarray(images)
     parts = []
-    for bucket in np.unique(cache.buckets[pictures]):
-        chosen = pictures[cache.buckets[pictures] == bucket]
-        zeros = np.zeros(len(chosen), np.int64)
-        latents = cache.latents(chosen, zeros, np.zeros((), np.float32))
+    for bucket in np.unique(cache.buckets[images]):
+        chosen = images[cache.buckets[images] == bucket]
+        latents = cache.latents(chosen, np.zeros(len(chosen), np.int64), np.zeros((), np.float32))
         text = mx.array(cache.text([cache.captions[index][0] for index in chosen], cache.ratios[bucket]))
         parts.append(exact_nll(flow, latents, text, draws=draws, seed=seed))
     return Nll(np.concatenate([part.prior for part in parts]), np.concatenate([part.blocks for part in parts]))

@@ -1,4 +1,4 @@
-"""Fine-tuning a model directory's flow on captioned pictures: adapters or all weights, anchored to the base or not."""
+"""Fine-tuning a model directory's flow on captioned images: adapters or all weights, anchored to the base or not."""
 
 from __future__ import annotations
 
@@ -18,129 +18,29 @@ from mlx_starflow.media.files import replacing
 from mlx_starflow.media.images import grid, save_image
 from mlx_starflow.media.sources import open_source
 from mlx_starflow.model_dir.directory import ModelDirectory, load_flow
-from mlx_starflow.model_dir.quantization import QUANTIZATIONS, dequantize_module, quantize_module, quantized_layers
+from mlx_starflow.model_dir.quantization import dequantize_module, quantize_module, quantized_layers
 from mlx_starflow.model_dir.saving import save_model
 from mlx_starflow.model_dir.weights import default_dtype, parameters
-from mlx_starflow.pipelines.pipeline import Pipeline, load
+from mlx_starflow.models.starflow import STARFlow
+from mlx_starflow.pipelines import load
 from mlx_starflow.planning.finetune_memory import BATCH_SIZES, PRECISIONS, RANKS, Choice, Planner
 from mlx_starflow.planning.memory import available
-from mlx_starflow.training.data.cache_build import CacheSettings, build_cache
-from mlx_starflow.training.data.cache_files import MANIFEST
-from mlx_starflow.training.data.latent_cache import LatentCache
-from mlx_starflow.training.finetuning.adapters import LAYERS, AdapterConfig, attach, save_adapter
+from mlx_starflow.training.data.batches import split_samples
+from mlx_starflow.training.data.cache.build import CacheSettings, build_cache
+from mlx_starflow.training.data.cache.files import is_cache
+from mlx_starflow.training.data.cache.reading import LatentCache
+from mlx_starflow.training.finetuning.adapters import attach, save_adapter
+from mlx_starflow.training.finetuning.config import FinetuneConfig
 from mlx_starflow.training.finetuning.data import (
-    AnchorPictures,
+    AnchorImages,
     AnchorSamples,
     FinetuneData,
     cached_nll,
     finetune_loss,
-    split_pictures,
 )
 from mlx_starflow.training.finetuning.fuse import copy_parts
-from mlx_starflow.training.loop.config import TrainingConfig
-from mlx_starflow.training.loop.schedules import assign
 from mlx_starflow.training.loop.trainer import Trainer
-
-
-@dataclass(frozen=True, kw_only=True)
-class FinetuneConfig:
-    """How to fine-tune.
-
-    Attributes:
-        kind: "lora", "dora" or "full", all weights of the flow.
-        rank, scale, dropout, layers, blocks: of adapters, see `AdapterConfig`; a rank of 0: 16, or less where memory is
-            short.
-        quantize: how to hold a dense base that an adapter is trained on: "none", as it is; one of `QUANTIZATIONS`; or
-            "auto", as it is if that fits into memory, else in 8 bits, else "mixed".
-        checkpoint_layers: compute layers again for the gradient; None: where memory asks for it.
-        steps: optimizer steps.
-        batch_size: samples a step; 0: as many as fit into memory, at most 16.
-        lr: highest learning rate; 0: 2e-3 for adapters, 1e-4 for all weights.
-        caption_dropout: share of samples without their caption, for guidance.
-        ema: decay of the average of the weights.
-        context_full, context_partial: see `objective.context_keep`; they make the flow heed the text more.
-        anchor: share of each batch, up to a half, on which the tuned flow is held to the base, see `anchor`; 0: none.
-        anchor_weight: of the KL divergence there, against the NLL on the rest.
-        anchor_data: pictures whose likelihood is not to be forgotten, as `data` below; None: samples of the base.
-        anchor_samples: how many of these are drawn, for captions of the new pictures.
-        validation: share of the pictures that is held out and measured before and after; at most 100 of them.
-        draws: of the noise for that measurement.
-        samples: pictures in the grid at the end.
-        seed: of everything random.
-        save_seconds, log_every: see `TrainingConfig`.
-    """
-
-    kind: str = "lora"
-    rank: int = 0
-    scale: float = 2.0
-    dropout: float = 0.0
-    layers: tuple[str, ...] = LAYERS
-    blocks: str = "all"
-    quantize: str = "auto"
-    checkpoint_layers: bool | None = None
-    steps: int = 400
-    batch_size: int = 0
-    lr: float = 0.0
-    caption_dropout: float = 0.1
-    ema: float = 0.99
-    context_full: float = 0.0
-    context_partial: float = 0.0
-    anchor: float = 0.0
-    anchor_weight: float = 1.0
-    anchor_data: str | None = None
-    anchor_samples: int = 128
-    validation: float = 0.1
-    draws: int = 4
-    samples: int = 8
-    seed: int = 0
-    save_seconds: float = 180.0
-    log_every: int = 20
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("lora", "dora", "full"):
-            raise StarflowError(f"finetune: kind must be lora, dora or full, not {self.kind!r}")
-        if self.quantize not in ("auto", "none", *QUANTIZATIONS):
-            known = ", ".join(("auto", "none", *QUANTIZATIONS))
-            raise StarflowError(f"finetune: quantize must be one of {known}, not {self.quantize!r}")
-        if self.kind == "full" and self.quantize not in ("auto", "none"):
-            raise StarflowError("finetune: quantized weights cannot be trained; leave out --quantize or --full")
-        if not 0 <= self.anchor <= 0.5:
-            raise StarflowError(f"finetune: the anchor's share must be in 0..0.5, not {self.anchor}")
-        if not 0 <= self.validation <= 0.5:
-            raise StarflowError(f"finetune: validation must be in 0..0.5, not {self.validation}")
-        for name in ("anchor_weight", "batch_size", "lr", "samples", "rank"):
-            if getattr(self, name) < 0:
-                raise StarflowError(f"finetune: {name} must be 0 or more, not {getattr(self, name)}")
-        for name in ("anchor_samples", "draws"):
-            if getattr(self, name) < 1:
-                raise StarflowError(f"finetune: {name} must be 1 or more, not {getattr(self, name)}")
-        if self.anchor and self.batch_size == 1:
-            raise StarflowError("finetune: an anchor needs a batch size of 2 or more")
-        if self.anchor_data and not self.anchor:
-            raise StarflowError("finetune: anchor data is used with a share of the batch: give --anchor 0.25")
-
-    def adapter(self, rank: int) -> AdapterConfig | None:
-        """The adapter's config; None if all weights are trained."""
-        if self.kind == "full":
-            return None
-        names = ("kind", "scale", "dropout", "layers", "blocks")
-        return AdapterConfig(rank=rank, **{name: getattr(self, name) for name in names})
-
-    def training(self, batch_size: int, checkpoint_layers: bool = False) -> TrainingConfig:
-        return TrainingConfig(
-            steps=self.steps,
-            batch_size=batch_size,
-            checkpoint_layers=checkpoint_layers,
-            lr=self.lr or (1e-4 if self.kind == "full" else 2e-3),
-            weight_decay=0.0,
-            ema=self.ema,
-            caption_dropout=self.caption_dropout,
-            context_full=self.context_full,
-            context_partial=self.context_partial,
-            seed=self.seed,
-            save_seconds=self.save_seconds,
-            log_every=self.log_every,
-        )
+from mlx_starflow.training.loop.weights import assign
 
 
 @dataclass(frozen=True)
@@ -237,7 +137,7 @@ def _load_base(model: str | Path, quantization: str | None) -> Any:
     return flow
 
 
-def _make_trainable(flow: Any, config: FinetuneConfig, quantization: str | None, rank: int) -> None:
+def _make_trainable(flow: STARFlow, config: FinetuneConfig, quantization: str | None, rank: int) -> None:
     if quantization is not None:
         quantize_module(flow, quantization)
     if adapter := config.adapter(rank):
@@ -249,7 +149,7 @@ def _make_trainable(flow: Any, config: FinetuneConfig, quantization: str | None,
 
 def open_cache(data: str | Path, folder: Path, model: str | Path, report: Callable[[str], None]) -> LatentCache:
     """A cache for this model: `data` itself if it is one, else one made of it in `folder` (or gone on with)."""
-    if (Path(data).expanduser() / MANIFEST).is_file():
+    if is_cache(Path(data).expanduser()):
         return LatentCache(Path(data).expanduser(), model)
     summary = build_cache(data, folder, model, CacheSettings())
     if summary.skipped:
@@ -270,7 +170,7 @@ def finetune(
 
     Args:
         model: "demo", a model directory or a Hub repository of one.
-        data: captioned pictures, see `open_source`, or a cache of them, see `build_cache`.
+        data: captioned images, see `open_source`, or a cache of them, see `build_cache`.
         out: folder of the run: `adapter/` (or, for "full", `model/`, dense), `grid.png`, `report.json`, `config.yaml`,
             and in `cache/` and `checkpoints/` what resuming needs.
         config: see there.
@@ -281,30 +181,32 @@ def finetune(
         StarflowError: a mistake in the arguments, or what `build_cache` and `Trainer` raise.
     """
     config, out = config or FinetuneConfig(), Path(out)
-    if not (Path(data).expanduser() / MANIFEST).is_file():
+    if not is_cache(Path(data).expanduser()):
         open_source(data)
     choice, _ = plan_finetune(model, config)
     report(str(choice))
     _write(out / "config.yaml", yaml.safe_dump(_plain(model, data, out, config, choice), sort_keys=False))
     cache = open_cache(data, out / "cache", model, report)
-    pictures, held_out = split_pictures(len(cache), config.validation, 100, config.seed)
+    images, held_out = split_samples(len(cache), config.validation, 100, config.seed)
     flow = _load_base(model, choice.quantization)
     before = cached_nll(flow, cache, held_out, draws=config.draws, seed=config.seed) if len(held_out) else None
     if before:
         report(f"before: {before}")
-    anchor: AnchorPictures | AnchorSamples | None = None
+    anchor: AnchorImages | AnchorSamples | None = None
     if config.anchor_data:
-        anchor = AnchorPictures(open_cache(config.anchor_data, out / "anchor-cache", model, report))
+        anchor = AnchorImages(open_cache(config.anchor_data, out / "anchor-cache", model, report))
     elif config.anchor:
-        anchor = AnchorSamples.draw(flow, cache, pictures, config.anchor_samples, config.seed)
+        anchor = AnchorSamples.draw(flow, cache, images, config.anchor_samples, config.seed)
     base = None
     if anchor and config.kind == "full":
         base = load_flow(model)
         base.freeze()
     _make_trainable(flow, config, None, choice.rank)
     mx.eval(flow.parameters())
-    samples = FinetuneData(cache, pictures, flow.config.noise_std, anchor, config.anchor, config.dropout > 0)
-    loss = partial(finetune_loss, anchor_weight=config.anchor_weight, base=base, checkpoint=choice.checkpoint)
+    samples = FinetuneData(cache, images, flow.config.noise_std, anchor, config.anchor, config.dropout > 0)
+    loss = partial(
+        finetune_loss, anchor_weight=config.anchor_weight, base=base, gradient_checkpointing=choice.checkpoint
+    )
     training = config.training(choice.batch_size, choice.checkpoint)
     trainer = Trainer(flow, samples, training, out / "checkpoints", loss=loss, name="finetune", resume=resume)
     assign(flow, trainer.run())
@@ -313,16 +215,16 @@ def finetune(
     result = FinetuneResult(folder, before, after)
     _write(out / "report.json", json.dumps(result.report(), indent=2) + "\n")
     if config.samples:
-        shown = held_out if len(held_out) else pictures
+        shown = held_out if len(held_out) else images
         prompts = [cache.captions[index][0] for index in shown[: config.samples]]
-        pipe: Pipeline = load(folder) if config.kind == "full" else load(model, adapters=[(folder, 1.0)])
+        pipe = load(folder) if config.kind == "full" else load(model, adapters=[(folder, 1.0)])
         made = pipe.generate(prompts, seed=config.seed, verify=False)
         save_image(grid(made.images), out / "grid.png", pipe.grid_metadata(made))
         report(f"{out / 'grid.png'}: {', '.join(prompts)}; seed {config.seed}")
     return result
 
 
-def _save(flow: Any, model: str | Path, out: Path, config: FinetuneConfig, choice: Choice) -> Path:
+def _save(flow: STARFlow, model: str | Path, out: Path, config: FinetuneConfig, choice: Choice) -> Path:
     if adapter := config.adapter(choice.rank):
         about = {"model": str(model)}
         if choice.quantization:
@@ -336,13 +238,20 @@ def _save(flow: Any, model: str | Path, out: Path, config: FinetuneConfig, choic
 
 def _plain(model: str | Path, data: str | Path, out: Path, config: FinetuneConfig, choice: Choice) -> dict[str, Any]:
     """The effective config, as `finetune --config` reads it."""
-    settings = {**asdict(config), **asdict(config.training(choice.batch_size, choice.checkpoint))}
-    known = {key: settings[key] for key in asdict(config)}
-    kind = known.pop("kind")
-    known.pop("rank")
-    how = {"full": True} if kind == "full" else {kind: choice.rank}
-    known |= {"layers": list(config.layers), "quantize": choice.quantization or "none"}
-    return {"model": str(model), "data": str(data), "output": str(out), **how, **known}
+    known = asdict(config)
+    del known["kind"], known["rank"]
+    return {
+        "model": str(model),
+        "data": str(data),
+        "output": str(out),
+        **({"full": True} if config.kind == "full" else {config.kind: choice.rank}),
+        **known,
+        "layers": list(config.layers),
+        "quantize": choice.quantization or "none",
+        "checkpoint_layers": choice.checkpoint,
+        "batch_size": choice.batch_size,
+        "lr": config.training(choice.batch_size).lr,
+    }
 
 
 def _write(path: Path, text: str) -> None:

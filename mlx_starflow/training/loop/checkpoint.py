@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.media.files import replacing
+from mlx_starflow.training.loop.weights import Weights
 
 KEPT = 2
 _NAME = re.compile(r"checkpoint-(\d+)\.safetensors")
@@ -27,16 +29,16 @@ class Checkpoint:
         step: steps done.
         weights, average, optimizer: arrays by name.
         random: the state of the NumPy generator's bit generator.
-        order: indices of samples that this pass over the data has still to use.
+        order: numbers of the samples that this pass over the data has still to use.
         config: the training's settings, for comparison.
         note: what else the training must remember, a JSON object.
     """
 
     step: int
-    weights: dict[str, mx.array]
-    average: dict[str, mx.array]
-    optimizer: dict[str, mx.array]
-    random: dict[str, Any]
+    weights: Weights
+    average: Weights
+    optimizer: Weights
+    random: Mapping[str, Any]
     order: np.ndarray
     config: dict[str, Any]
     note: dict[str, Any] = field(default_factory=dict)
@@ -59,7 +61,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     arrays = {"order": mx.array(checkpoint.order)}
     for part in ("weights", "average", "optimizer"):
         arrays.update({f"{part}:{name}": array for name, array in getattr(checkpoint, part).items()})
-    note = {"step": checkpoint.step, "random": _plain(checkpoint.random), "config": checkpoint.config}
+    note = {"step": checkpoint.step, "random": plain_state(checkpoint.random), "config": checkpoint.config}
     note["note"] = checkpoint.note
     path = folder / f"checkpoint-{checkpoint.step:08d}.safetensors"
     write_arrays(path, arrays, {"training": json.dumps(note)})
@@ -68,7 +70,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     return path
 
 
-def write_arrays(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str]) -> None:
+def write_arrays(path: Path, arrays: Weights, metadata: dict[str, str]) -> None:
     """Write a safetensors file in one piece: what was there stays until the new one has reached the disk.
 
     Raises:
@@ -85,19 +87,26 @@ def write_arrays(path: Path, arrays: dict[str, mx.array], metadata: dict[str, st
             raise OSError(one_line(error)) from None
 
 
+def read_arrays(path: Path) -> Weights:
+    """The arrays of a safetensors file, read whole."""
+    arrays = mx.load(str(path))
+    assert isinstance(arrays, dict)
+    mx.eval(arrays)
+    return arrays
+
+
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint.
 
     Raises:
         StarflowError: the file is missing, truncated or no checkpoint.
     """
-    parts: dict[str, dict[str, mx.array]] = {"weights": {}, "average": {}, "optimizer": {}}
+    parts: dict[str, Weights] = {"weights": {}, "average": {}, "optimizer": {}}
     try:
         # safetensors compares the header with the file's length, which MLX's lazy loading does not.
         with safe_open(path, framework="np") as file:
             note = json.loads((file.metadata() or {})["training"])
-        arrays = mx.load(str(path))
-        mx.eval(arrays)
+        arrays = read_arrays(path)
         order = np.array(arrays.pop("order"))
         for name, array in arrays.items():
             part, _, name = name.partition(":")
@@ -129,6 +138,6 @@ def load_latest(folder: Path) -> tuple[Checkpoint | None, str]:
     return None, ""
 
 
-def _plain(state: dict[str, Any]) -> dict[str, Any]:
+def plain_state(state: Mapping[str, Any]) -> dict[str, Any]:
     """A bit generator's state with lists in place of arrays; NumPy takes both."""
     return json.loads(json.dumps(state, default=lambda value: value.tolist()))

@@ -1,4 +1,4 @@
-"""Training on several processes: what each of them does with its share, and how they agree."""
+"""Several processes: what each of them does with its share of a batch, and how they agree."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.training.loop.weights import Weights
 
-Weights = dict[str, mx.array]
-
-PATIENCE = 3.0
+GRACE_SECONDS = 3.0
 """Seconds in which MLX may find out by itself that a process has ended."""
-CONNECTING = 10.0
+CONNECT_SECONDS = 10.0
 """Seconds in which processes must have found each other."""
 
 
@@ -84,7 +83,7 @@ def from_first(arrays: Weights, note: Any, group: mx.distributed.Group) -> tuple
         return sent
 
     text = json.dumps(note).encode() if group.rank() == 0 else b""
-    length = send(mx.array(len(text))).item()
+    length = int(send(mx.array(len(text))))
     held = np.zeros(length, np.int32)
     held[: len(text)] = np.frombuffer(text, np.uint8)
     note = json.loads(bytes(np.array(send(mx.array(held))).astype(np.uint8)))
@@ -104,7 +103,12 @@ def check_sharding(group: mx.distributed.Group) -> None:
 
 @contextmanager
 def peers(name: str, group: mx.distributed.Group, hint: str = "run the same command again to resume") -> Iterator[None]:
-    """Makes one clear line of the end of another process; all processes must enter it together."""
+    """Makes one clear line of the end of another process; all processes must enter it together.
+
+    Args:
+        name: of the command, which begins the line.
+        hint: what to do then, which ends it.
+    """
 
     def message(reason: object) -> str:
         return f"{name}: rank {group.rank()} ends because another process of this run has ended ({reason}); {hint}"
@@ -118,7 +122,7 @@ def peers(name: str, group: mx.distributed.Group, hint: str = "run the same comm
         except OSError:
             alive = b""
         # MLX finds out by itself if it is waiting for that process, and waits for ever if it has only yet to start.
-        if not alive and not over.wait(PATIENCE):
+        if not alive and not over.wait(GRACE_SECONDS):
             print(f"Error: {message('it has closed its connection')}", file=sys.stderr, flush=True)
             os._exit(2)
 
@@ -142,7 +146,7 @@ def _links(group: mx.distributed.Group) -> list[socket.socket]:
     """A connection of rank 0 with each of the others, as far as they reach it by its name."""
     if group.rank() == 0:
         with socket.create_server(("", 0)) as server:
-            server.settimeout(CONNECTING)
+            server.settimeout(CONNECT_SECONDS)
             from_first({}, [socket.gethostname(), server.getsockname()[1]], group)
             links: list[socket.socket] = []
             with suppress(OSError):
@@ -152,7 +156,7 @@ def _links(group: mx.distributed.Group) -> list[socket.socket]:
         _, (host, port) = from_first({}, None, group)
         links = []
         with suppress(OSError):
-            links.append(socket.create_connection((host, port), timeout=CONNECTING))
+            links.append(socket.create_connection((host, port), timeout=CONNECT_SECONDS))
     for link in links:
         link.settimeout(None)
     return links

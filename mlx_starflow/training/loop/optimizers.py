@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.optimizers import Adafactor, AdamW, Muon, Optimizer
 
-from mlx_starflow.training.loop.config import OPTIMIZERS
-from mlx_starflow.training.loop.schedules import Weights, check_same
+from mlx_starflow.training.config import OPTIMIZERS
+from mlx_starflow.training.loop.weights import Weights, check_same
 
 SINKHORN_ROUNDS = 5
 SINKGD_STEP = 0.05
@@ -39,7 +39,7 @@ class SinkGD(Optimizer):
     w <- w - lr * weight_decay * w - 0.05 * lr * multi_normalize(gradient)
     """
 
-    def __init__(self, learning_rate: float | mx.array, weight_decay: float = 0.0):
+    def __init__(self, learning_rate: float, weight_decay: float = 0.0):
         super().__init__()
         self._maybe_schedule("learning_rate", learning_rate)
         self.weight_decay = weight_decay
@@ -62,7 +62,7 @@ class OrthogonalSteps(Muon):
     of an entry 0.2.
     """
 
-    def __init__(self, learning_rate: float | mx.array, weight_decay: float = 0.0):
+    def __init__(self, learning_rate: float, weight_decay: float = 0.0):
         super().__init__(learning_rate, weight_decay=0.0)
         self.decoupled_decay = weight_decay
 
@@ -98,7 +98,7 @@ class GroupedOptimizer:
         weight_decay: float = 1e-4,
         is_fast: Callable[[str], bool] = lambda name: False,
         factor: float = 1.0,
-        embeddings: set[str] = frozenset(),
+        embeddings: Collection[str] = (),
     ):
         assert kind in OPTIMIZERS
         self.kind = kind

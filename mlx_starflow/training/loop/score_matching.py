@@ -12,10 +12,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_starflow.models.flow import frame_count
+from mlx_starflow.models.flow import Flow, frame_count
 from mlx_starflow.sampling.denoise import PREDICTION_STD
 from mlx_starflow.training.loop.objective import Batch, noisy_data
-from mlx_starflow.training.loop.schedules import Weights, trainable
+from mlx_starflow.training.loop.weights import Weights, trainable
 
 NAME = "learnable_self_denoiser."
 
@@ -30,7 +30,7 @@ def new_probe(batch: Batch) -> Batch:
     return {"probe": mx.zeros(batch["latents"].shape)}
 
 
-def score_target(flow: Any, batch: Batch, gradient: mx.array) -> tuple[mx.array, mx.array]:
+def score_target(flow: Flow, batch: Batch, gradient: mx.array) -> tuple[mx.array, mx.array]:
     """What the denoiser is to predict, and which samples it can be shown with.
 
     Args:
@@ -47,14 +47,14 @@ def score_target(flow: Any, batch: Batch, gradient: mx.array) -> tuple[mx.array,
     batch_size = gradient.shape[0]
     each = mx.ones(batch_size) if batch.get("weight") is None else batch["weight"].astype(mx.float32)
     counts = each != 0
-    if batch.get("keep") is not None:
-        counts = counts & (batch["keep"].min(axis=1) > 0)
+    if batch.get("context_mask") is not None:
+        counts = counts & (batch["context_mask"].min(axis=1) > 0)
     factor = gradient.size * flow.config.noise_std**2 / PREDICTION_STD / mx.where(each == 0, 1.0, each)
     target = gradient.astype(mx.float32) * factor.reshape(-1, *[1] * (gradient.ndim - 1))
     return mx.stop_gradient(target), counts.astype(mx.float32)
 
 
-def denoiser_loss(model: Any, batch: Batch, gradient: mx.array, checkpoint: bool = False) -> mx.array:
+def denoiser_loss(model: Any, batch: Batch, gradient: mx.array, gradient_checkpointing: bool = False) -> mx.array:
     """Mean squared error of the learned denoiser's prediction from `score_target`, over the samples that count.
 
     Only the denoiser gets a gradient of it.
@@ -63,7 +63,7 @@ def denoiser_loss(model: Any, batch: Batch, gradient: mx.array, checkpoint: bool
         model: a flow with a learned denoiser, or a `TextFlow` with one.
         batch: what `batch_loss` reads of it.
         gradient: of the flow's loss with respect to the noisy data.
-        checkpoint: compute the denoiser's layers again for its gradient.
+        gradient_checkpointing: compute the denoiser's layers again for its gradient.
     """
     flow = getattr(model, "flow", model)
     batch = model.with_text(batch) if hasattr(model, "with_text") else batch
@@ -71,7 +71,9 @@ def denoiser_loss(model: Any, batch: Batch, gradient: mx.array, checkpoint: bool
     text = None if text is None else mx.stop_gradient(text)
     target, counts = score_target(flow, batch, gradient)
     rope_frequencies = flow.rope_frequencies(x.shape, 0 if text is None else text.shape[1])
-    prediction = flow.learnable_self_denoiser(flow.tokens(x), text, rope_frequencies, frame_count(x.shape), checkpoint)
+    prediction = flow.learnable_self_denoiser(
+        flow.tokens(x), text, rope_frequencies, frame_count(x.shape), gradient_checkpointing
+    )
     error = mx.square(flow.latents(prediction, x.shape) - target).reshape(len(counts), -1).mean(axis=1)
     return (error * counts).sum() / mx.maximum(counts.sum(), 1.0)
 

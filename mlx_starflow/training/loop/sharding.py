@@ -7,6 +7,7 @@ MLX's `fully_shard` gathers a layer's weights when it runs and scatters the sum 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,7 +16,7 @@ from mlx.utils import tree_flatten
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.models.flow import FlowBlock
 from mlx_starflow.training.loop.optimizers import GroupedOptimizer
-from mlx_starflow.training.loop.schedules import Weights, assign
+from mlx_starflow.training.loop.weights import Weights, assign
 
 
 class Shards:
@@ -46,7 +47,7 @@ class Shards:
         self._convert({whole: share for share, whole in self.names.items()}, self._cut)
 
     def _shard(self, path: str, block: FlowBlock) -> None:
-        layers = []
+        layers: list[Any] = []
         for index, layer in enumerate(block.attn_blocks):
             where = f"{path}.attn_blocks.{index}"
             weights = dict(tree_flatten(layer.parameters()))

@@ -12,16 +12,16 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_starflow.models.gradient_checkpointing import weights_first
+from mlx_starflow.training.config import TrainingConfig
 from mlx_starflow.training.loop import distributed
-from mlx_starflow.training.loop.config import TrainingConfig
+from mlx_starflow.training.loop.objective import Batch, Metrics
 from mlx_starflow.training.loop.optimizers import GroupedOptimizer, embedding_names
-from mlx_starflow.training.loop.schedules import Weights, assign, clipped, trainable, update_average
 from mlx_starflow.training.loop.score_matching import denoiser_loss, denoiser_weights, new_probe, split_weights
 from mlx_starflow.training.loop.sharding import Shards
+from mlx_starflow.training.loop.weights import Weights, assign, clipped, trainable, update_average
 
-Numbers = dict[str, mx.array]
-Loss = Callable[[Any, dict[str, mx.array]], tuple[mx.array, Numbers]]
-ExtraLoss = Callable[[Any, dict[str, mx.array], mx.array], tuple[mx.array, Numbers]]
+Loss = Callable[[Any, Batch], tuple[mx.array, Metrics]]
+ExtraLoss = Callable[[Any, Batch, mx.array], tuple[mx.array, Metrics]]
 
 
 def count_tokens(model: Any, batch: Mapping[str, np.ndarray]) -> int:
@@ -29,6 +29,10 @@ def count_tokens(model: Any, batch: Mapping[str, np.ndarray]) -> int:
     patch = getattr(getattr(getattr(model, "flow", model), "config", None), "patch_size", None)
     latents = batch.get("latents")
     return 0 if patch is None or latents is None else int(np.prod(latents.shape[:-1])) // patch**2
+
+
+def _floats(numbers: Metrics) -> dict[str, float]:
+    return {name: float(value) for name, value in numbers.items()}
 
 
 class StepMaker:
@@ -52,7 +56,7 @@ class StepMaker:
         self.model, self.loss, self.extra_loss, self.config, self.group = model, loss, extra_loss, config, group
         self.random = extra_loss is not None
         self._denoiser = denoiser_weights(model)
-        self.dtype = None if config.dtype is None else getattr(mx, config.dtype)
+        self.dtype: mx.Dtype | None = None if config.dtype is None else getattr(mx, config.dtype)
         if self.dtype is not None:
             assign(model, {name: weight.astype(mx.float32) for name, weight in trainable(model).items()})
         weights = trainable(model)
@@ -67,8 +71,7 @@ class StepMaker:
             embeddings=embedding_names(model),
         )
         self.shards: Shards | None = None
-        state = [model.state, self.optimizer.state, self.average]
-        self._state = state
+        self._state = state = [model.state, self.optimizer.state, self.average]
         # What can be done in one compiled function is done in one: intermediate gradients need not exist at once.
         self._whole = config.accumulate == 1 and group.size() == 1 and not config.skip
         if self._whole:
@@ -83,41 +86,42 @@ class StepMaker:
         """One step with the whole batch of all processes: (means of its numbers, whether it was applied)."""
         parts = self.config.accumulate * self.group.size()
         keys = mx.random.split(mx.random.key(key), parts) if self.random else [mx.array(0)] * parts
-        lr, decay = mx.array(lr), mx.array(decay)
+        rates = mx.array(lr), mx.array(decay)
         if self._whole:
-            numbers = self._fused(distributed.share(batch, 0, 1), keys[0], lr, decay)
+            numbers = self._fused(distributed.share(batch, 0, 1), keys[0], *rates)
             mx.eval(numbers, self._state)
-            return {name: value.item() for name, value in numbers.items()}, True
-        total: Weights | None = None
+            return _floats(numbers), True
+        total: Weights = {}
         rows = []
         for index in range(self.config.accumulate):
             part = self.group.rank() * self.config.accumulate + index
             gradients, numbers = self._gradients(distributed.share(batch, part, parts), keys[part])
-            if total is not None:
+            if total:
                 gradients = {name: total[name] + gradient for name, gradient in gradients.items()}
             total = gradients
             # Each micro-batch's graph must be gone before the next one is made.
             mx.eval(total, numbers)
-            rows.append({name: value.item() for name, value in numbers.items()})
+            rows.append(_floats(numbers))
         if self.config.accumulate > 1:
             total = {name: gradient / self.config.accumulate for name, gradient in total.items()}
-        gradients, norms = self._averaged(total)
-        total = None
-        means = {**distributed.mean_numbers(rows, self.group), **{name: norm.item() for name, norm in norms.items()}}
-        if self.config.skip and max(norm.item() for norm in norms.values()) > self.config.skip:
+        gradients, arrays = self._averaged(total)
+        del total
+        norms = _floats(arrays)
+        means = {**distributed.mean_numbers(rows, self.group), **norms}
+        if self.config.skip and max(norms.values()) > self.config.skip:
             return means, False
-        self._update(gradients, lr, decay)
+        self._update(gradients, *rates)
         mx.eval(self._state)
         return means, True
 
-    def _averaged(self, gradients: Weights) -> tuple[Weights, Numbers]:
+    def _averaged(self, gradients: Weights) -> tuple[Weights, Metrics]:
         """The clipped mean over processes, and its norms before. Those of shared weights are means already."""
         if self.shards is None:
             return self._clipped(distributed.average(gradients, self.group))
         own = {name: gradient for name, gradient in gradients.items() if name not in self.shards.names}
         return self._clipped({**gradients, **distributed.average(own, self.group)})
 
-    def _clipped(self, gradients: Weights) -> tuple[Weights, Numbers]:
+    def _clipped(self, gradients: Weights) -> tuple[Weights, Metrics]:
         """Gradients of the flow and of its denoiser, each with a norm of at most `config.clip`, and what it was."""
         flow, denoiser = split_weights(gradients, self._denoiser)
         flow, norm = clipped(flow, self.config.clip, self.shards.squares(flow) if self.shards else None)
@@ -126,12 +130,12 @@ class StepMaker:
             denoiser, norms["denoiser-grad"] = clipped(denoiser, self.config.clip)
         return {**flow, **denoiser}, norms
 
-    def _plain_gradients(self, batch: dict[str, mx.array], key: mx.array) -> tuple[Weights, Numbers]:
+    def _plain_gradients(self, batch: Batch, key: mx.array) -> tuple[Weights, Metrics]:
         held = dict(tree_flatten(self.model.parameters()))
         weights, denoiser = split_weights(trainable(self.model), self._denoiser)
         probe = new_probe(batch) if denoiser else {}
 
-        def objective(weights: Weights, probe: dict[str, mx.array]) -> tuple[mx.array, Numbers]:
+        def objective(weights: Weights, probe: dict[str, mx.array]) -> tuple[mx.array, Metrics]:
             self._hold(held, weights)
             loss, metrics = self.loss(self.model, {**batch, **probe})
             numbers = {"loss": loss, **metrics}
@@ -159,8 +163,8 @@ class StepMaker:
         assign(self.model, weights if self.dtype is None else self._cast({**held, **weights}))
 
     def _cast(self, weights: Weights) -> Weights:
-        floating = {name: w for name, w in weights.items() if mx.issubdtype(w.dtype, mx.floating)}
-        return {name: weight.astype(self.dtype) for name, weight in floating.items()}
+        assert self.dtype is not None
+        return {name: w.astype(self.dtype) for name, w in weights.items() if mx.issubdtype(w.dtype, mx.floating)}
 
     def _plain_update(self, gradients: Weights, lr: mx.array, decay: mx.array) -> None:
         weights = self.optimizer.apply(gradients, trainable(self.model), lr)
@@ -168,9 +172,7 @@ class StepMaker:
         if self.average:
             update_average(self.average, weights, decay)
 
-    def _gradients_and_update(
-        self, batch: dict[str, mx.array], key: mx.array, lr: mx.array, decay: mx.array
-    ) -> Numbers:
+    def _gradients_and_update(self, batch: Batch, key: mx.array, lr: mx.array, decay: mx.array) -> Metrics:
         gradients, numbers = self._plain_gradients(batch, key)
         gradients, norms = self._clipped(gradients)
         self._plain_update(gradients, lr, decay)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,32 +22,24 @@ from PIL import Image
 from tqdm import tqdm
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.training.data.image_folder import Order
+from mlx_starflow.training.config import TrainingConfig
+from mlx_starflow.training.data.batches import IndexedData, TrainingData
 from mlx_starflow.training.loop import distributed
-from mlx_starflow.training.loop.checkpoint import Checkpoint, checkpoint_files, load_latest, save_checkpoint
-from mlx_starflow.training.loop.config import TrainingConfig
+from mlx_starflow.training.loop.checkpoint import (
+    Checkpoint,
+    checkpoint_files,
+    load_latest,
+    plain_state,
+    save_checkpoint,
+)
 from mlx_starflow.training.loop.objective import Batch, batch_loss, batch_nll
 from mlx_starflow.training.loop.run_log import NAME as LOG
 from mlx_starflow.training.loop.run_log import RunLog
-from mlx_starflow.training.loop.schedules import assign, check_same, cosine, ema_decay, trainable
+from mlx_starflow.training.loop.schedules import cosine, ema_decay
 from mlx_starflow.training.loop.step import ExtraLoss, Loss, StepMaker, count_tokens
 from mlx_starflow.training.loop.validation import BEST, Validation
 from mlx_starflow.training.loop.watch import draw_curves, save_samples
-
-__all__ = ["Batch", "Trainer", "TrainingConfig", "TrainingData"]
-
-
-class TrainingData(Protocol):
-    """Where batches come from. `order` is the only state besides the generator that is given to `batch`."""
-
-    order: Order
-
-    def batch(self, rng: np.random.Generator, config: TrainingConfig, progress: float) -> dict[str, np.ndarray]:
-        """The arrays of one step at `progress` 0..1, noise and masks included, all drawn from `rng`.
-
-        Each array has a row for each of the `config.batch_size` samples.
-        """
-        ...
+from mlx_starflow.training.loop.weights import assign, check_same, trainable
 
 
 class Trainer:
@@ -60,17 +52,17 @@ class Trainer:
         model: an MLX module.
         data: gives the batches.
         config: settings.
-        out_dir: folder of the checkpoints, of `log.jsonl` and of pictures to watch.
+        out_dir: folder of the checkpoints, of `log.jsonl` and of images to watch.
         loss: `loss(model, batch)` -> (scalar loss, metrics); `batch_loss`, that of a flow, by default. It is compiled:
             it must draw nothing random. For a flow with a learned denoiser it must take its noisy data from
             `objective.noisy_data`, since the gradient with respect to that is what the denoiser learns, see
             `score_matching`; the error of its prediction is logged as `denoiser`.
         extra_loss: `extra_loss(model, batch, key)` -> (term, numbers): the scalar term is added to the loss, and it and
             the named scalars `numbers` are logged. `key` is a random key of MLX, another one in each step.
-        validation: held-out data, with an `arrays` method as `CachedLatents` has.
+        validation: held-out data.
         nll: `nll(model, batch)` -> `[B]`, nats per dimension without log(2 pi) / 2, for validation; `batch_nll` by
             default.
-        samples: pictures that the model, with its averaged weights, makes every `config.watch_every` steps.
+        samples: images that the model, with its averaged weights, makes every `config.watch_every` steps.
         name: what the progress bar and messages call this.
         resume: go on from the newest checkpoint in `out_dir`; if False, checkpoints and log there are deleted.
 
@@ -89,9 +81,9 @@ class Trainer:
         *,
         loss: Loss | None = None,
         extra_loss: ExtraLoss | None = None,
-        validation: Any = None,
+        validation: IndexedData | None = None,
         nll: Callable[[Any, Batch], mx.array] = batch_nll,
-        samples: Callable[[Any], Sequence[Image.Image]] | None = None,
+        samples: Callable[[nn.Module], Sequence[Image.Image]] | None = None,
         name: str = "training",
         resume: bool = True,
     ):
@@ -110,11 +102,15 @@ class Trainer:
         self.step = 0
         self.rng = np.random.default_rng(config.seed)
         self._steps = StepMaker(
-            model, loss or partial(batch_loss, checkpoint=config.checkpoint_layers), extra_loss, config, self.group
+            model,
+            loss or partial(batch_loss, gradient_checkpointing=config.checkpoint_layers),
+            extra_loss,
+            config,
+            self.group,
         )
         self.average, self.optimizer = self._steps.average, self._steps.optimizer
         self.peak_memory = 0
-        self.validation = Validation(self.folder, validation, nll, config, self.group) if validation else None
+        self.validation = None if validation is None else Validation(self.folder, validation, nll, config, self.group)
         if self.writes:
             if resume:
                 self._resume()
@@ -248,7 +244,7 @@ class Trainer:
             return
         state = {
             "step": self.step,
-            "random": json.loads(json.dumps(self.rng.bit_generator.state, default=lambda value: value.tolist())),
+            "random": plain_state(self.rng.bit_generator.state),
             "order": self.data.order.left.tolist(),
             "validation": self.validation.state if self.validation else None,
         }
@@ -261,6 +257,7 @@ class Trainer:
             self.validation.state = state["validation"]
 
     def _validate(self, log: RunLog) -> bool:
+        assert self.validation is not None
         with self._averaged():
             line = self.validation.measure(self.model, self.step, self._steps.whole_weights)
         log.write(line)

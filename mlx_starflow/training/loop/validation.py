@@ -13,9 +13,11 @@ import numpy as np
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.likelihood.nll import HALF_LOG_2PI, standard_error
-from mlx_starflow.training.loop.checkpoint import write_arrays
-from mlx_starflow.training.loop.config import TrainingConfig
-from mlx_starflow.training.loop.schedules import Weights, check_same
+from mlx_starflow.training.config import TrainingConfig
+from mlx_starflow.training.data.batches import IndexedData
+from mlx_starflow.training.loop.checkpoint import read_arrays, write_arrays
+from mlx_starflow.training.loop.objective import Batch
+from mlx_starflow.training.loop.weights import Weights, check_same
 
 BEST = "best.safetensors"
 
@@ -33,8 +35,8 @@ class Validation:
     def __init__(
         self,
         folder: Path,
-        data: Any,
-        nll: Callable[[Any, dict[str, mx.array]], mx.array],
+        data: IndexedData,
+        nll: Callable[[Any, Batch], mx.array],
         config: TrainingConfig,
         group: mx.distributed.Group,
     ):
@@ -69,7 +71,7 @@ class Validation:
         # Noise is drawn for whole batches, so that it is the same however many processes share them.
         for chosen in order.once(self.config.batch_size):
             arrays = self.data.arrays(chosen, rng, self.config, 1.0)
-            arrays.pop("keep", None)
+            arrays.pop("context_mask", None)
             for start in range(0, len(chosen), rows):
                 part = slice(start, start + rows)
                 # A model in shares needs all processes for each of its steps.
@@ -103,12 +105,11 @@ class Validation:
             "best": better,
         }
 
-    def best_weights(self, expected: dict[str, mx.array]) -> dict[str, mx.array] | None:
+    def best_weights(self, expected: Weights) -> Weights | None:
         """The weights that did best; None where there are none yet, and where this process cannot read them."""
         path = self.folder / BEST
         if not path.exists():
             return None
-        weights = mx.load(str(path))
+        weights = read_arrays(path)
         check_same(weights, expected, str(path))
-        mx.eval(weights)
         return weights

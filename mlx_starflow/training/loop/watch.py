@@ -1,4 +1,4 @@
-"""Pictures to watch a training by: the curves of its log, and grids of samples."""
+"""Images to watch a training by: the curves of its log, and grids of samples."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SIZE, MARGIN = (720, 420), 56
 
 
 def save_samples(images: Sequence[Image.Image], folder: Path, step: int) -> Path:
-    """Write a grid of pictures to `folder/samples/step-<step>.png`."""
+    """Write a grid of images to `folder/samples/step-<step>.png`."""
     path = folder / "samples" / f"step-{step:08d}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     save_image(grid(list(images)), path)
@@ -38,11 +38,11 @@ def draw_curves(folder: Path) -> Path | None:
         return None
     path = folder / "loss.png"
     with replacing(path) as temporary:
-        curve_picture(curves).save(temporary)
+        curve_image(curves).save(temporary)
     return path
 
 
-def curve_picture(curves: dict[str, list[tuple[float, float]]]) -> Image.Image:
+def curve_image(curves: dict[str, list[tuple[float, float]]]) -> Image.Image:
     """Curves through (step, value) points, by the names in `CURVES`."""
     width, height = SIZE
     image = Image.new("RGB", SIZE, "white")

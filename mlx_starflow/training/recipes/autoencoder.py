@@ -1,7 +1,8 @@
-"""Training a small autoencoder on a folder of pictures, and the latents it makes of them."""
+"""Training a small autoencoder on images, and the latents that it makes of them."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import mlx.core as mx
@@ -9,34 +10,83 @@ import numpy as np
 
 from mlx_starflow.media.pixels import scale_pixels
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
-from mlx_starflow.training.data.image_folder import Order, PictureFolder, augmented_crops
-from mlx_starflow.training.loop.config import TrainingConfig
-from mlx_starflow.training.loop.objective import autoencoder_loss, autoencoder_noise
-from mlx_starflow.training.loop.schedules import assign
+from mlx_starflow.training.config import TrainingConfig
+from mlx_starflow.training.data.batches import Order, TrainingData
+from mlx_starflow.training.data.views import augmented_crops
+from mlx_starflow.training.loop.objective import Metrics
 from mlx_starflow.training.loop.trainer import Trainer
+from mlx_starflow.training.loop.weights import assign
 
 ZOOM, SHIFT = 0.15, 2
-"""How far views of pictures vary, see `augmented_crops`."""
+"""How far views of images vary, see `augmented_crops`."""
 
 
-class PictureViews:
-    """Random views of pictures at `config.sample_size`, with the noise of `autoencoder_loss`."""
+class ImageViews(TrainingData):
+    """Random views of uint8 images `[N, S, S, 3]` at `config.sample_size`, with the noise of `autoencoder_loss`."""
 
-    def __init__(self, pictures: np.ndarray, config: AutoencoderKLConfig):
-        self.pictures, self.config = pictures, config
-        self.order = Order(len(pictures))
+    def __init__(self, images: np.ndarray, config: AutoencoderKLConfig):
+        self.images, self.config = images, config
+        self.order = Order(len(images))
 
     def batch(self, rng: np.random.Generator, config: TrainingConfig, progress: float) -> dict[str, np.ndarray]:
-        """`pictures` and the arrays of `autoencoder_noise`."""
+        """`images` and the arrays of `autoencoder_noise`."""
         chosen = self.order.take(config.batch_size, rng)
-        views = augmented_crops(self.pictures[chosen], self.config.sample_size, rng, zoom=ZOOM, shift=SHIFT)
+        views = augmented_crops(self.images[chosen], self.config.sample_size, rng, zoom=ZOOM, shift=SHIFT)
         side = self.config.sample_size // self.config.downscale
         noise = autoencoder_noise(rng, len(chosen), (side, side, self.config.latent_channels), config.noise_std)
-        return {"pictures": scale_pixels(views), **noise}
+        return {"images": scale_pixels(views), **noise}
+
+
+def autoencoder_noise(
+    rng: np.random.Generator, batch: int, shape: tuple[int, int, int], noise_std: float
+) -> dict[str, np.ndarray]:
+    """The random arrays of `autoencoder_loss` for latents of `shape` `[h, w, C]`, float32.
+
+    `posterior` and `latent`, standard normal `[B, h, w, C]`, and `level` `[B]`: `noise_std`, less in a third of the
+    batch, so that the decoder reads clean latents as well as noisy ones.
+    """
+    level = np.full(batch, noise_std, np.float32)
+    level[: batch // 3] *= rng.random(batch // 3, dtype=np.float32)
+    posterior, latent = rng.standard_normal((2, batch, *shape), dtype=np.float32)
+    return {"posterior": posterior, "latent": latent, "level": level}
+
+
+def autoencoder_loss(
+    model: AutoencoderKL,
+    images: mx.array,
+    *,
+    posterior: mx.array,
+    latent: mx.array,
+    level: mx.array,
+    kl_weight: float = 1e-4,
+) -> tuple[mx.array, Metrics]:
+    """L1 and a little L2 through latents that carry the flow's noise, plus a small KL term.
+
+    The noise is in units of each channel's standard deviation over the batch, so that the decoder learns to read the
+    normalized noisy latents that the flow makes.
+
+    Args:
+        model: the autoencoder.
+        images: `[B, H, W, 3]` in -1..1.
+        posterior, latent, level: see `autoencoder_noise`.
+        kl_weight: weight of the KL divergence from a standard normal, in nats per latent number.
+
+    Returns:
+        The loss and metrics: `L1`, `dB` (peak signal-to-noise ratio) and `kl`.
+    """
+    encoded = model.encode(images)
+    mean, logvar = encoded.mean.astype(mx.float32), encoded.logvar.astype(mx.float32)
+    kl = 0.5 * (mx.square(mean) + mx.exp(logvar) - 1 - logvar).mean()
+    spread = mx.sqrt(mx.var(mean, axis=(0, 1, 2), ddof=1))
+    latents = mean + mx.exp(0.5 * logvar) * posterior + level[:, None, None, None] * spread * latent
+    error = model.decode(latents).astype(mx.float32) - images
+    absolute, squared = mx.abs(error).mean(), mx.square(error).mean()
+    loss = absolute + 0.5 * squared + kl_weight * kl
+    return loss, {"L1": absolute, "dB": 10 / math.log(10) * mx.log(4 / squared), "kl": kl}
 
 
 def train_autoencoder(
-    pictures: PictureFolder,
+    images: np.ndarray,
     model_config: AutoencoderKLConfig,
     config: TrainingConfig,
     out_dir: str | Path,
@@ -44,17 +94,16 @@ def train_autoencoder(
     kl_weight: float = 1e-4,
     resume: bool = True,
 ) -> AutoencoderKL:
-    """Train an autoencoder on random views of `pictures`; returns it with the averaged weights.
+    """Train an autoencoder on random views of uint8 images `[N, S, S, 3]`; returns it with the averaged weights.
 
     Raises:
         StarflowError: see `Trainer`.
     """
     mx.random.seed(config.seed)
     model = AutoencoderKL(model_config)
-    data = PictureViews(pictures.pictures, model_config)
     trainer = Trainer(
         model,
-        data,
+        ImageViews(images, model_config),
         config,
         out_dir,
         loss=lambda model, batch: autoencoder_loss(model, **batch, kl_weight=kl_weight),
@@ -66,13 +115,13 @@ def train_autoencoder(
 
 
 def encode_views(
-    model: AutoencoderKL, pictures: np.ndarray, views: int, rng: np.random.Generator, batch_size: int = 32
+    model: AutoencoderKL, images: np.ndarray, views: int, rng: np.random.Generator, batch_size: int = 32
 ) -> np.ndarray:
-    """Raw latents (the posterior's mean) of random views of uint8 `[N, S, S, 3]` pictures: `[N, views, h, w, C]`."""
+    """Raw latents (the posterior's mean) of random views of uint8 images `[N, S, S, 3]`: `[N, views, h, w, C]`."""
     latents = []
     for _ in range(views):
         # Hardly varied: a token's Gaussian cannot be left and right at once, and blurs what it is shown both ways.
-        crops = augmented_crops(pictures, model.config.sample_size, rng, zoom=0.04, shift=1, flip=False)
+        crops = augmented_crops(images, model.config.sample_size, rng, zoom=0.04, shift=1, flip=False)
         parts = [crops[start : start + batch_size] for start in range(0, len(crops), batch_size)]
         means = [np.array(model.encode(mx.array(scale_pixels(part))).mean) for part in parts]
         latents.append(np.concatenate(means))

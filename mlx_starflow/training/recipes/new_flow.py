@@ -9,41 +9,46 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
-import numpy as np
 import yaml
 from PIL import Image
 
 from mlx_starflow.errors import StarflowError, one_line
-from mlx_starflow.media.images import grid, save_image, to_images
+from mlx_starflow.media.image_folder import ImageFolder
+from mlx_starflow.media.images import grid, save_image
 from mlx_starflow.media.sources import open_source, write_skips
 from mlx_starflow.model_dir.directory import ModelDirectory, load_vae
 from mlx_starflow.model_dir.hub import find_model
 from mlx_starflow.model_dir.saving import save_model
 from mlx_starflow.model_dir.weights import parameters
+from mlx_starflow.models.autoencoder_kl import AutoencoderKL
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
 from mlx_starflow.models.tarflow import TarFlow, TarFlowConfig
 from mlx_starflow.planning.finetune_memory import BATCH_SIZES, Choice, Planner
 from mlx_starflow.planning.memory import available
-from mlx_starflow.sampling import denoise, sample
-from mlx_starflow.training.data.cache_build import CacheSettings, build_cache
-from mlx_starflow.training.data.cache_files import MANIFEST
-from mlx_starflow.training.data.cache_model import CacheModel, check_model
-from mlx_starflow.training.data.image_folder import PictureFolder
-from mlx_starflow.training.data.labelled import LabelledPictures, draw_classes
-from mlx_starflow.training.data.latent_cache import CachedPart, LatentCache
-from mlx_starflow.training.finetuning.data import split_pictures
+from mlx_starflow.training.config import TrainingConfig, TrainingOptions
+from mlx_starflow.training.data.batches import IndexedData, split_samples
+from mlx_starflow.training.data.cache.build import CacheSettings, build_cache
+from mlx_starflow.training.data.cache.files import is_cache
+from mlx_starflow.training.data.cache.model import CacheModel, check_model
+from mlx_starflow.training.data.cache.reading import CachedLatents, LatentCache
+from mlx_starflow.training.data.labelled_images import LabelledImages
 from mlx_starflow.training.finetuning.fuse import copy_parts
 from mlx_starflow.training.loop import distributed
-from mlx_starflow.training.loop.config import TrainingConfig
-from mlx_starflow.training.loop.schedules import assign
 from mlx_starflow.training.loop.trainer import Trainer
+from mlx_starflow.training.loop.weights import assign
+from mlx_starflow.training.recipes.samples import decode_latents, draw_classes, draw_latents
 
 FROM_ENCODERS = ("img_size", "channel_size", "txt_size", "txt_dim", "mix_aspect")
 """What a STARFlow's config need not say: the cache knows it."""
 
 MOMENTS = {"adamw": 2, "muon": 1, "adafactor": 0, "sinkgd": 0}
 """Numbers that an optimizer keeps of each weight, about."""
+
+Prepared = tuple[IndexedData, IndexedData | None, Callable[[Any], list[Image.Image]]]
+"""What a flow is trained on, what it is measured with, and what draws samples of it."""
+
+STEPS = 10000
+"""Of a training, if nobody says."""
 
 MOST_HELD_OUT = 100
 SHOWN = 8
@@ -78,22 +83,22 @@ class NewFlow:
     """A training of a flow from nothing.
 
     Args:
-        data: for a STARFlow a latent cache, or captioned pictures, of which one is made in `out/training/cache`; for a
-            TarFlow pictures, whose captions (or folders) are their classes.
+        data: for a STARFlow a latent cache, or captioned images, of which one is made in `out/training/cache`; for a
+            TarFlow images, whose captions (or folders) are their classes.
         out: the model directory to write; checkpoints and logs are in `out/training`.
         config: as `read_flow_config` gives it. What follows from the data may be left out: a STARFlow's
             `FROM_ENCODERS`, a TarFlow's `num_classes`.
-        training: how to train; a `batch_size` and `checkpoint_layers` of None are chosen by memory.
+        training: how to train; `batch_size` and `checkpoint_layers`, if not given, are chosen by memory.
         encoders: the model whose autoencoder and text encoder a STARFlow uses: "demo", a model directory or a Hub
             repository of one.
-        validation: share of the pictures that is held out, at most 100 of them.
+        validation: share of the images that is held out, at most 100 of them.
         report: is told, in a line, what goes on.
     """
 
-    data: str | Path
+    data: Path
     out: Path
     config: Mapping[str, Any]
-    training: Mapping[str, Any]
+    training: TrainingOptions = field(default_factory=TrainingOptions)
     encoders: str = "demo"
     validation: float = 0.1
     report: Callable[[str], None] = field(default=lambda line: None, repr=False)
@@ -116,11 +121,11 @@ class NewFlow:
 
     @property
     def has_cache(self) -> bool:
-        return (self.data / MANIFEST).is_file()
+        return is_cache(self.data)
 
     @cached_property
     def cache(self) -> LatentCache:
-        """The data's latents; of pictures, they are made by rank 0."""
+        """The data's latents; of images, they are made by rank 0."""
         folder = self.data
         if not self.has_cache:
             folder = self.work / "cache"
@@ -136,28 +141,32 @@ class NewFlow:
         return cache
 
     @cached_property
-    def pictures(self) -> LabelledPictures:
-        """The data's pictures."""
-        folder = PictureFolder.read(self.data, size=int(self.config.get("img_size", 32)), splits=("train",))
-        self.skipped = folder.skipped
-        return LabelledPictures(folder.pictures, [captions[0] for captions in folder.captions])
+    def folder(self) -> ImageFolder:
+        """The data's images."""
+        return ImageFolder.read(self.data, size=int(self.config.get("img_size", 32)), splits=("train",))
 
-    def _latents(self) -> tuple[CachedPart, CachedPart | None]:
-        chosen, held_out = split_pictures(len(self.cache), self.validation, MOST_HELD_OUT, self.seed)
+    @cached_property
+    def images(self) -> LabelledImages:
+        """The data's images with their classes."""
+        return LabelledImages.of(self.folder)
+
+    def _latents(self) -> Prepared:
+        chosen, held_out = split_samples(len(self.cache), self.validation, MOST_HELD_OUT, self.seed)
         patch = self.flow_config.patch_size
         for height, width, _ in self.cache.shapes:
             if height % patch or width % patch:
                 raise StarflowError(f"the config's patch_size {patch} does not divide latents of {height}x{width}")
-        parts = [CachedPart(self.cache, part, patch) for part in (chosen, held_out)]
-        return parts[0], parts[1] if len(held_out) else None
+        data, validation = (CachedLatents(self.cache, part, patch) for part in (chosen, held_out))
+        if not len(held_out):
+            return data, None, self._drawer(data)
+        return data, validation, self._drawer(validation)
 
-    def _pixels(self) -> tuple[LabelledPictures, LabelledPictures | None]:
-        pictures = self.pictures
+    def _pixels(self) -> Prepared:
         if self.group.rank() == 0:
-            write_skips(self.work / "skipped.txt", self.skipped)
+            write_skips(self.work / "skipped.txt", self.folder.skipped)
         if not self.validation:
-            return pictures, None
-        return pictures.split(max(round(1 / self.validation), 2))
+            return self.images, None, draw_classes
+        return *self.images.split(max(round(1 / self.validation), 2)), draw_classes
 
     # ---- what is trained
 
@@ -168,18 +177,20 @@ class NewFlow:
         if self.is_pixels:
             if self.has_cache:
                 raise StarflowError(f"{self.data} is a cache of latents, and a TarFlow reads pixels: give the pictures")
-            classes = len(self.pictures.classes)
+            classes = len(self.images.classes)
             known: dict[str, Any] = {"num_classes": classes if classes > 1 else 0}
             values = {"img_size": 32, "channel_size": 3, **values}
         else:
             known = self._of_encoders()
-        if self.training.get("noise_std") is not None:
-            values["noise_std"] = self.training["noise_std"]
+        if self.training.noise_std is not None:
+            values["noise_std"] = self.training.noise_std
         for key, value in known.items():
             if values.setdefault(key, value) != value:
                 raise StarflowError(f"the config's {key} is {values[key]}, and the data's is {value}: leave it out")
-        config = (TarFlowConfig if self.is_pixels else FlowConfig).from_dict(values)
-        if not self.is_pixels and config.vid_size:
+        if self.is_pixels:
+            return TarFlowConfig.from_dict(values)
+        config = FlowConfig.from_dict(values)
+        if config.vid_size:
             raise StarflowError("the config is one of videos, and a cache holds pictures")
         return config
 
@@ -202,29 +213,28 @@ class NewFlow:
 
     @property
     def seed(self) -> int:
-        return self.training.get("seed") or 0
+        return self.training.seed or 0
 
     def new(self) -> STARFlow | TarFlow:
         """The flow, with random weights. They are not computed as long as nobody evaluates them."""
         mx.random.seed(self.seed)
-        return TarFlow(self.flow_config) if self.is_pixels else STARFlow(self.flow_config)
+        config = self.flow_config
+        return TarFlow(config) if isinstance(config, TarFlowConfig) else STARFlow(config)
 
     def plan(self, memory: float | None = None) -> tuple[Choice, str]:
         """What a step takes in `memory` bytes (None: this machine's), and what would be chosen on some Macs.
 
         Raises StarflowError if nothing fits.
         """
-        settings = self.training
-        given = settings.get("batch_size")
-        parts = (settings.get("accumulate") or 1) * self.group.size()
-        ema = settings.get("ema")
+        options = self.training
+        given, parts = options.batch_size, self._parts
         planner = Planner(
             lambda quantization, rank: self.new(),
             batch_sizes=[max(given // parts, 1)] if given else [32, *BATCH_SIZES],
-            checkpoint=settings.get("checkpoint_layers"),
-            average=ema is None or ema > 0,
-            moments=MOMENTS[settings.get("optimizer") or "adamw"],
-            half=settings.get("dtype") in ("bfloat16", "float16"),
+            checkpoint=options.checkpoint_layers,
+            average=options.ema is None or options.ema > 0,
+            moments=MOMENTS[options.optimizer or "adamw"],
+            half=options.dtype in ("bfloat16", "float16"),
         )
         memory = available() if memory is None else memory
         choice = planner.choose(memory)
@@ -235,18 +245,23 @@ class NewFlow:
             )
         return choice, planner.macs()
 
+    @property
+    def _parts(self) -> int:
+        """How many parts a batch is computed in, by all processes together."""
+        return (self.training.accumulate or 1) * self.group.size()
+
     def training_config(self, choice: Choice) -> TrainingConfig:
         """All settings, with what is chosen by memory."""
-        parts = (self.training.get("accumulate") or 1) * self.group.size()
-        given = {name: value for name, value in self.training.items() if value is not None}
-        values = {"steps": 10000, "lr": 5e-4, "context_full": 0.0, "context_partial": 0.0, **given}
-        values.setdefault("validate_every", max(values["steps"] // 20, 1))
-        values |= {"batch_size": given.get("batch_size") or choice.batch_size * parts}
-        return TrainingConfig(**{**values, "checkpoint_layers": choice.checkpoint, "noise_std": self._noise_std})
-
-    @property
-    def _noise_std(self) -> float:
-        return getattr(self.flow_config, "noise_std", 0.0)
+        options = self.training
+        steps = STEPS if options.steps is None else options.steps
+        defaults = {"lr": 5e-4, "context_full": 0.0, "context_partial": 0.0, "validate_every": max(steps // 20, 1)}
+        known = {
+            "steps": steps,
+            "batch_size": options.batch_size or choice.batch_size * self._parts,
+            "checkpoint_layers": choice.checkpoint,
+            "noise_std": getattr(self.flow_config, "noise_std", 0.0),
+        }
+        return TrainingConfig(**{**defaults, **options.given(), **known})
 
     # ---- doing it
 
@@ -260,50 +275,49 @@ class NewFlow:
         first = self.group.rank() == 0
         flow = self.new()
         size = sum(weight.size for weight in parameters(flow).values())
-        data, held_out = self._pixels() if self.is_pixels else self._latents()
+        data, held_out, draw = self._pixels() if self.is_pixels else self._latents()
         if held_out is None:
             training = replace(training, validate_every=0)
         if first:
             held = f", {held_out.order.count} held out" if held_out else ""
             chosen = replace(choice, batch_size=training.batch_size)
             self.report(f"{size / 1e6:.1f} M weights, {data.order.count} pictures{held}; {chosen}")
-        samples = draw_classes if self.is_pixels else self._drawer(held_out or data)
         trainer = Trainer(
             flow,
             data,
             training,
             self.work / "flow",
             validation=held_out,
-            samples=samples,
+            samples=draw,
             name="train",
             resume=resume,
         )
         assign(flow, trainer.run())
         if first:
             self._write(flow)
-            save_image(grid(list(samples(flow))), self.out / "samples.png")
+            save_image(grid(draw(flow)), self.out / "samples.png")
         with distributed.peers("train", self.group):
             distributed.wait(self.group)
         if first:
             self.report(f"wrote {self.out}; its samples are in {self.out / 'samples.png'}")
         return self.out
 
-    def _drawer(self, data: CachedPart) -> Callable[[nn.Module], list[Image.Image]]:
-        """Pictures for captions of a few of the pictures, always from the same noise."""
-        shown = data.pictures[:SHOWN]
+    def _drawer(self, data: CachedLatents) -> Callable[[STARFlow], list[Image.Image]]:
+        """Images for captions of a few of the images."""
         cache = self.cache
+        shown = data.subset[:SHOWN]
         shown = shown[cache.buckets[shown] == cache.buckets[shown[0]]]
         bucket = cache.buckets[shown[0]]
         text = mx.array(cache.text([cache.captions[index][0] for index in shown], cache.ratios[bucket]))
-        z = mx.array(np.random.default_rng(0).standard_normal((len(shown), *cache.shapes[bucket]), dtype=np.float32))
         vae = find_model(self.encoders) / "vae"
 
-        def draw(flow: nn.Module) -> list[Image.Image]:
-            x = denoise(flow, sample(flow, z, text), text)
-            mx.eval(x)
-            # It is needed so rarely that it need not stay in memory.
+        def draw(flow: STARFlow) -> list[Image.Image]:
+            latents = draw_latents(flow, (len(shown), *cache.shapes[bucket]), text)
+            mx.eval(latents)
+            # The autoencoder is needed so rarely that it need not stay in memory.
             autoencoder = load_vae(vae)
-            return to_images(np.array(autoencoder.decode(autoencoder.unscale(x)).astype(mx.float32)))
+            assert isinstance(autoencoder, AutoencoderKL)
+            return decode_latents(autoencoder, latents)
 
         return draw
 
@@ -313,7 +327,7 @@ class NewFlow:
             config["pipeline"] = pipeline
         files: dict[str, bytes] = {}
         if self.is_pixels:
-            files["classes.txt"] = "".join(f"{name}\n" for name in self.pictures.classes).encode()
+            files["classes.txt"] = "".join(f"{name}\n" for name in self.images.classes).encode()
         else:
             files = copy_parts(ModelDirectory.find(self.encoders), self.out)
         # The flow last: without its config.json the directory is not yet a model.

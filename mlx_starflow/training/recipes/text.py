@@ -16,9 +16,10 @@ from mlx_starflow.media.files import replacing
 from mlx_starflow.models.starflow import STARFlow
 from mlx_starflow.models.t5 import T5Encoder
 from mlx_starflow.models.tokenizer import Tokenizer
-from mlx_starflow.training.data.image_folder import Order
-from mlx_starflow.training.loop.config import TrainingConfig
-from mlx_starflow.training.loop.objective import Batch, Metrics, batch_loss, batch_nll, context_keep, context_share
+from mlx_starflow.training.config import TrainingConfig
+from mlx_starflow.training.data.batches import IndexedData, Order
+from mlx_starflow.training.data.dropout import choose_caption, context_mask, context_share
+from mlx_starflow.training.loop.objective import Batch, Metrics, batch_loss, batch_nll
 
 SPECIAL_TOKENS = 3
 
@@ -31,9 +32,9 @@ class TextFlow(nn.Module):
         self.flow = flow
         self.text_encoder = text_encoder
 
-    def loss(self, batch: Batch, checkpoint: bool = False) -> tuple[mx.array, Metrics]:
+    def loss(self, batch: Batch, gradient_checkpointing: bool = False) -> tuple[mx.array, Metrics]:
         """`batch_loss` of a batch of `CaptionedLatents`."""
-        return batch_loss(self.flow, self.with_text(batch), checkpoint)
+        return batch_loss(self.flow, self.with_text(batch), gradient_checkpointing)
 
     def nll(self, batch: Batch) -> mx.array:
         """`batch_nll` of a batch of `CaptionedLatents`."""
@@ -44,15 +45,15 @@ class TextFlow(nn.Module):
         return {**batch, "text": self.text_encoder.encode(batch["ids"], batch["mask"])}
 
 
-class CaptionedLatents:
-    """Latents of several views of each picture, with captions.
+class CaptionedLatents(IndexedData):
+    """Latents of several views of each image, with captions.
 
     Args:
         latents: normalized latents `[N, views, H, W, C]`, float32.
-        captions: captions of each picture, its usual one first.
+        captions: captions of each image, its usual one first.
         tokenizer: makes token ids of captions.
         text_length: tokens a caption.
-        tokens: tokens of the deep block, N of `context_keep`.
+        tokens: tokens of the deep block, N of `dropout.context_mask`.
     """
 
     def __init__(
@@ -68,14 +69,10 @@ class CaptionedLatents:
         self.text_length, self.tokens = text_length, tokens
         self.order = Order(len(latents))
 
-    def batch(self, rng: np.random.Generator, config: TrainingConfig, progress: float) -> dict[str, np.ndarray]:
-        """`latents`, `noise`, `keep`, and `ids` and `mask` of the captions."""
-        return self.arrays(self.order.take(config.batch_size, rng), rng, config, progress)
-
     def arrays(
         self, chosen: np.ndarray, rng: np.random.Generator, config: TrainingConfig, progress: float
     ) -> dict[str, np.ndarray]:
-        """What `batch` gives, of the pictures with the numbers `chosen`."""
+        """`latents`, `noise`, `context_mask`, and `ids` and `mask` of the captions."""
         count = len(chosen)
         latents = self.latents[chosen, rng.integers(self.latents.shape[1], size=count)]
         texts = [choose_caption(self.captions[index], rng, config.caption_dropout) for index in chosen]
@@ -84,20 +81,10 @@ class CaptionedLatents:
         return {
             "latents": latents,
             "noise": rng.standard_normal(latents.shape, dtype=np.float32),
-            "keep": context_keep(rng, count, self.tokens, share, config.context_partial),
+            "context_mask": context_mask(rng, count, self.tokens, share, config.context_partial),
             "ids": ids,
             "mask": mask,
         }
-
-
-def choose_caption(captions: Sequence[str], rng: np.random.Generator, dropout: float) -> str:
-    """The empty caption with probability `dropout`, for guidance; else mostly the first one, at times another."""
-    draw, other = rng.random(2)
-    if draw < dropout:
-        return ""
-    if len(captions) > 1 and other < 0.4:
-        return captions[rng.integers(1, len(captions))]
-    return captions[0]
 
 
 def train_tokenizer(captions: Sequence[str], path: Path, vocab_size: int) -> Tokenizer:

@@ -7,15 +7,13 @@ import pytest
 from PIL import Image
 
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.media.image_folder import ImageFolder
 from mlx_starflow.models.t5 import T5Config, T5Encoder
-from mlx_starflow.training.data.image_folder import Order, PictureFolder, augmented_crops
-from mlx_starflow.training.loop.trainer import TrainingConfig
-from mlx_starflow.training.recipes.text import (
-    CaptionedLatents,
-    choose_caption,
-    initialize_text_encoder,
-    train_tokenizer,
-)
+from mlx_starflow.training.config import TrainingConfig
+from mlx_starflow.training.data.batches import Order
+from mlx_starflow.training.data.dropout import choose_caption
+from mlx_starflow.training.data.views import augmented_crops
+from mlx_starflow.training.recipes.text import CaptionedLatents, initialize_text_encoder, train_tokenizer
 
 
 def write_lines(folder, *lines):
@@ -23,10 +21,10 @@ def write_lines(folder, *lines):
 
 
 def test_reading_a_folder(picture_folder):
-    folder = PictureFolder.read(picture_folder, size=16)
-    assert len(folder) == 6 and folder.pictures.shape == (6, 16, 16, 3) and folder.pictures.dtype == np.uint8
+    folder = ImageFolder.read(picture_folder, size=16)
+    assert len(folder) == 6 and folder.images.shape == (6, 16, 16, 3) and folder.images.dtype == np.uint8
     assert folder.captions[1] == ["a green square", "green square"]
-    assert folder.pictures[0, 8, 8].tolist() == [255, 0, 0] and folder.pictures[0, 0, 0].tolist() == [255] * 3
+    assert folder.images[0, 8, 8].tolist() == [255, 0, 0] and folder.images[0, 0, 0].tolist() == [255] * 3
 
 
 def test_splits_and_captions(picture_folder):
@@ -36,20 +34,20 @@ def test_splits_and_captions(picture_folder):
         {"file_name": "2.png", "text": "three", "split": "x"},
     ]
     write_lines(picture_folder, *map(json.dumps, lines), "", "  ")
-    assert len(PictureFolder.read(picture_folder, size=8)) == 3
-    folder = PictureFolder.read(picture_folder, size=8, splits=("train", "autoencoder"))
+    assert len(ImageFolder.read(picture_folder, size=8)) == 3
+    folder = ImageFolder.read(picture_folder, size=8, splits=("train", "autoencoder"))
     assert [row["file_name"] for row in folder.rows] == ["0.png", "1.png"] and folder.captions == [["one"], [""]]
     only = folder.only("autoencoder")
-    assert len(only) == 1 and np.array_equal(only.pictures[0], folder.pictures[1])
+    assert len(only) == 1 and np.array_equal(only.images[0], folder.images[1])
     with pytest.raises(StarflowError, match=r"has no usable picture of the splits held_out$"):
-        PictureFolder.read(picture_folder, size=8, splits=("held_out",))
+        ImageFolder.read(picture_folder, size=8, splits=("held_out",))
 
 
 def test_other_sources(tmp_path):
     for name in ("red_panda", "cat"):
         (tmp_path / name).mkdir()
         Image.new("RGB", (10, 8), "red").save(tmp_path / name / "1.png")
-    folder = PictureFolder.read(tmp_path, size=4)
+    folder = ImageFolder.read(tmp_path, size=4)
     assert folder.captions == [["cat"], ["red panda"]] and folder.rows[0] == {"label": "cat"}
 
 
@@ -61,7 +59,7 @@ def test_unreadable_pictures_are_listed_and_left_out(picture_folder, content):
     if content is not None:
         path.write_bytes(whole[: len(whole) // 2] if content == b"half" else content)
     with pytest.warns(UserWarning, match=r"pictures: skipped 1: 3.png \(.+\)$"):
-        folder = PictureFolder.read(picture_folder, size=8)
+        folder = ImageFolder.read(picture_folder, size=8)
     assert [skip.key for skip in folder.skipped] == ["3.png"]
     assert [row["file_name"] for row in folder.rows] == [f"{n}.png" for n in (0, 1, 2, 4, 5)]
 
@@ -69,9 +67,9 @@ def test_unreadable_pictures_are_listed_and_left_out(picture_folder, content):
 def test_nothing_is_left(picture_folder):
     write_lines(picture_folder, '{"file_name": "0.png"}', '{"file_name": "gone.png", "text": "x"}')
     with pytest.raises(StarflowError, match=r"skipped 2: 0.png \(no caption\), gone.png \(No such file.*\)$"):
-        PictureFolder.read(picture_folder, size=8)
+        ImageFolder.read(picture_folder, size=8)
     with pytest.raises(StarflowError, match=r"nowhere does not exist; give a folder of pictures with captions"):
-        PictureFolder.read(picture_folder / "nowhere", size=8)
+        ImageFolder.read(picture_folder / "nowhere", size=8)
 
 
 def test_pictures_are_cut_to_squares(tmp_path):
@@ -79,7 +77,7 @@ def test_pictures_are_cut_to_squares(tmp_path):
     picture.paste("red", (10, 0, 20, 10))
     picture.save(tmp_path / "wide.png")
     write_lines(tmp_path, '{"file_name": "wide.png", "text": "x"}')
-    pixels = PictureFolder.read(tmp_path, size=10).pictures[0]
+    pixels = ImageFolder.read(tmp_path, size=10).images[0]
     assert (pixels == (255, 0, 0)).all()
 
 
@@ -184,7 +182,7 @@ def test_batches_of_captioned_latents(tmp_path):
     config = TrainingConfig(steps=1, batch_size=3, caption_dropout=0.0)
     batch = data.batch(np.random.default_rng(0), config, 0.0)
     assert {name: array.shape for name, array in batch.items()} == {
-        "latents": (3, 4, 4, 1), "noise": (3, 4, 4, 1), "keep": (3, 4), "ids": (3, 5), "mask": (3, 5),
+        "latents": (3, 4, 4, 1), "noise": (3, 4, 4, 1), "context_mask": (3, 4), "ids": (3, 5), "mask": (3, 5),
     }  # fmt: skip
     for row, ids in zip(batch["latents"], batch["ids"], strict=True):
         index = int(row[0, 0, 0]) // 32

@@ -8,8 +8,8 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers.model_directories import message, wide_flow
-from helpers.tiny_model import tiny_flow
+from helpers.commands import message
+from helpers.tiny_flows import tiny_flow
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.model_dir.adapters import Adapter, add_adapters, fuse_adapters, linear_layers
@@ -25,7 +25,7 @@ from mlx_starflow.training.finetuning.adapters import (
     without_adapters,
 )
 from mlx_starflow.training.loop.objective import batch_loss
-from mlx_starflow.training.loop.schedules import trainable
+from mlx_starflow.training.loop.weights import trainable
 
 RNG = np.random.default_rng(0)
 
@@ -38,7 +38,7 @@ X, TEXT = normal(2, 4, 4, 4), normal(2, 4, 64)
 
 
 def make(quantization: str | None) -> STARFlow:
-    flow = wide_flow()
+    flow = tiny_flow("wide")
     if quantization:
         quantize_module(flow, quantization)
     return flow
@@ -196,7 +196,7 @@ def test_gradients_of_an_adapter_are_those_of_finite_differences():
     def loss(step: mx.array) -> mx.array:
         before = layer.lora_b
         layer.lora_b = before + step * direction
-        value = batch_loss(flow, batch, checkpoint=True)[0]
+        value = batch_loss(flow, batch, gradient_checkpointing=True)[0]
         layer.lora_b = before
         return value
 
@@ -210,11 +210,11 @@ def test_gradients_of_an_adapter_are_those_of_finite_differences():
 
 def test_another_models_adapter_names_the_first_layer(tmp_path):
     folder, _ = saved(tmp_path / "a")
-    flow = wide_flow(channels=128)
+    flow = tiny_flow("wide", channels=128)
     found = message(add_adapters, flow, [(folder, 1.0)])
     assert "blocks.0.attn_blocks.0.attention.qkv is [384, 128] here and [192, 64] there" in found
     assert not [path for path, layer in flow.named_modules() if "lora_a" in layer]
-    assert "no linear layer blocks.1" in message(add_adapters, wide_flow(layers_per_block=[1]), [(folder, 0.0)])
+    assert "no linear layer blocks.1" in message(add_adapters, tiny_flow("wide", layers_per_block=[1]), [(folder, 0.0)])
 
 
 def test_missing_and_damaged_files(tmp_path):

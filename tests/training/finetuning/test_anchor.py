@@ -7,7 +7,7 @@ import math
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers.tiny_model import tiny_flow
+from helpers.tiny_flows import tiny_flow
 
 from mlx_starflow.training.finetuning.adapters import AdapterConfig, adapter_layers, attach
 from mlx_starflow.training.finetuning.anchor import anchor_kl, gaussian_kl

@@ -16,10 +16,10 @@ from training.loop.test_trainer import CONFIG, Crash, Stops, assert_same, crash,
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.likelihood.nll import HALF_LOG_2PI
+from mlx_starflow.training.config import OPTIMIZERS
 from mlx_starflow.training.loop.checkpoint import checkpoint_files, load_checkpoint
-from mlx_starflow.training.loop.config import OPTIMIZERS
-from mlx_starflow.training.loop.schedules import assign, trainable
 from mlx_starflow.training.loop.trainer import Trainer
+from mlx_starflow.training.loop.weights import assign, trainable
 from mlx_starflow.training.recipes.text import TextFlow
 
 pytestmark = pytest.mark.usefixtures("uncompiled")
@@ -66,7 +66,7 @@ def test_accumulated_gradients_are_the_whole_batchs():
 def test_checkpointed_layers_have_the_same_gradients():
     batch = TinyData().batch(np.random.default_rng(1), PLAIN, 0.0)
     model = make_model()
-    loss = lambda model, batch: model.loss(batch, checkpoint=True)  # noqa: E731
+    loss = lambda model, batch: model.loss(batch, gradient_checkpointing=True)  # noqa: E731
     trainer = Trainer(model, TinyData(), PLAIN, "/nonexistent", loss=loss)
     found, _ = trainer._steps._plain_gradients({n: mx.array(a) for n, a in batch.items()}, mx.array(0))
     whole, _ = gradients(PLAIN, batch)

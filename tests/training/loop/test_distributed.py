@@ -24,7 +24,7 @@ from mlx_starflow.cli import main
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.training.loop import distributed
 from mlx_starflow.training.loop.checkpoint import checkpoint_files
-from mlx_starflow.training.loop.schedules import trainable
+from mlx_starflow.training.loop.weights import trainable
 from mlx_starflow.training.recipes.text import TextFlow
 
 HERE = Path(__file__)

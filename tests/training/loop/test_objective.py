@@ -3,16 +3,13 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.tiny_flows import tiny_case
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
-from mlx_starflow.training.loop.objective import (
-    autoencoder_loss,
-    autoencoder_noise,
-    context_keep,
-    context_share,
-    flow_loss,
-)
+from mlx_starflow.training.data.dropout import context_mask, context_share
+from mlx_starflow.training.loop.objective import flow_loss
+from mlx_starflow.training.recipes.autoencoder import autoencoder_loss, autoencoder_noise
 
 CASES = ("t2i", "t2i_patch2", "t2i_all_text", "t2i_shifted", "t2i_identity_block", "t2i_modern", "pretrained_lm")
 
@@ -33,8 +30,8 @@ def test_labels_are_a_condition_too(golden):
     assert float(loss) == pytest.approx(float(loaded.arrays["loss"]), rel=1e-5)
 
 
-def test_noise_is_added_in_units_of_its_std(tiny_flow):
-    tiny = tiny_flow("softplus")
+def test_noise_is_added_in_units_of_its_std():
+    tiny = tiny_case("softplus")
     noise = mx.array(np.random.default_rng(0).standard_normal(tiny.x.shape, dtype=np.float32))
     loss, _ = flow_loss(tiny.flow, tiny.x, tiny.text, noise_std=0.3, noise=noise)
     expected, _ = flow_loss(tiny.flow, tiny.x + 0.3 * noise, tiny.text, noise_std=0.0)
@@ -43,8 +40,8 @@ def test_noise_is_added_in_units_of_its_std(tiny_flow):
     assert len(drawn) == 2 and float(expected) not in drawn
 
 
-def test_latent_norm_penalty(tiny_flow):
-    tiny = tiny_flow("softplus")
+def test_latent_norm_penalty():
+    tiny = tiny_case("softplus")
     plain, _ = flow_loss(tiny.flow, tiny.x, tiny.text, noise_std=0.0)
     hidden = tiny.flow(tiny.x, tiny.text).hidden
     tiny.flow.config.latent_norm_regularization = 0.01
@@ -55,17 +52,17 @@ def test_latent_norm_penalty(tiny_flow):
 
 
 @pytest.mark.parametrize("family", ["softplus", "exp_all_text", "shifted", "modern", "language_model", "no_text"])
-def test_gradient_is_the_slope(tiny_flow, family):
+def test_gradient_is_the_slope(family):
     """d loss(weights + t * direction) / dt against central differences, along the gradient and at random."""
-    tiny = tiny_flow(family)
+    tiny = tiny_case(family)
     weights = tiny.flow.trainable_parameters()
     keep = None
     if tiny.text is not None:
-        keep = mx.array(context_keep(np.random.default_rng(1), 2, tiny.x.size // 2 // tiny.x.shape[-1], 0.3, 0.5))
+        keep = mx.array(context_mask(np.random.default_rng(1), 2, tiny.x.size // 2 // tiny.x.shape[-1], 0.3, 0.5))
 
     def loss(weights):
         tiny.flow.update(weights)
-        return flow_loss(tiny.flow, tiny.x, tiny.text, noise_std=0.0, keep=keep)[0]
+        return flow_loss(tiny.flow, tiny.x, tiny.text, noise_std=0.0, context_mask=keep)[0]
 
     gradient = mx.grad(loss)(weights)
     rng = np.random.default_rng(2)
@@ -80,25 +77,25 @@ def test_gradient_is_the_slope(tiny_flow, family):
         assert slope == pytest.approx((ahead - behind) / 8e-3, rel=5e-3, abs=2e-4)
 
 
-def test_metrics_tell_what_was_read(tiny_flow):
-    tiny = tiny_flow("softplus", 3)
+def test_metrics_tell_what_was_read():
+    tiny = tiny_case("softplus", 3)
     keep = np.ones((3, 6), np.float32)
     keep[1, 1:] = 0
     keep[2, 3] = 0
     nll = np.array(tiny.flow(tiny.x, tiny.text, mx.array(keep)).nll())
-    loss, metrics = flow_loss(tiny.flow, tiny.x, tiny.text, noise_std=0.0, keep=mx.array(keep))
+    loss, metrics = flow_loss(tiny.flow, tiny.x, tiny.text, noise_std=0.0, context_mask=mx.array(keep))
     assert float(loss) == pytest.approx(nll.mean())
     assert float(metrics["nll"]) == pytest.approx(nll[0])
     assert float(metrics["nll-text-only"]) == pytest.approx(nll[1])
-    _, metrics = flow_loss(tiny.flow, tiny.x, tiny.text, noise_std=0.0, keep=mx.ones((3, 6)))
+    _, metrics = flow_loss(tiny.flow, tiny.x, tiny.text, noise_std=0.0, context_mask=mx.ones((3, 6)))
     assert np.isnan(float(metrics["nll-text-only"]))
 
 
-def test_text_only_samples_ignore_their_tokens(tiny_flow):
-    tiny = tiny_flow("softplus")
+def test_text_only_samples_ignore_their_tokens():
+    tiny = tiny_case("softplus")
     block = tiny.flow.blocks[-1]
     tokens = tiny.flow.tokens(tiny.x)
-    keep = mx.array(context_keep(np.random.default_rng(0), 2, tokens.shape[1], 1.0, 0.0))
+    keep = mx.array(context_mask(np.random.default_rng(0), 2, tokens.shape[1], 1.0, 0.0))
     rope_frequencies = tiny.flow.rope_frequencies(tiny.x.shape, 3)
     _, log_det = block(tokens, tiny.text, rope_frequencies, keep)
     _, other = block(tokens + 1, tiny.text, rope_frequencies, keep)
@@ -106,7 +103,7 @@ def test_text_only_samples_ignore_their_tokens(tiny_flow):
 
 
 def test_context_keep_shares():
-    keep = context_keep(np.random.default_rng(0), 20000, 16, 0.4, 0.3)
+    keep = context_mask(np.random.default_rng(0), 20000, 16, 0.4, 0.3)
     assert keep.dtype == np.float32 and set(np.unique(keep)) == {0.0, 1.0}
     assert (keep[:, 0] == 1).all()
     kept = keep[:, 1:].sum(axis=1)
@@ -114,9 +111,9 @@ def test_context_keep_shares():
     assert (kept == 0).mean() == pytest.approx(0.4 + 0.18 / 16, abs=0.01)
     assert (kept == 15).mean() == pytest.approx(0.42 + 0.18 / 16, abs=0.01)
     assert (kept == 7).mean() == pytest.approx(0.18 / 16, abs=0.005)
-    assert (context_keep(np.random.default_rng(0), 50, 9, 0.0, 0.0) == 1).all()
-    assert (context_keep(np.random.default_rng(0), 50, 9, 1.0, 0.5)[:, 1:] == 0).all()
-    again = context_keep(np.random.default_rng(0), 20000, 16, 0.4, 0.3)
+    assert (context_mask(np.random.default_rng(0), 50, 9, 0.0, 0.0) == 1).all()
+    assert (context_mask(np.random.default_rng(0), 50, 9, 1.0, 0.5)[:, 1:] == 0).all()
+    again = context_mask(np.random.default_rng(0), 20000, 16, 0.4, 0.3)
     assert np.array_equal(keep, again)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.training.loop.config import OPTIMIZERS
+from mlx_starflow.training.config import OPTIMIZERS
 from mlx_starflow.training.loop.optimizers import GroupedOptimizer, embedding_names, multi_normalize
 
 BETAS, DECAY, FACTOR = (0.9, 0.95), 0.1, 8.0

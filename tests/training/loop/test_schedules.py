@@ -7,7 +7,8 @@ import pytest
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.training.loop.optimizers import GroupedOptimizer
-from mlx_starflow.training.loop.schedules import assign, cosine, ema_decay, trainable, update_average
+from mlx_starflow.training.loop.schedules import cosine, ema_decay
+from mlx_starflow.training.loop.weights import assign, trainable, update_average
 
 
 def test_cosine():

@@ -13,11 +13,12 @@ from training.loop.test_trainer import CONFIG, Crash, Stops, assert_same, crash,
 
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
 from mlx_starflow.sampling import denoise
-from mlx_starflow.training.data.image_folder import Order
+from mlx_starflow.training.config import TrainingConfig
+from mlx_starflow.training.data.batches import Order
 from mlx_starflow.training.loop.objective import batch_loss
-from mlx_starflow.training.loop.schedules import assign, trainable
 from mlx_starflow.training.loop.score_matching import NAME, denoiser_loss, denoiser_weights, score_target
-from mlx_starflow.training.loop.trainer import Trainer, TrainingConfig
+from mlx_starflow.training.loop.trainer import Trainer
+from mlx_starflow.training.loop.weights import assign, trainable
 from mlx_starflow.training.recipes.text import TextFlow
 
 pytestmark = pytest.mark.usefixtures("uncompiled")
@@ -49,7 +50,7 @@ def make_batch(flow: STARFlow) -> dict[str, mx.array]:
     weight = np.array([0.5, 2.0, 0.0, 1.5], np.float32)
     keep = np.ones((count, latents.size // count // 2), np.float32)
     keep[3, 1:] = 0
-    batch = {"latents": latents, "noise": noise, "text": text, "keep": keep, "weight": weight}
+    batch = {"latents": latents, "noise": noise, "text": text, "context_mask": keep, "weight": weight}
     return {name: mx.array(array) for name, array in batch.items()}
 
 
@@ -100,7 +101,7 @@ def test_a_step_is_both_trainings_done_apart(settings, checkpoint):
 def test_target_and_gradient_against_finite_differences(settings):
     flow = make_flow(**settings)
     batch = make_batch(flow)
-    del batch["keep"]
+    del batch["context_mask"]
     probe = mx.zeros(batch["latents"].shape)
     gradient = mx.grad(lambda probe: batch_loss(flow, {**batch, "probe": probe})[0])(probe)
     target, counts = score_target(flow, batch, gradient)

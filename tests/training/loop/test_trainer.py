@@ -12,9 +12,10 @@ import pytest
 from helpers.tiny_training import TinyData, make_model
 
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.training.config import TrainingConfig
 from mlx_starflow.training.loop.checkpoint import checkpoint_files, load_checkpoint
-from mlx_starflow.training.loop.schedules import trainable
-from mlx_starflow.training.loop.trainer import Trainer, TrainingConfig
+from mlx_starflow.training.loop.trainer import Trainer
+from mlx_starflow.training.loop.weights import trainable
 from mlx_starflow.training.recipes.text import TextFlow
 
 CONFIG = TrainingConfig(steps=10, batch_size=5, lr=3e-3, log_every=2)

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import yaml
 from helpers.commands import Command
-from helpers.tiny_model import write_tiny_model
+from helpers.model_directories import write_image_model
 from PIL import Image
 
 from mlx_starflow import load, load_flow
 from mlx_starflow.model_dir.weights import parameters
-from mlx_starflow.training.data.cache_build import CacheSettings, build_cache
-from mlx_starflow.training.data.latent_cache import CachedPart, LatentCache
+from mlx_starflow.training.config import TrainingConfig, TrainingOptions
+from mlx_starflow.training.data.cache.build import CacheSettings, build_cache
+from mlx_starflow.training.data.cache.reading import CachedLatents, LatentCache
 from mlx_starflow.training.loop.checkpoint import checkpoint_files
-from mlx_starflow.training.loop.config import TrainingConfig
 from mlx_starflow.training.recipes.new_flow import NewFlow, read_flow_config
 
 pytestmark = pytest.mark.usefixtures("uncompiled")
@@ -29,7 +29,7 @@ QUICK = "--steps 4 --batch-size 2 --lr 1e-3 --log-every 1".split()
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("model"))
+    return write_image_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,9 @@ def test_a_tarflow_on_class_folders(pictures, tmp_path):
     assert (tmp_path / "run/classes.txt").read_text().split() == ["blue", "green", "red"]
     assert "red/0.png" in (tmp_path / "run/training/skipped.txt").read_text()
     assert Image.open(tmp_path / "run/samples.png").size == (18, 18)
-    preset = NewFlow(pictures, tmp_path / "p", {"model_type": "tarflow", **read_flow_config(path)}, {"batch_size": 4})
+    preset = NewFlow(
+        pictures, tmp_path / "p", {"model_type": "tarflow", **read_flow_config(path)}, TrainingOptions(batch_size=4)
+    )
     assert preset.plan()[0].batch_size == 4
 
 
@@ -135,18 +137,18 @@ def test_the_presets_flow_fits_the_cache(cache, model, tmp_path):
     assert done.exit_code == 0, done.output
     plain, saving = (
         NewFlow(cache, tmp_path, {"model_type": "starflow", **FLOW}, settings, str(model)).plan()[0].plan
-        for settings in ({}, {"ema": 0.0, "optimizer": "adafactor"})
+        for settings in (TrainingOptions(), TrainingOptions(ema=0.0, optimizer="adafactor"))
     )
     assert plain.optimizer == 3 * plain.gradients and saving.optimizer == 0
 
 
 def test_a_part_of_a_cache(cache):
     found = LatentCache(cache)
-    part = CachedPart(found, np.array([8, 3, 5]), patch_size=2)
+    part = CachedLatents(found, np.array([8, 3, 5]), patch_size=2)
     assert sorted(index for taken in part.order.once(2) for index in taken) == [0, 1, 2]
     config = TrainingConfig(steps=1, batch_size=2, context_full=0.5, caption_dropout=0.0)
     batch = part.batch(np.random.default_rng(0), config, 0.0)
-    assert batch["keep"].shape == (2, 4)
+    assert batch["context_mask"].shape == (2, 4)
 
 
 def test_mistakes(cache, model, pictures, flow_file, tmp_path):

@@ -1,0 +1,363 @@
+"""Every figure that docs/likelihood.md states, and its pictures.
+
+    python examples/demo_data.py data/emoji
+    python examples/reports/likelihood.py data/emoji docs
+
+The photographs are sample pictures of scikit-image (public domain or CC0) and scikit-learn (china.jpg and flower.jpg,
+CC BY 2.0), taken out of their wheels, which `pip download` fetches from PyPI. `--only` runs some of the parts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import math
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from PIL import Image
+
+from mlx_starflow.editing import encode, inpaint, interpolate, read_mask, reprompt
+from mlx_starflow.editing.inpainting import Chain
+from mlx_starflow.editing.maps import noise_to_tokens
+from mlx_starflow.likelihood import CalibrationStatistics, heat_map, score, standard_error, token_nats, with_noise
+from mlx_starflow.likelihood.prompts import log_likelihoods
+from mlx_starflow.media.image_folder import ImageFolder
+from mlx_starflow.media.images import grid, save_image
+from mlx_starflow.media.pixels import crop_image
+from mlx_starflow.models.starflow import FlowConfig, STARFlow
+from mlx_starflow.pipelines import ImagePipeline, load
+from mlx_starflow.sampling import GuidedFlow
+
+WHEELS = ("scikit-image==0.26.0", "scikit-learn==1.9.1")
+PHOTOGRAPHS = (
+    *(f"skimage/data/{name}.png" for name in "astronaut brick camera chelsea coffee coins grass gravel moon".split()),
+    "skimage/data/clock_motion.png",
+    "skimage/data/hubble_deep_field.jpg",
+    "skimage/data/rocket.jpg",
+    "sklearn/datasets/images/china.jpg",
+    "sklearn/datasets/images/flower.jpg",
+)
+SHOWN = "red apple,dog face,automobile,tulip,hamburger,octopus,soccer ball,rocket".split(",")
+
+VIEWS = 8
+"""Parts of each photograph."""
+
+
+class Pictures:
+    """Some pictures with their captions and latents."""
+
+    def __init__(self, model: ImagePipeline, folder: ImageFolder):
+        self.images = [Image.fromarray(picture) for picture in folder.images]
+        self.names = [captions[0] for captions in folder.captions]
+        self._model = model
+
+    @cached_property
+    def data(self) -> np.ndarray:
+        return self._model.to_data(self.images)
+
+    def find(self, name: str) -> Image.Image:
+        return self.images[self.names.index(name)]
+
+
+class Report:
+    """The parts, each a method that prints its figures."""
+
+    def __init__(self, folder: Path, pictures: Path, model: str):
+        self.model = load(model)
+        self.size = self.model.size
+        self.known, self.unseen = (
+            Pictures(self.model, ImageFolder.read(folder, size=self.size[0], splits=(split,)))
+            for split in ("train", "held_out")
+        )
+        self.folder = pictures
+        self.model.dense_flow()  # from here on, for generating too
+        self.statistics = CalibrationStatistics.find(self.model.directory)
+
+    def exactness(self) -> None:
+        """The surprise map sums to the NLL, and log-dets are those of the Jacobian."""
+        x = with_noise(self.model.flow, np.concatenate([self.known.data[:32], self.unseen.data]), 0)
+        text = self.model.conditions([*self.known.names[:32], *self.unseen.names])
+        out = self.model.flow(mx.array(x), text)
+        nll = np.array(out.nll()) + 0.5 * math.log(2 * math.pi)
+        maps = token_nats(self.model.flow, mx.array(x), text).sum(axis=1)
+        gap = np.abs(maps.sum(axis=1) / x[0].size - nll).max()
+        print(f"sum of the surprise map and NLL of {len(x)} pictures: largest difference {gap:.1e} nats per dimension")
+        flow = tiny_flow()
+        point = np.random.default_rng(1).standard_normal((1, 4, 4, 2)).astype(np.float32)
+        exact = float(np.array(flow(mx.array(point)).log_det).sum())
+        sign, numeric = np.linalg.slogdet(jacobian(lambda batch: np.array(flow(mx.array(batch)).z), point))
+        print(
+            f"log-det of a random flow of {point.size} dimensions: {exact:.5f}; of its Jacobian by finite differences: "
+            f"{numeric:.5f} (sign {sign:+.0f}); difference {abs(exact - numeric):.1e}"
+        )
+
+    def round_trip(self) -> None:
+        """Picture to noise and back; re-prompting at strength 0."""
+        for what, pictures in {"training": self.known, "held-out": self.unseen}.items():
+            encoded, trip = encode(self.model, pictures.images[:20], pictures.names[:20])
+            print(f"20 {what} pictures to noise (standard deviation {encoded.noise.std():.3f}) and back: {trip}")
+        error = []
+        for name in ("red apple", "dog face", "automobile"):
+            back = reprompt(self.model, self.known.find(name), name, "green book", [0.0])
+            error.append(np.abs(back.data[0] - self.known.data[self.known.names.index(name)]).max())
+        print(f"re-prompt at strength 0: largest difference of the latents {max(error):.1e} (3 pictures)")
+
+    def prompt_fit(self, count: int = 200, captions: int = 20) -> None:
+        """Which of 20 captions fits a picture best."""
+        rng = np.random.default_rng(0)
+        chosen = np.linspace(0, len(self.known.names) - 1, count).astype(int)
+        for what, pictures, numbers in (("training", self.known, chosen), ("held-out", self.unseen, range(20))):
+            right = {1: 0, 2: 0}
+            for number in numbers:
+                own = pictures.names[number]
+                others = [name for name in dict.fromkeys(pictures.names) if name != own]
+                asked = [own, *rng.choice(others, captions - 1, replace=False)]
+                nats = log_likelihoods(self.model, pictures.data[number : number + 1], [*asked, ""], draws=max(right))
+                fits = nats[:, :, :-1] - nats[:, :, -1:]
+                for draws in right:
+                    right[draws] += int(fits[:draws].mean(axis=0)[0].argmax() == 0)
+            shares = ", ".join(f"{share / len(numbers):.1%} (draws: {draws})" for draws, share in right.items())
+            print(f"prompt fit picks the caption among {captions}, {what} pictures ({len(numbers)}): {shares}")
+
+    def best_of_eight(self, every: int = 8, candidates: int = 8) -> None:
+        """The best of eight against one sample, judged by training pictures: how far the nearest one of that name is,
+        and how much further the nearest one of another name."""
+        asked = list(dict.fromkeys(self.known.names[3::every]))
+        for what, settings in {
+            "the model's settings (guidance 1, temperature 0.7)": {},
+            "plain samples (guidance 0, temperature 1)": {"guidance": 0.0, "temperature": 1.0},
+        }.items():
+            distances, others, nats = [], [], []
+            for name in asked:
+                # What `best_of` does, but here all candidates are wanted.
+                seeds = range(100, 100 + candidates)
+                latents = np.array(self.model.generate(name, seed=seeds, verify=False, **settings).latents)
+                both = log_likelihoods(self.model, latents, [name, ""], draws=8, numbers=[0] * candidates)
+                nats.append(both.mean(axis=0))
+                away = np.sqrt(np.square(latents[:, None] - self.known.data).mean(axis=(2, 3, 4)))
+                own = np.array([each == name for each in self.known.names])
+                distances.append(away[:, own].min(axis=1))
+                others.append(away[:, ~own].min(axis=1))
+            distance, (prompted, unprompted) = np.array(distances), np.array(nats).transpose(2, 0, 1)
+            margin = np.array(others) - distance
+            print(
+                f"{what}, {len(asked)} prompts: RMS distance to the nearest training picture of that name: "
+                f"one sample {distance.mean():.4f}, nearest of {candidates} {distance.min(axis=1).mean():.4f}; "
+                f"nearest of another name: {margin.mean():.4f} further"
+            )
+            for weight in (1.0, 0.5, 0.25, 0.0):
+                best = (prompted - weight * unprompted).argmax(axis=1)
+                gain = distance.mean(axis=1) - distance[range(len(asked)), best]
+                more = margin[range(len(asked)), best] - margin.mean(axis=1)
+                print(
+                    f"    best by log p(x | prompt) - {weight:g} log p(x): nearer by {gain.mean():+.4f} +- "
+                    f"{standard_error(gain):.4f}, others further by {more.mean():+.4f} +- {standard_error(more):.4f}"
+                )
+
+    def anomalies(self, count: int = 100) -> None:
+        """AUROC of raw NLL and of typicality against pictures of other kinds, without prompts."""
+        rng = np.random.default_rng(0)
+        chosen = np.linspace(0, len(self.known.names) - 1, count).astype(int)
+        known, unseen = [self.known.images[number] for number in chosen], self.unseen.images
+        kinds = {
+            "training": known,
+            "held-out": unseen,
+            "training, patches shuffled": [shuffled(image, rng) for image in known],
+            "held-out, patches shuffled": [shuffled(image, rng) for image in unseen],
+            "photographs": photographs(self.size, rng),
+            "uniform noise": [noise_picture(self.size, rng) for _ in range(count)],
+            "one colour": [Image.new("RGB", self.size, tuple(rng.integers(0, 256, 3).tolist())) for _ in range(count)],
+            "training, small on white": [shrunk(image) for image in known],
+        }
+        nll, distance = {}, {}
+        for kind, images in kinds.items():
+            scores = score(self.model, images, draws=2)
+            nll[kind] = np.array([each.nll for each in scores])
+            distance[kind] = np.array([self.statistics.typicality(each).distance for each in scores])
+            print(
+                f"{kind:<28}{len(images):5} pictures  NLL {nll[kind].mean():8.3f} (5% to 95%: "
+                f"{np.quantile(nll[kind], 0.05):7.3f} to {np.quantile(nll[kind], 0.95):8.3f})  "
+                f"|NLL - mean| / std {np.median(distance[kind]):7.2f} (median)"
+            )
+        print(f"AUROC{'':<25}{'training against':^24}{'held-out against':^24}")
+        print(f"{'':<30}" + f"{'raw NLL':>12}{'typicality':>12}" * 2)
+        for kind in list(kinds)[2:]:
+            values = [auroc(of[usual], of[kind]) for usual in ("training", "held-out") for of in (nll, distance)]
+            print(f"{kind:<30}" + "".join(f"{value:12.3f}" for value in values))
+        self._maps()
+
+    def _maps(self) -> None:
+        """Surprise of a picture and of itself with one patch exchanged."""
+        name = "automobile"
+        image = self.known.find(name)
+        spoiled = image.copy()
+        spoiled.paste(self.known.find("tulip").crop((16, 16, 32, 32)), (32, 32))
+        scores = score(self.model, [image, spoiled], name)
+        highest = max(each.surprise.max() for each in scores)
+        maps = [heat_map(each, s.surprise, 0, highest) for each, s in zip([image, spoiled], scores, strict=True)]
+        save_image(grid(maps, columns=2, gap=8), self.folder / "surprise.png")
+        nll = ", ".join(f"{each.nll:.3f}" for each in scores)
+        print(f"surprise.png: {name}, and with a patch of tulip in it: NLL {nll}")
+
+    def inpainting(self) -> None:
+        """The masked right half of pictures, painted anew."""
+        width, height = self.size
+        mask = read_mask(f"{width // 2},0,{width // 2},{height}", self.size)
+        shown: list[Image.Image] = []
+        for what, pictures, names in (
+            (
+                "training",
+                self.known,
+                SHOWN,
+            ),
+            ("held-out", self.unseen, self.unseen.names[:8]),
+        ):
+            deviations = []
+            for name in names:
+                image = pictures.find(name)
+                result = inpaint(self.model, image, mask, name)
+                scores = score(self.model, [image, result.images[0]], name)
+                deviation = [self.statistics.typicality(each, prompted=True).deviation for each in scores]
+                deviations.append(deviation[1])
+                start, end = result.trace.nll[[0, -1], 0]
+                print(
+                    f"{what} {name:<22} NLL {scores[0].nll:.3f}, inpainted {scores[1].nll:.3f} (deviation "
+                    f"{deviation[0]:+.2f}, {deviation[1]:+.2f}); chain {start:.3f} to {end:.3f}, "
+                    f"{result.trace.rate:.0%} accepted"
+                )
+                hole = image.copy()
+                hole.paste("lightgrey", mask=mask)
+                shown += [image, hole, result.images[0]]
+            within = np.mean(np.abs(deviations) < 3)
+            print(f"{what}: {within:.0%} of {len(names)} within 3 standard deviations of typical, given the caption")
+        save_image(grid(shown, columns=12), self.folder / "inpainting.png")
+
+    def drift(self, chains: int = 64, steps: int = 16) -> None:
+        """Chains that start from the model's own samples must leave their likelihood as it is."""
+        flow = self.model.flow
+        shape = (chains, *self.model.latent_shape())
+        text = self.model.conditions(["red apple", "dog face", "automobile", "tulip"] * (chains // 4))
+        z = np.random.default_rng(0).standard_normal(shape, np.float32)
+        samples = noise_to_tokens(GuidedFlow(flow, shape, text), flow.tokens(mx.array(z)))
+        for what in ("right", "bottom"):
+            free = np.zeros(self.model.grid(shape[1:]), bool)
+            half = slice(free.shape[0] // 2, None)
+            free[(slice(None), half) if what == "right" else half] = True
+            for accept in ("kept", "whole"):
+                rngs = [np.random.Generator(np.random.Philox(number)) for number in range(chains)]
+                _, trace = Chain(flow, shape, text, free.reshape(-1)).run(samples, rngs, steps, 0.2, accept)
+                change = (trace.nll[-1] - trace.nll[0]) * np.prod(shape[1:])
+                print(
+                    f"{what} half free, by the likelihood of the {accept} tokens: {trace.rate:.0%} accepted, NLL of a "
+                    f"sample changes by {change.mean():+.1f} +- {standard_error(change):.1f} nats in {steps} steps"
+                )
+
+    def edits(self) -> None:
+        """Re-prompting and interpolation, for people to look at."""
+        shown: list[Image.Image] = []
+        steps = [0.0, 0.25, 0.5, 0.75, 1.0, 2.0]
+        for source, target in (("red apple", "green apple"), ("dog face", "cat face"), ("red heart", "blue heart")):
+            image = self.known.find(source)
+            result = reprompt(self.model, image, source, target, steps)
+            shown += [image, *result.images]
+        for ends in (("grinning face", "soccer ball"), ("red heart", "automobile")):
+            images = [self.known.find(name) for name in ends]
+            shown += interpolate(self.model, *images, ends, np.linspace(0, 1, len(steps) + 1)).images
+        save_image(grid(shown, columns=len(steps) + 1), self.folder / "edits.png")
+        print(f"edits.png: a picture, then re-prompted with strengths {', '.join(f'{s:g}' for s in steps)}")
+
+
+# ---- pictures of other kinds
+
+
+def shuffled(image: Image.Image, rng: np.random.Generator, side: int = 16) -> Image.Image:
+    """A picture's square patches in another order."""
+    pixels = np.asarray(image)
+    rows, columns = pixels.shape[0] // side, pixels.shape[1] // side
+    patches = pixels.reshape(rows, side, columns, side, 3).transpose(0, 2, 1, 3, 4).reshape(-1, side, side, 3)
+    patches = rng.permutation(patches).reshape(rows, columns, side, side, 3)
+    return Image.fromarray(np.ascontiguousarray(patches.transpose(0, 2, 1, 3, 4)).reshape(pixels.shape))
+
+
+def shrunk(image: Image.Image, part: int = 4) -> Image.Image:
+    """A picture at a fraction of its size, in the middle of white."""
+    small = image.resize((image.width // part, image.height // part), Image.Resampling.LANCZOS)
+    canvas = Image.new("RGB", image.size, "white")
+    canvas.paste(small, ((image.width - small.width) // 2, (image.height - small.height) // 2))
+    return canvas
+
+
+def noise_picture(size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
+    return Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), np.uint8))
+
+
+def photographs(size: tuple[int, int], rng: np.random.Generator) -> list[Image.Image]:
+    """Parts of photographs in the wheels of scikit-image and scikit-learn."""
+    found = []
+    with tempfile.TemporaryDirectory() as scratch:
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+        subprocess.run([*pip, "--python-version", "3.11", "-d", scratch, *WHEELS], check=True)
+        for wheel in sorted(Path(scratch).glob("*.whl")):
+            with zipfile.ZipFile(wheel) as archive:
+                for name in sorted(set(archive.namelist()) & set(PHOTOGRAPHS)):
+                    found.append(Image.open(io.BytesIO(archive.read(name))).convert("RGB"))
+    views = [(1.0, (0.5, 0.5)), *((rng.uniform(1, 3), tuple(rng.random(2))) for _ in range(VIEWS - 1))]
+    return [crop_image(photograph, *size, zoom, place) for photograph in found for zoom, place in views]
+
+
+# ---- measures
+
+
+def auroc(usual: np.ndarray, unusual: np.ndarray) -> float:
+    """Probability that an unusual picture's value is above a usual one's; 0.5 is chance."""
+    return float((unusual[:, None] > usual).mean() + 0.5 * (unusual[:, None] == usual).mean())
+
+
+def jacobian(function: Callable[[np.ndarray], np.ndarray], point: np.ndarray, step: float = 2e-2) -> np.ndarray:
+    """By five-point differences, `[outputs, inputs]`, of a function of batches at one point `[1, ...]`."""
+    moves = step * np.eye(point.size, dtype=np.float32).reshape(-1, *point.shape[1:])
+    near, far = (
+        (function(point + times * moves).astype(np.float64) - function(point - times * moves)) / (2 * times * step)
+        for times in (1, 2)
+    )
+    return ((4 * near - far) / 3).reshape(point.size, -1).T
+
+
+def tiny_flow() -> STARFlow:
+    """A random flow over 4x4 latents of 2 channels."""
+    mx.random.seed(0)
+    flow = STARFlow(FlowConfig(4, 2, 1, 64, [1, 1, 1], use_softplus=True, soft_clip=4.0, use_final_norm=True))
+    for block in flow.blocks:
+        block.proj_out.weight = 0.1 * mx.random.normal(block.proj_out.weight.shape)
+    return flow
+
+
+def main() -> None:
+    parts = ("exactness", "round_trip", "prompt_fit", "best_of_eight", "anomalies", "inpainting", "drift", "edits")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="the folder examples/demo_data.py wrote")
+    parser.add_argument("pictures", type=Path, help="folder for the pictures")
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts, metavar="PART")
+    args = parser.parse_args()
+    print(f"machine: {platform.platform()}, {platform.processor() or platform.machine()}, MLX {mx.__version__}")
+    report = Report(args.data, args.pictures, args.model)
+    for part in args.only:
+        began = time.perf_counter()
+        print(f"\n# {part.replace('_', ' ')}")
+        getattr(report, part)()
+        print(f"({time.perf_counter() - began:.0f} s)", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,9 @@
+from mlx_starflow.errors import StarflowError as StarflowError
+from mlx_starflow.model_dir.directory import load_flow as load_flow
+from mlx_starflow.pipelines.loading import load as load
+from mlx_starflow.pipelines.loading import load_class_labels as load_class_labels
+from mlx_starflow.pipelines.loading import load_video as load_video
+from mlx_starflow.sampling import denoise as denoise
+from mlx_starflow.sampling import sample as sample
+
+__version__: str

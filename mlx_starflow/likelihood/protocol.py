@@ -1,0 +1,93 @@
+"""What scoring and editing need of a model: its flow, and the way from images and prompts to its data, and back."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal, Protocol
+
+import mlx.core as mx
+import numpy as np
+from PIL import Image
+
+from mlx_starflow.models.flow import Flow
+
+ImageOrVideo = Image.Image | Iterable[Image.Image]
+"""An image, or the frames of a video."""
+
+Part = Literal["text_encoder", "flow", "vae"]
+"""A network of a model."""
+
+
+class ImageModel(Protocol):
+    """A flow over images, or videos, and what connects it to them; the pipelines are such models.
+
+    All kinds of models look alike here: latents of an autoencoder with text embeddings, of images or of videos, and a
+    TarFlow's pixels with numbers of classes. `data` are what the flow models, `[B, ...]`, without training noise.
+
+    Attributes:
+        name: as the user gave it.
+        directory: of the model.
+        temperature: of the noise that the model's samples are made of, unless told otherwise.
+        dimension: what the data's dimensions are, for messages: "latent dimension".
+    """
+
+    name: str
+    directory: Path
+    temperature: float
+    dimension: str
+
+    @property
+    @abstractmethod
+    def size(self) -> tuple[int, int]:
+        """(width, height) in pixels of the images that the model was trained on."""
+
+    @property
+    @abstractmethod
+    def flow(self) -> Flow:
+        """The flow as it is stored, read when it is first used."""
+
+    @abstractmethod
+    def dense_flow(self) -> Flow:
+        """The flow for repeated evaluation: on a CPU its quantized layers become dense, in place, if memory allows."""
+
+    @abstractmethod
+    def fit(self, image: ImageOrVideo, size: tuple[int, int] | None = None) -> Image.Image | list[Image.Image]:
+        """An image, or each frame of a video, cut about its middle to the shape of `size` and resized to it."""
+
+    @abstractmethod
+    def to_data(self, images: Iterable[ImageOrVideo], size: tuple[int, int] | None = None) -> np.ndarray:
+        """Images, or videos of one shape -> data, float32 `[B, ...]`: fitted to `size`, then encoded."""
+
+    @abstractmethod
+    def to_data_each(self, images: Iterable[ImageOrVideo], size: tuple[int, int] | None = None) -> list[np.ndarray]:
+        """The data of each image or video, `[...]`; videos may differ in shape."""
+
+    @abstractmethod
+    def to_images(self, data: np.ndarray | mx.array) -> list[Image.Image] | list[list[Image.Image]]:
+        """Data -> images, or the frames of each video."""
+
+    @abstractmethod
+    def encode_images(self, images: np.ndarray) -> np.ndarray:
+        """Images `[B, H, W, 3]` in -1..1 -> data, float32 `[B, ...]`."""
+
+    @abstractmethod
+    def decode_images(self, data: np.ndarray) -> np.ndarray:
+        """The inverse of `encode_images`, up to what the autoencoder loses; about -1..1."""
+
+    @abstractmethod
+    def conditions(self, prompts: Sequence[str], shape: Sequence[int] | None = None) -> mx.array | None:
+        """The condition of each prompt, "" meaning none, as the flow takes it; None for a flow that reads none.
+
+        `shape` `[B, ...]` is that of the data, or noise, that it is about; that of the model's own images by default.
+        """
+
+    @abstractmethod
+    def grid(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """How the tokens of data of `shape` `[...]`, without the batch, lie: (rows, columns), of a video
+        (latent frames, rows, columns)."""
+
+    @abstractmethod
+    def release(self, part: Part) -> None:
+        """Called when a network is not needed for now: a model that is short of memory lets go of it."""

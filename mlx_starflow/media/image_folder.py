@@ -1,0 +1,93 @@
+"""All images of a source in memory, at one size, with their captions."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mlx_starflow.errors import StarflowError, one_line
+from mlx_starflow.media.pixels import UnreadableImage, crop_image, decode_image, no_remarks
+from mlx_starflow.media.sources import Sample, Skip, open_source, skip_report, split_of
+
+
+@dataclass
+class ImageFolder:
+    """Images `[N, S, S, 3]` (uint8, S = `size`), their captions, and the line of metadata each came with.
+
+    `skipped` lists what could not be used.
+    """
+
+    images: np.ndarray
+    captions: list[list[str]]
+    rows: list[dict[str, Any]] = field(repr=False)
+    skipped: list[Skip] = field(default_factory=list, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    @classmethod
+    def read(cls, data: str | Path, *, size: int, splits: tuple[str, ...] | None = None) -> ImageFolder:
+        """Read all images of a source, see `open_source`: the middle of each, resized to `size` x `size`.
+
+        `splits` keeps only those whose `split`, "train" if there is none, is among them. Images that cannot be read
+        or have no caption are left out, with a warning. In the split "autoencoder" the caption may be missing, and is
+        "" then.
+
+        Raises:
+            StarflowError: there is no such data, its metadata is broken, or no image can be used.
+        """
+        images: list[np.ndarray] = []
+        captions: list[list[str]] = []
+        rows: list[dict[str, Any]] = []
+        skipped: list[Skip] = []
+        for sample in open_source(data):
+            if isinstance(sample, Skip):
+                skipped.append(sample)
+                continue
+            if splits is not None and sample.split not in splits:
+                continue
+            try:
+                if sample.split != "autoencoder" and (problem := sample.problem()):
+                    raise UnreadableImage(problem)
+                with no_remarks():
+                    image = crop_image(decode_image(read_bytes(sample)), size, size)
+            except UnreadableImage as error:
+                skipped.append(Skip(sample.key, str(error)))
+                continue
+            images.append(np.asarray(image))
+            captions.append(list(sample.captions) or [""])
+            rows.append(dict(sample.row))
+        if not images:
+            of = f" of the splits {', '.join(splits)}" if splits else ""
+            raise StarflowError(f"{data} has no usable picture{of}" + (f": {skip_report(skipped)}" if skipped else ""))
+        if skipped:
+            warnings.warn(f"{data}: {skip_report(skipped)}", stacklevel=2)
+        return cls(np.stack(images), captions, rows, skipped)
+
+    def only(self, *splits: str) -> ImageFolder:
+        """The part whose `split` is one of these."""
+        return self._chosen([i for i, row in enumerate(self.rows) if split_of(row) in splits])
+
+    def spread(self, most: int) -> ImageFolder:
+        """At most so many of them, spread evenly."""
+        return self._chosen(np.unique(np.linspace(0, len(self) - 1, min(most, len(self))).round().astype(int)).tolist())
+
+    def _chosen(self, chosen: list[int]) -> ImageFolder:
+        return ImageFolder(self.images[chosen], [self.captions[i] for i in chosen], [self.rows[i] for i in chosen])
+
+    def pil_images(self) -> list[Image.Image]:
+        """The images, one by one."""
+        return [Image.fromarray(image) for image in self.images]
+
+
+def read_bytes(sample: Sample) -> bytes:
+    """The file of a sample's image. Raises UnreadableImage."""
+    try:
+        return sample.read()
+    except (OSError, ValueError) as error:  # a path that is none is a ValueError
+        raise UnreadableImage(one_line(error)) from None

@@ -1,0 +1,156 @@
+"""What all pipelines have in common: a model's directory, a backend, images to data and back, seeds and metadata."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from itertools import islice
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from PIL import Image
+
+from mlx_starflow import __version__, editing, likelihood
+from mlx_starflow.errors import StarflowError
+from mlx_starflow.likelihood.protocol import ImageModel, ImageOrVideo, Part
+from mlx_starflow.media.images import to_images
+from mlx_starflow.media.noise import digest, draw_seed
+from mlx_starflow.media.pixels import crop_image, scale_pixels
+from mlx_starflow.model_dir.directory import ModelDirectory
+from mlx_starflow.models.autoencoder_kl import WHOLE_PIXELS
+from mlx_starflow.models.flow import Flow
+from mlx_starflow.pipelines.backend import Backend, MLXBackend
+from mlx_starflow.pipelines.phases import Phases
+from mlx_starflow.pipelines.results import GenerationSettings
+from mlx_starflow.sampling import Certificate
+
+BATCH = 16
+"""Most images that go through the autoencoder at once, and prompts through the text encoder."""
+
+
+class Pipeline(ImageModel):
+    """A model that makes, scores and edits images.
+
+    Scoring and editing are methods: each is the function of its name in `likelihood` or `editing`, whose first
+    argument is the model.
+
+    Attributes:
+        name: as the user gave it.
+        model, directory: the model's directory, opened, and its path.
+        backend: what computes.
+        phases: what the backend's work is charged to.
+        temperature: of the noise that samples are made of, unless told otherwise.
+        dimension: what the data's dimensions are.
+    """
+
+    score = likelihood.score
+    prompt_fit = likelihood.prompt_fit
+    classify = likelihood.classify
+    encode = editing.encode
+    decode = editing.decode
+    inpaint = editing.inpaint
+    reprompt = editing.reprompt
+    vary = editing.vary
+    interpolate = editing.interpolate
+
+    def __init__(self, name: str, model: ModelDirectory, backend: Backend[Any]):
+        self.name, self.model, self.directory, self.backend = name, model, model.path, backend
+        self.phases = Phases(backend)
+
+    @property
+    def flow(self) -> Flow:
+        """The flow, read when it is first used; with the PyTorch backend that of PyTorch."""
+        return self.backend.flow
+
+    def dense_flow(self) -> Flow:
+        return self._mlx.dense_flow()
+
+    @property
+    def _mlx(self) -> MLXBackend:
+        """The backend, for scoring and editing. Raises StarflowError if it is another one."""
+        if not isinstance(self.backend, MLXBackend):
+            raise StarflowError("scoring and editing need the mlx backend: load(name, backend='mlx')")
+        return self.backend
+
+    def release(self, part: Part) -> None:
+        """Let go of a network that is not needed for now, if the model is short of memory."""
+        self.backend.release(part)
+
+    # ---- images and data
+
+    def image_size(self, shape: Sequence[int]) -> tuple[int, int]:
+        """(width, height) in pixels of the images that data, or noise, of `shape` `[B, ...]` are of."""
+        return self.size
+
+    def fit(self, image: ImageOrVideo, size: tuple[int, int] | None = None) -> Image.Image | list[Image.Image]:
+        """An image cut about its middle to the shape of `size`, by default the model's, and resized to it."""
+        if not isinstance(image, Image.Image):
+            raise StarflowError(f"{self.name} makes images, not videos: give it images")
+        return fit_image(image, size or self.size)
+
+    def to_data(self, images: Iterable[ImageOrVideo], size: tuple[int, int] | None = None) -> np.ndarray:
+        """Images of any size -> data without noise, float32 `[B, ...]`: fitted to `size`, then encoded."""
+        waiting = iter(images)
+        width, height = size or self.size
+        count = _at_once(width * height)
+        parts = []
+        while batch := list(islice(waiting, count)):
+            fitted = np.stack([np.asarray(self.fit(image, size)) for image in batch])
+            parts.append(self.encode_images(scale_pixels(fitted)))
+        if not parts:
+            raise StarflowError("there are no pictures")
+        return np.concatenate(parts)
+
+    def to_data_each(self, images: Iterable[ImageOrVideo], size: tuple[int, int] | None = None) -> list[np.ndarray]:
+        """`to_data` of each image, `[...]`; videos may differ in shape."""
+        return list(self.to_data(images, size))
+
+    def to_images(self, data: np.ndarray | mx.array) -> list[Image.Image] | list[list[Image.Image]]:
+        """Data `[B, ...]` -> images."""
+        data = np.array(data, np.float32)
+        width, height = self.image_size(data.shape)
+        count = _at_once(width * height)
+        parts = (data[start : start + count] for start in range(0, len(data), count))
+        return [image for part in parts for image in to_images(self.decode_images(part))]
+
+    # ---- seeds and metadata
+
+    def _seeds(self, seed: int | Sequence[int] | None, images: int, noise: np.ndarray | None) -> list[int | None]:
+        """A seed for each image of a prompt; None where the noise is given."""
+        if images < 1:
+            raise StarflowError(f"the number of images must be 1 or more, not {images}")
+        if noise is not None:
+            return [None] * images
+        if seed is None:
+            seed = draw_seed()
+        return [seed + k for k in range(images)] if isinstance(seed, int) else list(seed)
+
+    def _metadata(
+        self,
+        prompts: list[str],
+        seeds: list[int | None],
+        settings: GenerationSettings,
+        noise: np.ndarray,
+        certificate: Certificate | None,
+    ) -> dict[str, Any]:
+        """All that is needed to make images again: prompts times seeds, as `generate` takes them."""
+        metadata: dict[str, Any] = {"version": __version__, "model": self.name, "prompts": prompts, "seeds": seeds}
+        if self.backend.adapters:
+            metadata["adapters"] = self.backend.adapters
+        if None in seeds:
+            metadata["noise_sha256"] = digest(noise)
+        if certificate is not None:
+            metadata["certificate"] = asdict(certificate)
+        return {**metadata, "settings": settings.to_dict()}
+
+
+def fit_image(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """An image in RGB, cut about its middle to the shape of `size` (width, height) and resized to it."""
+    image = image.convert("RGB")
+    return image if image.size == size else crop_image(image, *size)
+
+
+def _at_once(pixels: int) -> int:
+    """How many images of so many pixels the autoencoder takes at once: as many as make up a large one."""
+    return max(1, min(BATCH, WHOLE_PIXELS // pixels))

@@ -1,0 +1,68 @@
+"""The best of several samples for each image that was asked for, by the flow's own likelihoods."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_starflow.likelihood import ImageModel
+from mlx_starflow.likelihood.prompts import log_likelihoods
+from mlx_starflow.pipelines.results import GenerationResult
+
+
+@dataclass(frozen=True)
+class BestOf:
+    """The best of several samples for each image that was asked for.
+
+    Attributes:
+        result: what `ImagePipeline.generate` gives, with the best samples alone.
+        fits: log p(x | prompt) - log p(x) in nats of all candidates, `[images, candidates]`.
+        scores: what they were chosen by, log p(x | prompt) - weight * log p(x), `[images, candidates]`.
+        chosen: number of the candidate that was kept, `[images]`.
+    """
+
+    result: GenerationResult
+    fits: np.ndarray
+    scores: np.ndarray
+    chosen: np.ndarray
+
+
+def choose_best(
+    model: ImageModel, result: GenerationResult, candidates: int, *, draws: int = 4, weight: float = 0.5
+) -> BestOf:
+    """Keep one of every so many samples that follow each other in a result; see `ImagePipeline.best_of`.
+
+    Args:
+        model: what the samples are of.
+        result: `candidates` samples for each image, with the prompt that they share.
+        draws: of the training noise; all candidates see the same.
+        weight: of log p(x).
+
+    Raises:
+        StarflowError: a likelihood is not finite.
+    """
+    latents = np.array(result.latents, np.float32)
+    nats = np.empty((len(latents), 2))
+    for prompt in dict.fromkeys(result.prompts):
+        mine = [number for number, each in enumerate(result.prompts) if each == prompt]
+        each = log_likelihoods(model, latents[mine], [prompt, ""], draws=draws, numbers=[0] * len(mine))
+        nats[mine] = each.mean(axis=0)
+    prompted, unprompted = nats.reshape(-1, candidates, 2).transpose(2, 0, 1)
+    scores = prompted - weight * unprompted
+    chosen = scores.argmax(axis=1)
+    kept = np.arange(len(chosen)) * candidates + chosen
+    certificates = result.stats.certificates
+    best = replace(
+        result,
+        stats=replace(result.stats, certificates=[certificates[i] for i in kept] if certificates else []),
+        images=[result.images[i] for i in kept],
+        latents=result.latents[mx.array(kept)],
+        noise=result.noise[kept],
+        prompts=[result.prompts[i] for i in kept],
+        seeds=[result.seeds[i] for i in kept],
+        steps=[result.steps[i] for i in kept] if result.steps else [],
+        metadata=[result.metadata[i] for i in kept],
+    )
+    return BestOf(best, prompted - unprompted, scores, chosen)

@@ -1,0 +1,138 @@
+"""What pipelines of images and of videos have in common: prompts, and latents of an autoencoder."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_starflow.errors import StarflowError
+from mlx_starflow.media.buckets import closest_ratio
+from mlx_starflow.model_dir.directory import ModelDirectory
+from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from mlx_starflow.models.autoencoder_wan.network import AutoencoderWan, AutoencoderWanConfig
+from mlx_starflow.models.starflow import FlowConfig
+from mlx_starflow.models.t5 import T5Encoder
+from mlx_starflow.models.tokenizer import Tokenizer
+from mlx_starflow.pipelines.backend import Backend
+from mlx_starflow.pipelines.base import BATCH, Pipeline
+from mlx_starflow.pipelines.prompts import complete_prompt
+from mlx_starflow.pipelines.results import GenerationSettings
+from mlx_starflow.sampling import SamplingPlan
+
+
+class LatentPipeline(Pipeline):
+    """A flow over the latents of an autoencoder that reads prompts by a text encoder.
+
+    Attributes:
+        config, vae_config: of the flow and of the autoencoder.
+        settings: how this model samples unless told otherwise.
+        plan: how method "auto" samples; None is sequentially.
+    """
+
+    dimension = "latent dimension"
+    settings: GenerationSettings
+    vae_config: AutoencoderKLConfig | AutoencoderWanConfig
+
+    def __init__(self, name: str, model: ModelDirectory, backend: Backend[Any]):
+        super().__init__(name, model, backend)
+        config = model.flow.config
+        if not model.reads_prompts or not isinstance(config, FlowConfig):
+            raise StarflowError(f"{name} does not read prompts: use load_flow and sample in Python")
+        _ = model.text_encoder  # which is missed before the autoencoder is
+        self.config, self.vae_config = config, model.vae.config
+        self.plan = SamplingPlan.find(model.path)
+        self.settings = GenerationSettings.from_dict({"guidance": config.cfg, **model.pipeline})
+        self.temperature = self.settings.temperature
+
+    # ---- networks
+
+    @property
+    def text_encoder(self) -> T5Encoder:
+        """Read when it is first used; with the PyTorch backend that of PyTorch, as the autoencoder is."""
+        return self.backend.text_encoder
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.backend.tokenizer
+
+    @property
+    def vae(self) -> AutoencoderKL | AutoencoderWan:
+        return self.backend.vae
+
+    def method(self, settings: GenerationSettings) -> str | SamplingPlan:
+        """How settings sample: "auto" is the model's sampling plan, or sequential where there is none."""
+        return (self.plan or "sequential") if settings.method == "auto" else settings.method
+
+    # ---- prompts
+
+    def encode_prompts(self, prompts: Sequence[str], size: tuple[int, int] | None = None, fps: int = 0) -> mx.array:
+        """Prompts -> text embeddings `[B, L, D]`, zero at padding. Warns about a prompt that is cut.
+
+        `size` (width, height), in pixels, is told to models that were trained on several shapes, and `fps`, frames a
+        second or 0 for an image, to models that were trained on videos. The array is one of the backend's framework.
+        """
+        length = self.config.txt_size
+        ratio = closest_ratio(*size) if size else "1:1"
+        completed = [complete_prompt(prompt, self.config, ratio=ratio, fps=fps) for prompt in prompts]
+        ids, mask, truncated = self.tokenizer.batch(completed, length)
+        for prompt, cut in zip(prompts, truncated, strict=True):
+            if cut:
+                warnings.warn(
+                    f"the prompt is longer than the {length} tokens this model reads; its end is ignored: {prompt!r}",
+                    stacklevel=2,
+                )
+        return self.backend.encode_text(ids, mask)
+
+    def conditions(self, prompts: Sequence[str], shape: Sequence[int] | None = None) -> mx.array:
+        _ = self._mlx
+        size = self.size if shape is None else self.image_size(shape)
+        numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+        unique, parts = list(numbers), []
+        for start in range(0, len(unique), BATCH):
+            parts.append(self.encode_prompts(unique[start : start + BATCH], size, self._frame_rate(shape)))
+            mx.eval(parts[-1])
+        return mx.concatenate(parts)[mx.array([numbers[prompt] for prompt in prompts])]
+
+    def _frame_rate(self, shape: Sequence[int] | None) -> int:
+        """What prompts for data of this shape say, see `encode_prompts`."""
+        return 0
+
+    # ---- latents
+
+    @property
+    def size(self) -> tuple[int, int]:
+        side = self.config.img_size * self.vae_config.downscale
+        return side, side
+
+    def latent_shape(self, size: tuple[int, int] | None = None) -> tuple[int, int, int]:
+        """(height, width, channels) of the latents of an image of `size` (width, height) in pixels.
+
+        Raises:
+            StarflowError: the size does not fit.
+        """
+        config, scale = self.config, self.vae_config.downscale
+        if size is None:
+            return config.img_size, config.img_size, config.channel_size
+        step = scale * config.patch_size
+        width, height = size
+        if min(size) < step or width % step or height % step:
+            raise StarflowError(f"a size of {width}x{height} does not fit: this model wants multiples of {step} pixels")
+        return height // scale, width // scale, config.channel_size
+
+    def image_size(self, shape: Sequence[int]) -> tuple[int, int]:
+        scale = self.vae_config.downscale
+        return shape[-2] * scale, shape[-3] * scale
+
+    def grid(self, shape: Sequence[int]) -> tuple[int, ...]:
+        return *shape[:-3], *(side // self.config.patch_size for side in shape[-3:-1])
+
+    def encode_images(self, images: np.ndarray) -> np.ndarray:
+        self.latent_shape((images.shape[2], images.shape[1]))  # raises StarflowError if the size does not fit
+        return self._mlx.encode(images)
+
+    def decode_images(self, data: np.ndarray) -> np.ndarray:
+        return self._mlx.decode(mx.array(data))

@@ -1,0 +1,122 @@
+"""Opening a model: a pipeline of the kind that its directory holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+import mlx.core as mx
+
+from mlx_starflow.errors import StarflowError
+from mlx_starflow.model_dir import tensor_parallel
+from mlx_starflow.model_dir.directory import ModelDirectory
+from mlx_starflow.model_dir.weights import parse_dtype
+from mlx_starflow.models.tarflow import TarFlowConfig
+from mlx_starflow.pipelines.backend import MLXBackend
+from mlx_starflow.pipelines.class_labels import ClassPipeline
+from mlx_starflow.pipelines.image import ImagePipeline
+from mlx_starflow.pipelines.video import VideoPipeline
+from mlx_starflow.planning.memory import available, plan
+
+BACKENDS = ("mlx", "torch")
+
+
+def load(
+    name: str | Path = "demo",
+    *,
+    dtype: str | mx.Dtype | None = None,
+    low_memory: bool | None = None,
+    backend: str = "mlx",
+    device: str | None = None,
+    adapters: Sequence[tuple[str | Path, float]] = (),
+    group: mx.distributed.Group | None = None,
+) -> ImagePipeline:
+    """Load a model: "demo", a model directory, or a Hub repository of one.
+
+    It is typed for models that make images. A model of videos gives a `VideoPipeline` and a TarFlow a `ClassPipeline`
+    all the same: `load_video` and `load_class_labels` say so to type checkers, and `open_model` that it may be any.
+
+    Args:
+        dtype: precision of the networks; by default float32 on a CPU and bfloat16 on a GPU.
+        low_memory: hold one network at a time, for models that do not fit into memory together; None: if, by
+            `memory.plan`, this one does not fit into this machine's. A TarFlow is one network.
+        backend: "mlx", or "torch" for PyTorch, which makes the same images (in float32 or bfloat16).
+        device: where PyTorch computes: "cpu" or "cuda"; None: "cuda" if there is one.
+        adapters: folders of adapters for the flow with their strengths, such as [("run/adapter", 1.0)]; they add up.
+        group: processes that compute the flow together, each with a part of it; all must load, and then call, the same.
+
+    Raises:
+        StarflowError: there is no such model, its files are damaged or of another kind, an adapter does not fit it, the
+            backend does not know an option, the flow cannot be split over the group, or its processes do not agree.
+    """
+    if backend not in BACKENDS:
+        raise StarflowError(f"unknown backend {backend!r}; it must be {' or '.join(BACKENDS)}")
+    if backend == "torch":
+        if low_memory:
+            raise StarflowError("the torch backend has no low-memory mode: leave it out, or use --backend mlx")
+        if adapters:
+            raise StarflowError("the torch backend does not know adapters: fuse them first, or use --backend mlx")
+        if group is not None:
+            raise StarflowError("the torch backend cannot split a flow over processes: use --backend mlx")
+        from mlx_starflow.reference.loading import parse_device
+
+        # Before the next import: the reference says what to install where there is no PyTorch.
+        torch_device = parse_device(device)
+        from mlx_starflow.pipelines.torch_backend import TorchBackend
+
+        model = ModelDirectory.find(name)
+        in_torch = ImagePipeline(str(name), model, TorchBackend(model, device=torch_device, dtype=dtype))
+        _ = in_torch.flow, in_torch.text_encoder, in_torch.vae
+        return in_torch
+    if device is not None:
+        raise StarflowError(f"device {device} is a choice of the torch backend: leave it out, or add --backend torch")
+    if group is not None:
+        tensor_parallel.check_same(name, dtype, group)
+    dtype, model = parse_dtype(dtype), ModelDirectory.find(name)
+    networks = MLXBackend(model, dtype=dtype, adapters=adapters, group=group)
+    config = model.flow.config
+    if isinstance(config, TarFlowConfig):
+        labelled = ClassPipeline(str(name), model, networks)
+        with tensor_parallel.together(group):
+            _ = labelled.flow
+        return cast(ImagePipeline, labelled)
+    pipe = (VideoPipeline if config.vid_size else ImagePipeline)(str(name), model, networks)
+    if low_memory is None:
+        needed = plan(model.path, size=pipe.settings.size, dtype=dtype)
+        low_memory = (needed if group is None else needed.split(group.size())).peak() > available()
+    networks.low_memory = low_memory
+    with tensor_parallel.together(group):
+        if not low_memory:
+            _ = pipe.flow, pipe.text_encoder, pipe.vae
+    return cast(ImagePipeline, pipe)
+
+
+def open_model(
+    name: str | Path = "demo", *, dtype: str | mx.Dtype | None = None
+) -> ImagePipeline | VideoPipeline | ClassPipeline:
+    """`load` of a model of any kind."""
+    return load(name, dtype=dtype)
+
+
+def load_video(
+    name: str | Path,
+    *,
+    dtype: str | mx.Dtype | None = None,
+    low_memory: bool | None = None,
+    adapters: Sequence[tuple[str | Path, float]] = (),
+    group: mx.distributed.Group | None = None,
+) -> VideoPipeline:
+    """`load` of a model that makes videos. Raises StarflowError, also if it makes none."""
+    pipe: object = load(name, dtype=dtype, low_memory=low_memory, adapters=adapters, group=group)
+    if not isinstance(pipe, VideoPipeline):
+        raise StarflowError(f"{name} makes pictures, not videos: mlx-starflow generate --model {name}")
+    return pipe
+
+
+def load_class_labels(name: str | Path, *, dtype: str | mx.Dtype | None = None) -> ClassPipeline:
+    """`load` of a TarFlow, whose prompts are class labels. Raises StarflowError, also if it is none."""
+    pipe = open_model(name, dtype=dtype)
+    if not isinstance(pipe, ClassPipeline):
+        raise StarflowError(f"{name} reads prompts, not class labels: use load")
+    return pipe

@@ -1,0 +1,118 @@
+"""The stages of making videos, generators that feed one another: noise, noisy latent frames, clean ones, images.
+
+Nothing that grows with the video's length is kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import mlx.core as mx
+from PIL import Image
+
+from mlx_starflow.models.autoencoder_wan.network import AutoencoderWan
+from mlx_starflow.models.starflow import FlowConfig
+from mlx_starflow.pipelines.backend import MLXBackend
+from mlx_starflow.pipelines.phases import Phases
+from mlx_starflow.pipelines.video_frames import FrameDecoder
+from mlx_starflow.pipelines.video_requests import VideoRequest
+from mlx_starflow.sampling import SamplingPlan, SamplingTrace, denoise_frames, sample_frames
+
+
+@dataclass(frozen=True)
+class VideoStages:
+    """How the videos of a request are made.
+
+    Attributes:
+        backend, phases: what computes, and what it is charged to.
+        config: of the flow.
+        window: latent frames that the model was trained on.
+        method: how the flow is inverted.
+        frames_at_once: latent frames that go through the flow's shallow blocks together.
+        verify: certify the samples.
+        progress: show a progress bar of tokens; None shows it on a terminal only.
+    """
+
+    backend: MLXBackend
+    phases: Phases
+    config: FlowConfig
+    window: int
+    method: str | SamplingPlan
+    frames_at_once: int
+    verify: bool
+    progress: bool | None
+
+    def latents(self, request: VideoRequest, text: mx.array, null_text: mx.array) -> Iterator[mx.array]:
+        """Clean latents of the frames to be shown, `[B, 1, h, w, C]` each."""
+        settings, stats, given = request.settings, request.stats, request.given
+        hidden = 0 if given is None or given.shown else given.latents.shape[1]
+        total = hidden + request.shape[0]
+        # A video made from another one sees all of it.
+        window = None if total <= self.window or (given and given.kind == "video") else self.window
+        trace = SamplingTrace()
+        sampled: list[mx.array] = []
+        stats.spend("flow", 0.0, None)  # comes first, though the denoiser asks for frames before there are any
+        frames = sample_frames(
+            self.backend.flow,
+            request.scaled_noise(hidden),
+            text,
+            null_text,
+            settings.guidance,
+            self.method,
+            given=request.noisy_given(self.config.noise_std),
+            window=window,
+            context=settings.context,
+            frames_at_once=self.frames_at_once,
+            attn_temp=settings.attn_temp,
+            progress=self.progress,
+            trace=trace,
+        )
+        noisy = _kept(self.phases.each(stats, "flow", frames), sampled if self.verify else None)
+        clean = noisy
+        if settings.denoise:
+            denoised = denoise_frames(self.backend.flow, noisy, text, total, window)
+            clean = self.phases.each(stats, "denoise", denoised)
+        done = 0
+        for part in clean:
+            for index in range(part.shape[1]):
+                if done >= hidden:
+                    yield part[:, index : index + 1]
+                done += 1
+        for _ in noisy:  # it counts its evaluations at the very end
+            pass
+        made = request.shape[0] - (1 if given is not None and given.shown else 0)
+        tokens = len(request.prompts) * made * math.prod(request.shape[1:-1]) // self.config.patch_size**2
+        stats.count(trace.evaluations, sum(block.num_layers > 0 for block in self.config.blocks) * tokens)
+        if self.verify:
+            self._certify(request, mx.concatenate(sampled, axis=1), text, null_text)
+
+    def _certify(self, request: VideoRequest, x: mx.array, text: mx.array, null_text: mx.array) -> None:
+        z = mx.array(request.scaled_noise(0)[:, 0 : request.shape[0]])
+        with self.phases.run(request.stats, "verify"):
+            for index in range(len(request.prompts)):
+                one = slice(index, index + 1)
+                certificate = self.backend.certify(x[one], z[one], text[one], null_text, request.settings)
+                request.stats.certificates.append(certificate)
+
+    def images(self, request: VideoRequest, latents: Iterator[mx.array]) -> Iterator[list[list[Image.Image]]]:
+        """Clean latents -> for each latent frame the frames of each video."""
+        vae = self.backend.vae
+        assert isinstance(vae, AutoencoderWan)
+        decoder = FrameDecoder(vae)
+        if request.given is not None and request.given.past is not None:
+            with self.phases.run(request.stats, "decode"):
+                decoder.skip(mx.repeat(request.given.past, len(request.prompts), axis=0))
+        for part in latents:
+            for index in range(part.shape[1]):
+                with self.phases.run(request.stats, "decode"):
+                    frames = decoder.push(part[:, index : index + 1])
+                yield frames
+
+
+def _kept(frames: Iterator[mx.array], into: list[mx.array] | None) -> Iterator[mx.array]:
+    for part in frames:
+        if into is not None:
+            into.append(part)
+        yield part

@@ -1,0 +1,218 @@
+"""Making a latent cache of a source of captioned images."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from tqdm import tqdm
+
+from mlx_starflow.errors import StarflowError
+from mlx_starflow.media.buckets import RATIOS, bucket_size
+from mlx_starflow.media.sources import Skip, open_source, skip_report
+from mlx_starflow.planning.memory import metal_limits
+from mlx_starflow.training.data.cache.encode import Changed, ImageStage, Items, TextStage
+from mlx_starflow.training.data.cache.files import INDEX, SKIPPED, CacheWriter, Progress
+from mlx_starflow.training.data.cache.model import CacheModel
+from mlx_starflow.training.data.cache.numbers import DTYPES
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheSettings:
+    """How a cache is made.
+
+    Attributes:
+        size: side in pixels of the images, which are square, or of the square that has the buckets' area; None: the
+            model's.
+        buckets: nine aspect ratios instead of squares; None: if the model's prompts name them.
+        views: how many of each image: its middle, then random parts.
+        flip: mirror every second view.
+        dtype: of the numbers on disk: float16, bfloat16 or float32.
+        batch_size: images that go through the autoencoder at once.
+        split: takes the images whose metadata has this `split`; "train" if it has none.
+        caption_column: field of the metadata that holds the caption.
+        seed: of the random views.
+    """
+
+    size: int | None = None
+    buckets: bool | None = None
+    views: int = 1
+    flip: bool = False
+    dtype: str = "float16"
+    batch_size: int = 8
+    split: str = "train"
+    caption_column: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("views", "batch_size"):
+            if getattr(self, name) < 1:
+                raise StarflowError(f"{name} must be 1 or more, not {getattr(self, name)}")
+        if self.dtype not in DTYPES:
+            raise StarflowError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        if self.flip and self.views < 2:
+            raise StarflowError("flip mirrors every second view: it needs 2 views or more")
+        if self.seed < 0:
+            raise StarflowError(f"the seed must be 0 or more, not {self.seed}")
+
+    def shapes(self, model: CacheModel) -> dict[str, tuple[int, int]]:
+        """(width, height) in pixels of the buckets, by their ratio. Raises StarflowError if the size does not fit."""
+        size = model.side if self.size is None else self.size
+        if size < model.step or size % model.step:
+            raise StarflowError(f"a size of {size} does not fit: this model wants multiples of {model.step} pixels")
+        ratios = RATIOS if self._buckets(model) else RATIOS[:1]
+        return {ratio: bucket_size(ratio, size, model.step) for ratio in ratios}
+
+    def resolve(self, model: CacheModel) -> dict[str, Any]:
+        """All that a cache depends on besides its data."""
+        return {
+            **asdict(self),
+            "size": model.side if self.size is None else self.size,
+            "buckets": self._buckets(model),
+            "model": model.identity(),
+        }
+
+    def _buckets(self, model: CacheModel) -> bool:
+        return bool(model.config.mix_aspect) if self.buckets is None else self.buckets
+
+
+@dataclass(frozen=True)
+class CacheSummary:
+    """What a finished cache holds.
+
+    Attributes:
+        images, texts: how many; texts are distinct captions, the empty one included.
+        enlarged: images that were smaller than they are encoded.
+        cut: texts that were longer than the model reads.
+        bytes: on disk.
+        skipped: a line about images that could not be used, "" if all could.
+        finished_before: there was nothing left to do.
+    """
+
+    folder: Path
+    images: int
+    texts: int
+    enlarged: int
+    cut: int
+    bytes: int
+    skipped: str
+    finished_before: bool
+
+
+def build_cache(
+    data: str | Path,
+    out: str | Path,
+    model: str | Path = "demo",
+    settings: CacheSettings | None = None,
+    *,
+    resume: bool = True,
+    progress: bool | None = None,
+) -> CacheSummary:
+    """Encode all images of a source and their captions into a folder that `LatentCache` opens.
+
+    One network is in memory at a time. A run that was interrupted, in whatever way, goes on where it stopped when it is
+    called with the same arguments, and ends with the same bytes. A finished cache is left as it is.
+
+    Args:
+        data: see `open_source`.
+        out: the folder; new, empty, or a cache with the same settings.
+        model: whose autoencoder and text encoder encode: "demo", a model directory, or a Hub repository.
+        settings: see there.
+        resume: False: throw away what is in `out`, if it is a cache.
+        progress: show progress bars; None: on a terminal.
+
+    Raises:
+        StarflowError: data or model cannot be used, no image can, `out` cannot be written or holds something else, or
+            the data has changed since the cache was begun.
+    """
+    network, settings = CacheModel(model), settings or CacheSettings()
+    shapes = settings.shapes(network)
+    source = open_source(data, settings.caption_column)
+    hide = None if progress is None else not progress
+    with CacheWriter(Path(out), settings.resolve(network), resume=resume) as writer, metal_limits():
+        done = Progress(writer.finished["items"], writer.finished["source"]) if writer.finished else writer.progress
+        try:
+            items = Items(source, done.items, done.source)
+            if (writer.finished or done.pictures_done) and next(items, None) is not None:
+                raise Changed
+        except Changed:
+            raise StarflowError(
+                f"{data} is not what it was when {out} was begun: give another folder, or --no-resume to make it again"
+            ) from None
+        if writer.finished:
+            return _summary(writer, finished_before=True)
+        if not writer.progress.pictures_done:
+            ImageStage(writer.settings, shapes).run(items, source.total, network, writer, hide)
+            mx.clear_cache()
+        rows = [json.loads(line) for line in writer.read(INDEX).splitlines()]
+        if not rows:
+            writer.forget()
+            raise StarflowError(
+                f"{data} has no usable picture: " + (_skipped(writer) or f"none is of the split {settings.split}")
+            )
+        texts = _texts(rows, bool(network.config.mix_aspect))
+        TextStage(texts, writer.settings).run(network, writer, hide)
+        with tqdm(desc="checksums", unit="file", disable=hide) as bar:
+            writer.finish(_facts(rows, len(texts), shapes, network, writer), lambda name: bar.update())
+        return _summary(writer, finished_before=False)
+
+
+def _texts(rows: Sequence[Mapping[str, Any]], name_ratio: bool) -> list[tuple[str, str | None]]:
+    """Every text to be encoded, once: the empty caption, which takes the place of dropped ones, before all others."""
+    texts: dict[tuple[str, str | None], None] = {}
+    for empty in (True, False):
+        for row in rows:
+            for caption in [""] if empty else row["captions"]:
+                texts[caption, row["bucket"] if name_ratio else None] = None
+    return list(texts)
+
+
+def _facts(
+    rows: Sequence[Mapping[str, Any]],
+    texts: int,
+    shapes: Mapping[str, tuple[int, int]],
+    model: CacheModel,
+    writer: CacheWriter,
+) -> dict[str, Any]:
+    """What the manifest says besides settings and files."""
+    downscale, channels = model.vae_config.downscale, model.vae_config.latent_channels
+    counts = Counter(row["bucket"] for row in rows)
+    return {
+        "items": writer.progress.items,
+        "source": writer.progress.source,
+        "pictures": len(rows),
+        "texts": texts,
+        "enlarged": sum(any(a < b for a, b in zip(row["size"], shapes[row["bucket"]], strict=True)) for row in rows),
+        "cut": writer.progress.cut,
+        "buckets": {
+            ratio: {"latents": [height // downscale, width // downscale, channels], "pictures": counts[ratio]}
+            for ratio, (width, height) in shapes.items()
+            if counts[ratio]
+        },
+        "text_width": model.config.txt_dim,
+        "scale": model.scale(),
+    }
+
+
+def _summary(writer: CacheWriter, *, finished_before: bool) -> CacheSummary:
+    manifest = writer.finished or {}
+    return CacheSummary(
+        writer.folder,
+        images=manifest["pictures"],
+        texts=manifest["texts"],
+        enlarged=manifest["enlarged"],
+        cut=manifest["cut"],
+        bytes=sum(file["bytes"] for file in manifest["files"].values()),
+        skipped=_skipped(writer),
+        finished_before=finished_before,
+    )
+
+
+def _skipped(writer: CacheWriter) -> str:
+    skips = [Skip(*line.split("\t")) for line in writer.read(SKIPPED).decode().splitlines()]
+    return skip_report(skips, writer.folder / SKIPPED) if skips else ""

@@ -1,0 +1,256 @@
+"""The files of a latent cache: appended to while it is made, committed step by step, checksummed at the end.
+
+`unfinished.json` says how much of each file counts while the cache is being made; what a crash left beyond that is cut
+off when it goes on. `cache.json`, with size and checksum of every file, takes its place when the cache is finished.
+Both are replaced as a whole, and after what they speak of has reached the disk.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from mlx_starflow.errors import StarflowError, one_line
+from mlx_starflow.media.files import read_json, replacing
+
+FORMAT = 1
+MANIFEST, STATE = "cache.json", "unfinished.json"
+INDEX, SKIPPED, TEXT_INDEX, TEXT = "index.jsonl", "skipped.txt", "text.jsonl", "text.bin"
+REQUIRED = {"settings", "files", "buckets", "scale", "text_width"}
+"""What readers take from a manifest."""
+
+ADVICE = "; mend that and run the same command again: it goes on"
+
+_DATA_FILE = re.compile(r"index\.jsonl|skipped\.txt|text\.jsonl|text\.bin|latents-\d+x\d+\.bin")
+
+
+def latents_file(ratio: str) -> str:
+    """The file of a bucket's latents."""
+    return f"latents-{ratio.replace(':', 'x')}.bin"
+
+
+def is_cache(folder: Path) -> bool:
+    """Whether a folder holds a finished cache."""
+    return (folder / MANIFEST).is_file()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """`cache.json` of a finished cache. Raises StarflowError if the folder is not one."""
+    if not is_cache(folder):
+        if (folder / STATE).is_file():
+            raise StarflowError(f"{folder} is not finished: run the command that makes it again, and it goes on")
+        raise StarflowError(f"{folder} is not a latent cache: make one with mlx-starflow cache DATA -o {folder}")
+    manifest = read_json(folder / MANIFEST)
+    if manifest.get("format") != FORMAT or not manifest.keys() >= REQUIRED:
+        raise StarflowError(f"{folder} is a cache of another version, or damaged: make it again with --no-resume")
+    return manifest
+
+
+def damaged_files(folder: Path, manifest: Mapping[str, Any], *, contents: Callable[[str], bool]) -> list[str]:
+    """Files whose size or, where `contents(name)` asks for it, checksum is not the manifest's."""
+    found = []
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        try:
+            intact = path.stat().st_size == expected["bytes"]
+            if intact and contents(name):
+                intact = _checksum(path) == expected["sha256"]
+        except OSError:
+            intact = False
+        if not intact:
+            found.append(name)
+    return found
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a cache is.
+
+    Attributes:
+        items: samples and skips of the source that are done.
+        source: checksum of their keys and captions.
+        pictures_done: whether that is all of them.
+        texts: captions that are done.
+        cut: how many of these were longer than the model reads.
+    """
+
+    items: int = 0
+    source: str | None = None
+    pictures_done: bool = False
+    texts: int = 0
+    cut: int = 0
+
+
+class CacheWriter:
+    """Makes a cache, or goes on with one.
+
+    Args:
+        folder: of the cache; made if need be.
+        settings: what it is made with. An unfinished or finished cache in the folder must have the same.
+        resume: False: what is in the folder is thrown away.
+
+    Attributes:
+        progress: what the last `commit` said.
+        finished: the manifest, if the cache is finished.
+
+    Raises:
+        StarflowError: another process writes there, the folder holds something else, or it cannot be written to; also
+            from every method.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], *, resume: bool = True):
+        self.folder, self.settings = folder, json.loads(json.dumps(settings))
+        self.progress = Progress()
+        self.finished: dict[str, Any] | None = None
+        self._files: dict[str, BinaryIO] = {}
+        self._lock = -1
+        with self._writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(folder, os.O_RDONLY)
+        try:
+            self._begin(resume)
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(self, resume: bool) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StarflowError(f"another process is writing {self.folder}: wait for it, or end it") from None
+        except OSError:
+            pass  # some network file systems have no locks
+        manifest, state = self.folder / MANIFEST, self.folder / STATE
+        found = next((read_json(path) for path in (manifest, state) if path.exists()), None)
+        ours = found is not None and {"format", "settings"} <= found.keys()
+        if not ours and (other := [path.name for path in self.folder.iterdir() if not path.name.startswith(".")]):
+            raise StarflowError(f"{self.folder} holds other files ({min(other)}); give a new or an empty folder")
+        if found is None or not resume or not found.get("progress", True):
+            self.forget()
+            with self._writing(manifest):
+                manifest.unlink(missing_ok=True)
+            found = read_json(state)
+        self._compare(found)
+        if manifest.exists():
+            self.finished = found
+            state.unlink(missing_ok=True)
+            return
+        self.progress = Progress(**found["progress"])
+        for path in self._data_files():
+            self._cut(path, found["bytes"].pop(path.name, 0))
+        if found["bytes"]:
+            raise StarflowError(f"{self.folder} lacks {min(found['bytes'])}; start again with --no-resume")
+
+    def _compare(self, found: Mapping[str, Any]) -> None:
+        if found.get("format") != FORMAT:
+            raise StarflowError(f"{self.folder} is a cache of another version: make it again with --no-resume")
+        was = found["settings"]
+        changes = [
+            f"another {key}" if isinstance(now, dict) else f"{key} {was.get(key)} -> {now}"
+            for key, now in self.settings.items()
+            if was.get(key) != now
+        ]
+        if changes:
+            raise StarflowError(
+                f"{self.folder} holds a cache made with other settings ({', '.join(changes)}): "
+                "give another folder, or --no-resume to make it again"
+            )
+
+    def _cut(self, path: Path, size: int) -> None:
+        with self._writing(path):
+            if path.stat().st_size < size:
+                raise StarflowError(f"{path} is shorter than it was: start again with --no-resume")
+            if size:
+                os.truncate(path, size)
+            else:
+                path.unlink()
+
+    def read(self, name: str) -> bytes:
+        """What has been written to a file so far."""
+        path = self.folder / name
+        return path.read_bytes() if path.exists() else b""
+
+    def append(self, name: str, data: bytes) -> None:
+        """Write to the end of a file. It counts when it is committed."""
+        with self._writing(self.folder / name):
+            if name not in self._files:
+                # Unbuffered: what does not fit on the disk must fail here and not when the file is closed.
+                self._files[name] = open(self.folder / name, "ab", buffering=0)  # noqa: SIM115
+            rest = memoryview(data)
+            while rest:
+                rest = rest[self._files[name].write(rest) :]
+
+    def commit(self, progress: Progress) -> None:
+        """From here on what was appended counts, and `progress` is where to go on."""
+        for name, file in self._files.items():
+            with self._writing(self.folder / name):
+                os.fsync(file.fileno())
+        self._save_state(progress, {path.name: path.stat().st_size for path in self._data_files()})
+
+    def forget(self) -> None:
+        """Start from the beginning the next time. Until then the files stay, for a user to look at."""
+        self._save_state(Progress(), {})
+
+    def _save_state(self, progress: Progress, sizes: dict[str, int]) -> None:
+        done = {} if progress == Progress() else asdict(progress)
+        state = {"format": FORMAT, "settings": self.settings, "progress": done, "bytes": sizes}
+        self._replace(self.folder / STATE, state)
+        self.progress = progress
+
+    def _data_files(self) -> list[Path]:
+        return sorted(path for path in self.folder.iterdir() if _DATA_FILE.fullmatch(path.name))
+
+    def finish(self, facts: Mapping[str, Any], progress: Callable[[str], None] = lambda name: None) -> None:
+        """Checksum what was committed and write the manifest: `facts`, the settings and the files."""
+        files = {}
+        for path in self._data_files():
+            with self._writing(path):
+                files[path.name] = {"bytes": path.stat().st_size, "sha256": _checksum(path)}
+            progress(path.name)
+        manifest = {"format": FORMAT, **facts, "settings": self.settings, "files": files}
+        self._replace(self.folder / MANIFEST, manifest)
+        (self.folder / STATE).unlink(missing_ok=True)
+        self.finished = manifest
+
+    def close(self) -> None:
+        """Let go of the files. What was not committed is cut off the next time."""
+        for file in self._files.values():
+            file.close()
+        self._files = {}
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def __enter__(self) -> CacheWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _replace(self, path: Path, content: Mapping[str, Any]) -> None:
+        failure = f"cannot write {path}"
+        with replacing(path, failure=failure, advice=ADVICE, overwrites_partial=True, sync=True) as temporary:
+            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+    @contextmanager
+    def _writing(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StarflowError(f"cannot write {path}: {one_line(error)}{ADVICE}") from None
+
+
+def _checksum(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,78 @@
+"""Images with class labels, for training a TarFlow on pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mlx_starflow.media.image_folder import ImageFolder
+from mlx_starflow.media.pixels import scale_pixels
+from mlx_starflow.training.config import TrainingConfig
+from mlx_starflow.training.data.batches import IndexedData, Order
+
+
+class LabelledImages(IndexedData):
+    """Batches of images for `Trainer` and a TarFlow, with the share `caption_dropout` of labels dropped.
+
+    Args:
+        images: `[N, S, S, 3]`, uint8.
+        names: of each image's class; images of the same name are of one class.
+        classes: all names, in the order of their labels; by default those that occur, sorted. With a single one there
+            are no labels.
+        flip: half of the images, at random, are mirrored.
+
+    Attributes:
+        classes: names of the classes.
+        labels: of the images, `[N]`.
+    """
+
+    def __init__(
+        self, images: np.ndarray, names: Sequence[str], *, classes: Sequence[str] | None = None, flip: bool = False
+    ):
+        self.images, self.flip = images, flip
+        self.classes = list(classes) if classes is not None else sorted(set(names))
+        number = {name: label for label, name in enumerate(self.classes)}
+        self.labels = np.array([number[name] for name in names], np.int32)
+        self.order = Order(len(images))
+
+    @classmethod
+    def read(cls, data: str | Path, *, size: int, flip: bool = False) -> LabelledImages:
+        """Images of a source, see `open_source`, at `size` x `size`; what stands as their caption is their class.
+
+        Raises:
+            StarflowError: the data cannot be used.
+        """
+        return cls.of(ImageFolder.read(data, size=size, splits=("train",)), flip=flip)
+
+    @classmethod
+    def of(cls, folder: ImageFolder, *, flip: bool = False) -> LabelledImages:
+        """Images that have been read; the first caption of each is the name of its class."""
+        return cls(folder.images, [captions[0] for captions in folder.captions], flip=flip)
+
+    def split(self, every: int) -> tuple[LabelledImages, LabelledImages]:
+        """(The others, each `every`-th image): to train on, and to validate with."""
+        held = np.arange(len(self.images)) % every == every - 1
+
+        def part(chosen: np.ndarray, flip: bool) -> LabelledImages:
+            names = [self.classes[label] for label in self.labels[chosen]]
+            return LabelledImages(self.images[chosen], names, classes=self.classes, flip=flip)
+
+        return part(~held, self.flip), part(held, False)
+
+    def arrays(
+        self, chosen: np.ndarray, rng: np.random.Generator, config: TrainingConfig, progress: float
+    ) -> dict[str, np.ndarray]:
+        """`latents`, which are pixels in -1..1, `noise`, and `text`, their labels, if there are classes."""
+        images = self.images[chosen]
+        if self.flip:
+            images = np.where(rng.random(len(chosen))[:, None, None, None] < 0.5, images[:, :, ::-1], images)
+        arrays = {
+            "latents": scale_pixels(images),
+            "noise": rng.standard_normal(images.shape, dtype=np.float32),
+        }
+        if len(self.classes) > 1:
+            dropped = rng.random(len(chosen)) < config.caption_dropout
+            arrays["text"] = np.where(dropped, -1, self.labels[chosen]).astype(np.int32)
+        return arrays

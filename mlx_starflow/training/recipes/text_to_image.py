@@ -1,0 +1,181 @@
+"""From captioned images to a text-to-image model: autoencoder, tokenizer, flow and text encoder."""
+
+from __future__ import annotations
+
+import base64
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from PIL import Image
+
+from mlx_starflow.errors import StarflowError
+from mlx_starflow.media.image_folder import ImageFolder
+from mlx_starflow.media.sources import write_skips
+from mlx_starflow.model_dir.saving import save_model
+from mlx_starflow.model_dir.weights import parameters
+from mlx_starflow.models.autoencoder_kl import AutoencoderKL
+from mlx_starflow.models.starflow import STARFlow
+from mlx_starflow.models.t5 import T5Encoder
+from mlx_starflow.models.tokenizer import Tokenizer
+from mlx_starflow.training.loop import distributed
+from mlx_starflow.training.loop.trainer import Trainer
+from mlx_starflow.training.loop.weights import assign
+from mlx_starflow.training.recipes.autoencoder import encode_views, train_autoencoder
+from mlx_starflow.training.recipes.presets import Preset
+from mlx_starflow.training.recipes.samples import decode_latents, draw_latents
+from mlx_starflow.training.recipes.text import CaptionedLatents, TextFlow, initialize_text_encoder, train_tokenizer
+
+
+def train_model(
+    data: str | Path,
+    out: str | Path,
+    preset: Preset,
+    *,
+    resume: bool = True,
+    report: Callable[[str], None] = lambda line: None,
+) -> Path:
+    """Train a text-to-image model and write it as a model directory that `mlx_starflow.load` reads.
+
+    Args:
+        data: captioned images, see `open_source`. Metadata may give further `captions` and a `split`: "train" (the
+            default), "autoencoder" (the flow does not see it), "validation" (nothing is trained on it) or anything
+            else (not used). Images that cannot be used are listed in `out/training/skipped.txt`.
+        out: the model directory; checkpoints and logs are in `out/training`.
+        preset: sizes and lengths; see `PRESETS`.
+        resume: go on where an earlier run into `out` stopped; else start again.
+        report: is told, in a line, what goes on.
+
+    With `mlx.launch` all processes do this together, and rank 0 alone writes and reports.
+
+    Raises:
+        StarflowError: the data cannot be used, a training diverges, or `out` holds the training of another model.
+    """
+    out = Path(out)
+    work = out / "training"
+    group = distributed.world()
+    first = group.rank() == 0
+    say = report if first else lambda line: None
+    # Twice the size, so that views are made smaller and not larger.
+    images = ImageFolder.read(data, size=2 * preset.size, splits=("train", "autoencoder", "validation"))
+    captioned, held_out = images.only("train"), images.only("validation")
+    if not held_out and (preset.flow_training.validate_every or preset.flow_training.patience):
+        raise StarflowError(
+            f'{data} has nothing to validate on: give some lines of its metadata "split": "validation", '
+            "or leave --validate-every and --patience out"
+        )
+    if first:
+        write_skips(work / "skipped.txt", images.skipped)
+    images = images.only("train", "autoencoder")
+    with distributed.peers("train", group):
+        tokenizer, spiece = _tokenizer(captioned, work, preset.vocab_size, resume, group)
+    say(f"{len(captioned)} pictures for the flow, {len(images)} for the autoencoder; {tokenizer.vocab_size} tokens")
+
+    length = preset.flow["txt_size"]
+    captions = [text for texts in captioned.captions for text in texts]
+    if cut := sum(tokenizer.batch(captions, length)[2]):
+        say(f"{cut} of {len(captions)} captions are cut: they are longer than {length} tokens (--text-length)")
+    autoencoder = train_autoencoder(
+        images.images, preset.autoencoder_config(), preset.autoencoder_training, work / "autoencoder", resume=resume
+    )
+    rng = np.random.default_rng(preset.flow_training.seed)
+    latents = encode_views(autoencoder, captioned.images, preset.views, rng)
+    mean, std = latents.mean(axis=(0, 1, 2, 3), dtype=np.float64), latents.std(axis=(0, 1, 2, 3), dtype=np.float64)
+    std = np.maximum(std, 1e-6)  # a channel may be dead
+    autoencoder.config = replace(autoencoder.config, latents_mean=tuple(mean.tolist()), latents_std=tuple(std.tolist()))
+    say("autoencoder done; latents have std " + ", ".join(f"{value:.2f}" for value in std))
+
+    mx.random.seed(preset.flow_training.seed)
+    flow_config = preset.flow_config()
+    model = TextFlow(STARFlow(flow_config), T5Encoder(preset.text_config(tokenizer.vocab_size)))
+    initialize_text_encoder(model.text_encoder)
+
+    def samples(latents: np.ndarray, captions: list[list[str]]) -> CaptionedLatents:
+        tokens = (flow_config.img_size // flow_config.patch_size) ** 2
+        normalized = ((latents - mean) / std).astype(np.float32)
+        return CaptionedLatents(normalized, captions, tokenizer, text_length=length, tokens=tokens)
+
+    validation = None
+    if held_out:
+        views = encode_views(autoencoder, held_out.images, 1, np.random.default_rng(preset.flow_training.seed))
+        validation = samples(views, held_out.captions)
+    watched = held_out if held_out else captioned
+    trainer = Trainer(
+        model,
+        samples(latents, captioned.captions),
+        preset.flow_training,
+        work / "flow",
+        loss=partial(TextFlow.loss, gradient_checkpointing=preset.flow_training.checkpoint_layers),
+        nll=TextFlow.nll,
+        validation=validation,
+        samples=partial(
+            draw_samples,
+            autoencoder=autoencoder,
+            tokenizer=tokenizer,
+            captions=[texts[0] for texts in watched.captions[:8]],
+        ),
+        name="flow",
+        resume=resume,
+    )
+    assign(model, trainer.run())
+    if first:
+        write_model(out, model, autoencoder, spiece, preset.pipeline)
+    with distributed.peers("train", group):
+        distributed.wait(group)
+    say(f"wrote {out}")
+    return out
+
+
+def _tokenizer(
+    captioned: ImageFolder, work: Path, vocab_size: int, resume: bool, group: mx.distributed.Group
+) -> tuple[Tokenizer, Path]:
+    """The tokenizer, the same in all processes, and where rank 0 keeps it."""
+    spiece = work / "spiece.model"
+    note = None
+    if group.rank() == 0:
+        if not resume:
+            spiece.unlink(missing_ok=True)
+        tokenizer = train_tokenizer([text for texts in captioned.captions for text in texts], spiece, vocab_size)
+        note = base64.b64encode(spiece.read_bytes()).decode()
+    _, note = distributed.from_first({}, note, group)
+    if group.rank():
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "spiece.model"
+            path.write_bytes(base64.b64decode(note))
+            tokenizer = Tokenizer(path)
+    return tokenizer, spiece
+
+
+def draw_samples(
+    model: TextFlow, *, autoencoder: AutoencoderKL, tokenizer: Tokenizer, captions: Sequence[str]
+) -> list[Image.Image]:
+    """An image of each caption."""
+    config = model.flow.config
+    ids, mask, _ = tokenizer.batch(captions, config.txt_size)
+    text = model.text_encoder.encode(mx.array(ids), mx.array(mask))
+    shape = (len(captions), config.img_size, config.img_size, config.channel_size)
+    return decode_latents(autoencoder, draw_latents(model.flow, shape, text))
+
+
+def write_model(
+    out: Path,
+    model: TextFlow,
+    autoencoder: AutoencoderKL,
+    spiece: Path,
+    pipeline: dict[str, Any],
+) -> None:
+    """Write a model directory: the flow, `text_encoder/` with its tokenizer, and `vae/`."""
+    flow_config: dict[str, Any] = {"model_type": "starflow", **model.flow.config.to_dict()}
+    if pipeline:
+        flow_config["pipeline"] = pipeline
+    tokenizer = {"spiece.model": spiece.read_bytes()}
+    encoder = model.text_encoder
+    save_model(out / "text_encoder", parameters(encoder), encoder.config.to_dict(), files=tokenizer)
+    save_model(out / "vae", parameters(autoencoder), autoencoder.config.to_dict())
+    # The flow last: without its config.json the directory is not yet a model.
+    save_model(out, parameters(model.flow), flow_config)

@@ -1,0 +1,65 @@
+"""The golden cases of tests/data, made by the official PyTorch code: a flow with its weights, and arrays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import mlx.core as mx
+import numpy as np
+import yaml
+
+from helpers.golden_files import golden_case
+from helpers.paths import DATA
+from mlx_starflow.convert.pth import read_checkpoint
+from mlx_starflow.models import starflow, tarflow
+
+
+@dataclass
+class Golden:
+    """One case: the flow with its weights, and the arrays, pictures and latents channels last."""
+
+    flow: starflow.STARFlow | tarflow.TarFlow
+    arrays: dict[str, np.ndarray]
+
+    def __getitem__(self, name: str) -> mx.array:
+        return mx.array(self.arrays[name])
+
+    def get(self, name: str) -> mx.array | None:
+        """The array, or None if the case has none of this name."""
+        return self[name] if name in self.arrays else None
+
+    def error(self, actual: mx.array, name: str) -> float:
+        """Largest difference from the array `name`."""
+        expected = self.arrays[name]
+        actual = np.array(actual.astype(mx.float32))
+        assert actual.shape == expected.shape
+        return float(np.abs(actual - expected).max())
+
+    def relative_error(self, actual: mx.array, name: str) -> float:
+        """Largest difference, relative to the largest value of the array `name`."""
+        return self.error(actual, name) / float(np.abs(self.arrays[name]).max())
+
+
+@cache
+def load_golden(case: str, dtype: mx.Dtype = mx.float32) -> Golden:
+    """A case of tests/data with its weights cast to `dtype`. Each is loaded once; do not change its flow."""
+    config = yaml.safe_load((DATA / case / "config.yaml").read_text())
+    checkpoint = read_checkpoint(golden_case(case) / "model.pth")
+    weights = {name: checkpoint.mx(name) for name in checkpoint}
+    flow: starflow.STARFlow | tarflow.TarFlow
+    if case.startswith("tarflow"):
+        flow = tarflow.TarFlow(tarflow.TarFlowConfig.from_official(config))
+        weights = tarflow.sanitize(weights)
+    else:
+        flow = starflow.STARFlow(starflow.FlowConfig.from_official(config))
+        weights = starflow.sanitize(weights)
+    flow.load_weights([(name, value.astype(dtype)) for name, value in weights.items()], strict=True)
+    mx.eval(flow.parameters())
+    arrays = {name: np.array(value) for name, value in mx.load(str(DATA / case / "golden.safetensors")).items()}
+    # The release's latents and pictures are channels first; `output.i` is not.
+    arrays = {
+        name: np.moveaxis(value, -3, -1) if value.ndim > 3 and not ("output" in name or "logdet" in name) else value
+        for name, value in arrays.items()
+    }
+    return Golden(flow, arrays)

@@ -1,0 +1,115 @@
+"""What quantizing costs in exact likelihood."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.commands import message
+from helpers.examples import run_example
+from helpers.images import write_gradients
+from helpers.model_directories import read_data, write_trained_model
+from PIL import Image, ImageDraw
+
+from mlx_starflow import load
+from mlx_starflow.likelihood.quantization_cost import Comparison, measure
+from mlx_starflow.model_dir.files import load_weights
+from mlx_starflow.model_dir.requantize import quantize_model
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return write_gradients(tmp_path_factory.mktemp("data") / "pictures")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, pictures):
+    return write_trained_model(tmp_path_factory.mktemp("trained") / "model", pictures)
+
+
+def size(directory: Path) -> int:
+    return sum(value.nbytes for value in load_weights(directory).values())
+
+
+def test_pictures(model, pictures):
+    """Spread over the folder, as the autoencoder's latents; other splits are left out."""
+    every = read_data(model, pictures)
+    assert every.data.shape == (23, 4, 4, 4)
+    assert "another" not in every.captions
+    few = read_data(model, pictures, 3)
+    np.testing.assert_allclose(few.data, every.data[[0, 11, 22]], atol=1e-5)
+    assert few.captions == [every.captions[index] for index in (0, 11, 22)]
+    assert "2 pictures or more, not 1" in message(read_data, model, pictures, 1)
+
+
+def test_what_it_costs(model, pictures, tmp_path):
+    data = read_data(model, pictures)
+    original = measure(load(model), data, draws=2)
+    assert (original.flow_bytes, original.text_encoder_bytes) == (size(model), size(model / "text_encoder"))
+    costs = {}
+    for how in ("8", "4", "mixed"):
+        out = quantize_model(model, tmp_path / how, how, text_encoder="mxfp8")
+        costs[how] = Comparison(original, measure(load(out), data, draws=2))
+        assert costs[how].quantized.flow_bytes == size(out)
+    lost = {how: cost.change for how, cost in costs.items()}
+    # This flow has hardly learned, so that a change may also be for the better; but not as large.
+    size_of = {how: np.abs(change.blocks).mean() for how, change in lost.items()}
+    assert 0 < size_of["8"] < 0.5 * size_of["4"]
+    assert size_of["mixed"] < size_of["4"]
+    # Paired: the pictures differ much more than the models.
+    assert lost["8"].standard_error < 0.2 * original.nll.standard_error
+
+    report = json.loads(json.dumps(costs["4"].to_dict()))
+    assert report["pictures"] == 23
+    assert report["mib"]["original"]["flow"] == size(model) / 2**20
+    nats = report["nll"]
+    assert list(nats) == ["total", "block 0", "block 1", "block 2", "prior"]
+    assert nats["total"]["change"] == pytest.approx(lost["4"].mean)
+    assert nats["total"]["standard_error"] == pytest.approx(lost["4"].standard_error)
+    parts = [values["change"] for name, values in nats.items() if name != "total"]
+    assert sum(parts) == pytest.approx(nats["total"]["change"], abs=1e-9)
+    table = str(costs["4"]).splitlines()
+    assert len({line.find("+-") for line in table if "+-" in line}) == 1
+    assert f"{lost['4'].mean:+.5f} +- {lost['4'].standard_error:.5f}" in table[3]
+
+
+def test_nothing_changes_nothing(model, pictures):
+    data = read_data(model, pictures, 4)
+    change = Comparison(*(measure(load(model), data, draws=1) for _ in range(2))).change
+    assert change.mean == change.standard_error == 0
+    assert not math.isnan(measure(load(model), data, draws=1, seed=1).nll.mean)
+
+
+def test_the_example(model, pictures):
+    words = [model, pictures, "--limit", 3, "--draws", 1, "--only", 4, "mixed"]
+    lines = run_example("reports/quantization.py", *words).splitlines()
+    assert lines[0].startswith("machine: ")
+    assert [line.split()[0] for line in lines[-2:]] == ["4", "mixed"]
+    assert all(line.count("+-") == 1 for line in lines[-2:])
+
+
+def write_drawings(folder: Path) -> Path:
+    lines = []
+    for name, colour in (("red", "#d33"), ("orange", "#f80"), ("blue", "#36c"), ("purple", "#84b")):
+        picture = Image.new("RGB", (64, 64), "white")
+        ImageDraw.Draw(picture).ellipse((6, 6, 58, 58), fill=colour)
+        picture.save(folder / f"{name}.png")
+        lines.append(json.dumps({"file_name": f"{name}.png", "text": f"{name} circle"}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def test_the_embedded_model(tmp_path):
+    """`mixed` loses less than half of what plain 4 bits lose, and is at most 15% larger."""
+    data = read_data("demo", write_drawings(tmp_path))
+    original = measure(load("demo"), data, draws=1)
+    found = {}
+    for how in ("4", "mixed"):
+        found[how] = measure(load(quantize_model("demo", tmp_path / how, how)), data, draws=1)
+    lost = {how: (each.nll - original.nll).mean for how, each in found.items()}
+    assert lost["4"] > 0
+    assert abs(lost["mixed"]) < 0.5 * lost["4"]
+    assert found["4"].flow_bytes < found["mixed"].flow_bytes < 1.15 * found["4"].flow_bytes < original.flow_bytes
