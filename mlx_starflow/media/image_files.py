@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +13,7 @@ from PIL import Image
 from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.media.formats import ANIMATIONS, MOVIES
 from mlx_starflow.media.pixels import UnreadableImage, decode_image, no_remarks
-from mlx_starflow.media.sources import Skip, open_source
+from mlx_starflow.media.sources import Skip, open_source, skip_report
 from mlx_starflow.media.sources.folders import METADATA, SPLITS, Listing, list_images
 from mlx_starflow.media.sources.hub import SAVED
 
@@ -90,6 +91,8 @@ def find_images(paths: Iterable[str | Path], split: str | None = None) -> list[I
 
 def _in_folder(folder: Path, split: str | None) -> Iterator[ImageFile]:
     if images := _uncaptioned(folder):
+        if images.skips:
+            warnings.warn(f"{folder}: {skip_report(images.skips)}", stacklevel=2)
         for name in images.names:
             if split in (None, SPLITS.get(name.partition("/")[0].lower(), "train")):
                 yield ImageFile(str(folder / name), "", partial(images.read, name))
