@@ -15,6 +15,8 @@ import mlx.core as mx
 
 Arrays = Sequence[mx.array]
 
+MLX_VERSION: str = mx.__version__  # type: ignore[attr-defined]  # MLX's stubs leave it out
+
 
 @cache
 def enabled() -> bool:

@@ -32,9 +32,9 @@ def parse_dtype(dtype: str | mx.Dtype | None) -> mx.Dtype | None:
     Raises:
         StarflowError: it is none of these.
     """
-    if dtype is None or dtype in MLX_DTYPES.values():
+    if dtype is None or (isinstance(dtype, mx.Dtype) and dtype in MLX_DTYPES.values()):
         return dtype
-    if dtype not in MLX_DTYPES:
+    if not isinstance(dtype, str) or dtype not in MLX_DTYPES:
         raise StarflowError(f"dtype {dtype!r} is not one of {', '.join(MLX_DTYPES)}")
     return MLX_DTYPES[dtype]
 
