@@ -47,7 +47,7 @@ LICENCES = ("LICENSE", "LICENCE", "NOTICE")
 class FlowKind(NamedTuple):
     """One kind of flow: its network, its config, and what makes the network's tensors of official ones."""
 
-    network: type[STARFlow] | type[TarFlow]
+    network: Callable[[Any], STARFlow | TarFlow]
     config: type[FlowConfig] | type[TarFlowConfig]
     sanitize: Callable[[dict[str, Any]], dict[str, Any]]
 
