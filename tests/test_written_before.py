@@ -14,7 +14,7 @@ from PIL import Image, ImageSequence
 
 from mlx_starflow import load
 from mlx_starflow.model_dir.quantization import quantized_layers
-from mlx_starflow.training.data.latent_cache import LatentCache
+from mlx_starflow.training.data.cache.reading import LatentCache
 
 LEVELS = 2
 """Of 255, by which pixels may differ on another processor."""
