@@ -101,8 +101,8 @@ class NativeNetwork:
 
         Raises Unsuitable for a block with sharded weights, or others than float32 and MLX's affine quantization of it.
         """
-        config, prefix = block.config, condition.prefix
-        if config.head_dim % LANES:
+        config, prefix, loaded = block.config, condition.prefix, library.load()
+        if config.head_dim % LANES or loaded is None:
             raise Unsuitable
         self.batch, self.prefix_length, self.position = batch, 0 if prefix is None else prefix.shape[1], 0
         self.capacity = self.prefix_length + length
@@ -130,11 +130,12 @@ class NativeNetwork:
         self._rope_frequencies = None if rope_frequencies is None else np.array(rope_frequencies, order="C")
         self._scales = np.empty(batch, np.float32)
         self._scales[:] = config.head_dim**-0.5 / np.array(temperature).reshape(-1)
-        self._added = block.added(0, length, condition.offset)
-        if self._added is not None:
-            self._added = np.array(mx.broadcast_to(self._added, (batch, length, config.channels)), order="C")
+        added = block.added(0, length, condition.offset)
+        if added is not None:
+            added = mx.broadcast_to(added, (batch, length, config.channels))
+        self._added = None if added is None else np.array(added, order="C")
         self._complete = block.complete
-        self._library = library.load()
+        self._library = loaded
         if prefix is not None:
             for start, stop in self._parts(self.prefix_length):
                 self._run(_Tokens(), np.array(prefix[:, start:stop], order="C"))
@@ -225,11 +226,13 @@ class NativeNetwork:
         tensors = self._hold(linear.weight, mx.uint32), self._hold(linear.scales), self._hold(linear.biases)
         return _Linear(groups * linear.group_size, outputs, linear.bits, linear.group_size, *tensors, bias)
 
-    def _hold(self, array: mx.array, dtype: mx.Dtype = mx.float32) -> int:
+    def _hold(self, array: mx.array | None, dtype: mx.Dtype = mx.float32) -> int:
         """Where an array's numbers are, and stay while this lives."""
+        if array is None or array.dtype != dtype:
+            raise Unsuitable
         mx.eval(array)
-        view = np.asarray(array) if array.dtype == dtype else None
-        if view is None or not view.flags.c_contiguous:
+        view = np.asarray(array)
+        if not view.flags.c_contiguous:
             raise Unsuitable
         self._held.append(array)
         return _address(view)

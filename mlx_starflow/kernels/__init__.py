@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import cast
 
 import mlx.core as mx
 
@@ -40,4 +41,4 @@ def with_gradient(fused: Callable[..., Arrays], plain: Callable[..., Arrays]) ->
     def _(primals: Arrays, cotangents: Arrays, outputs: Arrays) -> Arrays:
         return tuple(mx.vjp(lambda *inputs: list(plain(*inputs)), list(primals), list(cotangents))[1])
 
-    return function
+    return cast("Callable[..., Arrays]", function)

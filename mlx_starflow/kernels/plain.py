@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, cast
+
 import mlx.core as mx
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 EPSILON = 1e-6
 """Added to the mean square by RMS norms."""
@@ -23,8 +28,7 @@ def rotate(x: mx.array, rope_frequencies: mx.array, half_split: bool = False) ->
         a, b = mx.split(y, 2, axis=-1)
         cos, sin = mx.real(rope_frequencies), mx.imag(rope_frequencies)
         return mx.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-    rotated: mx.array = _rotate_pairs(y, rope_frequencies)
-    return rotated.astype(x.dtype)
+    return _rotated(y, rope_frequencies).astype(x.dtype)
 
 
 @mx.custom_function
@@ -35,4 +39,7 @@ def _rotate_pairs(x: mx.array, rope_frequencies: mx.array) -> mx.array:
 @_rotate_pairs.vjp
 def _(primals: tuple[mx.array, mx.array], cotangent: mx.array, output: mx.array) -> tuple[mx.array, mx.array]:
     # Views have no gradient in MLX. That of a rotation is the rotation back; positions are constants.
-    return _rotate_pairs(cotangent, mx.conjugate(primals[1])), mx.zeros_like(primals[1])
+    return _rotated(cotangent, mx.conjugate(primals[1])), mx.zeros_like(primals[1])
+
+
+_rotated = cast("Callable[[mx.array, mx.array], mx.array]", _rotate_pairs)

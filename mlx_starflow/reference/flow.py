@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -96,11 +97,11 @@ class FlowBlock(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.proj_in.weight.dtype
 
-    def rope_frequencies(self, rope_frequencies: Tensor | None, length: int) -> Tensor | None:
+    def rope_frequencies(self, axial: Tensor | None, length: int) -> Tensor | None:
         """Those of this block's sequence of `length`: the last of the flow's axial ones, or one-dimensional ones."""
         if self.config.hf_style_rope:
             return line_frequencies(self.config.head_dim, length).to(self.proj_in.weight.device)
-        return rope_frequencies[len(rope_frequencies) - length :]
+        return None if axial is None else axial[len(axial) - length :]
 
     def embed_prefix(self, text: Tensor | None) -> Tensor | None:
         """Text `[B, L, D]` -> what stands before the tokens, `[B, L, channels]`; None if the block reads no text."""
@@ -130,7 +131,7 @@ class FlowBlock(nn.Module):
         self,
         h: Tensor,
         rope_frequencies: Tensor | None,
-        caches: list[Cache] | None = None,
+        caches: Sequence[Cache] | None = None,
         temperature: float | Tensor = 1.0,
     ) -> Tensor:
         """The transformer's layers over `[B, n, channels]`, whose positions have these rope frequencies, `[n, D/2]`."""

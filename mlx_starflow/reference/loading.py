@@ -91,8 +91,9 @@ def load_flow(
         flow_config, tensors = _stored(model.flow)
     if isinstance(flow_config, FlowConfig) and flow_config.vid_size:
         raise StarflowError(f"{path} makes videos, which the PyTorch reference does not know: use --backend mlx")
-    network = STARFlow if isinstance(flow_config, FlowConfig) else TarFlow
-    return _fill(network, flow_config, tensors, path, device, dtype)
+    if isinstance(flow_config, FlowConfig):
+        return _fill(STARFlow, flow_config, tensors, path, device, dtype)
+    return _fill(TarFlow, flow_config, tensors, path, device, dtype)
 
 
 def load_text_encoder(

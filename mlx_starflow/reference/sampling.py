@@ -5,10 +5,10 @@ Like the MLX code, and unlike the official release, it caches keys after their r
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ class KVCache:
 
     def update_and_fetch(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Append `[B, heads, n, D]` and return all that is cached, `[B, heads, offset, D]`."""
-        if self.keys is None:
+        if self.keys is None or self.values is None:
             shape = (*keys.shape[:2], self.length, keys.shape[3])
             self.keys, self.values = keys.new_empty(shape), values.new_empty(shape)
         start, self.offset = self.offset, self.offset + keys.shape[2]
@@ -122,9 +122,7 @@ class BlockDecoder:
         self.first = 0 if self.start is not None else 1
         self.prefix_length = 0 if condition.prefix is None else condition.prefix.shape[1]
         positions = self.prefix_length + length
-        self.rope_frequencies = (
-            None if rope_frequencies is None else block.rope_frequencies(rope_frequencies, positions)
-        )
+        self.rope_frequencies = block.rope_frequencies(rope_frequencies, positions)
         self.caches = [self.cache_type(positions) for _ in block.attn_blocks]
         self.evaluations = 0
         if condition.prefix is not None:
@@ -149,7 +147,7 @@ class BlockDecoder:
         inputs = x[:, max(start - 1, 0) : stop - 1]
         if self.copies == 2:
             inputs = torch.cat([inputs, inputs])
-        if start == 0:
+        if start == 0 and self.start is not None:
             inputs = torch.cat([self.start.to(inputs.dtype), inputs], dim=1)
         mu, log_sigma = self.block.affine(self._transform(self.block.embed(inputs, self.known, self.offset)))
         if self.guidance:
@@ -244,7 +242,8 @@ def sample(
         combine = starflow_guidance if starflow else partial(tarflow_guidance, target=guidance_target)
         total = sum(length for block in flow.blocks if not block.is_identity)
         with tqdm(total=total, desc="sampling", unit="tok", disable=progress_off(progress), leave=False) as bar:
-            for block, condition in reversed(list(zip(flow.blocks, conditions.blocks, strict=True))):
+            blocks = cast("Iterable[FlowBlock]", flow.blocks)
+            for block, condition in reversed(list(zip(blocks, conditions.blocks, strict=True))):
                 evaluations = 0
                 if not block.is_identity:
                     weight = Guidance(combine, guidance, annealed_guidance) if condition.guided else None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,7 @@ class STARFlow(nn.Module):
         config = self.config
         height, width = x.shape[1] // config.patch_size, x.shape[2] // config.patch_size
         side, third_axis = config.pt_seq_len, config.txt_size > 0
+        assert side is not None  # the config has set it
         return axial_frequencies(config.head_dim, height, width, side, text_length, third_axis).to(x.device)
 
     def conditions(self, z: Tensor, text: Tensor | None, null_text: Tensor | None, guidance: float) -> Conditions:
@@ -58,7 +60,7 @@ class STARFlow(nn.Module):
                 raise StarflowError("guidance needs text and null_text (the embeddings of an empty prompt)")
             both = torch.cat([text, null_text.expand_as(text)])
         conditions = []
-        for block in self.blocks:
+        for block in cast("Iterable[FlowBlock]", self.blocks):
             guided = guidance > 0 and block.config.txt_dim > 0
             condition = Condition() if block.is_identity else block.condition(both if guided else text, len(z))
             condition.guided = guided
@@ -70,4 +72,6 @@ class STARFlow(nn.Module):
         rope_frequencies = self.rope_frequencies(x, 0 if text is None else text.shape[1])
         parts = run_blocks(self.blocks, self.tokens(x), text, rope_frequencies, context_mask)
         hidden, log_dets = ([self.latents(t, x.shape) for t in part] for part in parts)
-        return FlowOutput(hidden[-1], sum(log_dets), log_dets, hidden, self.config.latent_norm_regularization)
+        return FlowOutput(
+            hidden[-1], sum(log_dets[1:], log_dets[0]), log_dets, hidden, self.config.latent_norm_regularization
+        )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -80,10 +80,13 @@ class T5FeedForward(nn.Module):
         super().__init__()
         self.activation = _ACTIVATIONS[config.feed_forward_proj]
         self.gated = config.feed_forward_proj.startswith("gated-")
-        for name in ("wi_0", "wi_1") if self.gated else ("wi",):
-            self.add_module(name, nn.Linear(config.d_model, config.d_ff, bias=False))
+        if self.gated:
+            self.wi_0 = nn.Linear(config.d_model, config.d_ff, bias=False)
+            self.wi_1 = nn.Linear(config.d_model, config.d_ff, bias=False)
+        else:
+            self.wi = nn.Linear(config.d_model, config.d_ff, bias=False)
         self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
-        for linear in self.children():
+        for linear in cast("Iterable[nn.Linear]", self.children()):
             nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -134,7 +137,8 @@ class T5Stack(nn.Module):
         self.final_layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
 
     def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        mask = self.block[0].layer[0].SelfAttention.position_bias(x.shape[1])
+        first = cast(T5SelfAttentionLayer, cast(T5Block, self.block[0]).layer[0])
+        mask = first.SelfAttention.position_bias(x.shape[1])
         if attention_mask is not None:
             # The lowest finite number, not -inf: a row that is all padding stays finite.
             mask = mask.masked_fill(attention_mask[:, None, None, :] == 0, torch.finfo(torch.bfloat16).min)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 class TarFlowBlock(FlowBlock):
     """A flow block with learned positions and, if there are classes, an embedding of the label."""
+
+    config: TarFlowBlockConfig
 
     def __init__(self, config: TarFlowBlockConfig):
         super().__init__(config)
@@ -60,6 +63,8 @@ class TarFlow(nn.Module):
         var: the prior's variances, `[N, C * p * p]`; learned beside the weights where blocks only shift, else 1.
     """
 
+    var: Tensor
+
     def __init__(self, config: TarFlowConfig):
         super().__init__()
         self.config = config
@@ -100,7 +105,7 @@ class TarFlow(nn.Module):
             null = torch.full_like(text, -1) if null_text is None else null_text.expand_as(text)
             text = torch.cat([text, null])
         self._check_labels(text)
-        conditions = [block.condition(text, len(z)) for block in self.blocks]
+        conditions = [block.condition(text, len(z)) for block in cast("Iterable[TarFlowBlock]", self.blocks)]
         for condition in conditions:
             condition.guided = guided
         return Conditions(None, conditions, "tarflow", temper_null_only=True)
@@ -121,4 +126,4 @@ class TarFlow(nn.Module):
         self._check_labels(text)
         hidden, log_dets = run_blocks(self.blocks, self.tokens(x), text, None)
         log_dets = [self.latents(t) for t in log_dets]
-        return FlowOutput(hidden[-1], sum(log_dets), log_dets, [self.latents(t) for t in hidden])
+        return FlowOutput(hidden[-1], sum(log_dets[1:], log_dets[0]), log_dets, [self.latents(t) for t in hidden])
