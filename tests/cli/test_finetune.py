@@ -122,7 +122,8 @@ def test_resumed_is_uninterrupted(model, cache, tmp_path):
 def test_resuming_with_something_changed(model, cache, tmp_path):
     settings = FinetuneConfig(rank=2, **{**QUICK, "steps": 1, "samples": 0})
     finetune(model, cache, tmp_path / "run", settings)
-    adapter = (tmp_path / "run/adapter/adapters.safetensors").read_bytes()
+    names = ("adapter/adapters.safetensors", "config.yaml")
+    before = [(tmp_path / "run" / name).read_bytes() for name in names]
 
     def refused(base: Path = model, **changes: object) -> str:
         return message(finetune, base, cache, tmp_path / "run", replace(settings, steps=2, **changes))
@@ -136,7 +137,7 @@ def test_resuming_with_something_changed(model, cache, tmp_path):
     name = next(name for name in weights if name.endswith("qkv.weight"))
     save_model(other, {**weights, name: weights[name] + 1}, json.loads((other / "config.json").read_text()))
     assert "(other base model)" in refused(other)
-    assert (tmp_path / "run/adapter/adapters.safetensors").read_bytes() == adapter
+    assert [(tmp_path / "run" / name).read_bytes() for name in names] == before
 
 
 def test_mistakes_come_before_any_work(model, cache, tmp_path):

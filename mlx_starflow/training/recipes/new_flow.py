@@ -279,8 +279,10 @@ class NewFlow:
         if self.group.rank() == 0:
             check_model_output(self.out, self.config["model_type"])
 
-    def run(self, resume: bool = True) -> Path:
+    def run(self, resume: bool = True, begin: Callable[[], None] = lambda: None) -> Path:
         """Train, and write the model directory.
+
+        `begin` is called on rank 0 when all that can be refused has been.
 
         Raises StarflowError if data or config cannot be used, if `out` holds another model, and what `Trainer` raises.
         """
@@ -308,6 +310,8 @@ class NewFlow:
             name="train",
             resume=resume,
         )
+        if first:
+            begin()
         assign(flow, trainer.run())
         if first:
             self._write(flow)
