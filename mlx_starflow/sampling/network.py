@@ -88,6 +88,8 @@ class CompiledNetwork:
         return sum(a.nbytes for cache in self.caches for a in (cache.keys, cache.values) if a is not None)
 
     def __call__(self, tokens: mx.array) -> mx.array:
+        # The step that gave these tokens runs, and writes the caches in place, while Python builds the next one.
+        mx.async_eval(tokens)
         h = self.block.embed(tokens, self.known, self.offset)
         rope_frequencies = self._rope_frequencies(h)
         begin, *between, end = self.pieces
