@@ -15,6 +15,8 @@ import mlx.core as mx
 
 Arrays = Sequence[mx.array]
 
+MLX_VERSION: str = mx.__version__  # type: ignore[attr-defined]  # MLX's stubs leave it out
+
 
 @cache
 def enabled() -> bool:
@@ -41,4 +43,4 @@ def with_gradient(fused: Callable[..., Arrays], plain: Callable[..., Arrays]) ->
     def _(primals: Arrays, cotangents: Arrays, outputs: Arrays) -> Arrays:
         return tuple(mx.vjp(lambda *inputs: list(plain(*inputs)), list(primals), list(cotangents))[1])
 
-    return cast("Callable[..., Arrays]", function)
+    return cast(Callable[..., Arrays], function)

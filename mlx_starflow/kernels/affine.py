@@ -228,12 +228,11 @@ def _fused(
         )
 
     def plain(parameters: mx.array, limit: mx.array, *others: mx.array) -> Arrays:
-        compute = _MAPS[direction].plain
-        if not mode:
-            return compute(*affine_plain(parameters, affine), *others)
-        weight, *others_left = others
-        weight = weight if weight.size == 1 else weight.reshape(parameters.shape[0] // 2, parameters.shape[1], 1)
-        return compute(*affine_plain(parameters, affine, mode, weight, target), *others_left)
+        weight: float | mx.array = 0.0
+        if mode:
+            weight, others = others[0], others[1:]
+            weight = weight if weight.size == 1 else weight.reshape(parameters.shape[0] // 2, parameters.shape[1], 1)
+        return _MAPS[direction].plain(*affine_plain(parameters, affine, mode, weight, target), *others)
 
     return with_gradient(fused, plain)
 
@@ -248,7 +247,7 @@ def _kernel(direction: str, mode: GuidanceMode | None) -> Callable[..., list[mx.
         header=_HEADER,
         source=_SOURCE + (_NULL + _GUIDANCE[mode] if mode else "") + the_map.source,
     )
-    return cast("Callable[..., list[mx.array]]", kernel)
+    return cast(Callable[..., list[mx.array]], kernel)
 
 
 # Metal has no log1p and no expm1. Both correct the rounding of 1 + x (resp. e^x) by the logarithm of what it became

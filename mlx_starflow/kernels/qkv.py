@@ -46,7 +46,7 @@ def split_rotate(
     without a transposition; queries are contiguous, as Metal's attention for up to 8 of them wants.
     """
     if rope_frequencies is not None and enabled():
-        norm = () if query_weight is None or key_weight is None else (query_weight, key_weight)
+        norm = () if query_weight is None else (query_weight, key_weight)
         q, k, v = _fused(num_heads, num_kv_heads, half_split, bool(norm))(qkv, rope_frequencies, *norm)
         return q, k, v
     return split_rotate_plain(
@@ -76,7 +76,8 @@ def split_rotate_plain(
     x = qkv.reshape(batch, length, -1, dim).transpose(0, 2, 1, 3)
     # Queries and keys together: when one token is decoded, time goes by the number of operations.
     qk, v = mx.split(x, [num_heads + num_kv_heads], axis=1)
-    if query_weight is not None and key_weight is not None:
+    if query_weight is not None:
+        assert key_weight is not None
         weights = [
             mx.broadcast_to(query_weight, (num_heads, 1, dim)),
             mx.broadcast_to(key_weight, (num_kv_heads, 1, dim)),
@@ -131,7 +132,7 @@ def _kernel(norm: bool) -> Callable[..., list[mx.array]]:
         header=_HEADER,
         source=_SOURCE.replace("MEAN_SQUARE;", _MEAN_SQUARE * norm).replace("NORMALIZE;", _NORMALIZE * norm),
     )
-    return cast("Callable[..., list[mx.array]]", kernel)
+    return cast(Callable[..., list[mx.array]], kernel)
 
 
 # Not as one expression: the plain norm rounds to T after each of its steps.

@@ -54,13 +54,16 @@ class GroupNorm(nn.GroupNorm):
     def _group_mean(self, tiles: Sequence[mx.array], function: Callable[[mx.array], mx.array]) -> mx.array:
         height = sum(tile.shape[1] for tile in tiles)
         # One axis after the other: a single sum over a large picture loses digits in float32.
-        rows = function(tiles[0]).mean(axis=1)
-        if len(tiles) > 1:
-            rows = rows * (tiles[0].shape[1] / height)
-            mx.eval(rows)
-        for tile in tiles[1:]:
-            rows = rows + function(tile).mean(axis=1) * (tile.shape[1] / height)
-            mx.eval(rows)
+        rows: mx.array | None = None
+        for tile in tiles:
+            part = function(tile).mean(axis=1)
+            if len(tiles) > 1:
+                part = part * (tile.shape[1] / height)
+                rows = part if rows is None else rows + part
+                mx.eval(rows)
+            else:
+                rows = part
+        assert rows is not None, "a picture without tiles"
         B, _, C = rows.shape
         mean = rows.mean(axis=1).reshape(B, self.num_groups, -1).mean(axis=2, keepdims=True)
         return mx.repeat(mean, C // self.num_groups, axis=2).reshape(B, 1, 1, C)

@@ -18,7 +18,7 @@ from mlx_starflow.model_dir.weights import parse_dtype
 from mlx_starflow.models.autoencoder_kl import AutoencoderKLConfig
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
 from mlx_starflow.models.t5 import T5Config, T5Encoder
-from mlx_starflow.planning.footprint.images import convolutions
+from mlx_starflow.planning.footprint import convolutions
 from mlx_starflow.planning.memory import PRECISIONS, MemoryPlan, ModelConfigs, parameter_count, plan
 from mlx_starflow.planning.traffic import cache_bytes, evaluation_bytes, evaluation_weights, tokens_at_once
 from mlx_starflow.sampling.methods import SamplingPlan
@@ -178,8 +178,7 @@ def text_cost(config: T5Config, tokens: int, weights: int, dtype: mx.Dtype) -> C
 def decode_cost(config: AutoencoderKLConfig, height: int, width: int, weights: int) -> Cost:
     """Of the decoder's convolutions and of its attention, for latents of `height` x `width`."""
     operations = sum(
-        2.0 * 9 * inputs * outputs * rows * columns
-        for rows, columns, inputs, outputs, _ in convolutions(config, height, width)
+        2.0 * 9 * each.inputs * each.outputs * each.height * each.width for each in convolutions(config, height, width)
     )
     if config.mid_block_add_attention:
         operations += 4.0 * config.block_out_channels[-1] * (height * width) ** 2
@@ -206,6 +205,8 @@ def estimate(configs: ModelConfigs, chip: Chip, size: tuple[int, int] | None = N
         StarflowError: the size does not fit the model.
     """
     config, vae = configs.flow, configs.vae
+    if not isinstance(vae, AutoencoderKLConfig):
+        raise StarflowError("times are estimated for models of images, and this one makes videos")
     width, height = (side // vae.downscale for side in size or (config.img_size * vae.downscale,) * 2)
     length = (width // config.patch_size) * (height // config.patch_size)
     copies = 2 if configs.guidance > 0 else 1
@@ -258,7 +259,9 @@ def _precisions(
 ) -> Iterator[tuple[str, MemoryPlan, STARFlow, mx.Dtype]]:
     """Name, memory, flow and dtype of what is not quantized, of each precision that the model can have."""
     if configs.directory and configs.directory.flow.quantization:
-        yield "as stored", plan(configs, size=size, dtype="bfloat16"), configs.directory.flow.lazy(), mx.bfloat16
+        stored = configs.directory.flow.lazy()
+        assert isinstance(stored, STARFlow)
+        yield "as stored", plan(configs, size=size, dtype="bfloat16"), stored, mx.bfloat16
     dense = replace(configs, directory=None)
     for precision in PRECISIONS:
         flow = STARFlow(configs.flow)

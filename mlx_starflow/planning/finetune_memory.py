@@ -1,12 +1,13 @@
 """How much memory training a flow takes, computed from its config before anything is loaded, and what that allows.
 
-Every term counts bytes of arrays that exist at once. The constants were fitted to what MLX's CPU backend holds in small
-runs; a test keeps the sum within 25% of measured peaks.
+What is trained, its gradient and the optimizer's numbers are counted exactly; activations as in `footprint`: the arrays
+that layers make, times its margin, an upper estimate.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -14,11 +15,13 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from mlx_starflow.model_dir.quantization import quantized_layers
+from mlx_starflow.models.flow import BlockConfig
 from mlx_starflow.models.starflow import FlowConfig
 from mlx_starflow.models.tarflow import TarFlowConfig
+from mlx_starflow.models.trees import flattened
+from mlx_starflow.planning.footprint import MARGIN, layer
 from mlx_starflow.planning.memory import usable
 
 MACS = (16, 32, 64)
@@ -83,52 +86,55 @@ def training_plan(
         half: networks compute in half precision, with trained weights in float32.
     """
     config: FlowConfig | TarFlowConfig = flow.config
-    stored = sum(array.nbytes for _, array in tree_flatten(flow.parameters()))
-    trained = sum(array.nbytes for _, array in tree_flatten(flow.trainable_parameters()))
+    stored = sum(array.nbytes for _, array in flattened(flow.parameters()))
+    trained = sum(array.nbytes for _, array in flattened(flow.trainable_parameters()))
     tokens = tokens or (config.img_size // config.patch_size) ** 2
-    adapted = [layer for _, layer in flow.named_modules() if "lora_a" in layer]
-    dense = sum(math.prod(layer.lora_a.shape[:1] + layer.lora_b.shape[1:]) for layer in adapted if "m" in layer)
-    # Quantized layers are unpacked for each product, and DoRA computes whole weights.
-    unpacked = [layer.weight.size * 32 // layer.bits for layer in quantized_layers(flow).values()]
     # In half precision, sums and softmax are float32 still.
     item = 3 if half else (min(array.itemsize for array in _floating(flow)) + 4) / 2
-    work = item * batch_size * _activations(config, tokens, checkpoint)
-    work += item * (8.5 * max(unpacked, default=0) + 0.9 * dense)
+    kept, made = _activations(config, tokens, checkpoint)
+    work = item * (batch_size * kept + MARGIN * (batch_size * made + _whole_weights(flow)))
     return TrainingPlan(
         weights=stored * (2 if copy else 1) + (trained // 2 if half else 0),
         gradients=trained,
         optimizer=(moments + average) * trained,
         # The optimizer's new numbers come when activations have gone.
-        activations=int(max(work - trained, 0.8 * (moments + average) * trained)),
+        activations=int(max(work, (moments + average) * trained)),
     )
 
 
+def _whole_weights(flow: nn.Module) -> int:
+    """Numbers of the weights that are computed on the way: quantized layers are unpacked for each product, those of
+    one transformer layer there, there again and back, and DoRA computes whole ones of every layer it changes."""
+    unpacked: Counter[str] = Counter()
+    for path, each in quantized_layers(flow).items():
+        unpacked[".".join(path.split(".")[:4])] += each.weight.size * 32 // each.bits
+    adapted = [each for _, each in flow.named_modules() if "lora_a" in each and "m" in each]
+    dense = sum(math.prod(each.lora_a.shape[:1] + each.lora_b.shape[1:]) for each in adapted)
+    return 3 * max(unpacked.values(), default=0) + dense
+
+
 def _floating(flow: nn.Module) -> list[mx.array]:
-    arrays = [array for _, array in tree_flatten(flow.parameters())]
+    arrays = [array for _, array in flattened(flow.parameters())]
     return [array for array in arrays if mx.issubdtype(array.dtype, mx.floating)]
 
 
-def _activations(config: FlowConfig | TarFlowConfig, tokens: int, checkpoint: bool) -> float:
-    """How many numbers a sample takes.
-
-    With layers computed again, what each layer reads; and in one layer, forwards and backwards, 40 times that, 4 hidden
-    layers of the MLP and 4 x heads x positions^2 (attention's weights are not fused under a gradient). Else for each
-    layer 15 times what it reads, 3.5 hidden layers and 1.5 x heads x positions^2.
-    """
-    kept = work = 0.0
-    latents = isinstance(config, FlowConfig)
-    for block in config.blocks if latents else map(config.block, range(config.blocks)):
+def _activations(config: FlowConfig | TarFlowConfig, tokens: int, checkpoint: bool) -> tuple[int, int]:
+    """Numbers that a sample takes: what is kept for the way back, which is what each layer reads if layers are computed
+    again, and else all that it makes; and what one layer makes there and back."""
+    kept = work = 0
+    if isinstance(config, FlowConfig):
+        blocks: Sequence[BlockConfig] = config.blocks
+        text = config.txt_size
+    else:
+        blocks, text = [config.block(index) for index in range(config.blocks)], 0
+    for block in blocks:
         if not block.num_layers:
             continue
-        positions = tokens + (config.txt_size if latents and block.txt_dim else 0)
-        reads, hidden = positions * block.channels, positions * block.channels * block.expansion
-        logits = block.num_heads * positions**2
-        if checkpoint:
-            kept += block.num_layers * reads
-            work = max(work, 40 * reads + 4 * hidden + 4 * logits)
-        else:
-            kept += block.num_layers * (15 * reads + 3.5 * hidden + 1.5 * logits)
-    return kept + work
+        positions = tokens + (text if block.txt_dim else 0)
+        sizes = positions, block.channels, block.channels * block.expansion, block.num_heads * positions**2
+        kept += block.num_layers * (positions * block.channels if checkpoint else layer(*sizes))
+        work = max(work, layer(*sizes, gradient=True))
+    return kept, work
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """How much memory generating takes, computed from a model's configs, and what Metal is told about it.
 
-Weights are counted exactly; `footprint` has the formulas of the rest. Tests keep the predicted peaks within 15% of what
-MLX's CPU backend holds (it begins operations before those ahead of them have let go of their memory). On Metal, which
-needs no gathered copies for convolutions, the same formulas err on the side of more.
+Weights and caches are counted exactly; `footprint` has the formulas of the rest, upper estimates. Tests hold them
+against what MLX's CPU backend takes; on Metal, whose convolutions gather no copies and whose attention holds no
+weights, they are further above.
 """
 
 from __future__ import annotations
@@ -27,9 +27,7 @@ from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfi
 from mlx_starflow.models.autoencoder_wan import AutoencoderWan, AutoencoderWanConfig
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
 from mlx_starflow.models.t5 import T5Config, T5Encoder
-from mlx_starflow.planning.footprint import autoencoder_wan as wan_footprint
-from mlx_starflow.planning.footprint import images as images_footprint
-from mlx_starflow.planning.footprint import videos as frames_footprint
+from mlx_starflow.planning import footprint
 
 PARTS = {"text encoder": "text_encoder", "flow": "flow", "autoencoder": "vae"}
 """The networks of a model, and what they are called in code."""
@@ -86,6 +84,8 @@ class ModelConfigs:
         """Of a model directory. Raises StarflowError if a `config.json` is missing or not usable."""
         directory = directory if isinstance(directory, ModelDirectory) else ModelDirectory(directory)
         flow = directory.flow.config
+        if not isinstance(flow, FlowConfig):
+            raise StarflowError(f"{directory.path} reads no prompts: memory is planned for models that do")
         guidance = directory.pipeline.get("guidance", flow.cfg)
         return cls(flow, directory.text_encoder.config, directory.vae.config, directory, guidance)
 
@@ -105,10 +105,11 @@ class ModelConfigs:
 
     def networks(self) -> dict[str, nn.Module]:
         """The networks by part, newly made; nothing of them is computed, so they take no memory."""
+        vae = self.vae
         return {
             "text encoder": T5Encoder(self.text_encoder),
             "flow": STARFlow(self.flow),
-            "autoencoder": (AutoencoderKL if isinstance(self.vae, AutoencoderKLConfig) else AutoencoderWan)(self.vae),
+            "autoencoder": AutoencoderKL(vae) if isinstance(vae, AutoencoderKLConfig) else AutoencoderWan(vae),
         }
 
 
@@ -166,7 +167,7 @@ def available() -> int:
     """Bytes that networks on this machine may use: Metal's working set, or most of the memory of a CPU's machine."""
     if mx.metal.is_available():
         info = mx.device_info()
-        return int(info.get("max_recommended_working_set_size") or usable(info["memory_size"]))
+        return int(info.get("max_recommended_working_set_size") or usable(int(info["memory_size"])))
     try:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):
@@ -221,35 +222,37 @@ def plan(
     # Embeddings of the prompts and of no prompt, and of each image's prompt once more.
     held = (batch + 2) * flow.txt_size * flow.txt_dim * item
     others: dict[str, int] = {}
-    text = images_footprint.text(configs.text_encoder, 2 * flow.txt_size, item)
+    text = footprint.text(configs.text_encoder, 2, flow.txt_size, item)
     if flow.video and isinstance(vae, AutoencoderWanConfig):
         trained = vae.latent_frames(flow.video[0])
         window = min(trained, vae.latent_frames(frames or flow.video[0]))
         longer = vae.latent_frames(frames or flow.video[0]) > trained
-        kv_cache, sampling = frames_footprint.sampling(flow, tokens, window, batch, guided, item, longer=longer)
-        kept, cleaning = frames_footprint.cleaning(flow, tokens, window, batch, item)
-        decoding = batch * wan_footprint.decode_video(vae, height // scale, width // scale, item)
+        kv_cache, sampling = footprint.frame_sampling(flow, tokens, window, batch, guided, item, longer=longer)
+        kept, cleaning = footprint.cleaning(flow, tokens, window, batch, item)
+        decoding = batch * footprint.decode_video(vae, height // scale, width // scale, item)
         activations = {
             "text": text,
             "flow": held + sampling + kept,
             "denoise": held + kv_cache + cleaning,
             "decode": held + decoding,
         }
-        layers = wan_footprint.decoder_layers(vae, height // scale, width // scale)
-        state = batch * item * sum(layer.kept * layer.rows * layer.columns * layer.inputs for layer in layers)
+        state = batch * footprint.decoder_state(vae, height // scale, width // scale, item)
         others = {"flow": state, "denoise": state, "decode": kv_cache + kept}
+    elif not isinstance(vae, AutoencoderKLConfig):
+        raise StarflowError("the flow makes images and the autoencoder beside it videos; take another one")
     else:
-        kv_cache, sampling = images_footprint.sampling(flow, tokens, batch, guided, item)
+        kv_cache, sampling = footprint.sampling(flow, tokens, batch, guided, item)
         activations = {
             "text": text,
             "flow": held + sampling,
-            "verify": held + images_footprint.forward(flow, tokens, guided, item),
-            "denoise": held + images_footprint.score(flow, tokens, item),
-            "decode": held + images_footprint.decode(vae, height // scale, width // scale, batch, item),
+            "verify": held + footprint.forward(flow, tokens, guided, item),
+            "denoise": held + footprint.score(flow, tokens, item),
+            "decode": held + footprint.decode(vae, height // scale, width // scale, batch, item),
         }
     for phase, part in PHASES.items():
         if part not in chosen and phase in activations:
-            activations[phase] += _unpacked(configs, part)
+            # The score step needs them there and back.
+            activations[phase] += (2 if phase == "denoise" else 1) * _unpacked(configs, part)
     return MemoryPlan(weights, kv_cache, activations, others)
 
 
@@ -291,7 +294,7 @@ def _stored_bytes(configs: ModelConfigs, part: str, dtype: mx.Dtype) -> int | No
 
 
 def _unpacked(configs: ModelConfigs, part: str) -> int:
-    """What the CPU holds of quantized weights in float32, see `quantization.QuantizedLinear`: a layer and a bit."""
+    """What the CPU holds of quantized weights in float32, see `quantization.QuantizedLinear`: those of a layer."""
     if mx.default_device() != mx.cpu or part == "autoencoder" or _stored_bytes(configs, part, mx.float32) is None:
         return 0
     text = configs.text_encoder
@@ -302,7 +305,7 @@ def _unpacked(configs: ModelConfigs, part: str) -> int:
         ],
         "text encoder": [text.d_model * (4 * text.num_heads * text.d_kv + 3 * text.d_ff)],
     }
-    return int(1.35 * 4 * max(widths[part]))
+    return int(footprint.MARGIN * 4 * max(widths[part]))
 
 
 # ---- Metal

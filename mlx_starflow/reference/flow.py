@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -97,11 +97,11 @@ class FlowBlock(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.proj_in.weight.dtype
 
-    def rope_frequencies(self, axial: Tensor | None, length: int) -> Tensor | None:
+    def rope_frequencies(self, rope_frequencies: Tensor | None, length: int) -> Tensor | None:
         """Those of this block's sequence of `length`: the last of the flow's axial ones, or one-dimensional ones."""
         if self.config.hf_style_rope:
             return line_frequencies(self.config.head_dim, length).to(self.proj_in.weight.device)
-        return None if axial is None else axial[len(axial) - length :]
+        return None if rope_frequencies is None else rope_frequencies[len(rope_frequencies) - length :]
 
     def embed_prefix(self, text: Tensor | None) -> Tensor | None:
         """Text `[B, L, D]` -> what stands before the tokens, `[B, L, channels]`; None if the block reads no text."""
@@ -191,8 +191,15 @@ class FlowBlock(nn.Module):
         return z, -scale
 
 
+class FlowBlocks(nn.ModuleList):
+    """A flow's blocks, data side first."""
+
+    def __iter__(self) -> Iterator[FlowBlock]:
+        return cast(Iterator[FlowBlock], super().__iter__())
+
+
 def run_blocks(
-    blocks: nn.ModuleList,
+    blocks: FlowBlocks,
     tokens: Tensor,
     text: Tensor | None,
     rope_frequencies: Tensor | None,

@@ -5,10 +5,10 @@ Like the MLX code, and unlike the official release, it caches keys after their r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -122,7 +122,9 @@ class BlockDecoder:
         self.first = 0 if self.start is not None else 1
         self.prefix_length = 0 if condition.prefix is None else condition.prefix.shape[1]
         positions = self.prefix_length + length
-        self.rope_frequencies = block.rope_frequencies(rope_frequencies, positions)
+        self.rope_frequencies = (
+            None if rope_frequencies is None else block.rope_frequencies(rope_frequencies, positions)
+        )
         self.caches = [self.cache_type(positions) for _ in block.attn_blocks]
         self.evaluations = 0
         if condition.prefix is not None:
@@ -147,7 +149,8 @@ class BlockDecoder:
         inputs = x[:, max(start - 1, 0) : stop - 1]
         if self.copies == 2:
             inputs = torch.cat([inputs, inputs])
-        if start == 0 and self.start is not None:
+        if start == 0:
+            assert self.start is not None  # else the first token is not predicted
             inputs = torch.cat([self.start.to(inputs.dtype), inputs], dim=1)
         mu, log_sigma = self.block.affine(self._transform(self.block.embed(inputs, self.known, self.offset)))
         if self.guidance:
@@ -242,8 +245,7 @@ def sample(
         combine = starflow_guidance if starflow else partial(tarflow_guidance, target=guidance_target)
         total = sum(length for block in flow.blocks if not block.is_identity)
         with tqdm(total=total, desc="sampling", unit="tok", disable=progress_off(progress), leave=False) as bar:
-            blocks = cast("Iterable[FlowBlock]", flow.blocks)
-            for block, condition in reversed(list(zip(blocks, conditions.blocks, strict=True))):
+            for block, condition in reversed(list(zip(flow.blocks, conditions.blocks, strict=True))):
                 evaluations = 0
                 if not block.is_identity:
                     weight = Guidance(combine, guidance, annealed_guidance) if condition.guided else None

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.reference.flow import Condition, Conditions, FlowBlock, FlowOutput, run_blocks
+from mlx_starflow.reference.flow import Condition, Conditions, FlowBlock, FlowBlocks, FlowOutput, run_blocks
 from mlx_starflow.reference.rope import axial_frequencies
 
 if TYPE_CHECKING:
@@ -22,7 +21,7 @@ class STARFlow(nn.Module):
     def __init__(self, config: FlowConfig):
         super().__init__()
         self.config = config
-        self.blocks = nn.ModuleList([FlowBlock(block) for block in config.blocks])
+        self.blocks = FlowBlocks([FlowBlock(block) for block in config.blocks])
 
     def tokens(self, x: Tensor) -> Tensor:
         """Latents -> tokens `[B, N, p * p * C]` in raster order, float32; within a token row, column, channel."""
@@ -60,7 +59,7 @@ class STARFlow(nn.Module):
                 raise StarflowError("guidance needs text and null_text (the embeddings of an empty prompt)")
             both = torch.cat([text, null_text.expand_as(text)])
         conditions = []
-        for block in cast("Iterable[FlowBlock]", self.blocks):
+        for block in self.blocks:
             guided = guidance > 0 and block.config.txt_dim > 0
             condition = Condition() if block.is_identity else block.condition(both if guided else text, len(z))
             condition.guided = guided

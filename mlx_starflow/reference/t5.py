@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
@@ -76,18 +76,20 @@ class T5Attention(nn.Module):
 class T5FeedForward(nn.Module):
     """The MLP, plain (`wi`, T5) or gated (`wi_0`, `wi_1`, T5 1.1 and flan-T5)."""
 
+    wi: nn.Linear
+    wi_0: nn.Linear
+    wi_1: nn.Linear
+
     def __init__(self, config: T5Config):
         super().__init__()
         self.activation = _ACTIVATIONS[config.feed_forward_proj]
         self.gated = config.feed_forward_proj.startswith("gated-")
-        if self.gated:
-            self.wi_0 = nn.Linear(config.d_model, config.d_ff, bias=False)
-            self.wi_1 = nn.Linear(config.d_model, config.d_ff, bias=False)
-        else:
-            self.wi = nn.Linear(config.d_model, config.d_ff, bias=False)
+        for name in ("wi_0", "wi_1") if self.gated else ("wi",):
+            self.add_module(name, nn.Linear(config.d_model, config.d_ff, bias=False))
         self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
-        for linear in cast("Iterable[nn.Linear]", self.children()):
-            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+        for linear in self.children():
+            if isinstance(linear, nn.Linear):
+                nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.activation(self.wi_0(x) if self.gated else self.wi(x))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.reference.flow import Condition, Conditions, FlowBlock, FlowOutput, run_blocks
+from mlx_starflow.reference.flow import Condition, Conditions, FlowBlock, FlowBlocks, FlowOutput, run_blocks
 
 if TYPE_CHECKING:
     from mlx_starflow.models.tarflow import TarFlowBlockConfig, TarFlowConfig
@@ -68,7 +67,7 @@ class TarFlow(nn.Module):
     def __init__(self, config: TarFlowConfig):
         super().__init__()
         self.config = config
-        self.blocks = nn.ModuleList([TarFlowBlock(config.block(index)) for index in range(config.blocks)])
+        self.blocks = FlowBlocks([TarFlowBlock(config.block(index)) for index in range(config.blocks)])
         self.register_buffer("var", torch.ones(config.num_patches, config.channel_size * config.patch_size**2))
 
     def tokens(self, x: Tensor) -> Tensor:
@@ -105,7 +104,7 @@ class TarFlow(nn.Module):
             null = torch.full_like(text, -1) if null_text is None else null_text.expand_as(text)
             text = torch.cat([text, null])
         self._check_labels(text)
-        conditions = [block.condition(text, len(z)) for block in cast("Iterable[TarFlowBlock]", self.blocks)]
+        conditions = [block.condition(text, len(z)) for block in self.blocks]
         for condition in conditions:
             condition.guided = guided
         return Conditions(None, conditions, "tarflow", temper_null_only=True)

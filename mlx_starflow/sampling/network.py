@@ -53,7 +53,7 @@ def cached_network(
     The other arguments are those of `FlowBlock.all_affine_parameters`.
     """
     positions = length if condition.prefix is None else condition.prefix.shape[1] + length
-    rope_frequencies = block.rope_frequencies(rope_frequencies, positions)
+    rope_frequencies = None if rope_frequencies is None else block.rope_frequencies(rope_frequencies, positions)
     arguments = (block, batch, length, rope_frequencies, condition, temperature)
     return cpu.fast_network(*arguments) or CompiledNetwork(*arguments)
 
@@ -85,7 +85,8 @@ class CompiledNetwork:
 
     @property
     def cache_bytes(self) -> int:
-        return sum(a.nbytes for cache in self.caches for a in (cache.keys, cache.values) if a is not None)
+        held = (array for cache in self.caches for array in (cache.keys, cache.values))
+        return sum(array.nbytes for array in held if array is not None)
 
     def __call__(self, tokens: mx.array) -> mx.array:
         # The step that gave these tokens runs, and writes the caches in place, while Python builds the next one.

@@ -32,8 +32,8 @@ class SamplingTrace:
 
     Attributes:
         evaluations: network evaluations of each block, deep block first.
-        states: data after each block, deep block first, shaped as the result (only if `keep_states`): arrays of MLX, or
-            PyTorch's tensors of `reference.sampling.sample`.
+        states: data after each block, deep block first, shaped as the result (only if `keep_states`): MLX arrays, or
+            tensors where PyTorch samples.
     """
 
     keep_states: bool = False

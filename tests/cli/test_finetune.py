@@ -16,6 +16,7 @@ from helpers.commands import Command
 from helpers.examples import run_example
 from helpers.images import colours, write_images
 from helpers.model_directories import write_image_model
+from helpers.peaks import one_at_a_time
 from helpers.tiny_flows import tiny_flow
 from PIL import Image
 
@@ -159,7 +160,7 @@ def test_what_is_chosen_for_the_full_size(full_size):
     assert small.quantization == "mixed" and small.batch_size >= 2
     assert all(c.plan.peak <= usable(gb * 2**30) for c, gb in ((small, 16), (middle, 32), (large, 64)))
     # Less and less memory: samples go before the rank, and then nothing fits.
-    chosen = [plans.choose(memory) for memory in np.linspace(12e9, 3e9, 40)]
+    chosen = [plans.choose(memory) for memory in np.linspace(12e9, 3e9, 160)]
     fitting = [choice for choice in chosen if choice]
     assert {choice.quantization for choice in fitting} == {"mixed"} and chosen[-1] is None
     order = [(choice.batch_size, choice.rank) for choice in fitting]
@@ -199,7 +200,7 @@ def test_a_base_quantized_for_the_training_alone(model, cache, tmp_path):
         ("lora", "bfloat16", 8, 8),
     ],
 )
-def test_plan_is_what_is_measured(tmp_path, kind, quantization, batch_size, img_size, checkpoint):
+def test_plan_is_above_what_is_measured(tmp_path, kind, quantization, batch_size, img_size, checkpoint):
     flow = tiny_flow(channels=128, layers_per_block=[1, 1, 3], txt_size=8, txt_dim=64, img_size=img_size)
     if quantization == "bfloat16":
         flow.set_dtype(mx.bfloat16)
@@ -227,9 +228,11 @@ def test_plan_is_what_is_measured(tmp_path, kind, quantization, batch_size, img_
     gc.collect()
     mx.clear_cache()
     others = mx.get_active_memory() - plan.weights
-    mx.reset_peak_memory()
-    Trainer(flow, Data(), FinetuneConfig(steps=2).training(batch_size), tmp_path, loss=loss).run()
-    assert plan.peak == pytest.approx(mx.get_peak_memory() - others, rel=0.25)
+    with one_at_a_time():
+        mx.reset_peak_memory()
+        Trainer(flow, Data(), FinetuneConfig(steps=2).training(batch_size), tmp_path, loss=loss).run()
+    taken = mx.get_peak_memory() - others
+    assert taken <= plan.peak <= 2.5 * taken
 
 
 def test_parts_of_the_data(cache):

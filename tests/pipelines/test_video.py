@@ -5,6 +5,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from helpers.model_directories import write_image_model, write_video_model
+from helpers.peaks import one_at_a_time
 from PIL import Image
 
 from mlx_starflow import load
@@ -264,13 +265,13 @@ def test_predicted_memory(tmp_path):
     before = mx.get_active_memory()
     pipe = load(directory, low_memory=False)
     streams = [pipe.stream("a", seed=seed) for seed in (1, 2)]
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), one_at_a_time():
         warnings.simplefilter("ignore")
         assert [len(list(stream)) for stream in streams] == [17, 17]
     expected = plan(directory).phases()
     for phase in ("flow", "denoise", "decode"):
         held = max(stream.stats.memory[phase] for stream in streams) - before
-        assert expected[phase] == pytest.approx(held, rel=0.35), phase
+        assert held <= expected[phase] <= 2 * held, phase
 
 
 def test_the_last_frames():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -184,14 +185,13 @@ class Downsample(_RowConv):
         return y.reshape(*x.shape[:2], *y.shape[1:])
 
     def _fewer_frames(self, tiles: Tiles, state: StreamState) -> Tiles:
-        index = 0
-        for x, last in tiles:
+        for index, tile in enumerate(map(list[Any], tiles)):
+            last, x = tile.pop(), tile.pop()
             if state.first:
                 state.remember(self, index, x[:, -1:])
             else:
                 x = self.time_conv(state.continued(self, index, x, 1), stride=2)
                 mx.eval(x)
-            index += 1  # noqa: SIM113  (enumerate would hold on to the tile)
             tile = [(x, last)]
             del x
             yield tile.pop()
@@ -221,8 +221,8 @@ class Upsample(_RowConv):
         return correlate(x[:, :, 1:-1, 1:-1], self.resample.weight[:, None], self.resample.bias)
 
     def _more_frames(self, tiles: Tiles, state: StreamState) -> Tiles:
-        index = 0
-        for x, last in tiles:
+        for index, tile in enumerate(map(list[Any], tiles)):
+            last, x = tile.pop(), tile.pop()
             if not state.first:
                 y = self.time_conv(state.continued(self, index, x, 2))
                 # The halves of the channels are two frames, one after the other.
@@ -230,7 +230,6 @@ class Upsample(_RowConv):
                 x = y.reshape(B, T, n, W, 2, C).transpose(0, 1, 4, 2, 3, 5).reshape(B, 2 * T, n, W, C)
                 mx.eval(x)
                 del y
-            index += 1  # noqa: SIM113  (enumerate would hold on to the tile)
             tile = [(x, last)]
             del x
             yield tile.pop()

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.models.autoencoder_kl import Posterior
@@ -23,6 +22,7 @@ from mlx_starflow.models.autoencoder_wan.config import CHANNELS, PATCH, Autoenco
 from mlx_starflow.models.autoencoder_wan.layers import CausalConv, DownBlock, MidBlock, RMSNorm, UpBlock
 from mlx_starflow.models.autoencoder_wan.names import fits, present_name, rearranged
 from mlx_starflow.models.autoencoder_wan.tiling import StreamState, Tiles, joined, resplit, whole
+from mlx_starflow.models.trees import flattened
 
 
 class Encoder(nn.Module):
@@ -286,7 +286,7 @@ class AutoencoderWan(nn.Module):
 
         See `autoencoder_wan.names` for the layouts. `shapes` are the checkpoint's. Raises StarflowError as `sanitize`.
         """
-        expected = {name: parameter.shape for name, parameter in dict(tree_flatten(self.parameters())).items()}
+        expected = {name: parameter.shape for name, parameter in flattened(self.parameters())}
         out: dict[str, tuple[str, tuple[int, ...]]] = {}
         for source, shape in shapes.items():
             name = present_name(source, self.config.num_res_blocks)

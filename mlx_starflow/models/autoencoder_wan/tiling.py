@@ -102,9 +102,11 @@ class RowQueue:
 
     def take(self, count: int) -> mx.array:
         """The next `count` rows."""
-        assert self._rows is not None
-        rows, left = self._rows[:, :, :count], self._rows[:, :, count:]
-        self._rows = kept(left) if left.shape[2] else None
-        if self._rows is not None:
+        assert self._rows is not None, "more rows are taken than came"
+        rows, self._rows = self._rows[:, :, :count], self._rows[:, :, count:]
+        if not self._rows.shape[2]:
+            self._rows = None
+        else:
+            self._rows = kept(self._rows)
             mx.eval(self._rows)
         return rows

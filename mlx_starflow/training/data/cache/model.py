@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.model_dir.directory import ModelDirectory
-from mlx_starflow.model_dir.files import load_weights
+from mlx_starflow.model_dir.files import load_weights, tensor_bytes
 from mlx_starflow.models.autoencoder_kl import AutoencoderKLConfig
 from mlx_starflow.models.starflow import FlowConfig
 
@@ -121,7 +121,7 @@ def _tensors(folder: Path, parts: Sequence[str] = ()) -> Iterator[bytes]:
             continue
         yield f"{name} {array.dtype} {list(array.shape)}".encode()
         try:
-            yield bytes(memoryview(array.reshape(-1).view(mx.uint8)))  # type: ignore[arg-type]
+            yield bytes(tensor_bytes(array))
         except RuntimeError as error:
             raise StarflowError(f"cannot read {folder}: {one_line(error)}") from None
         del array

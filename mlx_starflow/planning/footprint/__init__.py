@@ -1,1 +1,0 @@
-"""Bytes that each phase of generating takes besides weights, from the configs of its network."""
