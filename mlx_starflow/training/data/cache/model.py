@@ -93,6 +93,11 @@ class CacheModel:
         return {"mean": list(mean), "std": [value / config.scaling_factor for value in std]}
 
 
+def weights_digest(folder: Path) -> str:
+    """A checksum of a network's tensors. This reads them, one at a time."""
+    return _digest(_tensors(folder))
+
+
 def check_model(found: Mapping[str, Any], model: str | Path, cache: Path, hint: str = "") -> None:
     """Raise StarflowError unless a cache with the identity `found` was made for this model.
 

@@ -106,6 +106,11 @@ class LatentCache:
         """On disk."""
         return sum(file["bytes"] for file in self._manifest["files"].values())
 
+    @property
+    def checksums(self) -> dict[str, Any]:
+        """Of all files, as they were written."""
+        return {name: file["sha256"] for name, file in self._manifest["files"].items()}
+
     def check(self) -> None:
         """Read every file and compare its checksum. Raises StarflowError naming those that are damaged."""
         if damaged := damaged_files(self.folder, self._manifest, contents=lambda name: True):
