@@ -8,6 +8,7 @@ from helpers.commands import message
 from helpers.images import write_images
 from PIL import Image
 
+from mlx_starflow.errors import StarflowError
 from mlx_starflow.media.image_files import find_images, read_image
 
 
