@@ -98,6 +98,7 @@ def _relative_change(old: mx.array, new: mx.array) -> mx.array:
     return mx.square(new - old).mean() / mx.square(new).mean()
 
 
+@mx.compile
 def _advance(
     old: mx.array, noise: mx.array, mu: mx.array, log_sigma: mx.array, tolerance: float
 ) -> tuple[mx.array, mx.array]:

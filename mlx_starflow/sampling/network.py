@@ -89,6 +89,8 @@ class CompiledNetwork:
         return sum(array.nbytes for array in held if array is not None)
 
     def __call__(self, tokens: mx.array) -> mx.array:
+        # The step that gave these tokens runs, and writes the caches in place, while Python builds the next one.
+        mx.async_eval(tokens)
         h = self.block.embed(tokens, self.known, self.offset)
         rope_frequencies = self._rope_frequencies(h)
         begin, *between, end = self.pieces
