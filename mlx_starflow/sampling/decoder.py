@@ -12,7 +12,6 @@ from mlx_starflow.models.flow import Condition, FlowBlock
 from mlx_starflow.sampling.guidance import Guidance
 from mlx_starflow.sampling.network import cached_network
 
-
 Predict = Callable[[mx.array, "float | mx.array"], "tuple[mx.array, mx.array]"]
 Invert = Callable[[mx.array, mx.array, "float | mx.array"], mx.array]
 
