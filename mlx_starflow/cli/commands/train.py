@@ -94,6 +94,7 @@ def _train_flow(
     resume: bool,
     dry_run: bool,
 ) -> None:
+    from mlx_starflow.training.loop.distributed import run_folder
     from mlx_starflow.training.recipes.new_flow import NewFlow
 
     run = NewFlow(data, output, flow, training, encoders, validation, click.echo)
@@ -101,8 +102,9 @@ def _train_flow(
     if dry_run:
         click.echo(f"here: {choice}\n{choice.plan}\n{macs}")
         return
-    _begin(context, output, run.training_config(choice), {})
-    run.run(resume)
+    with run_folder(output):
+        _begin(context, output, run.training_config(choice), {})
+        run.run(resume)
 
 
 def _train_model(
@@ -115,13 +117,15 @@ def _train_model(
     training: TrainingOptions,
     resume: bool,
 ) -> None:
+    from mlx_starflow.training.loop.distributed import run_folder
     from mlx_starflow.training.recipes.presets import get_preset
     from mlx_starflow.training.recipes.text_to_image import train_model
 
     chosen = get_preset(preset).adjusted(training, autoencoder_steps=autoencoder_steps, text_length=text_length)
     lengths = {"autoencoder_steps": chosen.autoencoder_training.steps, "text_length": chosen.flow["txt_size"]}
-    _begin(context, output, chosen.flow_training, lengths)
-    train_model(data, output, chosen, resume=resume, report=click.echo)
+    with run_folder(output):
+        _begin(context, output, chosen.flow_training, lengths)
+        train_model(data, output, chosen, resume=resume, report=click.echo)
 
 
 def _begin(context: click.Context, output: Path, training: TrainingConfig, others: Mapping[str, int]) -> None:
