@@ -94,9 +94,10 @@ def fetch(repository: str, patterns: Sequence[str], *, revision: str | None = No
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
 
-    options = {"revision": revision} if revision else {}
     try:
-        return Path(snapshot_download(repository, allow_patterns=list(patterns), **options))
+        if revision:
+            return Path(snapshot_download(repository, allow_patterns=list(patterns), revision=revision))
+        return Path(snapshot_download(repository, allow_patterns=list(patterns)))
     except RepositoryNotFoundError:
         reason = "the Hub has no such repository, or it needs a login (hf auth login)"
     except (LocalEntryNotFoundError, OfflineModeIsEnabled):

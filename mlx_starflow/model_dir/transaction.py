@@ -75,18 +75,20 @@ def locked(directory: str | Path) -> Iterator[Path]:
                 settle(directory.parent)
         yield directory
     finally:
-        with suppress(OSError):
-            if lock.depth == 1:
-                (directory / STAGE / "pid").unlink(missing_ok=True)
-                (directory / STAGE).rmdir()  # only succeeds on an empty one
-        with suppress(OSError):
-            for folder in made:
-                folder.rmdir()
-        with _guard:
-            lock.depth -= 1
-            if not lock.depth:
-                del _locks[key]
-                os.close(lock.file)
+        try:
+            with suppress(OSError):
+                if lock.depth == 1:
+                    (directory / STAGE / "pid").unlink(missing_ok=True)
+                    (directory / STAGE).rmdir()  # only succeeds on an empty one
+            with suppress(OSError):
+                for folder in made:
+                    folder.rmdir()
+        finally:
+            with _guard:
+                lock.depth -= 1
+                if not lock.depth:
+                    del _locks[key]
+                    os.close(lock.file)
 
 
 def _acquire(directory: Path) -> tuple[tuple[int, int], _Lock]:
@@ -197,7 +199,7 @@ class Transaction:
             "configs": sorted(configs, key=lambda name: -len(Path(name).parts)),
             "old": [name for name in old if name not in self.names],
         }
-        unfinished = stage / "commit.new"
+        unfinished = stage / "new" / ".commit"
         unfinished.write_text(json.dumps(commit), encoding="utf-8")
         sync(unfinished)
         os.replace(unfinished, stage / "commit")

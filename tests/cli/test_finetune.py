@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import re
+import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import yaml
-from helpers.commands import Command
+from helpers.commands import Command, message
 from helpers.examples import run_example
 from helpers.images import colours, write_images
 from helpers.model_directories import write_image_model
@@ -25,6 +27,7 @@ from mlx_starflow.convert.official import ARGUMENTS
 from mlx_starflow.model_dir.adapters import Adapter
 from mlx_starflow.model_dir.quantization import quantize_module
 from mlx_starflow.model_dir.requantize import quantize_model
+from mlx_starflow.model_dir.saving import save_model
 from mlx_starflow.model_dir.weights import parameters
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
 from mlx_starflow.planning.finetune_memory import Planner, training_plan
@@ -114,6 +117,39 @@ def test_resumed_is_uninterrupted(model, cache, tmp_path):
     for path, parts in first.items():
         assert mx.array_equal(parts["lora_b"], second[path]["lora_b"])
         assert mx.array_equal(parts["lora_b"], third[path]["lora_b"])
+
+
+def test_resuming_with_something_changed(model, cache, tmp_path):
+    settings = FinetuneConfig(rank=2, **{**QUICK, "steps": 1, "samples": 0})
+    finetune(model, cache, tmp_path / "run", settings)
+    adapter = (tmp_path / "run/adapter/adapters.safetensors").read_bytes()
+
+    def refused(base: Path = model, **changes: object) -> str:
+        return message(finetune, base, cache, tmp_path / "run", replace(settings, steps=2, **changes))
+
+    assert "is of another run (adapter: scale 2.0 -> 3.0): " in refused(scale=3.0)
+    assert "(quantization none -> 8)" in refused(quantize="8")
+    assert "(other held-out pictures, seed 0 -> 3)" in refused(seed=3)
+    assert "adapter: blocks all -> deep" in refused(blocks="deep")
+    other = shutil.copytree(model, tmp_path / "other")
+    weights = mx.load(str(other / "model.safetensors"))
+    name = next(name for name in weights if name.endswith("qkv.weight"))
+    save_model(other, {**weights, name: weights[name] + 1}, json.loads((other / "config.json").read_text()))
+    assert "(other base model)" in refused(other)
+    assert (tmp_path / "run/adapter/adapters.safetensors").read_bytes() == adapter
+
+
+def test_mistakes_come_before_any_work(model, cache, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    assert "file is a file; give a folder" in command.mistake(model, cache, "-o", tmp_path / "file")
+    for words, expected in (
+        (["--seed", -1], "seed must be 0 or more"),
+        (["--steps", 0], "steps must be greater than 0"),
+        (["--lr", "nan"], "lr must be 0 or more"),
+        (["--ema", 1], "ema must be in 0..1"),
+    ):
+        assert expected in command.mistake(model, cache, "-o", tmp_path / "run", *words)
+    assert not (tmp_path / "run").exists()
 
 
 def test_examples(model, cache, pictures, tmp_path):

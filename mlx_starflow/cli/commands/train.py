@@ -25,7 +25,9 @@ from mlx_starflow.training.config import TrainingConfig, TrainingOptions
 @click.option("--encoders", default="demo", show_default=True, help="Model whose encoders a flow alone is trained on.")
 @click.option("--validation", type=SHARE, default=0.1, show_default=True, help="Held out, of a flow alone's pictures.")
 @click.option("--autoencoder-steps", type=int, help="Steps of the autoencoder's training.")
-@click.option("--text-length", type=click.IntRange(min=2), help="Tokens of a caption that the model reads.")
+@click.option(
+    "--text-length", type=click.IntRange(min=2), help="Tokens of a caption that the model reads; by default all."
+)
 @training_options
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Go on where an earlier run stopped.")
 @click.option("--dry-run", is_flag=True, help="Say what a flow alone would take in memory, and train nothing.")
@@ -94,15 +96,17 @@ def _train_flow(
     resume: bool,
     dry_run: bool,
 ) -> None:
-    from mlx_starflow.training.loop.distributed import run_folder
+    from mlx_starflow.training.loop import distributed
     from mlx_starflow.training.recipes.new_flow import NewFlow
 
     run = NewFlow(data, output, flow, training, encoders, validation, click.echo)
+    if not dry_run:
+        run.check_output()
     choice, macs = run.plan()
     if dry_run:
         click.echo(f"here: {choice}\n{choice.plan}\n{macs}")
         return
-    with run_folder(output):
+    with distributed.run_folder(output):
         _begin(context, output, run.training_config(choice), {})
         run.run(resume)
 
@@ -117,13 +121,16 @@ def _train_model(
     training: TrainingOptions,
     resume: bool,
 ) -> None:
-    from mlx_starflow.training.loop.distributed import run_folder
+    from mlx_starflow.training.loop import distributed
+    from mlx_starflow.training.output import check_model_output
     from mlx_starflow.training.recipes.presets import get_preset
     from mlx_starflow.training.recipes.text_to_image import train_model
 
     chosen = get_preset(preset).adjusted(training, autoencoder_steps=autoencoder_steps, text_length=text_length)
-    lengths = {"autoencoder_steps": chosen.autoencoder_training.steps, "text_length": chosen.flow["txt_size"]}
-    with run_folder(output):
+    lengths = {"autoencoder_steps": chosen.autoencoder_training.steps}
+    with distributed.run_folder(output):
+        if distributed.world().rank() == 0:
+            check_model_output(output, "starflow")
         _begin(context, output, chosen.flow_training, lengths)
         train_model(data, output, chosen, resume=resume, report=click.echo)
 

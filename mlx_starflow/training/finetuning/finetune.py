@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import yaml
 
 from mlx_starflow.errors import StarflowError, one_line
@@ -29,6 +30,7 @@ from mlx_starflow.planning.memory import available
 from mlx_starflow.training.data.batches import split_samples
 from mlx_starflow.training.data.cache.build import CacheSettings, build_cache
 from mlx_starflow.training.data.cache.files import is_cache
+from mlx_starflow.training.data.cache.model import weights_digest
 from mlx_starflow.training.data.cache.reading import LatentCache
 from mlx_starflow.training.finetuning.adapters import attach, save_adapter
 from mlx_starflow.training.finetuning.config import FinetuneConfig
@@ -41,8 +43,10 @@ from mlx_starflow.training.finetuning.data import (
 )
 from mlx_starflow.training.finetuning.fuse import copy_parts
 from mlx_starflow.training.loop import distributed
+from mlx_starflow.training.loop.identity import Identity, digest
 from mlx_starflow.training.loop.trainer import Trainer
 from mlx_starflow.training.loop.weights import assign
+from mlx_starflow.training.output import check_run_folder
 
 
 @dataclass(frozen=True)
@@ -186,6 +190,7 @@ def finetune(
         StarflowError: a mistake in the arguments, or what `build_cache` and `Trainer` raise.
     """
     config, out = config or FinetuneConfig(), Path(out)
+    check_run_folder(out)
     if not is_cache(Path(data).expanduser()):
         open_source(data)
     choice, _ = plan_finetune(model, config)
@@ -207,6 +212,7 @@ def _finetune(
     cache = open_cache(data, out / "cache", model, report)
     images, held_out = split_samples(len(cache), config.validation, 100, config.seed)
     flow = _load_base(model, choice.quantization)
+    identity = _identity(ModelDirectory.find(model), config, choice, cache, held_out)
     before = cached_nll(flow, cache, held_out, draws=config.draws, seed=config.seed) if len(held_out) else None
     if before:
         report(f"before: {before}")
@@ -226,7 +232,9 @@ def _finetune(
         finetune_loss, anchor_weight=config.anchor_weight, base=base, gradient_checkpointing=choice.checkpoint
     )
     training = config.training(choice.batch_size, choice.checkpoint)
-    trainer = Trainer(flow, samples, training, out / "checkpoints", loss=loss, name="finetune", resume=resume)
+    trainer = Trainer(
+        flow, samples, training, out / "checkpoints", loss=loss, identity=identity, name="finetune", resume=resume
+    )
     assign(flow, trainer.run())
     after = cached_nll(flow, cache, held_out, draws=config.draws, seed=config.seed) if before else None
     folder = _save(flow, model, out, config, choice)
@@ -240,6 +248,24 @@ def _finetune(
         save_image(grid(made.images), out / "grid.png", pipe.grid_metadata(made))
         report(f"{out / 'grid.png'}: {', '.join(prompts)}; seed {config.seed}")
     return result
+
+
+def _identity(
+    model: ModelDirectory, config: FinetuneConfig, choice: Choice, cache: LatentCache, held_out: np.ndarray
+) -> Identity:
+    """What checkpoints are of: the base and how it is held, the kind of change, the data and its split."""
+    change: dict[str, Any] = {"kind": config.kind}
+    if adapter := config.adapter(choice.rank):
+        # Dropout is of the training alone.
+        change = {name: value for name, value in asdict(adapter).items() if name != "dropout"}
+    return {
+        "flow": {name: value for name, value in model.flow.content.items() if name != "pipeline"},
+        "base model": weights_digest(model.path),
+        "quantization": choice.quantization or "none",
+        "adapter": change,
+        "pictures": digest(cache.checksums),
+        "held-out pictures": digest(held_out.tolist()),
+    }
 
 
 def _save(flow: STARFlow, model: str | Path, out: Path, config: FinetuneConfig, choice: Choice) -> Path:

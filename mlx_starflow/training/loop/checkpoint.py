@@ -52,6 +52,12 @@ def checkpoint_files(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
+def clean(folder: Path) -> None:
+    """Delete what a killed process had begun to write there: no other process may be at work in it."""
+    for path in folder.glob("partial-*.safetensors"):
+        path.unlink(missing_ok=True)
+
+
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     """Write `folder/checkpoint-<step>.safetensors` and delete all but the newest two.
 
@@ -119,6 +125,15 @@ def load_checkpoint(path: Path) -> Checkpoint:
             f"the checkpoint {path} is damaged or not of this program ({one_line(error, first=True)}); "
             "delete it to use the one before"
         ) from None
+
+
+def is_anonymous(folder: Path) -> bool:
+    """Whether a folder's newest checkpoint does not say what it is of, as it is of an older version."""
+    try:
+        with safe_open(checkpoint_files(folder)[0], framework="np") as file:
+            return "identity" not in json.loads((file.metadata() or {})["training"]).get("note", {})
+    except (IndexError, OSError, RuntimeError, SafetensorError, KeyError, ValueError):
+        return False  # there is none, or reading it will tell what is wrong with it
 
 
 def load_latest(folder: Path) -> tuple[Checkpoint | None, str]:

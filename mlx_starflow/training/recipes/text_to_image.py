@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -25,12 +26,21 @@ from mlx_starflow.models.starflow import STARFlow
 from mlx_starflow.models.t5 import T5Encoder
 from mlx_starflow.models.tokenizer import Tokenizer
 from mlx_starflow.training.loop import distributed
+from mlx_starflow.training.loop.checkpoint import is_anonymous
+from mlx_starflow.training.loop.identity import digest
 from mlx_starflow.training.loop.trainer import Trainer
 from mlx_starflow.training.loop.weights import assign
+from mlx_starflow.training.output import check_model_output
 from mlx_starflow.training.recipes.autoencoder import encode_views, train_autoencoder
 from mlx_starflow.training.recipes.presets import Preset
 from mlx_starflow.training.recipes.samples import decode_latents, draw_latents
-from mlx_starflow.training.recipes.text import CaptionedLatents, TextFlow, initialize_text_encoder, train_tokenizer
+from mlx_starflow.training.recipes.text import (
+    CaptionedLatents,
+    TextFlow,
+    fitting_length,
+    initialize_text_encoder,
+    train_tokenizer,
+)
 
 
 def train_model(
@@ -66,6 +76,8 @@ def _train_model(data: str | Path, out: Path, preset: Preset, resume: bool, repo
     group = distributed.world()
     first = group.rank() == 0
     say = report if first else lambda line: None
+    if first:
+        check_model_output(out, "starflow")
     # Twice the size, so that views are made smaller and not larger.
     images = ImageFolder.read(data, size=2 * preset.size, splits=("train", "autoencoder", "validation"))
     captioned, held_out = images.only("train"), images.only("validation")
@@ -78,15 +90,20 @@ def _train_model(data: str | Path, out: Path, preset: Preset, resume: bool, repo
         write_skips(work / "skipped.txt", images.skipped)
     images = images.only("train", "autoencoder")
     with distributed.peers("train", group):
-        tokenizer, spiece = _tokenizer(captioned, work, preset.vocab_size, resume, group)
+        tokenizer, spiece, length = _tokenizer(captioned, work, preset, resume, group)
+    preset = replace(preset, flow={**preset.flow, "txt_size": length})
     say(f"{len(captioned)} pictures for the flow, {len(images)} for the autoencoder; {tokenizer.vocab_size} tokens")
 
-    length = preset.flow["txt_size"]
     captions = [text for texts in captioned.captions for text in texts]
     if cut := sum(tokenizer.batch(captions, length)[2]):
         say(f"{cut} of {len(captions)} captions are cut: they are longer than {length} tokens (--text-length)")
     autoencoder = train_autoencoder(
-        images.images, preset.autoencoder_config(), preset.autoencoder_training, work / "autoencoder", resume=resume
+        images.images,
+        preset.autoencoder_config(),
+        preset.autoencoder_training,
+        work / "autoencoder",
+        identity={"pictures": digest(images.checksums)},
+        resume=resume,
     )
     rng = np.random.default_rng(preset.flow_training.seed)
     latents = encode_views(autoencoder, captioned.images, preset.views, rng)
@@ -124,6 +141,14 @@ def _train_model(data: str | Path, out: Path, preset: Preset, resume: bool, repo
             tokenizer=tokenizer,
             captions=[texts[0] for texts in watched.captions[:8]],
         ),
+        identity={
+            "flow": flow_config.to_dict(),
+            "text encoder": model.text_encoder.config.to_dict(),
+            "tokenizer": hashlib.sha256(spiece.read_bytes()).hexdigest() if first else "",
+            "pictures": digest(captioned.checksums),
+            "captions": digest(captioned.captions),
+            "held-out pictures": digest(held_out.checksums, held_out.captions),
+        },
         name="flow",
         resume=resume,
     )
@@ -137,23 +162,28 @@ def _train_model(data: str | Path, out: Path, preset: Preset, resume: bool, repo
 
 
 def _tokenizer(
-    captioned: ImageFolder, work: Path, vocab_size: int, resume: bool, group: mx.distributed.Group
-) -> tuple[Tokenizer, Path]:
-    """The tokenizer, the same in all processes, and where rank 0 keeps it."""
+    captioned: ImageFolder, work: Path, preset: Preset, resume: bool, group: mx.distributed.Group
+) -> tuple[Tokenizer, Path, int]:
+    """The tokenizer, the same in all processes, where rank 0 keeps it, and the tokens of a caption."""
     spiece = work / "spiece.model"
+    length = int(preset.flow["txt_size"])
     note = None
     if group.rank() == 0:
         if not resume:
             spiece.unlink(missing_ok=True)
-        tokenizer = train_tokenizer([text for texts in captioned.captions for text in texts], spiece, vocab_size)
-        note = base64.b64encode(spiece.read_bytes()).decode()
-    _, note = distributed.from_first({}, note, group)
+        captions = [text for texts in captioned.captions for text in texts]
+        tokenizer = train_tokenizer(captions, spiece, preset.vocab_size)
+        # Versions before checkpoints had an identity always took the preset's length.
+        if preset.fits_text and not (resume and is_anonymous(work / "flow")):
+            length = fitting_length(captions, tokenizer, length)
+        note = [base64.b64encode(spiece.read_bytes()).decode(), length]
+    _, (content, length) = distributed.from_first({}, note, group)
     if group.rank():
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "spiece.model"
-            path.write_bytes(base64.b64decode(note))
+            path.write_bytes(base64.b64decode(content))
             tokenizer = Tokenizer(path)
-    return tokenizer, spiece
+    return tokenizer, spiece, length
 
 
 def draw_samples(
