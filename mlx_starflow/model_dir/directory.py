@@ -17,6 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_starflow.errors import StarflowError, one_line
+from mlx_starflow.media.files import exists, inside, is_folder, is_regular, read_bytes
 from mlx_starflow.model_dir.adapters import Strengths, add_adapters
 from mlx_starflow.model_dir.files import PLAN_FILE, STATISTICS_FILE, load_weights, read_config
 from mlx_starflow.model_dir.hub import find_model
@@ -71,7 +72,7 @@ class NetworkDirectory(Generic[Network, Config]):
         folder = Path(folder)
         content = read_config(folder)
         model_type = content.get("model_type")
-        if model_type not in FLOWS:
+        if not isinstance(model_type, str) or model_type not in FLOWS:
             raise StarflowError(
                 f"{folder / 'config.json'}: model_type {model_type!r} is not a flow's, {' or '.join(FLOWS)}; "
                 "convert an official checkpoint with: mlx-starflow convert flow CHECKPOINT --config YAML -o DIR"
@@ -102,7 +103,10 @@ class NetworkDirectory(Generic[Network, Config]):
     @property
     def quantization(self) -> Mapping[str, Any] | None:
         """How the weights are quantized, see `quantization.quantize_module`; None if they are not."""
-        return self.content.get("quantization")
+        found = self.content.get("quantization")
+        if found is not None and not isinstance(found, dict):
+            raise StarflowError(f"{self.folder / 'config.json'}: quantization must hold names and values")
+        return found
 
     def weights(self) -> dict[str, mx.array]:
         """Tensors by name, as they are stored; each is read when it is evaluated. Raises StarflowError."""
@@ -176,7 +180,7 @@ class ModelDirectory:
         return NetworkDirectory.vae(self._part("vae"))
 
     def _part(self, name: str) -> Path:
-        if not (self.path / name).is_dir():
+        if not is_folder(self.path / name):
             raise StarflowError(f"{self.path} is a flow alone: generating needs its {name}/ folder too")
         return self.path / name
 
@@ -187,7 +191,7 @@ class ModelDirectory:
 
     def has(self, part: str) -> bool:
         """Whether there is a network beside the flow, "text_encoder" or "vae"."""
-        return (self.path / part / "config.json").is_file()
+        return is_regular(self.path / part / "config.json")
 
     @property
     def licences(self) -> list[str]:
@@ -196,8 +200,14 @@ class ModelDirectory:
 
     @property
     def pipeline(self) -> dict[str, Any]:
-        """How the model samples unless told otherwise: settings by name, those that its `config.json` has."""
-        return dict(self.flow.content.get("pipeline", {}))
+        """How the model samples unless told otherwise: settings by name, those that its `config.json` has.
+
+        Raises StarflowError if it holds something else there.
+        """
+        settings = self.flow.content.get("pipeline", {})
+        if not isinstance(settings, dict):
+            raise StarflowError(f"{self.path / 'config.json'}: pipeline must hold names and values")
+        return dict(settings)
 
     @property
     def plan_file(self) -> Path:
@@ -263,6 +273,8 @@ def read_text_encoder(
 
 def read_tokenizer(path: Path, config: T5Config) -> Tokenizer:
     """A text encoder's tokenizer. Raises StarflowError if it is unusable or has more tokens than the encoder."""
+    if exists(inside(path.parent, path.name)):
+        read_bytes(path)  # it is a regular file, and not too large
     tokenizer = Tokenizer(path)
     if tokenizer.vocab_size > config.vocab_size:
         raise StarflowError(
