@@ -17,7 +17,7 @@ from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.model_dir.files import read_safetensors
 from mlx_starflow.model_dir.quantization import quantize_module, quantized_layers
 from mlx_starflow.model_dir.saving import save_tensors
-from mlx_starflow.model_dir.weights import MLX_DTYPES, check_shapes, parameters
+from mlx_starflow.model_dir.weights import MLX_DTYPES, check_floating, check_shapes, parameters
 
 
 class Tensor(NamedTuple):
@@ -88,11 +88,12 @@ def write_module(
         files: contents of further files by name.
 
     Raises:
-        StarflowError: a tensor is missing, unexpected, of another shape or cannot be read, or `out_dir` cannot be
-            written.
+        StarflowError: a tensor is missing, unexpected, of another shape, not of real numbers or cannot be read, or
+            `out_dir` cannot be written.
     """
     expected = parameters(module)
     check_shapes({n: t.shape for n, t in tensors.items()}, {n: p.shape for n, p in expected.items()}, source)
+    check_floating({name: tensor.dtype for name, tensor in tensors.items()}, source)
     stored = {
         name: tensor.dtype if tensor.dtype in MLX_DTYPES.values() else mx.float32 for name, tensor in tensors.items()
     }

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
-import yaml
 
 from mlx_starflow.convert.common import Tensor, check_target, open_tensors, write_module
 from mlx_starflow.convert.official import LICENSE as LICENSE
 from mlx_starflow.convert.official import released_arguments
 from mlx_starflow.errors import StarflowError, one_line
+from mlx_starflow.media.files import read_yaml
 from mlx_starflow.model_dir.directory import FLOWS
 from mlx_starflow.model_dir.weights import parse_dtype
 from mlx_starflow.models.configs import official_arguments
@@ -154,15 +154,10 @@ def open_flow(
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise StarflowError(f"cannot read {path}: {one_line(error)}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise StarflowError(f"{path} is not valid YAML: {one_line(error)}") from error
+    content = read_yaml(path)
     try:
         return official_arguments(content)
-    except (AttributeError, TypeError):
+    except StarflowError:
         raise StarflowError(f"{path} is not an official config: it must hold the model's arguments") from None
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_starflow.convert.pth_pickle import NUMPY_DTYPES, Storage, StoredTensor, unpickle
+from mlx_starflow.convert.pth_pickle import MAX_EXPANDED, NUMPY_DTYPES, Storage, StoredTensor, unpickle
 from mlx_starflow.convert.pth_zip import MappedFile, Refused, quote, zip_records
 from mlx_starflow.errors import StarflowError, one_line
 
@@ -34,6 +34,7 @@ _MAX_ITEMS = 1_000_000  # items of all the containers searched for tensors
 _MAX_TENSORS = 100_000
 _MAX_DEPTH = 32  # containers inside containers
 _MAX_NAME = 1024  # characters
+_MAX_REPEATED = 16  # tensors that share all of their memory
 
 
 class Checkpoint(Mapping[str, np.ndarray]):
@@ -150,7 +151,11 @@ def _read(path: str | os.PathLike[str]) -> Checkpoint:
     pickled = memory.contents(records[folder + "data.pkl"], _MAX_PICKLE)
     prefix = folder + "data/"
     storages = {name[len(prefix) :]: record for name, record in records.items() if name.startswith(prefix)}
-    return Checkpoint(_named_tensors(unpickle(pickled, storages)), memory)
+    checkpoint = Checkpoint(_named_tensors(unpickle(pickled, storages)), memory)
+    total = sum(map(checkpoint.nbytes, checkpoint))
+    if total > _MAX_REPEATED * size + MAX_EXPANDED:
+        raise Refused(f"its tensors take {total} bytes and the file {size}: save them unexpanded, and each once")
+    return checkpoint
 
 
 def _named_tensors(root: Any) -> dict[str, StoredTensor]:

@@ -58,7 +58,7 @@ _OPCODES = b"qr\x94hjKMJ\x8aGN\x88\x89X\x8cBC(t)\x85\x86\x87]ae}suc\x93iRQb\x80\
 _MAX_STEPS = 2_000_000
 _MAX_DIMS = 32
 _MAX_EXTENT = 1 << 48  # a size, stride or offset, in elements
-_MAX_EXPANDED = 1 << 28  # bytes of a tensor that repeats the elements of a smaller storage
+MAX_EXPANDED = 1 << 28  # bytes of a tensor that repeats the elements of a smaller storage
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,7 +304,7 @@ def _tensor(
             f"its storage {quote(storage.key)} has {storage.nbytes} bytes, too few for a tensor of shape {shape} and "
             f"strides {strides} from element {offset}; download or save it again"
         )
-    if numel * itemsize > max(storage.nbytes, _MAX_EXPANDED):
+    if numel * itemsize > max(storage.nbytes, MAX_EXPANDED):
         raise Refused(f"it expands {storage.nbytes} bytes into a tensor of shape {shape}; save the tensor unexpanded")
     byte_strides = tuple(stride * itemsize for stride in strides)
     return StoredTensor(dtype, shape, byte_strides, storage.start + offset * itemsize, (last + 1) * itemsize)

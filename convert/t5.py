@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from mlx_starflow.convert.common import Tensor, check_target, open_tensors, write_module
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.media.files import read_json
+from mlx_starflow.media.files import inside, read_bytes, read_json
 from mlx_starflow.model_dir.directory import read_tokenizer
 from mlx_starflow.model_dir.files import read_index
 from mlx_starflow.model_dir.weights import parse_dtype
@@ -53,7 +53,7 @@ def convert_t5(
     if not source.is_dir():
         raise StarflowError(f"{source} is not a folder; give the folder that holds T5's config.json and weights")
     check_target(source, out_dir)
-    config = T5Config.from_dict(read_json(source / "config.json"))
+    config = T5Config.from_dict(read_json(inside(source, "config.json")))
     spiece = source / "spiece.model"
     read_tokenizer(spiece, config)
     return write_module(
@@ -64,7 +64,7 @@ def convert_t5(
         source=source,
         dtype=dtype,
         quantize=quantize,
-        files={"spiece.model": spiece.read_bytes()},
+        files={"spiece.model": read_bytes(spiece)},
     )
 
 
@@ -78,4 +78,4 @@ def _open_weights(source: Path) -> dict[str, Tensor]:
         files = sorted({file for name, file in read_index(source / found).items() if encoder_name(name)})
     if absent := [file for file in files if not (source / file).is_file()]:
         raise StarflowError(f"{source / absent[0]} is missing; download it into {source}")
-    return {name: tensor for file in files for name, tensor in open_tensors(source / file).items()}
+    return {name: tensor for file in files for name, tensor in open_tensors(inside(source, file)).items()}

@@ -11,7 +11,7 @@ from mlx_starflow.convert.common import Tensor, as_tensor, check_target, open_te
 from mlx_starflow.convert.distributed import is_distributed
 from mlx_starflow.convert.wan import WAN_FILE, WAN_VAE, is_official_wan, write_wan
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.media.files import read_json
+from mlx_starflow.media.files import inside, read_json
 from mlx_starflow.model_dir.weights import parse_dtype
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 
@@ -100,7 +100,7 @@ def _weights_path(folder: Path) -> Path:
     found = next((folder / name for name in _WEIGHT_FILES if (folder / name).is_file()), None)
     if found is None:
         raise StarflowError(f"{folder} holds neither {' nor '.join(_WEIGHT_FILES)}; download one of them into it")
-    return found
+    return inside(folder, found.name)
 
 
 def _diffusers_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from importlib.util import find_spec
 from time import perf_counter
 from typing import NamedTuple
 
-from mlx_starflow.cpu import linkage
+from mlx_starflow.cpu import linkage, private
 from mlx_starflow.errors import StarflowError
 
 VARIABLE = "MLX_STARFLOW_BLAS"
@@ -63,6 +63,7 @@ def install() -> None:
     if sys.platform != "linux":
         _in_use = Blas("Accelerate" if sys.platform == "darwin" else "MLX's own")
         return
+    private.install()
     try:
         _in_use = _choose(os.environ.get(VARIABLE, ""))
     except Exception as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import os
 import platform
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from mlx_starflow.cpu import blas
+from mlx_starflow.cpu.private import cache_folder, is_private
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.kernels import on_cpu, switched_off
 from mlx_starflow.media.files import replacing
@@ -53,26 +53,26 @@ def _built() -> Path:
     """The compiled library, from the cache if it was made for such a processor before."""
     parts = [*(source.read_bytes() for source in SOURCES), " ".join(COMPILE).encode(), _processor()]
     made_of = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
-    path = _cache() / f"network-{made_of}.so"
+    folder = cache_folder("mlx-starflow")
+    if folder is None:
+        raise StarflowError("there is no place for the library")
+    path = folder / f"network-{made_of}.so"
     if not _whole(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             command = [*COMPILE, str(SOURCES[0]), "-o", str(temporary)]
             subprocess.run(command, check=True, capture_output=True, stdin=subprocess.DEVNULL, timeout=120)
             library = temporary.read_bytes()
             temporary.write_bytes(library + hashlib.sha256(library).digest())  # a loader does not read beyond its end
+            temporary.chmod(0o700)
     return path
 
 
 def _whole(path: Path) -> bool:
-    """Whether a library is there with its checksum behind it: loading a damaged one would end the program."""
-    library = path.read_bytes() if path.exists() else b""
+    """Whether a library is there, nobody else could write it, and it has its checksum behind it: a damaged one would
+    end the program."""
+    library = path.read_bytes() if path.is_file() and not path.is_symlink() and is_private(path) else b""
     size = hashlib.sha256().digest_size
     return hashlib.sha256(library[:-size]).digest() == library[-size:]
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx-starflow"
 
 
 def _processor() -> bytes:

@@ -103,8 +103,9 @@ class NativeNetwork:
         and where network.cpp cannot be compiled.
         """
         config, prefix = block.config, condition.prefix
-        if config.head_dim % LANES:
+        if config.head_dim % LANES or config.num_heads % config.num_kv_heads or not config.num_layers:
             raise Unsuitable
+        self._config = config
         self.batch, self.prefix_length, self.position = batch, 0 if prefix is None else prefix.shape[1], 0
         self.capacity = self.prefix_length + length
         mx.eval(block.parameters())
@@ -112,7 +113,7 @@ class NativeNetwork:
         self._layers = (_Layer * config.num_layers)(*(self._layer(layer) for layer in block.attn_blocks))
         shape = (batch, config.num_kv_heads, self.capacity, config.head_dim)
         for layer in self._layers:
-            layer.keys, layer.values = self._hold(mx.zeros(shape)), self._hold(mx.zeros(shape))
+            layer.keys, layer.values = self._hold(mx.zeros(shape), shape), self._hold(mx.zeros(shape), shape)
         self.cache_bytes = 8 * len(self._layers) * math.prod(shape)
         self._block = _Block(
             count=config.num_layers,
@@ -124,11 +125,14 @@ class NativeNetwork:
             batch=batch,
             capacity=self.capacity,
             layers=self._layers,
-            input=self._linear(block.proj_in, transposed=True),
-            norm=self._norm(block.get("final_norm")),
-            output=self._linear(block.proj_out),
+            input=self._linear(block.proj_in, config.in_channels, config.channels, transposed=True),
+            norm=self._norm(block.get("final_norm"), config.channels),
+            output=self._linear(block.proj_out, config.channels),
         )
-        self._rope_frequencies = None if rope_frequencies is None else np.array(rope_frequencies, order="C")
+        self._rope_frequencies = None
+        if rope_frequencies is not None:
+            self._rope_frequencies = np.array(rope_frequencies, order="C")
+            _demand(self._rope_frequencies, np.complex64, (self.capacity, config.head_dim // 2))
         self._scales = np.empty(batch, np.float32)
         self._scales[:] = config.head_dim**-0.5 / np.array(temperature).reshape(-1)
         self._added: np.ndarray | None = None
@@ -140,7 +144,8 @@ class NativeNetwork:
         self._library = loaded
         if prefix is not None:
             for start, stop in self._parts(self.prefix_length):
-                self._run(_Tokens(), np.array(prefix[:, start:stop], order="C"))
+                part = np.array(prefix[:, start:stop], order="C")
+                self._run(_Tokens(), part)
 
     @property
     def known(self) -> int:
@@ -168,7 +173,7 @@ class NativeNetwork:
 
     def _evaluate(self, inputs: np.ndarray) -> np.ndarray:
         """Tokens `[B, n, C]` -> outputs of the last layer, `[B, n, outputs]`."""
-        assert inputs.dtype == np.float32
+        _demand(inputs, np.float32, (self.batch, inputs.shape[1], self._config.in_channels))
         hidden = np.empty((*inputs.shape[:2], self._block.channels), np.float32)
         outputs = np.empty((*inputs.shape[:2], self._block.output.outputs), np.float32)
         tokens = _Tokens(inputs=_address(inputs), outputs=_address(outputs))
@@ -180,7 +185,9 @@ class NativeNetwork:
     def _run(self, tokens: _Tokens, hidden: np.ndarray) -> None:
         """All layers over embedded positions, float32 `[B, n, channels]`, which are replaced by what comes out."""
         length = hidden.shape[1]
-        assert self.position + length <= self.capacity and hidden.dtype == np.float32
+        _demand(hidden, np.float32, (self.batch, length, self._config.channels))
+        if self.position + length > self.capacity:
+            raise ValueError(f"{self.position} + {length} positions; there is room for {self.capacity}")
         tokens.length, tokens.offset = length, self.position
         tokens.scales, tokens.hidden = _address(self._scales), _address(hidden)
         if self._rope_frequencies is not None:
@@ -191,52 +198,87 @@ class NativeNetwork:
     def _layer(self, layer: TransformerLayer) -> _Layer:
         if type(layer) is not TransformerLayer:
             raise Unsuitable
-        attention, mlp = layer.attention, layer.mlp
-        norms = [attention.get(name) for name in ("norm", "query_norm", "key_norm", "post_norm")]
-        norms += [mlp.norm, mlp.get("post_norm")]
+        config, attention, mlp = self._config, layer.attention, layer.mlp
+        width, dim, queries = config.channels, config.head_dim, config.num_heads * config.head_dim
+        norms = [
+            self._norm(attention.get(name), size)
+            for name, size in (("norm", width), ("query_norm", dim), ("key_norm", dim), ("post_norm", width))
+        ]
+        norms += [self._norm(mlp.norm, width), self._norm(mlp.get("post_norm"), width)]
         gated = "gate_proj" in mlp
-        rest = (mlp.gate_proj, mlp.up_proj, mlp.down_proj) if gated else (None, mlp.main[0], mlp.main[2])
-        return _Layer(*map(self._norm, norms), *map(self._linear, (attention.qkv, attention.proj, *rest)))
+        gate, up, down = (mlp.gate_proj, mlp.up_proj, mlp.down_proj) if gated else (None, mlp.main[0], mlp.main[2])
+        inner = width * config.expansion
+        linears = (
+            self._linear(attention.qkv, width, queries + 2 * config.num_kv_heads * dim),
+            self._linear(attention.proj, queries, width),
+            self._linear(gate, width, inner),
+            self._linear(up, width, inner),
+            self._linear(down, inner, width),
+        )
+        return _Layer(*norms, *linears)
 
-    def _norm(self, norm: nn.Module | None) -> _Norm:
+    def _norm(self, norm: nn.Module | None, width: int) -> _Norm:
         if norm is None:
             return _Norm()
         if type(norm) is RMSNorm:
-            return _Norm(kind=2, epsilon=norm.eps, weight=self._hold(norm.weight))
+            return _Norm(kind=2, epsilon=norm.eps, weight=self._hold(norm.weight, (width,)))
         if type(norm) is nn.LayerNorm:
-            return _Norm(kind=1, epsilon=norm.eps, weight=self._hold(norm.weight), bias=self._hold(norm.bias))
+            weight, bias = self._hold(norm.weight, (width,)), self._hold(norm.bias, (width,))
+            return _Norm(kind=1, epsilon=norm.eps, weight=weight, bias=bias)
         raise Unsuitable
 
-    def _linear(self, linear: nn.Module | None, transposed: bool = False) -> _Linear:
+    def _linear(
+        self, linear: nn.Module | None, inputs: int, outputs: int | None = None, transposed: bool = False
+    ) -> _Linear:
+        """A projection from so many inputs to so many outputs; None: to as many as it has."""
         if linear is None:
             return _Linear()
         if type(linear) is AdaptedLinear:
             linear = linear.fuse(dequantize=True)
-        bias = self._hold(linear.bias) if "bias" in linear else None
+        outputs = linear.weight.shape[0] if outputs is None else outputs
+        bias = self._hold(linear.bias, (outputs,)) if "bias" in linear else None
         if isinstance(linear, nn.QuantizedLinear) and not transposed:
-            return self._quantized(linear, bias)
+            return self._quantized(linear, inputs, outputs, bias)
         if type(linear) is not nn.Linear:
             raise Unsuitable
-        outputs, inputs = linear.weight.shape
-        weight = self._hold(mx.contiguous(linear.weight.T) if transposed else linear.weight)
+        if transposed:
+            weight = self._hold(mx.contiguous(linear.weight.T), (inputs, outputs))
+        else:
+            weight = self._hold(linear.weight, (outputs, inputs))
         return _Linear(inputs, outputs, weight=weight, bias=bias)
 
-    def _quantized(self, linear: nn.QuantizedLinear, bias: int | None) -> _Linear:
-        known = linear.mode == "affine" and linear.bits in (4, 6, 8) and linear.group_size % LANES == 0
-        if not known or linear.biases is None:
+    def _quantized(self, linear: nn.QuantizedLinear, inputs: int, outputs: int, bias: int | None) -> _Linear:
+        bits, group = linear.bits, linear.group_size
+        known = linear.mode == "affine" and bits in (4, 6, 8) and group > 0 and group % LANES == 0
+        if not known or inputs % group or linear.biases is None:
             raise Unsuitable
-        outputs, groups = linear.scales.shape
-        tensors = self._hold(linear.weight, mx.uint32), self._hold(linear.scales), self._hold(linear.biases)
-        return _Linear(groups * linear.group_size, outputs, linear.bits, linear.group_size, *tensors, bias)
+        scales = outputs, inputs // group
+        weight = self._hold(linear.weight, (outputs, inputs * bits // 32), mx.uint32)
+        return _Linear(
+            inputs,
+            outputs,
+            bits,
+            group,
+            weight,
+            self._hold(linear.scales, scales),
+            self._hold(linear.biases, scales),
+            bias,
+        )
 
-    def _hold(self, array: mx.array, dtype: mx.Dtype = mx.float32) -> int:
-        """Where an array's numbers are, and stay while this lives."""
+    def _hold(self, array: mx.array, shape: tuple[int, ...], dtype: mx.Dtype = mx.float32) -> int:
+        """Where the numbers of an array of this shape are, and stay while this lives. Raises Unsuitable for others."""
         mx.eval(array)
-        view = np.asarray(array) if array.dtype == dtype else None
+        view = np.asarray(array) if array.dtype == dtype and array.shape == shape else None
         if view is None or not view.flags.c_contiguous:
             raise Unsuitable
         self._held.append(array)
         return _address(view)
+
+
+def _demand(array: np.ndarray, dtype: type[np.generic], shape: tuple[int, ...]) -> None:
+    """Raise ValueError for an array that C++ would read or write beyond its end."""
+    if array.dtype != dtype or array.shape != shape:
+        raise ValueError(f"{array.dtype} {list(array.shape)} where {np.dtype(dtype)} {list(shape)} is needed")
 
 
 def _address(array: np.ndarray) -> int:

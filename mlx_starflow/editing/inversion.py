@@ -18,8 +18,8 @@ from mlx_starflow.editing.maps import cleaned, from_noise, to_noise
 from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.likelihood.nll import at_once, unit_of, with_noise
 from mlx_starflow.likelihood.protocol import ImageModel, ImageOrVideo
-from mlx_starflow.media.files import replacing
-from mlx_starflow.media.noise import KEY
+from mlx_starflow.media.files import parse_json, replacing
+from mlx_starflow.media.noise import KEY, read_noise
 from mlx_starflow.sampling import GuidedFlow, SamplingOptions
 from mlx_starflow.sampling.sampler import progress_off
 
@@ -52,21 +52,19 @@ class Encoded:
     @classmethod
     def load(cls, path: Path) -> Encoded:
         """Read what `save` wrote. Noise of `generate --save-noise` counts as unprompted. Raises StarflowError."""
+        noise = read_noise(path)
         try:
             with safe_open(path, framework="numpy") as file:
-                if KEY not in file.keys():  # noqa: SIM118
-                    raise StarflowError(f'{path} holds no tensor "{KEY}": write it with mlx-starflow encode')
-                noise = file.get_tensor(KEY)
-                about = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
+                about = parse_json((file.metadata() or {}).get(METADATA_KEY, "{}"))
             prompts = [str(prompt) for prompt in about.get("prompts", [""] * len(noise))]
             guidance, model = float(about.get("guidance", 0)), str(about.get("model", ""))
         except (OSError, SafetensorError) as error:
             raise StarflowError(f"{path} cannot be read as a noise file: {one_line(error)}") from None
-        except (ValueError, TypeError, AttributeError):
+        except (ValueError, TypeError, AttributeError, ArithmeticError):
             raise StarflowError(f"{path}: its description is damaged; encode the pictures again") from None
         if len(prompts) != len(noise):
             raise StarflowError(f"{path} has {len(prompts)} prompts for {len(noise)} pictures; encode them again")
-        return cls(noise.astype(np.float32), prompts, guidance, model)
+        return cls(noise, prompts, guidance, model)
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_starflow.errors import StarflowError
+from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.likelihood.protocol import ImageModel
 from mlx_starflow.likelihood.scores import Score, score_data
-from mlx_starflow.media.files import read_json, replacing
+from mlx_starflow.media.files import exists, inside, read_json, replacing
 from mlx_starflow.model_dir.files import STATISTICS_FILE, load_weights
 from mlx_starflow.model_dir.transaction import locked
 
@@ -54,6 +54,8 @@ class Statistics:
         parts = [np.asarray(values[key], np.float64) for key in ("mean", "between", "within")]
         if not all(np.isfinite(part).all() and part.shape == parts[0].shape for part in parts):
             raise ValueError("not finite")
+        if (parts[1] < 0).any() or (parts[2] < 0).any():
+            raise ValueError("variances below 0")
         return cls(*parts)
 
 
@@ -136,9 +138,9 @@ class CalibrationStatistics:
             StarflowError: the file is damaged.
         """
         path = directory / STATISTICS_FILE
-        if not path.is_file():
+        if not exists(path):
             return None
-        values = read_json(path)
+        values = read_json(inside(directory, STATISTICS_FILE))
         try:
             if values["version"] != 1:
                 raise ValueError("another version")
@@ -148,8 +150,10 @@ class CalibrationStatistics:
             found = cls(str(values["fingerprint"]), int(values["pictures"]), *statistics)
             if "unprompted" not in found.nll or found.nll.keys() != found.tokens.keys():
                 raise ValueError("incomplete")
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise StarflowError(f"{path} is damaged ({error}); run `mlx-starflow calibrate` again") from None
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            raise StarflowError(
+                f"{path} is damaged ({one_line(error)[:200]}); run `mlx-starflow calibrate` again"
+            ) from None
         return found if found.fingerprint == fingerprint(directory) else None
 
 

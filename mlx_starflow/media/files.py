@@ -1,29 +1,221 @@
-"""Reading JSON, and writing files so that a crash leaves the old file or the new one, never half of one."""
+"""Reading bytes, text, JSON and YAML within limits; writing so that a crash leaves the old file or the new one.
+
+What is read may come from anywhere: only regular files are opened, none is larger than it should be, and nothing in
+them can make a parser nest, or a list grow, without end.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlx_starflow.errors import StarflowError, one_line
+
+if TYPE_CHECKING:
+    import yaml
+
+MOST_BYTES = 1 << 26
+"""Of a file that is read at once; an index of ten thousand tensors takes a megabyte."""
+
+MOST_YAML = 1 << 20
+"""Bytes of a YAML file, which takes long to read."""
+
+MOST_DEPTH = 64
+"""Lists and mappings inside each other."""
+
+MOST_ITEMS = 100_000
+"""Values in a YAML file, with those that aliases repeat."""
+
+_HUB = re.compile(r"(models|datasets|spaces)--.+")
+
+
+# ---- reading
+
+
+def exists(path: Path) -> bool:
+    """Whether there is something of this name. Raises StarflowError if that cannot be found out."""
+    return _mode(path) is not None
+
+
+def is_regular(path: Path) -> bool:
+    """Whether this is a file: no folder, device or pipe. Raises StarflowError if that cannot be found out."""
+    mode = _mode(path)
+    return mode is not None and stat.S_ISREG(mode)
+
+
+def is_folder(path: Path) -> bool:
+    """Whether this is a folder. Raises StarflowError if that cannot be found out."""
+    mode = _mode(path)
+    return mode is not None and stat.S_ISDIR(mode)
+
+
+def _mode(path: Path) -> int | None:
+    try:
+        return os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        name = str(path) if str(path).isprintable() and len(str(path)) <= 300 else ascii(str(path)[:300])
+        raise StarflowError(f"cannot read {name}: {one_line(error)}") from None
+
+
+def expanded(path: str | Path) -> Path:
+    """`path` with the user's folder for ~. Raises StarflowError if nobody knows which that is."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise StarflowError(f"{path}: the user has no home folder here; set HOME, or give another path") from None
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The path of a file in a folder.
+
+    Raises:
+        StarflowError: the name, or a symbolic link of this name, leads out of the folder, or it is a device or a pipe.
+            (In the Hub's cache, links into the same repository's `blobs` are what files are.)
+    """
+    path, parts = folder / name, Path(name).parts
+    try:
+        found, home = path.resolve(), folder.resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise StarflowError(f"cannot read {str(path)!a}: {one_line(error)}") from None
+    stays = found.is_relative_to(home) or any(
+        each.name == "snapshots" and _HUB.fullmatch(each.parent.name) and found.parent == each.parent / "blobs"
+        for each in (home, *home.parents)
+    )
+    if Path(name).is_absolute() or ".." in parts or not stays:
+        raise StarflowError(f"{str(name)[:200]!a} leads out of {folder}: put the file itself into the folder")
+    if exists(path) and not is_regular(path) and not is_folder(path):
+        raise StarflowError(f"{path} is not a regular file")
+    return path
+
+
+def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
+    """A regular file of at most so many bytes. Raises StarflowError, naming it."""
+    try:
+        with open(path, "rb", opener=_without_waiting) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise StarflowError(f"cannot read {path}: it is not a regular file")
+            content = file.read(most + 1)
+    except OSError as error:
+        raise StarflowError(f"cannot read {path}: {one_line(error)}") from error
+    except ValueError as error:  # a name that is none
+        raise StarflowError(f"cannot read {str(path)!a}: {one_line(error)}") from None
+    if len(content) > most:
+        raise StarflowError(f"cannot read {path}: it has more than {most} bytes, which no such file needs")
+    return content
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Opens a file; a pipe without a writer would keep us waiting."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def read_text(path: Path, most: int = MOST_BYTES) -> str:
+    """A file of UTF-8, without the mark that some editors put first. Raises StarflowError, naming it."""
+    return decode_text(read_bytes(path, most), path)
+
+
+def decode_text(content: bytes, path: str | Path) -> str:
+    """UTF-8, without its mark. Raises StarflowError, naming where it came from."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise StarflowError(f"cannot read {path}: line {line} is not UTF-8; save it as UTF-8") from None
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What JSON says. Raises ValueError for anything else, and for lists or objects nested without need."""
+    try:
+        content = json.loads(text)
+    except RecursionError:
+        raise ValueError(f"more than {MOST_DEPTH} lists and objects inside each other") from None
+    _check_depth(content)
+    return content
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A file that holds one JSON object. Raises StarflowError, naming it, if it is missing or something else."""
+    content = read_bytes(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise StarflowError(f"cannot read {path}: {one_line(error)}") from error
+        found = parse_json(content.decode("utf-8-sig"))
     except ValueError as error:
         raise StarflowError(f"cannot read {path}: {path.name} is not valid JSON: {one_line(error)}") from error
-    if not isinstance(content, dict):
-        raise StarflowError(f"cannot read {path}: it holds a JSON {type(content).__name__}, not an object")
+    if not isinstance(found, dict):
+        raise StarflowError(f"cannot read {path}: it holds a JSON {type(found).__name__}, not an object")
+    return found
+
+
+def parse_yaml(text: str) -> Any:
+    """What YAML says, as YAML 1.2 reads numbers: 1e-4 is one, 81:16 and dates are text.
+
+    Raises ValueError for anything else, for nesting without need, and for aliases that multiply.
+    """
+    import yaml
+
+    try:
+        content = yaml.load(text, Loader=_yaml_loader())
+    except RecursionError:
+        raise ValueError(f"more than {MOST_DEPTH} lists and mappings inside each other") from None
+    except yaml.YAMLError as error:
+        raise ValueError(one_line(error)[:300]) from None
+    except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
+        raise ValueError(one_line(error)[:300]) from None
+    _check_depth(content, MOST_ITEMS)
     return content
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds. Raises StarflowError, naming it, if it cannot be read or is none."""
+    text = read_text(path, MOST_YAML)
+    try:
+        return parse_yaml(text)
+    except ValueError as error:
+        raise StarflowError(f"{path} is not valid YAML: {one_line(error)}") from None
+
+
+def _yaml_loader() -> type[yaml.SafeLoader]:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    left_out = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in each if tag not in left_out]
+        for first, each in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    numbers = list("-+.0123456789")
+    Loader.add_implicit_resolver(left_out[0], re.compile(r"[-+]?(0|[1-9][0-9]*)$"), numbers)
+    point = r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?$|[-+]?[0-9]+[eE][-+]?[0-9]+$"
+    point += r"|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
+    Loader.add_implicit_resolver(left_out[1], re.compile(point), numbers)
+    return Loader
+
+
+def _check_depth(content: Any, most: float = float("inf")) -> None:
+    """Raise ValueError for too many levels, or too many values, each counted as often as it is repeated."""
+    count, todo = 0, [(content, 1)]
+    while todo:
+        value, depth = todo.pop()
+        if not isinstance(value, dict | list | tuple | set):
+            continue
+        count += len(value)
+        if depth > MOST_DEPTH:
+            raise ValueError(f"more than {MOST_DEPTH} lists and objects inside each other")
+        if count > most:
+            raise ValueError(f"more than {most} values, aliases counted as often as they are used")
+        todo += [(each, depth + 1) for each in (value.values() if isinstance(value, dict) else value)]
+
+
+# ---- writing
 
 
 @contextmanager

@@ -13,8 +13,11 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from mlx_starflow.errors import StarflowError, one_line
-from mlx_starflow.media.files import replacing
+from mlx_starflow.media.files import exists, is_regular, parse_json, replacing
 from mlx_starflow.media.formats import ANIMATIONS, FORMATS, METADATA_KEY, UNDESCRIBED
+
+PICTURES = ("PNG", "JPEG", "WEBP", "GIF")
+"""Formats, as Pillow calls them, that `save_image` and `save_animation` write."""
 
 
 def to_images(pixels: np.ndarray) -> list[Image.Image]:
@@ -78,15 +81,17 @@ def save_animation(images: Sequence[Image.Image], path: Path, seconds: float = 0
 
 def read_image_metadata(path: Path) -> dict[str, Any]:
     """How a PNG that `save_image` wrote was made. Raises StarflowError if it does not say."""
+    if exists(path) and not is_regular(path):
+        raise StarflowError(f"{path} cannot be read as a picture: it is not a regular file")
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=PICTURES) as image:
             text = getattr(image, "text", {}).get(METADATA_KEY)
-    except OSError as error:
+    except Exception as error:  # decoders of damaged files raise whatever they like
         raise StarflowError(f"{path} cannot be read as a picture: {one_line(error)}") from None
     if text is None:
         raise StarflowError(UNDESCRIBED.format(path))
     try:
-        metadata = json.loads(text)
+        metadata = parse_json(text)
         if not isinstance(metadata, dict):
             raise ValueError
     except ValueError:

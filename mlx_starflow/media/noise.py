@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file, save
 
-from mlx_starflow.errors import StarflowError
-from mlx_starflow.media.files import replacing
+from mlx_starflow.errors import StarflowError, one_line
+from mlx_starflow.media.files import exists, is_regular, replacing
 
 KEY = "noise"
 
@@ -84,13 +84,18 @@ def save_noise(noise: np.ndarray, path: Path) -> None:
 
 def read_noise(path: Path) -> np.ndarray:
     """Read noise that `save_noise` wrote, float32. Raises StarflowError."""
+    if exists(path) and not is_regular(path):
+        raise StarflowError(f"{path} cannot be read as a noise file: it is not a regular file")
     try:
         arrays = load_file(path)
     except Exception as error:
-        raise StarflowError(f"{path} cannot be read as a noise file: {error}") from None
+        raise StarflowError(f"{path} cannot be read as a noise file: {one_line(error)}") from None
     if KEY not in arrays:
         raise StarflowError(f'{path} holds no tensor "{KEY}"; write noise files with --save-noise')
-    return arrays[KEY].astype(np.float32)
+    noise = arrays[KEY]
+    if noise.dtype.kind != "f" or noise.ndim < 1 or not np.isfinite(noise).all():
+        raise StarflowError(f"{path} holds no noise: that is finite real numbers, a sample a row")
+    return noise.astype(np.float32)
 
 
 def load_noise(path: Path, shape: Sequence[int]) -> np.ndarray:

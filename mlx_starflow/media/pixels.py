@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,11 @@ SUFFIXES = frozenset(
 
 ZOOM = 1.1
 """Random views show at least 1 / ZOOM of the width and height that the whole crop shows."""
+
+MANY_PIXELS = 2**24
+"""Images of more pixels than this are decoded one at a time: they take up to 15 bytes a pixel."""
+
+_large = threading.Lock()
 
 # Formats that need nothing but a decoder: some of Pillow's others start programs.
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
@@ -53,7 +59,7 @@ def decode_image(data: bytes) -> Image.Image:
     if not data:
         raise UnreadableImage("the file is empty")
     try:
-        with Image.open(io.BytesIO(data), formats=_formats()) as opened:
+        with Image.open(io.BytesIO(data), formats=_formats()) as opened, _room_for(opened.width * opened.height):
             opened.load()
             return _upright(_rgb(opened), _orientation(opened))
     except UnreadableImage:
@@ -63,6 +69,16 @@ def decode_image(data: bytes) -> Image.Image:
     except Exception as error:  # decoders of damaged files raise whatever they like
         text = " ".join(re.sub(r"<[^<>]* at 0x[^<>]*>", "", str(error)).split())
         raise UnreadableImage(text or type(error).__name__) from None
+
+
+@contextmanager
+def _room_for(pixels: int) -> Iterator[None]:
+    """Large images are decoded one at a time: a few kilobytes can make gigabytes of one, and threads decode several."""
+    if pixels <= MANY_PIXELS:
+        yield
+        return
+    with _large:
+        yield
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image, ImageSequence
 
 from mlx_starflow.errors import StarflowError, one_line
-from mlx_starflow.media.files import left_behind, replacing
+from mlx_starflow.media.files import left_behind, parse_json, replacing
 from mlx_starflow.media.formats import ANIMATIONS, FORMATS, METADATA_KEY, MOVIES, UNDESCRIBED
 from mlx_starflow.media.images import check_output, read_image_metadata, save_image
 from mlx_starflow.media.pixels import crop_image, decode_image, no_remarks
@@ -369,7 +369,7 @@ def read_video_metadata(path: Path) -> dict[str, Any]:
         with _image_errors(path), Image.open(path) as image:
             comment = image.getexif().get(_DESCRIPTION) if suffix == ".webp" else image.info.get("comment")
     try:
-        return dict(json.loads(comment)[METADATA_KEY])
+        return dict(parse_json(comment)[METADATA_KEY])
     except (KeyError, TypeError, ValueError):
         raise StarflowError(UNDESCRIBED.format(path)) from None
 

@@ -12,6 +12,7 @@ Its strength t makes W + t (W' - W) of the layer, and the changes of several ada
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,16 +23,20 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.media.files import read_json
+from mlx_starflow.media.files import exists, expanded, inside, is_folder, read_json
 from mlx_starflow.model_dir.files import read_safetensors
 from mlx_starflow.model_dir.quantization import QuantizedLinear
 from mlx_starflow.model_dir.transaction import settle
+from mlx_starflow.model_dir.weights import check_floating
 from mlx_starflow.models.trees import flattened
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapters.safetensors"
 
 KINDS = {"lora": ("lora_a", "lora_b"), "dora": ("lora_a", "lora_b", "m")}
 """What each kind of adapter holds of a layer."""
+
+MOST_SCALE = 1e6
+"""Below which an adapter's scale lies; usual ones are about 1 to 20."""
 
 Strengths = Sequence[tuple[str | Path, float]]
 """Folders of adapters, each with its strength: 1 is as trained, 0 nothing."""
@@ -135,20 +140,23 @@ class Adapter:
     @classmethod
     def read(cls, folder: str | Path) -> Adapter:
         """Read one. Raises StarflowError if it is missing, damaged or of an unknown kind."""
-        folder = Path(folder).expanduser()
+        folder = expanded(folder)
         settle(folder)
-        if not (folder / CONFIG_FILE).is_file():
-            what = "holds no " + CONFIG_FILE if folder.is_dir() else "is not a folder"
+        if not exists(folder / CONFIG_FILE):
+            what = "holds no " + CONFIG_FILE if is_folder(folder) else "is not a folder"
             raise StarflowError(f"{folder} {what}: give the folder of an adapter, such as finetune's RUN/adapter")
-        config = read_json(folder / CONFIG_FILE)
+        config = read_json(inside(folder, CONFIG_FILE))
         kind, scale = config.get("kind"), config.get("scale")
-        if kind not in KINDS or isinstance(scale, bool) or not isinstance(scale, int | float):
+        number = scale if isinstance(scale, int | float) and not isinstance(scale, bool) else math.inf
+        if not isinstance(kind, str) or kind not in KINDS or not abs(number) < MOST_SCALE:
             raise StarflowError(
                 f"{folder / CONFIG_FILE}: an adapter of mlx-starflow has a kind, {' or '.join(KINDS)}, and a scale; "
-                f"this one has {kind!r} and {scale!r}"
+                f"this one has {repr(kind)[:50]} and {repr(scale)[:50]}"
             )
         layers: dict[str, dict[str, mx.array]] = {}
-        for name, array in read_safetensors(folder / WEIGHTS_FILE).items():
+        tensors = read_safetensors(inside(folder, WEIGHTS_FILE))
+        check_floating({name: array.dtype for name, array in tensors.items()}, folder / WEIGHTS_FILE)
+        for name, array in tensors.items():
             path, _, part = name.rpartition(".")
             layers.setdefault(path, {})[part] = array
         if not layers:
@@ -159,7 +167,7 @@ class Adapter:
                     f"{folder / WEIGHTS_FILE}: a {kind} adapter has {', '.join(KINDS[kind])} of each layer; "
                     f"{path} does not go with that: {', '.join(sorted(wrong))}"
                 )
-        return cls(str(folder), kind, float(scale), layers, config)
+        return cls(str(folder), kind, float(number), layers, config)
 
     def check(self, flow: nn.Module) -> None:
         """Raise StarflowError unless it fits a flow, naming the first layer, in the flow's order, that does not."""

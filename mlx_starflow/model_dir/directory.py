@@ -17,8 +17,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_starflow.errors import StarflowError, one_line
+from mlx_starflow.media.files import exists, inside, is_folder, is_regular, read_bytes
 from mlx_starflow.model_dir.adapters import Strengths, add_adapters
-from mlx_starflow.model_dir.files import PLAN_FILE, STATISTICS_FILE, Unchanged, load_weights, read_config
+from mlx_starflow.model_dir.files import PLAN_FILE, STATISTICS_FILE, StoredConfig, load_weights
 from mlx_starflow.model_dir.hub import find_model
 from mlx_starflow.model_dir.tensor_parallel import load_part
 from mlx_starflow.model_dir.weights import default_dtype, load_module, parse_dtype, place_weights
@@ -64,43 +65,39 @@ class NetworkDirectory(Generic[Network, Config]):
 
     Attributes:
         folder: where it is.
-        content: all of its `config.json`.
+        stored, content: its `config.json`, and all that it holds.
     """
 
-    def __init__(
-        self, folder: Path, content: dict[str, Any], network: Callable[[Any], Network], config: ConfigKind[Config]
-    ):
-        self.folder, self.content = folder, content
-        self.unchanged = Unchanged(folder, content)
+    def __init__(self, stored: StoredConfig, network: Callable[[Any], Network], config: ConfigKind[Config]):
+        self.folder, self.content, self.stored = stored.folder, stored.content, stored
         self._network, self._config = network, config
 
     @classmethod
     def flow(cls, folder: str | Path) -> NetworkDirectory[STARFlow | TarFlow, FlowConfig | TarFlowConfig]:
         """The flow in a folder. Raises StarflowError if there is none, or it is of an unknown type."""
-        folder = Path(folder)
-        content = read_config(folder)
-        model_type = content.get("model_type")
-        if model_type not in FLOWS:
+        stored = StoredConfig(folder)
+        model_type = stored.content.get("model_type")
+        if not isinstance(model_type, str) or model_type not in FLOWS:
             raise StarflowError(
-                f"{folder / 'config.json'}: model_type {model_type!r} is not a flow's, {' or '.join(FLOWS)}; "
+                f"{stored.folder / 'config.json'}: model_type {model_type!r} is not a flow's, {' or '.join(FLOWS)}; "
                 "convert an official checkpoint with: mlx-starflow convert flow CHECKPOINT --config YAML -o DIR"
             )
-        return NetworkDirectory(folder, content, FLOWS[model_type].network, FLOWS[model_type].config)
+        return NetworkDirectory(stored, FLOWS[model_type].network, FLOWS[model_type].config)
 
     @classmethod
     def text_encoder(cls, folder: str | Path) -> NetworkDirectory[T5Encoder, T5Config]:
         """The text encoder in a folder. Raises StarflowError if there is no `config.json`."""
-        return NetworkDirectory(Path(folder), read_config(folder), T5Encoder, T5Config)
+        return NetworkDirectory(StoredConfig(folder), T5Encoder, T5Config)
 
     @classmethod
     def vae(
         cls, folder: str | Path
     ) -> NetworkDirectory[AutoencoderKL | AutoencoderWan, AutoencoderKLConfig | AutoencoderWanConfig]:
         """The autoencoder in a folder, of images or of videos. Raises StarflowError if there is no `config.json`."""
-        content = read_config(folder)
-        if content.get("model_type") == "autoencoder_wan":
-            return NetworkDirectory(Path(folder), content, AutoencoderWan, AutoencoderWanConfig)
-        return NetworkDirectory(Path(folder), content, AutoencoderKL, AutoencoderKLConfig)
+        stored = StoredConfig(folder)
+        if stored.content.get("model_type") == "autoencoder_wan":
+            return NetworkDirectory(stored, AutoencoderWan, AutoencoderWanConfig)
+        return NetworkDirectory(stored, AutoencoderKL, AutoencoderKLConfig)
 
     @cached_property
     def config(self) -> Config:
@@ -111,12 +108,15 @@ class NetworkDirectory(Generic[Network, Config]):
     @property
     def quantization(self) -> Mapping[str, Any] | None:
         """How the weights are quantized, see `quantization.quantize_module`; None if they are not."""
-        return self.content.get("quantization")
+        found = self.content.get("quantization")
+        if found is not None and not isinstance(found, dict):
+            raise StarflowError(f"{self.folder / 'config.json'}: quantization must hold names and values")
+        return found
 
     def weights(self) -> dict[str, mx.array]:
         """Tensors by name, as they are stored; each is read when it is evaluated. Raises StarflowError."""
         weights = load_weights(self.folder)
-        self.unchanged.check()
+        self.stored.check()
         return weights
 
     def new(self) -> Network:
@@ -187,9 +187,9 @@ class ModelDirectory:
         return NetworkDirectory.vae(self._part("vae"))
 
     def _part(self, name: str) -> Path:
-        if not (self.path / name).is_dir():
+        if not is_folder(self.path / name):
             raise StarflowError(f"{self.path} is a flow alone: generating needs its {name}/ folder too")
-        self.flow.unchanged.check()
+        self.flow.stored.check()
         return self.path / name
 
     @property
@@ -199,7 +199,7 @@ class ModelDirectory:
 
     def has(self, part: str) -> bool:
         """Whether there is a network beside the flow, "text_encoder" or "vae"."""
-        return (self.path / part / "config.json").is_file()
+        return is_regular(self.path / part / "config.json")
 
     @property
     def licences(self) -> list[str]:
@@ -208,8 +208,14 @@ class ModelDirectory:
 
     @property
     def pipeline(self) -> dict[str, Any]:
-        """How the model samples unless told otherwise: settings by name, those that its `config.json` has."""
-        return dict(self.flow.content.get("pipeline", {}))
+        """How the model samples unless told otherwise: settings by name, those that its `config.json` has.
+
+        Raises StarflowError if it holds something else there.
+        """
+        settings = self.flow.content.get("pipeline", {})
+        if not isinstance(settings, dict):
+            raise StarflowError(f"{self.path / 'config.json'}: pipeline must hold names and values")
+        return dict(settings)
 
     @property
     def plan_file(self) -> Path:
@@ -275,6 +281,8 @@ def read_text_encoder(
 
 def read_tokenizer(path: Path, config: T5Config) -> Tokenizer:
     """A text encoder's tokenizer. Raises StarflowError if it is unusable or has more tokens than the encoder."""
+    if exists(inside(path.parent, path.name)):
+        read_bytes(path)  # it is a regular file, and not too large
     tokenizer = Tokenizer(path)
     if tokenizer.vocab_size > config.vocab_size:
         raise StarflowError(

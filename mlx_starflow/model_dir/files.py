@@ -10,13 +10,14 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, cast
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
+import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from mlx_starflow.errors import StarflowError, one_line
-from mlx_starflow.media.files import read_json
+from mlx_starflow.media.files import exists, inside, is_folder, is_regular, read_json
 from mlx_starflow.model_dir.transaction import settle
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -36,6 +37,9 @@ _DTYPES = {
     **{getattr(mx, f"uint{bits}"): f"U{bits}" for bits in (8, 16, 32, 64)},
     **{getattr(mx, f"int{bits}"): f"I{bits}" for bits in (8, 16, 32, 64)},
 }
+
+_FLOAT8, _FLOAT64, _COMPLEX = "F8_E4M3", "F64", "C64"
+_READ = {name: dtype for dtype, name in _DTYPES.items()} | {_COMPLEX: mx.complex64}
 
 
 class Spec(NamedTuple):
@@ -64,27 +68,33 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     """
     directory = Path(directory)
     settle(directory)
-    if not (directory / "config.json").is_file():
-        what = "holds no config.json" if directory.is_dir() else "is not a folder"
+    if not exists(directory / "config.json"):
+        what = "holds no config.json" if is_folder(directory) else "is not a folder"
         raise StarflowError(f"{directory} {what}; give a model directory, such as `mlx-starflow convert` writes")
-    return read_json(directory / "config.json")
+    return read_json(inside(directory, "config.json"))
 
 
-class Unchanged:
-    """That a network's folder still holds what its `config.json` was read from: writing it again replaces that first.
+class StoredConfig:
+    """The `config.json` of a network's folder, read once.
 
-    Raises StarflowError, also from `check`, if it does not.
+    Attributes:
+        folder: where it is.
+        content: all that it holds.
+
+    Raises:
+        StarflowError: as `read_config` does.
     """
 
-    def __init__(self, folder: Path, content: Mapping[str, Any]):
-        self.folder = folder
-        self.seen = self._look()
-        if read_config(folder) != content:
-            self._fail()
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        settle(self.folder)
+        self._seen = self._look()
+        self.content = read_config(self.folder)
 
     def check(self) -> None:
-        if self._look() != self.seen:
-            self._fail()
+        """Raise StarflowError if the file is another one now: whoever writes the folder again replaces it first."""
+        if self._look() != self._seen:
+            raise StarflowError(f"{self.folder} was written again while it was being read: load it again")
 
     def _look(self) -> tuple[int, int, int] | None:
         try:
@@ -93,32 +103,66 @@ class Unchanged:
             return None
         return status.st_dev, status.st_ino, status.st_mtime_ns
 
-    def _fail(self) -> NoReturn:
-        raise StarflowError(f"{self.folder} was written again while it was being read: load it again")
-
 
 def read_safetensors(path: Path) -> dict[str, mx.array]:
     """The tensors of one file, each of them read when it is evaluated.
 
+    Numbers of 8 bits (float8_e4m3fn) come as bfloat16, which holds each of them exactly. Those of 64 bits come as
+    float32, the widest that all devices compute with; a file that has some is read at once.
+
     Raises:
-        StarflowError: the file is missing, truncated or no safetensors file.
+        StarflowError: the file is missing, truncated or no safetensors file, or a tensor is of a type that MLX lacks.
     """
-    if not path.is_file():
-        raise StarflowError(f"{path} is missing; download it into {path.parent}")
+    if not is_regular(path):
+        raise StarflowError(
+            f"{path} is not a regular file" if exists(path) else f"{path} is missing; download it into {path.parent}"
+        )
     try:
         # Opening it this way also compares the header with the file's size; MLX alone may notice only when it reads.
-        with safe_open(path, framework="numpy"):
-            pass
-        return cast(dict[str, mx.array], mx.load(str(path), format="safetensors"))
+        with safe_open(path, framework="numpy") as file:
+            kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+        for name, kind in kinds.items():
+            if kind not in _READ and kind != _FLOAT8:
+                raise StarflowError(f"{path}: {name} is of type {kind}, which cannot be read here; save it in float32")
+        whole = _FLOAT64 in kinds.values()
+        arrays = _read_at_once(path) if whole else cast(dict[str, mx.array], mx.load(str(path), format="safetensors"))
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise StarflowError(f"cannot read {path}, download it again or convert it again: {one_line(error)}") from error
+    # MLX takes numbers of 8 bits for bytes.
+    decoded = {n: mx.from_fp8(arrays[n], dtype=mx.bfloat16) for n, kind in kinds.items() if kind == _FLOAT8}
+    return arrays | decoded
+
+
+def _read_at_once(path: Path) -> dict[str, mx.array]:
+    """The tensors of a file that is whole; MLX itself refuses those of 64-bit numbers."""
+    content = np.memmap(path, np.uint8, "r")
+    start = 8 + int.from_bytes(content[:8], "little")
+    arrays = {}
+    for name, entry in json.loads(bytes(content[8:start])).items():
+        if name == "__metadata__":
+            continue
+        first, stop = entry["data_offsets"]
+        numbers = content[start + first : start + stop]
+        if entry["dtype"] == _FLOAT64:
+            with np.errstate(over="ignore"):
+                array = mx.array(np.frombuffer(numbers, "<f8").astype(np.float32))
+        else:
+            array = mx.array(np.array(numbers)).view(_READ.get(entry["dtype"], mx.uint8))
+        arrays[name] = array.reshape(entry["shape"])
+    return arrays
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """The file that holds each tensor, from an `.index.json`. Raises StarflowError if it is not one."""
+    """The file that holds each tensor, from an `.index.json`.
+
+    Raises:
+        StarflowError: it is not one, or it names files that are not in its folder.
+    """
     index = read_json(path).get("weight_map")
     if not isinstance(index, dict) or not all(isinstance(file, str) for file in index.values()):
         raise StarflowError(f"{path} has no weight_map; download it again or convert it again")
+    for file in set(index.values()):
+        inside(path.parent, file)
     return index
 
 
@@ -129,13 +173,13 @@ def load_weights(directory: str | Path) -> dict[str, mx.array]:
         StarflowError: a file is missing, truncated or no safetensors file.
     """
     directory = Path(directory)
-    if (directory / INDEX_FILE).is_file():
-        files = sorted(set(read_index(directory / INDEX_FILE).values()))
-    elif (directory / "model.safetensors").is_file():
+    if exists(directory / INDEX_FILE):
+        files = sorted(set(read_index(inside(directory, INDEX_FILE)).values()))
+    elif exists(directory / "model.safetensors"):
         files = ["model.safetensors"]
     else:
         raise StarflowError(f"{directory} holds no model.safetensors; download it again or convert it again")
-    return {name: array for file in files for name, array in read_safetensors(directory / file).items()}
+    return {name: array for file in files for name, array in read_safetensors(inside(directory, file)).items()}
 
 
 # ---- writing

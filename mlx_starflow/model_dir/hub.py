@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from mlx_starflow.errors import StarflowError, one_line
+from mlx_starflow.media.files import exists, expanded, is_folder, is_regular
 from mlx_starflow.model_dir.transaction import settle
 
 DEMO = Path(__file__).parents[1] / "demo" / "model"
@@ -32,16 +34,16 @@ def find_model(name: str | Path) -> Path:
     Raises:
         StarflowError: there is no such model, it cannot be downloaded, or it is a checkpoint to be converted first.
     """
-    text, path = str(name), Path(name).expanduser()
+    text, path = str(name), expanded(name)
     if text == "demo":
         if not (DEMO / "config.json").is_file():
             raise StarflowError(
                 "the demo model is not in this installation; install mlx-starflow again from a clone: pip install ."
             )
         return DEMO
-    if text and path.is_dir():
+    if text and is_folder(path):
         return path
-    if text and path.exists():
+    if text and exists(path):
         fix = "give the folder of a model"
         if path.suffix in _CHECKPOINTS:
             fix = f"convert it first: mlx-starflow convert flow {text} --config YAML -o DIR"
@@ -50,10 +52,11 @@ def find_model(name: str | Path) -> Path:
         raise StarflowError(
             f"unknown model {text!r}: give demo, the folder of a model, or a Hugging Face repository (owner/name)"
         )
-    converted = converted_directory(text)
-    settle(converted)
-    if (converted / "config.json").is_file():
-        return converted
+    with suppress(StarflowError):  # without a home folder nothing has been converted there
+        converted = converted_directory(text)
+        settle(converted)
+        if is_regular(converted / "config.json"):
+            return converted
     if text.lower() in _OFFICIAL:
         raise StarflowError(
             f"{text} holds PyTorch checkpoints; download and convert them once with: mlx-starflow convert {text} "
@@ -68,9 +71,13 @@ def is_repository(name: str) -> bool:
 
 
 def converted_directory(repository: str) -> Path:
-    """Where a converted release is kept, and found again by its repository's name."""
+    """Where a converted release is kept, and found again by its repository's name.
+
+    Raises:
+        StarflowError: the user has no home folder, and the environment variable names none either.
+    """
     cache = os.environ.get(CACHE_VARIABLE) or "~/.cache/mlx-starflow"
-    return Path(cache).expanduser() / repository.lower().replace("/", "--")
+    return expanded(cache) / repository.lower().replace("/", "--")
 
 
 def fetch(repository: str, patterns: Sequence[str], *, revision: str | None = None, note: str = "") -> Path:

@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from mlx_starflow.errors import StarflowError
+from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.model_dir.precision import MIXED, QUANTIZATIONS
 from mlx_starflow.models.trees import flattened
 
@@ -205,9 +205,15 @@ def quantize_as(
             return False
         own = quantization.get(path)
         settings = own if isinstance(own, dict) else quantization
-        return {key: settings[key] for key in _KEYS if key in settings}
+        settings = {key: settings[key] for key in _KEYS if key in settings}
+        mode, bits, size = settings.get("mode", "affine"), settings.get("bits"), settings.get("group_size")
+        if mode not in [each for each, _, _ in QUANTIZATIONS.values()] or bits not in (None, 2, 3, 4, 5, 6, 8):
+            raise ValueError(f"{path}: mode and bits are not known")
+        if size not in (None, 16, 32, 64, 128):
+            raise ValueError(f"{path}: group_size must be 16, 32, 64 or 128")
+        return settings
 
     try:
         _quantize(module, choose)
-    except (TypeError, ValueError) as error:
-        raise StarflowError(f"{what}: quantization of config.json: {error}") from error
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise StarflowError(f"{what}: quantization of config.json: {one_line(error)}") from error

@@ -80,6 +80,17 @@ def _and_more(names: list[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
+def check_floating(found: Mapping[str, mx.Dtype], what: str | Path) -> None:
+    """Raise StarflowError, naming it, if a tensor of a network is not of real numbers: weights of 8-bit integers, for
+    instance, mean nothing without the scales that go with them."""
+    for name, dtype in found.items():
+        if not mx.issubdtype(dtype, mx.floating):
+            raise StarflowError(
+                f"{what}: {name} is {dtype_name(dtype)}, not real numbers; use a checkpoint in float32, bfloat16, "
+                "float16 or float8_e4m3fn"
+            )
+
+
 def place_weights(
     module: nn.Module,
     weights: Mapping[str, mx.array],
@@ -93,7 +104,9 @@ def place_weights(
     check_shapes({n: w.shape for n, w in weights.items()}, {n: w.shape for n, w in expected.items()}, what)
     for name, placeholder in expected.items():
         if _is_floating(weights[name]) != _is_floating(placeholder):
-            raise StarflowError(f"{what}: {name} is {_dtype_name(weights[name])}, not {_dtype_name(placeholder)}")
+            raise StarflowError(
+                f"{what}: {name} is {dtype_name(weights[name].dtype)}, not {dtype_name(placeholder.dtype)}"
+            )
     module.load_weights(list(weights.items()))
 
 
@@ -146,5 +159,6 @@ def _is_floating(array: mx.array) -> bool:
     return mx.issubdtype(array.dtype, mx.floating)
 
 
-def _dtype_name(array: mx.array) -> str:
-    return str(array.dtype).rpartition(".")[2]
+def dtype_name(dtype: mx.Dtype) -> str:
+    """A dtype's name without MLX's module: "float32", for instance."""
+    return str(dtype).rpartition(".")[2]

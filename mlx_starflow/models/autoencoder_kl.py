@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.models import autoencoder_kl_tiling as tiling
 from mlx_starflow.models.autoencoder_layers import Conv3x3, DownBlock, GroupNorm, MidBlock, PointwiseConv, UpBlock
-from mlx_starflow.models.configs import ConfigKind, check_autoencoder
+from mlx_starflow.models.configs import MOST_LAYERS, MOST_LEVELS, ConfigKind, check_autoencoder
 
 _NOTES = ("model_type", "quantization", "force_upcast", "act_fn", "down_block_types", "up_block_types")
 _CONFIG = ConfigKind("autoencoder", _NOTES)
@@ -60,6 +60,9 @@ class AutoencoderKLConfig:
 
     def __post_init__(self) -> None:
         _CONFIG.positive(**{name: getattr(self, name) for name in _SIZES})
+        levels, depth = len(self.block_out_channels), self.layers_per_block
+        _CONFIG.require(levels <= MOST_LEVELS, f"block_out_channels has {levels} values, more than {MOST_LEVELS}")
+        _CONFIG.require(depth * levels <= MOST_LAYERS, f"layers_per_block must be less than {depth}")
         groups, channels = self.norm_num_groups, self.latent_channels
         for width in self.block_out_channels:
             good = width % groups == 0
@@ -97,12 +100,18 @@ class AutoencoderKLConfig:
         supported = activation in ("silu", "swish")
         _CONFIG.require(supported, f"act_fn {activation!r} is not supported; it must be 'silu'")
         if isinstance(config.get("sample_size"), list | tuple):
-            config = {**config, "sample_size": max(config["sample_size"])}
+            config = {
+                **config,
+                "sample_size": max(
+                    _CONFIG.typed("sample_size", "tuple[int, ...]", config["sample_size"]), default=None
+                ),
+            }
         read = _CONFIG.read(cls, config)
         count = len(read.block_out_channels)
         for key, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
             blocks = config.get(key)
             if blocks is not None:
+                blocks = _CONFIG.typed(key, "tuple[str, ...]", blocks)
                 for block in blocks:
                     _CONFIG.require(block == kind, f"{key} has {block!r}; all of them must be {kind!r}")
                 _CONFIG.require(len(blocks) == count, f"{key} has {len(blocks)} blocks, block_out_channels has {count}")

@@ -33,6 +33,7 @@ class DenoiserConfig(TransformerConfig):
     """Of the frames up to `look_ahead` after its own, a frame sees the last `window` + 1; None: all."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         least = max(self.look_ahead, 1)
         FLOW.require(self.window is None or self.window >= least, f"denoiser_window must be {least} or more")
 

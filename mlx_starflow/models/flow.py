@@ -17,6 +17,7 @@ import mlx.nn as nn
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.kernels.affine import AffineMap, GuidanceMode, affine_forward, predict
+from mlx_starflow.models.configs import FLOW
 from mlx_starflow.models.denoiser import Denoiser
 from mlx_starflow.models.gradient_checkpointing import checkpointed
 from mlx_starflow.models.rope import line_frequencies
@@ -41,6 +42,18 @@ class BlockConfig(TransformerConfig):
     """A learned start token predicts the first token; else the first token passes through unchanged."""
     use_softplus: bool = True
     soft_clip: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        FLOW.positive(in_channels=self.in_channels)
+        width, text = self.channels, self.txt_dim
+        FLOW.require(isinstance(text, int) and text >= 0, f"txt_dim must be an integer of at least 0, not {text!r}")
+        FLOW.require(
+            not text or self.use_proj_txt or text == width,
+            f"without use_proj_txt the width of the text, {text}, must be the block's, {width}",
+        )
+        FLOW.require(not (text and self.local), "a block that reads each frame by itself (local) cannot read text")
+        FLOW.require(self.soft_clip >= 0, f"soft_clip must be at least 0, not {self.soft_clip!r}")
 
     @property
     def affine(self) -> AffineMap:

@@ -5,6 +5,7 @@ Data passes the shallow blocks first and the deep block, usually the only one th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -13,10 +14,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.models.configs import FLOW, known_arguments, official_arguments, write_config
+from mlx_starflow.models.configs import FLOW, MOST_LAYERS, known_arguments, official_arguments, write_config
 from mlx_starflow.models.denoiser import Denoiser, DenoiserConfig
 from mlx_starflow.models.flow import BlockConfig, Condition, Conditions, FlowBlock, FlowOutput, frame_count, run_blocks
-from mlx_starflow.models.rope import axial_frequencies
+from mlx_starflow.models.rope import THIRD_AXIS_PAIRS, axial_frequencies
 from mlx_starflow.models.transformer import TransformerConfig
 
 VAE_DOWNSCALE = {"stabilityai/sd-vae-ft-ema": 8, "Wan-AI/Wan2.2-TI2V-5B-Diffusers": 16}
@@ -72,10 +73,17 @@ class FlowConfig:
     denoiser_window: int | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.layers_per_block, str):
-            self.layers_per_block = [int(n) for n in self.layers_per_block.split()]
+        names = ("img_size", "channel_size", "patch_size", "channels", "head_dim")
+        FLOW.positive(**{name: getattr(self, name) for name in names})
+        self.layers_per_block = FLOW.typed("layers_per_block", "list[int]", self.layers_per_block)
+        FLOW.require(self.layers_per_block, "layers_per_block is empty; it takes one number per block")
+        FLOW.require(sum(self.layers_per_block) <= MOST_LAYERS, f"more than {MOST_LAYERS} layers")
         if self.pt_seq_len is None:
             self.pt_seq_len = self.img_size // self.patch_size
+        FLOW.positive(pt_seq_len=self.pt_seq_len)
+        whole = self.txt_size >= 0 and self.txt_dim >= 0 and self.temporal_causal >= 0
+        FLOW.require(whole, "txt_size, txt_dim and temporal_causal must be at least 0")
+        FLOW.require(math.isfinite(self.noise_std) and self.noise_std >= 0, "noise_std must be at least 0")
         FLOW.choice("seq_order", self.seq_order, ("L2R", "R2L"))
         FLOW.choice("norm_type", self.norm_type, ("layer_norm", "rms_norm"))
         has_width = self.txt_dim > 0 or self.txt_size <= 0
@@ -86,6 +94,22 @@ class FlowConfig:
             "a video model needs temporal_causal, shallow_block_local and cond_top_only, as the released one has them: "
             "its frames could not be made one after another",
         )
+        for block in self.blocks:
+            shared = block.head_dim == self.head_dim or block.hf_style_rope or block.num_layers == 0
+            FLOW.require(
+                shared,
+                f"top_block: head_dim {block.head_dim} without hf_style_rope must be the flow's, {self.head_dim}",
+            )
+            third = THIRD_AXIS_PAIRS if self.txt_size or self.vid_size else 0
+            room = block.hf_style_rope or (self.head_dim % 2 == 0 and self.head_dim // 2 >= third)
+            FLOW.require(
+                room,
+                f"head_dim {self.head_dim} has no room for rotary positions: it must be even, and "
+                f"{2 * THIRD_AXIS_PAIRS} or more for a flow that reads text or videos",
+            )
+        if self.vid_size:
+            frames, rate = self.video or (0, 0)
+            FLOW.positive(**{"vid_size, frames": frames, "vid_size, frames a second": rate})
         self.denoiser = self._denoiser() if self.learnable_self_denoiser else None
 
     @property
@@ -94,7 +118,10 @@ class FlowConfig:
         if not self.vid_size:
             return None
         frames, _, rate = str(self.vid_size).partition(":")
-        return int(frames), int(rate or 16)
+        numbers = [
+            int(text) if text.isascii() and text.isdigit() and len(text) < 9 else 0 for text in (frames, rate or "16")
+        ]
+        return numbers[0], numbers[1]
 
     def _denoiser(self) -> DenoiserConfig:
         shallow = self.blocks[0]
@@ -138,12 +165,26 @@ class FlowConfig:
             "soft_clip": float(self.soft_clip),
         }
         if deep and self.top_block:
-            # `use_rope` says what is always so.
-            values.update({key: value for key, value in self.top_block.items() if key != "use_rope"})
+            values.update(self._own_values(values))
         try:
             return BlockConfig(**values)
         except TypeError as error:
             raise StarflowError(f"flow config: top_block: {error}") from None
+
+    def _own_values(self, shared: Mapping[str, Any]) -> dict[str, Any]:
+        """What `top_block` says of the deep block, which takes the tokens and the text that the whole flow takes."""
+        known = {field.name: field for field in fields(BlockConfig)}
+        values: dict[str, Any] = {}
+        for key, value in (self.top_block or {}).items():
+            if key == "use_rope":  # says what is always so
+                continue
+            FLOW.require(key in known, f"top_block: unknown key {key}")
+            least = 0 if known[key].default == 0 or key == "num_layers" else 1
+            values[key] = FLOW.typed(f"top_block: {key}", str(known[key].type), value, least=least)
+        for key in ("in_channels", "txt_dim", "local"):
+            same = values.get(key, shared[key]) == shared[key]
+            FLOW.require(same, f"top_block: {key} must be the flow's, {shared[key]!r}, not {values.get(key)!r}")
+        return values
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> FlowConfig:
@@ -171,7 +212,8 @@ class FlowConfig:
         if "vae" in values and "img_size" in known:
             name = str(values["vae"]).split(":")[0]
             FLOW.require(name in VAE_DOWNSCALE, f"unknown vae {name!r}; known are {', '.join(VAE_DOWNSCALE)}")
-            known["img_size"] //= VAE_DOWNSCALE[name]
+            size = FLOW.typed("img_size", "int", known["img_size"])
+            known["img_size"] = size // VAE_DOWNSCALE[name]
         return cls.from_dict(known)
 
     def to_dict(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.models.configs import ConfigKind
+from mlx_starflow.models.configs import MOST_LAYERS, ConfigKind
 
 # "gated-gelu" alone means the tanh approximation: that is what T5 1.1 and flan-T5 were trained with.
 _ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
@@ -53,6 +53,8 @@ class T5Config:
     def __post_init__(self) -> None:
         names = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
         _CONFIG.positive(**{name: getattr(self, name) for name in names})
+        _CONFIG.require(self.num_layers <= MOST_LAYERS, f"num_layers must be at most {MOST_LAYERS}")
+        _CONFIG.require(self.layer_norm_epsilon > 0, "layer_norm_epsilon must be above 0")
         buckets, distance = self.relative_attention_num_buckets, self.relative_attention_max_distance
         whole = buckets >= 4 and buckets % 4 == 0
         _CONFIG.require(whole, f"relative_attention_num_buckets must be a multiple of 4, not {buckets!r}")

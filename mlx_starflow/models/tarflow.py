@@ -6,6 +6,7 @@ and no start token stands before the sequence: the first token of each block pas
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.models.configs import FLOW, known_arguments, official_arguments, write_config
+from mlx_starflow.models.configs import FLOW, MOST_LAYERS, known_arguments, official_arguments, write_config
 from mlx_starflow.models.denoiser import Denoiser
 from mlx_starflow.models.flow import BlockConfig, Condition, Conditions, FlowBlock, FlowOutput, run_blocks
 
@@ -60,6 +61,9 @@ class TarFlowConfig:
         for name, divisor in (("img_size", "patch_size"), ("channels", "head_dim")):
             value, by = getattr(self, name), getattr(self, divisor)
             FLOW.require(value % by == 0, f"{name} {value} is no multiple of {divisor} {by}")
+        FLOW.require(self.blocks * self.layers_per_block <= MOST_LAYERS, f"more than {MOST_LAYERS} layers")
+        FLOW.require(self.num_classes >= 0, f"num_classes must be at least 0, not {self.num_classes!r}")
+        FLOW.require(math.isfinite(self.noise_std) and self.noise_std >= 0, "noise_std must be at least 0")
 
     @property
     def num_patches(self) -> int:

@@ -11,6 +11,7 @@ import mlx.nn as nn
 from mlx_starflow.kernels.attention import attention
 from mlx_starflow.kernels.plain import EPSILON, rms_norm
 from mlx_starflow.kernels.qkv import split_rotate
+from mlx_starflow.models.configs import FLOW, MOST_LAYERS
 
 
 class Cache(Protocol):
@@ -36,6 +37,19 @@ class TransformerConfig:
     use_post_norm: bool = False
     hf_style_rope: bool = False
     """Rotary positions count 0, 1, 2, ... over the sequence and pair dimension i with i + head_dim / 2."""
+
+    def __post_init__(self) -> None:
+        FLOW.positive(
+            channels=self.channels,
+            head_dim=self.head_dim,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            expansion=self.expansion,
+        )
+        layers, heads, shared = self.num_layers, self.num_heads, self.num_kv_heads
+        FLOW.require(isinstance(layers, int) and 0 <= layers <= MOST_LAYERS, f"a block cannot have {layers!r} layers")
+        FLOW.require(heads % shared == 0, f"num_heads {heads} is no multiple of num_kv_heads {shared}")
+        FLOW.choice("norm_type", self.norm_type, ("layer_norm", "rms_norm"))
 
 
 class RMSNorm(nn.Module):

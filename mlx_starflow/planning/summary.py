@@ -196,18 +196,21 @@ def _release(model: str) -> ModelConfigs | None:
 
 def _architecture(flow: Any) -> dict[str, str]:
     lines = {}
-    for index, block in reversed(list(enumerate(flow.blocks))):
+    blocks = [flow.block(index) for index in range(flow.blocks)] if isinstance(flow.blocks, int) else flow.blocks
+    for index, block in reversed(list(enumerate(blocks))):
         kind = f"{block.num_layers} layers, width {block.channels}" if block.num_layers else "identity"
         order = "backwards" if block.flip else "forwards"
         text = ", reads text" if getattr(block, "txt_dim", 0) else ""
         lines[f"block {index}"] = f"{kind}, {order}{text}"
     side, each = flow.img_size // flow.patch_size, " a frame" if getattr(flow, "video", None) else ""
-    lines["tokens"] = f"{side * side}{each} of {flow.blocks[0].in_channels} numbers, patches of {flow.patch_size}"
+    lines["tokens"] = f"{side * side}{each} of {blocks[0].in_channels} numbers, patches of {flow.patch_size}"
     if video := getattr(flow, "video", None):
         lines["videos"] = f"{video[0]} frames, {video[1]} a second, as trained; pictures too"
     if denoiser := getattr(flow, "denoiser", None):
         text = ", reads text" if denoiser.txt_dim else ""
         lines["denoiser"] = f"{denoiser.num_layers} layers, width {denoiser.channels}{text}"
+    if getattr(flow, "num_classes", 0):
+        lines["classes"] = str(flow.num_classes)
     if getattr(flow, "txt_size", 0):
         lines["text"] = f"{flow.txt_size} tokens of {flow.txt_dim} numbers"
     return lines
@@ -224,6 +227,9 @@ def _size(network: NetworkDirectory[nn.Module, Any]) -> str:
         if name.endswith(".biases") and name.removesuffix(".biases") + ".scales" in weights:
             continue
         packed = value.dtype == mx.uint32 and name.removesuffix(".weight") + ".scales" in weights
-        count += value.size * 32 // quantization["bits"] if packed else value.size
+        bits: int = quantization.get("bits", 0)
+        if packed and bits not in (2, 3, 4, 5, 6, 8):
+            raise StarflowError(f"{network.folder / 'config.json'}: quantization says nothing usable of bits")
+        count += value.size * 32 // bits if packed else value.size
     size = sum(value.nbytes for value in weights.values())
     return f"{count / 1e6:.2f} M parameters, {size / 2**20:.1f} MiB"

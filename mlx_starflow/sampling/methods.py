@@ -9,10 +9,13 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
-from mlx_starflow.errors import StarflowError
-from mlx_starflow.media.files import replacing
+from mlx_starflow.errors import StarflowError, one_line
+from mlx_starflow.media.files import exists, inside, read_json, replacing
 from mlx_starflow.model_dir.files import PLAN_FILE
 from mlx_starflow.model_dir.transaction import locked
+from mlx_starflow.models.configs import ConfigKind
+
+PLAN = ConfigKind("sampling plan")
 
 GUESSES = ("noise", "affine", "previous")
 """First guesses of a token in a rolling window: see `RollingSettings.guess`."""
@@ -105,15 +108,22 @@ class SamplingPlan:
         """Raises StarflowError for what `to_dict` does not write."""
         try:
             if values["version"] != 1:
-                raise StarflowError(f"{where}: version {values['version']} is not known; run `mlx-starflow tune` again")
+                raise StarflowError(
+                    f"{where}: version {repr(values['version'])[:50]} is not known; run `mlx-starflow tune` again"
+                )
             blocks = tuple(_settings(block) for block in values["blocks"])
-            return cls(blocks, float(values["tolerance"]), dict(values.get("measured", {})))
+            tolerance = _typed("tolerance", "float", values["tolerance"])
+            return cls(blocks, float(tolerance), dict(values.get("measured", {})))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise StarflowError(f"{where} is damaged ({error!r}); run `mlx-starflow tune` again") from None
+            raise StarflowError(
+                f"{where} is damaged ({one_line(error)[:200]}); run `mlx-starflow tune` again"
+            ) from None
 
     def save(self, directory: Path) -> Path:
         """Write the plan into a model directory; returns the file. Raises StarflowError if that cannot be done."""
         path = directory / PLAN_FILE
+        if not directory.is_dir():
+            raise StarflowError(f"{path} cannot be written: No such file or directory")
         with locked(directory), replacing(path) as temporary:
             temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
         return path
@@ -122,11 +132,11 @@ class SamplingPlan:
     def find(cls, directory: Path) -> SamplingPlan | None:
         """The plan in a model directory; None if there is none."""
         path = directory / PLAN_FILE
-        if not path.is_file():
+        if not exists(path):
             return None
         try:
-            values = json.loads(path.read_text())
-        except ValueError as error:
+            values = read_json(inside(directory, PLAN_FILE))
+        except StarflowError as error:
             raise StarflowError(f"{path} is damaged ({error}); run `mlx-starflow tune` again") from None
         return cls.from_dict(values, str(path))
 
@@ -134,12 +144,20 @@ class SamplingPlan:
 def _settings(values: Mapping[str, Any]) -> Settings:
     values = dict(values)
     name = values.pop("method")
-    if name not in METHODS:
-        raise ValueError(f"unknown method {name}")
+    if not isinstance(name, str) or name not in METHODS:
+        raise ValueError(f"unknown method {str(name)[:50]}")
     kind = METHODS[name]
     if unknown := set(values) - {item.name for item in fields(kind)}:
         raise ValueError(f"unknown settings {', '.join(sorted(unknown))}")
-    return kind(**values)
+    types = {item.name: str(item.type) for item in fields(kind)}
+    return kind(**{key: _typed(key, types[key], value) for key, value in values.items()})
+
+
+def _typed(name: str, kind: str, value: object) -> Any:
+    try:
+        return PLAN.typed(name, kind, value, least=0)
+    except StarflowError as error:
+        raise ValueError(str(error)) from None
 
 
 Method = str | Settings | SamplingPlan

@@ -1,6 +1,6 @@
 import pytest
 from click.testing import CliRunner
-from helpers.model_directories import write_image_model
+from helpers.model_directories import write_class_model, write_image_model
 from helpers.tiny_flows import tiny_flow
 
 from mlx_starflow.cli import main
@@ -78,3 +78,11 @@ def test_errors(tmp_path, text, message):
         (tmp_path / "config.json").write_text(text)
     result = info(tmp_path)
     assert result.exit_code == 2 and message in result.output and "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_classes": 0}, {"nvp": False}])
+def test_a_tarflow(changes, tmp_path):
+    result = info(write_class_model(tmp_path, **changes))
+    assert result.exit_code == 0, result.output
+    assert "(tarflow)" in result.output and "16 of 12 numbers, patches of 2" in result.output
+    assert ("classes" in result.output) == (changes != {"num_classes": 0})

@@ -182,4 +182,4 @@ def test_quantization_mistakes(tmp_path):
     edit_config(tmp_path, quantization=quantization | {"mode": "nonsense"})
     assert "quantization of config.json" in message(load_flow, tmp_path)
     edit_config(tmp_path, quantization="8")
-    assert "config.json has no quantization" in message(load_flow, tmp_path)
+    assert "config.json: quantization must hold names and values" in message(load_flow, tmp_path)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from mlx_starflow.errors import StarflowError, one_line
+from mlx_starflow.errors import StarflowError
 
 
 def _read_config(context: click.Context, option: click.Parameter, path: Path | None) -> None:
@@ -36,14 +36,9 @@ def read_options(path: Path, command: click.Command) -> dict[str, object]:
     Raises:
         StarflowError: the file cannot be read, is no mapping, or has a key that the command does not know.
     """
-    import yaml
+    from mlx_starflow.media.files import read_yaml
 
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        raise StarflowError(f"cannot read {path}: {one_line(error)}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise StarflowError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    content = read_yaml(path) or {}
     if not isinstance(content, dict):
         raise StarflowError(f"{path} holds no options: write lines such as steps: 400")
     names: dict[str, str | None] = {}

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.models.configs import ConfigKind, check_autoencoder
+from mlx_starflow.models.configs import MOST_LAYERS, MOST_LEVELS, ConfigKind, check_autoencoder
 
 _NOTES = (
     "model_type", "quantization", "attn_scales", "dropout", "in_channels", "out_channels", "is_residual", "clip_output",
@@ -53,6 +53,9 @@ class AutoencoderWanConfig:
         names = ("base_dim", "decoder_base_dim", "z_dim", "num_res_blocks", "dim_mult")
         _CONFIG.positive(**{name: getattr(self, name) for name in names})
         steps, levels = len(self.temperal_downsample), len(self.dim_mult)
+        _CONFIG.require(levels <= MOST_LEVELS, f"dim_mult has {levels} values, more than {MOST_LEVELS}")
+        few = self.num_res_blocks * levels <= MOST_LAYERS
+        _CONFIG.require(few, f"num_res_blocks must be less than {self.num_res_blocks}")
         one_less = steps == levels - 1
         _CONFIG.require(one_less, f"temperal_downsample has {steps} values, dim_mult {levels}; it takes one less")
         for name in ("latents_mean", "latents_std"):

@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from mlx_starflow.errors import StarflowError, one_line
-from mlx_starflow.media.files import replacing
+from mlx_starflow.media.files import exists, is_regular, parse_json, replacing
 from mlx_starflow.training.loop.identity import Identity, check_identity
 from mlx_starflow.training.loop.weights import Weights
 
@@ -110,19 +110,26 @@ def load_checkpoint(path: Path) -> Checkpoint:
         StarflowError: the file is missing, truncated or no checkpoint.
     """
     parts: dict[str, Weights] = {"weights": {}, "average": {}, "optimizer": {}}
+    if exists(path) and not is_regular(path):
+        raise StarflowError(f"the checkpoint {path} is not a regular file")
     try:
         # safetensors compares the header with the file's length, which MLX's lazy loading does not.
         with safe_open(path, framework="np") as file:
-            note = json.loads((file.metadata() or {})["training"])
+            note = parse_json((file.metadata() or {})["training"])
         arrays = read_arrays(path)
         order = np.array(arrays.pop("order"))
         for name, array in arrays.items():
             part, _, name = name.partition(":")
             parts[part][name] = array
+        kinds = {"step": int, "random": dict, "config": dict}
+        if not all(isinstance(note[key], kind) for key, kind in kinds.items()) or order.dtype.kind not in "iu":
+            raise ValueError("its note is not a training's")
+        if note["step"] < 0 or order.ndim != 1 or not isinstance(note.get("note", {}), dict):
+            raise ValueError("its note is not a training's")
         return Checkpoint(
             note["step"], **parts, random=note["random"], order=order, config=note["config"], note=note.get("note", {})
         )
-    except (OSError, RuntimeError, SafetensorError, KeyError, ValueError) as error:
+    except (OSError, RuntimeError, SafetensorError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise StarflowError(
             f"the checkpoint {path} is damaged or not of this program ({one_line(error, first=True)}); "
             "delete it to use the one before"

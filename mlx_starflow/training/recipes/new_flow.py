@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import yaml
 from PIL import Image
 
 from mlx_starflow.errors import StarflowError, one_line
+from mlx_starflow.media.files import MOST_YAML, parse_yaml, read_text
 from mlx_starflow.media.image_folder import ImageFolder
 from mlx_starflow.media.images import grid, save_image
 from mlx_starflow.media.sources import open_source, write_skips
@@ -66,11 +66,9 @@ def read_flow_config(path: str | Path) -> dict[str, Any]:
         StarflowError: it cannot be read, or is for something else.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise StarflowError(f"cannot read {path}: {one_line(error)}") from None
-    except yaml.YAMLError as error:
-        raise StarflowError(f"{path} is neither YAML nor JSON: {' '.join(str(error).split())}") from None
+        content = parse_yaml(read_text(Path(path), MOST_YAML))
+    except ValueError as error:
+        raise StarflowError(f"{path} is neither YAML nor JSON: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise StarflowError(f"{path} must hold a flow's config, with lines such as 'channels: 256'")
     if "arguments" in content:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mlx_starflow.errors import StarflowError, one_line
-from mlx_starflow.media.files import read_json, replacing
+from mlx_starflow.media.files import inside, is_regular, read_json, replacing
 
 FORMAT = 1
 MANIFEST, STATE = "cache.json", "unfinished.json"
@@ -48,7 +48,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if (folder / STATE).is_file():
             raise StarflowError(f"{folder} is not finished: run the command that makes it again, and it goes on")
         raise StarflowError(f"{folder} is not a latent cache: make one with mlx-starflow cache DATA -o {folder}")
-    manifest = read_json(folder / MANIFEST)
+    manifest = read_json(inside(folder, MANIFEST))
+    for name in manifest.get("files", ()) if isinstance(manifest.get("files"), dict) else ():
+        inside(folder, name)
     if manifest.get("format") != FORMAT or not manifest.keys() >= REQUIRED:
         raise StarflowError(f"{folder} is a cache of another version, or damaged: make it again with --no-resume")
     return manifest
@@ -58,9 +60,9 @@ def damaged_files(folder: Path, manifest: Mapping[str, Any], *, contents: Callab
     """Files whose size or, where `contents(name)` asks for it, checksum is not the manifest's."""
     found = []
     for name, expected in manifest["files"].items():
-        path = folder / name
+        path = inside(folder, name)
         try:
-            intact = path.stat().st_size == expected["bytes"]
+            intact = is_regular(path) and path.stat().st_size == expected["bytes"]
             if intact and contents(name):
                 intact = _checksum(path) == expected["sha256"]
         except OSError:

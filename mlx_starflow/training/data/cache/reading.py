@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mlx_starflow.errors import StarflowError
+from mlx_starflow.errors import StarflowError, one_line
+from mlx_starflow.media.files import parse_json
 from mlx_starflow.training.config import TrainingConfig
 from mlx_starflow.training.data.batches import IndexedData, Order
 from mlx_starflow.training.data.cache.files import INDEX, TEXT, TEXT_INDEX, damaged_files, latents_file, read_manifest
@@ -46,6 +46,15 @@ class LatentCache:
 
     def __init__(self, folder: str | Path, model: str | Path | None = None):
         self.folder = Path(folder)
+        try:
+            self._open(model)
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            raise StarflowError(
+                f"{self.folder}: the description is damaged ({one_line(error)[:200]}); "
+                "make the cache again with mlx-starflow cache --no-resume"
+            ) from None
+
+    def _open(self, model: str | Path | None) -> None:
         self._manifest = manifest = read_manifest(self.folder)
         small = (INDEX, TEXT_INDEX)
         if damaged := damaged_files(self.folder, manifest, contents=lambda name: name in small):
@@ -90,7 +99,7 @@ class LatentCache:
             start += row["tokens"]
 
     def _lines(self, name: str) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.folder / name).read_bytes().splitlines()]
+        return [parse_json(line) for line in (self.folder / name).read_bytes().splitlines()]
 
     def _map(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         try:
