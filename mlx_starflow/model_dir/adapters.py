@@ -25,6 +25,7 @@ from mlx_starflow.errors import StarflowError
 from mlx_starflow.media.files import read_json
 from mlx_starflow.model_dir.files import read_safetensors
 from mlx_starflow.model_dir.quantization import QuantizedLinear
+from mlx_starflow.model_dir.transaction import settle
 from mlx_starflow.models.trees import flattened
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapters.safetensors"
@@ -135,6 +136,7 @@ class Adapter:
     def read(cls, folder: str | Path) -> Adapter:
         """Read one. Raises StarflowError if it is missing, damaged or of an unknown kind."""
         folder = Path(folder).expanduser()
+        settle(folder)
         if not (folder / CONFIG_FILE).is_file():
             what = "holds no " + CONFIG_FILE if folder.is_dir() else "is not a folder"
             raise StarflowError(f"{folder} {what}: give the folder of an adapter, such as finetune's RUN/adapter")

@@ -18,7 +18,7 @@ import mlx.nn as nn
 
 from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.model_dir.adapters import Strengths, add_adapters
-from mlx_starflow.model_dir.files import PLAN_FILE, STATISTICS_FILE, load_weights, read_config
+from mlx_starflow.model_dir.files import PLAN_FILE, STATISTICS_FILE, Unchanged, load_weights, read_config
 from mlx_starflow.model_dir.hub import find_model
 from mlx_starflow.model_dir.tensor_parallel import load_part
 from mlx_starflow.model_dir.weights import default_dtype, load_module, parse_dtype, place_weights
@@ -71,6 +71,7 @@ class NetworkDirectory(Generic[Network, Config]):
         self, folder: Path, content: dict[str, Any], network: Callable[[Any], Network], config: ConfigKind[Config]
     ):
         self.folder, self.content = folder, content
+        self.unchanged = Unchanged(folder, content)
         self._network, self._config = network, config
 
     @classmethod
@@ -114,7 +115,9 @@ class NetworkDirectory(Generic[Network, Config]):
 
     def weights(self) -> dict[str, mx.array]:
         """Tensors by name, as they are stored; each is read when it is evaluated. Raises StarflowError."""
-        return load_weights(self.folder)
+        weights = load_weights(self.folder)
+        self.unchanged.check()
+        return weights
 
     def new(self) -> Network:
         """The network without its weights. Raises StarflowError if `config.json` does not hold a config."""
@@ -186,6 +189,7 @@ class ModelDirectory:
     def _part(self, name: str) -> Path:
         if not (self.path / name).is_dir():
             raise StarflowError(f"{self.path} is a flow alone: generating needs its {name}/ folder too")
+        self.flow.unchanged.check()
         return self.path / name
 
     @property

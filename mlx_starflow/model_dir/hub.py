@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mlx_starflow.errors import StarflowError, one_line
+from mlx_starflow.model_dir.transaction import settle
 
 DEMO = Path(__file__).parents[1] / "demo" / "model"
 
@@ -50,6 +51,7 @@ def find_model(name: str | Path) -> Path:
             f"unknown model {text!r}: give demo, the folder of a model, or a Hugging Face repository (owner/name)"
         )
     converted = converted_directory(text)
+    settle(converted)
     if (converted / "config.json").is_file():
         return converted
     if text.lower() in _OFFICIAL:

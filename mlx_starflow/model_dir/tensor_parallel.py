@@ -22,6 +22,7 @@ from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.kernels import MLX_VERSION
 from mlx_starflow.model_dir.files import read_config
 from mlx_starflow.model_dir.hub import find_model
+from mlx_starflow.model_dir.transaction import STAGE
 from mlx_starflow.model_dir.weights import cast_weights, default_dtype, parse_dtype
 from mlx_starflow.models.transformer import MLP, Attention
 from mlx_starflow.models.trees import flattened
@@ -160,7 +161,7 @@ def fingerprint(directory: Path) -> str:
     """What tells one model directory from another: its files' names and sizes, and samples of what is in them."""
     digest = sha256()
     for path in sorted(directory.rglob("*")):
-        if not path.is_file() or path.suffix not in (".json", ".safetensors", ".model"):
+        if not path.is_file() or STAGE in path.parts or path.suffix not in (".json", ".safetensors", ".model"):
             continue
         size = path.stat().st_size
         digest.update(f"{path.relative_to(directory).as_posix()}\0{size}\0".encode())

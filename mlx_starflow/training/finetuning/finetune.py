@@ -21,6 +21,7 @@ from mlx_starflow.media.sources import open_source
 from mlx_starflow.model_dir.directory import ModelDirectory, load_flow
 from mlx_starflow.model_dir.quantization import dequantize_module, quantize_module, quantized_layers
 from mlx_starflow.model_dir.saving import save_model
+from mlx_starflow.model_dir.transaction import transaction
 from mlx_starflow.model_dir.weights import default_dtype, parameters
 from mlx_starflow.models.starflow import STARFlow
 from mlx_starflow.pipelines import load
@@ -41,6 +42,7 @@ from mlx_starflow.training.finetuning.data import (
     finetune_loss,
 )
 from mlx_starflow.training.finetuning.fuse import copy_parts
+from mlx_starflow.training.loop import distributed
 from mlx_starflow.training.loop.checkpoint import check_resume
 from mlx_starflow.training.loop.identity import Identity, digest
 from mlx_starflow.training.loop.trainer import Trainer
@@ -194,6 +196,19 @@ def finetune(
         open_source(data)
     choice, _ = plan_finetune(model, config)
     report(str(choice))
+    with distributed.run_folder(out):
+        return _finetune(model, data, out, config, choice, resume, report)
+
+
+def _finetune(
+    model: str | Path,
+    data: str | Path,
+    out: Path,
+    config: FinetuneConfig,
+    choice: Choice,
+    resume: bool,
+    report: Callable[[str], None],
+) -> FinetuneResult:
     cache = open_cache(data, out / "cache", model, report)
     images, held_out = split_samples(len(cache), config.validation, 100, config.seed)
     identity = _identity(ModelDirectory.find(model), config, choice, cache, held_out)
@@ -264,8 +279,9 @@ def _save(flow: STARFlow, model: str | Path, out: Path, config: FinetuneConfig, 
         return save_adapter(out / "adapter", flow, adapter, about)
     source = ModelDirectory.find(model)
     settings = {key: value for key, value in source.flow.content.items() if key != "quantization"}
-    files = copy_parts(source, out / "model")
-    return save_model(out / "model", parameters(flow), settings, files=files)
+    with transaction(out / "model"):
+        files = copy_parts(source, out / "model")
+        return save_model(out / "model", parameters(flow), settings, files=files)
 
 
 def _plain(model: str | Path, data: str | Path, out: Path, config: FinetuneConfig, choice: Choice) -> dict[str, Any]:

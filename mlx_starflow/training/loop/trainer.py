@@ -22,6 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.model_dir.transaction import locked
 from mlx_starflow.training.config import TrainingConfig
 from mlx_starflow.training.data.batches import IndexedData, TrainingData
 from mlx_starflow.training.loop import distributed
@@ -123,9 +124,10 @@ class Trainer:
         if self.writes:
             if resume:
                 self._resume()
-            else:
-                for path in [*checkpoint_files(self.folder), self.folder / LOG, self.folder / BEST]:
-                    path.unlink(missing_ok=True)
+            elif self.folder.is_dir():
+                with locked(self.folder):
+                    for path in [*checkpoint_files(self.folder), self.folder / LOG, self.folder / BEST]:
+                        path.unlink(missing_ok=True)
         self._share_state()
 
     def run(self) -> dict[str, mx.array]:
@@ -141,7 +143,7 @@ class Trainer:
             StarflowError: a loss, gradient or weight is not finite, a file cannot be written, or another process of the
                 run has ended.
         """
-        with distributed.peers(self.name, self.group):
+        with distributed.peers(self.name, self.group), distributed.run_folder(self.folder):
             if self.config.shard and self.group.size() > 1:
                 self._steps.shard()
             return self._run()

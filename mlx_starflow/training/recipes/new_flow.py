@@ -19,6 +19,7 @@ from mlx_starflow.media.sources import open_source, write_skips
 from mlx_starflow.model_dir.directory import ModelDirectory, load_vae
 from mlx_starflow.model_dir.hub import find_model
 from mlx_starflow.model_dir.saving import save_model
+from mlx_starflow.model_dir.transaction import transaction
 from mlx_starflow.model_dir.weights import parameters
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
@@ -288,6 +289,10 @@ class NewFlow:
         """
         self.check_output()
         choice, _ = self.plan()
+        with distributed.run_folder(self.out):
+            return self._run(choice, resume, begin)
+
+    def _run(self, choice: Choice, resume: bool, begin: Callable[[], None]) -> Path:
         training = self.training_config(choice)
         first = self.group.rank() == 0
         flow = self.new()
@@ -314,7 +319,8 @@ class NewFlow:
             begin()
         assign(flow, trainer.run())
         if first:
-            self._write(flow)
+            with transaction(self.out):
+                self._write(flow)
             save_image(grid(draw(flow)), self.out / "samples.png")
         with distributed.peers("train", self.group):
             distributed.wait(self.group)
@@ -370,5 +376,4 @@ class NewFlow:
             files["classes.txt"] = "".join(f"{name}\n" for name in self.images.classes).encode()
         else:
             files = copy_parts(ModelDirectory.find(self.encoders), self.out)
-        # The flow last: without its config.json the directory is not yet a model.
         save_model(self.out, parameters(flow), config, files=files)

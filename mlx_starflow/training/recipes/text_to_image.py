@@ -19,6 +19,7 @@ from mlx_starflow.errors import StarflowError
 from mlx_starflow.media.image_folder import ImageFolder
 from mlx_starflow.media.sources import write_skips
 from mlx_starflow.model_dir.saving import save_model
+from mlx_starflow.model_dir.transaction import transaction
 from mlx_starflow.model_dir.weights import parameters
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL
 from mlx_starflow.models.starflow import STARFlow
@@ -68,7 +69,18 @@ def train_model(
     Raises:
         StarflowError: the data cannot be used, a training diverges, or `out` holds the training of another model.
     """
-    out = Path(out)
+    with distributed.run_folder(Path(out)):
+        return _train_model(data, Path(out), preset, resume, report, begin)
+
+
+def _train_model(
+    data: str | Path,
+    out: Path,
+    preset: Preset,
+    resume: bool,
+    report: Callable[[str], None],
+    begin: Callable[[], None],
+) -> Path:
     work = out / "training"
     group = distributed.world()
     first = group.rank() == 0
@@ -215,7 +227,7 @@ def write_model(
         flow_config["pipeline"] = pipeline
     tokenizer = {"spiece.model": spiece.read_bytes()}
     encoder = model.text_encoder
-    save_model(out / "text_encoder", parameters(encoder), encoder.config.to_dict(), files=tokenizer)
-    save_model(out / "vae", parameters(autoencoder), autoencoder.config.to_dict())
-    # The flow last: without its config.json the directory is not yet a model.
-    save_model(out, parameters(model.flow), flow_config)
+    with transaction(out):
+        save_model(out / "text_encoder", parameters(encoder), encoder.config.to_dict(), files=tokenizer)
+        save_model(out / "vae", parameters(autoencoder), autoencoder.config.to_dict())
+        save_model(out, parameters(model.flow), flow_config)
