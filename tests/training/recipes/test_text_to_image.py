@@ -21,6 +21,7 @@ from mlx_starflow.errors import StarflowError
 from mlx_starflow.model_dir.directory import load_vae
 from mlx_starflow.models.starflow import FlowConfig
 from mlx_starflow.training.config import TrainingConfig
+from mlx_starflow.training.loop.checkpoint import checkpoint_files, load_checkpoint, save_checkpoint
 from mlx_starflow.training.recipes.presets import PRESETS, Preset, get_preset
 from mlx_starflow.training.recipes.text_to_image import train_model
 
@@ -135,6 +136,26 @@ def test_resuming_with_something_changed(picture_folder, tmp_path):
     (picture_folder / "metadata.jsonl").write_text("".join(lines.splitlines(keepends=True)[1:]))
     assert "autoencoder is of another run (other pictures)" in refused()
     assert (out / "config.json").read_bytes() == before
+
+
+def test_the_flow_reads_whole_captions(picture_folder, tmp_path):
+    once = replace(TINY.flow_training, steps=1)
+    preset = replace(TINY, flow={**TINY.flow, "txt_size": 2}, flow_training=once, autoencoder_training=once)
+
+    def length(folder: Path, preset: Preset) -> tuple[int, bool]:
+        told: list[str] = []
+        train_model(picture_folder, folder, preset, report=told.append)
+        return json.loads((folder / "config.json").read_text())["txt_size"], any("captions are cut" in s for s in told)
+
+    # "a", colour and shape, as a piece each, and the end.
+    assert length(tmp_path / "whole", preset) == (4, False)
+    assert length(tmp_path / "cut", replace(preset, fits_text=False)) == (2, True)
+    # A training of an older version goes on with the length that it had.
+    (file,) = checkpoint_files(tmp_path / "cut/training/flow")
+    checkpoint = load_checkpoint(file)
+    del checkpoint.note["identity"]
+    save_checkpoint(file.parent, checkpoint)
+    assert length(tmp_path / "cut", preset) == (2, True)
 
 
 def test_command(picture_folder, tmp_path, monkeypatch):
