@@ -187,10 +187,13 @@ class Planner:
         checkpoint: bool | None = None,
         **settings: Any,
     ):
-        self.flow = cache(make_flow)
+        self.flow, self.plan = cache(make_flow), cache(self._plan)
         self.precisions, self.ranks, self.batch_sizes = precisions, ranks, batch_sizes
         self.checkpoints = (False, True) if checkpoint is None else (checkpoint,)
         self.settings = settings
+
+    def _plan(self, precision: str | None, rank: int, size: int, checkpoint: bool) -> TrainingPlan:
+        return training_plan(self.flow(precision, rank), size, checkpoint=checkpoint, **self.settings)
 
     def choose(self, memory: float) -> Choice | None:
         """What to do with `memory` bytes; None if nothing fits."""
@@ -203,7 +206,7 @@ class Planner:
         tried += [(least, rank, size) for rank in self.ranks[1:] for size in self.batch_sizes[-1:]]
         for precision, rank, size in tried:
             for checkpoint in self.checkpoints:
-                plan = training_plan(self.flow(precision, rank), size, checkpoint=checkpoint, **self.settings)
+                plan = self.plan(precision, rank, size, checkpoint)
                 if plan.peak <= memory:
                     return Choice(size, checkpoint, precision, rank, plan)
         return None

@@ -594,6 +594,16 @@ def test_metadata_that_leads_out(tmp_path):
         assert len(ImageFolder.read(folder, size=4)) == 3
 
 
+def test_metadata_with_names_that_are_none(tmp_path):
+    names = ["a\0b.png", "\ud800.png", "a" * 5000]
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps({"file_name": n, "text": "x"}) + "\n" for n in names))
+    reasons = ["that is no name of a file"] * 2 + ["File name too long"]
+    assert list(problems(tmp_path).values()) == reasons
+    for image, reason in zip(find_images([tmp_path]), reasons, strict=True):
+        with pytest.raises(StarflowError, match=reason):
+            image.open()
+
+
 def test_metadata_that_is_a_link_out_of_the_folder(tmp_path):
     write(tmp_path, {"passwd": "root:x:0:0", "data/0.png": png("red")})
     (tmp_path / "data/metadata.jsonl").symlink_to(tmp_path / "passwd")

@@ -96,7 +96,6 @@ def _train_flow(
     resume: bool,
     dry_run: bool,
 ) -> None:
-    from mlx_starflow.training.loop import distributed
     from mlx_starflow.training.recipes.new_flow import NewFlow
 
     run = NewFlow(data, output, flow, training, encoders, validation, click.echo)
@@ -106,9 +105,7 @@ def _train_flow(
     if dry_run:
         click.echo(f"here: {choice}\n{choice.plan}\n{macs}")
         return
-    with distributed.run_folder(output):
-        _begin(context, output, run.training_config(choice), {})
-        run.run(resume)
+    run.run(resume, lambda: _save_settings(context, output, run.training_config(choice), {}))
 
 
 def _train_model(
@@ -121,25 +118,20 @@ def _train_model(
     training: TrainingOptions,
     resume: bool,
 ) -> None:
-    from mlx_starflow.training.loop import distributed
-    from mlx_starflow.training.output import check_model_output
     from mlx_starflow.training.recipes.presets import get_preset
     from mlx_starflow.training.recipes.text_to_image import train_model
 
     chosen = get_preset(preset).adjusted(training, autoencoder_steps=autoencoder_steps, text_length=text_length)
     lengths = {"autoencoder_steps": chosen.autoencoder_training.steps}
-    with distributed.run_folder(output):
-        if distributed.world().rank() == 0:
-            check_model_output(output, "starflow")
-        _begin(context, output, chosen.flow_training, lengths)
-        train_model(data, output, chosen, resume=resume, report=click.echo)
+
+    def begin() -> None:
+        _save_settings(context, output, chosen.flow_training, lengths)
+
+    train_model(data, output, chosen, resume=resume, report=click.echo, begin=begin)
 
 
-def _begin(context: click.Context, output: Path, training: TrainingConfig, others: Mapping[str, int]) -> None:
-    """Rank 0 writes down the settings as they came out."""
-    from mlx_starflow.training.loop import distributed
-
-    if distributed.world().rank() == 0:
-        cpu.hint_if_slow()
-        settings = {name: value for name, value in asdict(training).items() if name in context.params}
-        save_options(context, output / "training/config.yaml", {**settings, **others})
+def _save_settings(context: click.Context, output: Path, training: TrainingConfig, others: Mapping[str, int]) -> None:
+    """Write down the settings as they came out."""
+    cpu.hint_if_slow()
+    settings = {name: value for name, value in asdict(training).items() if name in context.params}
+    save_options(context, output / "training/config.yaml", {**settings, **others})

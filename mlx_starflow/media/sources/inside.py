@@ -28,7 +28,11 @@ def read_inside(path: Path, root: Path | None, most: int | None = None) -> bytes
     Raises:
         OSError: it cannot be read, is a pipe or a device, leads out of `root` or is too large.
     """
-    if root is not None and leads_out(path, root):
+    try:
+        out = root is not None and leads_out(path, root)
+    except ValueError:  # metadata may hold what no file can be called
+        raise OSError(errno.EINVAL, "that is no name of a file") from None
+    if out:
         raise OSError(errno.EXDEV, "it leads out of the folder: copy it there")
     # Opening a pipe waits for somebody who writes to it, unless told not to.
     with open(path, "rb", opener=partial(_open, os.O_NONBLOCK)) as file:

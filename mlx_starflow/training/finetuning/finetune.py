@@ -43,6 +43,7 @@ from mlx_starflow.training.finetuning.data import (
 )
 from mlx_starflow.training.finetuning.fuse import copy_parts
 from mlx_starflow.training.loop import distributed
+from mlx_starflow.training.loop.checkpoint import check_resume
 from mlx_starflow.training.loop.identity import Identity, digest
 from mlx_starflow.training.loop.trainer import Trainer
 from mlx_starflow.training.loop.weights import assign
@@ -208,11 +209,13 @@ def _finetune(
     resume: bool,
     report: Callable[[str], None],
 ) -> FinetuneResult:
-    _write(out / "config.yaml", yaml.safe_dump(_plain(model, data, out, config, choice), sort_keys=False))
     cache = open_cache(data, out / "cache", model, report)
     images, held_out = split_samples(len(cache), config.validation, 100, config.seed)
-    flow = _load_base(model, choice.quantization)
     identity = _identity(ModelDirectory.find(model), config, choice, cache, held_out)
+    if resume:
+        check_resume(out / "checkpoints", identity, config.seed)
+    _write(out / "config.yaml", yaml.safe_dump(_plain(model, data, out, config, choice), sort_keys=False))
+    flow = _load_base(model, choice.quantization)
     before = cached_nll(flow, cache, held_out, draws=config.draws, seed=config.seed) if len(held_out) else None
     if before:
         report(f"before: {before}")

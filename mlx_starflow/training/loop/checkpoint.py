@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.media.files import replacing
+from mlx_starflow.training.loop.identity import Identity, check_identity
 from mlx_starflow.training.loop.weights import Weights
 
 KEPT = 2
@@ -127,13 +129,34 @@ def load_checkpoint(path: Path) -> Checkpoint:
         ) from None
 
 
+def check_resume(folder: Path, identity: Identity, seed: int) -> None:
+    """Raise StarflowError, naming what differs, if a run would go on from a checkpoint of another one."""
+    if found := _newest_note(folder):
+        check_same_run(folder, found["config"], found.get("note", {}), identity, seed)
+
+
+def check_same_run(
+    folder: Path, config: Mapping[str, Any], note: Mapping[str, Any], identity: Identity, seed: int
+) -> None:
+    """`check_resume` for a checkpoint's `config` and `note`."""
+    was = config.get("seed", seed)
+    more = f"seed {was} -> {seed}" if was != seed else ""
+    check_identity(note.get("identity", {}), identity, f"the checkpoint in {folder}", more)
+
+
 def is_anonymous(folder: Path) -> bool:
     """Whether a folder's newest checkpoint does not say what it is of, as it is of an older version."""
-    try:
-        with safe_open(checkpoint_files(folder)[0], framework="np") as file:
-            return "identity" not in json.loads((file.metadata() or {})["training"]).get("note", {})
-    except (IndexError, OSError, RuntimeError, SafetensorError, KeyError, ValueError):
-        return False  # there is none, or reading it will tell what is wrong with it
+    found = _newest_note(folder)
+    return found is not None and "identity" not in found.get("note", {})
+
+
+def _newest_note(folder: Path) -> dict[str, Any] | None:
+    """What the newest checkpoint says, arrays aside; None if none can be read."""
+    for path in checkpoint_files(folder):
+        damaged = suppress(OSError, RuntimeError, SafetensorError, KeyError, ValueError)
+        with damaged, safe_open(path, framework="np") as file:
+            return json.loads((file.metadata() or {})["training"])
+    return None
 
 
 def load_latest(folder: Path) -> tuple[Checkpoint | None, str]:

@@ -28,6 +28,7 @@ from mlx_starflow.training.data.batches import IndexedData, TrainingData
 from mlx_starflow.training.loop import distributed
 from mlx_starflow.training.loop.checkpoint import (
     Checkpoint,
+    check_same_run,
     checkpoint_files,
     clean,
     load_latest,
@@ -35,7 +36,7 @@ from mlx_starflow.training.loop.checkpoint import (
     save_checkpoint,
 )
 from mlx_starflow.training.loop.divergence import Losses, all_finite, is_sound
-from mlx_starflow.training.loop.identity import Identity, check_identity, plain
+from mlx_starflow.training.loop.identity import Identity, plain
 from mlx_starflow.training.loop.objective import Batch, batch_loss, batch_nll
 from mlx_starflow.training.loop.run_log import NAME as LOG
 from mlx_starflow.training.loop.run_log import RunLog
@@ -121,7 +122,6 @@ class Trainer:
         self._losses = Losses()
         self.validation = None if validation is None else Validation(self.folder, validation, nll, config, self.group)
         if self.writes:
-            clean(self.folder)
             if resume:
                 self._resume()
             elif self.folder.is_dir():
@@ -152,6 +152,7 @@ class Trainer:
         config = self.config
         if self.writes:
             self.folder.mkdir(parents=True, exist_ok=True)
+            clean(self.folder)
         log = RunLog(self.folder, self.step, self.writes)
         saved = began = time.monotonic()
         stopped = self._finished
@@ -233,9 +234,7 @@ class Trainer:
         if checkpoint is None:
             return
         where = f"the checkpoint in {self.folder}"
-        seeds = [checkpoint.config.get("seed", self.config.seed), self.config.seed]
-        more = "seed {} -> {}".format(*seeds) if len(set(seeds)) > 1 else ""
-        check_identity(checkpoint.note.get("identity", {}), self.identity, where, more)
+        check_same_run(self.folder, checkpoint.config, checkpoint.note, self.identity, self.config.seed)
         check_same(checkpoint.weights, trainable(self.model), where)
         if (was := checkpoint.config.get("optimizer", "adamw")) != self.config.optimizer:
             raise StarflowError(

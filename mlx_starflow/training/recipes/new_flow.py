@@ -280,17 +280,19 @@ class NewFlow:
         if self.group.rank() == 0:
             check_model_output(self.out, self.config["model_type"])
 
-    def run(self, resume: bool = True) -> Path:
+    def run(self, resume: bool = True, begin: Callable[[], None] = lambda: None) -> Path:
         """Train, and write the model directory.
+
+        `begin` is called on rank 0 when all that can be refused has been.
 
         Raises StarflowError if data or config cannot be used, if `out` holds another model, and what `Trainer` raises.
         """
         self.check_output()
         choice, _ = self.plan()
         with distributed.run_folder(self.out):
-            return self._run(choice, resume)
+            return self._run(choice, resume, begin)
 
-    def _run(self, choice: Choice, resume: bool) -> Path:
+    def _run(self, choice: Choice, resume: bool, begin: Callable[[], None]) -> Path:
         training = self.training_config(choice)
         first = self.group.rank() == 0
         flow = self.new()
@@ -313,6 +315,8 @@ class NewFlow:
             name="train",
             resume=resume,
         )
+        if first:
+            begin()
         assign(flow, trainer.run())
         if first:
             with transaction(self.out):

@@ -26,7 +26,7 @@ from mlx_starflow.models.starflow import STARFlow
 from mlx_starflow.models.t5 import T5Encoder
 from mlx_starflow.models.tokenizer import Tokenizer
 from mlx_starflow.training.loop import distributed
-from mlx_starflow.training.loop.checkpoint import is_anonymous
+from mlx_starflow.training.loop.checkpoint import check_resume, is_anonymous
 from mlx_starflow.training.loop.identity import digest
 from mlx_starflow.training.loop.trainer import Trainer
 from mlx_starflow.training.loop.weights import assign
@@ -50,6 +50,7 @@ def train_model(
     *,
     resume: bool = True,
     report: Callable[[str], None] = lambda line: None,
+    begin: Callable[[], None] = lambda: None,
 ) -> Path:
     """Train a text-to-image model and write it as a model directory that `mlx_starflow.load` reads.
 
@@ -61,6 +62,7 @@ def train_model(
         preset: sizes and lengths; see `PRESETS`.
         resume: go on where an earlier run into `out` stopped; else start again.
         report: is told, in a line, what goes on.
+        begin: is called on rank 0 when all that can be refused has been.
 
     With `mlx.launch` all processes do this together, and rank 0 alone writes and reports.
 
@@ -68,10 +70,17 @@ def train_model(
         StarflowError: the data cannot be used, a training diverges, or `out` holds the training of another model.
     """
     with distributed.run_folder(Path(out)):
-        return _train_model(data, Path(out), preset, resume, report)
+        return _train_model(data, Path(out), preset, resume, report, begin)
 
 
-def _train_model(data: str | Path, out: Path, preset: Preset, resume: bool, report: Callable[[str], None]) -> Path:
+def _train_model(
+    data: str | Path,
+    out: Path,
+    preset: Preset,
+    resume: bool,
+    report: Callable[[str], None],
+    begin: Callable[[], None],
+) -> Path:
     work = out / "training"
     group = distributed.world()
     first = group.rank() == 0
@@ -97,12 +106,28 @@ def _train_model(data: str | Path, out: Path, preset: Preset, resume: bool, repo
     captions = [text for texts in captioned.captions for text in texts]
     if cut := sum(tokenizer.batch(captions, length)[2]):
         say(f"{cut} of {len(captions)} captions are cut: they are longer than {length} tokens (--text-length)")
+    flow_config = preset.flow_config()
+    text_config = preset.text_config(tokenizer.vocab_size)
+    pictures = {"pictures": digest(images.checksums)}
+    identity = {
+        "flow": flow_config.to_dict(),
+        "text encoder": text_config.to_dict(),
+        "tokenizer": hashlib.sha256(spiece.read_bytes()).hexdigest() if first else "",
+        "pictures": digest(captioned.checksums),
+        "captions": digest(captioned.captions),
+        "held-out pictures": digest(held_out.checksums, held_out.captions),
+    }
+    if first:
+        if resume:
+            check_resume(work / "autoencoder", pictures, preset.autoencoder_training.seed)
+            check_resume(work / "flow", identity, preset.flow_training.seed)
+        begin()
     autoencoder = train_autoencoder(
         images.images,
         preset.autoencoder_config(),
         preset.autoencoder_training,
         work / "autoencoder",
-        identity={"pictures": digest(images.checksums)},
+        identity=pictures,
         resume=resume,
     )
     rng = np.random.default_rng(preset.flow_training.seed)
@@ -113,8 +138,7 @@ def _train_model(data: str | Path, out: Path, preset: Preset, resume: bool, repo
     say("autoencoder done; latents have std " + ", ".join(f"{value:.2f}" for value in std))
 
     mx.random.seed(preset.flow_training.seed)
-    flow_config = preset.flow_config()
-    model = TextFlow(STARFlow(flow_config), T5Encoder(preset.text_config(tokenizer.vocab_size)))
+    model = TextFlow(STARFlow(flow_config), T5Encoder(text_config))
     initialize_text_encoder(model.text_encoder)
 
     def samples(latents: np.ndarray, captions: list[list[str]]) -> CaptionedLatents:
@@ -141,14 +165,7 @@ def _train_model(data: str | Path, out: Path, preset: Preset, resume: bool, repo
             tokenizer=tokenizer,
             captions=[texts[0] for texts in watched.captions[:8]],
         ),
-        identity={
-            "flow": flow_config.to_dict(),
-            "text encoder": model.text_encoder.config.to_dict(),
-            "tokenizer": hashlib.sha256(spiece.read_bytes()).hexdigest() if first else "",
-            "pictures": digest(captioned.checksums),
-            "captions": digest(captioned.captions),
-            "held-out pictures": digest(held_out.checksums, held_out.captions),
-        },
+        identity=identity,
         name="flow",
         resume=resume,
     )

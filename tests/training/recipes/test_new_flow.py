@@ -137,7 +137,8 @@ def test_resuming_a_flow_on_a_cache_with_something_changed(model, cache, flow_fi
     words = [cache, "-o", tmp_path / "run", "--encoders", model, "--validation", "0.2", *QUICK]
     done = command(*words, "--model-config", flow_file)
     assert done.exit_code == 0, done.output
-    before = (tmp_path / "run/model.safetensors").read_bytes()
+    names = ("model.safetensors", "training/config.yaml")
+    before = [(tmp_path / "run" / name).read_bytes() for name in names]
 
     def refused(*more: object, **changes: object) -> str:
         flow_file.write_text(yaml.safe_dump({**FLOW, **changes}))
@@ -147,7 +148,7 @@ def test_resuming_a_flow_on_a_cache_with_something_changed(model, cache, flow_fi
     assert "(flow: noise_std default -> 0.1)" in refused("--noise-std", 0.1)
     assert "(other held-out pictures, seed 0 -> 1)" in refused("--seed", 1)
     assert "(other held-out pictures)" in refused("--validation", 0.3)
-    assert (tmp_path / "run/model.safetensors").read_bytes() == before
+    assert [(tmp_path / "run" / name).read_bytes() for name in names] == before
 
 
 def test_resuming_a_tarflow_with_other_pictures(pictures, tmp_path):
