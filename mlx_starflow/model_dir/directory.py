@@ -65,42 +65,46 @@ class NetworkDirectory(Generic[Network, Config]):
     Attributes:
         folder: where it is.
         content: all of its `config.json`.
+        unchanged: that it has not been written again since.
     """
 
     def __init__(
-        self, folder: Path, content: dict[str, Any], network: Callable[[Any], Network], config: ConfigKind[Config]
+        self,
+        unchanged: Unchanged,
+        content: dict[str, Any],
+        network: Callable[[Any], Network],
+        config: ConfigKind[Config],
     ):
-        self.folder, self.content = folder, content
-        self.unchanged = Unchanged(folder, content)
+        self.unchanged, self.folder, self.content = unchanged, unchanged.folder, content
         self._network, self._config = network, config
 
     @classmethod
     def flow(cls, folder: str | Path) -> NetworkDirectory[STARFlow | TarFlow, FlowConfig | TarFlowConfig]:
         """The flow in a folder. Raises StarflowError if there is none, or it is of an unknown type."""
         folder = Path(folder)
-        content = read_config(folder)
+        unchanged, content = Unchanged(folder), read_config(folder)
         model_type = content.get("model_type")
         if model_type not in FLOWS:
             raise StarflowError(
                 f"{folder / 'config.json'}: model_type {model_type!r} is not a flow's, {' or '.join(FLOWS)}; "
                 "convert an official checkpoint with: mlx-starflow convert flow CHECKPOINT --config YAML -o DIR"
             )
-        return NetworkDirectory(folder, content, FLOWS[model_type].network, FLOWS[model_type].config)
+        return NetworkDirectory(unchanged, content, FLOWS[model_type].network, FLOWS[model_type].config)
 
     @classmethod
     def text_encoder(cls, folder: str | Path) -> NetworkDirectory[T5Encoder, T5Config]:
         """The text encoder in a folder. Raises StarflowError if there is no `config.json`."""
-        return NetworkDirectory(Path(folder), read_config(folder), T5Encoder, T5Config)
+        return NetworkDirectory(Unchanged(folder), read_config(folder), T5Encoder, T5Config)
 
     @classmethod
     def vae(
         cls, folder: str | Path
     ) -> NetworkDirectory[AutoencoderKL | AutoencoderWan, AutoencoderKLConfig | AutoencoderWanConfig]:
         """The autoencoder in a folder, of images or of videos. Raises StarflowError if there is no `config.json`."""
-        content = read_config(folder)
+        unchanged, content = Unchanged(folder), read_config(folder)
         if content.get("model_type") == "autoencoder_wan":
-            return NetworkDirectory(Path(folder), content, AutoencoderWan, AutoencoderWanConfig)
-        return NetworkDirectory(Path(folder), content, AutoencoderKL, AutoencoderKLConfig)
+            return NetworkDirectory(unchanged, content, AutoencoderWan, AutoencoderWanConfig)
+        return NetworkDirectory(unchanged, content, AutoencoderKL, AutoencoderKLConfig)
 
     @cached_property
     def config(self) -> Config:

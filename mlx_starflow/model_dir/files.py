@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, cast
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 from safetensors import SafetensorError, safe_open
@@ -71,20 +71,20 @@ def read_config(directory: str | Path) -> dict[str, Any]:
 
 
 class Unchanged:
-    """That a network's folder still holds what its `config.json` was read from: writing it again replaces that first.
+    """That a network's folder holds what it did when this was made: writing it again replaces `config.json` first.
 
-    Raises StarflowError, also from `check`, if it does not.
+    To be made before `config.json` is read. Raises StarflowError if a writer is renaming files there and does not end.
     """
 
-    def __init__(self, folder: Path, content: Mapping[str, Any]):
-        self.folder = folder
-        self.seen = self._look()
-        if read_config(folder) != content:
-            self._fail()
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        settle(self.folder)
+        self._seen = self._look()
 
     def check(self) -> None:
-        if self._look() != self.seen:
-            self._fail()
+        """Raise StarflowError if it does not."""
+        if self._look() != self._seen:
+            raise StarflowError(f"{self.folder} was written again while it was being read: load it again")
 
     def _look(self) -> tuple[int, int, int] | None:
         try:
@@ -92,9 +92,6 @@ class Unchanged:
         except OSError:
             return None
         return status.st_dev, status.st_ino, status.st_mtime_ns
-
-    def _fail(self) -> NoReturn:
-        raise StarflowError(f"{self.folder} was written again while it was being read: load it again")
 
 
 def read_safetensors(path: Path) -> dict[str, mx.array]:

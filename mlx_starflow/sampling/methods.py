@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.media.files import replacing
 from mlx_starflow.model_dir.files import PLAN_FILE
-from mlx_starflow.model_dir.transaction import locked
 
 GUESSES = ("noise", "affine", "previous")
 """First guesses of a token in a rolling window: see `RollingSettings.guess`."""
@@ -114,7 +113,7 @@ class SamplingPlan:
     def save(self, directory: Path) -> Path:
         """Write the plan into a model directory; returns the file. Raises StarflowError if that cannot be done."""
         path = directory / PLAN_FILE
-        with locked(directory), replacing(path) as temporary:
+        with replacing(path) as temporary:
             temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
         return path
 
