@@ -83,7 +83,7 @@ def load(
         return cast(ImagePipeline, labelled)
     pipe = (VideoPipeline if config.vid_size else ImagePipeline)(str(name), model, networks)
     if low_memory is None:
-        needed = plan(model.path, size=pipe.settings.size, dtype=dtype)
+        needed = plan(model, size=pipe.settings.size, dtype=dtype)
         low_memory = (needed if group is None else needed.split(group.size())).peak() > available()
     networks.low_memory = low_memory
     with tensor_parallel.together(group):

@@ -10,8 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from functools import cache, partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -65,7 +64,6 @@ def training_plan(
     flow: nn.Module,
     batch_size: int,
     *,
-    tokens: int | None = None,
     copy: bool = False,
     checkpoint: bool = True,
     average: bool = True,
@@ -77,7 +75,6 @@ def training_plan(
     Args:
         flow: with adapters or without, frozen as it will be trained; its numbers are not computed.
         batch_size: samples at once, those of the anchor among them.
-        tokens: of a sample; None: as the flow was trained.
         copy: a frozen copy of the flow is held besides.
         checkpoint: layers are computed again for the gradient.
         average: the moving average of what is trained is held.
@@ -87,7 +84,7 @@ def training_plan(
     config: FlowConfig | TarFlowConfig = flow.config
     stored = sum(array.nbytes for _, array in tree_flatten(flow.parameters()))
     trained = sum(array.nbytes for _, array in tree_flatten(flow.trainable_parameters()))
-    tokens = tokens or (config.img_size // config.patch_size) ** 2
+    tokens = (config.img_size // config.patch_size) ** 2
     # In half precision, sums and softmax are float32 still.
     item = 3 if half else (min(array.itemsize for array in _floating(flow)) + 4) / 2
     kept, made = _activations(config, tokens, checkpoint)
@@ -169,7 +166,7 @@ class Planner:
         precisions, ranks: to choose from, the best first.
         batch_sizes: to choose from, the largest first.
         checkpoint: None: whichever fits.
-        settings: `copy`, `average`, `moments` and `half` of `training_plan`.
+        copy, average, moments, half: as in `training_plan`.
     """
 
     def __init__(
@@ -180,12 +177,15 @@ class Planner:
         ranks: Sequence[int] = (0,),
         batch_sizes: Sequence[int] = BATCH_SIZES,
         checkpoint: bool | None = None,
-        **settings: Any,
+        copy: bool = False,
+        average: bool = True,
+        moments: int = 2,
+        half: bool = False,
     ):
         self.flow = cache(make_flow)
         self.precisions, self.ranks, self.batch_sizes = precisions, ranks, batch_sizes
         self.checkpoints = (False, True) if checkpoint is None else (checkpoint,)
-        self.settings = settings
+        self.plan = partial(training_plan, copy=copy, average=average, moments=moments, half=half)
 
     def choose(self, memory: float) -> Choice | None:
         """What to do with `memory` bytes; None if nothing fits."""
@@ -198,7 +198,7 @@ class Planner:
         tried += [(least, rank, size) for rank in self.ranks[1:] for size in self.batch_sizes[-1:]]
         for precision, rank, size in tried:
             for checkpoint in self.checkpoints:
-                plan = training_plan(self.flow(precision, rank), size, checkpoint=checkpoint, **self.settings)
+                plan = self.plan(self.flow(precision, rank), size, checkpoint=checkpoint)
                 if plan.peak <= memory:
                     return Choice(size, checkpoint, precision, rank, plan)
         return None

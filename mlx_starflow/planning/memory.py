@@ -84,6 +84,8 @@ class ModelConfigs:
         """Of a model directory. Raises StarflowError if a `config.json` is missing or not usable."""
         directory = directory if isinstance(directory, ModelDirectory) else ModelDirectory(directory)
         flow = directory.flow.config
+        if not isinstance(flow, FlowConfig):
+            raise StarflowError(f"{directory.path} does not read prompts: what it takes is not known beforehand")
         guidance = directory.pipeline.get("guidance", flow.cfg)
         return cls(flow, directory.text_encoder.config, directory.vae.config, directory, guidance)
 
@@ -246,8 +248,8 @@ def plan(
         }
     for phase, part in PHASES.items():
         if part not in chosen and phase in activations:
-            # The score step needs them there and back.
-            activations[phase] += (2 if phase == "denoise" else 1) * _unpacked(configs, part)
+            there_and_back = phase == "denoise" and not flow.video  # the score step
+            activations[phase] += (2 if there_and_back else 1) * _unpacked(configs, part)
     return MemoryPlan(weights, kv_cache, activations, others)
 
 
