@@ -10,8 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from functools import cache, partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -66,7 +65,6 @@ def training_plan(
     flow: nn.Module,
     batch_size: int,
     *,
-    tokens: int | None = None,
     copy: bool = False,
     checkpoint: bool = True,
     average: bool = True,
@@ -78,7 +76,6 @@ def training_plan(
     Args:
         flow: with adapters or without, frozen as it will be trained; its numbers are not computed.
         batch_size: samples at once, those of the anchor among them.
-        tokens: of a sample; None: as the flow was trained.
         copy: a frozen copy of the flow is held besides.
         checkpoint: layers are computed again for the gradient.
         average: the moving average of what is trained is held.
@@ -88,7 +85,7 @@ def training_plan(
     config: FlowConfig | TarFlowConfig = flow.config
     stored = sum(array.nbytes for _, array in flattened(flow.parameters()))
     trained = sum(array.nbytes for _, array in flattened(flow.trainable_parameters()))
-    tokens = tokens or (config.img_size // config.patch_size) ** 2
+    tokens = (config.img_size // config.patch_size) ** 2
     # In half precision, sums and softmax are float32 still.
     item = 3 if half else (min(array.itemsize for array in _floating(flow)) + 4) / 2
     kept, made = _activations(config, tokens, checkpoint)
@@ -174,7 +171,7 @@ class Planner:
         precisions, ranks: to choose from, the best first.
         batch_sizes: to choose from, the largest first.
         checkpoint: None: whichever fits.
-        settings: `copy`, `average`, `moments` and `half` of `training_plan`.
+        copy, average, moments, half: as in `training_plan`.
     """
 
     def __init__(
@@ -185,15 +182,18 @@ class Planner:
         ranks: Sequence[int] = (0,),
         batch_sizes: Sequence[int] = BATCH_SIZES,
         checkpoint: bool | None = None,
-        **settings: Any,
+        copy: bool = False,
+        average: bool = True,
+        moments: int = 2,
+        half: bool = False,
     ):
         self.flow, self.plan = cache(make_flow), cache(self._plan)
         self.precisions, self.ranks, self.batch_sizes = precisions, ranks, batch_sizes
         self.checkpoints = (False, True) if checkpoint is None else (checkpoint,)
-        self.settings = settings
+        self._training_plan = partial(training_plan, copy=copy, average=average, moments=moments, half=half)
 
     def _plan(self, precision: str | None, rank: int, size: int, checkpoint: bool) -> TrainingPlan:
-        return training_plan(self.flow(precision, rank), size, checkpoint=checkpoint, **self.settings)
+        return self._training_plan(self.flow(precision, rank), size, checkpoint=checkpoint)
 
     def choose(self, memory: float) -> Choice | None:
         """What to do with `memory` bytes; None if nothing fits."""

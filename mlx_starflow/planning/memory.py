@@ -251,8 +251,8 @@ def plan(
         }
     for phase, part in PHASES.items():
         if part not in chosen and phase in activations:
-            # The score step needs them there and back.
-            activations[phase] += (2 if phase == "denoise" else 1) * _unpacked(configs, part)
+            there_and_back = phase == "denoise" and not flow.video  # the score step
+            activations[phase] += (2 if there_and_back else 1) * _unpacked(configs, part)
     return MemoryPlan(weights, kv_cache, activations, others)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -13,11 +12,7 @@ from mlx_starflow.model_dir.precision import DTYPES, QUANTIZATIONS
 _PATH = click.Path(path_type=Path)
 
 
-def _output(**options: Any) -> Any:
-    return click.option("-o", "--output", type=_PATH, metavar="DIR", **options)
-
-
-_required_output = _output(required=True, help="Folder to write.")
+_output = click.option("-o", "--output", type=_PATH, metavar="DIR", required=True, help="Folder to write.")
 _dtype = click.option("--dtype", type=click.Choice(DTYPES), help="Of the weights; the checkpoint's by default.")
 _quantize = click.option(
     "--quantize", type=click.Choice(list(QUANTIZATIONS)), help="Bits of a weight, or a floating-point format."
@@ -58,7 +53,13 @@ def convert() -> None:
 
 @convert.command()
 @click.argument("repo")
-@_output(help="Folder to write; by default the one in which --model REPO finds it (~/.cache/mlx-starflow).")
+@click.option(
+    "-o",
+    "--output",
+    type=_PATH,
+    metavar="DIR",
+    help="Folder to write; by default the one in which --model REPO finds it (~/.cache/mlx-starflow).",
+)
 @_quantize
 @click.option(
     "--dtype",
@@ -69,7 +70,16 @@ def convert() -> None:
 @click.option("--config", type=_PATH, metavar="YAML", help="The flow's arguments, if they are not the released ones.")
 @click.option("--text-encoder", type=_PATH, metavar="DIR", help="A Hugging Face T5, if you have it already.")
 @click.option("--vae", type=_PATH, metavar="PATH", help="The autoencoder, if you have it already.")
-def release(repo: str, output: Path | None, **options: Any) -> None:
+def release(
+    repo: str,
+    output: Path | None,
+    quantize: str | None,
+    dtype: str | None,
+    checkpoint: Path | None,
+    config: Path | None,
+    text_encoder: Path | None,
+    vae: Path | None,
+) -> None:
     """A whole release from the Hugging Face Hub: apple/starflow for pictures, apple/starflow-v for videos.
 
     Downloads the flow (both from apple/starflow), the text encoder (google/flan-t5-xl) and the autoencoder
@@ -79,16 +89,25 @@ def release(repo: str, output: Path | None, **options: Any) -> None:
     """
     from mlx_starflow.convert.release import convert_release
 
-    directory = convert_release(repo, output, report=click.echo, **options)
-    size = sum(path.stat().st_size for path in directory.rglob("model*.safetensors"))
-    click.echo(f"{directory}: {size / 1e6:,.1f} MB of weights")
+    directory = convert_release(
+        repo,
+        output,
+        quantize=quantize,
+        dtype=dtype,
+        checkpoint=checkpoint,
+        config=config,
+        text_encoder=text_encoder,
+        vae=vae,
+        report=click.echo,
+    )
+    _report(directory)
     click.echo(f'Now: mlx-starflow generate "a slice of pizza" --model {repo if output is None else directory}')
 
 
 @convert.command()
 @click.argument("checkpoint", type=_PATH)
 @click.option("--config", type=_PATH, metavar="YAML", help="The official arguments of its training.")
-@_required_output
+@_output
 @_quantize
 @_dtype
 @click.option("--img-size", type=int, metavar="N", help="Side of the pictures (TarFlow: in pixels).")
@@ -123,7 +142,7 @@ def flow(
 
 @convert.command()
 @click.argument("folder", type=_PATH)
-@_required_output
+@_output
 @_quantize
 @_dtype
 def text_encoder(folder: Path, output: Path, quantize: str | None, dtype: str | None) -> None:
@@ -136,7 +155,7 @@ def text_encoder(folder: Path, output: Path, quantize: str | None, dtype: str | 
 @convert.command()
 @click.argument("source", type=_PATH)
 @click.option("--config", type=_PATH, metavar="JSON", help="Its config.json, if it is not beside the weights.")
-@_required_output
+@_output
 @_dtype
 @click.option(
     "--later-scale", type=float, metavar="X", help="Of videos: factor of all latent frames but the first (0.6)."
@@ -152,5 +171,5 @@ def vae(source: Path, config: Path | None, output: Path, dtype: str | None, late
 
 
 def _report(directory: Path) -> None:
-    size = sum(path.stat().st_size for path in directory.glob("model*.safetensors"))
+    size = sum(path.stat().st_size for path in directory.rglob("model*.safetensors"))
     click.echo(f"{directory}: {size / 1e6:,.1f} MB of weights")
