@@ -82,7 +82,7 @@ class _Tokens(Structure):
 
 
 class Unsuitable(Exception):
-    """network.cpp does not know such a block."""
+    """network.cpp does not know such a block, or cannot be compiled."""
 
 
 class NativeNetwork:
@@ -99,7 +99,8 @@ class NativeNetwork:
     ):
         """Arguments as for `cpu.fast_network`.
 
-        Raises Unsuitable for a block with sharded weights, or others than float32 and MLX's affine quantization of it.
+        Raises Unsuitable for a block with sharded weights, or others than float32 and MLX's affine quantization of it,
+        and where network.cpp cannot be compiled.
         """
         config, prefix = block.config, condition.prefix
         if config.head_dim % LANES or config.num_heads % config.num_kv_heads or not config.num_layers:
@@ -134,11 +135,13 @@ class NativeNetwork:
             _demand(self._rope_frequencies, np.complex64, (self.capacity, config.head_dim // 2))
         self._scales = np.empty(batch, np.float32)
         self._scales[:] = config.head_dim**-0.5 / np.array(temperature).reshape(-1)
-        self._added = block.added(0, length, condition.offset)
-        if self._added is not None:
-            self._added = np.array(mx.broadcast_to(self._added, (batch, length, config.channels)), order="C")
+        self._added: np.ndarray | None = None
+        if (added := block.added(0, length, condition.offset)) is not None:
+            self._added = np.array(mx.broadcast_to(added, (batch, length, config.channels)), order="C")
         self._complete = block.complete
-        self._library = library.load()
+        if (loaded := library.load()) is None:
+            raise Unsuitable
+        self._library = loaded
         if prefix is not None:
             for start, stop in self._parts(self.prefix_length):
                 part = np.array(prefix[:, start:stop], order="C")
@@ -246,7 +249,8 @@ class NativeNetwork:
 
     def _quantized(self, linear: nn.QuantizedLinear, inputs: int, outputs: int, bias: int | None) -> _Linear:
         bits, group = linear.bits, linear.group_size
-        if linear.mode != "affine" or bits not in (4, 6, 8) or group <= 0 or group % LANES or inputs % group:
+        known = linear.mode == "affine" and bits in (4, 6, 8) and group > 0 and group % LANES == 0
+        if not known or inputs % group or linear.biases is None:
             raise Unsuitable
         scales = outputs, inputs // group
         weight = self._hold(linear.weight, (outputs, inputs * bits // 32), mx.uint32)

@@ -23,6 +23,7 @@ from mlx_starflow.likelihood.protocol import ImageModel
 from mlx_starflow.likelihood.scores import Score, score_data
 from mlx_starflow.media.files import exists, inside, read_json, replacing
 from mlx_starflow.model_dir.files import STATISTICS_FILE, load_weights
+from mlx_starflow.model_dir.transaction import locked
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ class CalibrationStatistics:
             "nll": {kind: each.to_dict() for kind, each in self.nll.items()},
             "tokens": {kind: each.to_dict() for kind, each in self.tokens.items()},
         }
-        with replacing(path) as temporary:
+        with locked(directory), replacing(path) as temporary:
             temporary.write_text(json.dumps(values, indent=1) + "\n")
         return path
 

@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn, cast
 
 import mlx.core as mx
 import numpy as np
@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.media.files import exists, inside, is_folder, is_regular, read_json
+from mlx_starflow.model_dir.transaction import settle
 
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -66,10 +67,38 @@ def read_config(directory: str | Path) -> dict[str, Any]:
         StarflowError: it is missing or not a JSON object, so this is no (whole) model directory.
     """
     directory = Path(directory)
+    settle(directory)
     if not exists(directory / "config.json"):
         what = "holds no config.json" if is_folder(directory) else "is not a folder"
         raise StarflowError(f"{directory} {what}; give a model directory, such as `mlx-starflow convert` writes")
     return read_json(inside(directory, "config.json"))
+
+
+class Unchanged:
+    """That a network's folder still holds what its `config.json` was read from: writing it again replaces that first.
+
+    Raises StarflowError, also from `check`, if it does not.
+    """
+
+    def __init__(self, folder: Path, content: Mapping[str, Any]):
+        self.folder = folder
+        self.seen = self._look()
+        if read_config(folder) != content:
+            self._fail()
+
+    def check(self) -> None:
+        if self._look() != self.seen:
+            self._fail()
+
+    def _look(self) -> tuple[int, int, int] | None:
+        try:
+            status = os.stat(self.folder / "config.json")
+        except OSError:
+            return None
+        return status.st_dev, status.st_ino, status.st_mtime_ns
+
+    def _fail(self) -> NoReturn:
+        raise StarflowError(f"{self.folder} was written again while it was being read: load it again")
 
 
 def read_safetensors(path: Path) -> dict[str, mx.array]:
@@ -93,7 +122,7 @@ def read_safetensors(path: Path) -> dict[str, mx.array]:
             if kind not in _READ and kind != _FLOAT8:
                 raise StarflowError(f"{path}: {name} is of type {kind}, which cannot be read here; save it in float32")
         whole = _FLOAT64 in kinds.values()
-        arrays = _read_at_once(path) if whole else mx.load(str(path), format="safetensors")
+        arrays = _read_at_once(path) if whole else cast(dict[str, mx.array], mx.load(str(path), format="safetensors"))
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise StarflowError(f"cannot read {path}, download it again or convert it again: {one_line(error)}") from error
     # MLX takes numbers of 8 bits for bytes.
@@ -157,7 +186,7 @@ def tensor_bytes(array: mx.array) -> memoryview:
     """The numbers of an array in order, row by row. Evaluates it."""
     if array.size == 0:  # it has no memory to look at
         return memoryview(b"")
-    return memoryview(mx.contiguous(array).reshape(-1).view(mx.uint8))
+    return memoryview(mx.contiguous(array).reshape(-1).view(mx.uint8))  # type: ignore[arg-type]  # MLX's stubs lack it
 
 
 def write_safetensors(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.media.files import exists, expanded, is_folder, is_regular
+from mlx_starflow.model_dir.transaction import settle
 
 DEMO = Path(__file__).parents[1] / "demo" / "model"
 
@@ -51,8 +52,11 @@ def find_model(name: str | Path) -> Path:
         raise StarflowError(
             f"unknown model {text!r}: give demo, the folder of a model, or a Hugging Face repository (owner/name)"
         )
+    converted = None
     with suppress(StarflowError):  # without a home folder nothing has been converted there
         converted = converted_directory(text)
+    if converted is not None:
+        settle(converted)
         if is_regular(converted / "config.json"):
             return converted
     if text.lower() in _OFFICIAL:
@@ -99,9 +103,10 @@ def fetch(repository: str, patterns: Sequence[str], *, revision: str | None = No
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
 
-    options = {"revision": revision} if revision else {}
     try:
-        return Path(snapshot_download(repository, allow_patterns=list(patterns), **options))
+        if revision:
+            return Path(snapshot_download(repository, allow_patterns=list(patterns), revision=revision))
+        return Path(snapshot_download(repository, allow_patterns=list(patterns)))
     except RepositoryNotFoundError:
         reason = "the Hub has no such repository, or it needs a login (hf auth login)"
     except (LocalEntryNotFoundError, OfflineModeIsEnabled):

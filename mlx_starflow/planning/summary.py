@@ -13,6 +13,7 @@ import mlx.nn as nn
 from mlx_starflow import __version__, cpu
 from mlx_starflow.convert.official import RELEASES
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.kernels import MLX_VERSION
 from mlx_starflow.model_dir.directory import ModelDirectory, NetworkDirectory
 from mlx_starflow.model_dir.hub import converted_directory
 from mlx_starflow.planning.chips import find_chips, time_report
@@ -41,7 +42,7 @@ def summarize(model: str) -> dict[str, str]:
         model: "demo", a directory or a Hub repository; an official release need not be there.
     """
     device = mx.default_device().type.name.upper()
-    lines = {"mlx-starflow": f"{__version__}, MLX {mx.__version__} on the {device}, Python {platform.python_version()}"}
+    lines = {"mlx-starflow": f"{__version__}, MLX {MLX_VERSION} on the {device}, Python {platform.python_version()}"}
     lines["BLAS"] = f"{cpu.describe()}, {cpu.gflops():.1f} GFLOPS on the CPU"
     if cpu.has_fast_networks():
         lines["sampling"] = f"in C++ on {cpu.network_threads()} CPUs; half precision, mxfp and nvfp in MLX"
@@ -226,7 +227,7 @@ def _size(network: NetworkDirectory[nn.Module, Any]) -> str:
         if name.endswith(".biases") and name.removesuffix(".biases") + ".scales" in weights:
             continue
         packed = value.dtype == mx.uint32 and name.removesuffix(".weight") + ".scales" in weights
-        bits = quantization.get("bits")
+        bits: Any = quantization.get("bits")
         if packed and bits not in (2, 3, 4, 5, 6, 8):
             raise StarflowError(f"{network.folder / 'config.json'}: quantization says nothing usable of bits")
         count += value.size * 32 // bits if packed else value.size

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.media.files import exists, inside, read_json, replacing
 from mlx_starflow.model_dir.files import PLAN_FILE
+from mlx_starflow.model_dir.transaction import locked
 from mlx_starflow.models.configs import ConfigKind
 
 PLAN = ConfigKind("sampling plan")
@@ -121,7 +122,7 @@ class SamplingPlan:
     def save(self, directory: Path) -> Path:
         """Write the plan into a model directory; returns the file. Raises StarflowError if that cannot be done."""
         path = directory / PLAN_FILE
-        with replacing(path) as temporary:
+        with locked(directory), replacing(path) as temporary:
             temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
         return path
 
