@@ -112,7 +112,7 @@ def test_trimmed_tokens_are_forgotten():
 
 def test_more_tokens_than_there_is_room_for():
     network = networks("plain")[0]
-    with pytest.raises(AssertionError):
+    with pytest.raises(ValueError):
         run(network, draw(3, 2, LENGTH + 1, 3))
 
 
