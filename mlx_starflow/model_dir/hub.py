@@ -52,8 +52,10 @@ def find_model(name: str | Path) -> Path:
         raise StarflowError(
             f"unknown model {text!r}: give demo, the folder of a model, or a Hugging Face repository (owner/name)"
         )
+    converted = None
     with suppress(StarflowError):  # without a home folder nothing has been converted there
         converted = converted_directory(text)
+    if converted is not None:
         settle(converted)
         if is_regular(converted / "config.json"):
             return converted

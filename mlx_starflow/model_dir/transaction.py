@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_starflow.errors import StarflowError, one_line
+from mlx_starflow.media.files import inside, read_json
 
 STAGE = ".writing"
 """A writer's folder in the directory that it writes: its number in `pid`, new files in `new`, and `commit`."""
@@ -33,6 +34,10 @@ PATIENCE = 10.0
 
 _WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 _CONFIGS = ("config.json", "adapter_config.json")
+
+
+class _Damaged(StarflowError):
+    """What a writer left cannot be finished: waiting does not help."""
 
 
 # ---- one writer
@@ -265,6 +270,8 @@ def settle(folder: str | Path) -> None:
             try:
                 with locked(directory):  # finishes it
                     pass
+            except _Damaged:
+                raise
             except StarflowError:
                 if time.monotonic() > end or not os.access(directory, os.W_OK):
                     raise
@@ -274,13 +281,21 @@ def settle(folder: str | Path) -> None:
 def _finish(directory: Path) -> None:
     """Give the new files of a transaction that counts their places; can be done again after any interruption."""
     stage = directory / STAGE
-    try:
-        commit: dict[str, Any] = json.loads((stage / "commit").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return
-    except ValueError as error:
-        raise StarflowError(f"{stage / 'commit'} is damaged: remove {stage} and write the model again") from error
     new = stage / "new"
+    try:
+        commit: dict[str, Any] = read_json(inside(directory, f"{STAGE}/commit"))
+        # The directory may be a stranger's, and no file outside of it is to be replaced or removed.
+        lists = [commit.get(kind) for kind in ("configs", "new", "old")]
+        if not all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists):
+            raise StarflowError("it must list names")
+        for name in {name for names in lists for name in names or ()}:
+            inside(directory, name)
+            inside(new, name)
+    except StarflowError as error:
+        if not os.path.lexists(stage / "commit"):
+            return
+        message = f"{stage / 'commit'} is damaged ({error}): remove {stage} and write the model again"
+        raise _Damaged(message) from None
 
     def move(names: list[str]) -> None:
         for name in names:

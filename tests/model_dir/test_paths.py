@@ -170,3 +170,25 @@ def test_noise_of_other_numbers(tmp_path):
         assert "holds no noise" in message(Encoded.load, tmp_path / "a.safetensors")
     save_file({"noise": np.ones((1, 2), np.float64)}, tmp_path / "a.safetensors")
     assert read_noise(tmp_path / "a.safetensors").tolist() == [[1.0, 1.0]]
+
+
+@pytest.mark.parametrize("kind", ["configs", "new", "old"])
+@pytest.mark.parametrize("absolute", [False, True])
+def test_a_commit_that_leads_out(kind, absolute, model):
+    """What a cut-off writer left is finished before a model is read: a stranger's may not touch other files."""
+    outside = model.parent / "mine"
+    outside.write_text("mine")
+    stage = model / ".writing"
+    (stage / "new").mkdir(parents=True)
+    (stage / "mine").write_text("not yours")
+    names = {"configs": [], "new": [], "old": [], kind: [str(outside) if absolute else "../mine"]}
+    (stage / "commit").write_text(json.dumps(names))
+    assert "leads out of" in message(load_flow, model)
+    assert outside.read_text() == "mine"
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"configs": 3, "new": [], "old": []}', "[" * 100_000, "\0"])
+def test_a_commit_that_is_none(content, model):
+    (model / ".writing").mkdir()
+    (model / ".writing/commit").write_text(content)
+    assert "is damaged" in message(load_flow, model)

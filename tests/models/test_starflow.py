@@ -283,7 +283,7 @@ GOOD = {"img_size": 8, "channel_size": 4, "patch_size": 1, "channels": 128, "lay
         ({"norm_type": "batch_norm"}, "norm_type must be"),
         ({"txt_size": 6}, "txt_dim, the width of the text encoder, is missing"),
         ({"layers_per_block": "1 two"}, "two"),
-        ({"patch_size": 0}, "zero"),
+        ({"patch_size": 0}, "patch_size must be a positive integer, not 0"),
         ({"top_block": {"depth": 3}}, "top_block.*depth"),
     ],
 )
