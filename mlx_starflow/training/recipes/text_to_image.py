@@ -69,6 +69,8 @@ def train_model(
     Raises:
         StarflowError: the data cannot be used, a training diverges, or `out` holds the training of another model.
     """
+    if distributed.world().rank() == 0:
+        check_model_output(Path(out), "starflow")
     with distributed.run_folder(Path(out)):
         return _train_model(data, Path(out), preset, resume, report, begin)
 
@@ -85,8 +87,6 @@ def _train_model(
     group = distributed.world()
     first = group.rank() == 0
     say = report if first else lambda line: None
-    if first:
-        check_model_output(out, "starflow")
     # Twice the size, so that views are made smaller and not larger.
     images = ImageFolder.read(data, size=2 * preset.size, splits=("train", "autoencoder", "validation"))
     captioned, held_out = images.only("train"), images.only("validation")
