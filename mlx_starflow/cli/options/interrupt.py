@@ -7,6 +7,9 @@ from contextlib import contextmanager
 
 import click
 
+INTERRUPTED = 130
+"""The exit code of a command that was interrupted, as a shell expects."""
+
 
 @contextmanager
 def resumable(hint: str = "") -> Iterator[None]:
@@ -16,4 +19,4 @@ def resumable(hint: str = "") -> Iterator[None]:
     except KeyboardInterrupt:
         if hint:
             click.echo(hint, err=True)
-        raise SystemExit(130) from None
+        raise SystemExit(INTERRUPTED) from None
