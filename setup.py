@@ -23,7 +23,7 @@ setup(
         # PyPI's plain mlx has no backend on Linux: the CPU one is an extra there.
         "mlx>=0.30; sys_platform == 'darwin'",
         "mlx[cpu]>=0.30; sys_platform == 'linux'",
-        # A fast BLAS for that CPU backend, which brings a slow one: see mlx_starflow/blas.py.
+        # A fast BLAS for that CPU backend, which brings a slow one: see mlx_starflow/cpu/blas.py.
         "scipy-openblas32>=0.3.29; sys_platform == 'linux' and platform_machine == 'x86_64'",
         "scipy-openblas32>=0.3.29; sys_platform == 'linux' and platform_machine == 'aarch64'",
         "numpy",
@@ -37,7 +37,7 @@ setup(
     ],
     extras_require={
         "finetune": ["mlx-lm"],  # its LoRA and DoRA layers; using adapters does not need it
-        "test": ["pytest", "hypothesis", "ruff", "mlx-lm", "av"],
+        "test": ["pytest", "hypothesis", "ruff", "mypy", "import-linter", "mlx-lm", "av"],
         "torch": ["torch"],
         "video": ["av"],  # PyAV: MP4 and other video files
     },

@@ -61,8 +61,7 @@ def write_archive(path: Path, layout: Mapping[str, Spec], tensors: Iterable[tupl
         StarflowError: the file cannot be written, or is called neither `.safetensors` nor `.pth`.
     """
     check_archive_name(path)
-    replacement = replacing(path, failure=f"cannot write {path}", makes_folder=True, overwrites_partial=True)
-    with replacement as temporary:
+    with replacing(path, failure=f"cannot write {path}", makes_folder=True) as temporary:
         if path.suffix == ".safetensors":
             write_safetensors({temporary: layout}, tensors, format="pt")
         else:

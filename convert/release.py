@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -18,6 +19,7 @@ from mlx_starflow.media.files import read_json, replacing
 from mlx_starflow.model_dir.files import read_index
 from mlx_starflow.model_dir.hub import converted_directory, fetch
 from mlx_starflow.model_dir.quantization import QUANTIZATIONS
+from mlx_starflow.model_dir.transaction import locked, transaction
 from mlx_starflow.model_dir.weights import parse_dtype
 from mlx_starflow.models.t5 import encoder_name
 
@@ -39,8 +41,9 @@ def convert_release(
     """Write a release's flow, text encoder and autoencoder as one model directory.
 
     Parts that are not given are downloaded into Hugging Face's cache. The text encoder comes first and the flow last:
-    until everything is there, `load` refuses the directory. A part that is complete, and was made with the same
-    settings, is not made again, so a run that was interrupted can simply be repeated.
+    until everything is there, `load` refuses the directory or, if it holds a model already, reads that one. A part that
+    is complete, and was made with the same settings, is not made again, so a run that was interrupted can simply be
+    repeated.
 
     Args:
         repository: "apple/starflow", or "apple/starflow-v" for the video model, which is in the same repository.
@@ -74,8 +77,9 @@ def convert_release(
         if given is not None and not Path(given).exists():
             raise StarflowError(f"{given} does not exist; leave it out to download the release's own")
     flow_name = Path(checkpoint or release.checkpoint)
-    arguments = read_arguments(flow_name, config) or released_arguments(Path(release.checkpoint))
-    kinds = {name: bool(released_arguments(Path(other.checkpoint)).get("vid_size")) for name, other in RELEASES.items()}
+    arguments = read_arguments(flow_name, config) or released_arguments(Path(release.checkpoint)) or {}
+    known = {name: released_arguments(Path(other.checkpoint)) or {} for name, other in RELEASES.items()}
+    kinds = {name: bool(its.get("vid_size")) for name, its in known.items()}
     if (is_video := bool(arguments.get("vid_size"))) != kinds[repository.lower()]:
         other = next(name for name, kind in kinds.items() if kind == is_video)
         what = "a video model's" if is_video else "a picture model's"
@@ -119,14 +123,26 @@ def convert_release(
         ("flow", directory, flow_settings, make_flow),
     ]
     report(LICENSE)
-    for part, folder, settings, make in parts:
-        settings = {"source": sources[part], **settings}
-        if (folder / "config.json").is_file() and _read_record(directory).get(part, settings) == settings:
-            report(f"{part}: complete in {folder}")
-            continue
-        report(f"{part}: from {sources[part]}")
-        make()
-        _write_record(directory, {**_read_record(directory), part: settings})
+    with locked(directory), ExitStack() as stack:
+        # Parts of a new model take their places one by one; where there is a model already, all wait for the last.
+        new = None
+        if (directory / "config.json").is_file():
+            new = stack.enter_context(transaction(directory, resume=True))
+        record, begun = _read_record(directory), _read_record(new.staged("")) if new else {}
+        for part, folder, settings, make in parts:
+            settings = {"source": sources[part], **settings}
+            inside = "" if folder == directory else folder.name
+            if new and begun.get(part) == settings and (new.staged(inside) / "config.json").is_file():
+                new.keep(inside)
+                report(f"{part}: complete in {folder}")
+            elif (folder / "config.json").is_file() and record.get(part, settings) == settings:
+                report(f"{part}: complete in {folder}")
+                continue
+            else:
+                report(f"{part}: from {sources[part]}")
+                make()
+            record[part] = settings
+            _write_record(new.file(_RECORD) if new else directory / _RECORD, record)
     return directory
 
 
@@ -150,8 +166,7 @@ def _read_record(directory: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def _write_record(directory: Path, record: dict[str, Any]) -> None:
-    path = directory / _RECORD
+def _write_record(path: Path, record: dict[str, Any]) -> None:
     with replacing(path, failure=f"cannot write {path}") as temporary:
         temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 

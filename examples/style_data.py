@@ -53,11 +53,11 @@ def drawings(package: Path) -> dict[str, Image.Image]:
     return found
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--style", choices=STYLES, default="contrast")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     package, folder = STYLES[args.style]
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:

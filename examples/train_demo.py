@@ -234,14 +234,14 @@ def arrays(module: torch.nn.Module) -> dict[str, mx.array]:
     return {name: mx.array(value.contiguous().numpy()) for name, value in module.state_dict().items()}
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder of the pictures, as demo_data.py writes it; fetched if missing")
     parser.add_argument("out", type=Path, help="folder for checkpoints and the finished model")
     parser.add_argument("--autoencoder-steps", type=int, default=PRESET.autoencoder_training.steps)
     parser.add_argument("--flow-steps", type=int, default=PRESET.flow_training.steps)
     parser.add_argument("--batch-size", type=int, default=32)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if not (args.data / "metadata.jsonl").is_file():
         demo_data.main([str(args.data)])
     args.out.mkdir(parents=True, exist_ok=True)

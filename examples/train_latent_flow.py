@@ -113,12 +113,12 @@ def export(flow: nn.Module, pipe: ImagePipeline, folder: Path) -> None:
     save_model(folder, parameters(module), {**config, "pipeline": {"guidance": 2.5, "temperature": 1.0}})
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="the folder examples/demo_data.py wrote")
     parser.add_argument("out", type=Path, help="folder for the checkpoint and the finished model")
     parser.add_argument("--steps", type=int, default=2400)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
     pipe = load("demo")
     views, texts, null = encode(pipe, args.data)

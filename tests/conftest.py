@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
+import mlx.core as mx
 import pytest
 from helpers.golden import Golden, load_golden
 from helpers.model_directories import write_class_model, write_image_model
@@ -23,6 +24,14 @@ def golden() -> Callable[..., Golden]:
 def tiny(request: pytest.FixtureRequest) -> TinyCase:
     """A tiny flow of each family; each test gets its own."""
     return tiny_case(request.param)
+
+
+@pytest.fixture
+def uncompiled() -> Iterator[None]:
+    """Most tests need no compiled step, and building its kernels takes seconds on a CPU."""
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
 
 
 @pytest.fixture

@@ -90,12 +90,12 @@ def time_one_picture(model: str) -> None:
         print(done.stdout.splitlines()[-1])
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="the folder examples/demo_data.py wrote")
     parser.add_argument("grid", type=Path, help="where to put the picture grid")
     parser.add_argument("--model", default="demo")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     print(f"machine: {platform.platform()}, {platform.processor() or platform.machine()}, MLX {mx.__version__}")
     time_one_picture(args.model)
     pipe = load(args.model)

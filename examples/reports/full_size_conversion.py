@@ -20,6 +20,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+import yaml
 
 from mlx_starflow.convert.archive import write_archive
 from mlx_starflow.convert.official import ARGUMENTS
@@ -69,21 +70,25 @@ def convert(words: list[str], kill_after: float = math.inf) -> tuple[int, float,
     return process.returncode, time.perf_counter() - began, peak
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scratch", type=Path, help="folder with 35 GB to spare")
     parser.add_argument("--quantize", help="as in `mlx-starflow convert flow`")
-    args = parser.parse_args()
+    parser.add_argument("--config", type=Path, help="an official YAML file, for other sizes than the release's")
+    args = parser.parse_args(arguments)
     args.scratch.mkdir(parents=True, exist_ok=True)
     print(f"machine: {platform.platform()}, MLX {mx.__version__}")
     checkpoint, out = args.scratch / f"{NAME}.pth", args.scratch / "model"
     # The released YAML does not name the text encoder's width; flan-t5-xl's is 2048.
-    config = FlowConfig.from_official({**ARGUMENTS[NAME], "txt_dim": 2048})
+    arguments = yaml.safe_load(args.config.read_text()) if args.config else {**ARGUMENTS[NAME], "txt_dim": 2048}
+    config = FlowConfig.from_official(arguments)
     if not checkpoint.exists():
         write_random_checkpoint(checkpoint, config)
     print(f"{checkpoint.name}: {checkpoint.stat().st_size / 1e9:.2f} GB")
 
-    words = ["flow", str(checkpoint), "-o", str(out), *(["--quantize", args.quantize] if args.quantize else [])]
+    more = ["--quantize", args.quantize] if args.quantize else []
+    more += ["--config", str(args.config)] if args.config else []
+    words = ["flow", str(checkpoint), "-o", str(out), *more]
     code, seconds, peak = convert(words)
     print(f"converted: exit code {code}, {seconds:.0f} s, peak anonymous memory {peak / 2**20:.0f} MiB")
     for path in sorted(out.iterdir()):

@@ -34,8 +34,6 @@ from mlx_starflow.training.recipes.text import train_tokenizer
 PROMPT = "a corgi in the snow"
 GUIDANCE = 3.6
 TOKENS = 16
-LENGTH = 128
-"""Tokens of a prompt."""
 
 
 def write_random_model(folder: Path, configs: ModelConfigs, how: str, guidance: float) -> None:
@@ -93,21 +91,24 @@ def begin_sampling(
     return flow, decoder.network.cache_bytes
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scratch", type=Path, help="folder with 6 GB to spare")
     parser.add_argument("--quantize", default="8", help="as in `mlx-starflow convert`")
-    args = parser.parse_args()
+    parser.add_argument("--like", type=Path, help="a model directory whose sizes to take instead of the release's")
+    args = parser.parse_args(arguments)
     print(f"machine: {platform.platform()}, MLX {mx.__version__} on the {mx.default_device().type.name}", flush=True)
     folder = args.scratch / f"model-{args.quantize}"
+    configs = ModelConfigs.read(args.like) if args.like else ModelConfigs.of_release("apple/starflow")
     if not (folder / "config.json").exists():
         with phase(f"written with {args.quantize}-bit weights", 0):
-            write_random_model(folder, ModelConfigs.of_release("apple/starflow"), args.quantize, GUIDANCE)
+            write_random_model(folder, configs, args.quantize, GUIDANCE)
     print(f"{size_on_disk(folder) / 1e9:.2f} GB of weights", flush=True)
 
     expected = plan(folder).phases(low_memory=True)
-    text, null = encode_prompt(folder, PROMPT, LENGTH, expected["text"])
-    z = mx.array(draw_noise([0], (32, 32, 4)))
+    text, null = encode_prompt(folder, PROMPT, configs.flow.txt_size, expected["text"])
+    side = configs.flow.img_size
+    z = mx.array(draw_noise([0], (side, side, configs.flow.channel_size)))
     flow, _ = begin_sampling(folder, z, text, null, GUIDANCE, expected["flow"])
     with phase("likelihood: one forward pass of the flow", expected["verify"]):
         nll = flow(z, text).nll()

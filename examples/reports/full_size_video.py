@@ -30,18 +30,19 @@ PROMPT = "a corgi runs through the snow"
 GUIDANCE = 3.5
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scratch", type=Path, help="folder with 8 GB to spare")
     parser.add_argument("--quantize", default="4", help="as in `mlx-starflow convert`")
+    parser.add_argument("--like", type=Path, help="a model directory whose sizes to take instead of the release's")
     parser.add_argument("--size", default="848x480", help="of the video, in pixels")
     parser.add_argument("--frames", type=int, default=81, help="in float32, on a CPU, 81 take 50 GB of KV cache")
     parser.add_argument("--decode-size", help="of the frames to decode; by default those of the video")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     width, height = map(int, args.size.split("x"))
     print(f"machine: {platform.platform()}, MLX {mx.__version__} on the {mx.default_device().type.name}", flush=True)
     folder = args.scratch / f"video-{args.quantize}"
-    configs = ModelConfigs.of_release(RELEASE)
+    configs = ModelConfigs.read(args.like) if args.like else ModelConfigs.of_release(RELEASE)
     if not (folder / "config.json").exists():
         with phase(f"written with {args.quantize}-bit weights", 0):
             write_random_model(folder, configs, args.quantize, GUIDANCE)

@@ -342,14 +342,14 @@ def tiny_flow() -> STARFlow:
     return flow
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parts = ("exactness", "round_trip", "prompt_fit", "best_of_eight", "anomalies", "inpainting", "drift", "edits")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="the folder examples/demo_data.py wrote")
     parser.add_argument("pictures", type=Path, help="folder for the pictures")
     parser.add_argument("--model", default="demo")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts, metavar="PART")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     print(f"machine: {platform.platform()}, {platform.processor() or platform.machine()}, MLX {mx.__version__}")
     report = Report(args.data, args.pictures, args.model)
     for part in args.only:

@@ -22,14 +22,14 @@ from mlx_starflow.model_dir.quantization import QUANTIZATIONS
 from mlx_starflow.model_dir.requantize import quantize_model
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a model directory, or demo")
     parser.add_argument("pictures", type=Path, help="a folder of pictures with a metadata.jsonl")
     parser.add_argument("--limit", type=int, default=64, help="pictures to measure")
     parser.add_argument("--draws", type=int, default=4, help="of the noise, a picture")
     parser.add_argument("--only", nargs="+", choices=QUANTIZATIONS, default=list(QUANTIZATIONS), metavar="Q")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     print(f"machine: {platform.platform()}, {platform.processor() or platform.machine()}, MLX {mx.__version__}")
     pipe = load(args.model, low_memory=True)
     data = CaptionedData.read(pipe, args.pictures, args.limit)

@@ -352,7 +352,7 @@ def targets(random: Comparison, trained: Comparison | None, position: float) -> 
         print(f"| {what} | {value:.2f} | {'met' if met else 'not met'} |")
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trained", type=Path, help="a model directory, of examples/train_latent_flow.py")
     parser.add_argument("--rounds", type=int, default=5)
@@ -363,7 +363,7 @@ def main() -> None:
     parser.add_argument("--text", type=int, default=32, help="tokens of its prompts")
     parser.add_argument("--long-side", type=int, default=64, help="of the latents for the cost of a token")
     parser.add_argument("--steps", type=int, default=32, help="tokens to measure that with")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     chosen = [f"{name}={os.environ[name]}" for name in THREADS if name in os.environ]
     print(platform.platform(), platform.processor() or platform.machine(), os.cpu_count(), "CPUs", *chosen)
     layers = f", networks in C++, {cpu.network_threads()} threads" if cpu.has_fast_networks() else ""

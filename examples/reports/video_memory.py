@@ -28,6 +28,7 @@ from mlx_starflow.models.t5 import T5Config
 from mlx_starflow.planning.memory import ModelConfigs
 
 LENGTHS = (81, 161, 481)
+"""In frames."""
 SIDE = 96
 
 
@@ -60,18 +61,19 @@ def run(folder: Path, frames: int) -> None:
     print(json.dumps({"seconds": time.perf_counter() - began, "phases": phases, "process": process}))
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scratch", type=Path)
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="in frames, 1 + multiples of 4")
     parser.add_argument("--frames", type=int, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.frames:
         run(args.scratch, args.frames)
         return
     print(f"machine: {platform.platform()}, MLX {mx.__version__} on the {mx.default_device().type.name}", flush=True)
     write_random_model(args.scratch, small_model(), "8", 2.0)
     shortest = None
-    for frames in LENGTHS:
+    for frames in args.lengths:
         command = [sys.executable, __file__, str(args.scratch), "--frames", str(frames)]
         found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
         peak = max(found["phases"].values())
@@ -79,8 +81,8 @@ def main() -> None:
         phases = ", ".join(f"{name} {bytes_ / 2**20:.1f}" for name, bytes_ in found["phases"].items())
         print(
             f"{frames} frames of {SIDE}x{SIDE}: {found['seconds']:.0f} s; MiB besides weights: {phases}; "
-            f"peak {peak / shortest[0]:.3f} times that of {LENGTHS[0]} frames; process {found['process'] / 2**20:.0f} "
-            f"MiB, {found['process'] / shortest[1]:.3f} times",
+            f"peak {peak / shortest[0]:.3f} times that of {args.lengths[0]} frames; "
+            f"process {found['process'] / 2**20:.0f} MiB, {found['process'] / shortest[1]:.3f} times",
             flush=True,
         )
 

@@ -22,6 +22,7 @@ from mlx_starflow.likelihood.scores import Score, score_data
 from mlx_starflow.media.files import read_json, replacing
 from mlx_starflow.model_dir.files import STATISTICS_FILE
 from mlx_starflow.model_dir.fingerprint import fingerprint
+from mlx_starflow.model_dir.transaction import locked
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ class CalibrationStatistics:
             "nll": {kind: each.to_dict() for kind, each in self.nll.items()},
             "tokens": {kind: each.to_dict() for kind, each in self.tokens.items()},
         }
-        with replacing(path) as temporary:
+        with locked(directory), replacing(path) as temporary:
             temporary.write_text(json.dumps(values, indent=1) + "\n")
         return path
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -54,6 +55,8 @@ def replacing(
     try:
         if makes_folder:
             path.parent.mkdir(parents=True, exist_ok=True)
+        for left in left_behind(path):
+            left.unlink(missing_ok=True)
         yield temporary
         if sync:
             _sync(temporary)
@@ -66,6 +69,26 @@ def replacing(
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def left_behind(path: Path) -> list[Path]:
+    """Temporary files, or folders, of `path` whose processes have ended without taking them away."""
+    if not path.parent.is_dir():
+        return []
+    name = re.compile(rf"\.{re.escape(path.stem)}\.(\d+){re.escape(path.suffix)}")
+    found = [(each, name.fullmatch(each)) for each in os.listdir(path.parent)]
+    return [path.parent / each for each, match in found if match and not _is_alive(int(match[1]))]
+
+
+def _is_alive(number: int) -> bool:
+    """Whether there is a process of this number."""
+    try:
+        os.kill(number, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # it is somebody else's
+        return True
+    return True
 
 
 def _sync(path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -11,8 +13,8 @@ from PIL import Image
 from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.media.formats import ANIMATIONS, MOVIES
 from mlx_starflow.media.pixels import UnreadableImage, decode_image, no_remarks
-from mlx_starflow.media.sources import Skip, open_source
-from mlx_starflow.media.sources.folders import METADATA, list_images
+from mlx_starflow.media.sources import Skip, open_source, skip_report
+from mlx_starflow.media.sources.folders import METADATA, SPLITS, Listing, list_images
 from mlx_starflow.media.sources.hub import SAVED
 
 VIDEOS = (*MOVIES, ".mkv", ".webm", ".avi", ".mpg", ".mpeg")
@@ -88,23 +90,38 @@ def find_images(paths: Iterable[str | Path], split: str | None = None) -> list[I
 
 
 def _in_folder(folder: Path, split: str | None) -> Iterator[ImageFile]:
-    if names := _uncaptioned(folder):
-        for name in names if split in (None, "train") else ():
-            yield ImageFile(str(folder / name), "", (folder / name).read_bytes)
+    if images := _uncaptioned(folder):
+        if images.skips:
+            warnings.warn(f"{folder}: {skip_report(images.skips)}", stacklevel=2)
+        for name in images.names:
+            if split in (None, SPLITS.get(name.partition("/")[0].lower(), "train")):
+                yield ImageFile(str(folder / name), "", partial(images.read, name))
         return
     for sample in open_source(folder):
         if not isinstance(sample, Skip) and split in (None, sample.split):
             yield ImageFile(str(folder / sample.key), sample.captions[0] if sample.captions else "", sample.read)
 
 
-def _uncaptioned(folder: Path) -> list[str]:
+def _uncaptioned(folder: Path) -> Listing | None:
     """The images of a folder that is no training data: there is nothing in it that could hold a caption."""
     special = (*METADATA, *SAVED)
-    if any(path.suffix == ".tar" or path.name in special for path in folder.iterdir()):
-        return []
-    names = list_images(folder)
-    captioned = any((folder / name).with_suffix(".txt").is_file() for name in names)
-    return [] if captioned or all("/" in name for name in names) else names
+    try:
+        if any(path.suffix == ".tar" or path.name in special for path in folder.iterdir()):
+            return None
+    except OSError as error:
+        raise StarflowError(f"cannot read {folder}: {one_line(error)}") from None
+    images = list_images(folder)
+    if any(map(images.has_text, images.names)) or any((folder / name).is_file() for name in _metadata(images.names)):
+        return None
+    # Folders that are splits are no classes.
+    paths = [name.split("/") for name in images.names]
+    return None if all(len(path) > (2 if path[0].lower() in SPLITS else 1) for path in paths) else images
+
+
+def _metadata(names: Iterable[str]) -> set[str]:
+    """Where metadata of the folders in a folder would be."""
+    folders = {name.partition("/")[0] for name in names if "/" in name}
+    return {f"{folder}/{name}" for folder in folders for name in METADATA}
 
 
 def read_image(path: Path) -> Image.Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,13 +20,14 @@ from mlx_starflow.media.sources import Sample, Skip, open_source, skip_report, s
 class ImageFolder:
     """Images `[N, S, S, 3]` (uint8, S = `size`), their captions, and the line of metadata each came with.
 
-    `skipped` lists what could not be used.
+    `skipped` lists what could not be used; `checksums` are those of the images' files.
     """
 
     images: np.ndarray
     captions: list[list[str]]
     rows: list[dict[str, Any]] = field(repr=False)
     skipped: list[Skip] = field(default_factory=list, repr=False)
+    checksums: list[str] = field(default_factory=list, repr=False)
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -45,6 +47,7 @@ class ImageFolder:
         captions: list[list[str]] = []
         rows: list[dict[str, Any]] = []
         skipped: list[Skip] = []
+        checksums: list[str] = []
         for sample in open_source(data):
             if isinstance(sample, Skip):
                 skipped.append(sample)
@@ -54,20 +57,22 @@ class ImageFolder:
             try:
                 if sample.split != "autoencoder" and (problem := sample.problem()):
                     raise UnreadableImage(problem)
+                content = read_bytes(sample)
                 with no_remarks():
-                    image = crop_image(decode_image(read_bytes(sample)), size, size)
+                    image = crop_image(decode_image(content), size, size)
             except UnreadableImage as error:
                 skipped.append(Skip(sample.key, str(error)))
                 continue
             images.append(np.asarray(image))
             captions.append(list(sample.captions) or [""])
             rows.append(dict(sample.row))
+            checksums.append(hashlib.sha256(content).hexdigest())
         if not images:
             of = f" of the splits {', '.join(splits)}" if splits else ""
             raise StarflowError(f"{data} has no usable picture{of}" + (f": {skip_report(skipped)}" if skipped else ""))
         if skipped:
             warnings.warn(f"{data}: {skip_report(skipped)}", stacklevel=2)
-        return cls(np.stack(images), captions, rows, skipped)
+        return cls(np.stack(images), captions, rows, skipped, checksums)
 
     def only(self, *splits: str) -> ImageFolder:
         """The part whose `split` is one of these."""
@@ -78,7 +83,12 @@ class ImageFolder:
         return self._part(np.unique(np.linspace(0, len(self) - 1, min(most, len(self))).round().astype(int)))
 
     def _part(self, chosen: Sequence[int] | np.ndarray) -> ImageFolder:
-        return ImageFolder(self.images[chosen], [self.captions[i] for i in chosen], [self.rows[i] for i in chosen])
+        return ImageFolder(
+            self.images[chosen],
+            [self.captions[i] for i in chosen],
+            [self.rows[i] for i in chosen],
+            checksums=[self.checksums[i] for i in chosen] if self.checksums else [],
+        )
 
 
 def read_bytes(sample: Sample) -> bytes:

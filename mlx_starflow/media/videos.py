@@ -16,10 +16,12 @@ from typing import Any
 from PIL import Image, ImageSequence
 
 from mlx_starflow.errors import StarflowError, one_line
-from mlx_starflow.media.files import replacing
+from mlx_starflow.media.files import left_behind, replacing
 from mlx_starflow.media.formats import ANIMATIONS, FORMATS, METADATA_KEY, MOVIES, UNDESCRIBED
 from mlx_starflow.media.images import check_output, read_image_metadata, save_image
 from mlx_starflow.media.pixels import crop_image, decode_image, no_remarks
+from mlx_starflow.media.sources.inside import read_inside
+from mlx_starflow.media.video_geometry import as_shown, natural_order
 
 CRF = 18
 """Quality of H.264 unless told otherwise: 0 loses nothing, 51 is worst; at 18 losses are hard to see."""
@@ -194,6 +196,8 @@ class VideoWriter:
             save_image(image, folder / f"{self.frames + 1:05}.png", self.metadata)
 
         try:
+            for left in left_behind(self.path):
+                shutil.rmtree(left, ignore_errors=True)
             folder.mkdir(exist_ok=self.live)
             yield write
             if not self.live:
@@ -235,11 +239,11 @@ class VideoFrames(Iterator[Image.Image]):
 def read_video(
     path: str | Path, *, fps: float | None = None, frames: int | None = None, size: tuple[int, int] | None = None
 ) -> VideoFrames:
-    """The frames of a video, read when they are asked for: RGB, upright.
+    """The frames of a video, read when they are asked for: RGB, upright, with square pixels.
 
     Args:
         path: a video file that PyAV reads, a GIF or WebP, or a folder of images, which are taken in the order of
-            their names.
+            their names, see `natural_order`.
         fps: show the video at this rate: frames are left out or repeated, and its speed stays the same. None: as it is.
         frames: so many, from the start; the video must not have fewer.
         size: (width, height) that frames are cropped and resized to, see `pixels.crop_image`.
@@ -296,8 +300,10 @@ def _movie_frames(path: Path) -> tuple[float, Timed]:
                 first = time if first is None else first
                 if before is not None:
                     yield before[0], before[1], time - first
-                image = frame.to_image()
-                image = image.rotate(frame.rotation, expand=True) if frame.rotation else image
+                matrix = frame.side_data.get("DISPLAYMATRIX")
+                image = as_shown(
+                    frame.to_image(), stream.sample_aspect_ratio, None if matrix is None else bytes(matrix)
+                )
                 before = image, time - first
             if before is not None:
                 yield before[0], before[1], before[1] + 1 / rate
@@ -322,7 +328,8 @@ def _animation_frames(path: Path) -> tuple[float, Timed]:
 
 
 def _folder_frames(path: Path, fps: float | None) -> tuple[float, Timed]:
-    names = sorted(each for each in path.iterdir() if each.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+    found = (each for each in path.iterdir() if each.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+    names = sorted(found, key=natural_order)
     if not names:
         raise StarflowError(f"{path} holds no frames: PNG, JPEG or WebP files")
     try:
@@ -333,7 +340,7 @@ def _folder_frames(path: Path, fps: float | None) -> tuple[float, Timed]:
     def frames() -> Timed:
         for number, name in enumerate(names):
             with _image_errors(name), no_remarks():
-                image = decode_image(name.read_bytes())
+                image = decode_image(read_inside(name, None))
             yield image, number / rate, (number + 1) / rate
 
     return rate, frames()
@@ -349,7 +356,7 @@ def _not_empty(timed: Timed, path: Path) -> Timed:
 def read_video_metadata(path: Path) -> dict[str, Any]:
     """How a video that `VideoWriter` wrote was made. Raises StarflowError if it does not say."""
     if path.is_dir():
-        names = sorted(path.glob("*.png"))
+        names = sorted(path.glob("*.png"), key=natural_order)
         if not names:
             raise StarflowError(UNDESCRIBED.format(path))
         return read_image_metadata(names[0])

@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.model_dir.adapters import Strengths, add_adapters
-from mlx_starflow.model_dir.files import PLAN_FILE, STATISTICS_FILE, load_weights, read_config
+from mlx_starflow.model_dir.files import PLAN_FILE, STATISTICS_FILE, Unchanged, load_weights, read_config
 from mlx_starflow.model_dir.hub import find_model
 from mlx_starflow.model_dir.tensor_parallel import load_part
 from mlx_starflow.model_dir.weights import default_dtype, load_module, parse_dtype, place_weights
@@ -34,6 +34,12 @@ Network = TypeVar("Network", bound=nn.Module, covariant=True)
 Config = TypeVar("Config", covariant=True)
 
 
+class ConfigKind(Protocol[Config]):
+    """A class of configs that are read from `config.json`."""
+
+    def from_dict(self, content: dict[str, Any]) -> Config: ...
+
+
 LICENCES = ("LICENSE", "LICENCE", "NOTICE")
 """Names, without suffix, of files that go with weights."""
 
@@ -41,7 +47,7 @@ LICENCES = ("LICENSE", "LICENCE", "NOTICE")
 class FlowKind(NamedTuple):
     """One kind of flow: its network, its config, and what makes the network's tensors of official ones."""
 
-    network: type[STARFlow] | type[TarFlow]
+    network: Callable[[Any], STARFlow | TarFlow]
     config: type[FlowConfig] | type[TarFlowConfig]
     sanitize: Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -61,8 +67,11 @@ class NetworkDirectory(Generic[Network, Config]):
         content: all of its `config.json`.
     """
 
-    def __init__(self, folder: Path, content: dict[str, Any], network: type[Network], config: type[Config]):
+    def __init__(
+        self, folder: Path, content: dict[str, Any], network: Callable[[Any], Network], config: ConfigKind[Config]
+    ):
         self.folder, self.content = folder, content
+        self.unchanged = Unchanged(folder, content)
         self._network, self._config = network, config
 
     @classmethod
@@ -97,7 +106,7 @@ class NetworkDirectory(Generic[Network, Config]):
     def config(self) -> Config:
         """The network's config. Raises StarflowError if `config.json` does not hold one."""
         with self._naming():
-            return self._config.from_dict(self.content)  # type: ignore[attr-defined]
+            return self._config.from_dict(self.content)
 
     @property
     def quantization(self) -> Mapping[str, Any] | None:
@@ -106,7 +115,9 @@ class NetworkDirectory(Generic[Network, Config]):
 
     def weights(self) -> dict[str, mx.array]:
         """Tensors by name, as they are stored; each is read when it is evaluated. Raises StarflowError."""
-        return load_weights(self.folder)
+        weights = load_weights(self.folder)
+        self.unchanged.check()
+        return weights
 
     def new(self) -> Network:
         """The network without its weights. Raises StarflowError if `config.json` does not hold a config."""
@@ -178,6 +189,7 @@ class ModelDirectory:
     def _part(self, name: str) -> Path:
         if not (self.path / name).is_dir():
             raise StarflowError(f"{self.path} is a flow alone: generating needs its {name}/ folder too")
+        self.flow.unchanged.check()
         return self.path / name
 
     @property

@@ -10,13 +10,14 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn, cast
 
 import mlx.core as mx
 from safetensors import SafetensorError, safe_open
 
 from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.media.files import read_json
+from mlx_starflow.model_dir.transaction import settle
 
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -62,10 +63,38 @@ def read_config(directory: str | Path) -> dict[str, Any]:
         StarflowError: it is missing or not a JSON object, so this is no (whole) model directory.
     """
     directory = Path(directory)
+    settle(directory)
     if not (directory / "config.json").is_file():
         what = "holds no config.json" if directory.is_dir() else "is not a folder"
         raise StarflowError(f"{directory} {what}; give a model directory, such as `mlx-starflow convert` writes")
     return read_json(directory / "config.json")
+
+
+class Unchanged:
+    """That a network's folder still holds what its `config.json` was read from: writing it again replaces that first.
+
+    Raises StarflowError, also from `check`, if it does not.
+    """
+
+    def __init__(self, folder: Path, content: Mapping[str, Any]):
+        self.folder = folder
+        self.seen = self._look()
+        if read_config(folder) != content:
+            self._fail()
+
+    def check(self) -> None:
+        if self._look() != self.seen:
+            self._fail()
+
+    def _look(self) -> tuple[int, int, int] | None:
+        try:
+            status = os.stat(self.folder / "config.json")
+        except OSError:
+            return None
+        return status.st_dev, status.st_ino, status.st_mtime_ns
+
+    def _fail(self) -> NoReturn:
+        raise StarflowError(f"{self.folder} was written again while it was being read: load it again")
 
 
 def read_safetensors(path: Path) -> dict[str, mx.array]:
@@ -80,7 +109,7 @@ def read_safetensors(path: Path) -> dict[str, mx.array]:
         # Opening it this way also compares the header with the file's size; MLX alone may notice only when it reads.
         with safe_open(path, framework="numpy"):
             pass
-        return mx.load(str(path), format="safetensors")
+        return cast(dict[str, mx.array], mx.load(str(path), format="safetensors"))
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise StarflowError(f"cannot read {path}, download it again or convert it again: {one_line(error)}") from error
 
@@ -116,7 +145,7 @@ def tensor_bytes(array: mx.array) -> memoryview:
     """The numbers of an array in order, row by row. Evaluates it."""
     if array.size == 0:  # it has no memory to look at
         return memoryview(b"")
-    return memoryview(mx.contiguous(array).reshape(-1).view(mx.uint8))
+    return memoryview(mx.contiguous(array).reshape(-1).view(mx.uint8))  # type: ignore[arg-type]  # MLX's stubs lack it
 
 
 def write_safetensors(

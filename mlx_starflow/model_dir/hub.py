@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mlx_starflow.errors import StarflowError, one_line
+from mlx_starflow.model_dir.transaction import settle
 
 DEMO = Path(__file__).parents[1] / "demo" / "model"
 
@@ -50,6 +51,7 @@ def find_model(name: str | Path) -> Path:
             f"unknown model {text!r}: give demo, the folder of a model, or a Hugging Face repository (owner/name)"
         )
     converted = converted_directory(text)
+    settle(converted)
     if (converted / "config.json").is_file():
         return converted
     if text.lower() in _OFFICIAL:
@@ -92,9 +94,10 @@ def fetch(repository: str, patterns: Sequence[str], *, revision: str | None = No
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
 
-    options = {"revision": revision} if revision else {}
     try:
-        return Path(snapshot_download(repository, allow_patterns=list(patterns), **options))
+        if revision:
+            return Path(snapshot_download(repository, allow_patterns=list(patterns), revision=revision))
+        return Path(snapshot_download(repository, allow_patterns=list(patterns)))
     except RepositoryNotFoundError:
         reason = "the Hub has no such repository, or it needs a login (hf auth login)"
     except (LocalEntryNotFoundError, OfflineModeIsEnabled):

@@ -12,6 +12,7 @@ from mlx_starflow.errors import StarflowError
 from mlx_starflow.model_dir.directory import ModelDirectory, NetworkDirectory, read_tokenizer
 from mlx_starflow.model_dir.quantization import quantize_module
 from mlx_starflow.model_dir.saving import copy_network, read_files, read_licences, save_model
+from mlx_starflow.model_dir.transaction import transaction
 from mlx_starflow.model_dir.weights import parameters
 
 
@@ -50,15 +51,15 @@ def quantize_model(
     flow_weights, config = _quantized(source.flow, quantize, group_size)
     if text_encoder is not None and not source.has("text_encoder"):
         raise StarflowError(f"{source.path} has no text encoder to quantize; leave out --text-encoder")
-    if source.has("text_encoder"):
-        folder = source.text_encoder.folder
-        read_tokenizer(folder / "spiece.model", source.text_encoder.config)
-        weights, text_config = _quantized(source.text_encoder, text_encoder, group_size)
-        save_model(out / "text_encoder", weights, text_config, files=read_files(folder, "spiece.model"))
-    if source.has("vae"):
-        copy_network(source.vae, out / "vae")
-    # The flow last: without its config.json this is not yet a model.
-    return save_model(out, flow_weights, config, files=read_licences(source))
+    with transaction(out):
+        if source.has("text_encoder"):
+            folder = source.text_encoder.folder
+            read_tokenizer(folder / "spiece.model", source.text_encoder.config)
+            weights, text_config = _quantized(source.text_encoder, text_encoder, group_size)
+            save_model(out / "text_encoder", weights, text_config, files=read_files(folder, "spiece.model"))
+        if source.has("vae"):
+            copy_network(source.vae, out / "vae")
+        return save_model(out, flow_weights, config, files=read_licences(source))
 
 
 def _quantized(

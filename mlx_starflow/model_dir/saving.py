@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +11,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_starflow.errors import StarflowError, one_line
-from mlx_starflow.media.files import read_json, replacing
+from mlx_starflow.media.files import read_json
 from mlx_starflow.model_dir.directory import ModelDirectory, NetworkDirectory
 from mlx_starflow.model_dir.files import INDEX_FILE, Layout, write_safetensors
-
-_WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+from mlx_starflow.model_dir.transaction import transaction
 
 
 def save_model(
@@ -28,10 +25,7 @@ def save_model(
     max_shard_gb: float = 5,
     files: Mapping[str, bytes] | None = None,
 ) -> Path:
-    """Write a model directory, or the same kind of model's again: all of it or, as far as loading goes, nothing.
-
-    Every file is written under another name first. Then the old `config.json` and weights go, the new files take their
-    names, and `config.json`, without which no directory loads, comes last.
+    """Write a model directory, or the same kind of model's again: all of it or nothing, see `transaction`.
 
     Args:
         directory: made if need be; other files in it are left alone.
@@ -73,14 +67,12 @@ def save_tensors(
         }
         texts[INDEX_FILE] = _json(index)
     texts["config.json"] = _json(config)
-    with _replacing_all(directory, [*shards, *texts]) as partial:
-        write_safetensors({partial[shard]: {n: layout[n] for n in names} for shard, names in shards.items()}, tensors)
+    with transaction(directory) as new:
+        new.staged("config.json").unlink(missing_ok=True)  # of an unfinished transaction: this network is not whole now
+        paths = {new.file(shard): {name: layout[name] for name in names} for shard, names in shards.items()}
+        write_safetensors(paths, tensors)
         for name, content in texts.items():
-            partial[name].write_bytes(content)
-        (directory / "config.json").unlink(missing_ok=True)
-        for old in list(directory.iterdir()):
-            if _WEIGHT_FILE.fullmatch(old.name):
-                old.unlink()
+            new.file(name).write_bytes(content)
     return directory
 
 
@@ -125,24 +117,6 @@ def _refuse_other_model(directory: Path, config: Mapping[str, Any]) -> None:
     found, written = read_json(directory / "config.json").get("model_type"), config.get("model_type")
     if found != written:
         raise StarflowError(f"{directory} holds another model ({found!r}, not {written!r}); give another folder")
-
-
-@contextmanager
-def _replacing_all(directory: Path, names: list[str]) -> Iterator[dict[str, Path]]:
-    """Where to write files that take their names when the block ends without an error, in this order."""
-    failure = f"cannot write {directory}"
-    created = not directory.exists()
-    try:
-        with ExitStack() as stack:
-            partial = {}
-            for name in reversed(names):  # the last one to be entered is the first to be left
-                target = replacing(directory / name, failure=failure, makes_folder=True, overwrites_partial=True)
-                partial[name] = stack.enter_context(target)
-            yield partial
-    finally:
-        with suppress(OSError):
-            if created:
-                directory.rmdir()  # only succeeds on an empty one
 
 
 def _shards(layout: Layout, max_shard_gb: float) -> dict[str, list[str]]:

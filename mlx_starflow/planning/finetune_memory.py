@@ -15,11 +15,12 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from mlx_starflow.model_dir.quantization import quantized_layers
+from mlx_starflow.models.flow import BlockConfig
 from mlx_starflow.models.starflow import FlowConfig
 from mlx_starflow.models.tarflow import TarFlowConfig
+from mlx_starflow.models.trees import flattened
 from mlx_starflow.planning.footprint import MARGIN, layer
 from mlx_starflow.planning.memory import usable
 
@@ -85,8 +86,8 @@ def training_plan(
         half: networks compute in half precision, with trained weights in float32.
     """
     config: FlowConfig | TarFlowConfig = flow.config
-    stored = sum(array.nbytes for _, array in tree_flatten(flow.parameters()))
-    trained = sum(array.nbytes for _, array in tree_flatten(flow.trainable_parameters()))
+    stored = sum(array.nbytes for _, array in flattened(flow.parameters()))
+    trained = sum(array.nbytes for _, array in flattened(flow.trainable_parameters()))
     tokens = tokens or (config.img_size // config.patch_size) ** 2
     # In half precision, sums and softmax are float32 still.
     item = 3 if half else (min(array.itemsize for array in _floating(flow)) + 4) / 2
@@ -113,7 +114,7 @@ def _whole_weights(flow: nn.Module) -> int:
 
 
 def _floating(flow: nn.Module) -> list[mx.array]:
-    arrays = [array for _, array in tree_flatten(flow.parameters())]
+    arrays = [array for _, array in flattened(flow.parameters())]
     return [array for array in arrays if mx.issubdtype(array.dtype, mx.floating)]
 
 
@@ -121,11 +122,15 @@ def _activations(config: FlowConfig | TarFlowConfig, tokens: int, checkpoint: bo
     """Numbers that a sample takes: what is kept for the way back, which is what each layer reads if layers are computed
     again, and else all that it makes; and what one layer makes there and back."""
     kept = work = 0
-    latents = isinstance(config, FlowConfig)
-    for block in config.blocks if latents else map(config.block, range(config.blocks)):
+    if isinstance(config, FlowConfig):
+        blocks: Sequence[BlockConfig] = config.blocks
+        text = config.txt_size
+    else:
+        blocks, text = [config.block(index) for index in range(config.blocks)], 0
+    for block in blocks:
         if not block.num_layers:
             continue
-        positions = tokens + (config.txt_size if latents and block.txt_dim else 0)
+        positions = tokens + (text if block.txt_dim else 0)
         sizes = positions, block.channels, block.channels * block.expansion, block.num_heads * positions**2
         kept += block.num_layers * (positions * block.channels if checkpoint else layer(*sizes))
         work = max(work, layer(*sizes, gradient=True))
@@ -182,10 +187,13 @@ class Planner:
         checkpoint: bool | None = None,
         **settings: Any,
     ):
-        self.flow = cache(make_flow)
+        self.flow, self.plan = cache(make_flow), cache(self._plan)
         self.precisions, self.ranks, self.batch_sizes = precisions, ranks, batch_sizes
         self.checkpoints = (False, True) if checkpoint is None else (checkpoint,)
         self.settings = settings
+
+    def _plan(self, precision: str | None, rank: int, size: int, checkpoint: bool) -> TrainingPlan:
+        return training_plan(self.flow(precision, rank), size, checkpoint=checkpoint, **self.settings)
 
     def choose(self, memory: float) -> Choice | None:
         """What to do with `memory` bytes; None if nothing fits."""
@@ -198,7 +206,7 @@ class Planner:
         tried += [(least, rank, size) for rank in self.ranks[1:] for size in self.batch_sizes[-1:]]
         for precision, rank, size in tried:
             for checkpoint in self.checkpoints:
-                plan = training_plan(self.flow(precision, rank), size, checkpoint=checkpoint, **self.settings)
+                plan = self.plan(precision, rank, size, checkpoint)
                 if plan.peak <= memory:
                     return Choice(size, checkpoint, precision, rank, plan)
         return None

@@ -1,4 +1,4 @@
-"""Noise -> latents: KV cache, inversion, guidance, denoising, videos frame by frame. Knows nothing of pixels."""
+"""Noise -> latents: KV cache, inversion, guidance, denoising, certificates, plans, and videos frame by frame."""
 
 from mlx_starflow.sampling.certificate import Certificate, certify
 from mlx_starflow.sampling.denoise import denoise

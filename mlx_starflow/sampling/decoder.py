@@ -12,23 +12,29 @@ from mlx_starflow.models.flow import Condition, FlowBlock
 from mlx_starflow.sampling.guidance import Guidance
 from mlx_starflow.sampling.network import cached_network
 
+Predict = Callable[[mx.array, "float | mx.array"], "tuple[mx.array, mx.array]"]
+Invert = Callable[[mx.array, mx.array, "float | mx.array"], mx.array]
 
-def inverse_of(
-    block: FlowBlock, guidance: Guidance | None
-) -> Callable[[mx.array, mx.array, float | mx.array], mx.array]:
-    """(affine parameters, noise, weight of guidance) -> data.
 
-    Not a method: Python's garbage collector cannot see that a compiled method belongs to its object, and would never
+def affine_functions(block: FlowBlock, guidance: Guidance | None) -> tuple[Predict, Invert]:
+    """Compiled: (affine parameters, weight of guidance) -> (mu, log sigma), and (these, noise, weight) -> data.
+
+    Not methods: Python's garbage collector cannot see that a compiled method belongs to its object, and would never
     free either.
     """
     affine = block.config.affine
+
+    def affine_of(parameters: mx.array, weight: float | mx.array) -> tuple[mx.array, mx.array]:
+        if guidance is None:
+            return predict(parameters, affine)
+        return guidance.predict(parameters, affine, weight)
 
     def inverse(parameters: mx.array, z: mx.array, weight: float | mx.array) -> mx.array:
         if guidance is None:
             return affine_inverse(parameters, z, affine)
         return guidance.inverse(parameters, z, affine, weight)
 
-    return inverse
+    return mx.compile(affine_of), mx.compile(inverse)
 
 
 class BlockDecoder:
@@ -63,7 +69,7 @@ class BlockDecoder:
         start = block.first_input(batch * self.copies)
         self.first = 0 if start is not None else 1
         self.start = None if start is None else start.astype(mx.float32)
-        self.to_data = mx.compile(inverse_of(block, guidance))
+        self.to_affine, self.to_data = affine_functions(block, guidance)
         self.evaluations = 0
 
     @property
@@ -107,10 +113,7 @@ class BlockDecoder:
 
         The cache must hold exactly the inputs before those that are needed, and holds them too afterwards.
         """
-        parameters, affine = self._parameters(x, start, stop), self.block.config.affine
-        if self.guidance is None:
-            return predict(parameters, affine)
-        return self.guidance.predict(parameters, affine, self._weight(start, stop))
+        return self.to_affine(self._parameters(x, start, stop), self._weight(start, stop))
 
     def invert(self, x: mx.array, z: mx.array, start: int, stop: int) -> mx.array:
         """Tokens `start` to `stop` of noise z `[B, N, C]`, mapped to data as `predict` says."""

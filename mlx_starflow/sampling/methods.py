@@ -14,6 +14,7 @@ from mlx_starflow.errors import StarflowError
 from mlx_starflow.media.files import replacing
 from mlx_starflow.model_dir.files import PLAN_FILE
 from mlx_starflow.model_dir.fingerprint import fingerprint
+from mlx_starflow.model_dir.transaction import locked
 
 GUESSES = ("noise", "affine", "previous")
 """First guesses of a token in a rolling window: see `RollingSettings.guess`."""
@@ -119,7 +120,7 @@ class SamplingPlan:
     def save(self, directory: Path) -> Path:
         """Write the plan into a model directory; returns the file. Raises StarflowError if that cannot be done."""
         path = directory / PLAN_FILE
-        with replacing(path) as temporary:
+        with locked(directory), replacing(path) as temporary:
             temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
         return path
 

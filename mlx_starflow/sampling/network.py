@@ -85,9 +85,12 @@ class CompiledNetwork:
 
     @property
     def cache_bytes(self) -> int:
-        return sum(cache.keys.nbytes + cache.values.nbytes for cache in self.caches if cache.keys is not None)
+        held = (array for cache in self.caches for array in (cache.keys, cache.values))
+        return sum(array.nbytes for array in held if array is not None)
 
     def __call__(self, tokens: mx.array) -> mx.array:
+        # The step that gave these tokens runs, and writes the caches in place, while Python builds the next one.
+        mx.async_eval(tokens)
         h = self.block.embed(tokens, self.known, self.offset)
         rope_frequencies = self._rope_frequencies(h)
         begin, *between, end = self.pieces

@@ -16,6 +16,4 @@ def invert(decoder: BlockDecoder, z: mx.array, x: mx.array, start: int) -> Itera
     """
     for n in range(start, z.shape[1]):
         x[:, n : n + 1] = decoder.invert(x, z, n, n + 1)
-        # Evaluating each step lets the caches be written in place while Python builds the next one.
-        mx.async_eval(x)
         yield n + 1

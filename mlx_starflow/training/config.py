@@ -11,6 +11,10 @@ from mlx_starflow.model_dir.precision import DTYPES
 
 OPTIMIZERS = ("adamw", "adafactor", "muon", "sinkgd")
 
+LEARNING_RATES = {"muon": 2e-2, "sinkgd": 2e-2}
+"""Highest learning rates of optimizers whose unit is not AdamW's, unless somebody asks for another; see
+`examples/reports/optimizers.py`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
@@ -84,6 +88,11 @@ class TrainingConfig:
         self._require("optimizer", f"one of {', '.join(OPTIMIZERS)}", OPTIMIZERS.__contains__)
         self._require("dtype", f"one of {', '.join(DTYPES)}", lambda value: value is None or value in DTYPES)
         self._require(
+            "patience",
+            "0 where there is no validation (validate_every)",
+            lambda value: not value or self.validate_every > 0,
+        )
+        self._require(
             "accumulate", f"a divisor of batch_size {self.batch_size}", lambda value: self.batch_size % value == 0
         )
 
@@ -133,5 +142,16 @@ class TrainingOptions:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     def over(self, config: TrainingConfig) -> TrainingConfig:
-        """`config` with these settings instead of its own. Raises StarflowError if they do not fit together."""
-        return replace(config, **self.given())
+        """`config` with these settings instead of its own.
+
+        With another optimizer and no learning rate it is that of `LEARNING_RATES`, and embeddings, which AdamW trains
+        in any case, learn as fast as before.
+
+        Raises:
+            StarflowError: the settings do not fit together.
+        """
+        known: dict[str, Any] = {}
+        if self.lr is None and self.optimizer != config.optimizer and self.optimizer in LEARNING_RATES:
+            known["lr"] = LEARNING_RATES[self.optimizer]
+            known["embedding_factor"] = config.embedding_factor * config.lr / known["lr"]
+        return replace(config, **{**known, **self.given()})

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import re
+import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import yaml
-from helpers.commands import Command
+from helpers.commands import Command, message
 from helpers.examples import run_example
 from helpers.images import colours, write_images
 from helpers.model_directories import write_image_model
@@ -25,6 +27,7 @@ from mlx_starflow.convert.official import ARGUMENTS
 from mlx_starflow.model_dir.adapters import Adapter
 from mlx_starflow.model_dir.quantization import quantize_module
 from mlx_starflow.model_dir.requantize import quantize_model
+from mlx_starflow.model_dir.saving import save_model
 from mlx_starflow.model_dir.weights import parameters
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
 from mlx_starflow.planning.finetune_memory import Planner, training_plan
@@ -64,7 +67,7 @@ def cache(model, pictures, tmp_path_factory) -> Path:
     return build_cache(pictures, tmp_path_factory.mktemp("cache") / "c", model).folder
 
 
-def test_a_run_and_the_same_from_its_config(model, pictures, tmp_path):
+def test_a_run_and_the_same_from_its_config(model, pictures, tmp_path, uncompiled):
     run = tmp_path / "run"
     done = command(model, pictures, "-o", run, *options(lora=2, **QUICK))
     assert done.exit_code == 0, done.output
@@ -84,7 +87,7 @@ def test_a_run_and_the_same_from_its_config(model, pictures, tmp_path):
     assert all(same)
 
 
-def test_dora_with_dropout_anchored_to_samples_of_the_base(model, cache, tmp_path):
+def test_dora_with_dropout_anchored_to_samples_of_the_base(model, cache, tmp_path, uncompiled):
     quantized = quantize_model(model, tmp_path / "quantized", 8)
     extra = {"dora": 2, "dropout": 0.2, "blocks": "deep", "anchor": 0.5, "anchor_samples": 3, "anchor_weight": 2}
     done = command(quantized, cache, "-o", tmp_path / "run", *options(**QUICK, **extra))
@@ -97,7 +100,7 @@ def test_dora_with_dropout_anchored_to_samples_of_the_base(model, cache, tmp_pat
     assert "gain" in flow.blocks[1].attn_blocks[0].attention.qkv
 
 
-def test_all_weights_anchored_to_pictures(model, cache, pictures, tmp_path):
+def test_all_weights_anchored_to_pictures(model, cache, pictures, tmp_path, uncompiled):
     settings = FinetuneConfig(kind="full", anchor=0.5, anchor_data=str(pictures), lr=1e-3, **QUICK)
     result = finetune(model, cache, tmp_path / "run", settings)
     tuned, base = parameters(load_flow(result.folder)), parameters(load_flow(model))
@@ -105,7 +108,7 @@ def test_all_weights_anchored_to_pictures(model, cache, pictures, tmp_path):
     assert result.after.prior.shape == (2,)
 
 
-def test_resumed_is_uninterrupted(model, cache, tmp_path):
+def test_resumed_is_uninterrupted(model, cache, tmp_path, uncompiled):
     whole = finetune(model, cache, tmp_path / "whole", FinetuneConfig(rank=2, **QUICK))
     part = {**QUICK, "samples": 0}
     kept = finetune(model, cache, tmp_path / "part", FinetuneConfig(rank=2, **part))
@@ -116,7 +119,42 @@ def test_resumed_is_uninterrupted(model, cache, tmp_path):
         assert mx.array_equal(parts["lora_b"], third[path]["lora_b"])
 
 
-def test_examples(model, cache, pictures, tmp_path):
+def test_resuming_with_something_changed(model, cache, tmp_path, uncompiled):
+    settings = FinetuneConfig(rank=2, **{**QUICK, "steps": 1, "samples": 0})
+    finetune(model, cache, tmp_path / "run", settings)
+    names = ("adapter/adapters.safetensors", "config.yaml")
+    before = [(tmp_path / "run" / name).read_bytes() for name in names]
+
+    def refused(base: Path = model, **changes: object) -> str:
+        return message(finetune, base, cache, tmp_path / "run", replace(settings, steps=2, **changes))
+
+    assert "is of another run (adapter: scale 2.0 -> 3.0): " in refused(scale=3.0)
+    assert "(quantization none -> 8)" in refused(quantize="8")
+    assert "(other held-out pictures, seed 0 -> 3)" in refused(seed=3)
+    assert "adapter: blocks all -> deep" in refused(blocks="deep")
+    other = shutil.copytree(model, tmp_path / "other")
+    weights = mx.load(str(other / "model.safetensors"))
+    name = next(name for name in weights if name.endswith("qkv.weight"))
+    save_model(other, {**weights, name: weights[name] + 1}, json.loads((other / "config.json").read_text()))
+    assert "(other base model)" in refused(other)
+    assert [(tmp_path / "run" / name).read_bytes() for name in names] == before
+
+
+def test_mistakes_come_before_any_work(model, cache, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    assert "file is a file; give a folder" in command.mistake(model, cache, "-o", tmp_path / "file")
+    for words, expected in (
+        (["--seed", -1], "seed must be 0 or more"),
+        (["--steps", 0], "steps must be greater than 0"),
+        (["--lr", "nan"], "lr must be 0 or more"),
+        (["--ema", 1], "ema must be in 0..1"),
+    ):
+        assert expected in command.mistake(model, cache, "-o", tmp_path / "run", *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_examples(model, cache, pictures, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLX_DISABLE_COMPILE", "1")
     small = ["--model", model, "--steps", 2, "--batch-size", 2, "--rank", 2]
     shown = run_example("lora_style.py", cache, *small, "--out", tmp_path / "style")
     assert "held-out NLL" in shown and Image.open(tmp_path / "style/strengths.png").width > 80
@@ -179,7 +217,7 @@ def test_what_is_said_is_not_chosen(full_size):
     assert quantized.quantization == "4"
 
 
-def test_a_base_quantized_for_the_training_alone(model, cache, tmp_path):
+def test_a_base_quantized_for_the_training_alone(model, cache, tmp_path, uncompiled):
     done = command(model, cache, "-o", tmp_path / "run", *options(lora=2, quantize=8, **QUICK))
     assert done.exit_code == 0, done.output
     assert "base quantized to 8" in done.stdout

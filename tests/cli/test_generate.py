@@ -1,5 +1,3 @@
-import json
-
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -141,10 +139,3 @@ def test_a_damaged_model(run, model, tmp_path, part):
     assert result.exit_code == 2, result.output
     assert part.split("/")[-1] in result.output
     assert "Traceback" not in result.output
-
-
-def test_info(model):
-    result = CliRunner().invoke(main, ["info", model])
-    assert result.exit_code == 0, result.output
-    assert "starflow" in result.output and "parameters" in result.output
-    assert json.dumps(model)[1:-1] in result.output

@@ -22,6 +22,10 @@ def table(output, title):
 def test_a_model(tmp_path):
     result = info(write_image_model(tmp_path))
     assert result.exit_code == 0, result.output
+    assert f"model          {tmp_path} (starflow)" in result.output
+    weights = parameters(tiny_flow()).values()
+    millions, size = sum(each.size for each in weights) / 1e6, sum(each.nbytes for each in weights) / 2**20
+    assert f"flow           {millions:.2f} M parameters, {size:.1f} MiB" in result.output
     assert "block 1        1 layers, width 64" in result.output
     assert "guidance       1.0" in result.output
     assert "one picture of 8x8: computed from the configs, not measured" in result.output

@@ -298,7 +298,7 @@ def test_everything(hub, run, released, tmp_path, monkeypatch):
     assert "--model apple/starflow" in out.splitlines()[-1]
     assert sorted(hub.downloads()) == NEEDED
     assert_model(model, released)
-    assert not list(model.rglob("partial-*"))
+    assert not list(model.rglob(".writing"))
     notice = (model / "NOTICE").read_text()
     for words in ("research purposes only", CHECKPOINT, f"{TEXT} (Apache License 2.0)", f"{VAE} (MIT License)"):
         assert words in notice

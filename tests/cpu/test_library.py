@@ -45,25 +45,29 @@ def test_other_processors_give_the_same_numbers(tmp_path, processor):
 from mlx_starflow.cpu import library
 library.COMPILE = tuple("-march={processor}" if word == "-march=native" else word for word in library.COMPILE)
 """
-    cache = {"XDG_CACHE_HOME": str(tmp_path)}
-    name, _, size = output(chosen + SAMPLE, packaged(), **cache).split()
+    name, _, size = output(chosen + SAMPLE, packaged(), XDG_CACHE_HOME=str(tmp_path)).split()
     assert name == "NativeNetwork"
-    assert abs(float(size) - float(output(SAMPLE, packaged(), **cache).split()[2])) < 1e-5 * float(size)
+    assert abs(float(size) - float(output(SAMPLE, packaged()).split()[2])) < 1e-5 * float(size)
 
 
-def test_it_is_built_once(tmp_path):
-    times = set()
-    for _ in range(2):
-        assert output(AVAILABLE, packaged(), XDG_CACHE_HOME=str(tmp_path)) == "True\n"
-        (built,) = (tmp_path / "mlx-starflow").iterdir()
-        times.add(built.stat().st_mtime_ns)
-    assert len(times) == 1
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library, in a cache of its own."""
+    folder = tmp_path_factory.mktemp("cache")
+    assert output(AVAILABLE, packaged(), XDG_CACHE_HOME=str(folder)) == "True\n"
+    (library,) = (folder / "mlx-starflow").iterdir()
+    return library
 
 
-def test_a_damaged_library_is_built_again(tmp_path):
-    cache = {"XDG_CACHE_HOME": str(tmp_path)}
+def test_it_is_built_once(built):
+    before = built.stat().st_mtime_ns
+    assert output(AVAILABLE, packaged(), XDG_CACHE_HOME=str(built.parents[1])) == "True\n"
+    assert list(built.parent.iterdir()) == [built] and built.stat().st_mtime_ns == before
+
+
+def test_a_damaged_library_is_built_again(built):
+    cache = {"XDG_CACHE_HOME": str(built.parents[1])}
     good = output(SAMPLE, packaged(), **cache)
-    (built,) = (tmp_path / "mlx-starflow").iterdir()
     for half in (built.read_bytes()[:5000], b""):
         built.write_bytes(half)
         assert output(SAMPLE, packaged(), **cache) == good
@@ -75,7 +79,7 @@ def test_a_damaged_library_is_built_again(tmp_path):
     ids=["no_compiler", "no_cache", "switched_off"],
 )
 def test_without_it_mlx_computes_the_same(tmp_path, environment):
-    name, _, size = output(SAMPLE, packaged(), XDG_CACHE_HOME=str(tmp_path)).split()
-    other, _, other_size = output(SAMPLE, packaged(), **{"XDG_CACHE_HOME": str(tmp_path / "2"), **environment}).split()
+    name, _, size = output(SAMPLE, packaged()).split()
+    other, _, other_size = output(SAMPLE, packaged(), **{"XDG_CACHE_HOME": str(tmp_path), **environment}).split()
     assert (name, other) == ("NativeNetwork", "CompiledNetwork")
     assert abs(float(size) - float(other_size)) < 1e-4 * float(size)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.media.files import replacing
+from mlx_starflow.media.files import left_behind, replacing
 
 
 def test_the_new_file_takes_the_old_one_s_place(tmp_path):
@@ -35,3 +39,18 @@ def test_a_full_disk(tmp_path):
     with pytest.raises(StarflowError, match=r"note.txt cannot be written: No space left on device"), replacing(path):
         raise OSError(28, "No space left on device")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_ended_processes_left_is_taken_away(tmp_path):
+    path = tmp_path / "note.txt"
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    dead, alive, other = (
+        tmp_path / name for name in (f".note.{ended.pid}.txt", f".note.{os.getppid()}.txt", f".notes.{ended.pid}.txt")
+    )
+    for each in (dead, alive, other):
+        each.write_text("half")
+    assert left_behind(path) == [dead]
+    with replacing(path) as temporary:
+        temporary.write_text("new")
+    assert {each.name for each in tmp_path.iterdir()} == {"note.txt", alive.name, other.name}

@@ -8,6 +8,7 @@ from helpers.commands import message
 from helpers.images import write_images
 from PIL import Image
 
+from mlx_starflow.errors import StarflowError
 from mlx_starflow.media.image_files import find_images, read_image
 
 
@@ -56,3 +57,15 @@ def test_mistakes(tmp_path):
     (tmp_path / "empty").mkdir()
     assert "holds no training data" in message(find_images, [tmp_path / "empty"])
     assert "cannot read the picture" in message(read_image, tmp_path / "none.png")
+
+
+def test_links_out_of_a_folder_are_told(tmp_path):
+    write_images(tmp_path / "other", 1)
+    write_images(tmp_path / "data", 2)
+    (tmp_path / "data/more").symlink_to(tmp_path / "other")
+    (tmp_path / "data/2.png").symlink_to(tmp_path / "other/0.png")
+    with pytest.warns(UserWarning, match=r"skipped 1: more \(a link out of the data: copy it there\)"):
+        found = find_images([tmp_path / "data"])
+    assert len(found) == 3 and found[0].open().size == (8, 8)
+    with pytest.raises(StarflowError, match=r"2.png: it leads out of the folder: copy it there"):
+        found[2].open()

@@ -14,6 +14,8 @@ import pytest
 from PIL import Image
 
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.media.image_files import find_images
+from mlx_starflow.media.image_folder import ImageFolder
 from mlx_starflow.media.pixels import UnreadableImage, decode_image
 from mlx_starflow.media.sources import Sample, Skip, open_source, skip_report, write_skips
 from mlx_starflow.media.sources.sample import captions_of, skip_line
@@ -504,3 +506,170 @@ def test_which_field_holds_the_caption():
     assert captions_of({}) == captions_of({"text": None, "captions": None}) == ()
     with pytest.raises(TypeError):
         captions_of({"text": {"en": "a"}})
+
+
+# ---- splits in folders of their own
+
+
+@pytest.mark.parametrize("index", ["metadata.jsonl", "metadata.csv"])
+def test_metadata_one_level_down(tmp_path, index):
+    def lines(caption: str) -> str:
+        if index.endswith("csv"):
+            return f"file_name,text\n0.png,{caption}\n"
+        return json.dumps({"file_name": "0.png", "text": caption})
+
+    parts = {"train": "a fox", "test": "a hen", "val": "an owl", "more": "a cow"}
+    for name, caption in parts.items():
+        write(tmp_path / name, {"0.png": png("red"), index: lines(caption)})
+    items = list(open_source(tmp_path))
+    assert {item.key: (item.captions, item.split) for item in items} == {
+        "more/0.png": (("a cow",), "train"),
+        "test/0.png": (("a hen",), "test"),
+        "train/0.png": (("a fox",), "train"),
+        "val/0.png": (("an owl",), "validation"),
+    }
+    assert open_source(tmp_path).total == 4
+    assert [image.caption for image in find_images([tmp_path], "train")] == ["a cow", "a fox"]
+
+
+def test_a_line_says_its_split_before_the_folder(tmp_path):
+    rows = [{"file_name": "0.png", "text": "x", "split": "autoencoder"}, {"file_name": "0.png", "text": "y"}]
+    write(tmp_path / "test", {"0.png": png("red"), "metadata.jsonl": "\n".join(map(json.dumps, rows))})
+    assert [item.split for item in open_source(tmp_path)] == ["autoencoder", "test"]
+
+
+def test_splits_without_metadata(tmp_path):
+    for split in ("Train", "test"):
+        write(tmp_path / "classes" / split / "cat", {"0.png": png("red")})
+        write(tmp_path / "texts" / split, {"0.png": png("red"), "0.txt": f"of {split}"})
+        write(tmp_path / "none" / split, {"0.png": png("red")})
+        (tmp_path / "shards" / split).mkdir(parents=True)
+        pack(tmp_path / "shards" / split / "0.tar", {"0.png": png("red"), "0.txt": "a cat"})
+
+    def found(name: str) -> list[tuple]:
+        return [(item.key, item.captions, item.split) for item in open_source(tmp_path / name)]
+
+    assert found("classes") == [("Train/cat/0.png", ("cat",), "train"), ("test/cat/0.png", ("cat",), "test")]
+    assert found("texts") == [("Train/0.png", ("of Train",), "train"), ("test/0.png", ("of test",), "test")]
+    assert found("shards") == [("Train/0.tar/0", ("a cat",), "train"), ("test/0.tar/0", ("a cat",), "test")]
+    assert "Train has 1 pictures but no captions" in message(tmp_path / "none")
+    assert len(find_images([tmp_path / "none"])) == 2
+    assert len(find_images([tmp_path / "none"], "test")) == 1
+
+
+def test_pictures_beside_folders_with_metadata(tmp_path):
+    write(tmp_path, {"loose.png": png("red"), "train/0.png": png("red"), "train/metadata.jsonl": ""})
+    assert "has pictures (loose.png) beside folders with metadata (train)" in message(tmp_path)
+
+
+# ---- nothing outside of the folder, and regular files only
+
+
+def problems(data: Path) -> dict[str, str]:
+    """Why samples cannot be used; "" if they can."""
+    found = {}
+    for item in open_source(data):
+        try:
+            found[item.key] = item.reason if isinstance(item, Skip) else item.read() and ""
+        except OSError as error:
+            found[item.key] = error.strerror
+    return found
+
+
+OUT = "it leads out of the folder: copy it there"
+
+
+def test_metadata_that_leads_out(tmp_path):
+    folder = tmp_path / "data"
+    write(tmp_path, {"secret.png": png("red"), "data/in.png": png("blue")})
+    (folder / "in-too.png").symlink_to("in.png")
+    (folder / "link.png").symlink_to(tmp_path / "secret.png")
+    absolute = str(tmp_path / "secret.png")
+    names = ["in.png", "../secret.png", absolute, "link.png", "in-too.png", "/dev/zero", "sub/../in.png"]
+    (folder / "sub").mkdir()
+    (folder / "metadata.jsonl").write_text("".join(json.dumps({"file_name": n, "text": "x"}) + "\n" for n in names))
+    expected = dict.fromkeys(["../secret.png", absolute, "link.png", "/dev/zero"], OUT)
+    assert problems(folder) == dict.fromkeys(names, "") | expected
+    with pytest.warns(UserWarning, match="skipped 4"):
+        assert len(ImageFolder.read(folder, size=4)) == 3
+
+
+def test_metadata_with_names_that_are_none(tmp_path):
+    names = ["a\0b.png", "\ud800.png", "a" * 5000]
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps({"file_name": n, "text": "x"}) + "\n" for n in names))
+    reasons = ["that is no name of a file"] * 2 + ["File name too long"]
+    assert list(problems(tmp_path).values()) == reasons
+    for image, reason in zip(find_images([tmp_path]), reasons, strict=True):
+        with pytest.raises(StarflowError, match=reason):
+            image.open()
+
+
+def test_metadata_that_is_a_link_out_of_the_folder(tmp_path):
+    write(tmp_path, {"passwd": "root:x:0:0", "data/0.png": png("red")})
+    (tmp_path / "data/metadata.jsonl").symlink_to(tmp_path / "passwd")
+    assert message(tmp_path / "data") == f"cannot read {tmp_path}/data/metadata.jsonl: {OUT}"
+
+
+def test_links_out_of_the_folder(tmp_path):
+    files = {f"data/{name}.png": png("red") for name in "abc"} | {"data/a.txt": "a", "other/d.png": png("red")}
+    write(tmp_path, {**files, "secret.txt": "root:x:0:0"})
+    folder = tmp_path / "data"
+    (folder / "b.txt").symlink_to(tmp_path / "secret.txt")
+    (folder / "c.txt").symlink_to("a.txt")
+    (folder / "d.png").symlink_to(tmp_path / "other/d.png")
+    (folder / "more").symlink_to(tmp_path / "other")
+    (folder / "round").symlink_to(".")
+    assert problems(folder) == {
+        "a.png": "", "c.png": "", "b.png": f"its .txt cannot be read: {OUT}", "d.png": OUT,
+        "more": "a link out of the data: copy it there", "round": "a link to another folder of the data",
+    }  # fmt: skip
+    with pytest.warns(UserWarning, match=r"skipped 4: more \(a link out of the data"):
+        assert ImageFolder.read(folder, size=4).captions == [["a"], ["a"]]
+
+
+def test_a_folder_of_links_alone(tmp_path):
+    write(tmp_path, {"other/d.png": png("red")})
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/cats").symlink_to(tmp_path / "other")
+    assert "skipped 1: cats (a link out of the data: copy it there)" in message(tmp_path / "data")
+
+
+def test_a_shard_that_is_a_link_out_of_the_folder(tmp_path):
+    pack(tmp_path / "0.tar", {"0.png": png("red"), "0.txt": "a"})
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/0.tar").symlink_to(tmp_path / "0.tar")
+    assert "is a link that leads out of" in message(tmp_path / "data")
+
+
+def test_pipes_are_no_pictures(tmp_path):
+    folder = write(tmp_path, {"a.png": png("red"), "a.txt": "a", "c.png": png("red")})
+    for name in ("b.png", "c.txt"):
+        os.mkfifo(folder / name)
+    (folder / "b.txt").write_text("b")
+    reason = "it is not a regular file"
+    assert problems(folder) == {"a.png": "", "b.png": reason, "c.png": f"its .txt cannot be read: {reason}"}
+    assert "is neither a folder nor a regular file" in message(folder / "b.png")
+    assert "is neither a folder nor a regular file" in message("/dev/zero")
+
+
+def test_texts_that_are_no_captions(tmp_path):
+    folder = write(tmp_path, {f"{name}.png": png("red") for name in "abc"})
+    write(folder, {"a.txt": "a" * (1 << 20), "b.txt": "a" * ((1 << 20) + 1), "c.txt": "ü".encode("utf-16")})
+    found = problems(folder)
+    assert found == {
+        "a.png": "", "b.png": "its .txt cannot be read: it is larger than 1048576 bytes",
+        "c.png": "its .txt is not UTF-8",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "~nobody-of-that-name/x", "a\0b"])
+def test_names_that_are_none(name):
+    assert message(name)
+
+
+def test_outputs_in_the_data_are_left_out(tmp_path):
+    write(tmp_path, {"red/0.png": png("red"), "blue/0.png": png("blue")})
+    write(tmp_path / "model", {"config.json": "{}", "model.safetensors": "", "samples.png": png("red")})
+    write(tmp_path / "begun/training", {"config.yaml": "", "flow/log.jsonl": "", "flow/samples/0.png": png("red")})
+    write(tmp_path / "tuned", {"config.yaml": "", "checkpoints/log.jsonl": "", "grid.png": png("red")})
+    assert [item.key for item in open_source(tmp_path)] == ["blue/0.png", "red/0.png"]

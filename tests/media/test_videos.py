@@ -1,6 +1,9 @@
+import struct
 import subprocess
 import sys
 import textwrap
+from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
@@ -11,6 +14,7 @@ from PIL import Image
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.media import videos as media
 from mlx_starflow.media.metadata import read_metadata
+from mlx_starflow.media.video_geometry import natural_order, square_pixels
 from mlx_starflow.media.videos import VideoWriter, read_video
 
 METADATA = {"prompts": ["ein Käfer"], "settings": {"fps": 16}}
@@ -113,6 +117,73 @@ def test_a_turned_movie_is_upright(tmp_path):
     assert next(read_video(path)).size == (16, 32)
     turned = [image.transpose(Image.Transpose.ROTATE_90) for image in frames(3)]
     assert difference(read_video(path), turned) < 20
+
+
+def patched(path, numbers):
+    """Give a movie's track this display matrix: a, b, c and d of x' = a x + c y, y' = b x + d y."""
+    content = bytearray(path.read_bytes())
+    start = content.index(b"tkhd") + 4 + 40
+    a, b, c, d = (int(number * (1 << 16)) for number in numbers)
+    content[start : start + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(content)
+    return path
+
+
+T = Image.Transpose
+
+
+@pytest.mark.parametrize(
+    ("matrix", "turn"),
+    [
+        ((1, 0, 0, 1), None),
+        ((-1, 0, 0, 1), T.FLIP_LEFT_RIGHT),
+        ((1, 0, 0, -1), T.FLIP_TOP_BOTTOM),
+        ((-1, 0, 0, -1), T.ROTATE_180),
+        ((0, 1, -1, 0), T.ROTATE_270),
+        ((0, -1, 1, 0), T.ROTATE_90),
+        ((0, 1, 1, 0), T.TRANSPOSE),
+        ((0, -1, -1, 0), T.TRANSVERSE),
+    ],
+)
+def test_mirrored_and_turned_movies(tmp_path, matrix, turn):
+    path = patched(write(tmp_path / "a.mp4", frames(3), crf=5), matrix)
+    expected = [image if turn is None else image.transpose(turn) for image in frames(3)]
+    found = list(read_video(path))
+    assert found[0].size == expected[0].size
+    assert difference(found, expected) < 6
+
+
+@pytest.mark.parametrize(("aspect", "size"), [((64, 45), (102, 58)), ((8, 9), (64, 58)), ((1, 1), (72, 58))])
+def test_pixels_that_are_not_square(tmp_path, aspect, size):
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10, options={"crf": "5"})
+        stream.width, stream.height, stream.pix_fmt = 72, 58, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = Fraction(*aspect)
+        for image in frames(3, (72, 58)):
+            container.mux(stream.encode(av.VideoFrame.from_image(image)))
+        container.mux(stream.encode(None))
+    found = list(read_video(path))
+    assert [image.size for image in found] == [size] * 3
+    assert difference(found, [image.resize(size) for image in frames(3, (72, 58))]) < 20
+    # What is cropped is what is seen: the middle of the wider picture.
+    assert next(read_video(path, size=(29, 29))).size == (29, 29)
+
+
+@pytest.mark.parametrize("aspect", [None, Fraction(0), Fraction(1, 65535), Fraction(65535, 1)])
+def test_nonsense_about_pixels_is_not_heeded(aspect):
+    assert square_pixels(frames(1)[0], aspect).size == (32, 16)
+
+
+def test_frames_are_in_natural_order(tmp_path):
+    for number, image in enumerate(frames(12)):
+        image.save(tmp_path / f"frame-{number + 1}.png")
+    assert difference(read_video(tmp_path), frames(12)) == 0
+
+
+def test_names_in_natural_order(tmp_path):
+    names = ["1.png", "2.png", "10.png", "a", "a1b2", "a1b10", "a02", "a2", "b"]
+    assert [path.name for path in sorted(map(Path, reversed(names)), key=natural_order)] == names
 
 
 def test_a_crash_leaves_the_old_video(tmp_path):

@@ -170,6 +170,8 @@ def test_larger_pictures_take_longer(release):
     assert 4 < large["KV cache"] / small["KV cache"] < 16
     with pytest.raises(StarflowError, match="multiples of 8"):
         estimate(release, LARGE, (100, 100))
+    with pytest.raises(StarflowError, match="and this one makes videos"):
+        estimate(ModelConfigs.of_release("apple/starflow-v"), LARGE)
 
 
 def test_a_plan(tmp_path):

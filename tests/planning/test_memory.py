@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
 from helpers.model_directories import SPIECE, write_image_model
 from helpers.peaks import one_at_a_time
+from helpers.tiny_flows import tiny_flow
 from mlx.utils import tree_flatten
 
 from mlx_starflow import cpu, load
@@ -17,6 +19,7 @@ from mlx_starflow.errors import StarflowError
 from mlx_starflow.model_dir.hub import DEMO
 from mlx_starflow.model_dir.quantization import quantize_module
 from mlx_starflow.model_dir.saving import save_model
+from mlx_starflow.model_dir.weights import parameters
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
 from mlx_starflow.models.t5 import T5Config, T5Encoder
@@ -195,6 +198,13 @@ def test_errors(tmp_path):
     (directory / "vae/config.json").write_text("{}")
     with pytest.raises(StarflowError, match=r"vae/config\.json: .*missing key block_out_channels"):
         plan(directory)
+    videos = ModelConfigs.of_release("apple/starflow-v")
+    with pytest.raises(StarflowError, match="the flow makes images and the autoencoder beside it videos"):
+        plan(replace(configs, vae=videos.vae))
+    labelled = tiny_flow("tarflow")
+    save_model(tmp_path / "labelled", parameters(labelled), {"model_type": "tarflow", **labelled.config.to_dict()})
+    with pytest.raises(StarflowError, match="labelled reads no prompts"):
+        plan(tmp_path / "labelled")
 
 
 # ---- loading

@@ -1,19 +1,9 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
-import mlx.core as mx
 import pytest
 from helpers.images import shapes, write_images
-
-
-@pytest.fixture
-def uncompiled() -> Iterator[None]:
-    """Most tests need no compiled step, and building its kernels takes time on a CPU."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ def calibrate(
     from mlx_starflow.likelihood import calibrate as measure
     from mlx_starflow.likelihood.calibration import describe
     from mlx_starflow.media.image_files import find_images
+    from mlx_starflow.model_dir.transaction import locked
     from mlx_starflow.pipelines import open_model
 
     found = find_images(pictures, split)
@@ -37,6 +38,8 @@ def calibrate(
         found = [found[number * len(found) // limit] for number in range(limit)]
     cpu.hint_if_slow()
     pipe = open_model(model)
+    # From the start, so that no measurement is lost to another writer.
+    click.get_current_context().with_resource(locked(pipe.directory))
     data = pipe.to_data(each.open() for each in found)
     pipe.release("vae")
     captions = [each.caption for each in found]

@@ -25,7 +25,9 @@ from mlx_starflow.training.config import TrainingConfig, TrainingOptions
 @click.option("--encoders", default="demo", show_default=True, help="Model whose encoders a flow alone is trained on.")
 @click.option("--validation", type=SHARE, default=0.1, show_default=True, help="Held out, of a flow alone's pictures.")
 @click.option("--autoencoder-steps", type=int, help="Steps of the autoencoder's training.")
-@click.option("--text-length", type=click.IntRange(min=2), help="Tokens of a caption that the model reads.")
+@click.option(
+    "--text-length", type=click.IntRange(min=2), help="Tokens of a caption that the model reads; by default all."
+)
 @training_options
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Go on where an earlier run stopped.")
 @click.option("--dry-run", is_flag=True, help="Say what a flow alone would take in memory, and train nothing.")
@@ -97,12 +99,13 @@ def _train_flow(
     from mlx_starflow.training.recipes.new_flow import NewFlow
 
     run = NewFlow(data, output, flow, training, encoders, validation, click.echo)
+    if not dry_run:
+        run.check_output()
     choice, macs = run.plan()
     if dry_run:
         click.echo(f"here: {choice}\n{choice.plan}\n{macs}")
         return
-    _begin(context, output, run.training_config(choice), {})
-    run.run(resume)
+    run.run(resume, lambda: _save_settings(context, output, run.training_config(choice), {}))
 
 
 def _train_model(
@@ -119,16 +122,16 @@ def _train_model(
     from mlx_starflow.training.recipes.text_to_image import train_model
 
     chosen = get_preset(preset).adjusted(training, autoencoder_steps=autoencoder_steps, text_length=text_length)
-    lengths = {"autoencoder_steps": chosen.autoencoder_training.steps, "text_length": chosen.flow["txt_size"]}
-    _begin(context, output, chosen.flow_training, lengths)
-    train_model(data, output, chosen, resume=resume, report=click.echo)
+    lengths = {"autoencoder_steps": chosen.autoencoder_training.steps}
+
+    def begin() -> None:
+        _save_settings(context, output, chosen.flow_training, lengths)
+
+    train_model(data, output, chosen, resume=resume, report=click.echo, begin=begin)
 
 
-def _begin(context: click.Context, output: Path, training: TrainingConfig, others: Mapping[str, int]) -> None:
-    """Rank 0 writes down the settings as they came out."""
-    from mlx_starflow.training.loop import distributed
-
-    if distributed.world().rank() == 0:
-        cpu.hint_if_slow()
-        settings = {name: value for name, value in asdict(training).items() if name in context.params}
-        save_options(context, output / "training/config.yaml", {**settings, **others})
+def _save_settings(context: click.Context, output: Path, training: TrainingConfig, others: Mapping[str, int]) -> None:
+    """Write down the settings as they came out."""
+    cpu.hint_if_slow()
+    settings = {name: value for name, value in asdict(training).items() if name in context.params}
+    save_options(context, output / "training/config.yaml", {**settings, **others})

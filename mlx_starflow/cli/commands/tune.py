@@ -50,9 +50,14 @@ def tune(
     """
     from mlx_starflow.bench.trials import PROMPTS, prepare
     from mlx_starflow.model_dir.fingerprint import fingerprint
+    from mlx_starflow.model_dir.hub import find_model
+    from mlx_starflow.model_dir.transaction import locked
     from mlx_starflow.model_dir.weights import parse_dtype
     from mlx_starflow.sampling.tuning import tune as find_plan
 
+    if not dry_run:
+        # From the start, so that no measurement is lost to another writer.
+        click.get_current_context().with_resource(locked(find_model(model)))
     cpu.hint_if_slow()
     prompts = [line.strip() for line in prompt_file if line.strip()] if prompt_file else PROMPTS
     trials = prepare(model, prompts, guidance=guidance, seed=seed, dtype=parse_dtype(dtype))

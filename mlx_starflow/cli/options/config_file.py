@@ -72,6 +72,5 @@ def save_options(context: click.Context, path: Path, chosen: Mapping[str, object
 
     options = {name: value for name, value in {**context.params, **chosen}.items() if value is not None}
     plain = {name.replace("_", "-"): str(v) if isinstance(v, Path) else v for name, v in options.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
+    with replacing(path, makes_folder=True) as temporary:
         temporary.write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")

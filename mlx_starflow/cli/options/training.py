@@ -21,7 +21,7 @@ _options = with_options(
     click.option("--steps", type=int, help="Steps of the training."),
     click.option("--batch-size", type=int, help="Samples a step, of all processes together."),
     click.option("--accumulate", type=int, help="Parts that a batch is computed in, one by one, to save memory."),
-    click.option("--lr", type=float, help="Highest learning rate."),
+    click.option("--lr", type=float, help="Highest learning rate; muon's and sinkgd's is 2e-2 by default."),
     click.option("--warm-up", type=float, help="Share of the steps over which the learning rate rises."),
     click.option("--optimizer", type=click.Choice(OPTIMIZERS), help="What steps."),
     click.option("--weight-decay", type=float, help="Of the optimizer."),

@@ -10,6 +10,7 @@ from typing import Any
 
 from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.media.pixels import UnreadableImage
+from mlx_starflow.media.sources.inside import read_inside
 from mlx_starflow.media.sources.sample import CAPTION_FIELDS, Sample, Skip, captions_of, clean
 
 PREFIX = "hf:"
@@ -100,7 +101,7 @@ class HubDataset:
             raise UnreadableImage("there is no picture")
         if image["bytes"] is not None:
             return image["bytes"]
-        return Path(image["path"]).read_bytes()
+        return read_inside(Path(image["path"]), None)
 
 
 def _library(what: str) -> ModuleType:

@@ -15,12 +15,11 @@ from typing import Any
 
 from mlx_starflow.errors import one_line
 from mlx_starflow.media.pixels import SUFFIXES, UnreadableImage
+from mlx_starflow.media.sources.inside import LARGEST_TEXT
 from mlx_starflow.media.sources.sample import Sample, Skip, captions_of, clean
 
 TEXTS = (".txt", ".json", ".cls")
 """Endings of what a sample's caption is read from, the first that is there."""
-
-LARGEST_TEXT = 1 << 20
 
 
 class Shards:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mlx_starflow.errors import StarflowError
 from mlx_starflow.media.image_folder import ImageFolder
 from mlx_starflow.media.pixels import scale_pixels
 from mlx_starflow.training.config import TrainingConfig
@@ -52,8 +53,17 @@ class LabelledImages(IndexedData):
         return cls(folder.images, [captions[0] for captions in folder.captions], flip=flip)
 
     def split(self, every: int) -> tuple[LabelledImages, LabelledImages]:
-        """(The others, each `every`-th image): to train on, and to validate with."""
-        held = np.arange(len(self.images)) % every == every - 1
+        """(The others, each `every`-th image but at least 2): to train on, and to validate with.
+
+        Raises StarflowError if nothing would be left to train on.
+        """
+        count = len(self.images)
+        held = np.arange(count) % every == every - 1
+        if held.sum() < 2:
+            if count < 3:
+                raise StarflowError(f"{count} pictures are too few to hold some out: give more, or --validation 0")
+            held[:] = False
+            held[[count // 2, count - 1]] = True
 
         def part(chosen: np.ndarray, flip: bool) -> LabelledImages:
             names = [self.classes[label] for label in self.labels[chosen]]

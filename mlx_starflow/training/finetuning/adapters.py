@@ -12,9 +12,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_starflow.errors import StarflowError, one_line
-from mlx_starflow.media.files import replacing
+from mlx_starflow.errors import StarflowError
 from mlx_starflow.model_dir.adapters import CONFIG_FILE, KINDS, WEIGHTS_FILE, linear_layers, replace_layers
+from mlx_starflow.model_dir.files import write_safetensors
+from mlx_starflow.model_dir.transaction import transaction
 
 LAYERS = ("qkv", "proj", "main.0", "main.2", "gate_proj", "up_proj", "down_proj", "proj_txt")
 """Layers that adapters can change: all linear ones but those that hand over tokens and affine parameters."""
@@ -179,12 +180,8 @@ def save_adapter(
     arrays = {
         f"{path}.{part}": layer[part] for path, layer in adapter_layers(flow).items() for part in KINDS[config.kind]
     }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StarflowError(f"{folder} cannot be made: {one_line(error)}") from None
-    with replacing(folder / WEIGHTS_FILE) as temporary:
-        mx.save_safetensors(str(temporary), arrays, {"format": "mlx"})
-    with replacing(folder / CONFIG_FILE) as temporary:
-        temporary.write_text(json.dumps({**(about or {}), **asdict(config)}, indent=2) + "\n", encoding="utf-8")
+    with transaction(folder) as new:
+        write_safetensors({new.file(WEIGHTS_FILE): arrays}, arrays.items())
+        content = json.dumps({**(about or {}), **asdict(config)}, indent=2) + "\n"
+        new.file(CONFIG_FILE).write_text(content, encoding="utf-8")
     return folder

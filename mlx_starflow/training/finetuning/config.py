@@ -77,11 +77,13 @@ class FinetuneConfig:
         if not 0 <= self.validation <= 0.5:
             raise StarflowError(f"finetune: validation must be in 0..0.5, not {self.validation}")
         for name in ("anchor_weight", "batch_size", "lr", "samples", "rank"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:  # nor NaN
                 raise StarflowError(f"finetune: {name} must be 0 or more, not {getattr(self, name)}")
         for name in ("anchor_samples", "draws"):
             if getattr(self, name) < 1:
                 raise StarflowError(f"finetune: {name} must be 1 or more, not {getattr(self, name)}")
+        # What the trainer checks of its own is checked before any work too.
+        self.training(max(self.batch_size, 1))
         if self.anchor and self.batch_size == 1:
             raise StarflowError("finetune: an anchor needs a batch size of 2 or more")
         if self.anchor_data and not self.anchor:

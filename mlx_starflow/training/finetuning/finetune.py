@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import yaml
 
 from mlx_starflow.errors import StarflowError, one_line
@@ -20,6 +21,7 @@ from mlx_starflow.media.sources import open_source
 from mlx_starflow.model_dir.directory import ModelDirectory, load_flow
 from mlx_starflow.model_dir.quantization import dequantize_module, quantize_module, quantized_layers
 from mlx_starflow.model_dir.saving import save_model
+from mlx_starflow.model_dir.transaction import transaction
 from mlx_starflow.model_dir.weights import default_dtype, parameters
 from mlx_starflow.models.starflow import STARFlow
 from mlx_starflow.pipelines import load
@@ -28,6 +30,7 @@ from mlx_starflow.planning.memory import available
 from mlx_starflow.training.data.batches import split_samples
 from mlx_starflow.training.data.cache.build import CacheSettings, build_cache
 from mlx_starflow.training.data.cache.files import is_cache
+from mlx_starflow.training.data.cache.model import weights_digest
 from mlx_starflow.training.data.cache.reading import LatentCache
 from mlx_starflow.training.finetuning.adapters import attach, save_adapter
 from mlx_starflow.training.finetuning.config import FinetuneConfig
@@ -39,8 +42,12 @@ from mlx_starflow.training.finetuning.data import (
     finetune_loss,
 )
 from mlx_starflow.training.finetuning.fuse import copy_parts
+from mlx_starflow.training.loop import distributed
+from mlx_starflow.training.loop.checkpoint import check_resume
+from mlx_starflow.training.loop.identity import Identity, digest
 from mlx_starflow.training.loop.trainer import Trainer
 from mlx_starflow.training.loop.weights import assign
+from mlx_starflow.training.output import check_run_folder
 
 
 @dataclass(frozen=True)
@@ -184,13 +191,30 @@ def finetune(
         StarflowError: a mistake in the arguments, or what `build_cache` and `Trainer` raise.
     """
     config, out = config or FinetuneConfig(), Path(out)
+    check_run_folder(out)
     if not is_cache(Path(data).expanduser()):
         open_source(data)
     choice, _ = plan_finetune(model, config)
     report(str(choice))
-    _write(out / "config.yaml", yaml.safe_dump(_plain(model, data, out, config, choice), sort_keys=False))
+    with distributed.run_folder(out):
+        return _finetune(model, data, out, config, choice, resume, report)
+
+
+def _finetune(
+    model: str | Path,
+    data: str | Path,
+    out: Path,
+    config: FinetuneConfig,
+    choice: Choice,
+    resume: bool,
+    report: Callable[[str], None],
+) -> FinetuneResult:
     cache = open_cache(data, out / "cache", model, report)
     images, held_out = split_samples(len(cache), config.validation, 100, config.seed)
+    identity = _identity(ModelDirectory.find(model), config, choice, cache, held_out)
+    if resume:
+        check_resume(out / "checkpoints", identity, config.seed)
+    _write(out / "config.yaml", yaml.safe_dump(_plain(model, data, out, config, choice), sort_keys=False))
     flow = _load_base(model, choice.quantization)
     before = cached_nll(flow, cache, held_out, draws=config.draws, seed=config.seed) if len(held_out) else None
     if before:
@@ -211,7 +235,9 @@ def finetune(
         finetune_loss, anchor_weight=config.anchor_weight, base=base, gradient_checkpointing=choice.checkpoint
     )
     training = config.training(choice.batch_size, choice.checkpoint)
-    trainer = Trainer(flow, samples, training, out / "checkpoints", loss=loss, name="finetune", resume=resume)
+    trainer = Trainer(
+        flow, samples, training, out / "checkpoints", loss=loss, identity=identity, name="finetune", resume=resume
+    )
     assign(flow, trainer.run())
     after = cached_nll(flow, cache, held_out, draws=config.draws, seed=config.seed) if before else None
     folder = _save(flow, model, out, config, choice)
@@ -227,6 +253,24 @@ def finetune(
     return result
 
 
+def _identity(
+    model: ModelDirectory, config: FinetuneConfig, choice: Choice, cache: LatentCache, held_out: np.ndarray
+) -> Identity:
+    """What checkpoints are of: the base and how it is held, the kind of change, the data and its split."""
+    change: dict[str, Any] = {"kind": config.kind}
+    if adapter := config.adapter(choice.rank):
+        # Dropout is of the training alone.
+        change = {name: value for name, value in asdict(adapter).items() if name != "dropout"}
+    return {
+        "flow": {name: value for name, value in model.flow.content.items() if name != "pipeline"},
+        "base model": weights_digest(model.path),
+        "quantization": choice.quantization or "none",
+        "adapter": change,
+        "pictures": digest(cache.checksums),
+        "held-out pictures": digest(held_out.tolist()),
+    }
+
+
 def _save(flow: STARFlow, model: str | Path, out: Path, config: FinetuneConfig, choice: Choice) -> Path:
     if adapter := config.adapter(choice.rank):
         about = {"model": str(model)}
@@ -235,8 +279,9 @@ def _save(flow: STARFlow, model: str | Path, out: Path, config: FinetuneConfig, 
         return save_adapter(out / "adapter", flow, adapter, about)
     source = ModelDirectory.find(model)
     settings = {key: value for key, value in source.flow.content.items() if key != "quantization"}
-    files = copy_parts(source, out / "model")
-    return save_model(out / "model", parameters(flow), settings, files=files)
+    with transaction(out / "model"):
+        files = copy_parts(source, out / "model")
+        return save_model(out / "model", parameters(flow), settings, files=files)
 
 
 def _plain(model: str | Path, data: str | Path, out: Path, config: FinetuneConfig, choice: Choice) -> dict[str, Any]:

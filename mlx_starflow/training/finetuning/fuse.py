@@ -9,6 +9,7 @@ from mlx_starflow.model_dir.adapters import Strengths, add_adapters, fuse_adapte
 from mlx_starflow.model_dir.directory import ModelDirectory
 from mlx_starflow.model_dir.quantization import quantized_layers
 from mlx_starflow.model_dir.saving import copy_parts, save_model
+from mlx_starflow.model_dir.transaction import transaction
 from mlx_starflow.model_dir.weights import parameters
 
 
@@ -41,6 +42,6 @@ def fuse_model(model: str | Path, adapters: Strengths, out: str | Path, *, dequa
     changed = fuse_adapters(flow, dequantize=dequantize)
     if not quantized_layers(flow):
         config.pop("quantization", None)
-    # The flow last: without its config.json this is not yet a model.
-    save_model(out, parameters(flow), config, files=copy_parts(source, out))
+    with transaction(out):
+        save_model(out, parameters(flow), config, files=copy_parts(source, out))
     return changed

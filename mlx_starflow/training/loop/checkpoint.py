@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.media.files import replacing
+from mlx_starflow.training.loop.identity import Identity, check_identity
 from mlx_starflow.training.loop.weights import Weights
 
 KEPT = 2
@@ -50,6 +52,12 @@ def checkpoint_files(folder: Path) -> list[Path]:
         return []
     found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
     return [path for _, path in sorted(found, reverse=True)]
+
+
+def clean(folder: Path) -> None:
+    """Delete what a killed process had begun to write there: no other process may be at work in it."""
+    for path in folder.glob("partial-*.safetensors"):
+        path.unlink(missing_ok=True)
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
@@ -119,6 +127,36 @@ def load_checkpoint(path: Path) -> Checkpoint:
             f"the checkpoint {path} is damaged or not of this program ({one_line(error, first=True)}); "
             "delete it to use the one before"
         ) from None
+
+
+def check_resume(folder: Path, identity: Identity, seed: int) -> None:
+    """Raise StarflowError, naming what differs, if a run would go on from a checkpoint of another one."""
+    if found := _newest_note(folder):
+        check_same_run(folder, found["config"], found.get("note", {}), identity, seed)
+
+
+def check_same_run(
+    folder: Path, config: Mapping[str, Any], note: Mapping[str, Any], identity: Identity, seed: int
+) -> None:
+    """`check_resume` for a checkpoint's `config` and `note`."""
+    was = config.get("seed", seed)
+    more = f"seed {was} -> {seed}" if was != seed else ""
+    check_identity(note.get("identity", {}), identity, f"the checkpoint in {folder}", more)
+
+
+def is_anonymous(folder: Path) -> bool:
+    """Whether a folder's newest checkpoint does not say what it is of, as it is of an older version."""
+    found = _newest_note(folder)
+    return found is not None and "identity" not in found.get("note", {})
+
+
+def _newest_note(folder: Path) -> dict[str, Any] | None:
+    """What the newest checkpoint says, arrays aside; None if none can be read."""
+    for path in checkpoint_files(folder):
+        damaged = suppress(OSError, RuntimeError, SafetensorError, KeyError, ValueError)
+        with damaged, safe_open(path, framework="np") as file:
+            return json.loads((file.metadata() or {})["training"])
+    return None
 
 
 def load_latest(folder: Path) -> tuple[Checkpoint | None, str]:

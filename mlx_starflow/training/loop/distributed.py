@@ -9,7 +9,8 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -17,6 +18,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.model_dir.transaction import locked
 from mlx_starflow.training.loop.weights import Weights
 
 GRACE_SECONDS = 3.0
@@ -88,6 +90,27 @@ def from_first(arrays: Weights, note: Any, group: mx.distributed.Group) -> tuple
     held[: len(text)] = np.frombuffer(text, np.uint8)
     note = json.loads(bytes(np.array(send(mx.array(held))).astype(np.uint8)))
     return {name: send(array) for name, array in arrays.items()}, note
+
+
+@contextmanager
+def run_folder(folder: Path) -> Iterator[None]:
+    """The folder of a run, which is this run's alone: rank 0 locks it. All processes enter this together.
+
+    Raises:
+        StarflowError: in all of them, if another run has it.
+    """
+    group = world()
+    with ExitStack() as stack:
+        taken = None
+        if group.rank() == 0:
+            try:
+                stack.enter_context(locked(folder))
+            except StarflowError as error:
+                taken = str(error)
+        _, taken = from_first({}, taken, group)
+        if taken:
+            raise StarflowError(taken)
+        yield
 
 
 def check_sharding(group: mx.distributed.Group) -> None:

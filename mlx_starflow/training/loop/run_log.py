@@ -13,9 +13,16 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_starflow.errors import StarflowError, one_line
+from mlx_starflow.likelihood.nll import HALF_LOG_2PI
 from mlx_starflow.media.files import replacing
 
 NAME = "log.jsonl"
+
+UNIT = "nats per dimension"
+"""Of a flow's losses and NLL, with the constant log(2 pi) / 2, as `mlx-starflow score` gives them."""
+
+_NATS = ("loss", "nll", "nll-text-only")
+"""Numbers of a flow's step, which come without the constant."""
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
@@ -49,8 +56,8 @@ class RunLog:
         self.seconds = 0.0
         if writes and (folder / NAME).exists():
             rows = read_log(folder)
-            kept = [row for row in rows if row.get("step", 0) <= step]
-            if len(kept) < len(rows) or (folder / NAME).read_bytes()[-1:] not in (b"\n", b""):
+            kept = [_in_one_unit(row) for row in rows if row.get("step", 0) <= step]
+            if kept != rows or (folder / NAME).read_bytes()[-1:] not in (b"\n", b""):
                 with replacing(folder / NAME) as temporary:
                     temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
 
@@ -67,12 +74,14 @@ class RunLog:
         for key in self._rows[0]:
             values = [row[key] for row in self._rows if math.isfinite(row.get(key, math.nan))]
             line[key] = round(float(np.mean(values)), 6) if values else None
+        line = _in_one_unit(line)
         seconds = max(self.seconds, 1e-9)
         line["lr"] = lr
         if self.skipped:
             line["skipped"] = self.skipped
         line["samples_per_second"] = round(self.samples / seconds, 2)
-        words = f"loss {line['loss']:.4f} nats/dim" if line["loss"] is not None else "all steps skipped"
+        unit = " nats/dim" if "unit" in line else ""
+        words = f"loss {line['loss']:.4f}{unit}" if line["loss"] is not None else "all steps skipped"
         if self.tokens:
             line["tokens_per_second"] = round(self.tokens / seconds, 1)
             words += f", {self.tokens / seconds:.0f} tokens/s"
@@ -101,3 +110,11 @@ class RunLog:
             raise StarflowError(
                 f"cannot write {path}: {one_line(error)}; make room, and the same command resumes"
             ) from None
+
+
+def _in_one_unit(row: dict[str, Any]) -> dict[str, Any]:
+    """A line of a flow's steps in `UNIT`, which it names; lines of older versions do not, and lack the constant."""
+    if "nll" not in row or "unit" in row:
+        return row
+    whole = {key: round(row[key] + HALF_LOG_2PI, 6) for key in _NATS if isinstance(row.get(key), float | int)}
+    return {**row, **whole, "unit": UNIT}

@@ -22,16 +22,21 @@ from PIL import Image
 from tqdm import tqdm
 
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.model_dir.transaction import locked
 from mlx_starflow.training.config import TrainingConfig
 from mlx_starflow.training.data.batches import IndexedData, TrainingData
 from mlx_starflow.training.loop import distributed
 from mlx_starflow.training.loop.checkpoint import (
     Checkpoint,
+    check_same_run,
     checkpoint_files,
+    clean,
     load_latest,
     plain_state,
     save_checkpoint,
 )
+from mlx_starflow.training.loop.divergence import Losses, all_finite, is_sound
+from mlx_starflow.training.loop.identity import Identity, plain
 from mlx_starflow.training.loop.objective import Batch, batch_loss, batch_nll
 from mlx_starflow.training.loop.run_log import NAME as LOG
 from mlx_starflow.training.loop.run_log import RunLog
@@ -63,6 +68,8 @@ class Trainer:
         nll: `nll(model, batch)` -> `[B]`, nats per dimension without log(2 pi) / 2, for validation; `batch_nll` by
             default.
         samples: images that the model, with its averaged weights, makes every `config.watch_every` steps.
+        identity: what checkpoints are of besides their weights, such as the model's config and the data; a checkpoint
+            of anything else is refused.
         name: what the progress bar and messages call this.
         resume: go on from the newest checkpoint in `out_dir`; if False, checkpoints and log there are deleted.
 
@@ -84,11 +91,13 @@ class Trainer:
         validation: IndexedData | None = None,
         nll: Callable[[Any, Batch], mx.array] = batch_nll,
         samples: Callable[[nn.Module], Sequence[Image.Image]] | None = None,
+        identity: Identity | None = None,
         name: str = "training",
         resume: bool = True,
     ):
         self.model, self.data, self.config = model, data, config
         self.folder, self.name, self.samples = Path(out_dir), name, samples
+        self.identity = plain(identity or {})
         self.group = distributed.world()
         self.writes = self.group.rank() == 0
         parts = config.accumulate * self.group.size()
@@ -110,29 +119,31 @@ class Trainer:
         )
         self.average, self.optimizer = self._steps.average, self._steps.optimizer
         self.peak_memory = 0
+        self._losses = Losses()
         self.validation = None if validation is None else Validation(self.folder, validation, nll, config, self.group)
         if self.writes:
             if resume:
                 self._resume()
-            else:
-                for path in [*checkpoint_files(self.folder), self.folder / LOG, self.folder / BEST]:
-                    path.unlink(missing_ok=True)
+            elif self.folder.is_dir():
+                with locked(self.folder):
+                    for path in [*checkpoint_files(self.folder), self.folder / LOG, self.folder / BEST]:
+                        path.unlink(missing_ok=True)
         self._share_state()
 
     def run(self) -> dict[str, mx.array]:
         """Train up to `config.steps`; `model` holds the last weights then.
 
-        Ctrl-C finishes the step, saves and raises KeyboardInterrupt.
+        Ctrl-C and SIGTERM finish the step, saves and raises KeyboardInterrupt.
 
         Returns:
             The weights to use, by name: with validation those that did best, else the averaged ones, or the last ones
             if there is no average.
 
         Raises:
-            StarflowError: the loss or its gradient is not finite, a file cannot be written, or another process of the
+            StarflowError: a loss, gradient or weight is not finite, a file cannot be written, or another process of the
                 run has ended.
         """
-        with distributed.peers(self.name, self.group):
+        with distributed.peers(self.name, self.group), distributed.run_folder(self.folder):
             if self.config.shard and self.group.size() > 1:
                 self._steps.shard()
             return self._run()
@@ -141,6 +152,7 @@ class Trainer:
         config = self.config
         if self.writes:
             self.folder.mkdir(parents=True, exist_ok=True)
+            clean(self.folder)
         log = RunLog(self.folder, self.step, self.writes)
         saved = began = time.monotonic()
         stopped = self._finished
@@ -153,6 +165,7 @@ class Trainer:
                 lr = config.lr * cosine(progress, config.warm_up)
                 numbers, applied = self._steps(batch, key, lr, ema_decay(config.ema, self.step + 1))
                 self._check_finite(numbers)
+                self._losses.add(numbers["loss"])
                 self.step += 1
                 log.skipped += not applied
                 now = time.monotonic()
@@ -196,6 +209,8 @@ class Trainer:
         weights, average, optimizer = self._steps.whole_state()
         if not self.writes:
             return None
+        if not all_finite([*weights.values(), *average.values()]):
+            raise self._diverged("a weight", self.step)
         checkpoint = Checkpoint(
             step=self.step,
             weights=weights,
@@ -204,7 +219,11 @@ class Trainer:
             random=self.rng.bit_generator.state,
             order=self.data.order.left,
             config=asdict(self.config),
-            note={"validation": self.validation.state} if self.validation else {},
+            note={
+                "identity": self.identity,
+                "losses": self._losses.state(),
+                **({"validation": self.validation.state} if self.validation else {}),
+            },
         )
         return save_checkpoint(self.folder, checkpoint)
 
@@ -215,6 +234,7 @@ class Trainer:
         if checkpoint is None:
             return
         where = f"the checkpoint in {self.folder}"
+        check_same_run(self.folder, checkpoint.config, checkpoint.note, self.identity, self.config.seed)
         check_same(checkpoint.weights, trainable(self.model), where)
         if (was := checkpoint.config.get("optimizer", "adamw")) != self.config.optimizer:
             raise StarflowError(
@@ -230,6 +250,7 @@ class Trainer:
         self.rng.bit_generator.state = checkpoint.random
         self.data.order.left = checkpoint.order
         self.step = checkpoint.step
+        self._losses = Losses.of(checkpoint.note.get("losses"))
         if self.validation and "validation" in checkpoint.note:
             self.validation.state = checkpoint.note["validation"]
         was, now = checkpoint.config, json.loads(json.dumps(asdict(self.config)))
@@ -291,12 +312,22 @@ class Trainer:
             ("denoiser-grad", "the denoiser's gradient"),
         ):
             if not math.isfinite(numbers.get(key, 0.0)):
-                last = next(iter(checkpoint_files(self.folder)), None)
-                raise StarflowError(
-                    f"{self.name}: {what} is not finite at step {self.step + 1}; "
-                    + (f"the checkpoint {last} is intact: " if last else "")
-                    + f"try a lower learning rate than {self.config.lr:g}"
-                )
+                raise self._diverged(what, self.step + 1)
+
+    def _diverged(self, what: str, step: int) -> StarflowError:
+        """What to say of numbers that are not finite: which checkpoint is of before they, or the loss, went astray."""
+        files = checkpoint_files(self.folder) if self.writes else []
+        good = next(filter(is_sound, files), None)
+        advice = f"try a lower learning rate than {self.config.lr:g}"
+        if good is None:
+            again = "; no checkpoint is of before it went astray: start again with --no-resume" if files else ""
+            return StarflowError(f"{self.name}: {what} is not finite at step {step}{again}; {advice}")
+        later = files[: files.index(good)]
+        if later:
+            advice = f"delete {', '.join(path.name for path in later)}, which came too late, and {advice}"
+        return StarflowError(
+            f"{self.name}: {what} is not finite at step {step}; the checkpoint {good} is intact: {advice}"
+        )
 
 
 def _due(step: int, every: int) -> bool:
@@ -305,7 +336,7 @@ def _due(step: int, every: int) -> bool:
 
 @contextmanager
 def _interrupts() -> Iterator[threading.Event]:
-    """Turns the first Ctrl-C into an event, so that a step is never cut in two; the second one is as usual."""
+    """Turns the first Ctrl-C or SIGTERM into an event, so that no step is cut in two; the second one is as usual."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
@@ -313,13 +344,17 @@ def _interrupts() -> Iterator[threading.Event]:
 
     def note(*_: Any) -> None:
         event.set()
-        signal.signal(signal.SIGINT, before)
+        restore()
 
-    before = signal.signal(signal.SIGINT, note)
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield event
     finally:
-        signal.signal(signal.SIGINT, before)
+        restore()
 
 
 def _say(message: str) -> None:

@@ -93,7 +93,8 @@ class Validation:
                 write_arrays(self.folder / BEST, best, {"step": str(step), "nll": repr(mean)})
         else:
             self.state = {**self.state, "worse": self.state["worse"] + 1}
-        self._last = f"step {step}, validation {mean:.4f} +- {error:.4f} nats/dim" + (
+        spread = f" +- {error:.4f}" if math.isfinite(error) else ""  # one sample has none
+        self._last = f"step {step}, validation {mean:.4f}{spread} nats/dim" + (
             " (best)" if better else f" (best: {self.state['best']:.4f} at step {self.state['step']})"
         )
         if self.exhausted:

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 
 from mlx_starflow.media.files import replacing
 from mlx_starflow.media.images import grid, save_image
-from mlx_starflow.training.loop.run_log import read_log
+from mlx_starflow.training.loop.run_log import UNIT, read_log
 
 CURVES = {"loss": (31, 119, 180), "nll": (255, 127, 14), "validation_nll": (214, 39, 40)}
 """What is drawn of each line of the log, and in which colour."""
@@ -27,7 +27,7 @@ def save_samples(images: Sequence[Image.Image], folder: Path, step: int) -> Path
 
 
 def draw_curves(folder: Path) -> Path | None:
-    """Draw the run's log to `folder/loss.png`, in nats per dimension over steps; None if there is nothing yet."""
+    """Draw the run's log to `folder/loss.png`, each number over steps; None if there is nothing yet."""
     rows = read_log(folder)
     curves = {}
     for key in CURVES:
@@ -38,12 +38,12 @@ def draw_curves(folder: Path) -> Path | None:
         return None
     path = folder / "loss.png"
     with replacing(path) as temporary:
-        curve_image(curves).save(temporary)
+        curve_image(curves, UNIT if any(row.get("unit") == UNIT for row in rows) else "loss").save(temporary)
     return path
 
 
-def curve_image(curves: dict[str, list[tuple[float, float]]]) -> Image.Image:
-    """Curves through (step, value) points, by the names in `CURVES`."""
+def curve_image(curves: dict[str, list[tuple[float, float]]], unit: str = UNIT) -> Image.Image:
+    """Curves through (step, value) points, by the names in `CURVES`; `unit` is what they are in."""
     width, height = SIZE
     image = Image.new("RGB", SIZE, "white")
     draw = ImageDraw.Draw(image)
@@ -73,7 +73,7 @@ def curve_image(curves: dict[str, list[tuple[float, float]]]) -> Image.Image:
         x, y = place(last * quarter / 4, low)
         draw.text((x - 12, y + 6), f"{last * quarter / 4:.0f}", fill="black")
     draw.text((width / 2 - 20, height - 18), "steps", fill="black")
-    draw.text((8, 6), "nats per dimension", fill="black")
+    draw.text((8, 6), unit, fill="black")
     for index, (name, points) in enumerate(curves.items()):
         places = [place(step, value) for step, value in sorted(points)]
         colour = CURVES[name]

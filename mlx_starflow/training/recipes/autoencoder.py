@@ -13,6 +13,7 @@ from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfi
 from mlx_starflow.training.config import TrainingConfig
 from mlx_starflow.training.data.batches import Order, TrainingData
 from mlx_starflow.training.data.views import augmented_crops
+from mlx_starflow.training.loop.identity import Identity
 from mlx_starflow.training.loop.objective import Metrics
 from mlx_starflow.training.loop.trainer import Trainer
 from mlx_starflow.training.loop.weights import assign
@@ -92,9 +93,12 @@ def train_autoencoder(
     out_dir: str | Path,
     *,
     kl_weight: float = 1e-4,
+    identity: Identity | None = None,
     resume: bool = True,
 ) -> AutoencoderKL:
     """Train an autoencoder on random views of uint8 images `[N, S, S, 3]`; returns it with the averaged weights.
+
+    `identity` is what a checkpoint must share besides the config.
 
     Raises:
         StarflowError: see `Trainer`.
@@ -107,6 +111,7 @@ def train_autoencoder(
         config,
         out_dir,
         loss=lambda model, batch: autoencoder_loss(model, **batch, kl_weight=kl_weight),
+        identity={"autoencoder": model_config.to_dict(), **(identity or {})},
         name="autoencoder",
         resume=resume,
     )

@@ -19,6 +19,7 @@ from mlx_starflow.media.sources import open_source, write_skips
 from mlx_starflow.model_dir.directory import ModelDirectory, load_vae
 from mlx_starflow.model_dir.hub import find_model
 from mlx_starflow.model_dir.saving import save_model
+from mlx_starflow.model_dir.transaction import transaction
 from mlx_starflow.model_dir.weights import parameters
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
@@ -34,8 +35,10 @@ from mlx_starflow.training.data.cache.reading import CachedLatents, LatentCache
 from mlx_starflow.training.data.labelled_images import LabelledImages
 from mlx_starflow.training.finetuning.fuse import copy_parts
 from mlx_starflow.training.loop import distributed
+from mlx_starflow.training.loop.identity import Identity, digest
 from mlx_starflow.training.loop.trainer import Trainer
 from mlx_starflow.training.loop.weights import assign
+from mlx_starflow.training.output import check_model_output
 from mlx_starflow.training.recipes.samples import decode_latents, draw_classes, draw_latents
 
 FROM_ENCODERS = ("img_size", "channel_size", "txt_size", "txt_dim", "mix_aspect")
@@ -107,6 +110,8 @@ class NewFlow:
         self.data, self.out = Path(self.data).expanduser(), Path(self.out)
         if not 0 <= self.validation <= 0.5:
             raise StarflowError(f"train: validation must be in 0..0.5, not {self.validation}")
+        if self.training.patience and not self.validation:
+            raise StarflowError("train: --patience needs pictures to validate on: leave out --validation 0")
         self.group = distributed.world()
 
     @property
@@ -254,23 +259,40 @@ class NewFlow:
         """All settings, with what is chosen by memory."""
         options = self.training
         steps = STEPS if options.steps is None else options.steps
-        defaults = {"lr": 5e-4, "context_full": 0.0, "context_partial": 0.0, "validate_every": max(steps // 20, 1)}
-        known = {
+        defaults: dict[str, Any] = {
+            "lr": 5e-4,
+            "context_full": 0.0,
+            "context_partial": 0.0,
+            "validate_every": max(steps // 20, 1),
+        }
+        known: dict[str, Any] = {
             "steps": steps,
             "batch_size": options.batch_size or choice.batch_size * self._parts,
             "checkpoint_layers": choice.checkpoint,
             "noise_std": getattr(self.flow_config, "noise_std", 0.0),
         }
-        return TrainingConfig(**{**defaults, **options.given(), **known})
+        return replace(options.over(TrainingConfig(**{**defaults, **known})), **known)
 
     # ---- doing it
 
-    def run(self, resume: bool = True) -> Path:
+    def check_output(self) -> None:
+        """Raise StarflowError if the model cannot be written to `out`: better before the work than after it."""
+        if self.group.rank() == 0:
+            check_model_output(self.out, self.config["model_type"])
+
+    def run(self, resume: bool = True, begin: Callable[[], None] = lambda: None) -> Path:
         """Train, and write the model directory.
 
-        Raises StarflowError if data or config cannot be used, and what `Trainer` raises.
+        `begin` is called on rank 0 when all that can be refused has been.
+
+        Raises StarflowError if data or config cannot be used, if `out` holds another model, and what `Trainer` raises.
         """
+        self.check_output()
         choice, _ = self.plan()
+        with distributed.run_folder(self.out):
+            return self._run(choice, resume, begin)
+
+    def _run(self, choice: Choice, resume: bool, begin: Callable[[], None]) -> Path:
         training = self.training_config(choice)
         first = self.group.rank() == 0
         flow = self.new()
@@ -289,18 +311,42 @@ class NewFlow:
             self.work / "flow",
             validation=held_out,
             samples=draw,
+            identity=self._identity(data, held_out),
             name="train",
             resume=resume,
         )
+        if first:
+            begin()
         assign(flow, trainer.run())
         if first:
-            self._write(flow)
+            with transaction(self.out):
+                self._write(flow)
             save_image(grid(draw(flow)), self.out / "samples.png")
         with distributed.peers("train", self.group):
             distributed.wait(self.group)
         if first:
             self.report(f"wrote {self.out}; its samples are in {self.out / 'samples.png'}")
         return self.out
+
+    def _identity(self, data: IndexedData, held_out: IndexedData | None) -> Identity:
+        """What checkpoints are of: the flow's config, the data, its split, and the encoders or the classes."""
+        known: dict[str, Any] = {"flow": self.flow_config.to_dict()}
+        if isinstance(data, CachedLatents):
+            held = [] if held_out is None else sorted(set(range(len(self.cache))) - set(data.subset.tolist()))
+            return {
+                **known,
+                "encoders": {"model": digest(self.cache.identity)},
+                "pictures": digest(self.cache.checksums),
+                "held-out pictures": digest(held),
+            }
+        count = 0 if held_out is None else held_out.order.count
+        folder = self.folder
+        return {
+            **known,
+            "classes": self.images.classes,
+            "pictures": digest(folder.checksums, [captions[0] for captions in folder.captions]),
+            "held-out pictures": count,
+        }
 
     def _drawer(self, data: CachedLatents) -> Callable[[STARFlow], list[Image.Image]]:
         """Images for captions of a few of the images."""
@@ -330,5 +376,4 @@ class NewFlow:
             files["classes.txt"] = "".join(f"{name}\n" for name in self.images.classes).encode()
         else:
             files = copy_parts(ModelDirectory.find(self.encoders), self.out)
-        # The flow last: without its config.json the directory is not yet a model.
         save_model(self.out, parameters(flow), config, files=files)

@@ -19,6 +19,7 @@ class Preset:
     Attributes:
         size: side of the images in pixels.
         autoencoder, text_encoder, flow: of their configs, what does not follow from the others.
+        fits_text: whether the flow reads as many tokens as the longest caption has; it reads `txt_size` at least.
         vocab_size: most pieces of the tokenizer.
         views: random views of each image that the flow sees.
         autoencoder_training, flow_training: how both are trained.
@@ -29,6 +30,7 @@ class Preset:
     autoencoder: dict[str, Any]
     text_encoder: dict[str, Any]
     flow: dict[str, Any]
+    fits_text: bool = True
     vocab_size: int = 1500
     views: int = 12
     autoencoder_training: TrainingConfig
@@ -42,7 +44,8 @@ class Preset:
 
         Args:
             autoencoder_steps: steps of the autoencoder's training; None: the preset's.
-            text_length: tokens of a caption that the model reads; None: the preset's.
+            text_length: tokens of a caption that the model reads; None: as many as the data's captions
+                have, and at least the preset's.
 
         Raises:
             StarflowError: the settings of a training do not fit together.
@@ -57,6 +60,7 @@ class Preset:
         return replace(
             self,
             flow={**self.flow, "txt_size": text_length} if text_length else self.flow,
+            fits_text=self.fits_text and not text_length,
             flow_training=training.over(self.flow_training),
             autoencoder_training=autoencoder.over(self.autoencoder_training),
         )

@@ -23,6 +23,9 @@ from mlx_starflow.training.loop.objective import Batch, Metrics, batch_loss, bat
 
 SPECIAL_TOKENS = 3
 
+LONGEST_TEXT = 128
+"""Tokens of a caption that a model is made to read unless it is told to read more."""
+
 
 class TextFlow(nn.Module):
     """A flow and its text encoder, trained as one."""
@@ -90,7 +93,9 @@ class CaptionedLatents(IndexedData):
 def train_tokenizer(captions: Sequence[str], path: Path, vocab_size: int) -> Tokenizer:
     """Write a SentencePiece model with T5's special tokens over the words of captions; one that exists is kept.
 
-    It has at most `vocab_size` pieces, but at least one for every character that occurs.
+    It has at most `vocab_size` pieces, but at least one for every character that occurs. Of the kinds "unigram" and
+    "bpe" (byte-pair encoding) it is the one that makes fewer pieces of the captions: with few captions unigram finds
+    hardly a piece that is longer than a character.
 
     Raises:
         StarflowError: there are no words.
@@ -102,28 +107,45 @@ def train_tokenizer(captions: Sequence[str], path: Path, vocab_size: int) -> Tok
         raise StarflowError('no picture has a caption: give the lines of metadata.jsonl a "text"')
     # SentencePiece also needs room for its word mark.
     characters = len(set("".join(sentences).casefold() + "".join(sentences))) + SPECIAL_TOKENS + 1
-    model = io.BytesIO()
     try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(sentences),
-            model_writer=model,
-            vocab_size=max(vocab_size, characters),
-            hard_vocab_limit=False,
-            character_coverage=1.0,
-            normalization_rule_name="nmt_nfkc_cf",
-            pad_id=0,
-            eos_id=1,
-            unk_id=2,
-            bos_id=-1,
-            num_threads=1,
-            minloglevel=2,
-        )
+        models = [_train(kind, sentences, max(vocab_size, characters)) for kind in ("unigram", "bpe")]
     except RuntimeError as error:
         reason = one_line(error, first=True)
         raise StarflowError(f"no tokenizer can be made of these captions ({reason}); add captions") from None
+
+    def pieces(model: bytes) -> int:
+        processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        return sum(map(len, processor.encode(sentences)))
+
     with replacing(path, makes_folder=True) as temporary:
-        temporary.write_bytes(model.getvalue())
+        temporary.write_bytes(min(models, key=pieces))
     return Tokenizer(path)
+
+
+def _train(kind: str, sentences: Sequence[str], vocab_size: int) -> bytes:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences),
+        model_writer=model,
+        model_type=kind,
+        vocab_size=vocab_size,
+        hard_vocab_limit=False,
+        character_coverage=1.0,
+        normalization_rule_name="nmt_nfkc_cf",
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+def fitting_length(captions: Sequence[str], tokenizer: Tokenizer, least: int) -> int:
+    """Tokens that no caption is longer than, `</s>` included: at least `least`, and at most `LONGEST_TEXT`."""
+    longest = max((len(tokenizer.encode(caption)) for caption in captions), default=0)
+    return max(min(longest, LONGEST_TEXT), least)
 
 
 def initialize_text_encoder(encoder: T5Encoder) -> None:

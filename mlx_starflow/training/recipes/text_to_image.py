@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -18,18 +19,28 @@ from mlx_starflow.errors import StarflowError
 from mlx_starflow.media.image_folder import ImageFolder
 from mlx_starflow.media.sources import write_skips
 from mlx_starflow.model_dir.saving import save_model
+from mlx_starflow.model_dir.transaction import transaction
 from mlx_starflow.model_dir.weights import parameters
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL
 from mlx_starflow.models.starflow import STARFlow
 from mlx_starflow.models.t5 import T5Encoder
 from mlx_starflow.models.tokenizer import Tokenizer
 from mlx_starflow.training.loop import distributed
+from mlx_starflow.training.loop.checkpoint import check_resume, is_anonymous
+from mlx_starflow.training.loop.identity import digest
 from mlx_starflow.training.loop.trainer import Trainer
 from mlx_starflow.training.loop.weights import assign
+from mlx_starflow.training.output import check_model_output
 from mlx_starflow.training.recipes.autoencoder import encode_views, train_autoencoder
 from mlx_starflow.training.recipes.presets import Preset
 from mlx_starflow.training.recipes.samples import decode_latents, draw_latents
-from mlx_starflow.training.recipes.text import CaptionedLatents, TextFlow, initialize_text_encoder, train_tokenizer
+from mlx_starflow.training.recipes.text import (
+    CaptionedLatents,
+    TextFlow,
+    fitting_length,
+    initialize_text_encoder,
+    train_tokenizer,
+)
 
 
 def train_model(
@@ -39,6 +50,7 @@ def train_model(
     *,
     resume: bool = True,
     report: Callable[[str], None] = lambda line: None,
+    begin: Callable[[], None] = lambda: None,
 ) -> Path:
     """Train a text-to-image model and write it as a model directory that `mlx_starflow.load` reads.
 
@@ -50,17 +62,31 @@ def train_model(
         preset: sizes and lengths; see `PRESETS`.
         resume: go on where an earlier run into `out` stopped; else start again.
         report: is told, in a line, what goes on.
+        begin: is called on rank 0 when all that can be refused has been.
 
     With `mlx.launch` all processes do this together, and rank 0 alone writes and reports.
 
     Raises:
         StarflowError: the data cannot be used, a training diverges, or `out` holds the training of another model.
     """
-    out = Path(out)
+    with distributed.run_folder(Path(out)):
+        return _train_model(data, Path(out), preset, resume, report, begin)
+
+
+def _train_model(
+    data: str | Path,
+    out: Path,
+    preset: Preset,
+    resume: bool,
+    report: Callable[[str], None],
+    begin: Callable[[], None],
+) -> Path:
     work = out / "training"
     group = distributed.world()
     first = group.rank() == 0
     say = report if first else lambda line: None
+    if first:
+        check_model_output(out, "starflow")
     # Twice the size, so that views are made smaller and not larger.
     images = ImageFolder.read(data, size=2 * preset.size, splits=("train", "autoencoder", "validation"))
     captioned, held_out = images.only("train"), images.only("validation")
@@ -73,15 +99,36 @@ def train_model(
         write_skips(work / "skipped.txt", images.skipped)
     images = images.only("train", "autoencoder")
     with distributed.peers("train", group):
-        tokenizer, spiece = _tokenizer(captioned, work, preset.vocab_size, resume, group)
+        tokenizer, spiece, length = _tokenizer(captioned, work, preset, resume, group)
+    preset = replace(preset, flow={**preset.flow, "txt_size": length})
     say(f"{len(captioned)} pictures for the flow, {len(images)} for the autoencoder; {tokenizer.vocab_size} tokens")
 
-    length = preset.flow["txt_size"]
     captions = [text for texts in captioned.captions for text in texts]
     if cut := sum(tokenizer.batch(captions, length)[2]):
         say(f"{cut} of {len(captions)} captions are cut: they are longer than {length} tokens (--text-length)")
+    flow_config = preset.flow_config()
+    text_config = preset.text_config(tokenizer.vocab_size)
+    pictures = {"pictures": digest(images.checksums)}
+    identity = {
+        "flow": flow_config.to_dict(),
+        "text encoder": text_config.to_dict(),
+        "tokenizer": hashlib.sha256(spiece.read_bytes()).hexdigest() if first else "",
+        "pictures": digest(captioned.checksums),
+        "captions": digest(captioned.captions),
+        "held-out pictures": digest(held_out.checksums, held_out.captions),
+    }
+    if first:
+        if resume:
+            check_resume(work / "autoencoder", pictures, preset.autoencoder_training.seed)
+            check_resume(work / "flow", identity, preset.flow_training.seed)
+        begin()
     autoencoder = train_autoencoder(
-        images.images, preset.autoencoder_config(), preset.autoencoder_training, work / "autoencoder", resume=resume
+        images.images,
+        preset.autoencoder_config(),
+        preset.autoencoder_training,
+        work / "autoencoder",
+        identity=pictures,
+        resume=resume,
     )
     rng = np.random.default_rng(preset.flow_training.seed)
     latents = encode_views(autoencoder, captioned.images, preset.views, rng)
@@ -91,8 +138,7 @@ def train_model(
     say("autoencoder done; latents have std " + ", ".join(f"{value:.2f}" for value in std))
 
     mx.random.seed(preset.flow_training.seed)
-    flow_config = preset.flow_config()
-    model = TextFlow(STARFlow(flow_config), T5Encoder(preset.text_config(tokenizer.vocab_size)))
+    model = TextFlow(STARFlow(flow_config), T5Encoder(text_config))
     initialize_text_encoder(model.text_encoder)
 
     def samples(latents: np.ndarray, captions: list[list[str]]) -> CaptionedLatents:
@@ -119,6 +165,7 @@ def train_model(
             tokenizer=tokenizer,
             captions=[texts[0] for texts in watched.captions[:8]],
         ),
+        identity=identity,
         name="flow",
         resume=resume,
     )
@@ -132,23 +179,28 @@ def train_model(
 
 
 def _tokenizer(
-    captioned: ImageFolder, work: Path, vocab_size: int, resume: bool, group: mx.distributed.Group
-) -> tuple[Tokenizer, Path]:
-    """The tokenizer, the same in all processes, and where rank 0 keeps it."""
+    captioned: ImageFolder, work: Path, preset: Preset, resume: bool, group: mx.distributed.Group
+) -> tuple[Tokenizer, Path, int]:
+    """The tokenizer, the same in all processes, where rank 0 keeps it, and the tokens of a caption."""
     spiece = work / "spiece.model"
+    length = int(preset.flow["txt_size"])
     note = None
     if group.rank() == 0:
         if not resume:
             spiece.unlink(missing_ok=True)
-        tokenizer = train_tokenizer([text for texts in captioned.captions for text in texts], spiece, vocab_size)
-        note = base64.b64encode(spiece.read_bytes()).decode()
-    _, note = distributed.from_first({}, note, group)
+        captions = [text for texts in captioned.captions for text in texts]
+        tokenizer = train_tokenizer(captions, spiece, preset.vocab_size)
+        # Versions before checkpoints had an identity always took the preset's length.
+        if preset.fits_text and not (resume and is_anonymous(work / "flow")):
+            length = fitting_length(captions, tokenizer, length)
+        note = [base64.b64encode(spiece.read_bytes()).decode(), length]
+    _, (content, length) = distributed.from_first({}, note, group)
     if group.rank():
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "spiece.model"
-            path.write_bytes(base64.b64decode(note))
+            path.write_bytes(base64.b64decode(content))
             tokenizer = Tokenizer(path)
-    return tokenizer, spiece
+    return tokenizer, spiece, length
 
 
 def draw_samples(
@@ -175,7 +227,7 @@ def write_model(
         flow_config["pipeline"] = pipeline
     tokenizer = {"spiece.model": spiece.read_bytes()}
     encoder = model.text_encoder
-    save_model(out / "text_encoder", parameters(encoder), encoder.config.to_dict(), files=tokenizer)
-    save_model(out / "vae", parameters(autoencoder), autoencoder.config.to_dict())
-    # The flow last: without its config.json the directory is not yet a model.
-    save_model(out, parameters(model.flow), flow_config)
+    with transaction(out):
+        save_model(out / "text_encoder", parameters(encoder), encoder.config.to_dict(), files=tokenizer)
+        save_model(out / "vae", parameters(autoencoder), autoencoder.config.to_dict())
+        save_model(out, parameters(model.flow), flow_config)

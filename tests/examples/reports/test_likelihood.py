@@ -1,9 +1,11 @@
 """The measures of examples/reports/likelihood.py."""
 
+import re
+
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers.examples import example_module
+from helpers.examples import example_module, run_example
 from PIL import Image
 
 
@@ -48,3 +50,9 @@ def test_spoiled_pictures(report):
     small = np.asarray(report.shrunk(image))
     assert (small[:12] == 255).all() and (small[12:20, 12:20] != 255).any()
     assert report.noise_picture((5, 3), np.random.default_rng(0)).size == (5, 3)
+
+
+def test_the_script(emoji, tmp_path):
+    printed = run_example("reports/likelihood.py", emoji, tmp_path, "--only", "exactness")
+    gap, slope = (float(number) for number in re.findall(r"difference (\d\.\de-\d+)", printed))
+    assert gap < 1e-5 and slope < 1e-3

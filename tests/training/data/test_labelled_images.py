@@ -103,3 +103,16 @@ def test_example(classes, tmp_path, noise, capsys, uncompiled):
     flow = load_flow(out)
     assert flow.config.num_classes == 2 and flow.config.noise_type == noise
     assert len(draw_classes(flow)) == 2
+
+
+@pytest.mark.parametrize(("count", "held"), [(3, 2), (9, 2), (12, 2), (19, 2), (20, 2), (30, 3)])
+def test_few_images_are_held_out_too(count, held):
+    data = LabelledImages(np.zeros((count, 2, 2, 3), np.uint8), ["a", "b", "c"] * (count // 3) + ["a"] * (count % 3))
+    train, held_out = data.split(10)
+    assert (train.order.count, held_out.order.count) == (count - held, held)
+    assert train.classes == held_out.classes == data.classes
+
+
+def test_too_few_images_to_hold_some_out():
+    with pytest.raises(StarflowError, match="2 pictures are too few to hold some out: give more, or --validation 0"):
+        LabelledImages(np.zeros((2, 2, 2, 3), np.uint8), ["a", "b"]).split(10)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -16,10 +17,12 @@ from training.loop.test_trainer import CONFIG, Crash, Stops, assert_same, crash,
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.likelihood.nll import HALF_LOG_2PI
-from mlx_starflow.training.config import OPTIMIZERS
+from mlx_starflow.training.config import OPTIMIZERS, TrainingConfig, TrainingOptions
 from mlx_starflow.training.loop.checkpoint import checkpoint_files, load_checkpoint
+from mlx_starflow.training.loop.run_log import RunLog
 from mlx_starflow.training.loop.trainer import Trainer
 from mlx_starflow.training.loop.weights import assign, trainable
+from mlx_starflow.training.recipes.presets import get_preset
 from mlx_starflow.training.recipes.text import TextFlow
 
 pytestmark = pytest.mark.usefixtures("uncompiled")
@@ -289,3 +292,45 @@ def test_a_log_that_cannot_be_written(tmp_path):
             make_trainer(tmp_path, PLAIN).run()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize(("optimizer", "lr"), [("muon", 2e-2), ("sinkgd", 2e-2), ("adafactor", 1e-3), ("adamw", 1e-3)])
+def test_an_optimizer_has_a_rate_of_its_own(optimizer, lr):
+    config = TrainingOptions(optimizer=optimizer).over(TrainingConfig(steps=1))
+    assert config.lr == lr
+    # Embeddings are AdamW's in any case.
+    assert config.lr * config.embedding_factor == pytest.approx(1e-3 * 8)
+    assert TrainingOptions(optimizer=optimizer, lr=3e-4).over(TrainingConfig(steps=1)).lr == 3e-4
+    preset = get_preset("small")
+    expected = preset.flow_training.lr if lr == 1e-3 else lr
+    assert preset.adjusted(TrainingOptions(optimizer=optimizer)).flow_training.lr == expected
+
+
+def test_loss_and_validation_are_in_one_unit(tmp_path):
+    """One sample, without dropout and noise: the loss of the first step is the NLL of the same weights."""
+    data = TinyData(1)
+    config = replace(
+        CONFIG, steps=1, batch_size=1, lr=1e-12, log_every=1, validate_every=1, caption_dropout=0.0,
+        context_full=0.0, context_partial=0.0, watch_every=1,
+    )  # fmt: skip
+    data.arrays = partial(constant_noise, data.arrays)
+    make_trainer(tmp_path, config, data, validation=data, nll=TextFlow.nll).run()
+    step, validation = lines(tmp_path)
+    assert step["loss"] == pytest.approx(validation["validation_nll"], abs=1e-4)
+    assert step["nll"] == step["loss"] and step["unit"] == "nats per dimension"
+    assert validation["standard_error"] is None
+
+
+def constant_noise(arrays, *arguments):
+    found = arrays(*arguments)
+    return {**found, "noise": np.zeros_like(found["noise"])}
+
+
+def test_the_log_of_an_older_version_is_taken_over_in_the_same_unit(tmp_path):
+    rows = [{"step": 1, "loss": 0.5, "nll": 0.25, "lr": 1.0}, {"step": 1, "validation_nll": 1.5}, {"loss": 3}]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for _ in range(2):
+        RunLog(tmp_path, 5)
+        found = lines(tmp_path)
+        assert found[0]["loss"] == pytest.approx(0.5 + HALF_LOG_2PI) and found[0]["nll"] == pytest.approx(1.168939)
+        assert found[1:] == rows[1:]

@@ -13,9 +13,10 @@ from helpers.tiny_training import TinyData, make_model
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.training.config import TrainingConfig
-from mlx_starflow.training.loop.checkpoint import checkpoint_files, load_checkpoint
+from mlx_starflow.training.loop.checkpoint import checkpoint_files, load_checkpoint, save_checkpoint
+from mlx_starflow.training.loop.identity import digest
 from mlx_starflow.training.loop.trainer import Trainer
-from mlx_starflow.training.loop.weights import trainable
+from mlx_starflow.training.loop.weights import assign, trainable
 from mlx_starflow.training.recipes.text import TextFlow
 
 CONFIG = TrainingConfig(steps=10, batch_size=5, lr=3e-3, log_every=2)
@@ -87,14 +88,15 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, compiled, request):
         assert not np.array_equal(np.array(weights[name]), np.array(averaged[name])), name
 
 
-def test_ctrl_c_saves_and_resumes(tmp_path, capsys, uncompiled):
-    before = signal.getsignal(signal.SIGINT)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_save_and_it_resumes(tmp_path, capsys, uncompiled, number):
+    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     make_trainer(tmp_path / "straight").run()
-    stop = Stops(4, lambda batch: os.kill(os.getpid(), signal.SIGINT))
+    stop = Stops(4, lambda batch: os.kill(os.getpid(), number))
     with pytest.raises(KeyboardInterrupt):
         make_trainer(tmp_path / "stopped", data=stop, name="flow").run()
     assert "flow stopped at step 4 of 10 and is saved: run it again to resume" in capsys.readouterr().err
-    assert signal.getsignal(signal.SIGINT) is before
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
     make_trainer(tmp_path / "stopped", name="flow").run()
     assert "flow: resuming at step 4\n" in capsys.readouterr().err
     assert_same(last_checkpoint(tmp_path / "straight"), last_checkpoint(tmp_path / "stopped"))
@@ -108,7 +110,7 @@ def test_the_loss_falls_and_the_log_says_so(tmp_path, capsys, uncompiled):
     assert lines[0]["loss"] > lines[1]["loss"] > lines[2]["loss"]
     assert lines[2]["loss"] < lines[0]["loss"] - 0.05
     assert set(lines[0]) == {"step", "loss", "grad", "nll", "nll-text-only", "lr", "samples_per_second",
-                             "tokens_per_second", "memory_gb"}  # fmt: skip
+                             "tokens_per_second", "memory_gb", "unit"}  # fmt: skip
     assert capsys.readouterr().err == ""
 
 
@@ -123,6 +125,51 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, bad, uncompiled):
     assert load_checkpoint(checkpoint_files(tmp_path)[0]).step == 3
     make_trainer(tmp_path).run()
     assert load_checkpoint(checkpoint_files(tmp_path)[0]).step == 10
+
+
+def test_a_checkpoint_of_after_the_trouble_began_is_not_called_intact(tmp_path, uncompiled):
+    """The loss explodes at step 4, is saved so at step 6, and is not finite at step 8."""
+
+    class Explodes(TinyData):
+        count = 0
+
+        def batch(self, *arguments):
+            self.count += 1
+            batch = super().batch(*arguments)
+            batch["latents"] = batch["latents"] * {4: 1e4, 5: 1e4, 6: 1e4, 8: np.nan}.get(self.count, 1)
+            return batch
+
+    with pytest.raises(StarflowError, match="not finite at step 8") as raised:
+        make_trainer(tmp_path, replace(CONFIG, save_steps=3, lr=1e-6), Explodes()).run()
+    assert f"the checkpoint {tmp_path}/checkpoint-00000003.safetensors is intact: delete " in str(raised.value)
+    assert "delete checkpoint-00000006.safetensors, which came too late, and try" in str(raised.value)
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, uncompiled):
+    trainer = make_trainer(tmp_path, replace(CONFIG, save_steps=2, steps=3))
+    trainer.run()
+    assign(trainer.model, {"flow.blocks.0.proj_in.weight": mx.full((32, 2), mx.nan)})
+    with pytest.raises(StarflowError, match=r"a weight is not finite at step 3; the checkpoint .*3\.safetensors is"):
+        trainer.save()
+    assert len(checkpoint_files(tmp_path)) == 2
+
+
+def test_no_checkpoint_is_sound(tmp_path, uncompiled):
+    def spoil(batch):
+        batch["latents"][0] = np.nan
+
+    make_trainer(tmp_path, replace(CONFIG, steps=1)).run()
+    checkpoint = load_checkpoint(checkpoint_files(tmp_path)[0])
+    checkpoint.weights["flow.blocks.0.proj_in.weight"] *= mx.inf
+    save_checkpoint(tmp_path, checkpoint)
+    with pytest.raises(StarflowError, match="no checkpoint is of before it went astray: start again with --no-resume"):
+        make_trainer(tmp_path, data=Stops(1, spoil)).run()
+
+
+def test_what_a_killed_process_left_is_taken_away(tmp_path, uncompiled):
+    (tmp_path / "partial-checkpoint-00000007.safetensors").write_bytes(b"half of it")
+    make_trainer(tmp_path, replace(CONFIG, steps=1)).run()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-00000001.safetensors", "log.jsonl"]
 
 
 def test_a_finished_run_is_not_repeated(tmp_path, uncompiled):
@@ -177,3 +224,40 @@ def test_a_damaged_checkpoint_is_told_and_the_older_used(tmp_path, capsys, uncom
 def test_settings_out_of_range(setting, message):
     with pytest.raises(StarflowError, match=message):
         replace(CONFIG, **setting)
+
+
+# ---- a checkpoint of something else
+
+IDENTITY = {"flow": {"head_dim": 32}, "pictures": digest([1]), "held-out pictures": digest([2]), "classes": ["a", "b"]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"flow": {"head_dim": 64}}, "(flow: head_dim 32 -> 64)"),
+        ({"flow": {}}, "(flow: head_dim 32 -> default)"),
+        ({"flow": {"head_dim": 32, "noise_std": 0.1}}, "(flow: noise_std default -> 0.1)"),
+        ({"pictures": digest([3])}, "(other pictures)"),
+        ({"classes": ["b", "c"]}, "(classes a, b -> b, c)"),
+        ({"held-out pictures": digest([4]), "pictures": digest([3])}, "(other pictures, other held-out pictures)"),
+    ],
+)
+def test_a_checkpoint_of_something_else_is_refused(tmp_path, uncompiled, changes, expected):
+    short = replace(CONFIG, steps=2)
+    make_trainer(tmp_path, short, identity=IDENTITY).run()
+    with pytest.raises(StarflowError) as error:
+        make_trainer(tmp_path, CONFIG, identity={**IDENTITY, **changes})
+    assert f"is of another run {expected}: " in str(error.value) and "\n" not in str(error.value)
+    assert make_trainer(tmp_path, CONFIG, identity=IDENTITY).step == 2
+    assert make_trainer(tmp_path, CONFIG, identity={**IDENTITY, **changes}, resume=False).step == 0
+
+
+def test_another_seed_is_named_with_what_it_changed(tmp_path, uncompiled):
+    make_trainer(tmp_path, replace(CONFIG, steps=2), identity=IDENTITY).run()
+    with pytest.raises(StarflowError, match=r"\(other pictures, seed 0 -> 5\)"):
+        make_trainer(tmp_path, replace(CONFIG, seed=5), identity={**IDENTITY, "pictures": digest([3])})
+
+
+def test_checkpoints_that_do_not_know_it_resume(tmp_path, uncompiled):
+    make_trainer(tmp_path, replace(CONFIG, steps=2)).run()
+    assert make_trainer(tmp_path, identity=IDENTITY).step == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import mlx.core as mx
@@ -120,7 +121,7 @@ def test_a_tarflow_on_class_folders(pictures, tmp_path):
     assert dry.exit_code == 0 and "here: batch size 32" in dry.stdout and not (tmp_path / "run").exists()
     done = command(pictures, "-o", tmp_path / "run", "--model-config", path, *QUICK)
     assert done.exit_code == 0, done.output
-    assert "10 pictures, 1 held out" in done.stdout
+    assert "9 pictures, 2 held out" in done.stdout
     flow = load_flow(tmp_path / "run")
     assert flow.config.num_classes == 3 and flow.config.noise_std == 0.1
     assert (tmp_path / "run/classes.txt").read_text().split() == ["blue", "green", "red"]
@@ -130,6 +131,70 @@ def test_a_tarflow_on_class_folders(pictures, tmp_path):
         pictures, tmp_path / "p", {"model_type": "tarflow", **read_flow_config(path)}, TrainingOptions(batch_size=4)
     )
     assert preset.plan()[0].batch_size == 4
+
+
+def test_resuming_a_flow_on_a_cache_with_something_changed(model, cache, flow_file, tmp_path):
+    words = [cache, "-o", tmp_path / "run", "--encoders", model, "--validation", "0.2", *QUICK]
+    done = command(*words, "--model-config", flow_file)
+    assert done.exit_code == 0, done.output
+    names = ("model.safetensors", "training/config.yaml")
+    before = [(tmp_path / "run" / name).read_bytes() for name in names]
+
+    def refused(*more: object, **changes: object) -> str:
+        flow_file.write_text(yaml.safe_dump({**FLOW, **changes}))
+        return command(*words, "--model-config", flow_file, "--steps", 5, *more).stderr.splitlines()[-1]
+
+    assert "is of another run (flow: head_dim default -> 32): " in refused(head_dim=32)
+    assert "(flow: noise_std default -> 0.1)" in refused("--noise-std", 0.1)
+    assert "(other held-out pictures, seed 0 -> 1)" in refused("--seed", 1)
+    assert "(other held-out pictures)" in refused("--validation", 0.3)
+    assert [(tmp_path / "run" / name).read_bytes() for name in names] == before
+
+
+def test_resuming_a_tarflow_with_other_pictures(pictures, tmp_path):
+    folder = shutil.copytree(pictures, tmp_path / "pictures")
+    config = tmp_path / "flow.json"
+    config.write_text(json.dumps({"model_type": "tarflow", "img_size": 4, "patch_size": 2, "channels": 64,
+                                  "blocks": 2, "layers_per_block": 1}))  # fmt: skip
+    words = [folder, "-o", tmp_path / "run", "--model-config", config, *QUICK]
+    assert command(*words).exit_code == 0
+
+    def refused() -> str:
+        return command(*words, "--steps", 5).stderr.splitlines()[-1]
+
+    (folder / "red").rename(folder / "amber")
+    assert "is of another run (classes blue, green, red -> amber, blue, green, other pictures" in refused()
+    (folder / "amber").rename(folder / "red")
+    Image.new("RGB", (4, 4), "red").save(folder / "red/00.png")
+    assert "is of another run (other pictures" in refused()
+    (folder / "red/00.png").unlink()
+    assert command(*words, "--steps", 5).exit_code == 0
+
+
+def test_an_output_that_cannot_be_is_refused_before_any_work(cache, model, pictures, flow_file, tmp_path):
+    words = ["--encoders", model, "--model-config", flow_file, *QUICK]
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file/model"):
+        assert f"{out} cannot be written: {tmp_path / 'file'} is a file" in command.mistake(cache, "-o", out, *words)
+    assert (tmp_path / "file").read_text() == "mine"
+    assert "cannot be written: " in command.mistake(cache, "-o", tmp_path / ("a" * 300), *words)
+    other = shutil.copytree(model, tmp_path / "other")
+    before = {path: path.read_bytes() for path in other.rglob("*") if path.is_file()}
+    refused = [
+        command.mistake(cache, "-o", other, *words),
+        command.mistake(pictures, "-o", other, "--steps", 1, "--autoencoder-steps", 1),
+        command.mistake(pictures, "-o", other, "--preset", "tarflow", *QUICK),
+    ]
+    assert all(f"{other} holds another model" in line for line in refused)
+    assert "('starflow', not 'tarflow')" in refused[2]
+    assert {path: path.read_bytes() for path in other.rglob("*") if path.is_file()} == before
+
+
+def test_patience_without_validation(cache, model, flow_file, tmp_path):
+    words = [cache, "-o", tmp_path / "run", "--encoders", model, "--model-config", flow_file, "--patience", 2, *QUICK]
+    assert "--patience needs pictures to validate on" in command.mistake(*words, "--validation", 0)
+    assert "patience must be 0 where there is no validation" in command.mistake(*words, "--validate-every", 0)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_presets_flow_fits_the_cache(cache, model, tmp_path):

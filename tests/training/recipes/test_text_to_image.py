@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 from click.testing import CliRunner
+from helpers.commands import message
 from helpers.paths import EXAMPLES
 from PIL import Image
 
@@ -115,6 +116,25 @@ def test_an_interrupted_run_gives_the_same_model(picture_folder, tmp_path, monke
     for name in ("model.safetensors", "text_encoder/model.safetensors", "text_encoder/spiece.model",
                  "vae/model.safetensors", "vae/config.json", "config.json"):  # fmt: skip
         assert (straight / name).read_bytes() == (resumed / name).read_bytes(), name
+
+
+def test_resuming_with_something_changed(picture_folder, tmp_path):
+    short = replace(TINY.flow_training, steps=1)
+    preset = replace(TINY, flow_training=short, autoencoder_training=replace(TINY.autoencoder_training, steps=1))
+    out = train_model(picture_folder, tmp_path / "model", preset)
+    before = (out / "config.json").read_bytes()
+
+    def refused(**changes: object) -> str:
+        return message(train_model, picture_folder, out, replace(preset, **changes))
+
+    assert "another run (flow: head_dim 32 -> 16)" in refused(flow={**preset.flow, "head_dim": 16})
+    assert "(flow: noise_std" in refused(flow_training=replace(short, noise_std=0.17))
+    lines = (picture_folder / "metadata.jsonl").read_text()
+    (picture_folder / "metadata.jsonl").write_text(lines.replace("disc", "ring"))
+    assert "(other captions)" in refused()
+    (picture_folder / "metadata.jsonl").write_text("".join(lines.splitlines(keepends=True)[1:]))
+    assert "autoencoder is of another run (other pictures)" in refused()
+    assert (out / "config.json").read_bytes() == before
 
 
 def test_command(picture_folder, tmp_path, monkeypatch):

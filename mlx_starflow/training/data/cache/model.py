@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.model_dir.directory import ModelDirectory
-from mlx_starflow.model_dir.files import load_weights
+from mlx_starflow.model_dir.files import load_weights, tensor_bytes
 from mlx_starflow.models.autoencoder_kl import AutoencoderKLConfig
 from mlx_starflow.models.starflow import FlowConfig
 
@@ -93,6 +93,11 @@ class CacheModel:
         return {"mean": list(mean), "std": [value / config.scaling_factor for value in std]}
 
 
+def weights_digest(folder: Path) -> str:
+    """A checksum of a network's tensors. This reads them, one at a time."""
+    return _digest(_tensors(folder))
+
+
 def check_model(found: Mapping[str, Any], model: str | Path, cache: Path, hint: str = "") -> None:
     """Raise StarflowError unless a cache with the identity `found` was made for this model.
 
@@ -121,7 +126,7 @@ def _tensors(folder: Path, parts: Sequence[str] = ()) -> Iterator[bytes]:
             continue
         yield f"{name} {array.dtype} {list(array.shape)}".encode()
         try:
-            yield bytes(memoryview(array.reshape(-1).view(mx.uint8)))  # type: ignore[arg-type]
+            yield bytes(tensor_bytes(array))
         except RuntimeError as error:
             raise StarflowError(f"cannot read {folder}: {one_line(error)}") from None
         del array

@@ -17,6 +17,8 @@ from mlx_starflow.training.data.cache.model import check_model
 from mlx_starflow.training.data.cache.numbers import DTYPES, decode_numbers
 from mlx_starflow.training.data.dropout import choose_caption, context_mask, context_share
 
+Numbers = Sequence[int] | np.ndarray
+
 
 class LatentCache:
     """What `build_cache` made. Images are numbered from 0 in the order of their source.
@@ -104,24 +106,30 @@ class LatentCache:
         """On disk."""
         return sum(file["bytes"] for file in self._manifest["files"].values())
 
+    @property
+    def checksums(self) -> dict[str, Any]:
+        """Of all files, as they were written."""
+        return {name: file["sha256"] for name, file in self._manifest["files"].items()}
+
     def check(self) -> None:
         """Read every file and compare its checksum. Raises StarflowError naming those that are damaged."""
         if damaged := damaged_files(self.folder, self._manifest, contents=lambda name: True):
             raise _damage(self.folder, damaged)
 
-    def posterior(self, images: np.ndarray, views: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def posterior(self, images: Numbers, views: Numbers) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of raw latents, float32 `[B, h, w, C]` each.
 
         Args:
             images: numbers of images, `[B]`, all of one bucket.
             views: which view of each, `[B]`.
         """
+        images, views = np.asarray(images), np.asarray(views)
         bucket = self.buckets[images[0]]
         assert (self.buckets[images] == bucket).all(), "the images of a batch are of one bucket"
         moments = decode_numbers(self._latents[bucket][self._places[images], views], self._dtype)
         return moments[:, 0], moments[:, 1]
 
-    def latents(self, images: np.ndarray, views: np.ndarray, noise: np.ndarray) -> np.ndarray:
+    def latents(self, images: Numbers, views: Numbers, noise: np.ndarray) -> np.ndarray:
         """Normalized latents drawn from the posterior with standard normal `noise`, float32 `[B, h, w, C]`."""
         mean, std = self.posterior(images, views)
         return (mean + std * noise - self._mean) / self._std
