@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import pkgutil
+import signal
 import sys
+import tempfile
+import threading
+import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib import import_module
 
 import click
 
 from mlx_starflow import __version__, cpu
 from mlx_starflow.cli import commands
-from mlx_starflow.errors import StarflowError
+from mlx_starflow.cli.options.interrupt import INTERRUPTED
+from mlx_starflow.errors import StarflowError, one_line
 
 
 class Commands(click.Group):
@@ -26,15 +35,82 @@ class Commands(click.Group):
         return getattr(import_module(f"{commands.__name__}.{name}"), name)
 
     def invoke(self, context: click.Context) -> object:
-        try:
-            return super().invoke(context)
-        except StarflowError as error:
-            raise _UserError(str(error)) from None
-        except click.exceptions.NoArgsIsHelpError:
-            raise
-        except click.UsageError as error:
-            where = error.ctx.command_path if error.ctx else context.command_path
-            raise _UserError(f"{error.format_message()} (see: {where} --help)") from None
+        with _terminated_as_interrupted():
+            try:
+                result = super().invoke(context)
+                _flush()
+                return result
+            except StarflowError as error:
+                raise _UserError(str(error)) from None
+            except click.exceptions.NoArgsIsHelpError:
+                raise
+            except click.UsageError as error:
+                where = error.ctx.command_path if error.ctx else context.command_path
+                raise _UserError(f"{error.format_message()} (see: {where} --help)") from None
+            except (click.ClickException, click.exceptions.Exit, click.Abort):
+                raise
+            except KeyboardInterrupt:
+                click.echo("stopped", err=True)
+                raise SystemExit(INTERRUPTED) from None
+            except BrokenPipeError:  # whoever read the output has seen enough, which click knows how to end
+                raise
+            except Exception as error:
+                raise _UserError(_unexpected(error)) from None
+
+
+def _flush() -> None:
+    """What was printed has arrived. Raises StarflowError if standard output cannot take it, as a full disk."""
+    if sys.stdout is None:
+        return
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _drop_output()
+        raise StarflowError(f"standard output cannot be written: {one_line(error)}") from None
+
+
+def _drop_output() -> None:
+    """Let Python's last flush of standard output succeed: that it cannot be written has been said."""
+    with suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM does what Ctrl-C does: what is finished is kept, and temporary files go."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _unexpected(error: Exception) -> str:
+    """One line about an exception that nobody foresaw, and a file that tells more."""
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        _drop_output()
+        return f"the output cannot be written: {one_line(error)}"
+    what = f"{type(error).__name__}: {one_line(error)}"[:300]
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="mlx-starflow-", suffix=".txt", encoding="utf-8", errors="backslashreplace", delete=False
+        ) as file:
+            file.write(f"mlx-starflow {__version__}, Python {sys.version}\n\n")
+            file.write("".join(traceback.format_exception(error)))
+    except OSError:
+        return f"this should not have happened: {what}"
+    return f"this should not have happened: {what}; please report it with the file {file.name}"
 
 
 class _UserError(click.ClickException):

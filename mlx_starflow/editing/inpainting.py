@@ -31,7 +31,7 @@ from mlx_starflow.errors import StarflowError
 from mlx_starflow.likelihood.nll import noise_and_nats, with_noise
 from mlx_starflow.likelihood.protocol import ImageModel
 from mlx_starflow.media.images import to_images
-from mlx_starflow.media.pixels import crop_image, scale_pixels
+from mlx_starflow.media.pixels import crop_image, model_picture, scale_pixels
 from mlx_starflow.models.flow import Flow
 from mlx_starflow.sampling import GuidedFlow
 from mlx_starflow.sampling.sampler import progress_off
@@ -115,6 +115,7 @@ def inpaint(
         StarflowError: a setting is out of range, the mask does not fit, or a likelihood is not finite.
     """
     _check(steps, rounds, strength, accept, images, seed)
+    image = model_picture(image)
     if mask.size != image.size:
         raise StarflowError(f"the mask is {mask.size}, the picture {image.size}; they must have the same size")
     width, height = size or model.size

@@ -19,7 +19,7 @@ from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.likelihood.nll import at_once, unit_of, with_noise
 from mlx_starflow.likelihood.protocol import ImageModel, ImageOrVideo
 from mlx_starflow.media.files import parse_json, replacing
-from mlx_starflow.media.noise import KEY, read_noise
+from mlx_starflow.media.noise import KEY, check_finite_noise, read_noise
 from mlx_starflow.sampling import GuidedFlow, SamplingOptions
 from mlx_starflow.sampling.sampler import progress_off
 
@@ -44,6 +44,7 @@ class Encoded:
 
     def save(self, path: Path) -> None:
         """Write as safetensors, which `generate --load-noise` reads too. Raises StarflowError."""
+        check_finite_noise(self.noise, path)
         about = {"version": 1, "prompts": self.prompts, "guidance": self.guidance, "model": self.model}
         with replacing(path) as temporary:
             noise = np.ascontiguousarray(self.noise, np.float32)

@@ -7,7 +7,6 @@ an anomaly is a likelihood that is unusual, be it low or high (arXiv 1906.02994)
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -15,14 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 
 from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.likelihood.protocol import ImageModel
 from mlx_starflow.likelihood.scores import Score, score_data
 from mlx_starflow.media.files import exists, inside, read_json, replacing
-from mlx_starflow.model_dir.files import STATISTICS_FILE, load_weights
+from mlx_starflow.model_dir.files import STATISTICS_FILE
+from mlx_starflow.model_dir.fingerprint import fingerprint
 
 
 @dataclass(frozen=True)
@@ -159,16 +158,6 @@ class CalibrationStatistics:
 def _deviation(values: np.ndarray, statistics: Statistics, draws: int) -> np.ndarray:
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.nan_to_num((values - statistics.mean) / statistics.std(draws), nan=0.0)
-
-
-def fingerprint(directory: Path) -> str:
-    """Tells a model's weights from others by the layers that every training changes and no quantization touches."""
-    digest = hashlib.sha256()
-    for name, array in sorted(load_weights(directory).items()):
-        if ".proj_out." in name:
-            digest.update(name.encode())
-            digest.update(np.array(array.astype(mx.float32)).tobytes())
-    return digest.hexdigest()[:16]
 
 
 def calibrate(

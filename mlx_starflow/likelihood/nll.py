@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.media.noise import check_seeds
 from mlx_starflow.models.flow import Flow, frame_count
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
@@ -74,6 +75,7 @@ def training_noise(
 
 
 def _generators(count: int, draw: int, seed: int, numbers: Sequence[int] | None) -> list[np.random.Generator]:
+    check_seeds([seed])
     numbers = range(count) if numbers is None else numbers
     return [np.random.Generator(np.random.Philox([seed, draw, number])) for number in numbers]
 

@@ -11,14 +11,14 @@ from tqdm import tqdm
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.likelihood.nll import at_once, token_nats, with_noise
-from mlx_starflow.likelihood.protocol import ImageModel, ImageOrVideo
+from mlx_starflow.likelihood.protocol import ImageModel, ImageOrVideo, one_or_several
 from mlx_starflow.sampling.sampler import progress_off
 
 
 def log_likelihoods(
     model: ImageModel,
     data: np.ndarray,
-    prompts: Sequence[str],
+    prompts: str | Sequence[str],
     *,
     draws: int = 4,
     seed: int = 0,
@@ -31,6 +31,7 @@ def log_likelihoods(
     All prompts see the same noise, so that the differences between them are exact for that noisy image. `data` is
     without noise; the other arguments and errors are those of `likelihood.drawn_nats`.
     """
+    prompts = one_or_several(prompts)
     if not len(data) or not prompts or draws < 1:
         raise StarflowError(
             "there is nothing to score: give at least one picture, one prompt and one draw of the noise"
@@ -59,7 +60,7 @@ def log_likelihoods(
 def prompt_fit(
     model: ImageModel,
     images: Iterable[ImageOrVideo],
-    prompts: Sequence[str],
+    prompts: str | Sequence[str],
     *,
     draws: int = 4,
     seed: int = 0,
@@ -86,7 +87,7 @@ def prompt_fit(
     data = model.to_data(images, size)
     model.release("vae")
     nats = log_likelihoods(
-        model, data, [*prompts, ""], draws=draws, seed=seed, batch_size=batch_size, progress=progress
+        model, data, [*one_or_several(prompts), ""], draws=draws, seed=seed, batch_size=batch_size, progress=progress
     )
     return nats[:, :, :-1] - nats[:, :, -1:]
 
@@ -122,7 +123,7 @@ class Classification:
 def classify(
     model: ImageModel,
     images: Iterable[ImageOrVideo],
-    labels: Sequence[str],
+    labels: str | Sequence[str],
     *,
     draws: int = 4,
     seed: int = 0,
@@ -137,7 +138,7 @@ def classify(
 
     Arguments and errors are those of `score` and `prompt_fit`.
     """
-    labels = list(labels)
+    labels = one_or_several(labels)
     if len(set(labels)) < len(labels):
         raise StarflowError("the labels must differ from one another")
     data = model.to_data(images, size)

@@ -20,6 +20,11 @@ Part = Literal["text_encoder", "flow", "vae"]
 """A network of a model."""
 
 
+def one_or_several(prompts: str | Sequence[str]) -> list[str]:
+    """Prompts, or labels, as a list: a text alone is one prompt, never its letters; numbers of classes become texts."""
+    return [prompts] if isinstance(prompts, str) else [str(prompt) for prompt in prompts]
+
+
 class ImageModel(Protocol):
     """A flow over images, or videos, and what connects it to them; the pipelines are such models.
 

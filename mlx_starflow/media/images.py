@@ -20,8 +20,16 @@ PICTURES = ("PNG", "JPEG", "WEBP", "GIF")
 """Formats, as Pillow calls them, that `save_image` and `save_animation` write."""
 
 
-def to_images(pixels: np.ndarray) -> list[Image.Image]:
-    """`[B, H, W, 3]` in -1..1 -> PIL images; values outside are clipped."""
+def to_images(pixels: np.ndarray, maker: str = "the autoencoder") -> list[Image.Image]:
+    """`[B, H, W, 3]` in -1..1 -> PIL images; values outside are clipped.
+
+    Raises:
+        StarflowError: a value is not finite, which names `maker`.
+    """
+    if not np.isfinite(pixels).all():
+        raise StarflowError(
+            f"the picture that {maker} made is not finite: its weights may be damaged, or too coarse (--dtype float32)"
+        )
     return [Image.fromarray(image) for image in np.round((np.clip(pixels, -1, 1) + 1) * 127.5).astype(np.uint8)]
 
 

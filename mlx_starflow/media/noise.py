@@ -65,9 +65,9 @@ class VideoNoise:
 
 
 def check_seeds(seeds: Sequence[int]) -> None:
-    """Raise StarflowError if one of them is none."""
+    """Raise StarflowError if one of them is none; NumPy's integers are seeds too."""
     for seed in seeds:
-        if seed < 0:
+        if not isinstance(seed, int | np.integer) or seed < 0:
             raise StarflowError(f"a seed is a whole number from 0 on, not {seed}")
 
 
@@ -76,8 +76,20 @@ def digest(noise: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(noise, np.float32).tobytes()).hexdigest()
 
 
+def check_finite_noise(noise: np.ndarray, path: Path) -> None:
+    """Raise StarflowError, naming the file that holds it or shall hold it, if it has a NaN or an infinity.
+
+    A number whose square is one counts too: the density of such noise cannot be computed.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        finite = np.isfinite(np.square(noise.astype(np.float32))).all()
+    if not finite:
+        raise StarflowError(f"{path}: the noise is not finite; try a lower guidance, or weights in float32")
+
+
 def save_noise(noise: np.ndarray, path: Path) -> None:
     """Write noise, `[B, H, W, C]` or of videos `[B, T, H, W, C]`, as safetensors. Raises StarflowError."""
+    check_finite_noise(noise, path)
     with replacing(path) as temporary:
         temporary.write_bytes(save({KEY: np.ascontiguousarray(noise, np.float32)}))
 
@@ -93,9 +105,11 @@ def read_noise(path: Path) -> np.ndarray:
     if KEY not in arrays:
         raise StarflowError(f'{path} holds no tensor "{KEY}"; write noise files with --save-noise')
     noise = arrays[KEY]
-    if noise.dtype.kind != "f" or noise.ndim < 1 or not np.isfinite(noise).all():
-        raise StarflowError(f"{path} holds no noise: that is finite real numbers, a sample a row")
-    return noise.astype(np.float32)
+    if noise.dtype.kind != "f" or noise.ndim < 1:
+        raise StarflowError(f"{path} holds no noise: that is real numbers, a sample a row")
+    noise = noise.astype(np.float32)
+    check_finite_noise(noise, path)
+    return noise
 
 
 def load_noise(path: Path, shape: Sequence[int]) -> np.ndarray:

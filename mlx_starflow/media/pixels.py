@@ -61,7 +61,7 @@ def decode_image(data: bytes) -> Image.Image:
     try:
         with Image.open(io.BytesIO(data), formats=_formats()) as opened, _room_for(opened.width * opened.height):
             opened.load()
-            return _upright(_rgb(opened), _orientation(opened))
+            return model_picture(opened)
     except UnreadableImage:
         raise
     except UnidentifiedImageError:
@@ -69,6 +69,20 @@ def decode_image(data: bytes) -> Image.Image:
     except Exception as error:  # decoders of damaged files raise whatever they like
         text = " ".join(re.sub(r"<[^<>]* at 0x[^<>]*>", "", str(error)).split())
         raise UnreadableImage(text or type(error).__name__) from None
+
+
+def model_picture(image: Image.Image) -> Image.Image:
+    """An image as models see it, wherever it comes from: RGB, turned as its EXIF says, transparency on white.
+
+    The result says nothing of orientation or transparency any more, so that doing it twice changes nothing.
+
+    Raises:
+        UnreadableImage: it is of floating-point numbers.
+    """
+    orientation = _orientation(image)
+    made = _upright(_rgb(image), orientation)  # a new image, whatever the old one was
+    made.info = {}
+    return made
 
 
 @contextmanager

@@ -23,12 +23,15 @@ def check_text_output(path: Path) -> None:
 
 
 def write_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Rows of the same plain values, with a line of names; "-" is standard output. Lists are left out.
+    """Rows of plain values, with a line of names; "-" is standard output. Lists are left out.
+
+    A value that only some rows have is empty in the others.
 
     Raises:
         StarflowError: it cannot be written.
     """
-    names = [name for name, value in rows[0].items() if not isinstance(value, list | dict)]
+    lists = {name for row in rows for name, value in row.items() if isinstance(value, list | dict)}
+    names = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in lists]
     text = io.StringIO()
     writer = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()

@@ -210,6 +210,9 @@ def add_adapters(flow: nn.Module, adapters: Strengths) -> None:
     Raises:
         StarflowError: an adapter is missing, damaged, or of another model; the flow is unchanged then.
     """
+    for folder, strength in adapters:
+        if not math.isfinite(float(strength)):
+            raise StarflowError(f"the strength of the adapter {folder} must be a number, such as 1, not {strength:g}")
     read = [(Adapter.read(folder), float(strength)) for folder, strength in adapters]
     for adapter, _ in read:
         adapter.check(flow)
@@ -221,8 +224,14 @@ def add_adapters(flow: nn.Module, adapters: Strengths) -> None:
         for path in adapter.layers:
             layer = adapted.setdefault(path, AdaptedLinear(originals[path]))
             layer.add(*adapter.change(path, originals[path], strength))
+    for path, layer in adapted.items():
+        parts = [layer.lora_a, layer.lora_b, *([layer.gain] if "gain" in layer else [])]
+        if not all(mx.isfinite(part).all().item() for part in parts):
+            names = ", ".join(adapter.name for adapter, _ in read)
+            raise StarflowError(
+                f"the change of {path} by {names} is not finite: it is damaged, or its strength too large"
+            )
     replace_layers(flow, adapted.items())
-    mx.eval([[layer.lora_a, layer.lora_b, layer.get("gain", [])] for layer in adapted.values()])
 
 
 def fuse_adapters(flow: nn.Module, *, dequantize: bool = False) -> list[str]:

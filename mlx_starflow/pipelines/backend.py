@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 import mlx.core as mx
 import numpy as np
 
+from mlx_starflow.errors import StarflowError
 from mlx_starflow.likelihood.protocol import Part
 from mlx_starflow.model_dir.directory import ModelDirectory, read_text_encoder
 from mlx_starflow.model_dir.quantization import dequantize_on_cpu
@@ -114,6 +115,14 @@ class Backend(ABC, Generic[Array]):
         return None
 
 
+def check_part(values: np.ndarray, part: str) -> None:
+    """Raise StarflowError, naming the network, if what it made has a NaN or an infinity."""
+    if not np.isfinite(values).all():
+        raise StarflowError(
+            f"what {part} made is not finite: its weights may be damaged, or too coarse (--dtype float32)"
+        )
+
+
 class MLXBackend(Backend[mx.array]):
     """The networks of a model directory in MLX, read when they are first used.
 
@@ -199,7 +208,7 @@ class MLXBackend(Backend[mx.array]):
 
     def encode_text(self, ids: np.ndarray, mask: np.ndarray) -> mx.array:
         text = self.text_encoder.encode(mx.array(ids), mx.array(mask))
-        mx.eval(text)
+        check_part(np.array(text.astype(mx.float32)), "the text encoder")
         return text
 
     def invert(
@@ -227,7 +236,9 @@ class MLXBackend(Backend[mx.array]):
 
     def encode(self, images: np.ndarray) -> np.ndarray:
         """Images `[B, H, W, 3]` in -1..1 -> normalized latents without noise, float32 `[B, h, w, C]`."""
-        return np.array(self.vae.scale(self.vae.encode(mx.array(images)).mean))
+        latents = np.array(self.vae.scale(self.vae.encode(mx.array(images)).mean).astype(mx.float32))
+        check_part(latents, "the autoencoder")
+        return latents
 
     def decode(self, latents: mx.array) -> np.ndarray:
         # The flow speaks float32; the decoder its own precision.

@@ -15,8 +15,8 @@ from mlx_starflow import __version__, editing, likelihood
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.likelihood.protocol import ImageModel, ImageOrVideo, Part
 from mlx_starflow.media.images import to_images
-from mlx_starflow.media.noise import digest, draw_seed
-from mlx_starflow.media.pixels import crop_image, scale_pixels
+from mlx_starflow.media.noise import check_seeds, digest, draw_seed
+from mlx_starflow.media.pixels import UnreadableImage, crop_image, model_picture, scale_pixels
 from mlx_starflow.model_dir.directory import ModelDirectory
 from mlx_starflow.models.autoencoder_kl import WHOLE_PIXELS
 from mlx_starflow.models.flow import Flow
@@ -124,7 +124,15 @@ class Pipeline(ImageModel):
             return [None] * images
         if seed is None:
             seed = draw_seed()
-        return [seed + k for k in range(images)] if isinstance(seed, int) else list(seed)
+        # Python's own integers, which metadata in JSON can hold.
+        if isinstance(seed, int | np.integer):
+            check_seeds([seed])
+            return [int(seed) + k for k in range(images)]
+        if isinstance(seed, str | float) or not isinstance(seed, Iterable):
+            raise StarflowError(f"a seed is a whole number from 0 on, or a list of them, not {seed!r}")
+        seeds = list(seed)
+        check_seeds(seeds)
+        return [int(each) for each in seeds]
 
     def _metadata(
         self,
@@ -146,8 +154,15 @@ class Pipeline(ImageModel):
 
 
 def fit_image(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """An image in RGB, cut about its middle to the shape of `size` (width, height) and resized to it."""
-    image = image.convert("RGB")
+    """An image as models see it, cut about its middle to the shape of `size` (width, height) and resized to it.
+
+    Raises:
+        StarflowError: it is of floating-point numbers.
+    """
+    try:
+        image = model_picture(image)
+    except UnreadableImage as error:
+        raise StarflowError(str(error)) from None
     return image if image.size == size else crop_image(image, *size)
 
 

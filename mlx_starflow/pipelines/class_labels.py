@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.likelihood.protocol import one_or_several
 from mlx_starflow.model_dir.directory import ModelDirectory
 from mlx_starflow.models.tarflow import TarFlowConfig
 from mlx_starflow.pipelines.backend import MLXBackend
@@ -48,7 +49,7 @@ class ClassPipeline(Pipeline):
     def conditions(self, prompts: Sequence[str], shape: Sequence[int] | None = None) -> mx.array | None:
         classes = self.config.num_classes
         numbers = []
-        for prompt in prompts:
+        for prompt in one_or_several(prompts):
             text = prompt.strip()
             if text and not (text.isdecimal() and int(text) < classes):
                 known = f"a number from 0 to {classes - 1}" if classes else "nothing: the model knows no classes"

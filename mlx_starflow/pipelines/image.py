@@ -214,6 +214,7 @@ class ImagePipeline(LatentPipeline):
                 for one in (slice(index, index + 1) for index in range(len(noise))):
                     certificate = backend.certify(x[one], z[one], text[one], null_text, settings)
                     stats.certificates.append(certificate)
+                    self.check_certificate(certificate, self.method(settings))
         if settings.denoise:
             with self.phases.run(stats, "denoise"):
                 x = backend.denoise(x, text)

@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.likelihood.protocol import one_or_several
 from mlx_starflow.media.buckets import closest_ratio
 from mlx_starflow.model_dir.directory import ModelDirectory
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
@@ -21,7 +22,10 @@ from mlx_starflow.pipelines.backend import Backend
 from mlx_starflow.pipelines.base import BATCH, Pipeline
 from mlx_starflow.pipelines.prompts import complete_prompt
 from mlx_starflow.pipelines.results import GenerationSettings
-from mlx_starflow.sampling import SamplingPlan
+from mlx_starflow.sampling import Certificate, SamplingPlan
+
+WORST = 1.0
+"""The largest certificate that no plan makes right, in standard deviations of the noise."""
 
 
 class LatentPipeline(Pipeline):
@@ -67,15 +71,29 @@ class LatentPipeline(Pipeline):
         """How settings sample: "auto" is the model's sampling plan, or sequential where there is none."""
         return (self.plan or "sequential") if settings.method == "auto" else settings.method
 
+    def check_certificate(self, certificate: Certificate, method: str | SamplingPlan) -> None:
+        """Warn about a sample that is further from its noise than the plan allows that it was made by.
+
+        Whatever a plan allows, a sample that is off by a standard deviation of the noise is another noise's.
+        """
+        if isinstance(method, SamplingPlan) and not certificate.max <= min(method.tolerance, WORST):
+            warnings.warn(
+                f"{certificate}, which is more than the {min(method.tolerance, WORST):.1e} of the sampling plan of "
+                f"{self.name}: run `mlx-starflow tune` again, or use --method sequential",
+                stacklevel=3,
+            )
+
     # ---- prompts
 
-    def encode_prompts(self, prompts: Sequence[str], size: tuple[int, int] | None = None, fps: int = 0) -> mx.array:
+    def encode_prompts(
+        self, prompts: str | Sequence[str], size: tuple[int, int] | None = None, fps: int = 0
+    ) -> mx.array:
         """Prompts -> text embeddings `[B, L, D]`, zero at padding. Warns about a prompt that is cut.
 
         `size` (width, height), in pixels, is told to models that were trained on several shapes, and `fps`, frames a
         second or 0 for an image, to models that were trained on videos. The array is one of the backend's framework.
         """
-        length = self.config.txt_size
+        prompts, length = one_or_several(prompts), self.config.txt_size
         ratio = closest_ratio(*size) if size else "1:1"
         completed = [complete_prompt(prompt, self.config, ratio=ratio, fps=fps) for prompt in prompts]
         ids, mask, truncated = self.tokenizer.batch(completed, length)
@@ -88,7 +106,7 @@ class LatentPipeline(Pipeline):
         return self.backend.encode_text(ids, mask)
 
     def conditions(self, prompts: Sequence[str], shape: Sequence[int] | None = None) -> mx.array:
-        _ = self._mlx
+        _, prompts = self._mlx, one_or_several(prompts)
         size = self.size if shape is None else self.image_size(shape)
         numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
         unique, parts = list(numbers), []

@@ -270,7 +270,17 @@ class VideoPipeline(LatentPipeline):
 
     def _stages(self, request: VideoRequest, frames_at_once: int, verify: bool, progress: bool | None) -> VideoStages:
         method, window = self.method(request.settings), self.format.window
-        return VideoStages(self.backend, self.phases, self.config, window, method, frames_at_once, verify, progress)
+        return VideoStages(
+            self.backend,
+            self.phases,
+            self.config,
+            window,
+            method,
+            frames_at_once,
+            verify,
+            progress,
+            self.check_certificate,
+        )
 
     def _texts(self, request: VideoRequest) -> tuple[mx.array, mx.array]:
         """Embeddings of each video's prompt, and of no prompt."""

@@ -14,6 +14,7 @@ from mlx_starflow.likelihood.protocol import ImageOrVideo
 from mlx_starflow.media.images import to_images
 from mlx_starflow.media.pixels import scale_pixels
 from mlx_starflow.models.autoencoder_wan import AutoencoderWan
+from mlx_starflow.pipelines.backend import check_part
 from mlx_starflow.pipelines.base import fit_image
 
 
@@ -34,7 +35,7 @@ def encode_frames(
         fitted = np.stack([np.asarray(fit_image(image, size)) for image in chunk])
         mean = stream.push(mx.array(scale_pixels(fitted))[None]).mean
         latents.append(vae.scale(mean, start=len(latents)))
-        mx.eval(latents[-1])
+        check_part(np.array(latents[-1].astype(mx.float32)), "the autoencoder")
     return mx.concatenate(latents, axis=1)
 
 

@@ -16,6 +16,7 @@ from mlx_starflow.errors import StarflowError
 from mlx_starflow.media.buckets import RATIOS, bucket_size, closest_ratio
 from mlx_starflow.media.image_files import read_image
 from mlx_starflow.media.noise import VideoNoise, draw_noise, draw_side_noise
+from mlx_starflow.media.pixels import model_picture
 from mlx_starflow.media.videos import read_video
 from mlx_starflow.models.autoencoder_wan import AutoencoderWan, AutoencoderWanConfig
 from mlx_starflow.models.starflow import FlowConfig
@@ -145,7 +146,7 @@ def read_first_image(
     """An image that is the video's first frame."""
     if asked.frames == 1:
         raise StarflowError("a video that begins with a picture has more than 1 frame")
-    image = read_image(Path(source)) if isinstance(source, str | Path) else source
+    image = read_image(Path(source)) if isinstance(source, str | Path) else model_picture(source)
     size = asked.size or video_format.nearest_size(image)
     return Given("image", encode_frames(vae, [image], size), shown=True), replace(asked, size=size)
 

@@ -6,7 +6,7 @@ Nothing that grows with the video's length is kept.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -18,7 +18,7 @@ from mlx_starflow.pipelines.backend import MLXBackend
 from mlx_starflow.pipelines.phases import Phases
 from mlx_starflow.pipelines.video_frames import FrameDecoder
 from mlx_starflow.pipelines.video_requests import VideoRequest
-from mlx_starflow.sampling import SamplingPlan, SamplingTrace, denoise_frames, sample_frames
+from mlx_starflow.sampling import Certificate, SamplingPlan, SamplingTrace, denoise_frames, sample_frames
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class VideoStages:
         frames_at_once: latent frames that go through the flow's shallow blocks together.
         verify: certify the samples.
         progress: show a progress bar of tokens; None shows it on a terminal only.
+        check_certificate: is told each certificate, and the method.
     """
 
     backend: MLXBackend
@@ -43,6 +44,7 @@ class VideoStages:
     frames_at_once: int
     verify: bool
     progress: bool | None
+    check_certificate: Callable[[Certificate, str | SamplingPlan], None]
 
     def latents(self, request: VideoRequest, text: mx.array, null_text: mx.array) -> Iterator[mx.array]:
         """Clean latents of the frames to be shown, `[B, 1, h, w, C]` each."""
@@ -95,6 +97,7 @@ class VideoStages:
                 one = slice(index, index + 1)
                 certificate = self.backend.certify(x[one], z[one], text[one], null_text, request.settings)
                 request.stats.certificates.append(certificate)
+                self.check_certificate(certificate, self.method)
 
     def images(self, request: VideoRequest, latents: Iterator[mx.array]) -> Iterator[list[list[Image.Image]]]:
         """Clean latents -> for each latent frame the frames of each video."""

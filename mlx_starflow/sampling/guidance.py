@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -37,9 +38,9 @@ class SamplingOptions:
     guidance_target: GuidanceTarget = "ab"
 
     def __post_init__(self) -> None:
-        if not self.guidance >= 0:
+        if not 0 <= self.guidance < math.inf:
             raise StarflowError(f"guidance must be 0 or more, not {self.guidance:g}")
-        if not self.attn_temp > 0:
+        if not 0 < self.attn_temp < math.inf:
             raise StarflowError(f"the attention temperature must be greater than 0, not {self.attn_temp:g}")
         if self.guidance_target not in ("ab", "a", "b"):
             raise StarflowError(f"guidance_target must be ab, a (scale) or b (mean), not {self.guidance_target!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, ClassVar
 from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.media.files import exists, inside, read_json, replacing
 from mlx_starflow.model_dir.files import PLAN_FILE
+from mlx_starflow.model_dir.fingerprint import fingerprint
 from mlx_starflow.models.configs import ConfigKind
 
 PLAN = ConfigKind("sampling plan")
@@ -92,15 +94,18 @@ class SamplingPlan:
         blocks: settings of each block, data side first.
         tolerance: largest certificate (`certificate.certify`) that was allowed.
         measured: what tuning saw: guidance, certificate, evaluations, machine; for people to read.
+        fingerprint: of the weights that it was measured with, see `model_dir.fingerprint`; "" in plans that do not say.
     """
 
     blocks: tuple[Settings, ...]
     tolerance: float
     measured: Mapping[str, Any]
+    fingerprint: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         blocks = [{"method": block.name, **asdict(block)} for block in self.blocks]
-        return {"version": 1, "tolerance": self.tolerance, "blocks": blocks, "measured": dict(self.measured)}
+        values = {"version": 1, "tolerance": self.tolerance, "blocks": blocks, "measured": dict(self.measured)}
+        return values | ({"fingerprint": self.fingerprint} if self.fingerprint else {})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "sampling plan") -> SamplingPlan:
@@ -112,7 +117,8 @@ class SamplingPlan:
                 )
             blocks = tuple(_settings(block) for block in values["blocks"])
             tolerance = _typed("tolerance", "float", values["tolerance"])
-            return cls(blocks, float(tolerance), dict(values.get("measured", {})))
+            measured, mark = dict(values.get("measured", {})), str(values.get("fingerprint", ""))
+            return cls(blocks, float(tolerance), measured, mark)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise StarflowError(
                 f"{where} is damaged ({one_line(error)[:200]}); run `mlx-starflow tune` again"
@@ -127,7 +133,7 @@ class SamplingPlan:
 
     @classmethod
     def find(cls, directory: Path) -> SamplingPlan | None:
-        """The plan in a model directory; None if there is none."""
+        """The plan in a model directory; None if there is none, or it is another model's, which is warned about."""
         path = directory / PLAN_FILE
         if not exists(path):
             return None
@@ -135,7 +141,13 @@ class SamplingPlan:
             values = read_json(inside(directory, PLAN_FILE))
         except StarflowError as error:
             raise StarflowError(f"{path} is damaged ({error}); run `mlx-starflow tune` again") from None
-        return cls.from_dict(values, str(path))
+        found = cls.from_dict(values, str(path))
+        if found.fingerprint and found.fingerprint != fingerprint(directory):
+            warnings.warn(
+                f"{path} was measured with other weights and is ignored; run `mlx-starflow tune` again", stacklevel=2
+            )
+            return None
+        return found
 
 
 def _settings(values: Mapping[str, Any]) -> Settings:

@@ -91,3 +91,10 @@ def test_mistakes(model, adapter, tmp_path):
     assert not (tmp_path / "x").exists()
     assert "holds no adapter_config.json" in generate.mistake("a cat", "-m", model, "--lora", model, 1)
     assert "--backend mlx" in generate.mistake("a cat", "-m", model, "--lora", adapter, 1, "--backend", "torch")
+
+
+def test_strengths_that_are_no_numbers(model, adapter, tmp_path):
+    for strength in ("nan", "inf", "1e39"):
+        error = fuse.mistake(model, "--lora", adapter, strength, "-o", tmp_path / "fused")
+        assert "strength" in error
+        assert not (tmp_path / "fused").exists()

@@ -130,3 +130,31 @@ def test_mistakes(model, folder, tmp_path):
     assert "Missing option" in calibrate.mistake(one)
     (tmp_path / "file").write_text("")
     assert "cannot be made" in score.mistake(one, "-m", model, "--map", tmp_path / "file/maps")
+
+
+def test_pictures_without_a_caption_are_compared_with_unprompted_ones(model, folder, tmp_path):
+    assert calibrate(folder, "-m", model, "--draws", 2).exit_code == 0
+    bare = tmp_path / "bare.png"
+    bare.write_bytes((folder / "1.png").read_bytes())
+    table = ["--draws", 2, "--json", "-"]
+    rows = json.loads(score(folder, bare, "-m", model, "--captions", *table).stdout)["pictures"]
+    assert [row["prompt"] for row in rows] == ["a cat", "a dog", "a cat", ""]
+    known = json.loads((model / "likelihood.json").read_text())["nll"]
+    for row in rows:
+        kind = known["prompted" if row["prompt"] else "unprompted"]
+        spread = np.sqrt(kind["between"] + kind["within"] / 2)
+        assert row["deviation"] == pytest.approx((row["nll"] - kind["mean"]) / spread, abs=1e-6)
+
+
+def test_deviations_of_some_pictures_alone(model, folder, tmp_path):
+    captions = (folder / "metadata.jsonl").read_text()
+    (folder / "metadata.jsonl").unlink()
+    assert calibrate(folder, "-m", model, "--draws", 2).exit_code == 0
+    (folder / "metadata.jsonl").write_text(captions)
+    bare = tmp_path / "bare.png"
+    bare.write_bytes((folder / "1.png").read_bytes())
+    result = score(folder, bare, "-m", model, "--captions", "--csv", tmp_path / "t.csv")
+    assert result.exit_code == 0, result.output
+    rows = list(csv.DictReader((tmp_path / "t.csv").open()))
+    assert score(folder, bare, "-m", model, "--captions").stdout.splitlines()[0].endswith("deviation")
+    assert [bool(row["deviation"]) for row in rows] == [False, False, False, True]

@@ -107,9 +107,7 @@ def score(
         size=size,
         progress=None,
     )
-    rows = [
-        _row(*each, statistics, prompted=captions or bool(prompt)) for each in zip(found, prompts, scores, strict=True)
-    ]
+    rows = [_row(*each, statistics) for each in zip(found, prompts, scores, strict=True)]
     if map_dir is not None:
         _write_maps(pipe, open_files(pipe, found, frames), found, scores, rows, size, map_dir, map_of)
     if csv_file is not None:
@@ -120,9 +118,9 @@ def score(
         _print(rows, pipe.dimension)
 
 
-def _row(
-    picture: ImageFile, prompt: str, result: Score, statistics: CalibrationStatistics | None, prompted: bool
-) -> dict[str, Any]:
+def _row(picture: ImageFile, prompt: str, result: Score, statistics: CalibrationStatistics | None) -> dict[str, Any]:
+    # A picture without a caption was scored without a prompt, whatever the others have.
+    prompted = bool(prompt.strip())
     row = {"picture": picture.name, "prompt": prompt, **result.to_dict()}
     if statistics is not None and not result.frames and ("prompted" in statistics.nll or not prompted):
         typicality = statistics.typicality(result, prompted)
@@ -149,12 +147,12 @@ def _print(rows: list[dict[str, Any]], dimension: str) -> None:
     from mlx_starflow.likelihood import standard_error
 
     width = max(7, *(len(row["picture"]) for row in rows))
-    more = [key for key in ("bits_per_pixel_dimension", "deviation") if key in rows[0]]
+    more = [key for key in ("bits_per_pixel_dimension", "deviation") if any(key in row for row in rows)]
     titles = {"bits_per_pixel_dimension": "bits/pixel dim", "deviation": "deviation"}
     click.echo(f"{'picture':<{width}}  {'NLL':>8}  {'+-':>7}" + "".join(f"  {titles[key]:>14}" for key in more))
     for row in rows:
         error = "" if row["standard_error"] is None else f"{row['standard_error']:.4f}"
-        values = "".join(f"  {row[key]:14.3f}" for key in more)
+        values = "".join(f"  {row[key]:14.3f}" if key in row else " " * 16 for key in more).rstrip()
         click.echo(f"{row['picture']:<{width}}  {row['nll']:8.4f}  {error:>7}{values}")
         if "frames" in row:
             click.echo("  by latent frame: " + " ".join(f"{frame['nll']:.3f}" for frame in row["frames"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TextIO
 
 import click
@@ -48,6 +49,7 @@ def tune(
     of comes back with at most this difference.
     """
     from mlx_starflow.bench.trials import PROMPTS, prepare
+    from mlx_starflow.model_dir.fingerprint import fingerprint
     from mlx_starflow.model_dir.hub import find_model
     from mlx_starflow.model_dir.transaction import locked
     from mlx_starflow.model_dir.weights import parse_dtype
@@ -71,4 +73,5 @@ def tune(
         report=click.echo,
     )
     if not dry_run:
-        click.echo(f"{plan.save(trials.directory)} is written")
+        tied = replace(plan, fingerprint=fingerprint(trials.directory))
+        click.echo(f"{tied.save(trials.directory)} is written")

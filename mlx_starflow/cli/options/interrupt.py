@@ -10,6 +10,9 @@ from typing import Any
 
 import click
 
+INTERRUPTED = 130
+"""The exit code of a command that was interrupted, as a shell expects."""
+
 
 @contextmanager
 def resumable(hint: str = "") -> Iterator[None]:
@@ -28,7 +31,7 @@ def resumable(hint: str = "") -> Iterator[None]:
     except KeyboardInterrupt:
         if hint:
             click.echo(hint, err=True)
-        raise SystemExit(130) from None
+        raise SystemExit(INTERRUPTED) from None
     finally:
         if main:
             signal.signal(signal.SIGTERM, before)

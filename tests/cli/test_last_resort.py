@@ -1,0 +1,65 @@
+"""What a command does with what nobody foresaw, with signals, and with an output that takes nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from helpers.commands import Command, message
+from helpers.images import smooth_images
+
+from mlx_starflow.media import image_files
+
+score = Command("score")
+
+
+def fail(error):
+    def raises(*_, **__):
+        raise error
+
+    return raises
+
+
+def test_an_unexpected_exception_is_one_line_with_a_file(monkeypatch):
+    monkeypatch.setattr(image_files, "find_images", fail(RecursionError("too\ndeep")))
+    said = score.mistake("a.png")
+    assert "RecursionError: too deep" in said
+    file = said.split("the file ")[1].strip()
+    with open(file) as report:
+        text = report.read()
+    os.unlink(file)
+    assert text.startswith("mlx-starflow ") and "find_images" in text and "Traceback" in text
+
+
+def test_ctrl_c_and_sigterm(monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    for stop in (fail(KeyboardInterrupt()), lambda *_: os.kill(os.getpid(), signal.SIGTERM)):
+        monkeypatch.setattr(image_files, "find_images", stop)
+        result = score("a.png")
+        assert result.exit_code == 130 and result.stderr == "stopped\n"
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no device that is always full")
+def test_a_full_standard_output():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "mlx_starflow", "info", "demo"], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 2
+    assert done.stderr.startswith("Error: ") and done.stderr.count("\n") == 1 and "No space left" in done.stderr
+
+
+def test_seeds(latent_flow):
+    plain = latent_flow.generate("a", seed=3)
+    drawn = latent_flow.generate("a", seed=np.int64(3))
+    assert drawn.images == plain.images and drawn.metadata == plain.metadata
+    assert type(drawn.seeds[0]) is int
+    assert latent_flow.generate("a", seed=np.arange(2)).seeds == [0, 1]
+    for wrong in (-1, 1.5, "7", [-1]):
+        assert "a seed is a whole number" in message(latent_flow.generate, "a", seed=wrong)
+    assert "a seed is a whole number" in message(latent_flow.score, smooth_images(1), seed=-1)

@@ -1,0 +1,56 @@
+"""Sampling plans belong to the weights that they were measured with, and keep what they promise."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from dataclasses import replace
+
+import mlx.core as mx
+import pytest
+from helpers.model_directories import edit_weights, write_image_model
+
+from mlx_starflow import load
+from mlx_starflow.model_dir.files import load_weights
+from mlx_starflow.model_dir.fingerprint import fingerprint
+from mlx_starflow.sampling import SamplingPlan
+from mlx_starflow.sampling.methods import JacobiSettings
+
+
+@pytest.fixture
+def model(tmp_path):
+    return write_image_model(tmp_path / "model")
+
+
+def plan(tolerance=1e30, iterations=1):
+    return SamplingPlan((JacobiSettings(16, 1e30, iterations),) * 2, tolerance, {})
+
+
+def test_a_plan_of_other_weights_is_ignored(model, tmp_path):
+    replace(plan(), fingerprint=fingerprint(model)).save(model)
+    assert load(model).plan is not None
+    other = shutil.copytree(model, tmp_path / "other")
+    name = next(name for name in load_weights(other) if ".proj_out." in name)
+    edit_weights(other, **{name.replace(".", "__"): mx.array(load_weights(other)[name]) + 1})
+    with pytest.warns(UserWarning, match="measured with other weights and is ignored"):
+        pipe = load(other)
+    assert pipe.plan is None
+    # A plan that does not say whose it is was written before plans did.
+    content = json.loads((other / "sampling_plan.json").read_text())
+    del content["fingerprint"]
+    (other / "sampling_plan.json").write_text(json.dumps(content))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load(other).plan is not None
+
+
+def test_a_certificate_beyond_the_plan_is_said(model):
+    plan(tolerance=1e-9, iterations=1).save(model)
+    pipe = load(model)
+    with pytest.warns(UserWarning, match="more than the 1.0e-09 of the sampling plan"):
+        made = pipe.generate("a cat", seed=1)
+    assert made.stats.certificate.max > 1e-9
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipe.generate("a cat", seed=1, method="sequential")
