@@ -51,7 +51,10 @@ class Tokenizer:
         if self.eos_token_id < 0 or self.pad_token_id < 0:
             raise StarflowError(f"{path} is not a T5 tokenizer: it has no </s> or no <pad>; use T5's spiece.model")
         markers = (self.eos_token_id, self.pad_token_id, self._model.unk_id())
-        self._markers = {self._model.id_to_piece(i): i for i in markers}
+        try:
+            self._markers = {self._model.id_to_piece(i): i for i in markers}
+        except (IndexError, ValueError, RuntimeError) as error:  # pieces that are no UTF-8, among others
+            raise StarflowError(f"{path} is damaged; download spiece.model again") from error
         self._split_markers = re.compile("(" + "|".join(map(re.escape, self._markers)) + ")")
 
     def encode(self, text: str) -> list[int]:

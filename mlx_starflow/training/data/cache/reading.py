@@ -20,6 +20,10 @@ from mlx_starflow.training.data.dropout import choose_caption, context_mask, con
 Numbers = Sequence[int] | np.ndarray
 
 
+MOST_TEXT = 2**16
+"""Tokens of a text, of which models read at most a few hundred."""
+
+
 class LatentCache:
     """What `build_cache` made. Images are numbered from 0 in the order of their source.
 
@@ -71,6 +75,11 @@ class LatentCache:
         self.ratios = list(manifest["buckets"])
         self.shapes = [tuple(bucket["latents"]) for bucket in manifest["buckets"].values()]
         self._read_index()
+        longest = max((count for _, count in self._texts.values()), default=0)
+        if not longest <= self.text_length <= MOST_TEXT or self.patch_size < 1 or self.views < 1:
+            raise ValueError("sizes that cannot be")
+        if {self._mean.shape, self._std.shape} != {shape[-1:] for shape in self.shapes} or not (self._std > 0).all():
+            raise ValueError("the latents' scale is not theirs")
         self._latents = [
             self._map(latents_file(ratio), (bucket["pictures"], self.views, 2, *bucket["latents"]))
             for ratio, bucket in manifest["buckets"].items()
@@ -152,7 +161,9 @@ class LatentCache:
         """
         out = np.zeros((len(captions), self.text_length, self.text_width), np.float32)
         for row, caption in zip(out, captions, strict=True):
-            start, count = self._texts[caption, ratio if self.names_ratio else None]
+            if (place := self._texts.get((caption, ratio if self.names_ratio else None))) is None:
+                raise StarflowError(f"{self.folder} does not hold the text {caption[:100]!r}: make the cache again")
+            start, count = place
             row[:count] = decode_numbers(self._text[start : start + count], self._dtype)
         return out
 
