@@ -81,8 +81,10 @@ def _dense(
 ) -> dict[str, Tensor]:
     """A model directory's tensors, those of quantized layers dequantized when they are read."""
     layers = {name.removesuffix(".scales") for name in weights if name.endswith(".scales")}
-    if layers and not isinstance(quantization, Mapping):
-        raise StarflowError(f"{directory}: the weights are quantized, but config.json has no quantization")
+    if not isinstance(quantization, Mapping):
+        if layers:
+            raise StarflowError(f"{directory}: the weights are quantized, but config.json has no quantization")
+        quantization = {}
     dense = (array.dtype for array in weights.values() if array.dtype in (mx.float32, mx.bfloat16, mx.float16))
     dtype = next(dense, mx.float32)
     tensors = {}
@@ -93,7 +95,8 @@ def _dense(
         if path in layers and kind == "weight":
             own = quantization.get(path)
             settings = own if isinstance(own, Mapping) else quantization
-            how = {key: settings.get(key) for key in ("group_size", "bits")} | {"mode": settings.get("mode", "affine")}
+            how: dict[str, Any] = {key: settings.get(key) for key in ("group_size", "bits")}
+            how["mode"] = settings.get("mode", "affine")
             try:
                 # Computed when it is written: here it only says its shape.
                 array = mx.dequantize(array, weights[f"{path}.scales"], weights.get(f"{path}.biases"), **how)

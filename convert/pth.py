@@ -16,6 +16,7 @@ import mmap
 import os
 import stat
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -152,7 +153,7 @@ def _read(path: str | os.PathLike[str]) -> Checkpoint:
     return Checkpoint(_named_tensors(unpickle(pickled, storages)), memory)
 
 
-def _named_tensors(root: object) -> dict[str, StoredTensor]:
+def _named_tensors(root: Any) -> dict[str, StoredTensor]:
     """The tensors inside nested containers by dotted name; see `read_checkpoint` for the rule."""
     if type(root) not in (dict, list, tuple):
         raise Refused("its outermost object is no dict, list or tuple; save the model's state_dict()")
@@ -162,7 +163,7 @@ def _named_tensors(root: object) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     items = 0
 
-    def walk(container: object, prefix: str, depth: int) -> None:
+    def walk(container: Any, prefix: str, depth: int) -> None:
         nonlocal items
         items += len(container)
         if items > _MAX_ITEMS or depth > _MAX_DEPTH:

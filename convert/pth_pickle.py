@@ -14,13 +14,14 @@ import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import FunctionType
+from typing import Any, TypeGuard
 
 import numpy as np
 
 from mlx_starflow.convert.pth_zip import Record, Refused, quote
 
 # NumPy has no bfloat16: its values are handed out as their 16 bits.
-NUMPY_DTYPES = {
+NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
     "float64": np.dtype("<f8"),
     "float32": np.dtype("<f4"),
     "float16": np.dtype("<f2"),
@@ -112,21 +113,22 @@ def _malformed(why: str) -> Refused:
     return Refused(f"its pickle is malformed or ends too early ({quote(why)}); download or save it again")
 
 
-class _Opcodes(dict[int, Callable[["_Unpickler"], None]]):
+class _Opcodes(dict[int, Callable[[Any], None]]):
     """What an unpickler does for each opcode that is allowed; it refuses others, and too many of them."""
 
     def __init__(self) -> None:
-        stock = pickle._Unpickler.dispatch  # type: ignore[attr-defined]
+        stock = pickle._Unpickler.dispatch
+        allowed: dict[int, Callable[[Any], None]] = {code: stock[code] for code in _OPCODES}
         own = {
             pickle.REDUCE: _Unpickler.call,
             pickle.SETITEM: _Unpickler.set_item,
             pickle.SETITEMS: _Unpickler.set_items,
             pickle.BUILD: _Unpickler.build,
         }
-        super().__init__({code: stock[code] for code in _OPCODES} | {code[0]: method for code, method in own.items()})
+        super().__init__(allowed | {code[0]: method for code, method in own.items()})
         self._steps = 0
 
-    def __getitem__(self, code: int) -> Callable[[_Unpickler], None]:
+    def __getitem__(self, code: int) -> Callable[[Any], None]:
         self._steps += 1
         if self._steps > _MAX_STEPS:
             raise Refused(f"its pickle takes more than {_MAX_STEPS} steps")
@@ -135,13 +137,19 @@ class _Opcodes(dict[int, Callable[["_Unpickler"], None]]):
         return super().__getitem__(code)
 
 
-class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
+class _Unpickler(pickle._Unpickler):
     """No step hashes, compares or prints a container, and each takes time in proportion to what it consumes."""
+
+    # The base class's.
+    stack: list[Any]
+    metastack: list[list[Any]]
+    append: Callable[[object], None]
+    pop_mark: Callable[[], list[Any]]
 
     def __init__(self, data: bytes, records: Mapping[str, Record]) -> None:
         self._file = io.BytesIO(data)
         super().__init__(self._file)
-        self.dispatch = _Opcodes()
+        self.dispatch = _Opcodes()  # type: ignore[misc]  # one for each pickle: it counts steps
         self._records = records
         self._storages: dict[str, Storage] = {}
 
@@ -217,7 +225,7 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
             raise _malformed("attributes of no dict")
 
 
-def _is_extent(value: object) -> bool:
+def _is_extent(value: object) -> TypeGuard[int]:
     return type(value) is int and 0 <= value <= _MAX_EXTENT
 
 

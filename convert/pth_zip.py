@@ -57,7 +57,7 @@ def zip_records(file: MappedFile) -> dict[str, Record]:
         raise Refused(_what_it_is(head))
     truncated = Refused("it is truncated or damaged (no whole zip archive); download or save it again")
     try:
-        archive = zipfile.ZipFile(file)  # type: ignore[arg-type]
+        archive = zipfile.ZipFile(file)  # type: ignore[call-overload]  # its seek returns None before Python 3.13
     except Refused:
         raise
     except Exception:  # directories that are none raise whatever they like

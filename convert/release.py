@@ -74,8 +74,9 @@ def convert_release(
         if given is not None and not Path(given).exists():
             raise StarflowError(f"{given} does not exist; leave it out to download the release's own")
     flow_name = Path(checkpoint or release.checkpoint)
-    arguments = read_arguments(flow_name, config) or released_arguments(Path(release.checkpoint))
-    kinds = {name: bool(released_arguments(Path(other.checkpoint)).get("vid_size")) for name, other in RELEASES.items()}
+    arguments = read_arguments(flow_name, config) or released_arguments(Path(release.checkpoint)) or {}
+    known = {name: released_arguments(Path(other.checkpoint)) or {} for name, other in RELEASES.items()}
+    kinds = {name: bool(its.get("vid_size")) for name, its in known.items()}
     if (is_video := bool(arguments.get("vid_size"))) != kinds[repository.lower()]:
         other = next(name for name, kind in kinds.items() if kind == is_video)
         what = "a video model's" if is_video else "a picture model's"

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -18,13 +20,13 @@ from scene_pictures import Renderer
 from scene_recipe import NOISE, PIPELINE, TEXT_LENGTH, Recipe
 from scene_words import objects, plural
 from torch import Tensor
+from torch_training import TextFlow, flow_loss
 
 from mlx_starflow.models.tokenizer import Tokenizer
 from mlx_starflow.reference.autoencoder_kl import AutoencoderKL
 from mlx_starflow.reference.sampling import denoise, sample
 from mlx_starflow.reference.starflow import STARFlow
 from mlx_starflow.reference.t5 import T5Encoder
-from mlx_starflow.reference.training import TextFlow, flow_loss
 from mlx_starflow.training.recipes.text import train_tokenizer
 
 NOT_TRAINED_ON = 10**9
@@ -74,20 +76,23 @@ class Latents:
             path = self.folder / f"{index:03d}.npy"
             if not path.is_file():
                 numbers = range(index * self.recipe.shard, (index + 1) * self.recipe.shard)
-                encoded = [self.encode(part) for part in self._pictures(numbers)]
+                encoded = [self.encode(part) for part in self.pictures(numbers)]
                 with open(path.with_suffix(".unfinished"), "wb") as file:
                     np.save(file, np.concatenate(encoded).astype(np.float16))
                 os.replace(path.with_suffix(".unfinished"), path)
                 print(f"latents of scenes {numbers.start} to {numbers.stop - 1}", flush=True)
             self.shards.append(np.load(path))
 
-    def _pictures(self, numbers: range) -> list[np.ndarray]:
-        stream = Stream(self.renderer)
+    def pictures(self, numbers: range) -> Iterable[np.ndarray]:
+        """The pictures of scenes by number, a hundred at a time; drawn by all processes that the device has for it."""
         parts = [numbers[i : i + 100] for i in range(0, len(numbers), 100)]
+        render = _Render(Stream(self.renderer))
         if not self.device.workers:
-            return (np.stack([stream[n].picture for n in part]) for part in parts)
+            return map(render, parts)
+        # Forked processes have the sprites; sending them along would take longer than drawing.
+        _Render.shared = render
         with multiprocessing.get_context("fork").Pool(self.device.workers) as pool:
-            return pool.map(_Render(stream), parts)
+            return pool.map(_Render.draw_shared, parts)
 
     def __getitem__(self, numbers: np.ndarray) -> Tensor:
         """Normalized latents of scenes of the stream, by number."""
@@ -98,9 +103,14 @@ class Latents:
 @dataclass(frozen=True)
 class _Render:
     stream: Stream
+    shared: ClassVar[_Render]
 
     def __call__(self, numbers: range) -> np.ndarray:
         return np.stack([self.stream[n].picture for n in numbers])
+
+    @classmethod
+    def draw_shared(cls, numbers: range) -> np.ndarray:
+        return cls.shared(numbers)
 
 
 def tokenizer_for(recipe: Recipe, path: Path) -> Tokenizer:
@@ -137,7 +147,10 @@ def tokens(tokenizer: Tokenizer, texts: list[str]) -> tuple[Tensor, Tensor]:
 
 
 def share_of_text_alone(progress: float) -> float:
-    """How much of a batch reads the text and no tokens: half of it, and less towards the end (see `context_keep`)."""
+    """How much of a batch reads the text and no tokens: half of it, and less towards the end.
+
+    `torch_training.context_mask` says why.
+    """
     return 0.5 if progress < 0.7 else max(0.1, 0.5 - 0.4 * (progress - 0.7) / 0.15)
 
 
@@ -149,8 +162,9 @@ def train_flow(
     device: Device,
     seconds: float | None,
     deadline: float,
+    saved: Callable[[], None],
 ) -> TextFlow:
-    """Train for the recipe's steps or for so many seconds; see `scene_loop.train`."""
+    """Train for the recipe's steps or for so many seconds, and call `saved` after each checkpoint; see `train`."""
     torch.manual_seed(0)
     text_config = recipe.text_config(tokenizer.vocab_size)
     model = TextFlow(STARFlow(recipe.flow_config()), T5Encoder(text_config)).to(device.name)
@@ -196,6 +210,7 @@ def train_flow(
         steps=recipe.flow_steps,
         seconds=seconds,
         deadline=deadline,
+        saved=saved,
         watch=watch,
         watch_every=5000 if device.is_cuda else 1000,
     )

@@ -92,6 +92,7 @@ def train(
     seconds: float | None = None,
     deadline: float = math.inf,
     decay: float = 0.999,
+    saved: Callable[[], None] = lambda: None,
     watch: Callable[[nn.Module, int], str] | None = None,
     watch_every: int = 1000,
     log_every: int = 50,
@@ -106,6 +107,7 @@ def train(
         checkpoint: written every `device.save_every` seconds and at the end; resumed from if it is there. One that
             holds averaged weights alone is where to start, or finished if it has all the steps.
         deadline: `time.time()` after which to save and stop.
+        saved: called after each checkpoint.
         watch: is given the averaged model now and then, and says something about it.
 
     Raises:
@@ -135,9 +137,10 @@ def train(
     def save() -> float:
         state = {"model": model.state_dict(), "averaged": averaged.state_dict(), "step": step, "spent": spent}
         save_atomically({**state, "optimizer": optimizer.state_dict()}, checkpoint)
+        saved()
         return time.time()
 
-    saved, sums = began, {}
+    last_save, sums = began, {}
     for batch in read_ahead(batches, step, 10**9 if seconds else steps, device.workers):
         done = progress()
         if done >= 1:
@@ -168,8 +171,8 @@ def train(
             sums = {}
         if watch is not None and (step % watch_every == 0 or last):
             print(f"{checkpoint.stem} {step}  {watch(averaged, step)}", flush=True)
-        if time.time() - saved > device.save_every or last or time.time() > deadline:
-            saved = save()
+        if time.time() - last_save > device.save_every or last or time.time() > deadline:
+            last_save = save()
         if time.time() > deadline and not last:
             raise TimeIsUp(f"{checkpoint.stem} stopped at step {step}, {progress():.0%} of the way")
     return averaged
@@ -181,5 +184,10 @@ def read_ahead(batches: Batches, start: int, stop: int, workers: int) -> Iterato
         yield from (batches[step] for step in range(start, stop))
         return
     yield from torch.utils.data.DataLoader(
-        batches, batch_size=None, sampler=range(start, stop), num_workers=workers, prefetch_factor=4, pin_memory=True
+        batches,
+        batch_size=None,
+        sampler=range(start, stop),
+        num_workers=workers,
+        prefetch_factor=4,
+        pin_memory=torch.cuda.is_available(),
     )

@@ -26,12 +26,12 @@ from scene_loop import Device, TimeIsUp, read_averaged
 from scene_pictures import Renderer
 from scene_recipe import PIPELINE, SCENES, TINY, Recipe, on_gpu
 from torch import Tensor, nn
+from torch_training import TextFlow
 
 from mlx_starflow.models.tokenizer import Tokenizer
 from mlx_starflow.reference.autoencoder_kl import AutoencoderKL
 from mlx_starflow.reference.starflow import STARFlow
 from mlx_starflow.reference.t5 import T5Encoder
-from mlx_starflow.reference.training import TextFlow
 
 
 def export(recipe: Recipe, latents: Latents, tokenizer: Tokenizer, out: Path) -> None:
@@ -73,14 +73,12 @@ SHARD_BYTES = 15_000_000
 
 
 def pack(out: Path, folder: Path) -> None:
-    """Both networks' averaged weights in half precision, in a few files of under 16 MB each, to carry elsewhere."""
+    """The averaged weights in half precision, in a few files of under 16 MB each, to carry elsewhere."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     files: list[dict[str, Tensor]] = [{}]
-    for part in ("autoencoder", "flow"):
-        if not (out / f"{part}.pt").is_file():
-            continue
+    for part in (part for part in ("autoencoder", "flow") if (out / f"{part}.pt").is_file()):
         state = torch.load(out / f"{part}.pt", weights_only=True, map_location="cpu", mmap=True)
         for name, value in {**state["averaged"], "step": torch.tensor([state["step"]])}.items():
             value = value.to(torch.float16).contiguous() if value.is_floating_point() else value
@@ -88,7 +86,8 @@ def pack(out: Path, folder: Path) -> None:
                 files.append({})
             files[-1][f"{part}/{name}"] = value
     for index, tensors in enumerate(files):
-        save_file(tensors, folder / f"weights-{index}.safetensors")
+        save_file(tensors, folder / "unfinished")
+        (folder / "unfinished").rename(folder / f"weights-{index}.safetensors")
 
 
 def unpack(folder: Path, out: Path) -> None:
@@ -115,7 +114,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=math.inf, help="save and stop after so long")
     parser.add_argument("--autoencoder-only", action="store_true", help="stop when the autoencoder is trained")
     parser.add_argument("--export", action="store_true", help="only write the model directory, from what there is")
-    parser.add_argument("--pack", type=Path, metavar="DIR", help="at the end write the weights in files under 16 MB")
+    parser.add_argument("--pack", type=Path, metavar="DIR", help="write the weights in files under 16 MB too")
     parser.add_argument(
         "--unpack", type=Path, metavar="DIR", help="start from weights that --pack wrote; with --export"
     )
@@ -129,6 +128,11 @@ def main(arguments: list[str] | None = None) -> None:
     if args.unpack:
         unpack(args.unpack, args.out)
     renderer = Renderer(args.data)
+
+    def saved() -> None:
+        if args.pack:
+            pack(args.out, args.pack)
+
     try:
         if args.export:
             autoencoder = read_averaged(AutoencoderKL(recipe.autoencoder_config()), args.out / "autoencoder.pt")
@@ -136,18 +140,15 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             autoencoder = train_autoencoder(recipe, renderer, args.out, device, deadline)
             if args.autoencoder_only:
-                return
+                return saved()
         latents = Latents(recipe, renderer, autoencoder, args.out / "latents", device)
         tokenizer = tokenizer_for(recipe, args.out / "spiece.model")
         if not args.export:
             seconds = args.flow_minutes and 60 * args.flow_minutes
-            train_flow(recipe, latents, tokenizer, args.out, device, seconds, deadline)
+            train_flow(recipe, latents, tokenizer, args.out, device, seconds, deadline, saved)
         export(recipe, latents, tokenizer, args.out)
     except TimeIsUp as stopped:
         print(stopped, flush=True)
-    finally:
-        if args.pack:
-            pack(args.out, args.pack)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ import mlx.core as mx
 
 from mlx_starflow import load
 from mlx_starflow.likelihood.quantization_cost import CaptionedData, Comparison, measure
-from mlx_starflow.media.image_folder import ImageFolder
 from mlx_starflow.model_dir.quantization import QUANTIZATIONS
 from mlx_starflow.model_dir.requantize import quantize_model
 
@@ -33,8 +32,7 @@ def main() -> None:
     args = parser.parse_args()
     print(f"machine: {platform.platform()}, {platform.processor() or platform.machine()}, MLX {mx.__version__}")
     pipe = load(args.model, low_memory=True)
-    folder = ImageFolder.read(args.pictures, size=pipe.size[0], splits=("train",)).spread(args.limit)
-    data = CaptionedData.encode(pipe, folder.pil_images(), [captions[0] for captions in folder.captions])
+    data = CaptionedData.read(pipe, args.pictures, args.limit)
     original = measure(pipe, data, draws=args.draws)
     print(f"{args.model}: {original.nll}, {args.draws} draws of the noise each")
     mib = original.flow_bytes / 2**20

@@ -6,14 +6,13 @@ import math
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from time import perf_counter
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from mlx_starflow import cpu
 from mlx_starflow.models.flow import Condition, Flow
+from mlx_starflow.models.trees import flattened
 from mlx_starflow.planning.traffic import READ_ONCE, evaluation_bytes
 
 IN_A_ROW = 3
@@ -36,7 +35,7 @@ class WeightProducts:
     def _layers(self) -> list[list[nn.Linear | nn.QuantizedLinear]]:
         layers = []
         for block in self.flow.blocks:
-            leaves: Any = tree_flatten(block.leaf_modules(), is_leaf=nn.Module.is_module)
+            leaves = flattened(block.leaf_modules(), is_leaf=nn.Module.is_module)
             wanted = [layer for path, layer in leaves if path.partition(".")[0] not in READ_ONCE]
             layers.append([layer for layer in wanted if isinstance(layer, nn.Linear | nn.QuantizedLinear)])
         return layers

@@ -12,10 +12,10 @@ from mlx_starflow.errors import StarflowError
 from mlx_starflow.media.noise import draw_noise
 from mlx_starflow.model_dir.directory import load_flow
 from mlx_starflow.model_dir.hub import find_model
+from mlx_starflow.models.flow import Flow
 from mlx_starflow.models.starflow import STARFlow
-from mlx_starflow.models.tarflow import TarFlow
 from mlx_starflow.pipelines import load
-from mlx_starflow.sampling import Certificate, GuidedFlow, SamplingOptions, SamplingPlan, SamplingTrace, certify, sample
+from mlx_starflow.sampling import Certificate, SamplingPlan, SamplingTrace, certify, sample
 from mlx_starflow.sampling.methods import Method
 
 PROMPTS = ("a red apple", "a cat face", "a rocket", "a slice of pizza")
@@ -32,7 +32,7 @@ class Task:
         guidance: its weight.
     """
 
-    flow: STARFlow | TarFlow
+    flow: Flow
     z: mx.array
     text: mx.array | None = None
     null_text: mx.array | None = None
@@ -50,8 +50,8 @@ class Task:
 
     def rows(self) -> list[int]:
         """Sequences that each block sees at once, data side first: the samples, and twice as many where guided."""
-        guided = GuidedFlow(self.flow, self.z.shape, self.text, self.null_text, SamplingOptions(self.guidance))
-        return [self.images * (2 if condition.guided else 1) for condition in guided.conditions.blocks]
+        conditions = self.flow.conditions(self.z.shape, self.text, self.null_text, self.guidance)
+        return [self.images * (2 if condition.guided else 1) for condition in conditions.blocks]
 
     def sample(self, method: Method) -> tuple[mx.array, list[int]]:
         """The samples, and the network evaluations of each block, deep block first."""

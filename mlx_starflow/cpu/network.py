@@ -82,7 +82,7 @@ class _Tokens(Structure):
 
 
 class Unsuitable(Exception):
-    """network.cpp does not know such a block."""
+    """network.cpp does not know such a block, or cannot be compiled."""
 
 
 class NativeNetwork:
@@ -99,7 +99,8 @@ class NativeNetwork:
     ):
         """Arguments as for `cpu.fast_network`.
 
-        Raises Unsuitable for a block with sharded weights, or others than float32 and MLX's affine quantization of it.
+        Raises Unsuitable for a block with sharded weights, or others than float32 and MLX's affine quantization of it,
+        and where network.cpp cannot be compiled.
         """
         config, prefix = block.config, condition.prefix
         if config.head_dim % LANES:
@@ -130,11 +131,13 @@ class NativeNetwork:
         self._rope_frequencies = None if rope_frequencies is None else np.array(rope_frequencies, order="C")
         self._scales = np.empty(batch, np.float32)
         self._scales[:] = config.head_dim**-0.5 / np.array(temperature).reshape(-1)
-        self._added = block.added(0, length, condition.offset)
-        if self._added is not None:
-            self._added = np.array(mx.broadcast_to(self._added, (batch, length, config.channels)), order="C")
+        self._added: np.ndarray | None = None
+        if (added := block.added(0, length, condition.offset)) is not None:
+            self._added = np.array(mx.broadcast_to(added, (batch, length, config.channels)), order="C")
         self._complete = block.complete
-        self._library = library.load()
+        if (loaded := library.load()) is None:
+            raise Unsuitable
+        self._library = loaded
         if prefix is not None:
             for start, stop in self._parts(self.prefix_length):
                 self._run(_Tokens(), np.array(prefix[:, start:stop], order="C"))
@@ -219,7 +222,8 @@ class NativeNetwork:
         return _Linear(inputs, outputs, weight=weight, bias=bias)
 
     def _quantized(self, linear: nn.QuantizedLinear, bias: int | None) -> _Linear:
-        if linear.mode != "affine" or linear.bits not in (4, 6, 8) or linear.group_size % LANES:
+        known = linear.mode == "affine" and linear.bits in (4, 6, 8) and linear.group_size % LANES == 0
+        if not known or linear.biases is None:
             raise Unsuitable
         outputs, groups = linear.scales.shape
         tensors = self._hold(linear.weight, mx.uint32), self._hold(linear.scales), self._hold(linear.biases)

@@ -188,7 +188,7 @@ def _batches(
         raise StarflowError(f"there are {len(prompts)} prompts for {count} pictures; give one, or one a picture")
     conditions = model.conditions([*prompts, ""], shape)
     model.release("text_encoder")
-    flow = model.dense_flow()
+    flow, options = model.dense_flow(), SamplingOptions(guidance)
     batch_size = at_once(batch_size, shape)
     with tqdm(total=count, desc=what, unit=unit_of(shape), disable=progress_off(progress)) as bar:
         for start in range(0, count, batch_size):
@@ -196,7 +196,7 @@ def _batches(
             text = null = None
             if conditions is not None:
                 text, null = conditions[part], conditions[-1:]
-            yield part, GuidedFlow(flow, (part.stop - start, *shape[1:]), text, null, SamplingOptions(guidance)), text
+            yield part, GuidedFlow(flow, (part.stop - start, *shape[1:]), text, null, options), text
             bar.update(part.stop - start)
 
 

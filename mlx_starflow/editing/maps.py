@@ -9,8 +9,8 @@ import numpy as np
 
 from mlx_starflow.likelihood.nll import is_dequantized
 from mlx_starflow.models.flow import Flow
-from mlx_starflow.sampling import denoise
 from mlx_starflow.sampling.decoder import check_finite
+from mlx_starflow.sampling.denoise import denoise
 from mlx_starflow.sampling.guidance import Guidance, SamplingOptions, guidance_function
 from mlx_starflow.sampling.guided import GuidedFlow
 from mlx_starflow.sampling.methods import SequentialSettings

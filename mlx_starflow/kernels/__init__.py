@@ -9,10 +9,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import cast
 
 import mlx.core as mx
 
 Arrays = Sequence[mx.array]
+
+MLX_VERSION: str = mx.__version__  # type: ignore[attr-defined]  # MLX's stubs leave it out
 
 
 @cache
@@ -40,4 +43,4 @@ def with_gradient(fused: Callable[..., Arrays], plain: Callable[..., Arrays]) ->
     def _(primals: Arrays, cotangents: Arrays, outputs: Arrays) -> Arrays:
         return tuple(mx.vjp(lambda *inputs: list(plain(*inputs)), list(primals), list(cotangents))[1])
 
-    return function
+    return cast(Callable[..., Arrays], function)

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import mlx.core as mx
 
@@ -230,7 +230,7 @@ def _fused(
     def plain(parameters: mx.array, limit: mx.array, *others: mx.array) -> Arrays:
         weight: float | mx.array = 0.0
         if mode:
-            weight, *others = others
+            weight, others = others[0], others[1:]
             weight = weight if weight.size == 1 else weight.reshape(parameters.shape[0] // 2, parameters.shape[1], 1)
         return _MAPS[direction].plain(*affine_plain(parameters, affine, mode, weight, target), *others)
 
@@ -240,13 +240,14 @@ def _fused(
 @cache
 def _kernel(direction: str, mode: GuidanceMode | None) -> Callable[..., list[mx.array]]:
     the_map = _MAPS[direction]
-    return mx.fast.metal_kernel(
+    kernel = mx.fast.metal_kernel(
         name=f"starflow_affine_{direction}" + (f"_{mode}" if mode else ""),
         input_names=["parameters", "limit"] + ["weights"] * bool(mode) + the_map.inputs,
         output_names=the_map.outputs,
         header=_HEADER,
         source=_SOURCE + (_NULL + _GUIDANCE[mode] if mode else "") + the_map.source,
     )
+    return cast(Callable[..., list[mx.array]], kernel)
 
 
 # Metal has no log1p and no expm1. Both correct the rounding of 1 + x (resp. e^x) by the logarithm of what it became

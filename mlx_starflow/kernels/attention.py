@@ -60,8 +60,8 @@ def _mask(scores: mx.array, position: mx.array, of_key: mx.array) -> mx.array:
 def _below(scores: mx.array, highest: mx.array) -> mx.array:
     """e^(scores - highest)."""
     t = (highest - scores) * 0.5**DOUBLINGS
-    power = TERMS[-1]
-    for term in TERMS[-2::-1]:
+    power = TERMS[-1] * t + TERMS[-2]
+    for term in TERMS[-3::-1]:
         power = power * t + term
     for _ in range(DOUBLINGS):
         power = power * power

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import cast
+
 import mlx.core as mx
 
 EPSILON = 1e-6
@@ -23,16 +26,18 @@ def rotate(x: mx.array, rope_frequencies: mx.array, half_split: bool = False) ->
         a, b = mx.split(y, 2, axis=-1)
         cos, sin = mx.real(rope_frequencies), mx.imag(rope_frequencies)
         return mx.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-    rotated: mx.array = _rotate_pairs(y, rope_frequencies)
-    return rotated.astype(x.dtype)
+    return _rotate_pairs(y, rope_frequencies).astype(x.dtype)
 
 
 @mx.custom_function
-def _rotate_pairs(x: mx.array, rope_frequencies: mx.array) -> mx.array:
+def _pair_rotation(x: mx.array, rope_frequencies: mx.array) -> mx.array:
     return mx.view(mx.view(x, mx.complex64) * rope_frequencies, mx.float32)
 
 
-@_rotate_pairs.vjp
+_rotate_pairs = cast(Callable[[mx.array, mx.array], mx.array], _pair_rotation)
+
+
+@_pair_rotation.vjp
 def _(primals: tuple[mx.array, mx.array], cotangent: mx.array, output: mx.array) -> tuple[mx.array, mx.array]:
     # Views have no gradient in MLX. That of a rotation is the rotation back; positions are constants.
     return _rotate_pairs(cotangent, mx.conjugate(primals[1])), mx.zeros_like(primals[1])

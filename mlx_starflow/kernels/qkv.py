@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import cast
 
 import mlx.core as mx
 
@@ -46,7 +47,8 @@ def split_rotate(
     """
     if rope_frequencies is not None and enabled():
         norm = () if query_weight is None else (query_weight, key_weight)
-        return tuple(_fused(num_heads, num_kv_heads, half_split, bool(norm))(qkv, rope_frequencies, *norm))
+        q, k, v = _fused(num_heads, num_kv_heads, half_split, bool(norm))(qkv, rope_frequencies, *norm)
+        return q, k, v
     return split_rotate_plain(
         qkv,
         rope_frequencies,
@@ -75,6 +77,7 @@ def split_rotate_plain(
     # Queries and keys together: when one token is decoded, time goes by the number of operations.
     qk, v = mx.split(x, [num_heads + num_kv_heads], axis=1)
     if query_weight is not None:
+        assert key_weight is not None
         weights = [
             mx.broadcast_to(query_weight, (num_heads, 1, dim)),
             mx.broadcast_to(key_weight, (num_kv_heads, 1, dim)),
@@ -122,13 +125,14 @@ def _fused(num_heads: int, num_kv_heads: int, half_split: bool, norm: bool) -> C
 
 @cache
 def _kernel(norm: bool) -> Callable[..., list[mx.array]]:
-    return mx.fast.metal_kernel(
+    kernel = mx.fast.metal_kernel(
         name="starflow_qkv_norm" if norm else "starflow_qkv",
         input_names=["qkv", "rope_frequencies"] + ["query_weight", "key_weight"] * norm,
         output_names=["q", "k", "v"],
         header=_HEADER,
         source=_SOURCE.replace("MEAN_SQUARE;", _MEAN_SQUARE * norm).replace("NORMALIZE;", _NORMALIZE * norm),
     )
+    return cast(Callable[..., list[mx.array]], kernel)
 
 
 # Not as one expression: the plain norm rounds to T after each of its steps.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from PIL import Image
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.likelihood.nll import Nll, exact_nll, standard_error
 from mlx_starflow.likelihood.protocol import ImageModel
+from mlx_starflow.media.image_folder import ImageFolder
 from mlx_starflow.model_dir.files import load_weights
 
 
@@ -24,13 +25,23 @@ class CaptionedData:
     captions: list[str]
 
     @classmethod
-    def encode(cls, model: ImageModel, images: Iterable[Image.Image], captions: Sequence[str]) -> CaptionedData:
-        """Images as a model's data. Raises StarflowError if there are too few for an error estimate."""
-        if len(captions) < 2:
-            raise StarflowError(f"an error estimate needs 2 pictures or more, not {len(captions)}")
-        data = model.to_data(images)
+    def read(cls, model: ImageModel, folder: str | Path, most: int = 64) -> CaptionedData:
+        """At most so many captioned images of a folder, spread evenly over it, as a model's data.
+
+        Args:
+            folder: images with a `metadata.jsonl`, as `ImageFolder` reads; lines whose `split` is not "train", which is
+                what it is if there is none, are left out.
+            most: 2 or more.
+
+        Raises:
+            StarflowError: the folder cannot be read, or has too few images for an error estimate.
+        """
+        found = ImageFolder.read(folder, size=model.size[0], splits=("train",)).spread(most)
+        if len(found) < 2:
+            raise StarflowError(f"an error estimate needs 2 pictures or more, not {len(found)}")
+        data = model.to_data(Image.fromarray(image) for image in found.images)
         model.release("vae")
-        return cls(data, list(captions))
+        return cls(data, [captions[0] for captions in found.captions])
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.media.pixels import UnreadableImage, crop_image, decode_image, no_remarks
@@ -71,18 +71,14 @@ class ImageFolder:
 
     def only(self, *splits: str) -> ImageFolder:
         """The part whose `split` is one of these."""
-        return self._chosen([i for i, row in enumerate(self.rows) if split_of(row) in splits])
+        return self._part([i for i, row in enumerate(self.rows) if split_of(row) in splits])
 
     def spread(self, most: int) -> ImageFolder:
         """At most so many of them, spread evenly."""
-        return self._chosen(np.unique(np.linspace(0, len(self) - 1, min(most, len(self))).round().astype(int)).tolist())
+        return self._part(np.unique(np.linspace(0, len(self) - 1, min(most, len(self))).round().astype(int)))
 
-    def _chosen(self, chosen: list[int]) -> ImageFolder:
+    def _part(self, chosen: Sequence[int] | np.ndarray) -> ImageFolder:
         return ImageFolder(self.images[chosen], [self.captions[i] for i in chosen], [self.rows[i] for i in chosen])
-
-    def pil_images(self) -> list[Image.Image]:
-        """The images, one by one."""
-        return [Image.fromarray(image) for image in self.images]
 
 
 def read_bytes(sample: Sample) -> bytes:

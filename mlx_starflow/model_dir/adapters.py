@@ -19,12 +19,13 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.media.files import read_json
 from mlx_starflow.model_dir.files import read_safetensors
 from mlx_starflow.model_dir.quantization import QuantizedLinear
+from mlx_starflow.models.trees import flattened
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapters.safetensors"
 
@@ -43,6 +44,10 @@ class AdaptedLinear(nn.Module):
         lora_a, lora_b: `[in, R]` and `[R, out]`, R the sum of the adapters' ranks.
         gain: `[out]`, if one of them is DoRA.
     """
+
+    lora_a: mx.array
+    lora_b: mx.array
+    gain: mx.array
 
     def __init__(self, linear: nn.Module):
         super().__init__()
@@ -70,7 +75,8 @@ class AdaptedLinear(nn.Module):
         fused = weight + (self.lora_a.astype(mx.float32) @ self.lora_b.astype(mx.float32)).T
         if "gain" in self:
             fused = fused + self.gain.astype(mx.float32)[:, None] * weight
-        made = nn.Linear(*fused.shape[::-1], bias="bias" in self.linear)
+        outputs, inputs = fused.shape
+        made = nn.Linear(inputs, outputs, bias="bias" in self.linear)
         if "bias" in self.linear:
             made.bias = self.linear.bias
         quantized = isinstance(self.linear, nn.QuantizedLinear)
@@ -97,7 +103,7 @@ def _dtype(linear: nn.Module) -> mx.Dtype:
 
 def linear_layers(flow: nn.Module) -> dict[str, nn.Module]:
     """The layers that an adapter may change, by path, in the flow's order; of adapted ones the originals."""
-    layers = tree_flatten(flow.leaf_modules(), is_leaf=nn.Module.is_module)
+    layers = flattened(flow.leaf_modules(), is_leaf=nn.Module.is_module)
     linear = {path: layer for path, layer in layers if isinstance(layer, nn.Linear | nn.QuantizedLinear)}
     return {path.removesuffix(".linear"): layer for path, layer in linear.items()}
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -34,6 +34,12 @@ Network = TypeVar("Network", bound=nn.Module, covariant=True)
 Config = TypeVar("Config", covariant=True)
 
 
+class ConfigKind(Protocol[Config]):
+    """A class of configs that are read from `config.json`."""
+
+    def from_dict(self, content: dict[str, Any]) -> Config: ...
+
+
 LICENCES = ("LICENSE", "LICENCE", "NOTICE")
 """Names, without suffix, of files that go with weights."""
 
@@ -41,7 +47,7 @@ LICENCES = ("LICENSE", "LICENCE", "NOTICE")
 class FlowKind(NamedTuple):
     """One kind of flow: its network, its config, and what makes the network's tensors of official ones."""
 
-    network: type[STARFlow] | type[TarFlow]
+    network: Callable[[Any], STARFlow | TarFlow]
     config: type[FlowConfig] | type[TarFlowConfig]
     sanitize: Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -61,7 +67,9 @@ class NetworkDirectory(Generic[Network, Config]):
         content: all of its `config.json`.
     """
 
-    def __init__(self, folder: Path, content: dict[str, Any], network: type[Network], config: type[Config]):
+    def __init__(
+        self, folder: Path, content: dict[str, Any], network: Callable[[Any], Network], config: ConfigKind[Config]
+    ):
         self.folder, self.content = folder, content
         self._network, self._config = network, config
 
@@ -97,7 +105,7 @@ class NetworkDirectory(Generic[Network, Config]):
     def config(self) -> Config:
         """The network's config. Raises StarflowError if `config.json` does not hold one."""
         with self._naming():
-            return self._config.from_dict(self.content)  # type: ignore[attr-defined]
+            return self._config.from_dict(self.content)
 
     @property
     def quantization(self) -> Mapping[str, Any] | None:

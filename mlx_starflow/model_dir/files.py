@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 from safetensors import SafetensorError, safe_open
@@ -80,7 +80,7 @@ def read_safetensors(path: Path) -> dict[str, mx.array]:
         # Opening it this way also compares the header with the file's size; MLX alone may notice only when it reads.
         with safe_open(path, framework="numpy"):
             pass
-        return mx.load(str(path), format="safetensors")
+        return cast(dict[str, mx.array], mx.load(str(path), format="safetensors"))
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise StarflowError(f"cannot read {path}, download it again or convert it again: {one_line(error)}") from error
 
@@ -116,7 +116,7 @@ def tensor_bytes(array: mx.array) -> memoryview:
     """The numbers of an array in order, row by row. Evaluates it."""
     if array.size == 0:  # it has no memory to look at
         return memoryview(b"")
-    return memoryview(mx.contiguous(array).reshape(-1).view(mx.uint8))
+    return memoryview(mx.contiguous(array).reshape(-1).view(mx.uint8))  # type: ignore[arg-type]  # MLX's stubs lack it
 
 
 def write_safetensors(

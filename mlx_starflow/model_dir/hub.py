@@ -92,9 +92,8 @@ def fetch(repository: str, patterns: Sequence[str], *, revision: str | None = No
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
 
-    options = {"revision": revision} if revision else {}
     try:
-        return Path(snapshot_download(repository, allow_patterns=list(patterns), **options))
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(patterns)))
     except RepositoryNotFoundError:
         reason = "the Hub has no such repository, or it needs a login (hf auth login)"
     except (LocalEntryNotFoundError, OfflineModeIsEnabled):

@@ -12,10 +12,11 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.model_dir.precision import MIXED, QUANTIZATIONS
+from mlx_starflow.models.trees import flattened
 
 SHALLOW_BITS = 6
 
@@ -57,7 +58,7 @@ def _quantize(module: nn.Module, choose: Callable[[str, nn.Module], Choice]) -> 
 
 def quantized_layers(module: nn.Module) -> dict[str, nn.Module]:
     """The quantized layers by path."""
-    layers = tree_flatten(module.leaf_modules(), is_leaf=nn.Module.is_module)
+    layers = flattened(module.leaf_modules(), is_leaf=nn.Module.is_module)
     return {path: layer for path, layer in layers if isinstance(layer, nn.QuantizedLinear | nn.QuantizedEmbedding)}
 
 
@@ -128,9 +129,7 @@ def quantize_module(
 def dequantize_module(module: nn.Module) -> None:
     """Make dense layers of a module's quantized ones, in place and in the dtype of the module's other weights."""
     layers = quantized_layers(module)
-    floating = [
-        value.dtype for _, value in tree_flatten(module.parameters()) if mx.issubdtype(value.dtype, mx.floating)
-    ]
+    floating = [value.dtype for _, value in flattened(module.parameters()) if mx.issubdtype(value.dtype, mx.floating)]
     dense = []
     for path, layer in layers.items():
         weight = mx.dequantize(
@@ -138,7 +137,7 @@ def dequantize_module(module: nn.Module) -> None:
         )
         rows, columns = weight.shape
         if isinstance(layer, nn.QuantizedEmbedding):
-            made = nn.Embedding(rows, columns)
+            made: nn.Embedding | nn.Linear = nn.Embedding(rows, columns)
         else:
             made = nn.Linear(columns, rows, bias="bias" in layer)
             if "bias" in layer:

@@ -17,13 +17,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.nn.layers.distributed import shard_linear
-from mlx.utils import tree_flatten
 
 from mlx_starflow.errors import StarflowError, one_line
+from mlx_starflow.kernels import MLX_VERSION
 from mlx_starflow.model_dir.files import read_config
 from mlx_starflow.model_dir.hub import find_model
 from mlx_starflow.model_dir.weights import cast_weights, default_dtype, parse_dtype
 from mlx_starflow.models.transformer import MLP, Attention
+from mlx_starflow.models.trees import flattened
 
 Flow = TypeVar("Flow", bound=nn.Module)
 
@@ -47,7 +48,7 @@ def load_part(flow: Flow, what: str | Path, dtype: mx.Dtype, group: mx.distribut
     shard(flow, group, what)
     try:
         # One after another: MLX reads a tensor whole before it takes a part.
-        for _, weight in tree_flatten(flow.parameters()):
+        for _, weight in flattened(flow.parameters()):
             mx.eval(weight)
             mx.clear_cache()
     except RuntimeError as error:
@@ -86,7 +87,7 @@ def _check(part: Attention | MLP, ranks: int, what: str | Path) -> None:
         for count, heads in ((part.num_heads, "attention heads"), (part.num_kv_heads, "heads of keys and values")):
             if count % ranks:
                 raise StarflowError(f"{what}: {count} {heads} cannot be split into {ranks} parts; start fewer ranks")
-        last = part.proj
+        last: nn.Module = part.proj
     else:
         last = part.down_proj if "down_proj" in part else part.main[2]
     columns = last.weight.shape[1]
@@ -107,8 +108,9 @@ def agree(group: mx.distributed.Group, facts: Mapping[str, object] | StarflowErr
         facts: values by what they are called; all ranks must give the same names. Or the mistake that kept this rank
             from finding out, which is raised again here, while the others say which rank made it.
     """
-    names = [] if isinstance(facts, StarflowError) else sorted(facts)
-    digests = [sha256(repr(facts[name]).encode()).digest() for name in names]
+    found = {} if isinstance(facts, StarflowError) else facts
+    names = sorted(found)
+    digests = [sha256(repr(found[name]).encode()).digest() for name in names]
     failed = isinstance(facts, StarflowError)
     said = np.array([[failed]], np.int32)
     bad = np.flatnonzero(np.array(mx.distributed.all_gather(mx.array(said), group=group)))
@@ -149,7 +151,7 @@ def check_same(name: str | Path, dtype: str | mx.Dtype | None, group: mx.distrib
         facts = {
             f"files of the model {name}": fingerprint(directory),
             "precision (--dtype)": str(parse_dtype(dtype) or default_dtype()),
-            "version of MLX": mx.__version__,
+            "version of MLX": MLX_VERSION,
         }
     agree(group, facts)
 

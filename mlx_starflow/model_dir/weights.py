@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -26,15 +26,19 @@ def default_dtype() -> mx.Dtype:
     return mx.float32 if _on_cpu() else mx.bfloat16
 
 
+@overload
+def parse_dtype(dtype: str | mx.Dtype) -> mx.Dtype: ...
+@overload
+def parse_dtype(dtype: str | mx.Dtype | None) -> mx.Dtype | None: ...
 def parse_dtype(dtype: str | mx.Dtype | None) -> mx.Dtype | None:
     """The dtype called "float32", "bfloat16" or "float16"; None and these dtypes themselves come back as they are.
 
     Raises:
         StarflowError: it is none of these.
     """
-    if dtype is None or dtype in MLX_DTYPES.values():
+    if dtype is None or (isinstance(dtype, mx.Dtype) and dtype in MLX_DTYPES.values()):
         return dtype
-    if dtype not in MLX_DTYPES:
+    if not isinstance(dtype, str) or dtype not in MLX_DTYPES:
         raise StarflowError(f"dtype {dtype!r} is not one of {', '.join(MLX_DTYPES)}")
     return MLX_DTYPES[dtype]
 

@@ -282,8 +282,9 @@ class AutoencoderKL(nn.Module):
         return latents.astype(mx.float32) / self.config.scaling_factor * std + mean
 
     def _statistics(self) -> tuple[mx.array | float, mx.array | float]:
-        if self.config.latents_mean is not None:
-            return mx.array(self.config.latents_mean), mx.array(self.config.latents_std)
+        mean, std = self.config.latents_mean, self.config.latents_std
+        if mean is not None and std is not None:
+            return mx.array(mean), mx.array(std)
         return self.config.shift_factor or 0.0, 1.0
 
     def sanitize(self, weights: Mapping[str, mx.array]) -> dict[str, mx.array]:

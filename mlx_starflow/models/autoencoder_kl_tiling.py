@@ -53,9 +53,9 @@ def _kept(x: mx.array) -> mx.array:
 
 def convolve(conv: Conv3x3, tiles: Tiles, norm: GroupNorm | None = None, free: bool = True) -> Iterator[mx.array]:
     """The convolution, of the normalized tiles if there is a norm, tile by tile."""
-    moments = norm.moments(tiles) if norm else ()
+    moments = norm.moments(tiles) if norm else None
     for x, over, count in _with_neighbours(tiles, free):
-        if norm:
+        if norm and moments:
             x = norm.normalize(x, *moments, silu=True)
         # The convolution pads with zeros: right at the picture's edges, and elsewhere in rows that are dropped.
         y = mx.contiguous(conv(x)[:, over : over + count])

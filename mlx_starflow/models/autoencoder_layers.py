@@ -54,7 +54,7 @@ class GroupNorm(nn.GroupNorm):
     def _group_mean(self, tiles: Sequence[mx.array], function: Callable[[mx.array], mx.array]) -> mx.array:
         height = sum(tile.shape[1] for tile in tiles)
         # One axis after the other: a single sum over a large picture loses digits in float32.
-        rows = None
+        rows: mx.array | None = None
         for tile in tiles:
             part = function(tile).mean(axis=1)
             if len(tiles) > 1:
@@ -63,6 +63,7 @@ class GroupNorm(nn.GroupNorm):
                 mx.eval(rows)
             else:
                 rows = part
+        assert rows is not None, "a picture without tiles"
         B, _, C = rows.shape
         mean = rows.mean(axis=1).reshape(B, self.num_groups, -1).mean(axis=2, keepdims=True)
         return mx.repeat(mean, C // self.num_groups, axis=2).reshape(B, 1, 1, C)

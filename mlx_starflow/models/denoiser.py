@@ -130,9 +130,8 @@ class _FrameLayer:
             # The text sees what the first frame sees.
             begin = start + frame * size if frame else 0
             queries = q[:, :, begin : start + (frame + 1) * size]
-            parts.append(
-                layer.attention.attend(queries, *(_seen(a, start, size, first, stop) for a in (k, v)), causal=False)
-            )
+            keys, values = (_seen(a, start, size, first, stop) for a in (k, v))
+            parts.append(layer.attention.attend(queries, keys, values, causal=False))
         return layer.after(h, mx.concatenate(parts, axis=1))
 
 

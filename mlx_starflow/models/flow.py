@@ -278,7 +278,7 @@ class FlowBlock(nn.Module):
         self,
         h: mx.array,
         rope_frequencies: mx.array | None,
-        caches: list[Cache] | None = None,
+        caches: Sequence[Cache] | None = None,
         temperature: float | mx.array = 1.0,
         gradient_checkpointing: bool = False,
     ) -> mx.array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -61,6 +61,6 @@ def checkpointed(module: nn.Module, function: Callable[..., mx.array] | None = N
                 (back,) = mx.depends([back], gradients)
             return (back, *gradients) if found else back
 
-        return layer(h, *found.values())
+        return cast(mx.array, layer(h, *found.values()))
 
     return call

@@ -18,9 +18,10 @@ from mlx_starflow.likelihood.protocol import Part
 from mlx_starflow.model_dir.directory import ModelDirectory, read_text_encoder
 from mlx_starflow.model_dir.quantization import dequantize_on_cpu
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL
-from mlx_starflow.models.autoencoder_wan.network import AutoencoderWan
-from mlx_starflow.models.flow import Flow
+from mlx_starflow.models.autoencoder_wan import AutoencoderWan
+from mlx_starflow.models.starflow import STARFlow
 from mlx_starflow.models.t5 import T5Encoder
+from mlx_starflow.models.tarflow import TarFlow
 from mlx_starflow.models.tokenizer import Tokenizer
 from mlx_starflow.pipelines.results import GenerationSettings
 from mlx_starflow.planning.memory import available, metal_limits
@@ -135,14 +136,14 @@ class MLXBackend(Backend[mx.array]):
     ):
         self.model, self.dtype, self.low_memory, self.group = model, dtype, low_memory, group
         self.adapters = [(str(path), float(strength)) for path, strength in adapters]
-        self._flow: Flow | None = None
+        self._flow: STARFlow | TarFlow | None = None
         self._text: tuple[T5Encoder, Tokenizer] | None = None
         self._vae: AutoencoderKL | AutoencoderWan | None = None
 
     # ---- networks
 
     @property
-    def flow(self) -> Flow:
+    def flow(self) -> STARFlow | TarFlow:
         if self._flow is None:
             self._flow = self.model.load_flow(self.dtype, self.adapters, self.group)
         return self._flow
@@ -183,7 +184,7 @@ class MLXBackend(Backend[mx.array]):
             self._text = None
         mx.clear_cache()
 
-    def dense_flow(self) -> Flow:
+    def dense_flow(self) -> STARFlow | TarFlow:
         """The flow for repeated evaluation: on a CPU its quantized layers become dense, in place, if memory allows."""
         dequantize_on_cpu(self.flow, available() // 2)
         return self.flow

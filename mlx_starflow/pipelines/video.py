@@ -15,7 +15,7 @@ from mlx_starflow.errors import StarflowError
 from mlx_starflow.likelihood.protocol import ImageOrVideo
 from mlx_starflow.media.noise import check_seeds
 from mlx_starflow.model_dir.directory import ModelDirectory
-from mlx_starflow.models.autoencoder_wan.network import AutoencoderWan, AutoencoderWanConfig
+from mlx_starflow.models.autoencoder_wan import AutoencoderWan, AutoencoderWanConfig
 from mlx_starflow.pipelines.backend import MLXBackend
 from mlx_starflow.pipelines.base import fit_image
 from mlx_starflow.pipelines.image import ImagePipeline

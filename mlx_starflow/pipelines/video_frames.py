@@ -13,7 +13,7 @@ from mlx_starflow.errors import StarflowError
 from mlx_starflow.likelihood.protocol import ImageOrVideo
 from mlx_starflow.media.images import to_images
 from mlx_starflow.media.pixels import scale_pixels
-from mlx_starflow.models.autoencoder_wan.network import AutoencoderWan
+from mlx_starflow.models.autoencoder_wan import AutoencoderWan
 from mlx_starflow.pipelines.base import fit_image
 
 

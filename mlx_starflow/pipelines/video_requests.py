@@ -17,7 +17,7 @@ from mlx_starflow.media.buckets import RATIOS, bucket_size, closest_ratio
 from mlx_starflow.media.image_files import read_image
 from mlx_starflow.media.noise import VideoNoise, draw_noise, draw_side_noise
 from mlx_starflow.media.videos import read_video
-from mlx_starflow.models.autoencoder_wan.network import AutoencoderWan, AutoencoderWanConfig
+from mlx_starflow.models.autoencoder_wan import AutoencoderWan, AutoencoderWanConfig
 from mlx_starflow.models.starflow import FlowConfig
 from mlx_starflow.pipelines.results import GenerationStats
 from mlx_starflow.pipelines.video_frames import encode_frames, last_frames

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 from PIL import Image
 
-from mlx_starflow.models.autoencoder_wan.network import AutoencoderWan
+from mlx_starflow.models.autoencoder_wan import AutoencoderWan
 from mlx_starflow.models.starflow import FlowConfig
 from mlx_starflow.pipelines.backend import MLXBackend
 from mlx_starflow.pipelines.phases import Phases

@@ -205,6 +205,8 @@ def estimate(configs: ModelConfigs, chip: Chip, size: tuple[int, int] | None = N
         StarflowError: the size does not fit the model.
     """
     config, vae = configs.flow, configs.vae
+    if not isinstance(vae, AutoencoderKLConfig):
+        raise StarflowError("times are estimated for models of images, and this one makes videos")
     width, height = (side // vae.downscale for side in size or (config.img_size * vae.downscale,) * 2)
     length = (width // config.patch_size) * (height // config.patch_size)
     copies = 2 if configs.guidance > 0 else 1
@@ -257,7 +259,9 @@ def _precisions(
 ) -> Iterator[tuple[str, MemoryPlan, STARFlow, mx.Dtype]]:
     """Name, memory, flow and dtype of what is not quantized, of each precision that the model can have."""
     if configs.directory and configs.directory.flow.quantization:
-        yield "as stored", plan(configs, size=size, dtype="bfloat16"), configs.directory.flow.lazy(), mx.bfloat16
+        stored = configs.directory.flow.lazy()
+        assert isinstance(stored, STARFlow)
+        yield "as stored", plan(configs, size=size, dtype="bfloat16"), stored, mx.bfloat16
     dense = replace(configs, directory=None)
     for precision in PRECISIONS:
         flow = STARFlow(configs.flow)

@@ -14,11 +14,12 @@ from functools import cache, partial
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from mlx_starflow.model_dir.quantization import quantized_layers
+from mlx_starflow.models.flow import BlockConfig
 from mlx_starflow.models.starflow import FlowConfig
 from mlx_starflow.models.tarflow import TarFlowConfig
+from mlx_starflow.models.trees import flattened
 from mlx_starflow.planning.footprint import MARGIN, layer
 from mlx_starflow.planning.memory import usable
 
@@ -82,8 +83,8 @@ def training_plan(
         half: networks compute in half precision, with trained weights in float32.
     """
     config: FlowConfig | TarFlowConfig = flow.config
-    stored = sum(array.nbytes for _, array in tree_flatten(flow.parameters()))
-    trained = sum(array.nbytes for _, array in tree_flatten(flow.trainable_parameters()))
+    stored = sum(array.nbytes for _, array in flattened(flow.parameters()))
+    trained = sum(array.nbytes for _, array in flattened(flow.trainable_parameters()))
     tokens = (config.img_size // config.patch_size) ** 2
     # In half precision, sums and softmax are float32 still.
     item = 3 if half else (min(array.itemsize for array in _floating(flow)) + 4) / 2
@@ -110,7 +111,7 @@ def _whole_weights(flow: nn.Module) -> int:
 
 
 def _floating(flow: nn.Module) -> list[mx.array]:
-    arrays = [array for _, array in tree_flatten(flow.parameters())]
+    arrays = [array for _, array in flattened(flow.parameters())]
     return [array for array in arrays if mx.issubdtype(array.dtype, mx.floating)]
 
 
@@ -118,11 +119,15 @@ def _activations(config: FlowConfig | TarFlowConfig, tokens: int, checkpoint: bo
     """Numbers that a sample takes: what is kept for the way back, which is what each layer reads if layers are computed
     again, and else all that it makes; and what one layer makes there and back."""
     kept = work = 0
-    latents = isinstance(config, FlowConfig)
-    for block in config.blocks if latents else map(config.block, range(config.blocks)):
+    if isinstance(config, FlowConfig):
+        blocks: Sequence[BlockConfig] = config.blocks
+        text = config.txt_size
+    else:
+        blocks, text = [config.block(index) for index in range(config.blocks)], 0
+    for block in blocks:
         if not block.num_layers:
             continue
-        positions = tokens + (config.txt_size if latents and block.txt_dim else 0)
+        positions = tokens + (text if block.txt_dim else 0)
         sizes = positions, block.channels, block.channels * block.expansion, block.num_heads * positions**2
         kept += block.num_layers * (positions * block.channels if checkpoint else layer(*sizes))
         work = max(work, layer(*sizes, gradient=True))

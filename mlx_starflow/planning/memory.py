@@ -85,7 +85,7 @@ class ModelConfigs:
         directory = directory if isinstance(directory, ModelDirectory) else ModelDirectory(directory)
         flow = directory.flow.config
         if not isinstance(flow, FlowConfig):
-            raise StarflowError(f"{directory.path} does not read prompts: what it takes is not known beforehand")
+            raise StarflowError(f"{directory.path} reads no prompts: memory is planned for models that do")
         guidance = directory.pipeline.get("guidance", flow.cfg)
         return cls(flow, directory.text_encoder.config, directory.vae.config, directory, guidance)
 
@@ -105,10 +105,11 @@ class ModelConfigs:
 
     def networks(self) -> dict[str, nn.Module]:
         """The networks by part, newly made; nothing of them is computed, so they take no memory."""
+        vae = self.vae
         return {
             "text encoder": T5Encoder(self.text_encoder),
             "flow": STARFlow(self.flow),
-            "autoencoder": (AutoencoderKL if isinstance(self.vae, AutoencoderKLConfig) else AutoencoderWan)(self.vae),
+            "autoencoder": AutoencoderKL(vae) if isinstance(vae, AutoencoderKLConfig) else AutoencoderWan(vae),
         }
 
 
@@ -166,7 +167,7 @@ def available() -> int:
     """Bytes that networks on this machine may use: Metal's working set, or most of the memory of a CPU's machine."""
     if mx.metal.is_available():
         info = mx.device_info()
-        return int(info.get("max_recommended_working_set_size") or usable(info["memory_size"]))
+        return int(info.get("max_recommended_working_set_size") or usable(int(info["memory_size"])))
     try:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):
@@ -237,6 +238,8 @@ def plan(
         }
         state = batch * footprint.decoder_state(vae, height // scale, width // scale, item)
         others = {"flow": state, "denoise": state, "decode": kv_cache + kept}
+    elif not isinstance(vae, AutoencoderKLConfig):
+        raise StarflowError("the flow makes images and the autoencoder beside it videos; take another one")
     else:
         kv_cache, sampling = footprint.sampling(flow, tokens, batch, guided, item)
         activations = {

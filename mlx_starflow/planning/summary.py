@@ -13,6 +13,7 @@ import mlx.nn as nn
 from mlx_starflow import __version__, cpu
 from mlx_starflow.convert.official import RELEASES
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.kernels import MLX_VERSION
 from mlx_starflow.model_dir.directory import ModelDirectory, NetworkDirectory
 from mlx_starflow.model_dir.hub import converted_directory
 from mlx_starflow.planning.chips import find_chips, time_report
@@ -41,7 +42,7 @@ def summarize(model: str) -> dict[str, str]:
         model: "demo", a directory or a Hub repository; an official release need not be there.
     """
     device = mx.default_device().type.name.upper()
-    lines = {"mlx-starflow": f"{__version__}, MLX {mx.__version__} on the {device}, Python {platform.python_version()}"}
+    lines = {"mlx-starflow": f"{__version__}, MLX {MLX_VERSION} on the {device}, Python {platform.python_version()}"}
     lines["BLAS"] = f"{cpu.describe()}, {cpu.gflops():.1f} GFLOPS on the CPU"
     if cpu.has_fast_networks():
         lines["sampling"] = f"in C++ on {cpu.network_threads()} CPUs; half precision, mxfp and nvfp in MLX"

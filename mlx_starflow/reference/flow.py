@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -100,7 +101,7 @@ class FlowBlock(nn.Module):
         """Those of this block's sequence of `length`: the last of the flow's axial ones, or one-dimensional ones."""
         if self.config.hf_style_rope:
             return line_frequencies(self.config.head_dim, length).to(self.proj_in.weight.device)
-        return rope_frequencies[len(rope_frequencies) - length :]
+        return None if rope_frequencies is None else rope_frequencies[len(rope_frequencies) - length :]
 
     def embed_prefix(self, text: Tensor | None) -> Tensor | None:
         """Text `[B, L, D]` -> what stands before the tokens, `[B, L, channels]`; None if the block reads no text."""
@@ -130,7 +131,7 @@ class FlowBlock(nn.Module):
         self,
         h: Tensor,
         rope_frequencies: Tensor | None,
-        caches: list[Cache] | None = None,
+        caches: Sequence[Cache] | None = None,
         temperature: float | Tensor = 1.0,
     ) -> Tensor:
         """The transformer's layers over `[B, n, channels]`, whose positions have these rope frequencies, `[n, D/2]`."""
@@ -190,8 +191,15 @@ class FlowBlock(nn.Module):
         return z, -scale
 
 
+class FlowBlocks(nn.ModuleList):
+    """A flow's blocks, data side first."""
+
+    def __iter__(self) -> Iterator[FlowBlock]:
+        return cast(Iterator[FlowBlock], super().__iter__())
+
+
 def run_blocks(
-    blocks: nn.ModuleList,
+    blocks: FlowBlocks,
     tokens: Tensor,
     text: Tensor | None,
     rope_frequencies: Tensor | None,

@@ -5,6 +5,7 @@ The MLX code reads, checks and, where weights are quantized, dequantizes them; t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -91,8 +92,8 @@ def load_flow(
         flow_config, tensors = _stored(model.flow)
     if isinstance(flow_config, FlowConfig) and flow_config.vid_size:
         raise StarflowError(f"{path} makes videos, which the PyTorch reference does not know: use --backend mlx")
-    network = STARFlow if isinstance(flow_config, FlowConfig) else TarFlow
-    return _fill(network, flow_config, tensors, path, device, dtype)
+    kind: Callable[[Any], STARFlow | TarFlow] = STARFlow if isinstance(flow_config, FlowConfig) else TarFlow
+    return _fill(kind, flow_config, tensors, path, device, dtype)
 
 
 def load_text_encoder(
@@ -128,7 +129,12 @@ def _stored(directory: NetworkDirectory[mlx_nn.Module, Any]) -> tuple[Any, dict[
 
 
 def _fill(
-    kind: type[M], config: Any, tensors: dict[str, Stored], what: str | Path, device: torch.device, dtype: torch.dtype
+    kind: Callable[[Any], M],
+    config: Any,
+    tensors: dict[str, Stored],
+    what: str | Path,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> M:
     """The PyTorch network with its tensors, of which one at a time is held twice; `tensors` is emptied."""
     with torch.device("meta"):

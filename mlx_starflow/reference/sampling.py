@@ -41,7 +41,7 @@ class KVCache:
 
     def update_and_fetch(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Append `[B, heads, n, D]` and return all that is cached, `[B, heads, offset, D]`."""
-        if self.keys is None:
+        if self.keys is None or self.values is None:
             shape = (*keys.shape[:2], self.length, keys.shape[3])
             self.keys, self.values = keys.new_empty(shape), values.new_empty(shape)
         start, self.offset = self.offset, self.offset + keys.shape[2]
@@ -150,6 +150,7 @@ class BlockDecoder:
         if self.copies == 2:
             inputs = torch.cat([inputs, inputs])
         if start == 0:
+            assert self.start is not None  # else the first token is not predicted
             inputs = torch.cat([self.start.to(inputs.dtype), inputs], dim=1)
         mu, log_sigma = self.block.affine(self._transform(self.block.embed(inputs, self.known, self.offset)))
         if self.guidance:

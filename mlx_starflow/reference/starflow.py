@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.reference.flow import Condition, Conditions, FlowBlock, FlowOutput, run_blocks
+from mlx_starflow.reference.flow import Condition, Conditions, FlowBlock, FlowBlocks, FlowOutput, run_blocks
 from mlx_starflow.reference.rope import axial_frequencies
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ class STARFlow(nn.Module):
     def __init__(self, config: FlowConfig):
         super().__init__()
         self.config = config
-        self.blocks = nn.ModuleList([FlowBlock(block) for block in config.blocks])
+        self.blocks = FlowBlocks([FlowBlock(block) for block in config.blocks])
 
     def tokens(self, x: Tensor) -> Tensor:
         """Latents -> tokens `[B, N, p * p * C]` in raster order, float32; within a token row, column, channel."""
@@ -46,6 +46,7 @@ class STARFlow(nn.Module):
         config = self.config
         height, width = x.shape[1] // config.patch_size, x.shape[2] // config.patch_size
         side, third_axis = config.pt_seq_len, config.txt_size > 0
+        assert side is not None  # the config has set it
         return axial_frequencies(config.head_dim, height, width, side, text_length, third_axis).to(x.device)
 
     def conditions(self, z: Tensor, text: Tensor | None, null_text: Tensor | None, guidance: float) -> Conditions:
@@ -70,4 +71,6 @@ class STARFlow(nn.Module):
         rope_frequencies = self.rope_frequencies(x, 0 if text is None else text.shape[1])
         parts = run_blocks(self.blocks, self.tokens(x), text, rope_frequencies, context_mask)
         hidden, log_dets = ([self.latents(t, x.shape) for t in part] for part in parts)
-        return FlowOutput(hidden[-1], sum(log_dets), log_dets, hidden, self.config.latent_norm_regularization)
+        return FlowOutput(
+            hidden[-1], sum(log_dets[1:], log_dets[0]), log_dets, hidden, self.config.latent_norm_regularization
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -76,6 +76,10 @@ class T5Attention(nn.Module):
 class T5FeedForward(nn.Module):
     """The MLP, plain (`wi`, T5) or gated (`wi_0`, `wi_1`, T5 1.1 and flan-T5)."""
 
+    wi: nn.Linear
+    wi_0: nn.Linear
+    wi_1: nn.Linear
+
     def __init__(self, config: T5Config):
         super().__init__()
         self.activation = _ACTIVATIONS[config.feed_forward_proj]
@@ -84,7 +88,8 @@ class T5FeedForward(nn.Module):
             self.add_module(name, nn.Linear(config.d_model, config.d_ff, bias=False))
         self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
         for linear in self.children():
-            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+            if isinstance(linear, nn.Linear):
+                nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.activation(self.wi_0(x) if self.gated else self.wi(x))
@@ -134,7 +139,8 @@ class T5Stack(nn.Module):
         self.final_layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
 
     def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        mask = self.block[0].layer[0].SelfAttention.position_bias(x.shape[1])
+        first = cast(T5SelfAttentionLayer, cast(T5Block, self.block[0]).layer[0])
+        mask = first.SelfAttention.position_bias(x.shape[1])
         if attention_mask is not None:
             # The lowest finite number, not -inf: a row that is all padding stays finite.
             mask = mask.masked_fill(attention_mask[:, None, None, :] == 0, torch.finfo(torch.bfloat16).min)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.reference.flow import Condition, Conditions, FlowBlock, FlowOutput, run_blocks
+from mlx_starflow.reference.flow import Condition, Conditions, FlowBlock, FlowBlocks, FlowOutput, run_blocks
 
 if TYPE_CHECKING:
     from mlx_starflow.models.tarflow import TarFlowBlockConfig, TarFlowConfig
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 class TarFlowBlock(FlowBlock):
     """A flow block with learned positions and, if there are classes, an embedding of the label."""
+
+    config: TarFlowBlockConfig
 
     def __init__(self, config: TarFlowBlockConfig):
         super().__init__(config)
@@ -60,10 +62,12 @@ class TarFlow(nn.Module):
         var: the prior's variances, `[N, C * p * p]`; learned beside the weights where blocks only shift, else 1.
     """
 
+    var: Tensor
+
     def __init__(self, config: TarFlowConfig):
         super().__init__()
         self.config = config
-        self.blocks = nn.ModuleList([TarFlowBlock(config.block(index)) for index in range(config.blocks)])
+        self.blocks = FlowBlocks([TarFlowBlock(config.block(index)) for index in range(config.blocks)])
         self.register_buffer("var", torch.ones(config.num_patches, config.channel_size * config.patch_size**2))
 
     def tokens(self, x: Tensor) -> Tensor:
@@ -121,4 +125,4 @@ class TarFlow(nn.Module):
         self._check_labels(text)
         hidden, log_dets = run_blocks(self.blocks, self.tokens(x), text, None)
         log_dets = [self.latents(t) for t in log_dets]
-        return FlowOutput(hidden[-1], sum(log_dets), log_dets, [self.latents(t) for t in hidden])
+        return FlowOutput(hidden[-1], sum(log_dets[1:], log_dets[0]), log_dets, [self.latents(t) for t in hidden])

@@ -20,7 +20,7 @@ class KVCache:
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append `[B, heads, n, D]` and return all that is cached, `[B, heads, offset, D]`."""
-        if self.keys is None:
+        if self.keys is None or self.values is None:
             shape = (*keys.shape[:2], self.length, keys.shape[3])
             self.keys = mx.zeros(shape, keys.dtype)
             self.values = mx.zeros(shape, values.dtype)

@@ -27,6 +27,7 @@ def denoise(flow: Flow, x: mx.array, text: mx.array | None = None, noise_std: fl
     """
     if (denoiser := flow.denoiser) is not None:
         rope_frequencies = flow.rope_frequencies(x.shape, 0 if text is None else text.shape[1])
+        assert rope_frequencies is not None  # of a flow with a denoiser
         result = clean(x, flow.latents(denoiser(flow.tokens(x), text, rope_frequencies, frame_count(x.shape)), x.shape))
         check_finite(result, "the denoised sample")
         return result

@@ -52,7 +52,7 @@ def invert(
             change = _relative_change(x[:, start:stop], new)
             x[:, start:stop] = new
             mx.eval(x, change)
-            if not change.item() >= settings.threshold:
+            if not float(change) >= settings.threshold:
                 break
         start = stop
         yield start
@@ -86,7 +86,7 @@ def roll(
         x[:, start:stop], done = _advance(old, noise, mu, log_sigma, settings.tolerance)
         affine = (mu[:, -1:], log_sigma[:, -1:])
         mx.eval(x, done, *affine)
-        count = min(done.item() + 1, stop - start)
+        count = min(int(done) + 1, stop - start)
         # The cache keeps the inputs that predicted these tokens; those behind were guesses.
         decoder.trim(stop - start - count)
         start += count

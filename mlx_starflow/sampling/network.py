@@ -85,7 +85,8 @@ class CompiledNetwork:
 
     @property
     def cache_bytes(self) -> int:
-        return sum(cache.keys.nbytes + cache.values.nbytes for cache in self.caches if cache.keys is not None)
+        held = (array for cache in self.caches for array in (cache.keys, cache.values))
+        return sum(array.nbytes for array in held if array is not None)
 
     def __call__(self, tokens: mx.array) -> mx.array:
         h = self.block.embed(tokens, self.known, self.offset)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import mlx.core as mx
 from tqdm import tqdm
@@ -31,12 +32,13 @@ class SamplingTrace:
 
     Attributes:
         evaluations: network evaluations of each block, deep block first.
-        states: data after each block, deep block first, shaped as the result (only if `keep_states`).
+        states: data after each block, deep block first, shaped as the result (only if `keep_states`): MLX arrays, or
+            tensors where PyTorch samples.
     """
 
     keep_states: bool = False
     evaluations: list[int] = field(default_factory=list)
-    states: list[mx.array] = field(default_factory=list)
+    states: list[Any] = field(default_factory=list)
 
 
 def sample(

@@ -158,9 +158,11 @@ def _try(index: int, samples: list[_Sample], settings: Settings) -> Trial:
         noise = one.noise[index]
         decoder = one.guided.decoder(index, *noise.shape[:2])
         steps = [time.perf_counter()]
-        x = invert_block(
-            decoder, noise, settings, advance=lambda tokens, steps=steps: steps.append(time.perf_counter())
-        )
+
+        def advance(tokens: int, steps: list[float] = steps) -> None:
+            steps.append(time.perf_counter())
+
+        x = invert_block(decoder, noise, settings, advance=advance)
         mx.eval(x)
         steps.append(time.perf_counter())
         evaluations += decoder.evaluations

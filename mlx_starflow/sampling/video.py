@@ -263,6 +263,7 @@ def _denoise_window(
         if not layers:
             shape = (x.shape[0], frames, *x.shape[2:])
             frequencies = flow.rope_frequencies(shape, start)
+            assert frequencies is not None  # of a flow with a denoiser
             layers = [_StreamedLayer(layer, denoiser, start, frames, frequencies) for layer in denoiser.attn_blocks]
         h = denoiser.embed(flow.tokens(x))
         if prefix is not None and not layers[0].pushed:

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+from helpers.examples import example_module
 from helpers.paths import EXAMPLES
 from helpers.scenes import write_sprites
 
@@ -89,6 +90,26 @@ def test_batches_follow_from_their_number(folders):
     assert torch.equal(first[5], second[5]) and not torch.equal(first[5], first[6])
 
 
+def test_worker_processes_make_the_same_data(folders):
+    from scene_autoencoder import Pictures
+    from scene_flow import Latents
+    from scene_loop import Device, read_ahead
+    from scene_pictures import Renderer
+    from scene_recipe import TINY
+
+    data, out = folders
+    renderer = Renderer(data)
+    drawn = [
+        np.concatenate(
+            list(Latents(TINY, renderer, None, out / "latents", Device("cpu", workers)).pictures(range(150)))
+        )
+        for workers in (0, 2)
+    ]
+    assert drawn[0].shape == (150, 128, 128, 3) and np.array_equal(*drawn)
+    batches = [list(read_ahead(Pictures(renderer, 2), 3, 7, workers)) for workers in (0, 2)]
+    assert len(batches[0]) == 4 and all(torch.equal(a, b) for a, b in zip(*batches, strict=True))
+
+
 def test_captions_fit_the_text_encoder(folders):
     from scene_data import Stream
     from scene_recipe import TEXT_LENGTH
@@ -127,9 +148,7 @@ def test_the_evaluator_learns_and_judges(folders, tmp_path):
 
 @pytest.mark.slow
 def test_report(folders, tmp_path, capsys):
-    sys.path.insert(0, str(EXAMPLES / "reports"))
-    import embedded_model
-
+    embedded_model = example_module("reports/embedded_model.py")
     data, out = folders
     words = ["--most", "2", "--evaluator-steps", "2", "--grid", str(tmp_path / "grid.png")]
     embedded_model.main([str(data), str(out), *words])

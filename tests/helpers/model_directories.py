@@ -15,7 +15,6 @@ from helpers.paths import DATA
 from helpers.tiny_flows import tiny_flow
 from mlx_starflow import load
 from mlx_starflow.likelihood.quantization_cost import CaptionedData
-from mlx_starflow.media.image_folder import ImageFolder
 from mlx_starflow.model_dir.files import load_weights, read_config
 from mlx_starflow.model_dir.saving import save_model
 from mlx_starflow.model_dir.weights import parameters
@@ -54,13 +53,6 @@ def write_class_model(directory: Path, **changes: object) -> Path:
     return save_model(directory, parameters(flow), {"model_type": "tarflow", **flow.config.to_dict()})
 
 
-def read_data(model: str | Path, folder: Path, most: int = 64) -> CaptionedData:
-    """Captioned images of a folder as a model's latents, as `mlx-starflow quantize --report` takes them."""
-    pipe = load(model, low_memory=True)
-    chosen = ImageFolder.read(folder, size=pipe.size[0], splits=("train",)).spread(most)
-    return CaptionedData.encode(pipe, chosen.pil_images(), [captions[0] for captions in chosen.captions])
-
-
 def write_trained_model(directory: Path, images: Path, steps: int = 30) -> Path:
     """As `write_image_model`, with three blocks that have learned the latents of a folder of images."""
     write_image_model(directory)
@@ -68,7 +60,7 @@ def write_trained_model(directory: Path, images: Path, steps: int = 30) -> Path:
     (directory / "vae/config.json").write_text(json.dumps({**vae, "scaling_factor": 4.0}))
     (directory / "NOTICE").write_text("whose it is")
     flow = tiny_flow(layers_per_block=[1, 1, 3], noise_std=0.1, use_final_norm=True)
-    data = read_data(directory, images)
+    data = CaptionedData.read(load(directory), images)
     texts = load(directory).encode_prompts(data.captions)
     # Only the last projections learn, which takes a fraction of the time and is enough to have something to lose.
     flow.freeze()

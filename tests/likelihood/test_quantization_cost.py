@@ -11,11 +11,11 @@ import pytest
 from helpers.commands import message
 from helpers.examples import run_example
 from helpers.images import write_gradients
-from helpers.model_directories import read_data, write_trained_model
+from helpers.model_directories import write_trained_model
 from PIL import Image, ImageDraw
 
 from mlx_starflow import load
-from mlx_starflow.likelihood.quantization_cost import Comparison, measure
+from mlx_starflow.likelihood.quantization_cost import CaptionedData, Comparison, measure
 from mlx_starflow.model_dir.files import load_weights
 from mlx_starflow.model_dir.requantize import quantize_model
 
@@ -36,17 +36,18 @@ def size(directory: Path) -> int:
 
 def test_pictures(model, pictures):
     """Spread over the folder, as the autoencoder's latents; other splits are left out."""
-    every = read_data(model, pictures)
+    every = CaptionedData.read(load(model), pictures)
     assert every.data.shape == (23, 4, 4, 4)
     assert "another" not in every.captions
-    few = read_data(model, pictures, 3)
+    few = CaptionedData.read(load(model), pictures, 3)
     np.testing.assert_allclose(few.data, every.data[[0, 11, 22]], atol=1e-5)
     assert few.captions == [every.captions[index] for index in (0, 11, 22)]
-    assert "2 pictures or more, not 1" in message(read_data, model, pictures, 1)
+    assert "2 pictures or more, not 1" in message(CaptionedData.read, load(model), pictures, 1)
+    assert "holds no training data" in message(CaptionedData.read, load(model), model)
 
 
 def test_what_it_costs(model, pictures, tmp_path):
-    data = read_data(model, pictures)
+    data = CaptionedData.read(load(model), pictures)
     original = measure(load(model), data, draws=2)
     assert (original.flow_bytes, original.text_encoder_bytes) == (size(model), size(model / "text_encoder"))
     costs = {}
@@ -77,7 +78,7 @@ def test_what_it_costs(model, pictures, tmp_path):
 
 
 def test_nothing_changes_nothing(model, pictures):
-    data = read_data(model, pictures, 4)
+    data = CaptionedData.read(load(model), pictures, 4)
     change = Comparison(*(measure(load(model), data, draws=1) for _ in range(2))).change
     assert change.mean == change.standard_error == 0
     assert not math.isnan(measure(load(model), data, draws=1, seed=1).nll.mean)
@@ -104,7 +105,7 @@ def write_drawings(folder: Path) -> Path:
 
 def test_the_embedded_model(tmp_path):
     """`mixed` loses less than half of what plain 4 bits lose, and is at most 15% larger."""
-    data = read_data("demo", write_drawings(tmp_path))
+    data = CaptionedData.read(load("demo"), write_drawings(tmp_path))
     original = measure(load("demo"), data, draws=1)
     found = {}
     for how in ("4", "mixed"):

@@ -52,17 +52,12 @@ def quantize(
     mlx-starflow quantize demo -o small --quantize 4 --report my-pictures
     """
     from mlx_starflow.likelihood.quantization_cost import CaptionedData, Comparison, measure
-    from mlx_starflow.media.image_folder import ImageFolder
     from mlx_starflow.model_dir.requantize import quantize_model
     from mlx_starflow.pipelines import load
 
     if as_json and folder is None:
         raise click.UsageError("--json is the format of the report: give --report PICTURES too")
-    data = None
-    if folder is not None:
-        pipe = load(model, low_memory=True)
-        captioned = ImageFolder.read(folder, size=pipe.size[0], splits=("train",)).spread(limit)
-        data = CaptionedData.encode(pipe, captioned.pil_images(), [captions[0] for captions in captioned.captions])
+    data = None if folder is None else CaptionedData.read(load(model, low_memory=True), folder, limit)
     quantize_model(model, output, how, text_encoder=text_encoder, group_size=group_size)
     if data is None:
         size = sum(path.stat().st_size for path in output.glob("**/model*.safetensors"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -184,7 +185,7 @@ class Downsample(_RowConv):
         return y.reshape(*x.shape[:2], *y.shape[1:])
 
     def _fewer_frames(self, tiles: Tiles, state: StreamState) -> Tiles:
-        for index, tile in enumerate(map(list, tiles)):
+        for index, tile in enumerate(map(list[Any], tiles)):
             last, x = tile.pop(), tile.pop()
             if state.first:
                 state.remember(self, index, x[:, -1:])
@@ -220,7 +221,7 @@ class Upsample(_RowConv):
         return correlate(x[:, :, 1:-1, 1:-1], self.resample.weight[:, None], self.resample.bias)
 
     def _more_frames(self, tiles: Tiles, state: StreamState) -> Tiles:
-        for index, tile in enumerate(map(list, tiles)):
+        for index, tile in enumerate(map(list[Any], tiles)):
             last, x = tile.pop(), tile.pop()
             if not state.first:
                 y = self.time_conv(state.continued(self, index, x, 2))

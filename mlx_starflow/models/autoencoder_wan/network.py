@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.models.autoencoder_kl import Posterior
@@ -22,7 +21,8 @@ from mlx_starflow.models.autoencoder_layers import PointwiseConv
 from mlx_starflow.models.autoencoder_wan.config import CHANNELS, PATCH, AutoencoderWanConfig
 from mlx_starflow.models.autoencoder_wan.layers import CausalConv, DownBlock, MidBlock, RMSNorm, UpBlock
 from mlx_starflow.models.autoencoder_wan.names import fits, present_name, rearranged
-from mlx_starflow.models.autoencoder_wan.tiling import StreamState, joined, resplit, whole
+from mlx_starflow.models.autoencoder_wan.tiling import StreamState, Tiles, joined, resplit, whole
+from mlx_starflow.models.trees import flattened
 
 
 class Encoder(nn.Module):
@@ -44,7 +44,7 @@ class Encoder(nn.Module):
 
     def __call__(self, x: mx.array, state: StreamState) -> mx.array:
         """`[B, T, H, W, 3]` to `[B, T', h, w, 2 z_dim]`; T is 1 for the first frames, then the temporal downscale."""
-        tiles = ((_patches(rows), last) for rows, last in resplit(whole(x), PATCH * state.rows))
+        tiles: Tiles = ((_patches(rows), last) for rows, last in resplit(whole(x), PATCH * state.rows))
         tiles = self.conv_in(tiles, state)
         for block in self.down_blocks:
             tiles = block(tiles, state)
@@ -286,7 +286,7 @@ class AutoencoderWan(nn.Module):
 
         See `autoencoder_wan.names` for the layouts. `shapes` are the checkpoint's. Raises StarflowError as `sanitize`.
         """
-        expected = {name: parameter.shape for name, parameter in tree_flatten(self.parameters())}
+        expected = {name: parameter.shape for name, parameter in flattened(self.parameters())}
         out: dict[str, tuple[str, tuple[int, ...]]] = {}
         for source, shape in shapes.items():
             name = present_name(source, self.config.num_res_blocks)

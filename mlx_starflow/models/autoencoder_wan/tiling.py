@@ -102,6 +102,7 @@ class RowQueue:
 
     def take(self, count: int) -> mx.array:
         """The next `count` rows."""
+        assert self._rows is not None, "more rows are taken than came"
         rows, self._rows = self._rows[:, :, :count], self._rows[:, :, count:]
         if not self._rows.shape[2]:
             self._rows = None

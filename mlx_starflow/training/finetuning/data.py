@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -107,7 +106,11 @@ def anchored(batch_size: int, share: float) -> int:
 
 
 def finetune_loss(
-    flow: STARFlow, batch: Batch, anchor_weight: float = 1.0, base: Any = None, gradient_checkpointing: bool = True
+    flow: STARFlow,
+    batch: Batch,
+    anchor_weight: float = 1.0,
+    base: STARFlow | None = None,
+    gradient_checkpointing: bool = True,
 ) -> tuple[mx.array, Metrics]:
     """NLL of a batch of `FinetuneData` (nats per dimension, without log(2 pi) / 2) plus the anchor's KL divergence.
 

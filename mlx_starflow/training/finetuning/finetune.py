@@ -91,10 +91,10 @@ def plan_finetune(model: str | Path, config: FinetuneConfig, memory: float | Non
     return choice, finetune_planner(lambda: _lazy_flow(directory, mx.bfloat16), config).macs()
 
 
-def finetune_planner(make_flow: Callable[[], Any], config: FinetuneConfig) -> Planner:
+def finetune_planner(make_flow: Callable[[], STARFlow], config: FinetuneConfig) -> Planner:
     """The planner of a fine-tuning; `make_flow` makes the base, whose numbers are not computed."""
 
-    def trained(quantization: str | None, rank: int) -> Any:
+    def trained(quantization: str | None, rank: int) -> STARFlow:
         flow = make_flow()
         _make_trainable(flow, config, quantization, rank)
         return flow
@@ -117,19 +117,22 @@ def finetune_planner(make_flow: Callable[[], Any], config: FinetuneConfig) -> Pl
     )
 
 
-def _lazy_flow(model: ModelDirectory, dtype: mx.Dtype) -> Any:
+def _lazy_flow(model: ModelDirectory, dtype: mx.Dtype) -> STARFlow:
     """A model directory's flow; each tensor is read when it is computed with."""
     if not model.reads_prompts:
         raise StarflowError(f"{model.path} does not read captions: fine-tuning is for models of latents and prompts")
     flow = model.flow.lazy()
+    assert isinstance(flow, STARFlow)  # no other flow reads prompts
     flow.set_dtype(dtype)
     return flow
 
 
-def _load_base(model: str | Path, quantization: str | None) -> Any:
+def _load_base(model: str | Path, quantization: str | None) -> STARFlow:
     """A model's flow, quantized if need be; its dense weights are never in memory all at once."""
     if quantization is None:
-        return load_flow(model)
+        dense = load_flow(model)
+        assert isinstance(dense, STARFlow)
+        return dense
     flow = _lazy_flow(ModelDirectory.find(model), default_dtype())
     quantize_module(flow, quantization)
     for array in parameters(flow).values():
@@ -199,7 +202,7 @@ def finetune(
         anchor = AnchorSamples.draw(flow, cache, images, config.anchor_samples, config.seed)
     base = None
     if anchor and config.kind == "full":
-        base = load_flow(model)
+        base = _load_base(model, None)
         base.freeze()
     _make_trainable(flow, config, None, choice.rank)
     mx.eval(flow.parameters())

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from mlx_starflow.models.flow import Flow, frame_count
 from mlx_starflow.sampling.denoise import PREDICTION_STD
@@ -20,7 +21,7 @@ from mlx_starflow.training.loop.weights import Weights, trainable
 NAME = "learnable_self_denoiser."
 
 
-def denoiser_weights(model: Any) -> set[str]:
+def denoiser_weights(model: nn.Module) -> set[str]:
     """Names of the weights of a model's learned denoiser that are trained; none if it has no denoiser."""
     return {name for name in trainable(model) if name.startswith((NAME, f"flow.{NAME}"))}
 

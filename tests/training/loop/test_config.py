@@ -289,19 +289,3 @@ def test_a_log_that_cannot_be_written(tmp_path):
             make_trainer(tmp_path, PLAIN).run()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        ({"accumulate": 3}, "accumulate must be a divisor of batch_size 5, not 3"),
-        ({"optimizer": "sgd"}, "optimizer must be one of adamw, adafactor, muon, sinkgd, not 'sgd'"),
-        ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, float16, not 'int8'"),
-        ({"betas": (0.9,)}, "betas must be two numbers"),
-        ({"lr": "fast"}, "lr must be greater than 0, not 'fast'"),
-        ({"skip": -1.0}, "skip must be 0 or more"),
-    ],
-)
-def test_settings_out_of_range(setting, message):
-    with pytest.raises(StarflowError, match=message):
-        replace(CONFIG, **setting)

@@ -144,17 +144,17 @@ class ImageStage:
         if problem := sample.problem():
             return Skip(sample.key, problem)
         try:
-            picture = decode_image(data)
+            image = decode_image(data)
         except UnreadableImage as error:
             return Skip(sample.key, str(error))
-        ratio = closest_ratio(*picture.size, list(self.shapes))
+        ratio = closest_ratio(*image.size, list(self.shapes))
         count, flip, seed = (self.settings[name] for name in ("views", "flip", "seed"))
-        views = image_views(picture, *self.shapes[ratio], count, flip=flip, seed=seed, key=sample.key)
+        views = image_views(image, *self.shapes[ratio], count, flip=flip, seed=seed, key=sample.key)
         line = {
             "key": sample.key,
             "captions": sample.captions,
             "bucket": ratio,
-            "size": picture.size,
+            "size": image.size,
             "sha256": hashlib.sha256(data).hexdigest(),
         }
         return _Image(line, ratio, views)

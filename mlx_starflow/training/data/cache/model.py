@@ -12,8 +12,9 @@ import mlx.core as mx
 
 from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.model_dir.directory import ModelDirectory
-from mlx_starflow.model_dir.files import load_weights
+from mlx_starflow.model_dir.files import load_weights, tensor_bytes
 from mlx_starflow.models.autoencoder_kl import AutoencoderKLConfig
+from mlx_starflow.models.starflow import FlowConfig
 
 DIFFERENCES = {
     "autoencoder": "another autoencoder",
@@ -44,7 +45,9 @@ class CacheModel:
         for part in ("text_encoder", "vae"):
             if not (self.directory / part).is_dir():
                 raise StarflowError(f"{self.directory} is a flow alone: a cache needs its {part}/ folder too")
-        self.config = self._model.flow.config
+        config = self._model.flow.config
+        assert isinstance(config, FlowConfig)  # no other flow reads prompts
+        self.config = config
         self.vae_config = AutoencoderKLConfig.from_dict(self._model.vae.content)
         self.side = self.config.img_size * self.vae_config.downscale
         self.step = self.config.patch_size * self.vae_config.downscale
@@ -118,7 +121,7 @@ def _tensors(folder: Path, parts: Sequence[str] = ()) -> Iterator[bytes]:
             continue
         yield f"{name} {array.dtype} {list(array.shape)}".encode()
         try:
-            yield bytes(memoryview(array.reshape(-1).view(mx.uint8)))  # type: ignore[arg-type]
+            yield bytes(tensor_bytes(array))
         except RuntimeError as error:
             raise StarflowError(f"cannot read {folder}: {one_line(error)}") from None
         del array

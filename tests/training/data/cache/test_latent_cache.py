@@ -220,6 +220,21 @@ def test_resumed_equals_uninterrupted(model, data, tmp_path, monkeypatch, stop):
     assert contents(out) == contents(tmp_path / "straight")
 
 
+def test_progress_of_older_versions(model, data, tmp_path, monkeypatch):
+    """It has only the keys that were known when it was written."""
+    out = tmp_path / "cache"
+    monkeypatch.setattr(encode.TextStage, "run", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        build_cache(data, out, model, SMALL)
+    monkeypatch.undo()
+    state = json.loads((out / "unfinished.json").read_text())
+    kept = {name: state["progress"][name] for name in ("items", "source", "pictures_done")}
+    (out / "unfinished.json").write_text(json.dumps({**state, "progress": kept}))
+    build_cache(data, out, model, SMALL)
+    build_cache(data, tmp_path / "straight", model, SMALL)
+    assert contents(out) == contents(tmp_path / "straight")
+
+
 def test_kill_9(cache, model, data, tmp_path):
     """A process that is killed again and again, at whatever moment, ends with the same bytes."""
     out = tmp_path / "cache"
