@@ -828,7 +828,7 @@ def outcome_of(path: Path) -> str:
     for name in checkpoint:
         values = checkpoint[name]
         assert values.shape == checkpoint.shape(name)
-        assert values.nbytes == checkpoint.nbytes(name) <= pth_pickle._MAX_EXPANDED
+        assert values.nbytes == checkpoint.nbytes(name) <= pth_pickle.MAX_EXPANDED
         if values.nbytes < 1 << 20:
             array = checkpoint.mx(name)
             assert (array.shape, array.dtype) == (values.shape, MLX_DTYPES[checkpoint.dtype(name)])
