@@ -11,6 +11,14 @@ import pytest
 from mlx_starflow.cli.options.interrupt import resumable
 
 
+@pytest.fixture(autouse=True)
+def listening():
+    """SIGINT means what it does in a terminal: a shell starts background programs deaf to it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_and_sigterm(capsys, number):
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
