@@ -180,7 +180,8 @@ def test_every_mlp_is_transformers(feed_forward):
             relative_attention_num_buckets=16,
             relative_attention_max_distance=20,
             feed_forward_proj=feed_forward,
-            initializer_factor=2.0,
+            # With twice these weights one unit in the embeddings' last place moves what comes out by 8e-5.
+            initializer_factor=1.0,
         )
     ).eval()
     ours = T5Encoder(T5Config.from_dict(theirs.config.to_dict()))
