@@ -5,21 +5,18 @@ from __future__ import annotations
 import errno
 import os
 import pkgutil
-import signal
 import sys
 import tempfile
-import threading
 import traceback
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from importlib import import_module
 
 import click
 
 from mlx_starflow import __version__, cpu
 from mlx_starflow.cli import commands
-from mlx_starflow.cli.options.interrupt import INTERRUPTED
+from mlx_starflow.cli.options.interrupt import INTERRUPTED, terminated_as_interrupted
 from mlx_starflow.errors import StarflowError, one_line
 
 
@@ -35,7 +32,7 @@ class Commands(click.Group):
         return getattr(import_module(f"{commands.__name__}.{name}"), name)
 
     def invoke(self, context: click.Context) -> object:
-        with _terminated_as_interrupted():
+        with terminated_as_interrupted():
             try:
                 result = super().invoke(context)
                 _flush()
@@ -77,23 +74,6 @@ def _drop_output() -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
         os.close(nowhere)
-
-
-@contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM does what Ctrl-C does: what is finished is kept, and temporary files go."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _unexpected(error: Exception) -> str:

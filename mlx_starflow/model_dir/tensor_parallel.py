@@ -150,14 +150,14 @@ def check_same(name: str | Path, dtype: str | mx.Dtype | None, group: mx.distrib
         directory = find_model(name)
         read_config(directory)
         facts = {
-            f"files of the model {name}": fingerprint(directory),
+            f"files of the model {name}": files_digest(directory),
             "precision (--dtype)": str(parse_dtype(dtype) or default_dtype()),
             "version of MLX": MLX_VERSION,
         }
     agree(group, facts)
 
 
-def fingerprint(directory: Path) -> str:
+def files_digest(directory: Path) -> str:
     """What tells one model directory from another: its files' names and sizes, and samples of what is in them."""
     digest = sha256()
     for path in sorted(directory.rglob("*")):

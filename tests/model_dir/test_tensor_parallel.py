@@ -22,7 +22,7 @@ from mlx_starflow.errors import StarflowError
 from mlx_starflow.model_dir.directory import load_flow
 from mlx_starflow.model_dir.quantization import quantize_module
 from mlx_starflow.model_dir.saving import save_model
-from mlx_starflow.model_dir.tensor_parallel import fingerprint, shard
+from mlx_starflow.model_dir.tensor_parallel import files_digest, shard
 from mlx_starflow.pipelines import load
 from mlx_starflow.training.loop import distributed
 
@@ -191,12 +191,12 @@ def test_what_cannot_be_split(models):
 
 def test_fingerprints(models, tmp_path):
     write_image_model(tmp_path / "a")
-    before = fingerprint(tmp_path / "a")
-    assert before == fingerprint(tmp_path / "a") != fingerprint(models / "dense")
+    before = files_digest(tmp_path / "a")
+    assert before == files_digest(tmp_path / "a") != files_digest(models / "dense")
     data = bytearray((tmp_path / "a/vae/model.safetensors").read_bytes())
     data[-1] ^= 1
     (tmp_path / "a/vae/model.safetensors").write_bytes(data)
-    assert fingerprint(tmp_path / "a") != before
+    assert files_digest(tmp_path / "a") != before
 
 
 def task(name: str, folder: Path, out: Path) -> None:

@@ -1,4 +1,4 @@
-"""What Ctrl-C, and the signal to terminate, mean to commands that go on where they were."""
+"""What Ctrl-C, and the signal to terminate, mean to commands."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import click
 
@@ -15,23 +14,29 @@ INTERRUPTED = 130
 
 
 @contextmanager
-def resumable(hint: str = "") -> Iterator[None]:
-    """Ctrl-C in this block says `hint`, if there is one, and ends the program with 130, as a shell expects.
+def terminated_as_interrupted() -> Iterator[None]:
+    """In this block SIGTERM, which batch systems send before they kill, does what Ctrl-C does."""
 
-    So does SIGTERM, which batch systems send before they kill.
-    """
-
-    def interrupt(*_: Any) -> None:
+    def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, interrupt) if main else None
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
-    except KeyboardInterrupt:
-        if hint:
-            click.echo(hint, err=True)
-        raise SystemExit(INTERRUPTED) from None
     finally:
-        if main:
-            signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def resumable(hint: str = "") -> Iterator[None]:
+    """Ctrl-C, or SIGTERM, in this block says `hint`, if there is one, and ends the program with 130."""
+    with terminated_as_interrupted():
+        try:
+            yield
+        except KeyboardInterrupt:
+            if hint:
+                click.echo(hint, err=True)
+            raise SystemExit(INTERRUPTED) from None
