@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
+
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    # Before MLX loads a BLAS: each worker takes its share of the CPUs.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // int(workers), 1)))
 
 import mlx.core as mx
 import pytest
@@ -12,6 +17,21 @@ from helpers.tiny_flows import FAMILIES, TinyCase, tiny_case
 
 from mlx_starflow import cpu
 from mlx_starflow.pipelines import ClassPipeline, ImagePipeline, Pipeline, load, load_class_labels
+
+MOST_WORKERS = 4
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """The whole suite runs in a process for each CPU, at most four, unless `-n` says otherwise; named files in one."""
+    options = config.option
+    if not config.pluginmanager.hasplugin("xdist") or hasattr(config, "workerinput"):
+        return
+    named = config.args_source is pytest.Config.ArgsSource.ARGS
+    if options.numprocesses is None and not (named or options.usepdb or options.collectonly):
+        options.numprocesses = min(os.cpu_count() or 1, MOST_WORKERS)
+    if options.numprocesses and options.dist == "no":
+        options.dist = "loadfile"  # fixtures of a module are made once
 
 
 @pytest.fixture(scope="session")

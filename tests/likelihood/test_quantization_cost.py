@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.commands import message
-from helpers.examples import run_example
+from helpers.examples import run_example_here
 from helpers.images import write_gradients
 from helpers.model_directories import write_trained_model
 from PIL import Image, ImageDraw
@@ -86,7 +86,7 @@ def test_nothing_changes_nothing(model, pictures):
 
 def test_the_example(model, pictures):
     words = [model, pictures, "--limit", 3, "--draws", 1, "--only", 4, "mixed"]
-    lines = run_example("reports/quantization.py", *words).splitlines()
+    lines = run_example_here("reports/quantization.py", *words).splitlines()
     assert lines[0].startswith("machine: ")
     assert [line.split()[0] for line in lines[-2:]] == ["4", "mixed"]
     assert all(line.count("+-") == 1 for line in lines[-2:])
