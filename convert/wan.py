@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mlx_starflow.convert.common import Tensor
+from mlx_starflow.convert.tensor import Tensor
 
 WAN_FILE = "Wan2.2_VAE.pth"
 """What the official release calls it."""

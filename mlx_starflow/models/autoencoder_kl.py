@@ -16,7 +16,7 @@ import mlx.nn as nn
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.models import autoencoder_kl_tiling as tiling
-from mlx_starflow.models.autoencoder_layers import Conv3x3, DownBlock, GroupNorm, MidBlock, PointwiseConv, UpBlock
+from mlx_starflow.models.autoencoder_layers import Conv3x3, GroupNorm, MidBlock, PointwiseConv, Stage
 from mlx_starflow.models.autoencoder_tensors import Sources, rearranged, tensor_sources
 from mlx_starflow.models.configs import MOST_LAYERS, MOST_LEVELS, ConfigKind, check_autoencoder
 
@@ -151,7 +151,7 @@ class Encoder(nn.Module):
         last = len(widths) - 1
         self.conv_in = Conv3x3(config.in_channels, widths[0])
         self.down_blocks = [
-            DownBlock(widths[max(i - 1, 0)], widths[i], config.layers_per_block, groups, downsample=i < last)
+            Stage(widths[max(i - 1, 0)], widths[i], config.layers_per_block, groups, "down" if i < last else None)
             for i in range(len(widths))
         ]
         self.mid_block = MidBlock(widths[-1], groups, config.mid_block_add_attention)
@@ -175,7 +175,7 @@ class Decoder(nn.Module):
         self.conv_in = Conv3x3(config.latent_channels, widths[0])
         self.mid_block = MidBlock(widths[0], groups, config.mid_block_add_attention)
         self.up_blocks = [
-            UpBlock(widths[max(i - 1, 0)], widths[i], config.layers_per_block + 1, groups, upsample=i < last)
+            Stage(widths[max(i - 1, 0)], widths[i], config.layers_per_block + 1, groups, "up" if i < last else None)
             for i in range(len(widths))
         ]
         self.conv_norm_out = GroupNorm(groups, widths[-1])
