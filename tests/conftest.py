@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     # Before MLX loads a BLAS: each worker takes its share of the CPUs.
@@ -12,7 +13,8 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
 import mlx.core as mx
 import pytest
 from helpers.golden import Golden, load_golden
-from helpers.model_directories import write_class_model, write_image_model
+from helpers.images import write_gradients
+from helpers.model_directories import write_class_model, write_image_model, write_trained_model
 from helpers.tiny_flows import FAMILIES, TinyCase, tiny_case
 
 from mlx_starflow import cpu
@@ -70,6 +72,18 @@ def latent_flow(tmp_path_factory: pytest.TempPathFactory) -> ImagePipeline:
 def pixel_flow(tmp_path_factory: pytest.TempPathFactory) -> ClassPipeline:
     """A TarFlow of 3 classes, trained with Gaussian noise."""
     return load_class_labels(write_class_model(tmp_path_factory.mktemp("classes") / "model"))
+
+
+@pytest.fixture(scope="session")
+def captioned_gradients(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of images that share captions."""
+    return write_gradients(tmp_path_factory.mktemp("data") / "pictures")
+
+
+@pytest.fixture(scope="session")
+def trained_model(tmp_path_factory: pytest.TempPathFactory, captioned_gradients: Path) -> Path:
+    """The directory of a model that has learned something of these images; do not change it."""
+    return write_trained_model(tmp_path_factory.mktemp("trained") / "model", captioned_gradients)
 
 
 @pytest.fixture(params=["latents", "pixels"])
