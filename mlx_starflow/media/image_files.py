@@ -11,6 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from mlx_starflow.errors import StarflowError, one_line
+from mlx_starflow.media.files import is_folder, is_regular
 from mlx_starflow.media.formats import ANIMATIONS, MOVIES
 from mlx_starflow.media.pixels import UnreadableImage, decode_image, no_remarks
 from mlx_starflow.media.sources import Skip, open_source, skip_report
@@ -60,7 +61,7 @@ class ImageFile:
         try:
             with no_remarks():
                 return decode_image(self.read())
-        except (OSError, UnreadableImage) as error:
+        except (OSError, ValueError, UnreadableImage) as error:  # a name that is none is a ValueError
             raise StarflowError(f"cannot read the picture {self.name}: {one_line(error)}") from None
 
 
@@ -77,9 +78,9 @@ def find_images(paths: Iterable[str | Path], split: str | None = None) -> list[I
     """
     found: list[ImageFile] = []
     for path in map(Path, paths):
-        if path.is_dir():
+        if is_folder(path):
             found += _in_folder(path, split)
-        elif path.is_file():
+        elif is_regular(path):
             found.append(ImageFile(str(path), "", path.read_bytes, path))
         else:
             raise StarflowError(f"{path} does not exist: give pictures, or folders of pictures")
@@ -97,9 +98,14 @@ def _in_folder(folder: Path, split: str | None) -> Iterator[ImageFile]:
             if split in (None, SPLITS.get(name.partition("/")[0].lower(), "train")):
                 yield ImageFile(str(folder / name), "", partial(images.read, name))
         return
+    skips: list[Skip] = []
     for sample in open_source(folder):
-        if not isinstance(sample, Skip) and split in (None, sample.split):
+        if isinstance(sample, Skip):
+            skips.append(sample)
+        elif split in (None, sample.split):
             yield ImageFile(str(folder / sample.key), sample.captions[0] if sample.captions else "", sample.read)
+    if skips:
+        warnings.warn(f"{folder}: {skip_report(skips)}", stacklevel=2)
 
 
 def _uncaptioned(folder: Path) -> Listing | None:

@@ -9,11 +9,11 @@ import click
 
 from mlx_starflow import cpu
 from mlx_starflow.cli.options.images import (
+    ReadableFiles,
     frames_option,
     images_argument,
     model_options,
     noise_options,
-    open_files,
     table_options,
 )
 
@@ -66,8 +66,9 @@ def classify(
         names = [str(number) for number in range(pipe.config.num_classes)]
     if not names:
         raise click.UsageError('there are no labels: mlx-starflow classify cat.png --labels "cat face,dog face"')
+    files = ReadableFiles(pipe, found, size=size, frames=frames)
     result = pipe.classify(
-        open_files(pipe, found, frames),
+        files,
         names,
         draws=draws,
         seed=seed,
@@ -76,7 +77,7 @@ def classify(
         progress=None,
     )
     rows = []
-    for number, picture in enumerate(found):
+    for number, picture in enumerate(files.files):
         posterior = [float(value) for value in result.posterior[number]]
         rows.append(
             {
@@ -90,7 +91,7 @@ def classify(
     if csv_file is not None:
         write_csv(rows, csv_file)
     if json_file is not None:
-        write_json({"model": model, "labels": names, "pictures": rows}, json_file)
+        write_json({"model": model, "labels": names, "pictures": rows, "skipped": files.skipped()}, json_file)
     if Path("-") not in (csv_file, json_file):
         for row in rows:
             margin = "" if row["margin_nats"] is None else f", {row['margin_nats']:.1f} nats ahead"

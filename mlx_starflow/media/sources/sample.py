@@ -93,9 +93,9 @@ def split_of(row: Mapping[str, Any]) -> str:
     return str(row.get("split") or "train")
 
 
-def skip_report(skips: Sequence[Skip], file: Path | None = None) -> str:
-    """One line: how many were skipped, the first of them, and the file that lists all."""
-    names = ", ".join(map(str, skips[:3])) + (", ..." if len(skips) > 3 else "")
+def skip_report(skips: Sequence[Skip], file: Path | None = None, most: int = 3) -> str:
+    """One line: how many were skipped, the first `most` of them, and the file that lists all."""
+    names = ", ".join(map(str, skips[:most])) + (", ..." if len(skips) > most else "")
     return f"skipped {len(skips)}: {names}" + (f"; all of them are in {file}" if file else "")
 
 
