@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TextIO
 
 import click
 
@@ -16,12 +15,13 @@ from mlx_starflow.cli.options.images import (
     noise_options,
     table_options,
 )
+from mlx_starflow.cli.options.text import Lines
 
 
 @click.command()
 @images_argument
 @click.option("-l", "--labels", help="Comma between them; all classes by default, if the model is a TarFlow.")
-@click.option("--label-file", type=click.File("r"), help="Labels from a file, one a line; - is standard input.")
+@click.option("--label-file", type=Lines(), help="Labels from a file, one a line; - is standard input.")
 @click.option("--split", help='Of folders with a metadata.jsonl: only lines with this "split".')
 @table_options
 @noise_options
@@ -30,7 +30,7 @@ from mlx_starflow.cli.options.images import (
 def classify(
     pictures: tuple[Path, ...],
     labels: str | None,
-    label_file: TextIO | None,
+    label_file: list[str] | None,
     split: str | None,
     csv_file: Path | None,
     json_file: Path | None,
@@ -54,7 +54,7 @@ def classify(
     from mlx_starflow.media.tables import check_text_output, write_csv, write_json
     from mlx_starflow.pipelines import ClassPipeline, open_model
 
-    names = [label.strip() for label in (labels or "").split(",")] + [line.strip() for line in label_file or ()]
+    names = [label.strip() for label in (labels or "").split(",")] + (label_file or [])
     names = [name for name in names if name]
     found = find_images(pictures, split)
     for path in (csv_file, json_file):
