@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from mlx_starflow.errors import StarflowError, one_line
+from mlx_starflow.media.files import is_regular
 
 _METADATA = ".metadata"
 # All that the pickle may name, in any version of PyTorch, beside dtypes.
@@ -55,7 +56,7 @@ class StoredTensor(NamedTuple):
 
 def is_distributed(path: Path) -> bool:
     """Whether this is a folder that `torch.distributed.checkpoint` wrote."""
-    return (path / _METADATA).is_file()
+    return is_regular(path / _METADATA)
 
 
 def open_distributed(path: Path) -> dict[str, StoredTensor]:

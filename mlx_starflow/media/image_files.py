@@ -17,6 +17,7 @@ from mlx_starflow.media.pixels import UnreadableImage, decode_image, no_remarks
 from mlx_starflow.media.sources import Skip, open_source, skip_report
 from mlx_starflow.media.sources.folders import METADATA, SPLITS, Listing, list_images
 from mlx_starflow.media.sources.hub import SAVED
+from mlx_starflow.media.sources.inside import read_inside
 
 VIDEOS = (*MOVIES, ".mkv", ".webm", ".avi", ".mpg", ".mpeg")
 """How names of videos end, in lower case; animations can be images too."""
@@ -81,7 +82,7 @@ def find_images(paths: Iterable[str | Path], split: str | None = None) -> list[I
         if is_folder(path):
             found += _in_folder(path, split)
         elif is_regular(path):
-            found.append(ImageFile(str(path), "", path.read_bytes, path))
+            found.append(ImageFile(str(path), "", partial(read_inside, path, None), path))
         else:
             raise StarflowError(f"{path} does not exist: give pictures, or folders of pictures")
     if not found:
@@ -117,7 +118,7 @@ def _uncaptioned(folder: Path) -> Listing | None:
     except OSError as error:
         raise StarflowError(f"cannot read {folder}: {one_line(error)}") from None
     images = list_images(folder)
-    if any(map(images.has_text, images.names)) or any((folder / name).is_file() for name in _metadata(images.names)):
+    if any(map(images.has_text, images.names)) or any(is_regular(folder / name) for name in _metadata(images.names)):
         return None
     # Folders that are splits are no classes.
     paths = [name.split("/") for name in images.names]
@@ -132,4 +133,4 @@ def _metadata(names: Iterable[str]) -> set[str]:
 
 def read_image(path: Path) -> Image.Image:
     """One image file: RGB, upright, transparency on white. Raises StarflowError."""
-    return ImageFile(str(path), "", path.read_bytes).open()
+    return ImageFile(str(path), "", partial(read_inside, path, None)).open()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_starflow.errors import StarflowError, one_line
-from mlx_starflow.media.files import parse_json
+from mlx_starflow.media.files import is_regular, parse_json
 from mlx_starflow.media.pixels import SUFFIXES
 from mlx_starflow.media.sources.inside import LARGEST_TEXT, leads_out, read_inside
 from mlx_starflow.media.sources.sample import Sample, Skip, Source, captions_of, clean
@@ -49,7 +49,7 @@ class Listing:
 
     def has_text(self, name: str) -> bool:
         """Whether an image has a file of its name in `.txt`."""
-        return (self.folder / name).with_suffix(".txt").is_file()
+        return is_regular((self.folder / name).with_suffix(".txt"))
 
 
 class MetadataFolder:

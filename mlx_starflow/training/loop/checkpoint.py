@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from mlx_starflow.errors import StarflowError, one_line
-from mlx_starflow.media.files import exists, is_regular, parse_json, replacing
+from mlx_starflow.media.files import exists, is_folder, is_regular, parse_json, replacing
 from mlx_starflow.training.loop.identity import Identity, check_identity
 from mlx_starflow.training.loop.weights import Weights
 
@@ -48,7 +48,7 @@ class Checkpoint:
 
 def checkpoint_files(folder: Path) -> list[Path]:
     """The checkpoints in a folder, newest first."""
-    if not folder.is_dir():
+    if not is_folder(folder):
         return []
     found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
     return [path for _, path in sorted(found, reverse=True)]

@@ -39,13 +39,13 @@ def latents_file(ratio: str) -> str:
 
 def is_cache(folder: Path) -> bool:
     """Whether a folder holds a finished cache."""
-    return (folder / MANIFEST).is_file()
+    return is_regular(folder / MANIFEST)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """`cache.json` of a finished cache. Raises StarflowError if the folder is not one."""
     if not is_cache(folder):
-        if (folder / STATE).is_file():
+        if is_regular(folder / STATE):
             raise StarflowError(f"{folder} is not finished: run the command that makes it again, and it goes on")
         raise StarflowError(f"{folder} is not a latent cache: make one with mlx-starflow cache DATA -o {folder}")
     manifest = read_json(inside(folder, MANIFEST))
