@@ -17,6 +17,7 @@ import mlx.core as mx
 
 from mlx_starflow.convert.tensor import Tensor
 from mlx_starflow.errors import StarflowError, one_line
+from mlx_starflow.media.files import is_regular
 
 _METADATA = ".metadata"
 # All that the pickle may name, in any version of PyTorch, beside dtypes.
@@ -47,7 +48,7 @@ _WRAPPERS = ("state_dict.", "model_state_dict.", "model.", "module.")
 
 def is_distributed(path: Path) -> bool:
     """Whether this is a folder that `torch.distributed.checkpoint` wrote."""
-    return (path / _METADATA).is_file()
+    return is_regular(path / _METADATA)
 
 
 def open_distributed(path: Path) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from mlx_starflow.convert.distributed import is_distributed
 from mlx_starflow.convert.tensor import Tensor
 from mlx_starflow.convert.wan import WAN_FILE, WAN_VAE, is_official_wan
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.media.files import inside, read_json
+from mlx_starflow.media.files import inside, is_folder, is_regular, read_json
 from mlx_starflow.model_dir.weights import parse_dtype
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from mlx_starflow.models.autoencoder_tensors import rearranged
@@ -65,10 +65,10 @@ def convert_vae(
     """
     source, out_dir = Path(source), Path(out_dir)
     dtype = parse_dtype(dtype)
-    if (source / WAN_FILE).is_file():
+    if is_regular(source / WAN_FILE):
         source = source / WAN_FILE
-    alone = source.is_file() or is_distributed(source)
-    if not alone and not source.is_dir():
+    alone = is_regular(source) or is_distributed(source)
+    if not alone and not is_folder(source):
         raise StarflowError(f"{source} is not a folder; give the one with the autoencoder's config.json and weights")
     folder = source.parent if alone else source
     check_target(folder, out_dir)
@@ -76,7 +76,7 @@ def convert_vae(
     if alone and not config and is_official_wan(open_tensors(source)):
         # A config.json beside it is that of the video model which the file comes with.
         content = WAN_VAE
-    elif alone and not config and not config_path.is_file():
+    elif alone and not config and not is_regular(config_path):
         content = SD_VAE
     else:
         content = read_json(config_path)
@@ -111,7 +111,7 @@ def _rearranged(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _weights_path(folder: Path) -> Path:
-    found = next((folder / name for name in _WEIGHT_FILES if (folder / name).is_file()), None)
+    found = next((folder / name for name in _WEIGHT_FILES if is_regular(folder / name)), None)
     if found is None:
         raise StarflowError(f"{folder} holds neither {' nor '.join(_WEIGHT_FILES)}; download one of them into it")
     return inside(folder, found.name)

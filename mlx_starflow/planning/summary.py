@@ -13,6 +13,7 @@ from mlx_starflow import __version__, cpu
 from mlx_starflow.convert.official import RELEASES
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.kernels import MLX_VERSION
+from mlx_starflow.media.files import is_folder, is_regular
 from mlx_starflow.model_dir.directory import ModelDirectory, NetworkDirectory
 from mlx_starflow.model_dir.hub import converted_directory
 from mlx_starflow.model_dir.quantization import dequantize_module
@@ -168,9 +169,9 @@ def _verdict(expected: MemoryPlan, gigabytes: int) -> str:
 
 def _release(model: str) -> ModelConfigs | None:
     """Configs of an official release that has not been converted; None of any other model."""
-    if model.lower() not in RELEASES or Path(model).is_dir():
+    if model.lower() not in RELEASES or is_folder(Path(model)):
         return None
-    return None if (converted_directory(model) / "config.json").is_file() else ModelConfigs.of_release(model)
+    return None if is_regular(converted_directory(model) / "config.json") else ModelConfigs.of_release(model)
 
 
 def _architecture(flow: Any) -> dict[str, str]:
