@@ -60,7 +60,8 @@ class NativeInverter:
         return float(np.square(new - old).mean() / np.square(new).mean())
 
     def _inputs(self, start: int, stop: int, lag: int) -> np.ndarray:
-        inputs = np.tile(self._x[:, max(start - 1, 0) - lag : stop - 1 - lag], (1 if self._mode is None else 2, 1, 1))
+        inputs = self._x[:, max(start - 1, 0) - lag : stop - 1 - lag]
+        inputs = np.concatenate([inputs] * (1 if self._mode is None else 2))
         if start == 0 and self._first_input is not None:
             inputs = np.concatenate([self._first_input, inputs], axis=1)
         return inputs
