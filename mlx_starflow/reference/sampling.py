@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.kernels.affine import GuidanceTarget
+from mlx_starflow.kernels.affine import LEAST_SCALE, GuidanceTarget
 from mlx_starflow.reference.flow import Condition, FlowBlock
 from mlx_starflow.reference.starflow import STARFlow
 from mlx_starflow.reference.tarflow import TarFlow
@@ -76,6 +76,23 @@ def tarflow_guidance(
         mu = mu + weight * (mu - mu_null)
     if "a" in target:
         log_sigma = log_sigma + weight * (log_sigma - log_sigma_null)
+    return mu, log_sigma
+
+
+def itarflow_guidance(
+    mu: Tensor,
+    log_sigma: Tensor,
+    mu_null: Tensor,
+    log_sigma_null: Tensor,
+    weight: float | Tensor,
+    target: GuidanceTarget = "ab",
+) -> tuple[Tensor, Tensor]:
+    """iTARFlow's guidance (arXiv 2604.20041): the same with sigma itself; see `kernels.affine.itarflow_guidance`."""
+    if "b" in target:
+        mu = mu + weight * (mu - mu_null)
+    if "a" in target:
+        growth = -weight * torch.expm1(log_sigma_null - log_sigma)
+        log_sigma = log_sigma + torch.log1p(growth.clamp(min=LEAST_SCALE - 1))
     return mu, log_sigma
 
 

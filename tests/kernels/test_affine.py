@@ -18,7 +18,7 @@ BOUND = 4e-6 if mx.metal.is_available() else 1e-6
 SHAPES = [(1, 1, 1), (2, 1, 16), (3, 7, 5), (1, 37, 11)]
 DTYPES = [mx.float32, mx.float16, mx.bfloat16]
 PARAMETRIZATIONS = [(0.0, False), (0.0, True), (4.0, False), (4.0, True)]
-GUIDED = [(None, "ab"), ("starflow", "ab"), ("tarflow", "ab"), ("tarflow", "a"), ("tarflow", "b")]
+GUIDED = [(None, "ab"), ("starflow", "ab"), ("tarflow", "ab"), ("tarflow", "a"), ("tarflow", "b"), ("itarflow", "ab")]
 
 
 def normal(key: int, *shape: int) -> mx.array:

@@ -22,7 +22,7 @@ def noisy(flow: Flow, x: mx.array, noise: mx.array) -> mx.array:
     pixels in -1..1 (dequantization, arXiv 1511.01844): the normal distribution function makes uniform numbers.
     """
     if flow.noise_type != "uniform":
-        return x + flow.config.noise_std * noise
+        return x + flow.noise_std * noise
     levels = mx.round((x + 1) * ((LEVELS - 1) / 2))
     uniform = 0.5 * (1 + mx.erf(noise * math.sqrt(0.5)))
     return (levels + uniform) * (2 / LEVELS) - 1
