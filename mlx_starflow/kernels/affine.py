@@ -337,7 +337,8 @@ _GUIDANCE: dict[GuidanceMode, str] = {
 """,
     "itarflow": f"""
     mu += MEAN ? weight * (mu - mu_null) : 0.0f;
-    const float growth = -weight * starflow_expm1(log_sigma_null - log_sigma);
+    const float gap = log_sigma_null - log_sigma;
+    const float growth = -weight * starflow_expm1(gap > 60.0f ? 60.0f : gap);  // which exp can be taken of
     const float least = {LEAST_SCALE - 1!r}f;
     log_sigma += SCALE ? starflow_log1p(growth < least ? least : growth) : 0.0f;  // a NaN stays one
 """,
