@@ -5,18 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mlx_starflow.media.formats import ANIMATIONS, MOVIES
+from mlx_starflow.errors import StarflowError
+from mlx_starflow.media.files import exists, is_regular
+from mlx_starflow.media.formats import MOVIES
 from mlx_starflow.media.images import read_image_metadata
 from mlx_starflow.media.videos import read_video_metadata
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """How a PNG, a video or a folder of frames that this package wrote was made.
+    """How an image (PNG, JPEG or WebP), a video or a folder of frames that this package wrote was made.
 
     Raises:
         StarflowError: it does not say, or cannot be read.
     """
     path = Path(path)
-    if path.is_dir() or path.suffix.lower() in (*ANIMATIONS, *MOVIES):
+    if path.is_dir():
+        return read_video_metadata(path)
+    if path.suffix.lower() in MOVIES:
+        if exists(path) and not is_regular(path):
+            raise StarflowError(f"{path} cannot be read as a video: it is not a regular file")
         return read_video_metadata(path)
     return read_image_metadata(path)
