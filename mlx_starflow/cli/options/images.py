@@ -42,6 +42,10 @@ noise_options = with_options(
     ),
 )
 
+metadata_option = click.option(
+    "--metadata/--no-metadata", default=True, help="Say in the file how it was made.  [default: metadata]"
+)
+
 table_options = with_options(
     click.option(
         "--csv", "csv_file", type=click.Path(path_type=Path), metavar="FILE", help="Write a table; - prints it."
