@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,20 @@ from mlx_starflow.media.files import exists, is_regular
 from mlx_starflow.media.formats import MOVIES
 from mlx_starflow.media.images import read_image_metadata
 from mlx_starflow.media.videos import read_video_metadata
+
+
+def joined(metadata: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Metadata of several images as that of one file which shows them: what differs becomes a list, in their order."""
+    first = metadata[0]
+    result: dict[str, Any] = {}
+    for key, value in first.items():
+        values = [each.get(key) for each in metadata]
+        if all(each == value for each in values):
+            result[key] = value
+        else:
+            lists = all(isinstance(each, list) for each in values)
+            result[key] = [item for each in values for item in each] if lists else values
+    return result
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:

@@ -75,6 +75,12 @@ def option_rules(
     return decorate
 
 
+def given_options(*names: str) -> list[str]:
+    """Those of these options that the user of the current command has given; for what only the work itself shows."""
+    context = click.get_current_context()
+    return [name for name in names if _is_given(context, name)]
+
+
 def find_parameter(command: click.Command, name: str) -> click.Parameter:
     """The parameter that a rule calls so; raises KeyError if a command has none."""
     name = name.split(" ")[0]
