@@ -9,6 +9,7 @@ import click
 
 from mlx_starflow import cpu
 from mlx_starflow.cli.options.images import (
+    check_split,
     frames_option,
     images_argument,
     model_options,
@@ -16,6 +17,7 @@ from mlx_starflow.cli.options.images import (
     open_files,
     table_options,
 )
+from mlx_starflow.cli.options.rules import excludes, option_rules
 
 
 @click.command()
@@ -27,6 +29,9 @@ from mlx_starflow.cli.options.images import (
 @noise_options
 @model_options
 @frames_option
+@option_rules(
+    excludes("--csv -", "--json -", reason="--csv - and --json - would be printed together: write one to a file")
+)
 def classify(
     pictures: tuple[Path, ...],
     labels: str | None,
@@ -56,6 +61,7 @@ def classify(
 
     names = [label.strip() for label in (labels or "").split(",")] + [line.strip() for line in label_file or ()]
     names = [name for name in names if name]
+    check_split(split, pictures)
     found = find_images(pictures, split)
     for path in (csv_file, json_file):
         if path is not None:

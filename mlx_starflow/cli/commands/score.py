@@ -10,6 +10,7 @@ import click
 
 from mlx_starflow import cpu
 from mlx_starflow.cli.options.images import (
+    check_split,
     frames_option,
     images_argument,
     make_folder,
@@ -18,6 +19,7 @@ from mlx_starflow.cli.options.images import (
     open_files,
     table_options,
 )
+from mlx_starflow.cli.options.rules import excludes, needs, option_rules
 
 if TYPE_CHECKING:
     from mlx_starflow.likelihood import CalibrationStatistics, ImageModel, ImageOrVideo, Score
@@ -46,6 +48,11 @@ REDDEST = 6.0
 @noise_options
 @model_options
 @frames_option
+@option_rules(
+    excludes("--captions", "--prompt", reason="--captions brings each picture's own prompt: leave out --prompt"),
+    needs("--map-of", "--map"),
+    excludes("--csv -", "--json -", reason="--csv - and --json - would be printed together: write one to a file"),
+)
 def score(
     pictures: tuple[Path, ...],
     prompt: str,
@@ -81,8 +88,7 @@ def score(
     from mlx_starflow.media.tables import check_text_output, write_csv, write_json
     from mlx_starflow.pipelines import VideoPipeline, open_model
 
-    if captions and prompt:
-        raise click.UsageError("--captions brings each picture's own prompt: leave out --prompt")
+    check_split(split, pictures)
     found = find_images(pictures, split)
     for path in (csv_file, json_file):
         if path is not None:
