@@ -46,7 +46,7 @@ def command(**options: object) -> None:
     "words, refused",
     [
         ([], ""),
-        (["--a", "0"], "--a does nothing without --c: give that too, or leave it out"),
+        (["--a", "0"], "--a does nothing alone: give --c too, or leave it out"),
         (["--a", "0", "--c", "x"], ""),
         (["--c", "x"], ""),
         (["--a", "7", "--c", "x"], "--c and --a 7 do not go together: leave one of them out"),

@@ -39,7 +39,7 @@ class Rule:
             if any(_is_on(context, other) for other in self.others):
                 return ""
             there = " or ".join(self.others)
-            return self.reason or f"{self.option} does nothing without {there}: give that too, or leave it out"
+            return self.reason or f"{self.option} does nothing alone: give {there} too, or leave it out"
         other = next((other for other in self.others if _is_given(context, other)), "")
         if not other:
             return ""
