@@ -22,8 +22,8 @@ def joined(metadata: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if all(each == value for each in values):
             result[key] = value
         else:
-            lists = all(isinstance(each, list) for each in values)
-            result[key] = [item for each in values for item in each] if lists else values
+            lists = [each for each in values if isinstance(each, list)]
+            result[key] = [item for each in lists for item in each] if len(lists) == len(values) else values
     return result
 
 
