@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_starflow.errors import StarflowError
-from mlx_starflow.media.files import exists, is_regular
+from mlx_starflow.media.files import is_folder
 from mlx_starflow.media.formats import MOVIES
 from mlx_starflow.media.images import read_image_metadata
 from mlx_starflow.media.videos import read_video_metadata
@@ -34,10 +33,6 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         StarflowError: it does not say, or cannot be read.
     """
     path = Path(path)
-    if path.is_dir():
-        return read_video_metadata(path)
-    if path.suffix.lower() in MOVIES:
-        if exists(path) and not is_regular(path):
-            raise StarflowError(f"{path} cannot be read as a video: it is not a regular file")
+    if is_folder(path) or path.suffix.lower() in MOVIES:
         return read_video_metadata(path)
     return read_image_metadata(path)

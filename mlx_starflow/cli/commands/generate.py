@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -13,6 +13,7 @@ from mlx_starflow.cli.options.parallel import Ranks, tensor_parallel_option
 from mlx_starflow.cli.options.recorded import chosen_networks
 from mlx_starflow.cli.options.rules import excludes, option_rules
 from mlx_starflow.cli.options.sampling import Size, lora_option, network_options, sampling_options
+from mlx_starflow.cli.options.text import Lines
 from mlx_starflow.errors import StarflowError
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("prompts", nargs=-1)
-@click.option("--prompt-file", type=click.File("r"), help="Read prompts from a file, one a line; - is standard input.")
+@click.option("--prompt-file", type=Lines(), help="Read prompts from a file, one a line; - is standard input.")
 @click.option("-m", "--model", help="demo, a model directory, or a Hub repository.  [default: demo]")
 @lora_option
 @click.option("-o", "--output", type=click.Path(path_type=Path), default="out.png", show_default=True)
@@ -70,7 +71,7 @@ if TYPE_CHECKING:
 def generate(
     ranks: Ranks,
     prompts: tuple[str, ...],
-    prompt_file: Any,
+    prompt_file: list[str] | None,
     model: str | None,
     adapters: tuple[tuple[str, float], ...],
     output: Path,
@@ -114,7 +115,7 @@ def generate(
     recipe: Recipe | None = None
     download = model is not None or source is None
     seeds: int | list[int] | None = seed
-    asked = list(prompts) + ([line.strip() for line in prompt_file if line.strip()] if prompt_file else [])
+    asked = [*prompts, *(prompt_file or [])]
     if source is not None:
         from mlx_starflow.pipelines.recipes import Recipe
 
