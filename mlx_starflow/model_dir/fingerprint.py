@@ -1,7 +1,7 @@
 """What ties files to the weights that they were made for.
 
-Sampling plans, calibration statistics and adapters keep the fingerprint of their model. Of a flow that was made of
-another, its `config.json` says so: `made_of` in a quantized copy, `fused` where adapters are part of the weights.
+Sampling plans, calibration statistics and adapters keep the fingerprint of their model, and so do quantized copies, in
+a file of their own. Where adapters are part of the weights, `config.json` says so.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlx_starflow.model_dir.files import load_weights, read_config
+from mlx_starflow.errors import StarflowError
+from mlx_starflow.media.files import exists, inside, read_json
+from mlx_starflow.model_dir.files import ORIGIN_FILE, load_weights, read_config
 
-MADE_OF, FUSED = "made_of", "fused"
-"""Entries of a flow's `config.json`: the model that a quantized copy is of, and what `fused_entry` gives."""
+FUSED = "fused"
+"""Entry of a flow's `config.json`: digests and strengths of the adapters that are part of its weights."""
 
 
 def fingerprint(directory: Path) -> str:
@@ -34,6 +36,24 @@ def fingerprint(directory: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def made_of(directory: Path, name: str | Path) -> dict[str, str]:
-    """The entry of a copy's config that says of which model, and of which weights of it, it was made."""
-    return {"model": str(name), "fingerprint": fingerprint(directory)}
+def made_of(directory: Path, name: str | Path) -> bytes:
+    """The file of a quantized copy that says of which model, and of which weights of it, it was made."""
+    return (json.dumps({"model": str(name), "fingerprint": fingerprint(directory)}, indent=2) + "\n").encode()
+
+
+def read_made_of(directory: Path) -> tuple[str, str] | None:
+    """The model that a quantized copy was made of, and the fingerprint of its weights then; None of other models.
+
+    Quantizing keeps the fingerprint: a file that names another one was left by a copy that is not there any more.
+
+    Raises:
+        StarflowError: the file is damaged.
+    """
+    path = directory / ORIGIN_FILE
+    if not exists(path):
+        return None
+    found = read_json(inside(directory, ORIGIN_FILE))
+    name, mark = found.get("model"), found.get("fingerprint")
+    if not isinstance(name, str) or not isinstance(mark, str):
+        raise StarflowError(f"{path} is damaged: delete it")
+    return (name, mark) if mark == fingerprint(directory) else None

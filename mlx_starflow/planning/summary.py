@@ -20,7 +20,7 @@ from mlx_starflow.kernels import MLX_VERSION
 from mlx_starflow.media.files import is_folder, is_regular
 from mlx_starflow.media.metadata import read_metadata
 from mlx_starflow.model_dir.directory import ModelDirectory, NetworkDirectory
-from mlx_starflow.model_dir.fingerprint import MADE_OF, fingerprint
+from mlx_starflow.model_dir.fingerprint import fingerprint, read_made_of
 from mlx_starflow.model_dir.hub import converted_directory, find_model
 from mlx_starflow.model_dir.quantization import dequantize_module
 from mlx_starflow.model_dir.weights import parameters
@@ -71,8 +71,8 @@ def summarize(model: str) -> dict[str, str]:
             lines[title] = _size(getattr(directory, part))
     if quantization := directory.flow.quantization:
         lines["quantized"] = f"{quantization.get('bits')} bits, groups of {quantization.get('group_size')}"
-    if origin := directory.flow.content.get(MADE_OF):
-        lines["made of"] = _origin(origin)
+    if origin := read_made_of(directory.path):
+        lines["made of"] = _origin(*origin)
     for name, value in directory.pipeline.items():
         lines[name] = str(value)
     if licences := directory.licences:
@@ -94,16 +94,14 @@ def summarize_file(path: Path) -> dict[str, str]:
     return lines
 
 
-def _origin(entry: object) -> str:
+def _origin(name: str, mark: str) -> str:
     """Of which weights a copy was made, and whether they are still there."""
-    if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("model", "fingerprint")):
-        return "damaged"
-    name, mark = _line(entry["model"]), _line(entry["fingerprint"])
+    line = f"{_line(name)}, weights {mark}"
     try:
-        now = fingerprint(find_model(entry["model"], download=False))
+        now = fingerprint(find_model(name, download=False))
     except StarflowError:
-        return f"{name}, weights {mark}"
-    return f"{name}, weights {mark}" + ("" if now == entry["fingerprint"] else "; that model has other weights now")
+        return line
+    return line if now == mark else f"{line}; that model has other weights now"
 
 
 def _line(text: str) -> str:

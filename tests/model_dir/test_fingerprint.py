@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import warnings
 from contextlib import nullcontext
@@ -14,9 +13,11 @@ from helpers.model_directories import edit_weights, write_image_model
 
 from mlx_starflow import load_flow
 from mlx_starflow.model_dir.adapters import FINGERPRINT
-from mlx_starflow.model_dir.files import load_weights, read_config
-from mlx_starflow.model_dir.fingerprint import fingerprint
+from mlx_starflow.model_dir.directory import NetworkDirectory
+from mlx_starflow.model_dir.files import load_weights
+from mlx_starflow.model_dir.fingerprint import fingerprint, read_made_of
 from mlx_starflow.model_dir.requantize import quantize_model
+from mlx_starflow.model_dir.saving import copy_network
 from mlx_starflow.training.finetuning.adapters import AdapterConfig, adapter_layers, attach, save_adapter
 from mlx_starflow.training.finetuning.fuse import fuse_model
 
@@ -80,14 +81,18 @@ def test_a_quantized_copy_says_what_it_is_of(model, tmp_path):
     source = shutil.copytree(model, tmp_path / "source")
     copy = quantize_model(source, tmp_path / "copy", 8)
     mark = fingerprint(source)
-    assert read_config(copy)["made_of"] == {"model": str(source), "fingerprint": mark}
-    load_flow(copy)
+    assert read_made_of(copy) == (str(source), mark)
     assert f"made of        {source}, weights {mark}\n" in info(copy).stdout
     name = next(name for name in load_weights(source) if ".proj_out." in name)
     edit_weights(source, **{name.replace(".", "__"): mx.array(load_weights(source)[name]) + 1})
     assert f"{source}, weights {mark}; that model has other weights now\n" in info(copy).stdout
     shutil.rmtree(source)
     assert f"made of        {source}, weights {mark}\n" in info(copy).stdout
-    config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps(config | {"made_of": [1]}))
-    assert "made of        damaged" in info(copy).stdout
+    (copy / "made_of.json").write_text('{"model": 3}')
+    assert "made_of.json is damaged" in info.mistake(copy)
+
+
+def test_a_copy_that_is_not_there_any_more(model, other, tmp_path):
+    quantize_model(model, tmp_path / "copy", 8)
+    copy_network(NetworkDirectory.flow(other), tmp_path / "copy")
+    assert read_made_of(tmp_path / "copy") is None and read_made_of(model) is None

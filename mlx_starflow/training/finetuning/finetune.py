@@ -20,7 +20,7 @@ from mlx_starflow.media.images import grid, save_image
 from mlx_starflow.media.sources import open_source
 from mlx_starflow.model_dir.adapters import FINGERPRINT
 from mlx_starflow.model_dir.directory import ModelDirectory, load_flow
-from mlx_starflow.model_dir.fingerprint import FUSED, MADE_OF, fingerprint
+from mlx_starflow.model_dir.fingerprint import FUSED, fingerprint
 from mlx_starflow.model_dir.quantization import dequantize_module, quantize_module, quantized_layers
 from mlx_starflow.model_dir.saving import save_model
 from mlx_starflow.model_dir.transaction import transaction
@@ -280,7 +280,7 @@ def _save(flow: STARFlow, model: str | Path, out: Path, config: FinetuneConfig, 
             about["base_quantized_to"] = choice.quantization
         return save_adapter(out / "adapter", flow, adapter, about)
     source = ModelDirectory.find(model)
-    left_out = ("quantization", MADE_OF, FUSED)
+    left_out = ("quantization", FUSED)
     settings = {key: value for key, value in source.flow.content.items() if key not in left_out}
     with transaction(out / "model"):
         files = copy_parts(source, out / "model")
