@@ -64,9 +64,10 @@ setup(
             "build",
             "twine",
             "mkdocs>=1.6",
-            "mkdocs-material>=9.5",
+            "mkdocs-material>=9.5,<10",
             "mkdocstrings[python]>=1",
             "pyright[nodejs]",
+            "ruff",  # breaks the lines of long signatures
         ],
         "test": ["pytest", "hypothesis", "ruff", "mypy", "import-linter", "mlx-lm", "av"],
         "torch": ["torch"],

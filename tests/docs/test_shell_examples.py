@@ -1,4 +1,4 @@
-"""Every command that README, docs and help texts show is one that `mlx-starflow` takes: its name, options and values."""
+"""Every command that README, docs and help texts show is one that is understood: its name, options and values."""
 
 from __future__ import annotations
 

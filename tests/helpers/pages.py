@@ -47,7 +47,7 @@ def commands(text: str, name: str) -> list[Words]:
 
 
 def split(line: str) -> list[tuple[str, ...]]:
-    """The commands of a line: what is between `&&` and `|`, without redirections and comments; none if it is no shell."""
+    """The commands of a line: what is between `&&` and `|`, without comments; none if it is no shell."""
     lexer = shlex.shlex(line, posix=True, punctuation_chars="&|;<>")
     lexer.whitespace_split = True
     try:
