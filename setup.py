@@ -69,7 +69,7 @@ setup(
             "pyright[nodejs]",
             "ruff",  # breaks the lines of long signatures
         ],
-        "test": ["pytest", "hypothesis", "ruff", "mypy", "import-linter", "mlx-lm", "av"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "import-linter", "mlx-lm", "av"],
         "torch": ["torch"],
         "video": ["av"],  # PyAV: MP4 and other video files
     },

@@ -7,15 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from helpers.layout import installed_layout, run_in_installed_layout
-from helpers.model_directories import write_image_model, write_video_model
 from helpers.pages import PAGES, python_blocks
 from helpers.paths import ROOT
-from PIL import Image
-
-from mlx_starflow.media.videos import VideoWriter
 
 WITH_CODE = [page for page in PAGES if python_blocks(page)]
 
@@ -34,28 +29,6 @@ def write_pages(folder: Path) -> Path:
 
 def test_there_is_code() -> None:
     assert {"README.md", "quickstart.md", "python.md"} <= {page.name for page in WITH_CODE}
-
-
-@pytest.fixture(scope="module")
-def belongings(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what the pages take a reader to have, small."""
-    folder = tmp_path_factory.mktemp("reader")
-    rng = np.random.default_rng(1)
-    (folder / "my-pictures").mkdir()
-    for name in ("cat", "dog", "car", "sun", "key", "hat"):
-        picture = Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8))
-        picture.save(folder / f"my-pictures/{name}.png")
-        (folder / f"my-pictures/{name}.txt").write_text(f"a {name}")
-        (folder / "pictures" / name).mkdir(parents=True)
-        for index in range(2):
-            picture.save(folder / f"pictures/{name}/{index}.png")
-    picture.save(folder / "cat.png")
-    write_image_model(folder / "my-model")
-    write_video_model(folder / "my-video-model")
-    with VideoWriter(folder / "street.mp4", 16) as writer:
-        for level in range(17):
-            writer.add(Image.new("RGB", (32, 32), (15 * level, 80, 120)))
-    return folder
 
 
 @pytest.mark.slow

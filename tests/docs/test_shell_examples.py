@@ -44,6 +44,9 @@ OURS = [words for words in SHOWN if arguments(words.words) is not None]
 SCRIPTS = [words for words in SHOWN if any(word.startswith("examples/") for word in words.words)]
 
 
+SHORT = {"calibrate", "classify", "completion", "decode", "edit", "encode", "generate", "info", "score"}
+
+
 def test_there_are_examples() -> None:
     assert len([words for words in OURS if words.page == "README.md"]) > 5
     assert len([words for words in OURS if words.page.endswith("--help")]) > 20
@@ -55,10 +58,10 @@ def nothing_done(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Commands read their words and end there; files that they are to read need not be, except options' own."""
     monkeypatch.setattr(click.Command, "invoke", lambda self, context: None)
     monkeypatch.setattr(click.Path, "convert", lambda self, value, option, context: Path(value))
-    monkeypatch.setattr(click.File, "convert", lambda self, value, option, context: value)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.yaml").write_text("model: demo\ndata: pictures\n")
+    (tmp_path / "prompts.txt").write_text("a red apple\n")
     (tmp_path / "run.yaml").write_text("data: pictures\noutput: model\n")
 
 
@@ -72,6 +75,22 @@ def test_it_is_understood(example: Words) -> None:
     if not example.whole and "Missing " in said:  # a sentence names a command and need not repeat all its words
         return
     assert result.exit_code == 0, f"{example}\n{said}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["README.md", "quickstart.md", "likelihood.md", "troubleshooting.md"])
+def test_it_runs(page: str, belongings: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page's commands that need no download and train nothing, one after another, in one folder."""
+    monkeypatch.chdir(belongings)
+    ran = 0
+    for example in OURS:
+        words = arguments(example.words) or []
+        alone = not any(word.startswith("apple/") or word == "MODEL" for word in words)
+        if example.page == page and example.whole and alone and words[0] in SHORT and "=" not in example.words[0]:
+            result = CliRunner().invoke(main, words)
+            assert result.exit_code == 0, f"{example}\n{result.output}"
+            ran += 1
+    assert ran
 
 
 @pytest.mark.parametrize("example", SCRIPTS, ids=str)
