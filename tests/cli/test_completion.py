@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,8 @@ def answer(shell: str, line: str, word: int) -> str:
     """What the command says to a shell that asks how the word of this line goes on."""
     asked = {"_MLX_STARFLOW_COMPLETE": f"{shell}_complete", "COMP_WORDS": line, "COMP_CWORD": str(word)}
     program = "import sys; sys.argv[0] = 'mlx-starflow'; from mlx_starflow.cli import main; main()"
-    done = subprocess.run([sys.executable, "-c", program], env=asked, capture_output=True, text=True, check=True)
+    environment = {**os.environ, **asked}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     return done.stdout
 
 
@@ -26,7 +28,14 @@ def test_the_script_asks_the_command(shell):
     assert "mlx-starflow" in script and f"_MLX_STARFLOW_COMPLETE={shell}_complete" in script
 
 
-@pytest.mark.skipif(not shutil.which("bash"), reason="there is no bash")
+def bash_version() -> list[int]:
+    if not shutil.which("bash"):
+        return []
+    version = subprocess.run(["bash", "-c", "echo ${BASH_VERSINFO[@]::2}"], capture_output=True, text=True, check=True)
+    return [int(number) for number in version.stdout.split()]
+
+
+@pytest.mark.skipif(bash_version() < [4, 4], reason="there is no bash of version 4.4 or newer, as on macOS")
 def test_bash_takes_the_script():
     script = completion("bash").stdout + "\ncomplete -p mlx-starflow"
     done = subprocess.run(["bash", "--norc", "-c", script], capture_output=True, text=True, check=True)
