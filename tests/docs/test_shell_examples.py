@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,9 +40,20 @@ def in_help() -> list[Words]:
     return found
 
 
+def in_scripts() -> list[Words]:
+    """How the scripts of examples/ say in their first lines that they are run."""
+    found = []
+    for path in sorted(EXAMPLES.glob("**/*.py")):
+        text = ast.get_docstring(ast.parse(path.read_text())) or ""
+        lines = re.findall(r"(python examples/[^`\n]*)", text)
+        found += [Words(path.name, words, True) for line in lines for words in split(line)]
+    return found
+
+
 SHOWN = [words for page in PAGES for words in commands(page.read_text(), page.name)] + in_help()
 OURS = [words for words in SHOWN if arguments(words.words) is not None]
 SCRIPTS = [words for words in SHOWN if any(word.startswith("examples/") for word in words.words)]
+SCRIPTS += in_scripts()
 
 
 SHORT = {"calibrate", "classify", "completion", "decode", "edit", "encode", "generate", "info", "score"}
