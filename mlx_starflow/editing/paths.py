@@ -15,6 +15,7 @@ from mlx_starflow.editing.maps import BlendedFlow, cleaned, from_noise, to_noise
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.likelihood.protocol import ImageModel
 from mlx_starflow.media.noise import draw_noise
+from mlx_starflow.planning.limits import check_count, check_held
 from mlx_starflow.sampling import GuidedFlow
 from mlx_starflow.sampling.sampler import progress_off
 
@@ -117,6 +118,9 @@ def vary(
     temperature = model.temperature if temperature is None else temperature
     if images < 1 or not temperature >= 0:
         raise StarflowError(f"images must be 1 or more and the temperature 0 or more, not {images} and {temperature:g}")
+    check_count(images * len(strengths))
+    width, height = size or model.size
+    check_held(images * len(strengths), 8 * width * height)  # the image, its data, and the noise
     data = model.to_data([image], size)
     condition = model.conditions([prompt], data.shape)
     model.release("text_encoder")
@@ -218,6 +222,7 @@ def _column(values: np.ndarray, ndim: int) -> np.ndarray:
 
 
 def _numbers(values: Sequence[float], name: str, most: float = np.inf) -> list[float]:
+    check_count(len(values))
     values = [float(value) for value in values]
     if not values or not all(0 <= value <= most for value in values) or np.inf in values:
         limits = "0 or more" if most == np.inf else f"0 to {most:g}"

@@ -16,6 +16,9 @@ from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.media.files import exists, is_regular, parse_json, replacing
 from mlx_starflow.media.formats import ANIMATIONS, FORMATS, METADATA_KEY, UNDESCRIBED
 
+LONGEST = 100
+"""Seconds that a picture of an animation is shown; two of them six times so long, and GIF knows up to 655."""
+
 PICTURES = ("PNG", "JPEG", "WEBP", "GIF")
 """Formats, as Pillow calls them, that `save_image` and `save_animation` write."""
 
@@ -80,6 +83,10 @@ def save_animation(images: Sequence[Image.Image], path: Path, seconds: float = 0
     The first and the last one are shown longer. Raises StarflowError.
     """
     check_output(path, ANIMATIONS)
+    if not 0.001 <= seconds <= LONGEST:
+        raise StarflowError(
+            f"{path}: pictures of an animation are shown for 0.001 to {LONGEST} seconds, not {seconds:g}"
+        )
     durations = [round(1000 * seconds)] * len(images)
     durations[0] = durations[-1] = round(6000 * seconds)
     options = {"lossless": True} if path.suffix.lower() == ".webp" else {"disposal": 2}

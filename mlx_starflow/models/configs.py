@@ -154,6 +154,9 @@ def _digits(value: int) -> str:
     return str(value) if abs(value) < 10**80 else "a number of more than 80 digits"
 
 
+PIPELINE = ConfigKind("pipeline")
+"""How a model samples unless told otherwise."""
+
 FLOW = ConfigKind("flow", ("model_type", "quantization", "pipeline"))
 
 

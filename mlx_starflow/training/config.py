@@ -80,6 +80,7 @@ class TrainingConfig:
         counts = ("seed", "save_seconds", "save_steps", "watch_every", "validate_every", "patience")
         for name in ("noise_std", "weight_decay", "skip", *counts):
             self._require(name, "0 or more", lambda value: value >= 0)
+        self._require("seed", "less than 2^63", lambda value: value < 2**63)
         for name in ("warm_up", "ema"):
             self._require(name, "in 0..1, less than 1", lambda value: 0 <= value < 1)
         for name in ("caption_dropout", "context_full", "context_partial"):

@@ -108,6 +108,8 @@ class NewFlow:
         self.data, self.out = expanded(self.data), Path(self.out)
         if not 0 <= self.validation <= 0.5:
             raise StarflowError(f"train: validation must be in 0..0.5, not {self.validation}")
+        if not 0 <= self.seed < 2**63:
+            raise StarflowError(f"train: the seed must be 0 or more and less than 2^63, not {self.seed}")
         if self.training.patience and not self.validation:
             raise StarflowError("train: --patience needs pictures to validate on: leave out --validation 0")
         self.group = distributed.world()
