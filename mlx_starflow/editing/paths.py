@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from mlx_starflow.editing.maps import BlendedFlow, cleaned, from_noise, to_noise
+from mlx_starflow.editing.maps import BlendedFlow, cleaned, regenerated, to_noise
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.likelihood.protocol import ImageModel
 from mlx_starflow.media.noise import draw_noise
@@ -79,7 +79,7 @@ def reprompt(
         count = len(part)
         first, second = (mx.repeat(conditions[i : i + 1], count, axis=0) for i in (0, 1))
         guided = BlendedFlow(model.dense_flow(), (count, *z.shape[1:]), first, second, part)
-        return from_noise(guided, mx.array(np.repeat(z, count, axis=0)))
+        return regenerated(guided, mx.array(np.repeat(z, count, axis=0)))
 
     return Edit(*_regenerated(model, strengths, regenerate, batch_size, progress), strengths)
 
@@ -133,7 +133,7 @@ def vary(
         cos, sin = (_column(f(angles), z.ndim) for f in (np.cos, np.sin))
         turned = cos * z + sin * other[[path for path, _ in part]]
         text = None if condition is None else mx.repeat(condition, len(part), axis=0)
-        x = from_noise(GuidedFlow(model.dense_flow(), turned.shape, text), mx.array(turned.astype(np.float32)))
+        x = regenerated(GuidedFlow(model.dense_flow(), turned.shape, text), mx.array(turned.astype(np.float32)))
         moved = mx.array(_column(angles > 0, x.ndim))
         return mx.where(moved, cleaned(model.dense_flow(), x, text), x) if any(angles) else x
 
@@ -178,7 +178,7 @@ def interpolate(
         else:
             start, end = (mx.repeat(conditions[i : i + 1], len(part), axis=0) for i in (0, 1))
             guided = BlendedFlow(model.dense_flow(), noise.shape, start, end, part)
-        return from_noise(guided, mx.array(noise.astype(np.float32)))
+        return regenerated(guided, mx.array(noise.astype(np.float32)))
 
     return Edit(*_regenerated(model, shares, regenerate, batch_size, progress), shares)
 
