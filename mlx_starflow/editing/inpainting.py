@@ -31,6 +31,7 @@ from mlx_starflow.errors import StarflowError
 from mlx_starflow.likelihood.nll import noise_and_nats, with_noise
 from mlx_starflow.likelihood.protocol import ImageModel
 from mlx_starflow.media.images import to_images
+from mlx_starflow.media.noise import check_seeds
 from mlx_starflow.media.pixels import crop_image, model_picture, scale_pixels
 from mlx_starflow.models.flow import Flow
 from mlx_starflow.planning.limits import check_count, check_held
@@ -236,8 +237,7 @@ def _check(steps: int, rounds: int, strength: float, accept: str, images: int, s
             raise StarflowError(f"the number of {name} must be 1 or more, not {value}")
         check_count(value, name)
     check_count(steps * rounds, "steps")
-    if seed < 0:
-        raise StarflowError(f"a seed is a whole number from 0 on, not {seed}")
+    check_seeds([seed])
     if not 0 < strength <= 1:
         raise StarflowError(f"the strength of proposals must be above 0 and at most 1, not {strength:g}")
     if accept not in ACCEPT:

@@ -21,6 +21,7 @@ from mlx_starflow.likelihood.nll import at_once, unit_of, with_noise
 from mlx_starflow.likelihood.protocol import ImageModel, ImageOrVideo
 from mlx_starflow.media.files import parse_json, replacing
 from mlx_starflow.media.noise import KEY, check_finite_noise, read_noise
+from mlx_starflow.models.configs import plain_fields
 from mlx_starflow.sampling import GuidedFlow, SamplingOptions
 from mlx_starflow.sampling.sampler import progress_off
 
@@ -45,6 +46,9 @@ class Encoded:
     prompts: list[str]
     guidance: float = 0.0
     model: str = ""
+
+    def __post_init__(self) -> None:
+        plain_fields(self)
 
     def save(self, path: Path) -> None:
         """Write as safetensors, which `generate --load-noise` reads too. Raises StarflowError."""

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from mlx_starflow.editing.maps import BlendedFlow, cleaned, regenerated, to_noise
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.likelihood.protocol import ImageModel
-from mlx_starflow.media.noise import draw_noise
+from mlx_starflow.media.noise import check_seeds, draw_noise
 from mlx_starflow.planning.limits import check_count, check_held
 from mlx_starflow.sampling import GuidedFlow
 from mlx_starflow.sampling.sampler import progress_off
@@ -118,6 +118,8 @@ def vary(
     temperature = model.temperature if temperature is None else temperature
     if images < 1 or not temperature >= 0:
         raise StarflowError(f"images must be 1 or more and the temperature 0 or more, not {images} and {temperature:g}")
+    check_seeds([seed])
+    seed = int(seed)
     check_count(images * len(strengths))
     width, height = size or model.size
     check_held(images * len(strengths), 8 * width * height)  # the image, its data, and the noise

@@ -7,6 +7,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
+
 from mlx_starflow.errors import StarflowError
 
 if TYPE_CHECKING:
@@ -164,6 +166,18 @@ def write_config(config: DataclassInstance) -> dict[str, Any]:
     """What `ConfigKind.read` reads, without values that are defaults."""
     defaults = {field.name: field.default for field in fields(config)}
     return {key: value for key, value in asdict(config).items() if value != defaults[key]}
+
+
+def plain_fields(settings: DataclassInstance) -> None:
+    """Give a dataclass, frozen or not, Python's own numbers for NumPy's, which JSON and MLX do not know."""
+    for item in fields(settings):
+        value = getattr(settings, item.name)
+        plain = tuple(map(_own, value)) if isinstance(value, tuple) else _own(value)
+        object.__setattr__(settings, item.name, plain)
+
+
+def _own(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def official_arguments(config: object) -> dict[str, Any]:

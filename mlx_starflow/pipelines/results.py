@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.models.configs import PIPELINE
+from mlx_starflow.models.configs import PIPELINE, plain_fields
 from mlx_starflow.sampling.certificate import Certificate
 from mlx_starflow.sampling.guidance import SamplingOptions
 from mlx_starflow.sampling.methods import METHODS
@@ -40,6 +40,7 @@ class GenerationSettings:
     size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         SamplingOptions(self.guidance, self.attn_temp)  # its errors
         if self.method not in ("auto", *METHODS):
             raise StarflowError(

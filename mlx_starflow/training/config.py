@@ -8,6 +8,7 @@ from typing import Any
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.model_dir.precision import DTYPES
+from mlx_starflow.models.configs import plain_fields
 
 OPTIMIZERS = ("adamw", "adafactor", "muon", "sinkgd")
 
@@ -75,6 +76,7 @@ class TrainingConfig:
     shard: bool = False
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         for name in ("steps", "batch_size", "accumulate", "lr", "clip", "embedding_factor", "log_every"):
             self._require(name, "greater than 0", lambda value: value > 0)
         counts = ("seed", "save_seconds", "save_steps", "watch_every", "validate_every", "patience")
