@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from mlx_starflow.convert.common import Tensor as Stored
 from mlx_starflow.convert.common import as_tensor
 from mlx_starflow.convert.flow import open_flow, read_arguments
+from mlx_starflow.convert.tensor import Tensor as Stored
 from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.media.files import is_regular
 from mlx_starflow.model_dir.directory import ModelDirectory, NetworkDirectory, read_tokenizer
