@@ -96,7 +96,7 @@ def regenerated(guided: GuidedFlow, z: mx.array) -> mx.array:
     A sample that is off by a standard deviation of the noise is another noise's, whatever it looks like.
     """
     x = from_noise(guided, z)
-    distance = float(mx.abs(to_noise(guided, x) - z).max().item())
+    distance = float(np.abs(np.array(to_noise(guided, x) - z)).max())
     if distance > WORST:
         warnings.warn(
             f"the result is not what its noise leads to (off by {distance:.1e} standard deviations): try a lower "

@@ -7,8 +7,6 @@ from collections.abc import Collection, Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
-
 from mlx_starflow.errors import StarflowError
 
 if TYPE_CHECKING:
@@ -177,7 +175,8 @@ def plain_fields(settings: DataclassInstance) -> None:
 
 
 def _own(value: Any) -> Any:
-    return value.item() if isinstance(value, np.generic) else value
+    # Told by what it has: help, which shows what configs choose from, loads no NumPy.
+    return value.item() if getattr(value, "shape", None) == () and hasattr(value, "item") else value
 
 
 def official_arguments(config: object) -> dict[str, Any]:

@@ -62,7 +62,7 @@ CALLS = {
     "edit inpaint {pictures}/0.png --mask 0,0,4,8 -m {image} -o z.png --steps 2000 --rounds 2000": STEPS,
     "cache {pictures} -m {image} -o cache --size 60000": SIZE,
     "cache {pictures} -m {image} -o cache --size 1000000000": "a size has sides of 1 to 65536 pixels",
-    "cache {pictures} -m {image} -o cache --views 1000000000": "views must be 1 to 1,000,000",
+    "cache {pictures} -m {image} -o cache --views 1000000000": "views must be 1 or more, at most 1,000,000",
     "finetune {image} {pictures} -o run --lora 1000000000": "rank must be at most 65536",
     "finetune {image} {pictures} -o run --seed 1000000000000000000000": "seed must be less than 2^63",
 }

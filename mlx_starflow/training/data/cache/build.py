@@ -56,7 +56,7 @@ class CacheSettings:
     def __post_init__(self) -> None:
         for name in ("views", "batch_size"):
             if not 1 <= getattr(self, name) <= MOST:
-                raise StarflowError(f"{name} must be 1 to {MOST:,}, not {getattr(self, name)}")
+                raise StarflowError(f"{name} must be 1 or more, at most {MOST:,}, not {getattr(self, name)}")
         if self.dtype not in DTYPES:
             raise StarflowError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
         if self.flip and self.views < 2:
