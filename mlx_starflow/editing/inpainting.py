@@ -32,8 +32,10 @@ from mlx_starflow.errors import StarflowError
 from mlx_starflow.likelihood.nll import noise_and_nats, with_noise
 from mlx_starflow.likelihood.protocol import ImageModel
 from mlx_starflow.media.images import to_images
+from mlx_starflow.media.noise import check_seeds
 from mlx_starflow.media.pixels import crop_image, model_picture, scale_pixels
 from mlx_starflow.models.flow import Flow
+from mlx_starflow.planning.limits import check_count, check_held
 from mlx_starflow.sampling import GuidedFlow
 from mlx_starflow.sampling.sampler import progress_off
 
@@ -122,6 +124,7 @@ def inpaint(
     if mask.size != image.size:
         raise StarflowError(f"the mask is {mask.size}, the picture {image.size}; they must have the same size")
     width, height = size or model.size
+    check_held(images, 32 * width * height)  # each is painted in float32, and has data and noise of its own
     free_pixels = np.asarray(crop_image(mask.convert("L"), width, height)) > 127
     check_mask(free_pixels, "(resized to the model's pictures)")
     original = scale_pixels(np.asarray(model.fit(image, size)))
@@ -246,8 +249,9 @@ def _check(steps: int, rounds: int, strength: float, accept: str, images: int, s
     for name, value in {"steps": steps, "rounds": rounds, "images": images}.items():
         if value < 1:
             raise StarflowError(f"the number of {name} must be 1 or more, not {value}")
-    if seed < 0:
-        raise StarflowError(f"a seed is a whole number from 0 on, not {seed}")
+        check_count(value, name)
+    check_count(steps * rounds, "steps")
+    check_seeds([seed])
     if not 0 < strength <= 1:
         raise StarflowError(f"the strength of proposals must be above 0 and at most 1, not {strength:g}")
     if accept not in ACCEPT:

@@ -11,10 +11,11 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from mlx_starflow.editing.maps import BlendedFlow, cleaned, from_noise, to_noise
+from mlx_starflow.editing.maps import BlendedFlow, cleaned, regenerated, to_noise
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.likelihood.protocol import ImageModel
-from mlx_starflow.media.noise import draw_noise
+from mlx_starflow.media.noise import check_seeds, draw_noise
+from mlx_starflow.planning.limits import check_count, check_held
 from mlx_starflow.sampling import GuidedFlow
 from mlx_starflow.sampling.sampler import progress_off
 
@@ -80,7 +81,7 @@ def reprompt(
         count = len(part)
         first, second = (mx.repeat(conditions[i : i + 1], count, axis=0) for i in (0, 1))
         guided = BlendedFlow(model.dense_flow(), (count, *z.shape[1:]), first, second, part)
-        return from_noise(guided, mx.array(np.repeat(z, count, axis=0)))
+        return regenerated(guided, mx.array(np.repeat(z, count, axis=0)))
 
     images, made = _regenerated(model, strengths, regenerate, batch_size, progress)
     about = {**model.origin(), "made_by": "edit reprompt", "prompts": [source, target], "size": images[0].size}
@@ -121,6 +122,11 @@ def vary(
     temperature = model.temperature if temperature is None else temperature
     if images < 1 or not temperature >= 0:
         raise StarflowError(f"images must be 1 or more and the temperature 0 or more, not {images} and {temperature:g}")
+    check_seeds([seed])
+    seed = int(seed)
+    check_count(images * len(strengths))
+    width, height = size or model.size
+    check_held(images * len(strengths), 8 * width * height)  # the image, its data, and the noise
     data = model.to_data([image], size)
     condition = model.conditions([prompt], data.shape)
     model.release("text_encoder")
@@ -133,7 +139,7 @@ def vary(
         cos, sin = (_column(f(angles), z.ndim) for f in (np.cos, np.sin))
         turned = cos * z + sin * other[[path for path, _ in part]]
         text = None if condition is None else mx.repeat(condition, len(part), axis=0)
-        x = from_noise(GuidedFlow(model.dense_flow(), turned.shape, text), mx.array(turned.astype(np.float32)))
+        x = regenerated(GuidedFlow(model.dense_flow(), turned.shape, text), mx.array(turned.astype(np.float32)))
         moved = mx.array(_column(angles > 0, x.ndim))
         return mx.where(moved, cleaned(model.dense_flow(), x, text), x) if any(angles) else x
 
@@ -182,7 +188,7 @@ def interpolate(
         else:
             start, end = (mx.repeat(conditions[i : i + 1], len(part), axis=0) for i in (0, 1))
             guided = BlendedFlow(model.dense_flow(), noise.shape, start, end, part)
-        return from_noise(guided, mx.array(noise.astype(np.float32)))
+        return regenerated(guided, mx.array(noise.astype(np.float32)))
 
     images, made = _regenerated(model, shares, regenerate, batch_size, progress)
     about = {**model.origin(), "made_by": "edit interpolate", "prompts": list(prompts), "size": images[0].size}
@@ -228,6 +234,7 @@ def _column(values: np.ndarray, ndim: int) -> np.ndarray:
 
 
 def _numbers(values: Sequence[float], name: str, most: float = np.inf) -> list[float]:
+    check_count(len(values))
     values = [float(value) for value in values]
     if not values or not all(0 <= value <= most for value in values) or np.inf in values:
         limits = "0 or more" if most == np.inf else f"0 to {most:g}"

@@ -17,6 +17,9 @@ from mlx_starflow.media.files import exists, is_regular, replacing
 from mlx_starflow.media.formats import ANIMATIONS, FORMATS, UNDESCRIBED
 from mlx_starflow.media.pixels import no_remarks
 
+LONGEST = 100
+"""Seconds that a picture of an animation is shown; two of them six times so long, and GIF knows up to 655."""
+
 PICTURES = ("PNG", "JPEG", "WEBP", "GIF")
 """Formats, as Pillow calls them, that `save_image` and `save_animation` write."""
 
@@ -79,6 +82,10 @@ def save_animation(
     The first and the last one are shown longer. `metadata` as in `save_image`. Raises StarflowError.
     """
     check_output(path, ANIMATIONS)
+    if not 0.001 <= seconds <= LONGEST:
+        raise StarflowError(
+            f"{path}: pictures of an animation are shown for 0.001 to {LONGEST} seconds, not {seconds:g}"
+        )
     durations = [round(1000 * seconds)] * len(images)
     durations[0] = durations[-1] = round(6000 * seconds)
     options: dict[str, Any] = {"lossless": True} if path.suffix.lower() == ".webp" else {"disposal": 2}

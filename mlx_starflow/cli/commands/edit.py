@@ -10,7 +10,7 @@ import click
 from mlx_starflow import cpu
 from mlx_starflow.cli.options.images import metadata_option, model_options
 from mlx_starflow.cli.options.rules import excludes, needs, option_rules
-from mlx_starflow.cli.options.sampling import with_options
+from mlx_starflow.cli.options.sampling import Number, with_options
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -29,8 +29,8 @@ count_option = click.option(
     "-n", "--images", type=click.IntRange(min=1), default=1, show_default=True, help="Pictures to make."
 )
 path_options = with_options(
-    click.option("--frames", type=click.IntRange(min=2), help="Pictures on the way there; .webp and .gif move."),
-    click.option("--seconds", type=click.FloatRange(min=0.01), help="Of each frame.  [default: 0.1]"),
+    click.option("--frames", type=click.IntRange(2, 1_000_000), help="Pictures on the way there; .webp and .gif move."),
+    click.option("--seconds", type=Number(0.01, 100), help="Of each frame.  [default: 0.1]"),
 )
 
 

@@ -15,7 +15,7 @@ from mlx_starflow.cli.options.text import Lines
 @click.argument("model", default="demo")
 @click.option(
     "--tolerance",
-    type=click.FloatRange(min=0, min_open=True),
+    type=click.FloatRange(min=0, min_open=True, max=100),
     default=1e-2,
     show_default=True,
     help="Largest |f(x) - z| a sample may have, in standard deviations of the noise.",

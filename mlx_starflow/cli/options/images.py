@@ -34,7 +34,9 @@ model_options = with_options(
 )
 
 noise_options = with_options(
-    click.option("--draws", type=click.IntRange(min=1), default=4, show_default=True, help="Of the training noise."),
+    click.option(
+        "--draws", type=click.IntRange(1, 10_000), default=4, show_default=True, help="Of the training noise."
+    ),
     click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the training noise."),
     click.option(
         "--batch-size",

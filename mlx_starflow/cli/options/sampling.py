@@ -26,9 +26,21 @@ class Size(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> tuple[int, int]:
         try:
             width, height = (int(side) for side in str(value).lower().split("x"))
+            if not 1 <= min(width, height) <= max(width, height) <= 1 << 16:
+                raise ValueError
         except ValueError:
             self.fail(f"{value!r} is not a size such as 64x64", param, context)
         return width, height
+
+
+class Number(click.FloatRange):
+    """A number in a range, which "nan" is not."""
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> float:
+        number: float = super().convert(value, param, context)
+        if number != number:
+            self.fail(f"{value!r} is not in the range {self._describe_range()}.", param, context)
+        return number
 
 
 def with_options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:

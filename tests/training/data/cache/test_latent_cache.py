@@ -383,7 +383,7 @@ def test_numbers_that_do_not_fit(model, data, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"views": 0}, "views must be 1 or more, not 0"),
+        ({"views": 0}, "views must be 1 or more, at most 1,000,000, not 0"),
         ({"batch_size": 0}, "batch_size must be 1 or more"),
         ({"dtype": "int8"}, "dtype 'int8' is not one of float16, bfloat16, float32"),
         ({"flip": True}, "flip mirrors every second view: it needs 2 views or more"),
