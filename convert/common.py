@@ -14,6 +14,7 @@ from mlx.utils import tree_unflatten
 from mlx_starflow.convert.distributed import is_distributed, open_distributed
 from mlx_starflow.convert.pth import Checkpoint, read_checkpoint
 from mlx_starflow.errors import StarflowError, one_line
+from mlx_starflow.media.outputs import check_outputs
 from mlx_starflow.model_dir.files import read_safetensors
 from mlx_starflow.model_dir.quantization import quantize_module, quantized_layers
 from mlx_starflow.model_dir.saving import save_tensors
@@ -58,9 +59,10 @@ def _stored(checkpoint: Checkpoint, name: str) -> Tensor:
 
 
 def check_target(source: Path, out_dir: Path) -> None:
-    """Raises StarflowError if the model would be written into the checkpoint's own folder, over its files."""
+    """Raises StarflowError if the model cannot be written, or would be into the checkpoint's own folder."""
     if out_dir.exists() and out_dir.resolve() == source.resolve():
         raise StarflowError(f"{out_dir} is the checkpoint's own folder; give another one to write to")
+    check_outputs(folders=[out_dir])
 
 
 def write_module(

@@ -12,6 +12,7 @@ import mlx.core as mx
 from mlx_starflow.convert.archive import check_archive_name, write_archive
 from mlx_starflow.convert.common import Tensor, as_tensor
 from mlx_starflow.errors import StarflowError, one_line
+from mlx_starflow.media.outputs import check_outputs
 from mlx_starflow.model_dir.files import Spec, load_weights, read_config
 from mlx_starflow.model_dir.weights import parameters
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
@@ -47,6 +48,7 @@ def export_model(directory: str | Path, path: str | Path) -> Path:
     config = read_config(directory)
     if path.parent.resolve() == directory.resolve():
         raise StarflowError(f"{path} is in the model's own folder; write the checkpoint to another one")
+    check_outputs([path] if path.parent.is_dir() else [], folders=[path.parent])
     model_type = config.get("model_type")
     if model_type not in _LAYOUTS:
         raise StarflowError(

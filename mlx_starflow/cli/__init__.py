@@ -38,7 +38,7 @@ class Commands(click.Group):
                 _flush()
                 return result
             except StarflowError as error:
-                raise _UserError(str(error)) from None
+                raise _UserError(" ".join(str(error).splitlines())) from None
             except click.exceptions.NoArgsIsHelpError:
                 raise
             except click.UsageError as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from PIL import Image, PngImagePlugin
 from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.media.files import exists, is_regular, parse_json, replacing
 from mlx_starflow.media.formats import ANIMATIONS, FORMATS, METADATA_KEY, UNDESCRIBED
+from mlx_starflow.media.outputs import check_outputs
 
 PICTURES = ("PNG", "JPEG", "WEBP", "GIF")
 """Formats, as Pillow calls them, that `save_image` and `save_animation` write."""
@@ -55,11 +55,7 @@ def check_output(path: Path, formats: Sequence[str] = FORMATS) -> None:
     """Raise StarflowError if an image could not be written to `path`: better before the work than after it."""
     if path.suffix.lower() not in formats:
         raise StarflowError(f"{path}: pictures are written as {', '.join(formats)}; name the file for instance out.png")
-    folder = path.parent
-    if not folder.is_dir():
-        raise StarflowError(f"{path} cannot be written: the folder {folder} does not exist")
-    if path.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
-        raise StarflowError(f"{path} cannot be written: no permission, or it is a folder")
+    check_outputs([path])
 
 
 def save_image(image: Image.Image, path: Path, metadata: dict[str, Any] | None = None) -> None:

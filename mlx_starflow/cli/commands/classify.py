@@ -16,6 +16,7 @@ from mlx_starflow.cli.options.images import (
     open_files,
     table_options,
 )
+from mlx_starflow.cli.options.outputs import files_read
 
 
 @click.command()
@@ -51,15 +52,14 @@ def classify(
     follow from it and are nearly always close to 0 or 1.
     """
     from mlx_starflow.media.image_files import find_images
-    from mlx_starflow.media.tables import check_text_output, write_csv, write_json
+    from mlx_starflow.media.outputs import check_outputs
+    from mlx_starflow.media.tables import write_csv, write_json
     from mlx_starflow.pipelines import ClassPipeline, open_model
 
     names = [label.strip() for label in (labels or "").split(",")] + [line.strip() for line in label_file or ()]
     names = [name for name in names if name]
     found = find_images(pictures, split)
-    for path in (csv_file, json_file):
-        if path is not None:
-            check_text_output(path)
+    check_outputs([csv_file, json_file], inputs=files_read(pictures, found))
     cpu.hint_if_slow()
     pipe = open_model(model, dtype=dtype)
     if not names and isinstance(pipe, ClassPipeline):

@@ -9,6 +9,7 @@ import click
 
 from mlx_starflow import cpu
 from mlx_starflow.cli.options.images import model_options
+from mlx_starflow.cli.options.outputs import OUTPUT
 from mlx_starflow.cli.options.sampling import with_options
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 PICTURE = click.Path(path_type=Path)
 
-output_option = click.option("-o", "--output", type=PICTURE, default="out.png", show_default=True)
+output_option = click.option("-o", "--output", type=OUTPUT, default="out.png", show_default=True)
 batch_option = click.option(
     "--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Pictures at once."
 )
@@ -70,7 +71,7 @@ def edit() -> None:
 )
 @count_option
 @seed_option
-@click.option("--trace", type=PICTURE, metavar="FILE", help="Write acceptance and likelihood of every step as JSON.")
+@click.option("--trace", type=OUTPUT, metavar="FILE", help="Write acceptance and likelihood of every step as JSON.")
 @model_options
 def inpaint(
     picture: Path,
@@ -94,14 +95,11 @@ def inpaint(
     mlx-starflow edit inpaint cat.png --mask 32,0,32,64 --prompt "cat face" -o whole.png
     """
     from mlx_starflow.editing import read_mask
-    from mlx_starflow.media.images import check_output
-    from mlx_starflow.media.tables import check_text_output, write_json
+    from mlx_starflow.media.tables import write_json
 
     image = _read(picture)
     free = read_mask(mask, image.size)
-    check_output(output)
-    if trace is not None:
-        check_text_output(trace)
+    _check(output, None, [picture, Path(mask)], trace)
     pipe = _open(model, dtype)
     result = pipe.inpaint(
         image,
@@ -160,7 +158,7 @@ def reprompt(
     mlx-starflow edit reprompt dog.png --from "dog face" --to "cat face" --frames 16 -o dog-cat.webp
     """
     image = _read(picture)
-    _check(output, frames)
+    _check(output, frames, [picture])
     result = _open(model, dtype).reprompt(
         image,
         source,
@@ -213,7 +211,7 @@ def vary(
     if frames and images > 1:
         raise click.UsageError("--frames shows the way to one picture: leave out --images")
     image = _read(picture)
-    _check(output, frames)
+    _check(output, frames, [picture])
     result = _open(model, dtype).vary(
         image,
         prompt,
@@ -257,7 +255,7 @@ def interpolate(
     """
     frames = frames or 16
     images = _read(first), _read(second)
-    _check(output, frames)
+    _check(output, frames, [first, second])
     result = _open(model, dtype).interpolate(
         *images,
         (source, target),
@@ -289,11 +287,13 @@ def _places(end: float, frames: int | None) -> list[float]:
     return [end] if frames is None else [end * number / (frames - 1) for number in range(frames)]
 
 
-def _check(output: Path, frames: int | None) -> None:
+def _check(output: Path, frames: int | None, inputs: list[Path], trace: Path | None = None) -> None:
     from mlx_starflow.media.formats import ANIMATIONS, FORMATS
     from mlx_starflow.media.images import check_output
+    from mlx_starflow.media.outputs import check_outputs
 
     check_output(output, FORMATS if frames is None else tuple(dict.fromkeys([*ANIMATIONS, *FORMATS])))
+    check_outputs([output, trace], inputs=inputs)
 
 
 def _write(result: Edit, output: Path, frames: int | None, seconds: float) -> None:

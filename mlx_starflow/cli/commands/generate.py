@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from mlx_starflow import cpu
-from mlx_starflow.cli.options.images import make_folder
+from mlx_starflow.cli.options.outputs import OUTPUT, make_folder
 from mlx_starflow.cli.options.parallel import Ranks, tensor_parallel_option
 from mlx_starflow.cli.options.sampling import Size, lora_option, network_options, sampling_options
 from mlx_starflow.errors import StarflowError
@@ -19,7 +19,7 @@ from mlx_starflow.errors import StarflowError
 @click.option("--prompt-file", type=click.File("r"), help="Read prompts from a file, one a line; - is standard input.")
 @click.option("-m", "--model", help="demo, a model directory, or a Hub repository.  [default: demo]")
 @lora_option
-@click.option("-o", "--output", type=click.Path(path_type=Path), default="out.png", show_default=True)
+@click.option("-o", "--output", type=OUTPUT, default="out.png", show_default=True)
 @click.option(
     "--seed", type=click.IntRange(min=0), help="Of each prompt's first picture; drawn and reported if left out."
 )
@@ -37,9 +37,9 @@ from mlx_starflow.errors import StarflowError
 @click.option("--columns", type=click.IntRange(min=1), help="Pictures in a row of the grid.")
 @click.option("--metadata/--no-metadata", default=True, help="Say in the PNG how it was made.  [default: metadata]")
 @click.option("--from", "source", type=click.Path(path_type=Path), help="Make the pictures of this PNG again.")
-@click.option("--save-noise", type=click.Path(path_type=Path), help="Write the noise the pictures came from.")
+@click.option("--save-noise", type=OUTPUT, help="Write the noise the pictures came from.")
 @click.option("--load-noise", type=click.Path(path_type=Path), help="Start from saved noise instead of a seed.")
-@click.option("--steps-dir", type=click.Path(path_type=Path), help="Folder for the picture after each flow block.")
+@click.option("--steps-dir", type=OUTPUT, help="Folder for the picture after each flow block.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Pictures at once.")
 @network_options
 @click.option(
@@ -96,6 +96,7 @@ def generate(
     """
     from mlx_starflow.media import images as media
     from mlx_starflow.media import noise
+    from mlx_starflow.media.outputs import check_outputs
 
     recipe: dict[str, Any] = {}
     seeds: int | list[int] | None = seed
@@ -131,6 +132,8 @@ def generate(
         if ranks.first:
             for path in targets:
                 media.check_output(path)
+            read = [path for path in (source, load_noise) if path is not None]
+            check_outputs([*targets, save_noise], folders=[steps_dir], inputs=read)
             if steps_dir is not None:
                 make_folder(steps_dir)
     seeds = seeds if load_noise else ranks.seed(seeds)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_starflow import cpu
+from mlx_starflow.cli.options.outputs import OUTPUT
 from mlx_starflow.cli.options.parallel import Ranks, tensor_parallel_option
 from mlx_starflow.cli.options.sampling import Size, lora_option, network_options, sampling_options
 from mlx_starflow.errors import StarflowError
@@ -29,7 +30,7 @@ SOURCES = ("image", "video", "extend")
 @click.option(
     "-o",
     "--output",
-    type=PATH,
+    type=OUTPUT,
     default="out.mp4",
     show_default=True,
     help="An .mp4, .mov, .m4v, .webp or .gif file; or, without a suffix, a folder for the frames.",
@@ -60,7 +61,7 @@ SOURCES = ("image", "video", "extend")
 @click.option("--crf", type=click.IntRange(0, 51), default=18, show_default=True, help="Quality of H.264, 0 the best.")
 @click.option("--metadata/--no-metadata", default=True, help="Say in the file how it was made.  [default: metadata]")
 @click.option("--from", "source", type=PATH, help="Make this video again.")
-@click.option("--save-noise", type=PATH, help="Write the noise the video came from.")
+@click.option("--save-noise", type=OUTPUT, help="Write the noise the video came from.")
 @click.option("--load-noise", type=PATH, help="Start from saved noise instead of a seed.")
 @network_options
 @click.option("-v", "--verbose", is_flag=True, help="Say what each phase cost.")
@@ -110,6 +111,7 @@ def video(
     from tqdm import tqdm
 
     from mlx_starflow.media import noise
+    from mlx_starflow.media.outputs import check_outputs
     from mlx_starflow.media.videos import VideoWriter, check_video_output
 
     given = {name: path for name, path in zip(SOURCES, (image, video, extend), strict=True) if path is not None}
@@ -131,6 +133,8 @@ def video(
     with ranks.together():
         if ranks.first:
             check_video_output(output, stream)
+            read = [path for path in (*given.values(), source, load_noise) if path is not None]
+            check_outputs([output if output.suffix else None, save_noise], inputs=read)
 
     from mlx_starflow.pipelines import VideoSettings, load_video
 
