@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -72,11 +73,13 @@ class Inpainting:
         images: outside the mask their pixels are those of the original.
         data: of the images, without noise, `[B, ...]`.
         trace: what the chains did.
+        metadata: how each was made, for `media.images.save_image`.
     """
 
     images: list[Image.Image]
     data: np.ndarray
     trace: Trace
+    metadata: list[dict[str, Any]] = field(default_factory=list)
 
 
 def inpaint(
@@ -141,7 +144,18 @@ def inpaint(
             model.release("flow")
             decoded = np.concatenate([model.decode_images(each[None]) for each in data])
             painted = np.where(free_pixels[:, :, None], np.clip(decoded, -1, 1), original)
-    return Inpainting(to_images(painted), data, Trace.joined(traces))
+    about = {
+        **model.origin(),
+        "made_by": "edit inpaint",
+        "prompts": [prompt],
+        "size": (width, height),
+        "steps": steps,
+        "rounds": rounds,
+        "strength": strength,
+        "accept": accept,
+    }
+    metadata = [{**about, "seeds": [each]} for each in seeds]
+    return Inpainting(to_images(painted), data, Trace.joined(traces), metadata)
 
 
 def _round(

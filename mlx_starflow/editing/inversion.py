@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -19,7 +20,7 @@ from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.likelihood.nll import at_once, unit_of, with_noise
 from mlx_starflow.likelihood.protocol import ImageModel, ImageOrVideo
 from mlx_starflow.media.files import parse_json, replacing
-from mlx_starflow.media.noise import KEY, check_finite_noise, read_noise
+from mlx_starflow.media.noise import KEY, check_finite_noise, digest, read_noise
 from mlx_starflow.sampling import GuidedFlow, SamplingOptions
 from mlx_starflow.sampling.sampler import progress_off
 
@@ -49,6 +50,12 @@ class Encoded:
         with replacing(path) as temporary:
             noise = np.ascontiguousarray(self.noise, np.float32)
             temporary.write_bytes(save({KEY: noise}, {METADATA_KEY: json.dumps(about)}))
+
+    def described(self, model: ImageModel, *, denoise: bool = False) -> list[dict[str, Any]]:
+        """How each image or video that `decode` makes of this was made, for `media.images.save_image`."""
+        about = {**model.origin(), "made_by": "decode", "guidance": self.guidance, "denoise": denoise}
+        each = zip(self.prompts, self.noise, strict=True)
+        return [{**about, "prompts": [prompt], "noise_sha256": [digest(noise[None])]} for prompt, noise in each]
 
     @classmethod
     def load(cls, path: Path) -> Encoded:

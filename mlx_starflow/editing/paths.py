@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TypeVar, cast
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, cast
 
 import mlx.core as mx
 import numpy as np
@@ -29,11 +29,13 @@ class Edit:
         images: the images.
         data: theirs, `[B, ...]`.
         places: where on the path each is: its strength, or its share of the way.
+        metadata: how each was made, for `media.images.save_image`.
     """
 
     images: list[Image.Image]
     data: np.ndarray
     places: list[float]
+    metadata: list[dict[str, Any]] = field(default_factory=list)
 
 
 def reprompt(
@@ -80,7 +82,9 @@ def reprompt(
         guided = BlendedFlow(model.dense_flow(), (count, *z.shape[1:]), first, second, part)
         return from_noise(guided, mx.array(np.repeat(z, count, axis=0)))
 
-    return Edit(*_regenerated(model, strengths, regenerate, batch_size, progress), strengths)
+    images, made = _regenerated(model, strengths, regenerate, batch_size, progress)
+    about = {**model.origin(), "made_by": "edit reprompt", "prompts": [source, target], "size": images[0].size}
+    return Edit(images, made, strengths, [{**about, "strength": strength} for strength in strengths])
 
 
 def vary(
@@ -133,8 +137,12 @@ def vary(
         moved = mx.array(_column(angles > 0, x.ndim))
         return mx.where(moved, cleaned(model.dense_flow(), x, text), x) if any(angles) else x
 
-    made = _regenerated(model, places, regenerate, batch_size, progress)
-    return Edit(*made, [strength for _, strength in places])
+    varied, made = _regenerated(model, places, regenerate, batch_size, progress)
+    about = {**model.origin(), "made_by": "edit vary", "prompts": [prompt], "size": varied[0].size}
+    metadata = [
+        {**about, "strength": strength, "temperature": temperature, "seeds": [seed + path]} for path, strength in places
+    ]
+    return Edit(varied, made, [strength for _, strength in places], metadata)
 
 
 def interpolate(
@@ -176,7 +184,9 @@ def interpolate(
             guided = BlendedFlow(model.dense_flow(), noise.shape, start, end, part)
         return from_noise(guided, mx.array(noise.astype(np.float32)))
 
-    return Edit(*_regenerated(model, shares, regenerate, batch_size, progress), shares)
+    images, made = _regenerated(model, shares, regenerate, batch_size, progress)
+    about = {**model.origin(), "made_by": "edit interpolate", "prompts": list(prompts), "size": images[0].size}
+    return Edit(images, made, shares, [{**about, "share": share} for share in shares])
 
 
 def slerp(first: np.ndarray, second: np.ndarray, shares: np.ndarray) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -16,8 +15,9 @@ from typing import Any
 from PIL import Image, ImageSequence
 
 from mlx_starflow.errors import StarflowError, one_line
-from mlx_starflow.media.files import exists, is_folder, is_regular, left_behind, parse_json, replacing, temporary_path
-from mlx_starflow.media.formats import ANIMATIONS, FORMATS, METADATA_KEY, MOVIES, UNDESCRIBED
+from mlx_starflow.media.description import comment_of, described, describing
+from mlx_starflow.media.files import exists, is_folder, is_regular, left_behind, replacing, temporary_path
+from mlx_starflow.media.formats import ANIMATIONS, FORMATS, MOVIES, UNDESCRIBED
 from mlx_starflow.media.images import check_output, read_image_metadata, save_image
 from mlx_starflow.media.outputs import check_outputs
 from mlx_starflow.media.pixels import crop_image, decode_image, no_remarks
@@ -28,7 +28,6 @@ CRF = 18
 """Quality of H.264 unless told otherwise: 0 loses nothing, 51 is worst; at 18 losses are hard to see."""
 
 _ENCODER = "libx264"
-_DESCRIPTION = 0x010E  # the EXIF tag ImageDescription
 
 
 def check_video_output(path: Path, live: bool = False) -> None:
@@ -141,7 +140,7 @@ class VideoWriter:
             av.open(str(target), "w", options=options) as container,
         ):
             if self.metadata is not None:
-                container.metadata["comment"] = json.dumps({METADATA_KEY: self.metadata})
+                container.metadata["comment"] = comment_of(self.metadata)
             stream = container.add_stream(_ENCODER, rate=rate, options=codec_options)
             stream.pix_fmt = "yuv420p"
             codec = stream.codec_context
@@ -182,11 +181,7 @@ class VideoWriter:
         ends = [round(1000 / unit * number / self.fps) * unit for number in range(len(images) + 1)]
         durations = [end - start for start, end in pairwise(ends)]
         options: dict[str, Any] = {"lossless": True} if unit == 1 else {"disposal": 2}
-        if self.metadata is not None:
-            text = json.dumps({METADATA_KEY: self.metadata})
-            exif = Image.Exif()
-            exif[_DESCRIPTION] = text
-            options |= {"exif": exif} if unit == 1 else {"comment": text}
+        options |= describing(self.metadata, self.path)
         with replacing(self.path) as temporary:
             images[0].save(temporary, save_all=True, append_images=images[1:], duration=durations, loop=0, **options)
 
@@ -364,18 +359,18 @@ def read_video_metadata(path: Path) -> dict[str, Any]:
         if not names:
             raise StarflowError(UNDESCRIBED.format(path))
         return read_image_metadata(names[0])
-    suffix = path.suffix.lower()
-    if suffix in MOVIES:
-        av = _pyav()
-        with _av_errors(path, "read as a video"), av.open(str(path)) as container:
-            comment = container.metadata.get("comment")
-    else:
-        with _image_errors(path), Image.open(path) as image:
-            comment = image.getexif().get(_DESCRIPTION) if suffix == ".webp" else image.info.get("comment")
+    if path.suffix.lower() not in MOVIES:
+        return read_image_metadata(path)
+    av = _pyav()
+    with _av_errors(path, "read as a video"), av.open(str(path)) as container:
+        comment = container.metadata.get("comment")
     try:
-        return dict(parse_json(comment)[METADATA_KEY])
-    except (KeyError, TypeError, ValueError):
-        raise StarflowError(UNDESCRIBED.format(path)) from None
+        metadata = described(comment)
+    except ValueError:
+        raise StarflowError(f"{path}: its description is damaged") from None
+    if metadata is None:
+        raise StarflowError(UNDESCRIBED.format(path))
+    return metadata
 
 
 # ---- errors

@@ -168,13 +168,13 @@ class ModelDirectory:
         self.flow = NetworkDirectory.flow(self.path)
 
     @classmethod
-    def find(cls, name: str | Path) -> ModelDirectory:
+    def find(cls, name: str | Path, *, download: bool = True) -> ModelDirectory:
         """The directory of "demo", of a folder or of a Hugging Face repository, see `hub.find_model`.
 
         Raises:
             StarflowError: there is no such model, or it cannot be downloaded.
         """
-        return cls(find_model(name))
+        return cls(find_model(name, download=download))
 
     @cached_property
     def text_encoder(self) -> NetworkDirectory[T5Encoder, T5Config]:

@@ -134,6 +134,10 @@ class Pipeline(ImageModel):
         check_seeds(seeds)
         return [int(each) for each in seeds]
 
+    def origin(self) -> dict[str, Any]:
+        metadata: dict[str, Any] = {"version": __version__, "model": self.name}
+        return metadata | ({"adapters": self.backend.adapters} if self.backend.adapters else {})
+
     def _metadata(
         self,
         prompts: list[str],
@@ -143,9 +147,7 @@ class Pipeline(ImageModel):
         certificate: Certificate | None,
     ) -> dict[str, Any]:
         """All that is needed to make images again: prompts times seeds, as `generate` takes them."""
-        metadata: dict[str, Any] = {"version": __version__, "model": self.name, "prompts": prompts, "seeds": seeds}
-        if self.backend.adapters:
-            metadata["adapters"] = self.backend.adapters
+        metadata = {**self.origin(), "prompts": prompts, "seeds": seeds}
         if None in seeds:
             metadata["noise_sha256"] = digest(noise)
         if certificate is not None:

@@ -46,6 +46,10 @@ noise_options = with_options(
     ),
 )
 
+metadata_option = click.option(
+    "--metadata/--no-metadata", default=True, help="Say in the file how it was made.  [default: metadata]"
+)
+
 table_options = with_options(
     click.option("--csv", "csv_file", type=OUTPUT, metavar="FILE", help="Write a table; - prints it."),
     click.option("--json", "json_file", type=OUTPUT, metavar="FILE", help="Write JSON; - prints it."),
