@@ -112,7 +112,8 @@ class Pictures:
         from mlx_starflow.media.images import grid, save_image
 
         began = time.monotonic()
-        sheet = grid([made.image for made in self.made], self.columns or (self.images if self.images > 1 else None))
+        columns = self.columns or (self.images if self.images > 1 else None)
+        sheet = grid([made.image for made in self.made], columns and min(columns, len(self.made)))
         save_image(sheet, self.targets[0], self._grid_metadata() if self.metadata else None)
         self._written = time.monotonic()
         self._cost = self._written - began
