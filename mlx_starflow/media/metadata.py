@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_starflow.errors import StarflowError
-from mlx_starflow.media.files import exists, is_folder, is_regular
+from mlx_starflow.media.files import is_folder
 from mlx_starflow.media.formats import MOVIES
 from mlx_starflow.media.images import read_image_metadata
 from mlx_starflow.media.videos import read_video_metadata
@@ -22,8 +21,8 @@ def joined(metadata: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if all(each == value for each in values):
             result[key] = value
         else:
-            lists = all(isinstance(each, list) for each in values)
-            result[key] = [item for each in values for item in each] if lists else values
+            lists = [each for each in values if isinstance(each, list)]
+            result[key] = [item for each in lists for item in each] if len(lists) == len(values) else values
     return result
 
 
@@ -34,10 +33,6 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         StarflowError: it does not say, or cannot be read.
     """
     path = Path(path)
-    if is_folder(path):
-        return read_video_metadata(path)
-    if path.suffix.lower() in MOVIES:
-        if exists(path) and not is_regular(path):
-            raise StarflowError(f"{path} cannot be read as a video: it is not a regular file")
+    if is_folder(path) or path.suffix.lower() in MOVIES:
         return read_video_metadata(path)
     return read_image_metadata(path)

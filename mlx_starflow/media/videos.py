@@ -361,6 +361,8 @@ def read_video_metadata(path: Path) -> dict[str, Any]:
         return read_image_metadata(names[0])
     if path.suffix.lower() not in MOVIES:
         return read_image_metadata(path)
+    if exists(path) and not is_regular(path):
+        raise StarflowError(f"{path} cannot be read as a video: it is not a regular file")
     av = _pyav()
     with _av_errors(path, "read as a video"), av.open(str(path)) as container:
         comment = container.metadata.get("comment")

@@ -11,6 +11,7 @@ import mlx.nn as nn
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.media.outputs import check_outputs
 from mlx_starflow.model_dir.directory import ModelDirectory, NetworkDirectory, read_tokenizer
+from mlx_starflow.model_dir.fingerprint import MADE_OF, made_of
 from mlx_starflow.model_dir.quantization import quantize_module
 from mlx_starflow.model_dir.saving import copy_network, read_files, read_licences, save_model
 from mlx_starflow.model_dir.transaction import transaction
@@ -61,6 +62,7 @@ def quantize_model(
             save_model(out / "text_encoder", weights, text_config, files=read_files(folder, "spiece.model"))
         if source.has("vae"):
             copy_network(source.vae, out / "vae")
+        config = {**config, MADE_OF: made_of(source.path, model)}
         return save_model(out, flow_weights, config, files=read_licences(source))
 
 

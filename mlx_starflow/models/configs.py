@@ -154,7 +154,7 @@ def _digits(value: int) -> str:
     return str(value) if abs(value) < 10**80 else "a number of more than 80 digits"
 
 
-FLOW = ConfigKind("flow", ("model_type", "quantization", "pipeline"))
+FLOW = ConfigKind("flow", ("model_type", "quantization", "pipeline", "made_of", "fused"))
 
 
 def write_config(config: DataclassInstance) -> dict[str, Any]:

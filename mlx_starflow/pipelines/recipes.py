@@ -6,7 +6,6 @@ models and adapters may stand for what is on this machine already, see `Recipe.c
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -46,7 +45,7 @@ def _whole(least: int, most: int) -> Callable[[object], bool]:
 
 
 def _is_number(value: object, kind: Any) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _text(most: int, least: int = 0) -> Callable[[object], bool]:

@@ -20,7 +20,8 @@ from mlx_starflow.kernels import MLX_VERSION
 from mlx_starflow.media.files import is_folder, is_regular
 from mlx_starflow.media.metadata import read_metadata
 from mlx_starflow.model_dir.directory import ModelDirectory, NetworkDirectory
-from mlx_starflow.model_dir.hub import converted_directory
+from mlx_starflow.model_dir.fingerprint import MADE_OF, fingerprint
+from mlx_starflow.model_dir.hub import converted_directory, find_model
 from mlx_starflow.model_dir.quantization import dequantize_module
 from mlx_starflow.model_dir.weights import parameters
 from mlx_starflow.planning.chips import find_chips, time_report
@@ -70,6 +71,8 @@ def summarize(model: str) -> dict[str, str]:
             lines[title] = _size(getattr(directory, part))
     if quantization := directory.flow.quantization:
         lines["quantized"] = f"{quantization.get('bits')} bits, groups of {quantization.get('group_size')}"
+    if origin := directory.flow.content.get(MADE_OF):
+        lines["made of"] = _origin(origin)
     for name, value in directory.pipeline.items():
         lines[name] = str(value)
     if licences := directory.licences:
@@ -89,6 +92,18 @@ def summarize_file(path: Path) -> dict[str, str]:
         command = "video" if "frames" in lines else "generate"
         lines["again"] = f"mlx-starflow {command} --from {_line(str(path))}"
     return lines
+
+
+def _origin(entry: object) -> str:
+    """Of which weights a copy was made, and whether they are still there."""
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("model", "fingerprint")):
+        return "damaged"
+    name, mark = _line(entry["model"]), _line(entry["fingerprint"])
+    try:
+        now = fingerprint(find_model(entry["model"], download=False))
+    except StarflowError:
+        return f"{name}, weights {mark}"
+    return f"{name}, weights {mark}" + ("" if now == entry["fingerprint"] else "; that model has other weights now")
 
 
 def _line(text: str) -> str:

@@ -113,7 +113,7 @@ def test_edits_say_how_they_were_made(model, pictures, tmp_path):
 def test_seconds_without_an_animation(model, pictures, tmp_path):
     one, out = pictures[0], ["-m", model, "-o", tmp_path / "out.png"]
     line = edit.mistake("vary", one, "--seconds", 2, *out)
-    assert "--seconds does nothing without --frames" in line
+    assert "--seconds does nothing alone: give --frames too" in line
     assert "--seconds" in edit.mistake("vary", one, "--seconds", 2, "--frames", 3, *out)
     assert "--seconds" in edit.mistake("interpolate", one, one, "--seconds", 2, *out)
     assert not (tmp_path / "out.png").exists()

@@ -105,7 +105,6 @@ def test_over_what_is_read(words, picture, idle, tmp_path, monkeypatch):
     "words",
     [
         ["score", "x.png", "--csv", "t", "--json", "t"],
-        ["classify", "x.png", "-l", "a", "--csv", "-", "--json", "-"],
         ["edit", "inpaint", "x.png", "--mask", "0,0,1,1", "-o", "a.png", "--trace", "a.png"],
         ["generate", "a", "-o", "a.png", "--save-noise", "a.png"],
     ],

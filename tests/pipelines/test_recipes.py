@@ -68,6 +68,7 @@ def test_a_recipe_comes_back(tmp_path):
         settings(guidance=math.inf),
         settings(guidance=-1),
         settings(guidance="1"),
+        settings(guidance=10**400),
         settings(temperature=math.nan),
         settings(method="magic"),
         settings(method=["auto"]),

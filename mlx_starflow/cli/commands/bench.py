@@ -8,7 +8,7 @@ from functools import partial
 import click
 
 from mlx_starflow import cpu
-from mlx_starflow.cli.options.sampling import Size, dtype_option
+from mlx_starflow.cli.options.sampling import Size, check_reads_prompts, dtype_option
 
 
 @click.command()
@@ -44,6 +44,7 @@ def bench(
     from mlx_starflow.bench.benchmark import bench as measure
     from mlx_starflow.bench.trials import PROMPTS
 
+    check_reads_prompts(model, "--prompt", "--size")
     cpu.hint_if_slow()
     result = measure(
         model,

@@ -9,6 +9,7 @@ import click
 from mlx_starflow import cpu
 from mlx_starflow.cli.options.images import (
     ReadableFiles,
+    check_split,
     frames_option,
     images_argument,
     model_options,
@@ -16,6 +17,7 @@ from mlx_starflow.cli.options.images import (
     table_options,
 )
 from mlx_starflow.cli.options.outputs import files_read
+from mlx_starflow.cli.options.rules import excludes, option_rules
 from mlx_starflow.cli.options.text import Lines
 
 
@@ -28,6 +30,9 @@ from mlx_starflow.cli.options.text import Lines
 @noise_options
 @model_options
 @frames_option
+@option_rules(
+    excludes("--csv -", "--json -", reason="--csv - and --json - would be printed together: write one to a file")
+)
 def classify(
     pictures: tuple[Path, ...],
     labels: str | None,
@@ -58,6 +63,7 @@ def classify(
 
     names = [label.strip() for label in (labels or "").split(",")] + (label_file or [])
     names = [name for name in names if name]
+    check_split(split, pictures)
     found = find_images(pictures, split)
     check_outputs([csv_file, json_file], inputs=files_read(pictures, found))
     cpu.hint_if_slow()

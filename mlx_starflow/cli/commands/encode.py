@@ -9,6 +9,7 @@ import click
 from mlx_starflow import cpu
 from mlx_starflow.cli.options.images import ReadableFiles, frames_option, images_argument, model_options
 from mlx_starflow.cli.options.outputs import OUTPUT, files_read
+from mlx_starflow.cli.options.rules import excludes, option_rules
 from mlx_starflow.cli.options.sampling import latent_batch_option
 
 
@@ -25,6 +26,9 @@ from mlx_starflow.cli.options.sampling import latent_batch_option
 @latent_batch_option
 @model_options
 @frames_option
+@option_rules(
+    excludes("--captions", "--prompt", reason="--captions brings each picture's own prompt: leave out --prompt")
+)
 def encode(
     pictures: tuple[Path, ...],
     output: Path,
@@ -50,8 +54,6 @@ def encode(
     from mlx_starflow.media.outputs import check_outputs
     from mlx_starflow.pipelines import open_model
 
-    if captions and prompt:
-        raise click.UsageError("--captions brings each picture's own prompt: leave out --prompt")
     found = find_images(pictures)
     check_outputs([output], inputs=files_read(pictures, found))
     cpu.hint_if_slow()

@@ -11,6 +11,7 @@ import click
 from mlx_starflow import cpu
 from mlx_starflow.cli.options.images import (
     ReadableFiles,
+    check_split,
     frames_option,
     images_argument,
     model_options,
@@ -18,6 +19,7 @@ from mlx_starflow.cli.options.images import (
     table_options,
 )
 from mlx_starflow.cli.options.outputs import OUTPUT, files_read, make_folder
+from mlx_starflow.cli.options.rules import excludes, needs, option_rules
 
 if TYPE_CHECKING:
     from mlx_starflow.likelihood import CalibrationStatistics, ImageModel, ImageOrVideo, Score
@@ -44,6 +46,11 @@ REDDEST = 6.0
 @noise_options
 @model_options
 @frames_option
+@option_rules(
+    excludes("--captions", "--prompt", reason="--captions brings each picture's own prompt: leave out --prompt"),
+    needs("--map-of", "--map"),
+    excludes("--csv -", "--json -", reason="--csv - and --json - would be printed together: write one to a file"),
+)
 def score(
     pictures: tuple[Path, ...],
     prompt: str,
@@ -83,8 +90,7 @@ def score(
     from mlx_starflow.media.tables import write_csv, write_json
     from mlx_starflow.pipelines import VideoPipeline, open_model
 
-    if captions and prompt:
-        raise click.UsageError("--captions brings each picture's own prompt: leave out --prompt")
+    check_split(split, pictures)
     found = find_images(pictures, split)
     names = [] if map_dir is None else [map_dir / f"{Path(each.name).stem}.{map_of}.png" for each in found]
     maps = [path for path in dict.fromkeys(names) if path.exists()]

@@ -56,6 +56,12 @@ table_options = with_options(
 )
 
 
+def check_split(split: str | None, pictures: Sequence[Path]) -> None:
+    """Raise UsageError if there is no folder whose metadata could have a split."""
+    if split is not None and pictures and not any(path.is_dir() for path in pictures):
+        raise click.UsageError("--split is about folders with a metadata.jsonl, and there are only files: leave it out")
+
+
 LISTED = 10
 """Files that were skipped, on standard error; JSON has all."""
 

@@ -19,7 +19,8 @@ class Rule:
     """What one option wants of others.
 
     Attributes:
-        option: its long name, or an argument's in capitals; with a value, such as "--backend torch", it means that one.
+        option: its long name, or an argument's in capitals. With a value, such as "--views 1", it means that one,
+            whether the user has said it or nobody.
         others: the same of others.
         needed: whether one of these must be there, or none.
         reason: the error message; by default one that names both.
@@ -38,7 +39,7 @@ class Rule:
             if any(_is_on(context, other) for other in self.others):
                 return ""
             there = " or ".join(self.others)
-            return self.reason or f"{self.option} does nothing without {there}: give that too, or leave it out"
+            return self.reason or f"{self.option} does nothing alone: give {there} too, or leave it out"
         other = next((other for other in self.others if _is_given(context, other)), "")
         if not other:
             return ""
@@ -94,20 +95,17 @@ def find_parameter(command: click.Command, name: str) -> click.Parameter:
 
 
 def _is_given(context: click.Context, name: str) -> bool:
-    """Whether the user has said this: on the command line, or in a file of `--config` that differs from the default.
+    """Whether the user has said this on the command line.
 
-    (Such a file may have been written by this program, with all options.)
+    What a file of `--config` says does not count: this program writes such files, with all options of a run.
     """
     parameter = find_parameter(context.command, name)
+    if " " in name:
+        return _is_on(context, name)
     source = context.get_parameter_source(parameter.name or "")
     value = context.params.get(parameter.name or "")
-    if source is None or source is ParameterSource.DEFAULT or value in (None, (), []):
+    if source not in (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT) or value in (None, (), []):
         return False
-    if source is ParameterSource.DEFAULT_MAP and value == parameter.get_default(context):
-        return False
-    _, _, wanted = name.partition(" ")
-    if wanted:
-        return str(value) == wanted
     # Of two names, such as --check and --no-check, the one that was said.
     if isinstance(parameter, click.Option) and parameter.secondary_opts:
         return value == (name in parameter.opts)

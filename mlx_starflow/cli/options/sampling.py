@@ -7,7 +7,17 @@ from typing import Any
 
 import click
 
+from mlx_starflow.cli.options.rules import given_options
 from mlx_starflow.model_dir.precision import DTYPES
+
+
+def check_reads_prompts(model: str, *options: str) -> None:
+    """Raise UsageError if one of these options, which are about prompts, is given, and the model reads none."""
+    from mlx_starflow.model_dir.directory import ModelDirectory
+
+    given = given_options(*options)
+    if given and not ModelDirectory.find(model).reads_prompts:
+        raise click.UsageError(f"{given[0]} is for models that read prompts, and {model} does not: leave it out")
 
 
 class Size(click.ParamType):

@@ -19,7 +19,9 @@ from mlx_starflow.media.files import expanded, replacing
 from mlx_starflow.media.images import grid, save_image
 from mlx_starflow.media.outputs import check_outputs
 from mlx_starflow.media.sources import open_source
+from mlx_starflow.model_dir.adapters import FINGERPRINT
 from mlx_starflow.model_dir.directory import ModelDirectory, load_flow
+from mlx_starflow.model_dir.fingerprint import FUSED, MADE_OF, fingerprint
 from mlx_starflow.model_dir.quantization import dequantize_module, quantize_module, quantized_layers
 from mlx_starflow.model_dir.saving import save_model
 from mlx_starflow.model_dir.transaction import transaction
@@ -273,12 +275,13 @@ def _identity(
 
 def _save(flow: STARFlow, model: str | Path, out: Path, config: FinetuneConfig, choice: Choice) -> Path:
     if adapter := config.adapter(choice.rank):
-        about = {"model": str(model)}
+        about = {"model": str(model), FINGERPRINT: fingerprint(ModelDirectory.find(model).path)}
         if choice.quantization:
             about["base_quantized_to"] = choice.quantization
         return save_adapter(out / "adapter", flow, adapter, about)
     source = ModelDirectory.find(model)
-    settings = {key: value for key, value in source.flow.content.items() if key != "quantization"}
+    left_out = ("quantization", MADE_OF, FUSED)
+    settings = {key: value for key, value in source.flow.content.items() if key not in left_out}
     with transaction(out / "model"):
         files = copy_parts(source, out / "model")
         return save_model(out / "model", parameters(flow), settings, files=files)

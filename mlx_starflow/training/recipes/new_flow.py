@@ -38,7 +38,7 @@ from mlx_starflow.training.loop import distributed
 from mlx_starflow.training.loop.identity import Identity, digest
 from mlx_starflow.training.loop.trainer import Trainer
 from mlx_starflow.training.loop.weights import assign
-from mlx_starflow.training.output import check_model_output
+from mlx_starflow.training.output import check_model_output, claim_model
 from mlx_starflow.training.recipes.samples import decode_latents, draw_classes, draw_latents
 
 FROM_ENCODERS = ("img_size", "channel_size", "txt_size", "txt_dim", "mix_aspect")
@@ -301,6 +301,7 @@ class NewFlow:
         if first:
             held = f", {held_out.order.count} held out" if held_out else ""
             chosen = replace(choice, batch_size=training.batch_size)
+            claim_model(self.out)
             self.report(f"{size / 1e6:.1f} M weights, {data.order.count} pictures{held}; {chosen}")
         trainer = Trainer(
             flow,
