@@ -17,6 +17,7 @@ from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.likelihood import Nll
 from mlx_starflow.media.files import expanded, replacing
 from mlx_starflow.media.images import grid, save_image
+from mlx_starflow.media.outputs import check_outputs
 from mlx_starflow.media.sources import open_source
 from mlx_starflow.model_dir.adapters import FINGERPRINT
 from mlx_starflow.model_dir.directory import ModelDirectory, load_flow
@@ -49,7 +50,6 @@ from mlx_starflow.training.loop.checkpoint import check_resume
 from mlx_starflow.training.loop.identity import Identity, digest
 from mlx_starflow.training.loop.trainer import Trainer
 from mlx_starflow.training.loop.weights import assign
-from mlx_starflow.training.output import check_run_folder
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ def finetune(
         StarflowError: a mistake in the arguments, or what `build_cache` and `Trainer` raise.
     """
     config, out = config or FinetuneConfig(), Path(out)
-    check_run_folder(out)
+    check_outputs(folders=[out], inputs=[data])
     if not is_cache(expanded(data)):
         open_source(data)
     choice, _ = plan_finetune(model, config)

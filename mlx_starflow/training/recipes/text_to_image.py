@@ -70,7 +70,7 @@ def train_model(
         StarflowError: the data cannot be used, a training diverges, or `out` holds the training of another model.
     """
     if distributed.world().rank() == 0:
-        check_model_output(Path(out), "starflow")
+        check_model_output(Path(out), "starflow", [data])
     with distributed.run_folder(Path(out)):
         return _train_model(data, Path(out), preset, resume, report, begin)
 
