@@ -14,12 +14,12 @@ import mlx.core as mx
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.model_dir.quantization import quantize_module
-from mlx_starflow.model_dir.weights import parse_dtype
+from mlx_starflow.model_dir.weights import MLX_DTYPES
 from mlx_starflow.models.autoencoder_kl import AutoencoderKLConfig
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
 from mlx_starflow.models.t5 import T5Config, T5Encoder
 from mlx_starflow.planning.footprint import convolutions
-from mlx_starflow.planning.memory import PRECISIONS, MemoryPlan, ModelConfigs, parameter_count, plan
+from mlx_starflow.planning.memory import HALF, PACKED, PRECISIONS, MemoryPlan, ModelConfigs, parameter_count, plan
 from mlx_starflow.planning.traffic import cache_bytes, evaluation_bytes, evaluation_weights, tokens_at_once
 from mlx_starflow.sampling.methods import SamplingPlan
 
@@ -220,6 +220,7 @@ def estimate(configs: ModelConfigs, chip: Chip, size: tuple[int, int] | None = N
     for name, expected, flow, dtype in _precisions(configs, size):
         if not expected.fits(chip.memory, low_memory=True):
             continue
+        half = mx.float32 if name == "float32" else mx.float16
         encoder, decoder = expected.weights["text encoder"], expected.weights["autoencoder"]
 
         def sampled(sampling: Sampling, flow: STARFlow = flow, dtype: mx.Dtype = dtype) -> tuple[float, float]:
@@ -227,7 +228,7 @@ def estimate(configs: ModelConfigs, chip: Chip, size: tuple[int, int] | None = N
             return seconds(weights), seconds(cache_costs(config, length, sampling, copies, dtype))
 
         phases = {
-            "text encoder": seconds([text_cost(configs.text_encoder, config.txt_size, encoder, dtype)]),
+            "text encoder": seconds([text_cost(configs.text_encoder, config.txt_size, encoder, half)]),
             "score step": seconds(score_costs(flow, length, dtype)),
             "decoder": seconds([decode_cost(vae, height, width, decoder)]),
         }
@@ -261,18 +262,23 @@ def _precisions(
     if configs.directory and configs.directory.flow.quantization:
         stored = configs.directory.flow.lazy()
         assert isinstance(stored, STARFlow)
-        yield "as stored", plan(configs, size=size, dtype="bfloat16"), stored, mx.bfloat16
+        yield "as stored", plan(configs, size=size, dtype=HALF, flow_dtype=PACKED), stored, mx.float32
     dense = replace(configs, directory=None)
     for precision in PRECISIONS:
         flow = STARFlow(configs.flow)
         if not precision.isdigit():
-            yield precision, plan(dense, size=size, dtype=precision), flow, parse_dtype(precision)
+            yield precision, plan(dense, size=size, dtype=precision), flow, MLX_DTYPES[precision]
             continue
         try:
             quantize_module(flow, precision)
         except StarflowError:
             continue
-        yield f"{precision} bit", plan(dense, size=size, dtype="bfloat16", quantization=precision), flow, mx.bfloat16
+        yield (
+            f"{precision} bit",
+            plan(dense, size=size, quantization=precision, dtype=HALF, flow_dtype=PACKED),
+            flow,
+            mx.float32,
+        )
 
 
 def time_report(configs: ModelConfigs, chip: Chip, size: tuple[int, int] | None = None) -> list[str]:

@@ -14,10 +14,14 @@ from mlx_starflow import __version__, cpu
 from mlx_starflow.convert.official import RELEASES
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.kernels import MLX_VERSION
+from mlx_starflow.kernels.products import tf32
 from mlx_starflow.model_dir.directory import ModelDirectory, NetworkDirectory
 from mlx_starflow.model_dir.hub import converted_directory
+from mlx_starflow.model_dir.weights import automatic_precision
 from mlx_starflow.planning.chips import find_chips, time_report
 from mlx_starflow.planning.memory import (
+    HALF,
+    PACKED,
     PRECISIONS,
     MemoryPlan,
     ModelConfigs,
@@ -44,6 +48,11 @@ def summarize(model: str) -> dict[str, str]:
     device = mx.default_device().type.name.upper()
     lines = {"mlx-starflow": f"{__version__}, MLX {MLX_VERSION} on the {device}, Python {platform.python_version()}"}
     lines["BLAS"] = f"{cpu.describe()}, {cpu.gflops():.1f} GFLOPS on the CPU"
+    lines["float32"] = (
+        "products are TF32 (MLX_ENABLE_TF32): certificates and round trips do not hold"
+        if tf32()
+        else ("products are whole: TF32 is off, or this device has none")
+    )
     if cpu.has_fast_networks():
         lines["sampling"] = f"in C++ on {cpu.network_threads()} CPUs; half precision, mxfp and nvfp in MLX"
     if configs := _release(model):
@@ -61,6 +70,7 @@ def summarize(model: str) -> dict[str, str]:
             lines[title] = _size(getattr(directory, part))
     if quantization := directory.flow.quantization:
         lines["quantized"] = f"{quantization.get('bits')} bits, groups of {quantization.get('group_size')}"
+    lines |= _precision(directory)
     for name, value in directory.pipeline.items():
         lines[name] = str(value)
     if licences := directory.licences:
@@ -105,7 +115,7 @@ def memory_report(
         images = f"{videos} of {frames or configs.flow.video[0]} frames"
     lines = [
         f"Memory in {name} for {images} of {width}x{height}: computed from the configs, not measured.",
-        "8, 6 and 4 bit: of the flow; text encoder and autoencoder are bfloat16 then.",
+        "8, 6 and 4 bit: of the flow, which computes in float32 then; text encoder and autoencoder are float16.",
         "",
         row("weights", list(plans)),
     ]
@@ -172,13 +182,17 @@ def _plans(
     """The plan of each precision that the model's layers can be stored in."""
     plans = {}
     if configs.directory is not None and configs.directory.flow.quantization:
-        plans["as stored"] = plan(configs, size=size, batch=batch, frames=frames, dtype="bfloat16")
+        plans["as stored"] = plan(configs, size=size, batch=batch, frames=frames, dtype=HALF, flow_dtype=PACKED)
     dense = replace(configs, directory=None)
     for precision in PRECISIONS:
         bits = precision if precision.isdigit() else None
         try:
-            dtype = "bfloat16" if bits else precision
-            expected = plan(dense, size=size, batch=batch, frames=frames, dtype=dtype, quantization=bits)
+            if bits:
+                expected = plan(
+                    dense, size=size, batch=batch, frames=frames, quantization=bits, dtype=HALF, flow_dtype=PACKED
+                )
+            else:
+                expected = plan(dense, size=size, batch=batch, frames=frames, dtype=precision)
         except StarflowError:
             if not bits:
                 raise
@@ -192,6 +206,18 @@ def _release(model: str) -> ModelConfigs | None:
     if model.lower() not in RELEASES or Path(model).is_dir():
         return None
     return None if (converted_directory(model) / "config.json").is_file() else ModelConfigs.of_release(model)
+
+
+def _precision(directory: ModelDirectory) -> dict[str, str]:
+    """What the networks compute in on this machine unless told otherwise, and why."""
+    flow = directory.flow.precision
+    lines = {"precision": f"{flow.dtype}: {flow.why}"}
+    if flow.fallback:
+        lines["precision"] += f"; {flow.fallback} if numbers leave its range, float32 for editing"
+    other = automatic_precision()
+    if directory.has("vae") and other.dtype != flow.dtype:
+        lines["beside it"] = f"{other.dtype}: {other.why}"
+    return lines
 
 
 def _architecture(flow: Any) -> dict[str, str]:
