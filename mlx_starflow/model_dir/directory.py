@@ -147,8 +147,8 @@ class NetworkDirectory(Generic[Network, Config]):
     @property
     def precision(self) -> Precision:
         """What the network computes in on this machine, unless it is told."""
-        is_flow = self.content.get("model_type") in FLOWS
-        return automatic_precision(quantized_flow=is_flow and bool(self.quantization))
+        of_pictures = self.content.get("model_type") in FLOWS and not self.content.get("vid_size")
+        return automatic_precision(quantized_flow=of_pictures and bool(self.quantization))
 
     @contextmanager
     def _naming(self) -> Iterator[None]:

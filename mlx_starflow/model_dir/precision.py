@@ -39,7 +39,8 @@ def automatic(device: Device, chip: int | None = None, *, quantized_flow: bool =
     Args:
         device: what MLX computes on.
         chip: the generation of an Apple chip, 1 for an M1; None: another or an unknown one.
-        quantized_flow: the network is a flow with quantized weights.
+        quantized_flow: the network is a flow of pictures with quantized weights. (A video's keys and values take more
+            memory than the weights: its flow is not asked to hold them in float32.)
     """
     if device == "cpu":
         return Precision("float32", None, "half precision is slower on a CPU")

@@ -19,7 +19,7 @@ from mlx_starflow.models.autoencoder_kl import AutoencoderKLConfig
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
 from mlx_starflow.models.t5 import T5Config, T5Encoder
 from mlx_starflow.planning.footprint import convolutions
-from mlx_starflow.planning.memory import HALF, PACKED, PRECISIONS, MemoryPlan, ModelConfigs, parameter_count, plan
+from mlx_starflow.planning.memory import HALF, PRECISIONS, MemoryPlan, ModelConfigs, packed_dtype, parameter_count, plan
 from mlx_starflow.planning.traffic import cache_bytes, evaluation_bytes, evaluation_weights, tokens_at_once
 from mlx_starflow.sampling.methods import SamplingPlan
 
@@ -259,10 +259,16 @@ def _precisions(
     configs: ModelConfigs, size: tuple[int, int] | None
 ) -> Iterator[tuple[str, MemoryPlan, STARFlow, mx.Dtype]]:
     """Name, memory, flow and dtype of what is not quantized, of each precision that the model can have."""
+    packed = packed_dtype(configs.flow)
     if configs.directory and configs.directory.flow.quantization:
         stored = configs.directory.flow.lazy()
         assert isinstance(stored, STARFlow)
-        yield "as stored", plan(configs, size=size, dtype=HALF, flow_dtype=PACKED), stored, mx.float32
+        yield (
+            "as stored",
+            plan(configs, size=size, dtype=HALF, flow_dtype=packed),
+            stored,
+            mx.float32,
+        )
     dense = replace(configs, directory=None)
     for precision in PRECISIONS:
         flow = STARFlow(configs.flow)
@@ -275,7 +281,7 @@ def _precisions(
             continue
         yield (
             f"{precision} bit",
-            plan(dense, size=size, quantization=precision, dtype=HALF, flow_dtype=PACKED),
+            plan(dense, size=size, quantization=precision, dtype=HALF, flow_dtype=packed),
             flow,
             mx.float32,
         )

@@ -45,8 +45,14 @@ PHASES = {
 PRECISIONS = ("float32", "float16", "8", "6", "4")
 """What flows are held in: dtypes, and bits of quantized weights."""
 
-HALF, PACKED = "float16", "float32"
-"""What networks beside a quantized flow compute in on a GPU, and what it does itself: see `precision.automatic`."""
+HALF = "float16"
+"""What networks beside a quantized flow compute in on a GPU: see `precision.automatic`."""
+
+
+def packed_dtype(flow: FlowConfig) -> str:
+    """What a quantized flow computes in on a GPU: see `precision.automatic`."""
+    return HALF if flow.video else "float32"
+
 
 NETWORKS: dict[str, dict[str, Any]] = {
     "google/flan-t5-xl": {
@@ -212,7 +218,8 @@ def plan(
     if unknown := set(chosen) - set(PARTS):
         raise StarflowError(f"there is no part {', '.join(sorted(unknown))}; parts are {', '.join(PARTS)}")
     packed = "flow" in chosen or bool(configs.directory and configs.directory.flow.quantization)
-    own = parse_dtype(flow_dtype) or parse_dtype(dtype) or automatic_dtype(quantized_flow=packed)
+    own = parse_dtype(flow_dtype) or parse_dtype(dtype)
+    own = own or automatic_dtype(quantized_flow=packed and not configs.flow.video)
     others_dtype = parse_dtype(dtype) or automatic_dtype()
     weights = {}
     for part, network in configs.networks().items():

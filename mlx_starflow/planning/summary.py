@@ -21,10 +21,10 @@ from mlx_starflow.model_dir.weights import automatic_precision
 from mlx_starflow.planning.chips import find_chips, time_report
 from mlx_starflow.planning.memory import (
     HALF,
-    PACKED,
     PRECISIONS,
     MemoryPlan,
     ModelConfigs,
+    packed_dtype,
     parameter_count,
     plan,
     trained_size,
@@ -115,7 +115,7 @@ def memory_report(
         images = f"{videos} of {frames or configs.flow.video[0]} frames"
     lines = [
         f"Memory in {name} for {images} of {width}x{height}: computed from the configs, not measured.",
-        "8, 6 and 4 bit: of the flow, which computes in float32 then; text encoder and autoencoder are float16.",
+        f"8, 6 and 4 bit: of the flow, which computes in {packed_dtype(configs.flow)}; the other networks are {HALF}.",
         "",
         row("weights", list(plans)),
     ]
@@ -180,16 +180,22 @@ def _plans(
     configs: ModelConfigs, size: tuple[int, int] | None, batch: int, frames: int | None
 ) -> dict[str, MemoryPlan]:
     """The plan of each precision that the model's layers can be stored in."""
-    plans = {}
+    plans, packed = {}, packed_dtype(configs.flow)
     if configs.directory is not None and configs.directory.flow.quantization:
-        plans["as stored"] = plan(configs, size=size, batch=batch, frames=frames, dtype=HALF, flow_dtype=PACKED)
+        plans["as stored"] = plan(configs, size=size, batch=batch, frames=frames, dtype=HALF, flow_dtype=packed)
     dense = replace(configs, directory=None)
     for precision in PRECISIONS:
         bits = precision if precision.isdigit() else None
         try:
             if bits:
                 expected = plan(
-                    dense, size=size, batch=batch, frames=frames, quantization=bits, dtype=HALF, flow_dtype=PACKED
+                    dense,
+                    size=size,
+                    batch=batch,
+                    frames=frames,
+                    quantization=bits,
+                    dtype=HALF,
+                    flow_dtype=packed,
                 )
             else:
                 expected = plan(dense, size=size, batch=batch, frames=frames, dtype=precision)
