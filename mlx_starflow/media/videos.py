@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -16,8 +15,9 @@ from typing import Any
 from PIL import Image, ImageSequence
 
 from mlx_starflow.errors import StarflowError, one_line
-from mlx_starflow.media.files import left_behind, parse_json, replacing
-from mlx_starflow.media.formats import ANIMATIONS, FORMATS, METADATA_KEY, MOVIES, UNDESCRIBED
+from mlx_starflow.media.description import comment_of, described, describing
+from mlx_starflow.media.files import exists, is_folder, is_regular, left_behind, replacing
+from mlx_starflow.media.formats import ANIMATIONS, FORMATS, MOVIES, UNDESCRIBED
 from mlx_starflow.media.images import check_output, read_image_metadata, save_image
 from mlx_starflow.media.pixels import crop_image, decode_image, no_remarks
 from mlx_starflow.media.sources.inside import read_inside
@@ -27,7 +27,6 @@ CRF = 18
 """Quality of H.264 unless told otherwise: 0 loses nothing, 51 is worst; at 18 losses are hard to see."""
 
 _ENCODER = "libx264"
-_DESCRIPTION = 0x010E  # the EXIF tag ImageDescription
 
 
 def check_video_output(path: Path, live: bool = False) -> None:
@@ -139,7 +138,7 @@ class VideoWriter:
             av.open(str(target), "w", options=options) as container,
         ):
             if self.metadata is not None:
-                container.metadata["comment"] = json.dumps({METADATA_KEY: self.metadata})
+                container.metadata["comment"] = comment_of(self.metadata)
             stream = container.add_stream(_ENCODER, rate=rate, options=codec_options)
             stream.pix_fmt = "yuv420p"
             codec = stream.codec_context
@@ -180,11 +179,7 @@ class VideoWriter:
         ends = [round(1000 / unit * number / self.fps) * unit for number in range(len(images) + 1)]
         durations = [end - start for start, end in pairwise(ends)]
         options: dict[str, Any] = {"lossless": True} if unit == 1 else {"disposal": 2}
-        if self.metadata is not None:
-            text = json.dumps({METADATA_KEY: self.metadata})
-            exif = Image.Exif()
-            exif[_DESCRIPTION] = text
-            options |= {"exif": exif} if unit == 1 else {"comment": text}
+        options |= describing(self.metadata, self.path)
         with replacing(self.path) as temporary:
             images[0].save(temporary, save_all=True, append_images=images[1:], duration=durations, loop=0, **options)
 
@@ -252,10 +247,12 @@ def read_video(
         StarflowError: the file is missing or no video, here or when it is read, or it is too short.
     """
     path = Path(path)
-    if not path.exists():
+    if not exists(path):
         raise StarflowError(f"{path} does not exist: give a video file, or a folder of frames")
-    if path.is_dir():
+    if is_folder(path):
         own, timed = _folder_frames(path, fps)
+    elif not is_regular(path):
+        raise StarflowError(f"{path} cannot be read as a video: it is not a regular file")
     elif path.suffix.lower() in ANIMATIONS:
         own, timed = _animation_frames(path)
     else:
@@ -355,23 +352,25 @@ def _not_empty(timed: Timed, path: Path) -> Timed:
 
 def read_video_metadata(path: Path) -> dict[str, Any]:
     """How a video that `VideoWriter` wrote was made. Raises StarflowError if it does not say."""
-    if path.is_dir():
+    if is_folder(path):
         names = sorted(path.glob("*.png"), key=natural_order)
         if not names:
             raise StarflowError(UNDESCRIBED.format(path))
         return read_image_metadata(names[0])
-    suffix = path.suffix.lower()
-    if suffix in MOVIES:
-        av = _pyav()
-        with _av_errors(path, "read as a video"), av.open(str(path)) as container:
-            comment = container.metadata.get("comment")
-    else:
-        with _image_errors(path), Image.open(path) as image:
-            comment = image.getexif().get(_DESCRIPTION) if suffix == ".webp" else image.info.get("comment")
+    if path.suffix.lower() not in MOVIES:
+        return read_image_metadata(path)
+    if exists(path) and not is_regular(path):
+        raise StarflowError(f"{path} cannot be read as a video: it is not a regular file")
+    av = _pyav()
+    with _av_errors(path, "read as a video"), av.open(str(path)) as container:
+        comment = container.metadata.get("comment")
     try:
-        return dict(parse_json(comment)[METADATA_KEY])
-    except (KeyError, TypeError, ValueError):
-        raise StarflowError(UNDESCRIBED.format(path)) from None
+        metadata = described(comment)
+    except ValueError:
+        raise StarflowError(f"{path}: its description is damaged") from None
+    if metadata is None:
+        raise StarflowError(UNDESCRIBED.format(path))
+    return metadata
 
 
 # ---- errors

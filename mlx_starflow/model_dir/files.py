@@ -17,7 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from mlx_starflow.errors import StarflowError, one_line
-from mlx_starflow.media.files import exists, inside, is_folder, is_regular, read_json
+from mlx_starflow.media.files import exists, inside, is_folder, is_regular, parse_json, read_json
 from mlx_starflow.model_dir.transaction import settle
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -27,6 +27,9 @@ PLAN_FILE = "sampling_plan.json"
 
 STATISTICS_FILE = "likelihood.json"
 """Beside a flow, its calibration statistics, see `likelihood.calibration`."""
+
+ORIGIN_FILE = "made_of.json"
+"""Beside a flow, of which model a quantized copy was made, see `fingerprint.made_of`."""
 
 _DTYPES = {
     mx.float64: "F64",
@@ -138,7 +141,7 @@ def _read_at_once(path: Path) -> dict[str, mx.array]:
     content = np.memmap(path, np.uint8, "r")
     start = 8 + int.from_bytes(content[:8], "little")
     arrays = {}
-    for name, entry in json.loads(bytes(content[8:start])).items():
+    for name, entry in parse_json(bytes(content[8:start])).items():
         if name == "__metadata__":
             continue
         first, stop = entry["data_offsets"]

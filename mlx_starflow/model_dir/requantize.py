@@ -10,6 +10,8 @@ import mlx.nn as nn
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.model_dir.directory import ModelDirectory, NetworkDirectory, read_tokenizer
+from mlx_starflow.model_dir.files import ORIGIN_FILE
+from mlx_starflow.model_dir.fingerprint import made_of
 from mlx_starflow.model_dir.quantization import quantize_module
 from mlx_starflow.model_dir.saving import copy_network, read_files, read_licences, save_model
 from mlx_starflow.model_dir.transaction import transaction
@@ -59,7 +61,8 @@ def quantize_model(
             save_model(out / "text_encoder", weights, text_config, files=read_files(folder, "spiece.model"))
         if source.has("vae"):
             copy_network(source.vae, out / "vae")
-        return save_model(out, flow_weights, config, files=read_licences(source))
+        files = {**read_licences(source), ORIGIN_FILE: made_of(source.path, model)}
+        return save_model(out, flow_weights, config, files=files)
 
 
 def _quantized(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any
@@ -17,6 +18,7 @@ from mlx_starflow.models.autoencoder_kl import WHOLE_PIXELS
 from mlx_starflow.pipelines.best_of import BestOf, choose_best
 from mlx_starflow.pipelines.latents import LatentPipeline
 from mlx_starflow.pipelines.results import GenerationResult, GenerationSettings, GenerationStats
+from mlx_starflow.planning.limits import check_count, check_held
 from mlx_starflow.sampling import SamplingTrace
 from mlx_starflow.sampling.sampler import progress_off
 
@@ -76,8 +78,14 @@ class ImagePipeline(LatentPipeline):
         if not prompts:
             raise StarflowError("there is no prompt")
         seeds = self._seeds(seed, images, noise)
+        check_count(len(prompts) * len(seeds))
         requests = [(prompt, each) for prompt in prompts for each in seeds]
-        shape = self.latent_shape(chosen.size)
+        batch_size, size = min(batch_size, len(requests)), chosen.size or self.size
+        self.check_size(size, batch_size, guidance=chosen.guidance)
+        shape = self.latent_shape(size)
+        # Noise, latents and pixels; with the steps a picture for each of them.
+        each_held = 8 * math.prod(shape) + 3 * size[0] * size[1]
+        check_held(len(requests), each_held * (1 + keep_steps * (1 + len(self.config.blocks))))
         if noise is None:
             noise = draw_noise([each for _, each in requests if each is not None], shape)
         elif noise.shape != (len(requests), *shape):

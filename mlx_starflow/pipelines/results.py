@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.models.configs import PIPELINE, plain_fields
 from mlx_starflow.sampling.certificate import Certificate
 from mlx_starflow.sampling.guidance import SamplingOptions
 from mlx_starflow.sampling.methods import METHODS
@@ -39,6 +40,7 @@ class GenerationSettings:
     size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         SamplingOptions(self.guidance, self.attn_temp)  # its errors
         if self.method not in ("auto", *METHODS):
             raise StarflowError(
@@ -74,8 +76,10 @@ class GenerationSettings:
         known = {item.name for item in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise StarflowError(f"unknown setting {', '.join(unknown)}; this image may be of a newer version")
-        size = values.get("size")
-        return cls(**{**values, "size": tuple(size) if size else None})
+        typed = PIPELINE.values(cls, values)
+        if len(typed.get("size", (0, 0))) != 2:
+            raise StarflowError(f"a size is a width and a height, not {len(typed['size'])} numbers")
+        return cls(**typed)
 
     def to_dict(self) -> dict[str, Any]:
         return {item.name: getattr(self, item.name) for item in fields(self)}

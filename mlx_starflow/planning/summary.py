@@ -1,9 +1,12 @@
-"""A model in a few lines: architecture, sizes, defaults, licence, and the memory that generating takes."""
+"""A model in a few lines: architecture, sizes, defaults, licence, and the memory that generating takes.
+
+And an image or a video, by what its file says.
+"""
 
 from __future__ import annotations
 
+import json
 import platform
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +18,21 @@ from mlx_starflow.convert.official import RELEASES
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.kernels import MLX_VERSION
 from mlx_starflow.kernels.products import tf32
+from mlx_starflow.media.files import is_folder, is_regular
+from mlx_starflow.media.metadata import read_metadata
 from mlx_starflow.model_dir.directory import ModelDirectory, NetworkDirectory
-from mlx_starflow.model_dir.hub import converted_directory
-from mlx_starflow.model_dir.weights import automatic_precision
+from mlx_starflow.model_dir.fingerprint import fingerprint, read_made_of
+from mlx_starflow.model_dir.hub import converted_directory, find_model
+from mlx_starflow.model_dir.quantization import dequantize_module
+from mlx_starflow.model_dir.weights import automatic_precision, parameters
 from mlx_starflow.planning.chips import find_chips, time_report
 from mlx_starflow.planning.memory import (
     HALF,
-    PRECISIONS,
     MemoryPlan,
     ModelConfigs,
     packed_dtype,
     parameter_count,
-    plan,
+    plans,
     trained_size,
     usable,
 )
@@ -37,6 +43,9 @@ PARTS = {"text encoder": "text_encoder", "autoencoder": "vae"}
 MACS = (8, 16, 24, 32, 64)
 LARGE_MACS = (32, 64, 96, 128, 192)
 """Memory, in GB, of the Macs that `memory_report` speaks of, and of those for models that need more."""
+
+MOST_SHOWN = 1000
+"""Characters of a value in a file's metadata that are shown."""
 
 
 def summarize(model: str) -> dict[str, str]:
@@ -71,11 +80,43 @@ def summarize(model: str) -> dict[str, str]:
     if quantization := directory.flow.quantization:
         lines["quantized"] = f"{quantization.get('bits')} bits, groups of {quantization.get('group_size')}"
     lines |= _precision(directory)
+    if origin := read_made_of(directory.path):
+        lines["made of"] = _origin(*origin)
     for name, value in directory.pipeline.items():
         lines[name] = str(value)
     if licences := directory.licences:
         lines["licence"] = f"see {', '.join(licences)} there"
     return lines
+
+
+def summarize_file(path: Path) -> dict[str, str]:
+    """Name -> one line of text about how an image or a video was made. Raises StarflowError if it does not say."""
+    found = read_metadata(path)
+    settings = found.pop("settings", {})
+    lines = {"file": _line(str(path))}
+    for name, value in {**found, **(settings if isinstance(settings, dict) else {"settings": settings})}.items():
+        if value is not None:
+            lines[_line(name)] = _line(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    if "made_by" not in found:
+        command = "video" if "frames" in lines else "generate"
+        lines["again"] = f"mlx-starflow {command} --from {_line(str(path))}"
+    return lines
+
+
+def _origin(name: str, mark: str) -> str:
+    """Of which weights a copy was made, and whether they are still there."""
+    line = f"{_line(name)}, weights {mark}"
+    try:
+        now = fingerprint(find_model(name, download=False))
+    except StarflowError:
+        return line
+    return line if now == mark else f"{line}; that model has other weights now"
+
+
+def _line(text: str) -> str:
+    """A text of somebody else's on one line, cut, without what a terminal would obey."""
+    shown = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text[:MOST_SHOWN])
+    return shown + ("..." if len(text) > MOST_SHOWN else "")
 
 
 def memory_report(
@@ -98,8 +139,10 @@ def memory_report(
     configs = model_configs(model)
     if configs is None:
         return []
-    plans = _plans(configs, size, batch, frames)
-    largest = max(each.peak() for each in plans.values())
+    if frames is not None and not configs.flow.video:
+        raise StarflowError(f"--frames is about videos, and {model} makes pictures: leave it out")
+    found = plans(configs, size=size, batch=batch, frames=frames)
+    largest = max(each.peak() for each in found.values())
     unit, name = (2**30, "GiB") if largest >= 2**30 else (2**20, "MiB")
 
     def row(label: str, values: list[str]) -> str:
@@ -117,18 +160,18 @@ def memory_report(
         f"Memory in {name} for {images} of {width}x{height}: computed from the configs, not measured.",
         f"8, 6 and 4 bit: of the flow, which computes in {packed_dtype(configs.flow)}; the other networks are {HALF}.",
         "",
-        row("weights", list(plans)),
+        row("weights", list(found)),
     ]
     for part in ("flow", *PARTS):
-        lines.append(row(f"  {part}", sizes([each.weights[part] for each in plans.values()])))
+        lines.append(row(f"  {part}", sizes([each.weights[part] for each in found.values()])))
     for title, low_memory in (("peak, all in memory", False), ("peak with --low-memory", True)):
-        lines += ["", row(title, list(plans))]
-        phases = [each.phases(low_memory) for each in plans.values()]
+        lines += ["", row(title, list(found))]
+        phases = [each.phases(low_memory) for each in found.values()]
         lines += [row(f"  {phase}", sizes([each[phase] for each in phases])) for phase in phases[0]]
-    lines += ["", row("Macs", list(plans))]
-    smallest = min(each.peak(low_memory=True) for each in plans.values())
+    lines += ["", row("Macs", list(found))]
+    smallest = min(each.peak(low_memory=True) for each in found.values())
     macs = MACS if smallest <= usable(16 * 2**30) else LARGE_MACS
-    lines += [row(f"  {memory} GB", [_verdict(each, memory) for each in plans.values()]) for memory in macs]
+    lines += [row(f"  {memory} GB", [_verdict(each, memory) for each in found.values()]) for memory in macs]
     shares = ", ".join(f"{usable(memory * 2**30) / 2**30:.1f} of {memory}" for memory in macs)
     return [
         *lines,
@@ -176,42 +219,11 @@ def _verdict(expected: MemoryPlan, gigabytes: int) -> str:
     return "--low-memory" if expected.fits(gigabytes, low_memory=True) else "no"
 
 
-def _plans(
-    configs: ModelConfigs, size: tuple[int, int] | None, batch: int, frames: int | None
-) -> dict[str, MemoryPlan]:
-    """The plan of each precision that the model's layers can be stored in."""
-    plans, packed = {}, packed_dtype(configs.flow)
-    if configs.directory is not None and configs.directory.flow.quantization:
-        plans["as stored"] = plan(configs, size=size, batch=batch, frames=frames, dtype=HALF, flow_dtype=packed)
-    dense = replace(configs, directory=None)
-    for precision in PRECISIONS:
-        bits = precision if precision.isdigit() else None
-        try:
-            if bits:
-                expected = plan(
-                    dense,
-                    size=size,
-                    batch=batch,
-                    frames=frames,
-                    quantization=bits,
-                    dtype=HALF,
-                    flow_dtype=packed,
-                )
-            else:
-                expected = plan(dense, size=size, batch=batch, frames=frames, dtype=precision)
-        except StarflowError:
-            if not bits:
-                raise
-            continue
-        plans[f"{bits} bit" if bits else precision] = expected
-    return plans
-
-
 def _release(model: str) -> ModelConfigs | None:
     """Configs of an official release that has not been converted; None of any other model."""
-    if model.lower() not in RELEASES or Path(model).is_dir():
+    if model.lower() not in RELEASES or is_folder(Path(model)):
         return None
-    return None if (converted_directory(model) / "config.json").is_file() else ModelConfigs.of_release(model)
+    return None if is_regular(converted_directory(model) / "config.json") else ModelConfigs.of_release(model)
 
 
 def _precision(directory: ModelDirectory) -> dict[str, str]:
@@ -249,19 +261,8 @@ def _architecture(flow: Any) -> dict[str, str]:
 
 
 def _size(network: NetworkDirectory[nn.Module, Any]) -> str:
-    """Parameters as the file counts them (packed weights unpacked) and bytes on disk."""
-    weights = network.weights()
-    quantization = network.quantization or {}
-    count = 0
-    for name, value in weights.items():
-        if name.removesuffix(".scales") + ".weight" in weights and name.endswith(".scales"):
-            continue
-        if name.endswith(".biases") and name.removesuffix(".biases") + ".scales" in weights:
-            continue
-        packed = value.dtype == mx.uint32 and name.removesuffix(".weight") + ".scales" in weights
-        bits: int = quantization.get("bits", 0)
-        if packed and bits not in (2, 3, 4, 5, 6, 8):
-            raise StarflowError(f"{network.folder / 'config.json'}: quantization says nothing usable of bits")
-        count += value.size * 32 // bits if packed else value.size
-    size = sum(value.nbytes for value in weights.values())
-    return f"{count / 1e6:.2f} M parameters, {size / 2**20:.1f} MiB"
+    """Parameters (packed weights unpacked) and bytes on disk."""
+    stored = network.lazy()
+    size = sum(value.nbytes for value in parameters(stored).values())
+    dequantize_module(stored)
+    return f"{parameter_count(stored) / 1e6:.2f} M parameters, {size / 2**20:.1f} MiB"

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import yaml
 from helpers.commands import Command, message
-from helpers.examples import run_example
+from helpers.examples import run_example_here
 from helpers.images import colours, write_images
 from helpers.model_directories import write_image_model
 from helpers.peaks import one_at_a_time
@@ -25,6 +25,7 @@ from PIL import Image
 from mlx_starflow import load_flow
 from mlx_starflow.convert.official import ARGUMENTS
 from mlx_starflow.model_dir.adapters import Adapter
+from mlx_starflow.model_dir.fingerprint import fingerprint
 from mlx_starflow.model_dir.quantization import quantize_module
 from mlx_starflow.model_dir.requantize import quantize_model
 from mlx_starflow.model_dir.saving import save_model
@@ -73,6 +74,7 @@ def test_a_run_and_the_same_from_its_config(model, pictures, tmp_path, uncompile
     assert done.exit_code == 0, done.output
     assert "held-out NLL" in done.stdout
     adapter = Adapter.read(run / "adapter")
+    assert adapter.config["base_fingerprint"] == fingerprint(model)
     assert adapter.config["rank"] == 2 and all(parts["lora_a"].shape[1] == 2 for parts in adapter.layers.values())
     report = json.loads((run / "report.json").read_text())
     assert report["pictures"] == 2 and report["change"] == pytest.approx(report["after"] - report["before"])
@@ -156,11 +158,11 @@ def test_mistakes_come_before_any_work(model, cache, tmp_path):
 def test_examples(model, cache, pictures, tmp_path, monkeypatch):
     monkeypatch.setenv("MLX_DISABLE_COMPILE", "1")
     small = ["--model", model, "--steps", 2, "--batch-size", 2, "--rank", 2]
-    shown = run_example("lora_style.py", cache, *small, "--out", tmp_path / "style")
+    shown = run_example_here("lora_style.py", cache, *small, "--out", tmp_path / "style")
     assert "held-out NLL" in shown and Image.open(tmp_path / "style/strengths.png").width > 80
-    run_example("lora_trainer.py", cache, tmp_path / "trainer", *small)
+    run_example_here("lora_trainer.py", cache, tmp_path / "trainer", *small)
     assert Adapter.read(tmp_path / "trainer/adapter").config["rank"] == 2
-    shown = run_example(
+    shown = run_example_here(
         "reports/forgetting.py", cache, pictures, *small, "--measured", 2, "--out", tmp_path / "forgetting"
     )
     assert len(re.findall(r"new [+-]\d", shown)) == 3

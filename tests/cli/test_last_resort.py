@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 from helpers.commands import Command, message
 from helpers.images import smooth_images
+from PIL import Image
 
 from mlx_starflow.media import image_files
+from mlx_starflow.training.config import TrainingConfig
 
 score = Command("score")
 
@@ -63,3 +67,22 @@ def test_seeds(latent_flow):
     for wrong in (-1, 1.5, "7", [-1]):
         assert "a seed is a whole number" in message(latent_flow.generate, "a", seed=wrong)
     assert "a seed is a whole number" in message(latent_flow.score, smooth_images(1), seed=-1)
+
+
+def test_numpy_numbers_everywhere(latent_flow, tmp_path):
+    """They are what loops over arrays give; metadata, noise files and checkpoints hold Python's own."""
+    three, half = np.int64(3), np.float32(0.5)
+    image, mask = smooth_images(1, latent_flow.size)[0], Image.new("L", latent_flow.size, 255)
+    mask.paste(0, (0, 0, 4, 8))
+    options = {"guidance": half, "temperature": half, "attn_temp": np.float64(1.0), "images": np.int64(1)}
+    json.dumps(latent_flow.generate("a", seed=three, size=tuple(map(np.int64, latent_flow.size)), **options).metadata)
+    json.dumps(latent_flow.best_of("a", np.int64(2), seed=three).result.metadata)
+    json.dumps(latent_flow.score([image], seed=three, draws=np.int64(1))[0].to_dict())
+    latent_flow.encode([image], noise_seed=three, guidance=half)[0].save(tmp_path / "z.safetensors")
+    plain = latent_flow.vary(image, "a", [0.5], seed=3)
+    assert np.array_equal(latent_flow.vary(image, "a", [half], seed=three).data, plain.data)
+    latent_flow.inpaint(image, mask, "a", seed=three, steps=np.int64(1), rounds=np.int64(1))
+    json.dumps(asdict(TrainingConfig(steps=three, seed=three, lr=half)))
+    for wrong in (-1, 1.5, "7", None, np.float64(2)):
+        assert "a seed is a whole number" in message(latent_flow.vary, image, "a", [0.5], seed=wrong)
+        assert "a seed is a whole number" in message(latent_flow.inpaint, image, mask, "a", seed=wrong)

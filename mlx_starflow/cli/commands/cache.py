@@ -10,6 +10,7 @@ import click
 
 from mlx_starflow import cpu
 from mlx_starflow.cli.options.interrupt import resumable
+from mlx_starflow.cli.options.rules import excludes, option_rules
 from mlx_starflow.model_dir.precision import DTYPES
 
 if TYPE_CHECKING:
@@ -37,6 +38,14 @@ if TYPE_CHECKING:
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random views.")
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Go on where an earlier run stopped.")
 @click.option("--check", is_flag=True, help="DATA is a cache: compare the checksums of its files.")
+@option_rules(
+    excludes(
+        "--check",
+        *("--output", "--model", "--size", "--buckets", "--square", "--views", "--flip", "--dtype", "--batch-size"),
+        *("--split", "--caption-column", "--seed", "--resume", "--no-resume"),
+    ),
+    excludes("--seed", "--views 1", reason="--seed is of random views, the second one on: give --views 2, or more"),
+)
 def cache(
     data: str,
     output: Path | None,

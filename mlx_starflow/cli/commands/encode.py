@@ -7,7 +7,8 @@ from pathlib import Path
 import click
 
 from mlx_starflow import cpu
-from mlx_starflow.cli.options.images import frames_option, images_argument, model_options, open_files
+from mlx_starflow.cli.options.images import ReadableFiles, frames_option, images_argument, model_options
+from mlx_starflow.cli.options.rules import excludes, option_rules
 from mlx_starflow.cli.options.sampling import latent_batch_option
 
 
@@ -24,6 +25,9 @@ from mlx_starflow.cli.options.sampling import latent_batch_option
 @latent_batch_option
 @model_options
 @frames_option
+@option_rules(
+    excludes("--captions", "--prompt", reason="--captions brings each picture's own prompt: leave out --prompt")
+)
 def encode(
     pictures: tuple[Path, ...],
     output: Path,
@@ -49,15 +53,15 @@ def encode(
     from mlx_starflow.media.tables import check_text_output
     from mlx_starflow.pipelines import open_model
 
-    if captions and prompt:
-        raise click.UsageError("--captions brings each picture's own prompt: leave out --prompt")
     found = find_images(pictures)
     check_text_output(output)
     cpu.hint_if_slow()
     pipe = open_model(model, dtype=dtype)
+    files = ReadableFiles(pipe, found, size=size, frames=frames)
+    fitted = list(files)
     encoded, trip = pipe.encode(
-        open_files(pipe, found, frames),
-        [each.caption for each in found] if captions else prompt,
+        fitted,
+        [each.caption for each in files.files] if captions else prompt,
         guidance=guidance,
         noise_seed=noise_seed,
         size=size,

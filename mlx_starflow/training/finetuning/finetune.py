@@ -15,10 +15,12 @@ import yaml
 
 from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.likelihood import Nll
-from mlx_starflow.media.files import replacing
+from mlx_starflow.media.files import expanded, replacing
 from mlx_starflow.media.images import grid, save_image
 from mlx_starflow.media.sources import open_source
+from mlx_starflow.model_dir.adapters import FINGERPRINT
 from mlx_starflow.model_dir.directory import ModelDirectory, load_flow
+from mlx_starflow.model_dir.fingerprint import FUSED, fingerprint
 from mlx_starflow.model_dir.quantization import dequantize_module, quantize_module, quantized_layers
 from mlx_starflow.model_dir.saving import save_model
 from mlx_starflow.model_dir.transaction import transaction
@@ -159,8 +161,8 @@ def _make_trainable(flow: STARFlow, config: FinetuneConfig, quantization: str | 
 
 def open_cache(data: str | Path, folder: Path, model: str | Path, report: Callable[[str], None]) -> LatentCache:
     """A cache for this model: `data` itself if it is one, else one made of it in `folder` (or gone on with)."""
-    if is_cache(Path(data).expanduser()):
-        return LatentCache(Path(data).expanduser(), model)
+    if is_cache(expanded(data)):
+        return LatentCache(expanded(data), model)
     summary = build_cache(data, folder, model, CacheSettings())
     if summary.skipped:
         report(summary.skipped)
@@ -192,7 +194,7 @@ def finetune(
     """
     config, out = config or FinetuneConfig(), Path(out)
     check_run_folder(out)
-    if not is_cache(Path(data).expanduser()):
+    if not is_cache(expanded(data)):
         open_source(data)
     choice, _ = plan_finetune(model, config)
     report(str(choice))
@@ -273,12 +275,13 @@ def _identity(
 
 def _save(flow: STARFlow, model: str | Path, out: Path, config: FinetuneConfig, choice: Choice) -> Path:
     if adapter := config.adapter(choice.rank):
-        about = {"model": str(model)}
+        about = {"model": str(model), FINGERPRINT: fingerprint(ModelDirectory.find(model).path)}
         if choice.quantization:
             about["base_quantized_to"] = choice.quantization
         return save_adapter(out / "adapter", flow, adapter, about)
     source = ModelDirectory.find(model)
-    settings = {key: value for key, value in source.flow.content.items() if key != "quantization"}
+    left_out = ("quantization", FUSED)
+    settings = {key: value for key, value in source.flow.content.items() if key not in left_out}
     with transaction(out / "model"):
         files = copy_parts(source, out / "model")
         return save_model(out / "model", parameters(flow), settings, files=files)

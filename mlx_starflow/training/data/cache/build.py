@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,12 +13,17 @@ from tqdm import tqdm
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.media.buckets import RATIOS, bucket_size
+from mlx_starflow.media.files import parse_json
 from mlx_starflow.media.sources import Skip, open_source, skip_report
+from mlx_starflow.planning.limits import check_held, check_side
 from mlx_starflow.planning.memory import metal_limits
-from mlx_starflow.training.data.cache.encode import Changed, ImageStage, Items, TextStage
+from mlx_starflow.training.data.cache.encode import STEP, Changed, ImageStage, Items, TextStage
 from mlx_starflow.training.data.cache.files import INDEX, SKIPPED, CacheWriter, Progress
 from mlx_starflow.training.data.cache.model import CacheModel
 from mlx_starflow.training.data.cache.numbers import DTYPES
+
+MOST = 1_000_000
+"""Views of an image, and images at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +55,8 @@ class CacheSettings:
 
     def __post_init__(self) -> None:
         for name in ("views", "batch_size"):
-            if getattr(self, name) < 1:
-                raise StarflowError(f"{name} must be 1 or more, not {getattr(self, name)}")
+            if not 1 <= getattr(self, name) <= MOST:
+                raise StarflowError(f"{name} must be 1 or more, at most {MOST:,}, not {getattr(self, name)}")
         if self.dtype not in DTYPES:
             raise StarflowError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
         if self.flip and self.views < 2:
@@ -66,6 +70,9 @@ class CacheSettings:
         if size < model.step or size % model.step:
             raise StarflowError(f"a size of {size} does not fit: this model wants multiples of {model.step} pixels")
         ratios = RATIOS if self._buckets(model) else RATIOS[:1]
+        check_side((size, size))
+        # Images are held at most some steps ahead, their pixels and what the autoencoder makes of them.
+        check_held(STEP * self.batch_size, 2 * 3 * self.views * size * size)
         return {ratio: bucket_size(ratio, size, model.step) for ratio in ratios}
 
     def resolve(self, model: CacheModel) -> dict[str, Any]:
@@ -149,7 +156,7 @@ def build_cache(
         if not writer.progress.pictures_done:
             ImageStage(writer.settings, shapes).run(items, source.total, network, writer, hide)
             mx.clear_cache()
-        rows = [json.loads(line) for line in writer.read(INDEX).splitlines()]
+        rows = _rows(writer)
         if not rows:
             writer.forget()
             raise StarflowError(
@@ -160,6 +167,21 @@ def build_cache(
         with tqdm(desc="checksums", unit="file", disable=hide) as bar:
             writer.finish(_facts(rows, len(texts), shapes, network, writer), lambda name: bar.update())
         return _summary(writer, finished_before=False)
+
+
+def _rows(writer: CacheWriter) -> list[dict[str, Any]]:
+    """The lines of the index. Raises StarflowError if it is damaged."""
+    try:
+        rows = [parse_json(line) for line in writer.read(INDEX).splitlines()]
+        for row in rows:
+            texts, sides = row["captions"], row["size"]
+            if not all(isinstance(each, str) for each in (row["key"], row["bucket"], *texts)) or len(sides) != 2:
+                raise ValueError
+            if not all(isinstance(side, int) for side in sides):
+                raise ValueError
+    except (ValueError, TypeError, KeyError):
+        raise StarflowError(f"{writer.folder / INDEX} is damaged: start again with --no-resume") from None
+    return rows
 
 
 def _texts(rows: Sequence[Mapping[str, Any]], name_ratio: bool) -> list[tuple[str, str | None]]:
@@ -214,5 +236,6 @@ def _summary(writer: CacheWriter, *, finished_before: bool) -> CacheSummary:
 
 
 def _skipped(writer: CacheWriter) -> str:
-    skips = [Skip(*line.split("\t")) for line in writer.read(SKIPPED).decode().splitlines()]
+    lines = writer.read(SKIPPED).decode(errors="replace").splitlines()
+    skips = [Skip(key, reason) for key, _, reason in (line.partition("\t") for line in lines)]
     return skip_report(skips, writer.folder / SKIPPED) if skips else ""

@@ -7,19 +7,19 @@ Both are replaced as a whole, and after what they speak of has reached the disk.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.media.files import inside, is_regular, read_json, replacing
+from mlx_starflow.model_dir.transaction import locked
 
 FORMAT = 1
 MANIFEST, STATE = "cache.json", "unfinished.json"
@@ -39,13 +39,13 @@ def latents_file(ratio: str) -> str:
 
 def is_cache(folder: Path) -> bool:
     """Whether a folder holds a finished cache."""
-    return (folder / MANIFEST).is_file()
+    return is_regular(folder / MANIFEST)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """`cache.json` of a finished cache. Raises StarflowError if the folder is not one."""
     if not is_cache(folder):
-        if (folder / STATE).is_file():
+        if is_regular(folder / STATE):
             raise StarflowError(f"{folder} is not finished: run the command that makes it again, and it goes on")
         raise StarflowError(f"{folder} is not a latent cache: make one with mlx-starflow cache DATA -o {folder}")
     manifest = read_json(inside(folder, MANIFEST))
@@ -113,23 +113,13 @@ class CacheWriter:
         self.progress = Progress()
         self.finished: dict[str, Any] | None = None
         self._files: dict[str, BinaryIO] = {}
-        self._lock = -1
-        with self._writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(folder, os.O_RDONLY)
-        try:
+        with ExitStack() as stack:
+            stack.enter_context(locked(folder))
+            stack.callback(self._close_files)
             self._begin(resume)
-        except BaseException:
-            self.close()
-            raise
+            self._held = stack.pop_all()
 
     def _begin(self, resume: bool) -> None:
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StarflowError(f"another process is writing {self.folder}: wait for it, or end it") from None
-        except OSError:
-            pass  # some network file systems have no locks
         manifest, state = self.folder / MANIFEST, self.folder / STATE
         found = next((read_json(path) for path in (manifest, state) if path.exists()), None)
         ours = found is not None and {"format", "settings"} <= found.keys()
@@ -145,16 +135,29 @@ class CacheWriter:
             self.finished = found
             state.unlink(missing_ok=True)
             return
-        self.progress = Progress(**found["progress"])
+        self.progress, sizes = self._state(found)
         for path in self._data_files():
-            self._cut(path, found["bytes"].pop(path.name, 0))
-        if found["bytes"]:
-            raise StarflowError(f"{self.folder} lacks {min(found['bytes'])}; start again with --no-resume")
+            self._cut(path, sizes.pop(path.name, 0))
+        if sizes:
+            raise StarflowError(f"{self.folder} lacks {min(sizes)}; start again with --no-resume")
+
+    def _state(self, found: Mapping[str, Any]) -> tuple[Progress, dict[str, int]]:
+        """How far an unfinished cache is, and the sizes of its files."""
+        try:
+            done, sizes = Progress(**found["progress"]), dict(found["bytes"])
+            counts = [done.items, done.texts, done.cut, *sizes.values()]
+            if not all(isinstance(count, int) and count >= 0 for count in counts):
+                raise ValueError
+        except (KeyError, TypeError, ValueError):
+            raise StarflowError(f"{self.folder / STATE} is damaged: start again with --no-resume") from None
+        return done, sizes
 
     def _compare(self, found: Mapping[str, Any]) -> None:
         if found.get("format") != FORMAT:
             raise StarflowError(f"{self.folder} is a cache of another version: make it again with --no-resume")
         was = found["settings"]
+        if not isinstance(was, dict):
+            raise StarflowError(f"{self.folder} is damaged: make it again with --no-resume")
         changes = [
             f"another {key}" if isinstance(now, dict) else f"{key} {was.get(key)} -> {now}"
             for key, now in self.settings.items()
@@ -224,12 +227,12 @@ class CacheWriter:
 
     def close(self) -> None:
         """Let go of the files. What was not committed is cut off the next time."""
+        self._held.close()
+
+    def _close_files(self) -> None:
         for file in self._files.values():
             file.close()
         self._files = {}
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
 
     def __enter__(self) -> CacheWriter:
         return self

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -357,9 +358,10 @@ def test_other_folders_are_left_alone(model, data, tmp_path):
 
 
 def test_one_writer_at_a_time(cache, model, data):
-    with files.CacheWriter(cache, read_manifest(cache)["settings"]) as writer:
+    with files.CacheWriter(cache, read_manifest(cache)["settings"]) as writer, ThreadPoolExecutor(1) as other:
         assert writer.finished
-        assert "another process is writing" in message(build_cache, data, cache, model, SMALL)
+        line = other.submit(message, build_cache, data, cache, model, SMALL).result()
+        assert line == f"another mlx-starflow (pid {os.getpid()}) is writing {cache}"
     assert build_cache(data, cache, model, SMALL).finished_before
 
 
@@ -381,7 +383,7 @@ def test_numbers_that_do_not_fit(model, data, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"views": 0}, "views must be 1 or more, not 0"),
+        ({"views": 0}, "views must be 1 or more, at most 1,000,000, not 0"),
         ({"batch_size": 0}, "batch_size must be 1 or more"),
         ({"dtype": "int8"}, "dtype 'int8' is not one of float16, bfloat16, float32"),
         ({"flip": True}, "flip mirrors every second view: it needs 2 views or more"),
@@ -440,6 +442,35 @@ def test_damage_while_it_is_made(model, data, tmp_path, monkeypatch):
     )
     (out / "latents-1x1.bin").unlink()
     assert "lacks latents-1x1.bin; start again with --no-resume" in message(build_cache, data, out, model, SMALL)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"progress": [1]}, {"progress": {"items": "x"}}, {"progress": {"other": 1}}, {"bytes": 3}, {"bytes": {"a": "b"}},
+     {"bytes": {"index.jsonl": -1}}, {"settings": 1}, {"progress": {"texts": None}}],
+)  # fmt: skip
+def test_a_damaged_progress_is_one_line(model, data, tmp_path, monkeypatch, damage):
+    out = begun(model, data, tmp_path, monkeypatch)
+    state = json.loads((out / "unfinished.json").read_text())
+    (out / "unfinished.json").write_text(json.dumps({**state, **damage}))
+    assert "damaged: " in (said := message(build_cache, data, out, model, SMALL)) and "--no-resume" in said
+
+
+@pytest.mark.parametrize("line", [b"\xff", b"[" * 100_000, b"[1]", b"{}", b'{"captions": 3}', b'{"key": 1}'])
+def test_a_damaged_index_is_one_line(model, data, tmp_path, monkeypatch, line):
+    out = begun(model, data, tmp_path, monkeypatch)
+    rows = (out / "index.jsonl").read_bytes()
+    (out / "index.jsonl").write_bytes(line.ljust(len(rows) - 1)[: len(rows) - 1] + b"\n")
+    assert "index.jsonl is damaged: start again with --no-resume" in message(build_cache, data, out, model, SMALL)
+
+
+def begun(model, data, tmp_path, monkeypatch) -> Path:
+    """A cache whose images are done and whose texts are not."""
+    out = tmp_path / "cache"
+    with monkeypatch.context() as stopped, pytest.raises(ZeroDivisionError):
+        stopped.setattr(encode.TextStage, "run", lambda *arguments: 1 / 0)
+        build_cache(data, out, model, SMALL)
+    return out
 
 
 def test_a_manifest_that_is_none(cache, tmp_path):
