@@ -38,7 +38,7 @@ setup(
     ],
     extras_require={
         "finetune": ["mlx-lm"],  # its LoRA and DoRA layers; using adapters does not need it
-        "test": ["pytest", "hypothesis", "ruff", "mypy", "import-linter", "mlx-lm", "av"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "import-linter", "mlx-lm", "av"],
         "torch": ["torch"],
         "video": ["av"],  # PyAV: MP4 and other video files
     },

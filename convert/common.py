@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,19 +13,13 @@ from mlx.utils import tree_unflatten
 
 from mlx_starflow.convert.distributed import is_distributed, open_distributed
 from mlx_starflow.convert.pth import Checkpoint, read_checkpoint
+from mlx_starflow.convert.tensor import Tensor
 from mlx_starflow.errors import StarflowError, one_line
+from mlx_starflow.media.files import exists
 from mlx_starflow.model_dir.files import read_safetensors
 from mlx_starflow.model_dir.quantization import quantize_module, quantized_layers
 from mlx_starflow.model_dir.saving import save_tensors
 from mlx_starflow.model_dir.weights import MLX_DTYPES, check_floating, check_shapes, parameters
-
-
-class Tensor(NamedTuple):
-    """A tensor of a checkpoint: what is known of it, and how to read it."""
-
-    shape: tuple[int, ...]
-    dtype: mx.Dtype
-    read: Callable[[], mx.array]
 
 
 def as_tensor(array: mx.array) -> Tensor:
@@ -44,7 +38,7 @@ def open_tensors(path: Path) -> dict[str, Tensor]:
         StarflowError: the file is missing, damaged or none of these.
     """
     if is_distributed(path):
-        return {name: Tensor(*stored) for name, stored in open_distributed(path).items()}
+        return open_distributed(path)
     if path.suffix == ".safetensors":
         return {name: as_tensor(array) for name, array in read_safetensors(path).items()}
     checkpoint = read_checkpoint(path)
@@ -59,7 +53,7 @@ def _stored(checkpoint: Checkpoint, name: str) -> Tensor:
 
 def check_target(source: Path, out_dir: Path) -> None:
     """Raises StarflowError if the model would be written into the checkpoint's own folder, over its files."""
-    if out_dir.exists() and out_dir.resolve() == source.resolve():
+    if exists(out_dir) and out_dir.resolve() == source.resolve():
         raise StarflowError(f"{out_dir} is the checkpoint's own folder; give another one to write to")
 
 

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import pickle
 import warnings
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 
+from mlx_starflow.convert.tensor import Tensor
 from mlx_starflow.errors import StarflowError, one_line
+from mlx_starflow.media.files import is_regular
 
 _METADATA = ".metadata"
 # All that the pickle may name, in any version of PyTorch, beside dtypes.
@@ -45,20 +46,12 @@ _GLOBALS = {
 _WRAPPERS = ("state_dict.", "model_state_dict.", "model.", "module.")
 
 
-class StoredTensor(NamedTuple):
-    """A tensor of the folder: its shape and dtype, and how to read it."""
-
-    shape: tuple[int, ...]
-    dtype: mx.Dtype
-    read: Callable[[], mx.array]
-
-
 def is_distributed(path: Path) -> bool:
     """Whether this is a folder that `torch.distributed.checkpoint` wrote."""
-    return (path / _METADATA).is_file()
+    return is_regular(path / _METADATA)
 
 
-def open_distributed(path: Path) -> dict[str, StoredTensor]:
+def open_distributed(path: Path) -> dict[str, Tensor]:
     """The tensors of the folder, none of them read yet; what is not a tensor is left alone.
 
     Raises:
@@ -90,7 +83,7 @@ def open_distributed(path: Path) -> dict[str, StoredTensor]:
         if dtype is None:
             raise StarflowError(f"{path}: {name} has type {entry.properties.dtype}, which no model here has")
         read = partial(_read, torch, path, name, tuple(entry.size), entry.properties.dtype)
-        out[name.removeprefix(prefix)] = StoredTensor(tuple(entry.size), dtype, read)
+        out[name.removeprefix(prefix)] = Tensor(tuple(entry.size), dtype, read)
     if not out:
         raise StarflowError(f"{path} holds no tensors")
     return out

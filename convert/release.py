@@ -15,7 +15,7 @@ from mlx_starflow.convert.official import LICENSE, LICENSES, RELEASES, later_sca
 from mlx_starflow.convert.t5 import convert_t5
 from mlx_starflow.convert.vae import convert_vae
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.media.files import read_json, replacing
+from mlx_starflow.media.files import exists, read_json, replacing
 from mlx_starflow.model_dir.files import read_index
 from mlx_starflow.model_dir.hub import converted_directory, fetch
 from mlx_starflow.model_dir.quantization import QUANTIZATIONS
@@ -74,7 +74,7 @@ def convert_release(
         raise StarflowError(f"cannot quantize to {quantize!r}; it must be one of {', '.join(QUANTIZATIONS)}")
     dtype = parse_dtype(dtype)
     for given in (checkpoint, config, text_encoder, vae):
-        if given is not None and not Path(given).exists():
+        if given is not None and not exists(Path(given)):
             raise StarflowError(f"{given} does not exist; leave it out to download the release's own")
     flow_name = Path(checkpoint or release.checkpoint)
     arguments = read_arguments(flow_name, config) or released_arguments(Path(release.checkpoint)) or {}

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_starflow.convert.common import Tensor, check_target, open_tensors, write_module
+from mlx_starflow.convert.common import check_target, open_tensors, write_module
+from mlx_starflow.convert.tensor import Tensor
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.media.files import inside, read_bytes, read_json
+from mlx_starflow.media.files import inside, is_folder, is_regular, read_bytes, read_json
 from mlx_starflow.model_dir.directory import read_tokenizer
 from mlx_starflow.model_dir.files import read_index
 from mlx_starflow.model_dir.weights import parse_dtype
@@ -50,7 +51,7 @@ def convert_t5(
     """
     source, out_dir = Path(source), Path(out_dir)
     dtype = parse_dtype(dtype)
-    if not source.is_dir():
+    if not is_folder(source):
         raise StarflowError(f"{source} is not a folder; give the folder that holds T5's config.json and weights")
     check_target(source, out_dir)
     config = T5Config.from_dict(read_json(inside(source, "config.json")))
@@ -70,12 +71,12 @@ def convert_t5(
 
 def _open_weights(source: Path) -> dict[str, Tensor]:
     """Tensors by name, none of them read yet, from the files that hold some of the encoder's."""
-    found = next((name for name in _WEIGHT_FILES if (source / name).is_file()), None)
+    found = next((name for name in _WEIGHT_FILES if is_regular(source / name)), None)
     if found is None:
         raise StarflowError(f"{source} holds no weights; it needs a model.safetensors or a pytorch_model.bin")
     files = [found]
     if found.endswith(".index.json"):
         files = sorted({file for name, file in read_index(source / found).items() if encoder_name(name)})
-    if absent := [file for file in files if not (source / file).is_file()]:
+    if absent := [file for file in files if not is_regular(source / file)]:
         raise StarflowError(f"{source / absent[0]} is missing; download it into {source}")
     return {name: tensor for file in files for name, tensor in open_tensors(inside(source, file)).items()}

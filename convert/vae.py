@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from mlx_starflow.convert.common import Tensor, as_tensor, check_target, open_tensors, write_module
+from mlx_starflow.convert.common import check_target, open_tensors, write_module
 from mlx_starflow.convert.distributed import is_distributed
-from mlx_starflow.convert.wan import WAN_FILE, WAN_VAE, is_official_wan, write_wan
+from mlx_starflow.convert.tensor import Tensor
+from mlx_starflow.convert.wan import WAN_FILE, WAN_VAE, is_official_wan
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.media.files import inside, read_json
+from mlx_starflow.media.files import inside, is_folder, is_regular, read_json
 from mlx_starflow.model_dir.weights import parse_dtype
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from mlx_starflow.models.autoencoder_tensors import rearranged
+from mlx_starflow.models.autoencoder_wan import AutoencoderWan, AutoencoderWanConfig
 
 # In order of preference: the first that is there is read.
 _WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin", "pytorch_model.bin")
@@ -61,10 +65,10 @@ def convert_vae(
     """
     source, out_dir = Path(source), Path(out_dir)
     dtype = parse_dtype(dtype)
-    if (source / WAN_FILE).is_file():
+    if is_regular(source / WAN_FILE):
         source = source / WAN_FILE
-    alone = source.is_file() or is_distributed(source)
-    if not alone and not source.is_dir():
+    alone = is_regular(source) or is_distributed(source)
+    if not alone and not is_folder(source):
         raise StarflowError(f"{source} is not a folder; give the one with the autoencoder's config.json and weights")
     folder = source.parent if alone else source
     check_target(folder, out_dir)
@@ -72,32 +76,42 @@ def convert_vae(
     if alone and not config and is_official_wan(open_tensors(source)):
         # A config.json beside it is that of the video model which the file comes with.
         content = WAN_VAE
-    elif alone and not config and not config_path.is_file():
+    elif alone and not config and not is_regular(config_path):
         content = SD_VAE
     else:
         content = read_json(config_path)
-    if content.get("_class_name") == WAN_VAE["_class_name"]:
-        weights_path = source if alone else _weights_path(folder)
-        return write_wan(weights_path, content, later_scale, out_dir, config_path=config_path, dtype=dtype)
+    is_video = content.get("_class_name") == WAN_VAE["_class_name"]
     if later_scale is not None:
-        raise StarflowError("later_scale is a video autoencoder's; this one is an AutoencoderKL, of pictures")
+        if not is_video:
+            raise StarflowError("later_scale is a video autoencoder's; this one is an AutoencoderKL, of pictures")
+        content = {**content, "later_scale": later_scale}
     try:
-        parsed = AutoencoderKLConfig.from_dict(content)
+        vae = _network(content, is_video)
     except StarflowError as error:
         raise StarflowError(f"{config_path}: {error}") from None
     weights_path = source if alone else _weights_path(folder)
-    vae = AutoencoderKL(parsed)
+    tensors = open_tensors(weights_path)
     try:
-        # Small enough to be read whole, which its change of layout needs.
-        weights = vae.sanitize({n: t.read() for n, t in _diffusers_names(open_tensors(weights_path)).items()})
+        tensors = tensors if is_video else _diffusers_names(tensors)
+        sources = vae.sources({name: tensor.shape for name, tensor in tensors.items()})
     except StarflowError as error:
         raise StarflowError(f"{weights_path}: {error}") from None
-    tensors = {name: as_tensor(weight) for name, weight in weights.items()}
-    return write_module(out_dir, vae, tensors, parsed.to_dict(), source=weights_path, dtype=dtype)
+    arranged = {name: _rearranged(tensors.pop(source), shape) for name, (source, shape) in sources.items()}
+    return write_module(out_dir, vae, arranged, vae.config.to_dict(), source=weights_path, dtype=dtype)
+
+
+def _network(content: Mapping[str, Any], is_video: bool) -> AutoencoderKL | AutoencoderWan:
+    if is_video:
+        return AutoencoderWan(AutoencoderWanConfig.from_dict(content))
+    return AutoencoderKL(AutoencoderKLConfig.from_dict(content))
+
+
+def _rearranged(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return Tensor(shape, tensor.dtype, lambda: rearranged(tensor.read(), shape))
 
 
 def _weights_path(folder: Path) -> Path:
-    found = next((folder / name for name in _WEIGHT_FILES if (folder / name).is_file()), None)
+    found = next((folder / name for name in _WEIGHT_FILES if is_regular(folder / name)), None)
     if found is None:
         raise StarflowError(f"{folder} holds neither {' nor '.join(_WEIGHT_FILES)}; download one of them into it")
     return inside(folder, found.name)

@@ -1,17 +1,11 @@
-"""The video autoencoder of Wan 2.2 to the autoencoder's part of a model directory; see `convert_vae`."""
+"""Facts about the official release of Wan 2.2's video autoencoder; see `convert_vae`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-import mlx.core as mx
-
-from mlx_starflow.convert.common import Tensor, open_tensors, write_module
-from mlx_starflow.errors import StarflowError
-from mlx_starflow.models.autoencoder_wan import AutoencoderWan, AutoencoderWanConfig
-from mlx_starflow.models.autoencoder_wan.names import rearranged
+from mlx_starflow.convert.tensor import Tensor
 
 WAN_FILE = "Wan2.2_VAE.pth"
 """What the official release calls it."""
@@ -45,43 +39,3 @@ WAN_VAE: dict[str, Any] = {
 def is_official_wan(tensors: Mapping[str, Tensor]) -> bool:
     """Whether these are tensors of `Wan2.2_VAE.pth` or of its like."""
     return any(name.startswith("decoder.upsamples.") for name in tensors)
-
-
-def write_wan(
-    weights_path: Path,
-    content: Mapping[str, Any],
-    later_scale: float | None,
-    out_dir: Path,
-    *,
-    config_path: Path,
-    dtype: mx.Dtype | None,
-) -> Path:
-    """`convert_vae` of an AutoencoderKLWan, one tensor in memory at a time.
-
-    Args:
-        weights_path: the checkpoint, under official or diffusers' names.
-        content: of diffusers' `config.json`.
-        later_scale: what to take instead of the config's, or of the default.
-        config_path: what error messages call `content`.
-    """
-    if later_scale is not None:
-        content = {**content, "later_scale": later_scale}
-    try:
-        config = AutoencoderWanConfig.from_dict(content)
-    except StarflowError as error:
-        raise StarflowError(f"{config_path}: {error}") from None
-    vae = AutoencoderWan(config)
-    tensors = open_tensors(weights_path)
-    try:
-        sources = vae.sources({name: tensor.shape for name, tensor in tensors.items()})
-    except StarflowError as error:
-        raise StarflowError(f"{weights_path}: {error}") from None
-    arranged = {
-        name: Tensor(shape, tensors[source].dtype, _rearranging(tensors[source].read, shape))
-        for name, (source, shape) in sources.items()
-    }
-    return write_module(out_dir, vae, arranged, config.to_dict(), source=weights_path, dtype=dtype)
-
-
-def _rearranging(read: Callable[[], mx.array], shape: tuple[int, ...]) -> Callable[[], mx.array]:
-    return lambda: rearranged(read(), shape)

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from PIL import Image
 from scene_data import Stream
-from scene_loop import Device, train
 from scene_pictures import Renderer
 from scene_recipe import NOISE, Recipe
 from torch import Tensor
+from torch_loop import Device, train
+from torch_training import to_tensor
 
 from mlx_starflow.reference.autoencoder_kl import AutoencoderKL
 
@@ -33,12 +34,6 @@ class Pictures:
                 picture = self.stream[step * self.size + i].picture
             pictures.append(picture[:, ::-1] if rng.random() < 0.5 else picture)
         return torch.from_numpy(np.stack(pictures))
-
-
-def to_tensor(pictures: Tensor | np.ndarray, device: Device) -> Tensor:
-    """uint8 `[B, H, W, 3]` -> float `[B, 3, H, W]` in -1..1, channels last in memory."""
-    pictures = torch.as_tensor(pictures).to(device.name, non_blocking=True)
-    return (pictures.permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
 def to_pictures(decoded: Tensor) -> np.ndarray:
@@ -85,7 +80,7 @@ def train_autoencoder(recipe: Recipe, renderer: Renderer, out: Path, device: Dev
 
     @torch.no_grad()
     def watch(averaged: AutoencoderKL, step: int) -> str:
-        clean = to_tensor(np.stack([s.picture for s in shown]), device)
+        clean = to_tensor(np.stack([s.picture for s in shown]), device.name)
         with device.autocast():
             mean = averaged.encode(clean)[0].float()
             noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0)).to(mean.device)
@@ -102,7 +97,7 @@ def train_autoencoder(recipe: Recipe, renderer: Renderer, out: Path, device: Dev
 
     return train(
         model,
-        lambda batch, progress: autoencoder_loss(model, to_tensor(batch, device), device),
+        lambda batch, progress: autoencoder_loss(model, to_tensor(batch, device.name), device),
         Pictures(renderer, recipe.autoencoder_batch),
         [{"params": list(model.parameters()), "lr": 1.2e-3}],
         out / "autoencoder.pt",

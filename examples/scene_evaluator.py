@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scene_autoencoder import to_tensor
 from scene_data import Stream
-from scene_loop import Device, read_averaged, train
 from scene_pictures import Renderer
 from scene_words import BACKGROUNDS, LAYOUTS, HeldOut, Scene, objects
 from torch import Tensor, nn
+from torch_loop import Device, read_averaged, train
+from torch_training import to_tensor
 
 NOTHING_HELD_OUT = HeldOut(frozenset(), frozenset(), frozenset(), frozenset())
 NOTHING = "nothing"
@@ -112,7 +112,7 @@ def train_evaluator(renderer: Renderer, checkpoint: Path, device: Device, steps:
     model = Evaluator().to(device.name, memory_format=torch.channels_last)
 
     def loss(batch: tuple[Tensor, Tensor], progress: float) -> tuple[Tensor, dict[str, float]]:
-        pictures, numbers = worsen(to_tensor(batch[0], device)), batch[1].to(device.name)
+        pictures, numbers = worsen(to_tensor(batch[0], device.name)), batch[1].to(device.name)
         with device.autocast():
             _, logits = model(pictures)
         each = {
@@ -166,7 +166,7 @@ class Judge:
     def __call__(self, pictures: Sequence[np.ndarray]) -> list[Verdict]:
         verdicts = []
         for start in range(0, len(pictures), 64):
-            features, logits = self.model(to_tensor(np.stack(pictures[start : start + 64]), self.device))
+            features, logits = self.model(to_tensor(np.stack(pictures[start : start + 64]), self.device.name))
             numbers = {kind: values.argmax(dim=1).tolist() for kind, values in logits.items()}
             for i, feature in enumerate(features.cpu().numpy()):
                 verdicts.append(Verdict({kind: CLASSES[kind][n[i]] for kind, n in numbers.items()}, feature))

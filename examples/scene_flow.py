@@ -13,20 +13,21 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from scene_autoencoder import to_pictures, to_tensor
+from scene_autoencoder import to_pictures
 from scene_data import Sample, Stream, sheet
-from scene_loop import Device, train
 from scene_pictures import Renderer
 from scene_recipe import NOISE, PIPELINE, TEXT_LENGTH, Recipe
 from scene_words import objects, plural
 from torch import Tensor
-from torch_training import TextFlow, flow_loss
+from torch_loop import Device, train
+from torch_training import TextFlow, flow_loss, to_tensor, tokens
 
 from mlx_starflow.models.tokenizer import Tokenizer
 from mlx_starflow.reference.autoencoder_kl import AutoencoderKL
 from mlx_starflow.reference.sampling import denoise, sample
 from mlx_starflow.reference.starflow import STARFlow
 from mlx_starflow.reference.t5 import T5Encoder
+from mlx_starflow.training.data.dropout import context_share
 from mlx_starflow.training.recipes.text import train_tokenizer
 
 NOT_TRAINED_ON = 10**9
@@ -63,7 +64,7 @@ class Latents:
         parts = []
         for start in range(0, len(pictures), 50):
             with self.device.autocast():
-                mean = self.autoencoder.encode(to_tensor(pictures[start : start + 50], self.device))[0]
+                mean = self.autoencoder.encode(to_tensor(pictures[start : start + 50], self.device.name))[0]
             parts.append(mean.float().permute(0, 2, 3, 1).cpu().numpy())
         return np.concatenate(parts)
 
@@ -138,20 +139,7 @@ class Captioned:
         rng = np.random.default_rng([5, step])
         numbers = rng.choice(len(self.latents.shards) * recipe.shard, recipe.flow_batch, replace=False)
         texts = [self.stream.other_caption(n, rng) if rng.random() >= 0.1 else "" for n in numbers]
-        return self.latents[numbers], *tokens(self.tokenizer, texts)
-
-
-def tokens(tokenizer: Tokenizer, texts: list[str]) -> tuple[Tensor, Tensor]:
-    ids, mask, _ = tokenizer.batch(texts, TEXT_LENGTH)
-    return torch.from_numpy(ids).long(), torch.from_numpy(mask)
-
-
-def share_of_text_alone(progress: float) -> float:
-    """How much of a batch reads the text and no tokens: half of it, and less towards the end.
-
-    `torch_training.context_mask` says why.
-    """
-    return 0.5 if progress < 0.7 else max(0.1, 0.5 - 0.4 * (progress - 0.7) / 0.15)
+        return self.latents[numbers], *tokens(self.tokenizer, texts, TEXT_LENGTH)
 
 
 def train_flow(
@@ -172,7 +160,7 @@ def train_flow(
     device.compile(model.flow, model.text_encoder)
 
     def loss(batch: tuple, progress: float) -> tuple[Tensor, dict[str, float]]:
-        full = share_of_text_alone(progress)
+        full = context_share(0.5, progress)
         batch = [part.to(device.name, non_blocking=True) for part in batch]
         value, numbers = flow_loss(model, *batch, noise_std=NOISE, full=full, partial=0.3)
         return value, {name: number for name, number in numbers.items() if math.isfinite(number)}
@@ -192,7 +180,9 @@ def train_flow(
             clean, captions = watched(kind)
             noisy = (clean + NOISE * torch.randn(clean.shape, generator=generator)).to(device.name)
             with device.autocast():
-                text = averaged.text_encoder.encode(*(t.to(device.name) for t in tokens(tokenizer, captions)))
+                text = averaged.text_encoder.encode(
+                    *(t.to(device.name) for t in tokens(tokenizer, captions, TEXT_LENGTH))
+                )
                 report.append(f"{kind} {averaged.flow(noisy, text).nll().mean():.4f}")
         (out / "samples").mkdir(exist_ok=True)
         drawn = draw(averaged, latents, tokenizer, PROMPTS, device)
@@ -219,7 +209,7 @@ def train_flow(
 def draw(model: TextFlow, latents: Latents, tokenizer: Tokenizer, prompts: list[str], device: Device) -> np.ndarray:
     """Pictures of prompts, uint8, with the guidance and temperature of the model directory."""
     text, null = (
-        model.text_encoder.encode(*(t.to(device.name) for t in tokens(tokenizer, texts))).float().detach()
+        model.text_encoder.encode(*(t.to(device.name) for t in tokens(tokenizer, texts, TEXT_LENGTH))).float().detach()
         for texts in (prompts, [""])
     )
     z = PIPELINE["temperature"] * torch.randn(len(prompts), 16, 16, 4, generator=torch.Generator().manual_seed(1))

@@ -1,114 +1,44 @@
-"""Training loops in PyTorch for the examples beside this file: it is faster than MLX on Linux without a GPU.
+"""What the examples that train in PyTorch share: losses, a flow and its text encoder as one, the finished model.
 
-The objective is that of `mlx_starflow.training`; so are the data, the schedule and the names of the tensors.
+PyTorch is faster than MLX on Linux without a GPU. The objective is that of `mlx_starflow.training`; so are the data and
+the names of the tensors. The loop is in `torch_loop.py`.
 """
 
 from __future__ import annotations
 
-import copy
 import math
-import os
-import time
-from collections.abc import Callable, Iterator
+import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import mlx.core as mx
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-
-class Averaged:
-    """Exponential moving average of a network's weights; the decay ramps up so that early weights are forgotten."""
-
-    def __init__(self, model: nn.Module, decay: float):
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self.decay, self.step = decay, 0
-
-    @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        self.step += 1
-        decay = min(self.decay, (1 + self.step) / (10 + self.step))
-        averaged = list(self.model.parameters())
-        torch._foreach_lerp_(averaged, list(model.parameters()), 1 - decay)
+from mlx_starflow.model_dir.quantization import quantize_module
+from mlx_starflow.model_dir.saving import save_model
+from mlx_starflow.model_dir.weights import load_module, parameters
+from mlx_starflow.models.autoencoder_kl import AutoencoderKL as MLXAutoencoderKL
+from mlx_starflow.models.starflow import STARFlow as MLXSTARFlow
+from mlx_starflow.models.t5 import T5Encoder as MLXT5Encoder
+from mlx_starflow.models.tokenizer import Tokenizer
+from mlx_starflow.reference.autoencoder_kl import AutoencoderKL
+from mlx_starflow.reference.starflow import STARFlow
+from mlx_starflow.reference.t5 import T5Encoder
 
 
-def cosine(progress: float, warm_up: float, floor: float = 0.02) -> float:
-    """Learning-rate factor at `progress` in 0..1: linear over `warm_up`, then a cosine down to `floor`."""
-    if progress < warm_up:
-        return progress / warm_up
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (progress - warm_up) / (1 - warm_up)))
+def to_tensor(pictures: Tensor | np.ndarray, device: str = "cpu") -> Tensor:
+    """uint8 `[B, H, W, 3]` -> float `[B, 3, H, W]` in -1..1, channels last in memory."""
+    pictures = torch.as_tensor(pictures).to(device, non_blocking=True)
+    return (pictures.permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
-def save_atomically(state: dict, path: Path) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
-
-
-def run(
-    model: nn.Module,
-    loss_of: Callable[[dict[str, Tensor], float], tuple[Tensor, dict[str, float]]],
-    batches: Iterator[dict[str, Tensor]],
-    groups: list[dict],
-    checkpoint: Path,
-    *,
-    steps: int,
-    ema: float,
-    betas: tuple[float, float],
-    weight_decay: float,
-    warm_up: float = 0.02,
-    clip: float = 1.0,
-    save_every: float = 180.0,
-    log_every: int = 100,
-    watch: Callable[[nn.Module, int], str] | None = None,
-    watch_every: int = 2000,
-) -> nn.Module:
-    """Train `model` for `steps` steps and return its averaged copy; resumes from `checkpoint` if it exists.
-
-    `loss_of(batch, progress)` gives the loss and numbers to print; `groups` are AdamW's parameter groups with `lr`.
-    """
-    averaged = Averaged(model, ema)
-    optimizer = torch.optim.AdamW(groups, betas=betas, weight_decay=weight_decay, fused=True)
-    peaks = [group["lr"] for group in optimizer.param_groups]
-    step = 0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        averaged.model.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        step = averaged.step = state["step"]
-        print(f"resuming at step {step}", flush=True)
-
-    def save() -> None:
-        state = {"model": model.state_dict(), "ema": averaged.model.state_dict()}
-        save_atomically({**state, "optimizer": optimizer.state_dict(), "step": step}, checkpoint)
-
-    saved = began = time.time()
-    first, sums = step, {}
-    while step < steps:
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * cosine(step / steps, warm_up)
-        loss, numbers = loss_of(next(batches), step / steps)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
-        if not torch.isfinite(norm):
-            raise RuntimeError(f"step {step}: the gradient is not finite; the last checkpoint is {checkpoint}")
-        optimizer.step()
-        averaged.update(model)
-        step += 1
-        for name, value in {**numbers, "grad": float(norm)}.items():
-            sums[name] = sums.get(name, 0.0) + value
-        if step % log_every == 0:
-            rate = (step - first) / (time.time() - began)
-            text = "  ".join(f"{name} {value / log_every:.4f}" for name, value in sums.items())
-            print(f"{step}/{steps}  {text}  {rate:.2f} steps/s  {(steps - step) / rate / 60:.0f} min left", flush=True)
-            sums = {}
-        if watch is not None and step % watch_every == 0:
-            print(f"{step}/{steps}  {watch(averaged.model, step)}", flush=True)
-        if time.time() - saved > save_every or step == steps:
-            save()
-            saved = time.time()
-    return averaged.model
+def tokens(tokenizer: Tokenizer, texts: list[str], length: int) -> tuple[Tensor, Tensor]:
+    """Token ids and mask of texts, `[B, length]` each."""
+    ids, mask, _ = tokenizer.batch(texts, length)
+    return torch.from_numpy(ids).long(), torch.from_numpy(mask)
 
 
 def autoencoder_loss(
@@ -155,7 +85,7 @@ def context_mask(batch: int, tokens: int, full: float, partial: float) -> Tensor
 class TextFlow(nn.Module):
     """A flow and the text encoder that is trained with it."""
 
-    def __init__(self, flow: nn.Module, text_encoder: nn.Module):
+    def __init__(self, flow: STARFlow, text_encoder: T5Encoder):
         super().__init__()
         self.flow = flow
         self.text_encoder = text_encoder
@@ -183,3 +113,45 @@ def flow_loss(
         "nll": nll[reads_all].mean().item() if reads_all.any() else float("nan"),
         "nll-text-only": nll[keep.sum(dim=1) == 1].mean().item() if (keep.sum(dim=1) == 1).any() else float("nan"),
     }
+
+
+def write_model(
+    folder: Path,
+    autoencoder: AutoencoderKL,
+    model: TextFlow,
+    mean: Tensor | np.ndarray,
+    std: Tensor | np.ndarray,
+    spiece: Path,
+    pipeline: dict[str, Any],
+) -> None:
+    """Write an MLX model directory: flow and text encoder in 8 bits, the autoencoder in bfloat16.
+
+    Args:
+        mean, std: of the raw latents, one number a channel.
+        spiece: the tokenizer's file.
+        pipeline: how to sample.
+    """
+    moments = {"latents_mean": tuple(mean.tolist()), "latents_std": tuple(std.tolist())}
+    vae = MLXAutoencoderKL(replace(autoencoder.config, **moments))
+    load_module(vae, vae.sanitize(arrays(autoencoder)), "autoencoder", dtype=mx.bfloat16)
+    save_model(folder / "vae", parameters(vae), vae.config.to_dict())
+
+    encoder = MLXT5Encoder(model.text_encoder.config)
+    load_module(encoder, arrays(model.text_encoder), "text encoder", dtype=mx.bfloat16)
+    config = {**encoder.config.to_dict(), "quantization": quantize_module(encoder, "8", 64)}
+    save_model(folder / "text_encoder", parameters(encoder), config)
+    shutil.copy(spiece, folder / "text_encoder/spiece.model")
+    write_flow(folder, model.flow, pipeline)
+
+
+def write_flow(folder: Path, flow: STARFlow, pipeline: dict[str, Any]) -> None:
+    """Write the flow of an MLX model directory, in 8 bits; `pipeline` says how to sample."""
+    module = load_module(MLXSTARFlow(flow.config), arrays(flow), "flow", dtype=mx.bfloat16)
+    quantization = quantize_module(module, "8", 64)
+    config = {"model_type": "starflow", **flow.config.to_dict(), "quantization": quantization, "pipeline": pipeline}
+    save_model(folder, parameters(module), config)
+
+
+def arrays(module: nn.Module) -> dict[str, mx.array]:
+    """A module's tensors in MLX."""
+    return {name: mx.array(value.cpu().contiguous().numpy()) for name, value in module.state_dict().items()}

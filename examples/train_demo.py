@@ -13,33 +13,25 @@ or articles): other weights, that nobody has trained to the end yet.
 from __future__ import annotations
 
 import argparse
-import shutil
-from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import demo_data
-import mlx.core as mx
 import numpy as np
 import torch
 from torch import Tensor
-from torch_training import TextFlow, autoencoder_loss, flow_loss, run
+from torch_loop import Device, train
+from torch_training import TextFlow, autoencoder_loss, flow_loss, to_tensor, tokens, write_model
 
 from mlx_starflow.media.image_folder import ImageFolder
-from mlx_starflow.model_dir.quantization import quantize_module
-from mlx_starflow.model_dir.saving import save_model
-from mlx_starflow.model_dir.weights import load_module, parameters
-from mlx_starflow.models.autoencoder_kl import AutoencoderKL as MLXAutoencoderKL
-from mlx_starflow.models.starflow import STARFlow as MLXSTARFlow
-from mlx_starflow.models.t5 import T5Config
-from mlx_starflow.models.t5 import T5Encoder as MLXT5Encoder
 from mlx_starflow.models.tokenizer import Tokenizer
 from mlx_starflow.reference.autoencoder_kl import AutoencoderKL
 from mlx_starflow.reference.sampling import sample
 from mlx_starflow.reference.starflow import STARFlow
 from mlx_starflow.reference.t5 import T5Encoder
+from mlx_starflow.training.data.dropout import context_share
 from mlx_starflow.training.data.views import augmented_crops
+from mlx_starflow.training.loop.schedules import cosine
 from mlx_starflow.training.recipes.presets import get_preset
 from mlx_starflow.training.recipes.text import train_tokenizer
 
@@ -66,36 +58,37 @@ FAVOURED = [
 ]
 
 
+WARM_UP = 0.02
+"""Share of the steps over which the learning rate rises."""
+
+
+class Views:
+    """Batches for the autoencoder: random views of pictures `[B, 3, H, W]`, those that the flow sees more often."""
+
+    def __init__(self, pictures: ImageFolder, size: int = 16):
+        self.pictures, self.size = pictures, size
+        weight = np.array([2.0 if row["split"] == "train" else 0.6 for row in pictures.rows])
+        self.share = weight / weight.sum()
+
+    def __getitem__(self, step: int) -> Tensor:
+        rng = np.random.default_rng([0, step])
+        chosen = rng.choice(len(self.pictures), self.size, p=self.share)
+        return to_tensor(augmented_crops(self.pictures.images[chosen], SIZE, rng, zoom=0.15, shift=2))
+
+
 def train_autoencoder(data: Path, out: Path, steps: int) -> AutoencoderKL:
-    pictures = ImageFolder.read(data, size=128, splits=("train", "autoencoder"))
-    weight = np.array([2.0 if row["split"] == "train" else 0.6 for row in pictures.rows])
-    rng = np.random.default_rng(0)
-
-    def batches(size: int = 16) -> Iterator[Tensor]:
-        while True:
-            chosen = rng.choice(len(pictures), size, p=weight / weight.sum())
-            views = augmented_crops(pictures.images[chosen], SIZE, rng, zoom=0.15, shift=2)
-            yield to_tensor(views)
-
     model = AutoencoderKL(PRESET.autoencoder_config()).to(memory_format=torch.channels_last)
     loss = partial(autoencoder_loss, model, kl_weight=1e-4, noise_std=NOISE)
-    return run(
+    return train(
         model,
         lambda batch, progress: loss(batch),
-        batches(),
-        [{"params": model.parameters(), "lr": 1.5e-3}],
+        Views(ImageFolder.read(data, size=128, splits=("train", "autoencoder"))),
+        [{"params": list(model.parameters()), "lr": 1.5e-3}],
         out / "autoencoder.pt",
+        Device("cpu"),
         steps=steps,
-        ema=0.999,
-        betas=(0.9, 0.98),
-        weight_decay=0.01,
+        schedule=lambda step, progress, warm_up: cosine(progress, WARM_UP),
     )
-
-
-def to_tensor(pictures: np.ndarray) -> Tensor:
-    """uint8 `[B, H, W, 3]` -> float `[B, 3, H, W]` in -1..1."""
-    tensor = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
-    return tensor.contiguous(memory_format=torch.channels_last)
 
 
 @torch.no_grad()
@@ -135,7 +128,26 @@ def caption(captions: list[str], tags: list[str], rng: np.random.Generator) -> s
     return text
 
 
-def train_flow(data: Path, out: Path, autoencoder: AutoencoderKL, steps: int, batch_size: int) -> tuple:
+class Captioned:
+    """Batches for the flow: latents of a random view, token ids and mask of a caption."""
+
+    def __init__(self, pictures: ImageFolder, views: Tensor, tokenizer: Tokenizer, favoured: np.ndarray, size: int):
+        self.pictures, self.views, self.tokenizer, self.size = pictures, views, tokenizer, size
+        weight = np.where(favoured, 3.0, 1.0)
+        self.share = weight / weight.sum()
+
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        rng, pictures = np.random.default_rng([1, step]), self.pictures
+        chosen = rng.choice(len(pictures), self.size, replace=False, p=self.share)
+        texts = [caption(pictures.captions[i], pictures.rows[i]["tags"], rng) for i in chosen]
+        latents = self.views[chosen, rng.integers(PRESET.views, size=self.size)]
+        return latents, *tokens(self.tokenizer, texts, TEXT_LENGTH)
+
+
+def train_flow(
+    data: Path, out: Path, autoencoder: AutoencoderKL, steps: int, batch_size: int
+) -> tuple[TextFlow, Tensor, Tensor]:
+    """The trained networks, and mean and standard deviation of the raw latents, a number a channel."""
     pictures = ImageFolder.read(data, size=128, splits=("train",))
     held_out = ImageFolder.read(data, size=128, splits=("held_out",))
     views = encode(autoencoder, pictures, 0, PRESET.views)
@@ -146,28 +158,14 @@ def train_flow(data: Path, out: Path, autoencoder: AutoencoderKL, steps: int, ba
     print(f"{len(pictures)} concepts, latents with mean {mean.tolist()} and std {std.tolist()}", flush=True)
 
     tokenizer = tokenizer_for(pictures, out)
-    text_config = PRESET.text_config(tokenizer.vocab_size)
     torch.manual_seed(0)
-    model = TextFlow(STARFlow(PRESET.flow_config()), T5Encoder(text_config))
+    model = TextFlow(STARFlow(PRESET.flow_config()), T5Encoder(PRESET.text_config(tokenizer.vocab_size)))
     print({n: sum(p.numel() for p in m.parameters()) for n, m in model.named_children()}, flush=True)
-    rng = np.random.default_rng(0)
     favoured = np.array([any(row["subgroup"].startswith(name) for name in FAVOURED) for row in pictures.rows])
-    weight = np.where(favoured, 3.0, 1.0)
     print(f"{favoured.sum()} concepts are favoured", flush=True)
 
-    def tokens(texts: list[str]) -> tuple[Tensor, Tensor]:
-        ids, mask, _ = tokenizer.batch(texts, TEXT_LENGTH)
-        return torch.from_numpy(ids).long(), torch.from_numpy(mask)
-
-    def batches() -> Iterator[tuple]:
-        while True:
-            chosen = rng.choice(len(pictures), batch_size, replace=False, p=weight / weight.sum())
-            texts = [caption(pictures.captions[i], pictures.rows[i]["tags"], rng) for i in chosen]
-            yield (views[chosen, rng.integers(PRESET.views, size=batch_size)], *tokens(texts))
-
-    def loss(batch: tuple, progress: float) -> tuple:
-        full = 0.5 if progress < 0.7 else max(0.1, 0.5 - 0.4 * (progress - 0.7) / 0.15)
-        return flow_loss(model, *batch, noise_std=NOISE, full=full, partial=0.3)
+    def loss(batch: tuple, progress: float) -> tuple[Tensor, dict[str, float]]:
+        return flow_loss(model, *batch, noise_std=NOISE, full=context_share(0.5, progress), partial=0.3)
 
     @torch.no_grad()
     def watch(averaged: TextFlow, step: int) -> str:
@@ -178,60 +176,34 @@ def train_flow(data: Path, out: Path, autoencoder: AutoencoderKL, steps: int, ba
         with torch.autocast("cpu", dtype=torch.bfloat16):
             for name, latents, names in (("held-in", views, pictures), ("held-out", other, held_out)):
                 chosen = torch.arange(len(names))[:: max(1, len(names) // 128)]
-                text = averaged.text_encoder.encode(*tokens([names.captions[i][0] for i in chosen]))
+                text = averaged.text_encoder.encode(
+                    *tokens(tokenizer, [names.captions[i][0] for i in chosen], TEXT_LENGTH)
+                )
                 clean = latents[chosen, 0]
                 noisy = clean + NOISE * torch.randn(clean.shape, generator=generator)
                 report.append(f"{name} nll {averaged.flow(noisy, text).nll().mean():.4f}")
-            text = averaged.text_encoder.encode(*tokens([pictures.captions[i][0] for i in asked]))
+            text = averaged.text_encoder.encode(
+                *tokens(tokenizer, [pictures.captions[i][0] for i in asked], TEXT_LENGTH)
+            )
             z = 0.7 * torch.randn(len(asked), 16, 16, 4, generator=generator)
             samples = sample(averaged.flow, z, text.float())
         distance = torch.cdist(samples.flatten(1), views.flatten(0, 1).flatten(1))
         right = (distance.argmin(dim=1) // PRESET.views == asked).float().mean()
         return f"{report[0]}  {report[1]}  top-1 {right:.3f}"
 
-    averaged = run(
+    averaged = train(
         model,
         loss,
-        batches(),
+        Captioned(pictures, views, tokenizer, favoured, batch_size),
         model.groups(1.2e-3, 8.0),
         out / "flow.pt",
+        Device("cpu"),
         steps=steps,
-        ema=0.999,
-        betas=(0.9, 0.98),
-        weight_decay=0.01,
+        schedule=lambda step, progress, warm_up: cosine(progress, WARM_UP),
         watch=watch,
+        watch_every=2000,
     )
-    return averaged, text_config, mean, std
-
-
-def export(
-    out: Path, autoencoder: AutoencoderKL, trained: TextFlow, text_config: T5Config, mean: Tensor, std: Tensor
-) -> None:
-    """Write the MLX model directory `out/model`: flow and text encoder in 8 bits, the autoencoder in bfloat16."""
-    moments = {"latents_mean": tuple(mean.tolist()), "latents_std": tuple(std.tolist())}
-    vae = MLXAutoencoderKL(replace(PRESET.autoencoder_config(), **moments))
-    load_module(vae, vae.sanitize(arrays(autoencoder)), "autoencoder", dtype=mx.bfloat16)
-    save_model(out / "model/vae", parameters(vae), vae.config.to_dict())
-
-    encoder = load_module(MLXT5Encoder(text_config), arrays(trained.text_encoder), "text encoder", dtype=mx.bfloat16)
-    quantization = quantize_module(encoder, "8", 64)
-    config = {**text_config.to_dict(), "quantization": quantization}
-    save_model(out / "model/text_encoder", parameters(encoder), config)
-    shutil.copy(out / "spiece.model", out / "model/text_encoder/spiece.model")
-
-    flow = load_module(MLXSTARFlow(PRESET.flow_config()), arrays(trained.flow), "flow", dtype=mx.bfloat16)
-    quantization = quantize_module(flow, "8", 64)
-    config = {
-        "model_type": "starflow",
-        **flow.config.to_dict(),
-        "quantization": quantization,
-        "pipeline": PRESET.pipeline,
-    }
-    save_model(out / "model", parameters(flow), config)
-
-
-def arrays(module: torch.nn.Module) -> dict[str, mx.array]:
-    return {name: mx.array(value.contiguous().numpy()) for name, value in module.state_dict().items()}
+    return averaged, mean, std
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -247,7 +219,8 @@ def main(arguments: list[str] | None = None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     autoencoder = train_autoencoder(args.data, args.out, args.autoencoder_steps)
-    export(args.out, autoencoder, *train_flow(args.data, args.out, autoencoder, args.flow_steps, args.batch_size))
+    model, mean, std = train_flow(args.data, args.out, autoencoder, args.flow_steps, args.batch_size)
+    write_model(args.out / "model", autoencoder, model, mean, std, args.out / "spiece.model", PRESET.pipeline)
 
 
 if __name__ == "__main__":

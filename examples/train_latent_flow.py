@@ -14,25 +14,22 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch_training import run
+from torch import Tensor
+from torch_loop import Device, train
+from torch_training import write_flow
 
 from mlx_starflow import load
 from mlx_starflow.media.image_folder import ImageFolder
-from mlx_starflow.model_dir.quantization import quantize_module
-from mlx_starflow.model_dir.saving import save_model
-from mlx_starflow.model_dir.weights import load_module, parameters
 from mlx_starflow.models.starflow import FlowConfig
-from mlx_starflow.models.starflow import STARFlow as MLXSTARFlow
 from mlx_starflow.pipelines import ImagePipeline
 from mlx_starflow.reference.starflow import STARFlow
 from mlx_starflow.training.data.views import augmented_crops
+from mlx_starflow.training.loop.schedules import cosine
 
 VIEWS = 3
 
@@ -71,16 +68,23 @@ def encode(pipe: ImagePipeline, data: Path) -> tuple[Tensor, Tensor, Tensor]:
     return views, torch.from_numpy(np.concatenate(texts)), torch.from_numpy(np.array(pipe.encode_prompts([""])[0]))
 
 
-def train(views: Tensor, texts: Tensor, null: Tensor, config: FlowConfig, out: Path, steps: int) -> nn.Module:
+class Captioned:
+    """Batches: latents of a random view, and embeddings of its name; one in ten is of no text."""
+
+    def __init__(self, views: Tensor, texts: Tensor, null: Tensor, size: int = 16):
+        self.views, self.texts, self.null, self.size = views, texts, null, size
+
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
+        rng = np.random.default_rng([0, step])
+        chosen = rng.choice(len(self.views), self.size, replace=False)
+        dropped = torch.from_numpy(rng.random(self.size) < 0.1)[:, None, None]
+        latents = self.views[chosen, rng.integers(VIEWS, size=self.size)]
+        return latents, torch.where(dropped, self.null, self.texts[chosen])
+
+
+def train_flow(config: FlowConfig, batches: Captioned, out: Path, steps: int) -> STARFlow:
     torch.manual_seed(0)
     flow = STARFlow(config)
-    rng = np.random.default_rng(0)
-
-    def batches(size: int = 16) -> Iterator[tuple[Tensor, Tensor]]:
-        while True:
-            chosen = rng.choice(len(views), size, replace=False)
-            dropped = torch.from_numpy(rng.random(size) < 0.1)[:, None, None]
-            yield views[chosen, rng.integers(VIEWS, size=size)], torch.where(dropped, null, texts[chosen])
 
     def loss(batch: tuple[Tensor, Tensor], progress: float) -> tuple[Tensor, dict[str, float]]:
         latents, text = batch
@@ -89,28 +93,18 @@ def train(views: Tensor, texts: Tensor, null: Tensor, config: FlowConfig, out: P
         nll = out.nll().mean()
         return nll, {"nll": nll.item()}
 
-    return run(
+    return train(
         flow,
         loss,
-        batches(),
-        [{"params": flow.parameters(), "lr": 1.5e-3}],
+        batches,
+        [{"params": list(flow.parameters()), "lr": 1.5e-3}],
         out / "flow.pt",
+        Device("cpu"),
         steps=steps,
-        ema=0.995,
+        decay=0.995,
         betas=(0.9, 0.95),
-        weight_decay=0.01,
+        schedule=lambda step, progress, warm_up: cosine(progress, 0.02),
     )
-
-
-def export(flow: nn.Module, pipe: ImagePipeline, folder: Path) -> None:
-    """Write a model directory: the flow in 8 bits beside the embedded model's text encoder and autoencoder."""
-    for part in ("text_encoder", "vae"):
-        shutil.copytree(pipe.directory / part, folder / part, dirs_exist_ok=True)
-    weights = {name: mx.array(value.contiguous().numpy()) for name, value in flow.state_dict().items()}
-    module = load_module(MLXSTARFlow(flow.config), weights, "flow", dtype=mx.bfloat16)
-    quantization = quantize_module(module, "8", 64)
-    config = {"model_type": "starflow", **module.config.to_dict(), "quantization": quantization}
-    save_model(folder, parameters(module), {**config, "pipeline": {"guidance": 2.5, "temperature": 1.0}})
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -123,9 +117,10 @@ def main(arguments: list[str] | None = None) -> None:
     pipe = load("demo")
     views, texts, null = encode(pipe, args.data)
     print(f"{len(views)} pictures, {VIEWS} views each", flush=True)
-    config = flow_config(pipe)
-    flow = train(views, texts, null, config, args.out, args.steps)
-    export(flow, pipe, args.out / "model")
+    flow = train_flow(flow_config(pipe), Captioned(views, texts, null), args.out, args.steps)
+    for part in ("text_encoder", "vae"):
+        shutil.copytree(pipe.directory / part, args.out / "model" / part, dirs_exist_ok=True)
+    write_flow(args.out / "model", flow, {"guidance": 2.5, "temperature": 1.0})
 
 
 if __name__ == "__main__":

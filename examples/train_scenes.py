@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,11 +21,11 @@ from pathlib import Path
 import torch
 from scene_autoencoder import train_autoencoder
 from scene_flow import Latents, tokenizer_for, train_flow
-from scene_loop import Device, TimeIsUp, read_averaged
 from scene_pictures import Renderer
 from scene_recipe import PIPELINE, SCENES, TINY, Recipe, on_gpu
-from torch import Tensor, nn
-from torch_training import TextFlow
+from torch import Tensor
+from torch_loop import Device, TimeIsUp, read_averaged
+from torch_training import TextFlow, write_model
 
 from mlx_starflow.models.tokenizer import Tokenizer
 from mlx_starflow.reference.autoencoder_kl import AutoencoderKL
@@ -35,36 +34,10 @@ from mlx_starflow.reference.t5 import T5Encoder
 
 
 def export(recipe: Recipe, latents: Latents, tokenizer: Tokenizer, out: Path) -> None:
-    """Write the MLX model directory `out/model` from the checkpoints: flow and text encoder in 8 bits, the
-    autoencoder in bfloat16."""
-    import mlx.core as mx
-
-    from mlx_starflow.model_dir.quantization import quantize_module
-    from mlx_starflow.model_dir.saving import save_model
-    from mlx_starflow.model_dir.weights import load_module, parameters
-    from mlx_starflow.models.autoencoder_kl import AutoencoderKL as MLXAutoencoderKL
-    from mlx_starflow.models.starflow import STARFlow as MLXSTARFlow
-    from mlx_starflow.models.t5 import T5Encoder as MLXT5Encoder
-
-    def arrays(module: nn.Module) -> dict[str, mx.array]:
-        return {name: mx.array(value.cpu().contiguous().numpy()) for name, value in module.state_dict().items()}
-
-    text_config = recipe.text_config(tokenizer.vocab_size)
-    trained = read_averaged(TextFlow(STARFlow(recipe.flow_config()), T5Encoder(text_config)), out / "flow.pt")
-    moments = {"latents_mean": tuple(latents.mean.tolist()), "latents_std": tuple(latents.std.tolist())}
-    vae = MLXAutoencoderKL(replace(recipe.autoencoder_config(), **moments))
-    load_module(vae, vae.sanitize(arrays(latents.autoencoder)), "autoencoder", dtype=mx.bfloat16)
-    save_model(out / "model/vae", parameters(vae), vae.config.to_dict())
-
-    encoder = load_module(MLXT5Encoder(text_config), arrays(trained.text_encoder), "text encoder", dtype=mx.bfloat16)
-    config = {**text_config.to_dict(), "quantization": quantize_module(encoder, "8", 64)}
-    save_model(out / "model/text_encoder", parameters(encoder), config)
-    shutil.copy(out / "spiece.model", out / "model/text_encoder/spiece.model")
-
-    flow = load_module(MLXSTARFlow(recipe.flow_config()), arrays(trained.flow), "flow", dtype=mx.bfloat16)
-    quantization = quantize_module(flow, "8", 64)
-    config = {"model_type": "starflow", **flow.config.to_dict(), "quantization": quantization, "pipeline": PIPELINE}
-    save_model(out / "model", parameters(flow), config)
+    """Write the MLX model directory `out/model` from the checkpoints."""
+    flow, encoder = STARFlow(recipe.flow_config()), T5Encoder(recipe.text_config(tokenizer.vocab_size))
+    trained = read_averaged(TextFlow(flow, encoder), out / "flow.pt")
+    write_model(out / "model", latents.autoencoder, trained, latents.mean, latents.std, out / "spiece.model", PIPELINE)
     size = sum(file.stat().st_size for file in (out / "model").rglob("*") if file.is_file())
     print(f"{out / 'model'}: {size / 1e6:.1f} MB", flush=True)
 

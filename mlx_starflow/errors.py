@@ -5,6 +5,11 @@ class StarflowError(Exception):
     """A mistake the user can mend. The message is one line that names the mistake and, where possible, the fix."""
 
 
+def printable(text: str) -> str:
+    """Text on one line: what a terminal would obey or UTF-8 cannot write, as file names may hold, is spelled out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def one_line(error: BaseException, *, first: bool = False) -> str:
     """An exception's message on one line: the operating system's words where they are known, or else all of it.
 

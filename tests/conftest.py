@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
+
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    # Before MLX loads a BLAS: each worker takes its share of the CPUs.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // int(workers), 1)))
 
 import mlx.core as mx
 import pytest
 from helpers.golden import Golden, load_golden
-from helpers.model_directories import write_class_model, write_image_model
+from helpers.images import write_gradients
+from helpers.model_directories import write_class_model, write_image_model, write_trained_model
 from helpers.tiny_flows import FAMILIES, TinyCase, tiny_case
 
 from mlx_starflow import cpu
 from mlx_starflow.pipelines import ClassPipeline, ImagePipeline, Pipeline, load, load_class_labels
+
+MOST_WORKERS = 4
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """The whole suite runs in a process for each CPU, at most four, unless `-n` says otherwise; named files in one."""
+    options = config.option
+    if not config.pluginmanager.hasplugin("xdist") or hasattr(config, "workerinput"):
+        return
+    named = config.args_source is pytest.Config.ArgsSource.ARGS
+    if options.numprocesses is None and not (named or options.usepdb or options.collectonly):
+        options.numprocesses = min(os.cpu_count() or 1, MOST_WORKERS)
+    if options.numprocesses and options.dist == "no":
+        options.dist = "loadfile"  # fixtures of a module are made once
 
 
 @pytest.fixture(scope="session")
@@ -50,6 +72,18 @@ def latent_flow(tmp_path_factory: pytest.TempPathFactory) -> ImagePipeline:
 def pixel_flow(tmp_path_factory: pytest.TempPathFactory) -> ClassPipeline:
     """A TarFlow of 3 classes, trained with Gaussian noise."""
     return load_class_labels(write_class_model(tmp_path_factory.mktemp("classes") / "model"))
+
+
+@pytest.fixture(scope="session")
+def captioned_gradients(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of images that share captions."""
+    return write_gradients(tmp_path_factory.mktemp("data") / "pictures")
+
+
+@pytest.fixture(scope="session")
+def trained_model(tmp_path_factory: pytest.TempPathFactory, captioned_gradients: Path) -> Path:
+    """The directory of a model that has learned something of these images; do not change it."""
+    return write_trained_model(tmp_path_factory.mktemp("trained") / "model", captioned_gradients)
 
 
 @pytest.fixture(params=["latents", "pixels"])

@@ -29,9 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scene_data import Sample, Stream
 from scene_evaluator import NOTHING_HELD_OUT, Judge, Verdict, labels, train_evaluator
-from scene_loop import Device
 from scene_pictures import Renderer
 from scene_words import HeldOut, Scene, objects
+from torch_loop import Device
 
 from mlx_starflow import load
 from mlx_starflow.media.images import grid, save_image

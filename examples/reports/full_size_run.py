@@ -85,9 +85,10 @@ def begin_sampling(
         guided = GuidedFlow(flow, z.shape, text, null, SamplingOptions(guidance))
         tokens = flow.noise_tokens(z)
         decoder = guided.decoder(len(flow.blocks) - 1, 1, tokens.shape[1])
-        z = tokens[:, :TOKENS]
-        for _ in sequential.invert(decoder, z, mx.array(z), 0):
+        decoder.begin(tokens[:, :TOKENS])
+        for _ in sequential.invert(decoder, 0):
             pass
+        mx.eval(decoder.data(0, TOKENS))
     return flow, decoder.network.cache_bytes
 
 

@@ -54,6 +54,7 @@ from mlx_starflow.sampling import (
     SamplingTrace,
     SequentialSettings,
 )
+from mlx_starflow.sampling.decoder import BlockDecoder
 from mlx_starflow.sampling.tuning import describe, tune
 
 GUIDANCE = 2.5
@@ -281,16 +282,13 @@ def cost_by_position(flow: STARFlow, steps: int, rounds: int) -> float:
     guided = GuidedFlow(flow, task.z.shape, task.text, task.null_text, SamplingOptions(task.guidance))
     starts = (min(NEAR, task.length - steps), task.length - steps)
     decoders = [filled(guided, index, flow.tokens(task.z), start) for start in starts]
-    z = flow.tokens(task.z)
-    x = mx.array(z)
     seconds: list[list[float]] = [[], []]
     for number in range(rounds + 1):
         for start, decoder, times in zip(starts, decoders, seconds, strict=True):
             began = time.perf_counter()
             for n in range(start, start + steps):
-                x[:, n : n + 1] = decoder.invert(x, z, n, n + 1)
-                mx.async_eval(x)
-            mx.eval(x)
+                decoder.invert(n, n + 1)
+            mx.eval(decoder.data(start, start + steps))
             if number:  # the first is to warm up
                 times.append((time.perf_counter() - began) / steps)
             decoder.trim(steps)
@@ -308,11 +306,12 @@ def cost_by_position(flow: STARFlow, steps: int, rounds: int) -> float:
     return far / expected
 
 
-def filled(guided: GuidedFlow, index: int, x: mx.array, start: int) -> object:
+def filled(guided: GuidedFlow, index: int, x: mx.array, start: int) -> BlockDecoder:
     """A decoder that knows the tokens before number `start`, fed a few at a time to save memory."""
     decoder = guided.decoder(index, 1, x.shape[1])
+    decoder.begin(x)
     for begin in range(decoder.first, start, NEAR):
-        mx.eval(decoder.predict(x, begin, min(begin + NEAR, start)))
+        mx.eval(decoder.predict(begin, min(begin + NEAR, start)))
     return decoder
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import pkgutil
 import sys
@@ -17,7 +18,7 @@ import click
 from mlx_starflow import __version__, cpu
 from mlx_starflow.cli import commands
 from mlx_starflow.cli.options.interrupt import INTERRUPTED, terminated_as_interrupted
-from mlx_starflow.errors import StarflowError, one_line
+from mlx_starflow.errors import StarflowError, one_line, printable
 
 
 class Commands(click.Group):
@@ -94,16 +95,24 @@ def _unexpected(error: Exception) -> str:
 
 
 class _UserError(click.ClickException):
+    """A mistake in one line, whatever names it quotes."""
+
     exit_code = 2
+
+    def __init__(self, message: str):
+        super().__init__(printable(" ".join(message.splitlines())))
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="mlx-starflow")
 def main() -> None:
     """STARFlow on your own machine: text to pictures with a normalizing flow, in MLX."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files may be no text
     warnings.showwarning = _warn  # type: ignore[assignment]  # its other arguments are not shown
     cpu.check()
 
 
 def _warn(message: Warning | str, *_: object) -> None:
-    print(f"Warning: {message}", file=sys.stderr)
+    print(f"Warning: {printable(str(message))}", file=sys.stderr)

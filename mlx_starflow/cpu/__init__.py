@@ -1,4 +1,4 @@
-"""What Linux CPUs get on top of MLX: a fast BLAS, and the network of a flow block in C++ for sampling.
+"""What Linux CPUs get on top of MLX: a fast BLAS, and for sampling a flow block's network in C++, its tokens in NumPy.
 
 This module is the door: the rest of the package calls what is here. Arrays go in and out as MLX's. Importing it imports
 neither MLX nor NumPy. MLX_STARFLOW_BLAS chooses the BLAS (see `blas`), and MLX_STARFLOW_KERNELS=0 turns the network
@@ -15,13 +15,16 @@ from mlx_starflow.cpu.blas import check, describe, gflops, hint_if_slow, install
 if TYPE_CHECKING:
     import mlx.core as mx
 
+    from mlx_starflow.cpu.inverter import NativeInverter
     from mlx_starflow.cpu.network import NativeNetwork
+    from mlx_starflow.kernels.affine import AffineMap, GuidanceMode, GuidanceTarget
     from mlx_starflow.models.flow import Condition, FlowBlock
 
 __all__ = [
     "BLAS_VARIABLE",
     "check",
     "describe",
+    "fast_inverter",
     "fast_network",
     "gflops",
     "has_fast_networks",
@@ -72,3 +75,30 @@ def fast_network(
         return NativeNetwork(block, batch, length, rope_frequencies, condition, temperature)
     except Unsuitable:
         return None
+
+
+def fast_inverter(
+    network: object,
+    z: mx.array,
+    first_input: mx.array | None,
+    affine: AffineMap,
+    mode: GuidanceMode | None = None,
+    weight: float | mx.array = 0.0,
+    target: GuidanceTarget = "ab",
+) -> NativeInverter | None:
+    """A block's noise and data beside its `fast_network`, and the steps between them; None for any other network.
+
+    Args:
+        network: the block's network; with guidance its batch is twice the noise's.
+        z: noise `[B, N, C]` in the block's order.
+        first_input: what predicts the first token, `[B, 1, C]` for the network's batch, if anything does.
+        affine, mode, target: those of `kernels.affine.predict`.
+        weight: of guidance, a number or an array that broadcasts to `[B, N, 1]`.
+    """
+    from mlx_starflow.cpu.network import NativeNetwork
+
+    if not isinstance(network, NativeNetwork):
+        return None
+    from mlx_starflow.cpu.inverter import NativeInverter
+
+    return NativeInverter(network, z, first_input, affine, mode, weight, target)

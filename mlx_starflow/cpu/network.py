@@ -138,7 +138,7 @@ class NativeNetwork:
         self._added: np.ndarray | None = None
         if (added := block.added(0, length, condition.offset)) is not None:
             self._added = np.array(mx.broadcast_to(added, (batch, length, config.channels)), order="C")
-        self._complete = block.complete
+        self._complete = None if type(block).complete is FlowBlock.complete else block.complete
         if (loaded := library.load()) is None:
             raise Unsuitable
         self._library = loaded
@@ -152,9 +152,13 @@ class NativeNetwork:
         return self.position - self.prefix_length
 
     def __call__(self, tokens: mx.array) -> mx.array:
-        inputs = np.asarray(tokens)
+        return mx.array(self.parameters(np.asarray(tokens)))
+
+    def parameters(self, inputs: np.ndarray) -> np.ndarray:
+        """The same for NumPy arrays."""
         parts = [self._evaluate(np.ascontiguousarray(inputs[:, a:b])) for a, b in self._parts(inputs.shape[1])]
-        return self._complete(mx.array(parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)))
+        outputs = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+        return outputs if self._complete is None else np.asarray(self._complete(mx.array(outputs)))
 
     def remember(self, tokens: mx.array) -> None:
         self(tokens)

@@ -6,10 +6,12 @@ them can make a parser nest, or a list grow, without end.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -98,15 +100,24 @@ def inside(folder: Path, name: str) -> Path:
 
 def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
     """A regular file of at most so many bytes. Raises StarflowError, naming it."""
+    with _reading(path), open(path, "rb", opener=_without_waiting) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise StarflowError(f"cannot read {path}: it is not a regular file")
+        content = file.read(most + 1)
+    return _bounded(content, most, path)
+
+
+@contextmanager
+def _reading(path: str | Path) -> Iterator[None]:
     try:
-        with open(path, "rb", opener=_without_waiting) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise StarflowError(f"cannot read {path}: it is not a regular file")
-            content = file.read(most + 1)
+        yield
     except OSError as error:
         raise StarflowError(f"cannot read {path}: {one_line(error)}") from error
     except ValueError as error:  # a name that is none
         raise StarflowError(f"cannot read {str(path)!a}: {one_line(error)}") from None
+
+
+def _bounded(content: bytes, most: int, path: str | Path) -> bytes:
     if len(content) > most:
         raise StarflowError(f"cannot read {path}: it has more than {most} bytes, which no such file needs")
     return content
@@ -120,6 +131,30 @@ def _without_waiting(path: str, flags: int) -> int:
 def read_text(path: Path, most: int = MOST_BYTES) -> str:
     """A file of UTF-8, without the mark that some editors put first. Raises StarflowError, naming it."""
     return decode_text(read_bytes(path, most), path)
+
+
+def read_lines(path: str | Path, most: int = MOST_BYTES) -> list[str]:
+    """The lines of a text that a user names, without spaces around them and without empty ones.
+
+    Args:
+        path: of a file of UTF-8, or of a pipe such as a shell's `<(...)`; "-" is standard input.
+        most: bytes that are taken.
+
+    Raises:
+        StarflowError: it cannot be read, is too long or not UTF-8.
+    """
+    name = "standard input" if str(path) == "-" else path
+    with _reading(name):
+        if str(path) != "-":
+            with open(path, "rb") as file:
+                content = file.read(most + 1)
+        elif sys.stdin is None:
+            raise StarflowError("cannot read standard input: it is closed")
+        else:
+            content = sys.stdin.buffer.read(most + 1)
+    text = decode_text(_bounded(content, most, name), name)
+    # Not splitlines: a prompt may hold any other character that Unicode calls the end of a line.
+    return [line for line in map(str.strip, io.StringIO(text, newline=None)) if line]
 
 
 def decode_text(content: bytes, path: str | Path) -> str:

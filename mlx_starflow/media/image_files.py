@@ -11,11 +11,13 @@ from pathlib import Path
 from PIL import Image
 
 from mlx_starflow.errors import StarflowError, one_line
+from mlx_starflow.media.files import is_folder, is_regular
 from mlx_starflow.media.formats import ANIMATIONS, MOVIES
 from mlx_starflow.media.pixels import UnreadableImage, decode_image, no_remarks
 from mlx_starflow.media.sources import Skip, open_source, skip_report
 from mlx_starflow.media.sources.folders import METADATA, SPLITS, Listing, list_images
 from mlx_starflow.media.sources.hub import SAVED
+from mlx_starflow.media.sources.inside import read_inside
 
 VIDEOS = (*MOVIES, ".mkv", ".webm", ".avi", ".mpg", ".mpeg")
 """How names of videos end, in lower case; animations can be images too."""
@@ -60,7 +62,7 @@ class ImageFile:
         try:
             with no_remarks():
                 return decode_image(self.read())
-        except (OSError, UnreadableImage) as error:
+        except (OSError, ValueError, UnreadableImage) as error:  # a name that is none is a ValueError
             raise StarflowError(f"cannot read the picture {self.name}: {one_line(error)}") from None
 
 
@@ -77,10 +79,10 @@ def find_images(paths: Iterable[str | Path], split: str | None = None) -> list[I
     """
     found: list[ImageFile] = []
     for path in map(Path, paths):
-        if path.is_dir():
+        if is_folder(path):
             found += _in_folder(path, split)
-        elif path.is_file():
-            found.append(ImageFile(str(path), "", path.read_bytes, path))
+        elif is_regular(path):
+            found.append(ImageFile(str(path), "", partial(read_inside, path, None), path))
         else:
             raise StarflowError(f"{path} does not exist: give pictures, or folders of pictures")
     if not found:
@@ -97,9 +99,14 @@ def _in_folder(folder: Path, split: str | None) -> Iterator[ImageFile]:
             if split in (None, SPLITS.get(name.partition("/")[0].lower(), "train")):
                 yield ImageFile(str(folder / name), "", partial(images.read, name))
         return
+    skips: list[Skip] = []
     for sample in open_source(folder):
-        if not isinstance(sample, Skip) and split in (None, sample.split):
+        if isinstance(sample, Skip):
+            skips.append(sample)
+        elif split in (None, sample.split):
             yield ImageFile(str(folder / sample.key), sample.captions[0] if sample.captions else "", sample.read)
+    if skips:
+        warnings.warn(f"{folder}: {skip_report(skips)}", stacklevel=2)
 
 
 def _uncaptioned(folder: Path) -> Listing | None:
@@ -111,7 +118,7 @@ def _uncaptioned(folder: Path) -> Listing | None:
     except OSError as error:
         raise StarflowError(f"cannot read {folder}: {one_line(error)}") from None
     images = list_images(folder)
-    if any(map(images.has_text, images.names)) or any((folder / name).is_file() for name in _metadata(images.names)):
+    if any(map(images.has_text, images.names)) or any(is_regular(folder / name) for name in _metadata(images.names)):
         return None
     # Folders that are splits are no classes.
     paths = [name.split("/") for name in images.names]
@@ -126,4 +133,4 @@ def _metadata(names: Iterable[str]) -> set[str]:
 
 def read_image(path: Path) -> Image.Image:
     """One image file: RGB, upright, transparency on white. Raises StarflowError."""
-    return ImageFile(str(path), "", path.read_bytes).open()
+    return ImageFile(str(path), "", partial(read_inside, path, None)).open()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from mlx_starflow.media.files import is_folder
 from mlx_starflow.media.formats import ANIMATIONS, MOVIES
 from mlx_starflow.media.images import read_image_metadata
 from mlx_starflow.media.videos import read_video_metadata
@@ -17,6 +18,6 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         StarflowError: it does not say, or cannot be read.
     """
     path = Path(path)
-    if path.is_dir() or path.suffix.lower() in (*ANIMATIONS, *MOVIES):
+    if is_folder(path) or path.suffix.lower() in (*ANIMATIONS, *MOVIES):
         return read_video_metadata(path)
     return read_image_metadata(path)

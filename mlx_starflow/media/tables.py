@@ -49,4 +49,4 @@ def _write(text: str, path: Path) -> None:
         sys.stdout.write(text)
         return
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # names of files may be no text

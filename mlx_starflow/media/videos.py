@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image, ImageSequence
 
 from mlx_starflow.errors import StarflowError, one_line
-from mlx_starflow.media.files import left_behind, parse_json, replacing
+from mlx_starflow.media.files import exists, is_folder, is_regular, left_behind, parse_json, replacing
 from mlx_starflow.media.formats import ANIMATIONS, FORMATS, METADATA_KEY, MOVIES, UNDESCRIBED
 from mlx_starflow.media.images import check_output, read_image_metadata, save_image
 from mlx_starflow.media.pixels import crop_image, decode_image, no_remarks
@@ -252,10 +252,12 @@ def read_video(
         StarflowError: the file is missing or no video, here or when it is read, or it is too short.
     """
     path = Path(path)
-    if not path.exists():
+    if not exists(path):
         raise StarflowError(f"{path} does not exist: give a video file, or a folder of frames")
-    if path.is_dir():
+    if is_folder(path):
         own, timed = _folder_frames(path, fps)
+    elif not is_regular(path):
+        raise StarflowError(f"{path} cannot be read as a video: it is not a regular file")
     elif path.suffix.lower() in ANIMATIONS:
         own, timed = _animation_frames(path)
     else:
@@ -355,7 +357,7 @@ def _not_empty(timed: Timed, path: Path) -> Timed:
 
 def read_video_metadata(path: Path) -> dict[str, Any]:
     """How a video that `VideoWriter` wrote was made. Raises StarflowError if it does not say."""
-    if path.is_dir():
+    if is_folder(path):
         names = sorted(path.glob("*.png"), key=natural_order)
         if not names:
             raise StarflowError(UNDESCRIBED.format(path))

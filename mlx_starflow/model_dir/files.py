@@ -17,7 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from mlx_starflow.errors import StarflowError, one_line
-from mlx_starflow.media.files import exists, inside, is_folder, is_regular, read_json
+from mlx_starflow.media.files import exists, inside, is_folder, is_regular, parse_json, read_json
 from mlx_starflow.model_dir.transaction import settle
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -138,7 +138,7 @@ def _read_at_once(path: Path) -> dict[str, mx.array]:
     content = np.memmap(path, np.uint8, "r")
     start = 8 + int.from_bytes(content[:8], "little")
     arrays = {}
-    for name, entry in json.loads(bytes(content[8:start])).items():
+    for name, entry in parse_json(bytes(content[8:start])).items():
         if name == "__metadata__":
             continue
         first, stop = entry["data_offsets"]

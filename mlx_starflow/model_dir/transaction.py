@@ -139,7 +139,7 @@ def _try_lock(file: int) -> bool:
 def _writer(directory: Path) -> str:
     """Who holds the lock, as far as it has said so already."""
     for _ in range(20):
-        with suppress(OSError):
+        with suppress(OSError, ValueError):
             if number := (directory / STAGE / "pid").read_text():
                 return f" (pid {number})"
         time.sleep(0.05)

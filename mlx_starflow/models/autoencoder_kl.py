@@ -13,11 +13,11 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.models import autoencoder_kl_tiling as tiling
-from mlx_starflow.models.autoencoder_layers import Conv3x3, DownBlock, GroupNorm, MidBlock, PointwiseConv, UpBlock
+from mlx_starflow.models.autoencoder_layers import Conv3x3, GroupNorm, MidBlock, PointwiseConv, Stage
+from mlx_starflow.models.autoencoder_tensors import Sources, rearranged, tensor_sources
 from mlx_starflow.models.configs import MOST_LAYERS, MOST_LEVELS, ConfigKind, check_autoencoder
 
 _NOTES = ("model_type", "quantization", "force_upcast", "act_fn", "down_block_types", "up_block_types")
@@ -151,7 +151,7 @@ class Encoder(nn.Module):
         last = len(widths) - 1
         self.conv_in = Conv3x3(config.in_channels, widths[0])
         self.down_blocks = [
-            DownBlock(widths[max(i - 1, 0)], widths[i], config.layers_per_block, groups, downsample=i < last)
+            Stage(widths[max(i - 1, 0)], widths[i], config.layers_per_block, groups, "down" if i < last else None)
             for i in range(len(widths))
         ]
         self.mid_block = MidBlock(widths[-1], groups, config.mid_block_add_attention)
@@ -175,7 +175,7 @@ class Decoder(nn.Module):
         self.conv_in = Conv3x3(config.latent_channels, widths[0])
         self.mid_block = MidBlock(widths[0], groups, config.mid_block_add_attention)
         self.up_blocks = [
-            UpBlock(widths[max(i - 1, 0)], widths[i], config.layers_per_block + 1, groups, upsample=i < last)
+            Stage(widths[max(i - 1, 0)], widths[i], config.layers_per_block + 1, groups, "up" if i < last else None)
             for i in range(len(widths))
         ]
         self.conv_norm_out = GroupNorm(groups, widths[-1])
@@ -309,29 +309,12 @@ class AutoencoderKL(nn.Module):
         Raises:
             StarflowError: a tensor is missing, unexpected, there twice, or of another shape than the config says.
         """
-        expected = dict(tree_flatten(self.parameters()))
-        out: dict[str, mx.array] = {}
-        for source_name, weight in weights.items():
-            name = _present_name(source_name)
-            if name not in expected:
-                raise StarflowError(f"the autoencoder's config has no place for the tensor {source_name}")
-            if name in out:
-                raise StarflowError(f"the autoencoder's tensor {name} is there twice, under its old and its new name")
-            shape = expected[name].shape
-            if len(shape) == 4:
-                O, H, W, I = shape  # noqa: E741
-                shape = (O, I, H, W)
-            elif len(shape) == 2 and tuple(weight.shape) == (*shape, 1, 1):
-                weight = weight.reshape(shape)
-            if tuple(weight.shape) != tuple(shape):
-                raise StarflowError(
-                    f"the autoencoder's tensor {source_name} is {list(weight.shape)}, its config says {list(shape)}"
-                )
-            out[name] = weight.transpose(0, 2, 3, 1) if len(shape) == 4 else weight
-        for name in expected:
-            if name not in out:
-                raise StarflowError(f"the autoencoder's tensor {name} is missing")
-        return out
+        sources = self.sources({name: weight.shape for name, weight in weights.items()})
+        return {name: rearranged(weights[source], shape) for name, (source, shape) in sources.items()}
+
+    def sources(self, shapes: Mapping[str, tuple[int, ...]]) -> Sources:
+        """Where a diffusers checkpoint with these shapes has each tensor. Raises StarflowError as `sanitize`."""
+        return tensor_sources(self, shapes, _present_name)
 
 
 def _present_name(name: str) -> str:

@@ -173,30 +173,17 @@ class Upsample(nn.Module):
         return self.conv(x.reshape(B, 2 * H, 2 * W, C))
 
 
-class DownBlock(nn.Module):
-    """The encoder's layers at one resolution, and the step to the next one unless it is the last."""
+class Stage(nn.Module):
+    """The layers at one resolution, and the step to the next one, if there is one: `change` is "down" or "up"."""
 
-    def __init__(self, inputs: int, outputs: int, layers: int, groups: int, downsample: bool):
+    def __init__(self, inputs: int, outputs: int, layers: int, groups: int, change: str | None):
         super().__init__()
         self.resnets = [ResnetBlock(inputs if i == 0 else outputs, outputs, groups) for i in range(layers)]
-        self.downsamplers = [Downsample(outputs)] if downsample else []
+        self.downsamplers = [Downsample(outputs)] if change == "down" else []
+        self.upsamplers = [Upsample(outputs)] if change == "up" else []
 
     def __call__(self, x: mx.array) -> mx.array:
-        for layer in self.resnets + self.downsamplers:
-            x = layer(x)
-        return x
-
-
-class UpBlock(nn.Module):
-    """The decoder's layers at one resolution, and the step to the next one unless it is the last."""
-
-    def __init__(self, inputs: int, outputs: int, layers: int, groups: int, upsample: bool):
-        super().__init__()
-        self.resnets = [ResnetBlock(inputs if i == 0 else outputs, outputs, groups) for i in range(layers)]
-        self.upsamplers = [Upsample(outputs)] if upsample else []
-
-    def __call__(self, x: mx.array) -> mx.array:
-        for layer in self.resnets + self.upsamplers:
+        for layer in [*self.resnets, *self.downsamplers, *self.upsamplers]:
             x = layer(x)
         return x
 

@@ -7,8 +7,8 @@ and computing at the GPU's peak rate. No program reaches either, so real runs ta
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
 
@@ -19,7 +19,7 @@ from mlx_starflow.models.autoencoder_kl import AutoencoderKLConfig
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
 from mlx_starflow.models.t5 import T5Config, T5Encoder
 from mlx_starflow.planning.footprint import convolutions
-from mlx_starflow.planning.memory import PRECISIONS, MemoryPlan, ModelConfigs, parameter_count, plan
+from mlx_starflow.planning.memory import AS_STORED, ModelConfigs, parameter_count, plans
 from mlx_starflow.planning.traffic import cache_bytes, evaluation_bytes, evaluation_weights, tokens_at_once
 from mlx_starflow.sampling.methods import SamplingPlan
 
@@ -217,9 +217,10 @@ def estimate(configs: ModelConfigs, chip: Chip, size: tuple[int, int] | None = N
         return sum(chip.seconds(*cost) for cost in costs)
 
     figures = {}
-    for name, expected, flow, dtype in _precisions(configs, size):
+    for name, expected in plans(configs, size=size).items():
         if not expected.fits(chip.memory, low_memory=True):
             continue
+        flow, dtype = _stored_in(configs, name)
         encoder, decoder = expected.weights["text encoder"], expected.weights["autoencoder"]
 
         def sampled(sampling: Sampling, flow: STARFlow = flow, dtype: mx.Dtype = dtype) -> tuple[float, float]:
@@ -254,25 +255,17 @@ PHASES = {
 """Phases of `estimate`, and what a report calls them. Sampling is sequential but for the last two."""
 
 
-def _precisions(
-    configs: ModelConfigs, size: tuple[int, int] | None
-) -> Iterator[tuple[str, MemoryPlan, STARFlow, mx.Dtype]]:
-    """Name, memory, flow and dtype of what is not quantized, of each precision that the model can have."""
-    if configs.directory and configs.directory.flow.quantization:
+def _stored_in(configs: ModelConfigs, precision: str) -> tuple[STARFlow, mx.Dtype]:
+    """The flow in one of the precisions of `plans`, none of it computed, and the dtype of what is not quantized."""
+    if precision == AS_STORED and configs.directory:
         stored = configs.directory.flow.lazy()
         assert isinstance(stored, STARFlow)
-        yield "as stored", plan(configs, size=size, dtype="bfloat16"), stored, mx.bfloat16
-    dense = replace(configs, directory=None)
-    for precision in PRECISIONS:
-        flow = STARFlow(configs.flow)
-        if not precision.isdigit():
-            yield precision, plan(dense, size=size, dtype=precision), flow, parse_dtype(precision)
-            continue
-        try:
-            quantize_module(flow, precision)
-        except StarflowError:
-            continue
-        yield f"{precision} bit", plan(dense, size=size, dtype="bfloat16", quantization=precision), flow, mx.bfloat16
+        return stored, mx.bfloat16
+    flow = STARFlow(configs.flow)
+    if not precision.endswith(" bit"):
+        return flow, parse_dtype(precision)
+    quantize_module(flow, precision.removesuffix(" bit"))
+    return flow, mx.bfloat16
 
 
 def time_report(configs: ModelConfigs, chip: Chip, size: tuple[int, int] | None = None) -> list[str]:

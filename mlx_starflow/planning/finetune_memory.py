@@ -16,11 +16,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_starflow.model_dir.quantization import quantized_layers
-from mlx_starflow.models.flow import BlockConfig
 from mlx_starflow.models.starflow import FlowConfig
 from mlx_starflow.models.tarflow import TarFlowConfig
 from mlx_starflow.models.trees import flattened
-from mlx_starflow.planning.footprint import MARGIN, layer
+from mlx_starflow.planning.footprint import MARGIN, there_and_back
 from mlx_starflow.planning.memory import usable
 
 MACS = (16, 32, 64)
@@ -88,7 +87,11 @@ def training_plan(
     tokens = (config.img_size // config.patch_size) ** 2
     # In half precision, sums and softmax are float32 still.
     item = 3 if half else (min(array.itemsize for array in _floating(flow)) + 4) / 2
-    kept, made = _activations(config, tokens, checkpoint)
+    if isinstance(config, FlowConfig):
+        kept, made = there_and_back(config.blocks, tokens, config.txt_size, checkpoint)
+    else:
+        blocks = [config.block(index) for index in range(config.blocks)]
+        kept, made = there_and_back(blocks, tokens, 0, checkpoint)
     work = item * (batch_size * kept + MARGIN * (batch_size * made + _whole_weights(flow)))
     return TrainingPlan(
         weights=stored * (2 if copy else 1) + (trained // 2 if half else 0),
@@ -113,25 +116,6 @@ def _whole_weights(flow: nn.Module) -> int:
 def _floating(flow: nn.Module) -> list[mx.array]:
     arrays = [array for _, array in flattened(flow.parameters())]
     return [array for array in arrays if mx.issubdtype(array.dtype, mx.floating)]
-
-
-def _activations(config: FlowConfig | TarFlowConfig, tokens: int, checkpoint: bool) -> tuple[int, int]:
-    """Numbers that a sample takes: what is kept for the way back, which is what each layer reads if layers are computed
-    again, and else all that it makes; and what one layer makes there and back."""
-    kept = work = 0
-    if isinstance(config, FlowConfig):
-        blocks: Sequence[BlockConfig] = config.blocks
-        text = config.txt_size
-    else:
-        blocks, text = [config.block(index) for index in range(config.blocks)], 0
-    for block in blocks:
-        if not block.num_layers:
-            continue
-        positions = tokens + (text if block.txt_dim else 0)
-        sizes = positions, block.channels, block.channels * block.expansion, block.num_heads * positions**2
-        kept += block.num_layers * (positions * block.channels if checkpoint else layer(*sizes))
-        work = max(work, layer(*sizes, gradient=True))
-    return kept, work
 
 
 @dataclass(frozen=True)

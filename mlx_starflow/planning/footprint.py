@@ -6,7 +6,7 @@ were let go of before the layer ends, times `MARGIN`: an upper estimate. `item` 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -93,13 +93,27 @@ def forward(config: FlowConfig, tokens: int, guided: bool, item: int) -> int:
 
 
 def score(config: FlowConfig, tokens: int, item: int) -> int:
-    """The score step, one image at a time, layers computed again on the way back: what each layer reads is kept."""
-    kept = work = 0
-    for block in config.blocks:
-        positions = _positions(config, block, tokens)
-        kept += block.num_layers * positions * block.channels
-        work = max(work, _block_layer(block, 1, positions, gradient=True))
+    """The score step, one image at a time, layers computed again on the way back."""
+    kept, work = there_and_back(config.blocks, tokens, config.txt_size)
     return int(item * (kept + MARGIN * work))
+
+
+def there_and_back(blocks: Sequence[BlockConfig], tokens: int, text: int, checkpoint: bool = True) -> tuple[int, int]:
+    """Numbers that the gradient of one sample takes: what is kept for the way back, and what one layer makes.
+
+    Args:
+        blocks: of the flow.
+        tokens: of the sample.
+        text: tokens of the text, before them in blocks that read it.
+        checkpoint: layers are computed again, and what each one reads is kept; else all that it makes.
+    """
+    kept = work = 0
+    for block in blocks:
+        positions = tokens + (text if block.txt_dim else 0)
+        read = positions * block.channels
+        kept += block.num_layers * read if checkpoint else block.num_layers * _block_layer(block, 1, positions)
+        work = max(work, _block_layer(block, 1, positions, gradient=True))
+    return kept, work
 
 
 def frame_sampling(

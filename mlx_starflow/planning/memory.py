@@ -18,6 +18,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_starflow.convert.official import RELEASES, released_arguments
+from mlx_starflow.convert.vae import SD_VAE
+from mlx_starflow.convert.wan import WAN_VAE
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.media.buckets import VIDEO_RATIO, bucket_size
 from mlx_starflow.model_dir.directory import ModelDirectory
@@ -44,6 +46,8 @@ PHASES = {
 PRECISIONS = ("float32", "bfloat16", "8", "6", "4")
 """What networks are stored in: dtypes, and bits of quantized weights."""
 
+AS_STORED = "as stored"
+
 NETWORKS: dict[str, dict[str, Any]] = {
     "google/flan-t5-xl": {
         "vocab_size": 32128,
@@ -54,17 +58,8 @@ NETWORKS: dict[str, dict[str, Any]] = {
         "num_heads": 32,
         "feed_forward_proj": "gated-gelu",
     },
-    "stabilityai/sd-vae-ft-ema": {
-        "block_out_channels": [128, 256, 512, 512],
-        "layers_per_block": 2,
-        "sample_size": 256,
-    },
-    # The latents' statistics do not matter to memory.
-    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": {
-        "model_type": "autoencoder_wan",
-        "latents_mean": [0.0] * 48,
-        "latents_std": [1.0] * 48,
-    },
+    "stabilityai/sd-vae-ft-ema": SD_VAE,
+    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": WAN_VAE,
 }
 """Configs of the networks that official flows go with."""
 
@@ -98,8 +93,7 @@ class ModelConfigs:
         text_encoder = T5Config.from_dict(NETWORKS[release.text_encoder])
         arguments = dict(released_arguments(Path(release.checkpoint)) or {}) | {"txt_dim": text_encoder.d_model}
         network = NETWORKS[release.vae_repository]
-        is_video = network.get("model_type") == "autoencoder_wan"
-        vae = (AutoencoderWanConfig if is_video else AutoencoderKLConfig).from_dict(network)
+        vae = (AutoencoderWanConfig if network is WAN_VAE else AutoencoderKLConfig).from_dict(network)
         flow = FlowConfig.from_official(arguments)
         return cls(flow, text_encoder, vae, None, release.pipeline.get("guidance", flow.cfg))
 
@@ -254,6 +248,30 @@ def plan(
             there_and_back = phase == "denoise" and not flow.video  # the score step
             activations[phase] += (2 if there_and_back else 1) * _unpacked(configs, part)
     return MemoryPlan(weights, kv_cache, activations, others)
+
+
+def plans(
+    configs: ModelConfigs, *, size: tuple[int, int] | None = None, batch: int = 1, frames: int | None = None
+) -> dict[str, MemoryPlan]:
+    """The plan of each precision that the model's layers can be stored in; arguments and errors as `plan`'s.
+
+    Names are dtypes, "8 bit" and the like, and "as stored" of a quantized model.
+    """
+    found = {}
+    if configs.directory is not None and configs.directory.flow.quantization:
+        found[AS_STORED] = plan(configs, size=size, batch=batch, frames=frames, dtype="bfloat16")
+    dense = replace(configs, directory=None)
+    for precision in PRECISIONS:
+        bits = precision if precision.isdigit() else None
+        try:
+            dtype = "bfloat16" if bits else precision
+            expected = plan(dense, size=size, batch=batch, frames=frames, dtype=dtype, quantization=bits)
+        except StarflowError:
+            if not bits:
+                raise
+            continue
+        found[f"{bits} bit" if bits else precision] = expected
+    return found
 
 
 def trained_size(flow: FlowConfig, vae: AutoencoderKLConfig | AutoencoderWanConfig) -> tuple[int, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,17 @@ from mlx_starflow import __version__, cpu
 from mlx_starflow.convert.official import RELEASES
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.kernels import MLX_VERSION
+from mlx_starflow.media.files import is_folder, is_regular
 from mlx_starflow.model_dir.directory import ModelDirectory, NetworkDirectory
 from mlx_starflow.model_dir.hub import converted_directory
+from mlx_starflow.model_dir.quantization import dequantize_module
+from mlx_starflow.model_dir.weights import parameters
 from mlx_starflow.planning.chips import find_chips, time_report
 from mlx_starflow.planning.memory import (
-    PRECISIONS,
     MemoryPlan,
     ModelConfigs,
     parameter_count,
-    plan,
+    plans,
     trained_size,
     usable,
 )
@@ -88,8 +89,8 @@ def memory_report(
     configs = model_configs(model)
     if configs is None:
         return []
-    plans = _plans(configs, size, batch, frames)
-    largest = max(each.peak() for each in plans.values())
+    found = plans(configs, size=size, batch=batch, frames=frames)
+    largest = max(each.peak() for each in found.values())
     unit, name = (2**30, "GiB") if largest >= 2**30 else (2**20, "MiB")
 
     def row(label: str, values: list[str]) -> str:
@@ -107,18 +108,18 @@ def memory_report(
         f"Memory in {name} for {images} of {width}x{height}: computed from the configs, not measured.",
         "8, 6 and 4 bit: of the flow; text encoder and autoencoder are bfloat16 then.",
         "",
-        row("weights", list(plans)),
+        row("weights", list(found)),
     ]
     for part in ("flow", *PARTS):
-        lines.append(row(f"  {part}", sizes([each.weights[part] for each in plans.values()])))
+        lines.append(row(f"  {part}", sizes([each.weights[part] for each in found.values()])))
     for title, low_memory in (("peak, all in memory", False), ("peak with --low-memory", True)):
-        lines += ["", row(title, list(plans))]
-        phases = [each.phases(low_memory) for each in plans.values()]
+        lines += ["", row(title, list(found))]
+        phases = [each.phases(low_memory) for each in found.values()]
         lines += [row(f"  {phase}", sizes([each[phase] for each in phases])) for phase in phases[0]]
-    lines += ["", row("Macs", list(plans))]
-    smallest = min(each.peak(low_memory=True) for each in plans.values())
+    lines += ["", row("Macs", list(found))]
+    smallest = min(each.peak(low_memory=True) for each in found.values())
     macs = MACS if smallest <= usable(16 * 2**30) else LARGE_MACS
-    lines += [row(f"  {memory} GB", [_verdict(each, memory) for each in plans.values()]) for memory in macs]
+    lines += [row(f"  {memory} GB", [_verdict(each, memory) for each in found.values()]) for memory in macs]
     shares = ", ".join(f"{usable(memory * 2**30) / 2**30:.1f} of {memory}" for memory in macs)
     return [
         *lines,
@@ -166,32 +167,11 @@ def _verdict(expected: MemoryPlan, gigabytes: int) -> str:
     return "--low-memory" if expected.fits(gigabytes, low_memory=True) else "no"
 
 
-def _plans(
-    configs: ModelConfigs, size: tuple[int, int] | None, batch: int, frames: int | None
-) -> dict[str, MemoryPlan]:
-    """The plan of each precision that the model's layers can be stored in."""
-    plans = {}
-    if configs.directory is not None and configs.directory.flow.quantization:
-        plans["as stored"] = plan(configs, size=size, batch=batch, frames=frames, dtype="bfloat16")
-    dense = replace(configs, directory=None)
-    for precision in PRECISIONS:
-        bits = precision if precision.isdigit() else None
-        try:
-            dtype = "bfloat16" if bits else precision
-            expected = plan(dense, size=size, batch=batch, frames=frames, dtype=dtype, quantization=bits)
-        except StarflowError:
-            if not bits:
-                raise
-            continue
-        plans[f"{bits} bit" if bits else precision] = expected
-    return plans
-
-
 def _release(model: str) -> ModelConfigs | None:
     """Configs of an official release that has not been converted; None of any other model."""
-    if model.lower() not in RELEASES or Path(model).is_dir():
+    if model.lower() not in RELEASES or is_folder(Path(model)):
         return None
-    return None if (converted_directory(model) / "config.json").is_file() else ModelConfigs.of_release(model)
+    return None if is_regular(converted_directory(model) / "config.json") else ModelConfigs.of_release(model)
 
 
 def _architecture(flow: Any) -> dict[str, str]:
@@ -217,19 +197,8 @@ def _architecture(flow: Any) -> dict[str, str]:
 
 
 def _size(network: NetworkDirectory[nn.Module, Any]) -> str:
-    """Parameters as the file counts them (packed weights unpacked) and bytes on disk."""
-    weights = network.weights()
-    quantization = network.quantization or {}
-    count = 0
-    for name, value in weights.items():
-        if name.removesuffix(".scales") + ".weight" in weights and name.endswith(".scales"):
-            continue
-        if name.endswith(".biases") and name.removesuffix(".biases") + ".scales" in weights:
-            continue
-        packed = value.dtype == mx.uint32 and name.removesuffix(".weight") + ".scales" in weights
-        bits: int = quantization.get("bits", 0)
-        if packed and bits not in (2, 3, 4, 5, 6, 8):
-            raise StarflowError(f"{network.folder / 'config.json'}: quantization says nothing usable of bits")
-        count += value.size * 32 // bits if packed else value.size
-    size = sum(value.nbytes for value in weights.values())
-    return f"{count / 1e6:.2f} M parameters, {size / 2**20:.1f} MiB"
+    """Parameters (packed weights unpacked) and bytes on disk."""
+    stored = network.lazy()
+    size = sum(value.nbytes for value in parameters(stored).values())
+    dequantize_module(stored)
+    return f"{parameter_count(stored) / 1e6:.2f} M parameters, {size / 2**20:.1f} MiB"

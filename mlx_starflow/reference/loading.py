@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from mlx_starflow.convert.common import Tensor as Stored
 from mlx_starflow.convert.common import as_tensor
 from mlx_starflow.convert.flow import open_flow, read_arguments
+from mlx_starflow.convert.tensor import Tensor as Stored
 from mlx_starflow.errors import StarflowError, one_line
+from mlx_starflow.media.files import is_regular
 from mlx_starflow.model_dir.directory import ModelDirectory, NetworkDirectory, read_tokenizer
 from mlx_starflow.model_dir.quantization import dequantize_module
 from mlx_starflow.model_dir.weights import check_shapes, parameters
@@ -80,7 +81,7 @@ def load_flow(
     """
     device = parse_device(device)
     dtype = parse_dtype(dtype, device)
-    if Path(path).is_file():
+    if is_regular(Path(path)):
         path = Path(path)
         network, _, tensors = open_flow(path, read_arguments(path, config), config or path)
         expected = {name: value.shape for name, value in parameters(network).items()}

@@ -17,54 +17,35 @@ BOUND = 1e4
 """Guesses are kept within this: an infinite one would reach, as NaN, tokens that attention masks it from."""
 
 
-def invert(
-    decoder: BlockDecoder,
-    z: mx.array,
-    x: mx.array,
-    start: int,
-    settings: JacobiSettings,
-) -> Iterator[int]:
+def invert(decoder: BlockDecoder, start: int, settings: JacobiSettings) -> Iterator[int]:
     """Block after block, each iterated until it stands still, starting from its noise or from the frame before it.
 
     In a video, blocks after the first frame are four times as long, as in the release.
 
     Args:
-        z: noise `[B, N, C]` in the block's order.
-        x: the same shape; its first `start` tokens are known. Is made data in the block's order.
+        decoder: has the noise, and data whose first `start` tokens are known; the others are still the noise.
+        start: how many are known.
+        settings: of the iteration.
 
     Yields:
         How many tokens are done.
     """
-    length = z.shape[1]
+    length = decoder.z.shape[1]
     frame = length if decoder.block.config.local else decoder.length // decoder.frames
-    x[:, start:] = z[:, start:]
     while start < length:
         stop = min(start + settings.block_size * (1 if start <= frame else 4), length)
-        guess = x
-        if start > frame:
-            # The first sweep reads the frame before, the known token at the front included, as in the release.
-            guess = mx.array(x)
-            guess[:, start - 1 : stop] = x[:, start - 1 - frame : stop - frame]
         for sweep in range(settings.max_iterations):
             if sweep:
                 decoder.trim(stop - start)
-            new = decoder.invert(x if sweep else guess, z, start, stop)
-            change = _relative_change(x[:, start:stop], new)
-            x[:, start:stop] = new
-            mx.eval(x, change)
-            if not float(change) >= settings.threshold:
+            # The first sweep reads the frame before, the known token at the front included, as in the release.
+            change = decoder.sweep(start, stop, lag=frame if start > frame and not sweep else 0)
+            if not change >= settings.threshold:
                 break
         start = stop
         yield start
 
 
-def roll(
-    decoder: BlockDecoder,
-    z: mx.array,
-    x: mx.array,
-    start: int,
-    settings: RollingSettings,
-) -> Iterator[int]:
+def roll(decoder: BlockDecoder, start: int, settings: RollingSettings) -> Iterator[int]:
     """A window that slides past every token whose residual has been measured; arguments as for `invert`.
 
     An evaluation measures the residual |(x_n - mu_n) / sigma_n - z_n| of every token in the window with the values its
@@ -72,30 +53,25 @@ def roll(
     on changes any more. The first one that is not gets its new value, which is exact. So at least one token is done
     each time, and the block's residual is within the tolerance everywhere; a batch advances as its slowest sample does.
     """
-    length = z.shape[1]
-    x[:, start:] = z[:, start:]
+    length = decoder.z.shape[1]
     entered = start  # tokens before this one have been given their first guess
     affine = None
     while start < length:
         stop = min(start + settings.window, length)
         if entered < stop:
-            x[:, entered:stop] = _first_guess(x, z, entered, stop, affine, settings)
+            decoder.write(entered, _first_guess(decoder, entered, stop, affine, settings))
             entered = stop
-        mu, log_sigma = decoder.predict(x, start, stop)
-        old, noise = x[:, start:stop], z[:, start:stop]
-        x[:, start:stop], done = _advance(old, noise, mu, log_sigma, settings.tolerance)
+        mu, log_sigma = decoder.predict(start, stop)
+        old, noise = decoder.data(start, stop), decoder.z[:, start:stop]
+        new, done = _advance(old, noise, mu, log_sigma, settings.tolerance)
         affine = (mu[:, -1:], log_sigma[:, -1:])
-        mx.eval(x, done, *affine)
+        mx.eval(new, done, *affine)
+        decoder.write(start, new)
         count = min(int(done) + 1, stop - start)
         # The cache keeps the inputs that predicted these tokens; those behind were guesses.
         decoder.trim(stop - start - count)
         start += count
         yield start
-
-
-def _relative_change(old: mx.array, new: mx.array) -> mx.array:
-    """Mean square of the change over that of the values."""
-    return mx.square(new - old).mean() / mx.square(new).mean()
 
 
 @mx.compile
@@ -116,19 +92,17 @@ def _bounded(guess: mx.array, noise: mx.array) -> mx.array:
 
 
 def _first_guess(
-    x: mx.array,
-    z: mx.array,
+    decoder: BlockDecoder,
     start: int,
     stop: int,
     affine: tuple[mx.array, mx.array] | None,
     settings: RollingSettings,
 ) -> mx.array:
-    noise = z[:, start:stop]
+    noise = decoder.z[:, start:stop]
     if settings.guess == "affine" and affine is not None:
         mu, log_sigma = affine
         return _bounded(noise * mx.exp(log_sigma) + mu, noise)
     if settings.guess == "previous" and start >= settings.lag:
         # Guesses that are themselves copies of tokens this far back: a window may be longer than the lag.
-        source = [start - settings.lag + n % settings.lag for n in range(stop - start)]
-        return x[:, mx.array(source)]
+        return decoder.data(start - settings.lag, start)[:, mx.arange(stop - start) % settings.lag]
     return noise

@@ -120,39 +120,38 @@ def invert_block(
         advance: is called with numbers of tokens as they are done; those of a local block's frames count together.
     """
     block, frames = decoder.block, decoder.frames
-    z = block.permute(z, frames)
-    x = mx.array(z)
     parallel = frames if block.config.local else 1
     before = 0
-    for done in invert_steps(decoder, z, x, settings, given):
+    for done in invert_steps(decoder, block.permute(z, frames), settings, given):
         advance(parallel * (done - before))
         before = done
-    return block.unpermute(x, frames)
+    return block.unpermute(decoder.data(0, decoder.z.shape[1]), frames)
 
 
 def invert_steps(
-    decoder: BlockDecoder, z: mx.array, x: mx.array, settings: Settings, given: mx.array | None = None
+    decoder: BlockDecoder, z: mx.array, settings: Settings, given: mx.array | None = None
 ) -> Iterator[int]:
-    """Invert one block in x, step by step, and yield how many of its tokens are done.
+    """Invert one block step by step, and yield how many tokens of `decoder.data` are done.
 
-    `z` and x are `[B, N, C]` in the block's order (see `FlowBlock.permute`); `given` as for `invert_block`.
+    `z` is `[B, N, C]` in the block's order (see `FlowBlock.permute`); `given` as for `invert_block`.
     """
+    decoder.begin(z)
     start = decoder.first
     if given is not None:
         start = given.shape[1]
-        x[:, :start] = given
-        decoder.feed(x, start)
+        decoder.write(0, given)
+        decoder.feed(start)
     elif start:
         mu, log_sigma = decoder.block.unpredicted(z[:, :1])
-        x[:, :1] = z[:, :1] * mx.exp(log_sigma) + mu
+        decoder.write(0, z[:, :1] * mx.exp(log_sigma) + mu)
     yield start
     if isinstance(settings, RollingSettings):
-        yield from jacobi.roll(decoder, z, x, start, settings)
+        yield from jacobi.roll(decoder, start, settings)
     elif isinstance(settings, JacobiSettings):
-        yield from jacobi.invert(decoder, z, x, start, settings)
+        yield from jacobi.invert(decoder, start, settings)
     else:
         assert isinstance(settings, SequentialSettings)
-        yield from sequential.invert(decoder, z, x, start)
+        yield from sequential.invert(decoder, start)
 
 
 def progress_off(progress: bool | None) -> bool | None:

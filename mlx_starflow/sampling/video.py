@@ -183,14 +183,12 @@ def _deep_frames(
     frames = z.shape[1] // size
     out = 0 if read is None else read.shape[1] // size
     given = None if read is None else block.permute(read, out)
-    z = block.permute(z, frames)
-    x = mx.array(z)
     before = out * size
-    for done in invert_steps(decoder, z, x, settings, given):
+    for done in invert_steps(decoder, block.permute(z, frames), settings, given):
         advance(done - before)
         before = done
         while out < frames and done >= (stop := min(out + frames_at_once, frames)) * size:
-            yield block.unpermute(x[:, out * size : stop * size], stop - out)
+            yield block.unpermute(decoder.data(out * size, stop * size), stop - out)
             out = stop
 
 

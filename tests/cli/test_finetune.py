@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import yaml
 from helpers.commands import Command, message
-from helpers.examples import run_example
+from helpers.examples import run_example_here
 from helpers.images import colours, write_images
 from helpers.model_directories import write_image_model
 from helpers.peaks import one_at_a_time
@@ -156,11 +156,11 @@ def test_mistakes_come_before_any_work(model, cache, tmp_path):
 def test_examples(model, cache, pictures, tmp_path, monkeypatch):
     monkeypatch.setenv("MLX_DISABLE_COMPILE", "1")
     small = ["--model", model, "--steps", 2, "--batch-size", 2, "--rank", 2]
-    shown = run_example("lora_style.py", cache, *small, "--out", tmp_path / "style")
+    shown = run_example_here("lora_style.py", cache, *small, "--out", tmp_path / "style")
     assert "held-out NLL" in shown and Image.open(tmp_path / "style/strengths.png").width > 80
-    run_example("lora_trainer.py", cache, tmp_path / "trainer", *small)
+    run_example_here("lora_trainer.py", cache, tmp_path / "trainer", *small)
     assert Adapter.read(tmp_path / "trainer/adapter").config["rank"] == 2
-    shown = run_example(
+    shown = run_example_here(
         "reports/forgetting.py", cache, pictures, *small, "--measured", 2, "--out", tmp_path / "forgetting"
     )
     assert len(re.findall(r"new [+-]\d", shown)) == 3

@@ -226,7 +226,7 @@ def test_mistakes(tmp_path):
     (tmp_path / "file").write_text("")
     assert "cannot write" in mistake(model, tmp_path / "file/out.pth")
     change_config(model, lambda c: c["quantization"].update(bits=3))
-    assert "is not quantized as its config says" in mistake(model, tmp_path / "out.pth")
+    assert "qkv.weight has shape (384, 32), but its config says (384, 12)" in mistake(model, tmp_path / "out.pth")
     change_config(model, lambda c: c.pop("quantization"))
     assert "config.json has no quantization" in mistake(model, tmp_path / "out.pth")
     change_config(model, lambda c: c.update(model_type="bert"))

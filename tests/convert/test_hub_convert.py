@@ -34,6 +34,13 @@ from mlx_starflow.models.starflow import FlowConfig
 CHECKPOINT, VIDEO_CHECKPOINT = "starflow_3B_t2i_256x256.pth", "starflow-v_7B_t2v_caus_480p_v3.pth"
 FLOW, TEXT, VAE = "apple/starflow", "google/flan-t5-xl", "stabilityai/sd-vae-ft-ema"
 VIDEO, VIDEO_VAE = "apple/starflow-v", "Wan-AI/Wan2.2-TI2V-5B-Diffusers"
+COMMAND = """
+import time
+sleep = time.sleep
+time.sleep = lambda seconds: sleep(min(seconds, 0.02))  # between tries to reach the Hub
+from mlx_starflow.cli import main
+main()
+"""
 PARTS = ("text_encoder", "vae", "flow")
 
 
@@ -252,7 +259,7 @@ def start(hub, tmp_path, released):
             "MLX_STARFLOW_CACHE": str(tmp_path / "models"),
             **environment,
         }
-        command = [sys.executable, "-m", "mlx_starflow", "convert", *map(str, arguments)]
+        command = [sys.executable, "-c", COMMAND, "convert", *map(str, arguments)]
         if "--config" not in arguments:
             command += ["--config", str(released / "tiny.yaml")]
         return subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

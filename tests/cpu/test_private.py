@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from cpu.conftest import WHERE
 from cpu.test_blas import output, packaged
 
 from mlx_starflow.cpu.private import is_private
@@ -18,10 +19,6 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux" or not shutil.which("g++
 root = pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="gives files to another user")
 
 AVAILABLE = "from mlx_starflow import cpu\nprint(cpu.has_fast_networks())"
-WHERE = """
-from mlx_starflow.cpu import library
-print(library._built())
-"""
 FUSED = """
 import tempfile
 import mlx_starflow, mlx.core as mx
@@ -61,8 +58,8 @@ def spoil(library: Path) -> bytes:
 
 
 @pytest.mark.parametrize("how", ["group", "others", "link", pytest.param("owner", marks=root)])
-def test_a_library_that_others_could_write_is_built_again(how, tmp_path):
-    environment = {"XDG_CACHE_HOME": str(tmp_path)}
+def test_a_library_that_others_could_write_is_built_again(how, compiled, tmp_path):
+    environment = {"XDG_CACHE_HOME": str(tmp_path), **compiled}
     library = Path(output(WHERE, packaged(), **environment).strip())
     assert stat.S_IMODE(library.stat().st_mode) == 0o700 and stat.S_IMODE(library.parent.stat().st_mode) == 0o700
     spoiled = spoil(library)
@@ -78,11 +75,11 @@ def test_a_library_that_others_could_write_is_built_again(how, tmp_path):
 
 
 @root
-def test_a_folder_of_another_user_is_not_used(tmp_path):
+def test_a_folder_of_another_user_is_not_used(compiled, tmp_path):
     folder = tmp_path / "mlx-starflow"
     folder.mkdir()
     os.chown(folder, 12345, 12345)
-    library = Path(output(WHERE, packaged(), XDG_CACHE_HOME=str(tmp_path)).strip())
+    library = Path(output(WHERE, packaged(), XDG_CACHE_HOME=str(tmp_path), **compiled).strip())
     assert not library.is_relative_to(folder) and list(folder.iterdir()) == []
     assert not library.exists()  # it went with its process
 

@@ -6,7 +6,7 @@ import json
 from collections import Counter
 
 import pytest
-from helpers.examples import run_example
+from helpers.examples import run_example, run_example_here
 from helpers.model_directories import edit_config, write_image_model
 from PIL import Image
 
@@ -27,7 +27,7 @@ def test_data(emoji):
 
 
 def test_other_styles(npm, tmp_path):
-    run_example("style_data.py", tmp_path, "--style", "twemoji")
+    run_example_here("style_data.py", tmp_path, "--style", "twemoji")
     found = rows(tmp_path)
     assert len(found) == 40 and {"text", "file_name"} == found[0].keys()
     assert Image.open(tmp_path / found[0]["file_name"]).size == (64, 64)
@@ -36,7 +36,7 @@ def test_other_styles(npm, tmp_path):
 def test_report(emoji, tmp_path):
     model = write_image_model(tmp_path / "model")
     edit_config(model / "vae", sample_size=8)
-    printed = run_example("reports/demo.py", emoji, tmp_path / "grid.png", "--model", model)
+    printed = run_example_here("reports/demo.py", emoji, tmp_path / "grid.png", "--model", model)
     assert printed.count("nats per dimension") == 3 and "one picture, start of Python included" in printed
     assert Image.open(tmp_path / "grid.png").size == (8 * 8 + 7 * 2, 3 * 8 + 2 * 2)
 

@@ -93,9 +93,9 @@ def test_batches_follow_from_their_number(folders):
 def test_worker_processes_make_the_same_data(folders):
     from scene_autoencoder import Pictures
     from scene_flow import Latents
-    from scene_loop import Device, read_ahead
     from scene_pictures import Renderer
     from scene_recipe import TINY
+    from torch_loop import Device, read_ahead
 
     data, out = folders
     renderer = Renderer(data)
@@ -123,7 +123,7 @@ def test_captions_fit_the_text_encoder(folders):
 
 
 def test_learning_rate():
-    from scene_loop import learning_rate
+    from torch_loop import learning_rate
 
     rates = [learning_rate(step, step / 1000, 100) for step in range(1000)]
     assert rates[0] == pytest.approx(0.01) and rates[-1] == pytest.approx(0.01, abs=1e-3)
@@ -132,9 +132,9 @@ def test_learning_rate():
 
 def test_the_evaluator_learns_and_judges(folders, tmp_path):
     from scene_evaluator import Judge, train_evaluator
-    from scene_loop import Device
     from scene_pictures import Renderer
     from scene_words import Scene
+    from torch_loop import Device
 
     data, _ = folders
     renderer, device = Renderer(data), Device("cpu")

@@ -13,6 +13,27 @@ from helpers.golden_files import golden_case
 from helpers.paths import DATA
 from mlx_starflow.convert.pth import read_checkpoint
 from mlx_starflow.models import starflow, tarflow
+from mlx_starflow.sampling import JacobiSettings
+
+EXACT = JacobiSettings(threshold=1e-9)
+STARFLOW: dict[str, dict[str, object]] = {
+    "reverse": {},
+    "reverse_of_z": {},
+    "reverse_cfg": {"guidance": 2.5},
+    "reverse_attn_temp_0.8": {"attn_temp": 0.8},
+    "jacobi": {"method": EXACT},
+    "jacobi_cfg": {"method": EXACT, "guidance": 2.5},
+    "jacobi_cfg_th1e-3": {"method": JacobiSettings(threshold=1e-3), "guidance": 2.5},
+}
+"""What each kind of array was made with; the pretrained language model's case names no guidance, and was given 2."""
+
+TARFLOW: dict[str, dict[str, object]] = {
+    "reverse": {},
+    "reverse_cfg": {"guidance": 1.5},
+    "reverse_cfg_annealed": {"guidance": 1.5, "annealed_guidance": True},
+    "reverse_cfg_b": {"guidance": 1.5, "guidance_target": "b"},
+    "reverse_cfg_attn_temp_0.7": {"guidance": 0.8, "attn_temp": 0.7},
+}
 
 
 @dataclass

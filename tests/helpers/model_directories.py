@@ -105,6 +105,11 @@ def save_flow(
     return save_model(directory, parameters(flow), config_of(flow, **more), max_shard_gb=max_shard_gb, files=files)
 
 
+def size(directory: Path) -> int:
+    """Bytes of a network's weights."""
+    return sum(value.nbytes for value in load_weights(directory).values())
+
+
 def same(first: dict[str, mx.array], second: dict[str, mx.array]) -> bool:
     """Whether two dictionaries hold the same arrays under the same names."""
     return first.keys() == second.keys() and all(mx.array_equal(first[name], second[name]).item() for name in first)

@@ -9,50 +9,37 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.commands import message
-from helpers.examples import run_example
-from helpers.images import write_gradients
-from helpers.model_directories import write_trained_model
+from helpers.examples import run_example_here
+from helpers.model_directories import size
 from PIL import Image, ImageDraw
 
 from mlx_starflow import load
 from mlx_starflow.likelihood.quantization_cost import CaptionedData, Comparison, measure
-from mlx_starflow.model_dir.files import load_weights
 from mlx_starflow.model_dir.requantize import quantize_model
 
 
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return write_gradients(tmp_path_factory.mktemp("data") / "pictures")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory, pictures):
-    return write_trained_model(tmp_path_factory.mktemp("trained") / "model", pictures)
-
-
-def size(directory: Path) -> int:
-    return sum(value.nbytes for value in load_weights(directory).values())
-
-
-def test_pictures(model, pictures):
+def test_pictures(trained_model, captioned_gradients):
     """Spread over the folder, as the autoencoder's latents; other splits are left out."""
-    every = CaptionedData.read(load(model), pictures)
+    every = CaptionedData.read(load(trained_model), captioned_gradients)
     assert every.data.shape == (23, 4, 4, 4)
     assert "another" not in every.captions
-    few = CaptionedData.read(load(model), pictures, 3)
+    few = CaptionedData.read(load(trained_model), captioned_gradients, 3)
     np.testing.assert_allclose(few.data, every.data[[0, 11, 22]], atol=1e-5)
     assert few.captions == [every.captions[index] for index in (0, 11, 22)]
-    assert "2 pictures or more, not 1" in message(CaptionedData.read, load(model), pictures, 1)
-    assert "holds no training data" in message(CaptionedData.read, load(model), model)
+    assert "2 pictures or more, not 1" in message(CaptionedData.read, load(trained_model), captioned_gradients, 1)
+    assert "holds no training data" in message(CaptionedData.read, load(trained_model), trained_model)
 
 
-def test_what_it_costs(model, pictures, tmp_path):
-    data = CaptionedData.read(load(model), pictures)
-    original = measure(load(model), data, draws=2)
-    assert (original.flow_bytes, original.text_encoder_bytes) == (size(model), size(model / "text_encoder"))
+def test_what_it_costs(trained_model, captioned_gradients, tmp_path):
+    data = CaptionedData.read(load(trained_model), captioned_gradients)
+    original = measure(load(trained_model), data, draws=2)
+    assert (original.flow_bytes, original.text_encoder_bytes) == (
+        size(trained_model),
+        size(trained_model / "text_encoder"),
+    )
     costs = {}
     for how in ("8", "4", "mixed"):
-        out = quantize_model(model, tmp_path / how, how, text_encoder="mxfp8")
+        out = quantize_model(trained_model, tmp_path / how, how, text_encoder="mxfp8")
         costs[how] = Comparison(original, measure(load(out), data, draws=2))
         assert costs[how].quantized.flow_bytes == size(out)
     lost = {how: cost.change for how, cost in costs.items()}
@@ -65,7 +52,7 @@ def test_what_it_costs(model, pictures, tmp_path):
 
     report = json.loads(json.dumps(costs["4"].to_dict()))
     assert report["pictures"] == 23
-    assert report["mib"]["original"]["flow"] == size(model) / 2**20
+    assert report["mib"]["original"]["flow"] == size(trained_model) / 2**20
     nats = report["nll"]
     assert list(nats) == ["total", "block 0", "block 1", "block 2", "prior"]
     assert nats["total"]["change"] == pytest.approx(lost["4"].mean)
@@ -77,16 +64,16 @@ def test_what_it_costs(model, pictures, tmp_path):
     assert f"{lost['4'].mean:+.5f} +- {lost['4'].standard_error:.5f}" in table[3]
 
 
-def test_nothing_changes_nothing(model, pictures):
-    data = CaptionedData.read(load(model), pictures, 4)
-    change = Comparison(*(measure(load(model), data, draws=1) for _ in range(2))).change
+def test_nothing_changes_nothing(trained_model, captioned_gradients):
+    data = CaptionedData.read(load(trained_model), captioned_gradients, 4)
+    change = Comparison(*(measure(load(trained_model), data, draws=1) for _ in range(2))).change
     assert change.mean == change.standard_error == 0
-    assert not math.isnan(measure(load(model), data, draws=1, seed=1).nll.mean)
+    assert not math.isnan(measure(load(trained_model), data, draws=1, seed=1).nll.mean)
 
 
-def test_the_example(model, pictures):
-    words = [model, pictures, "--limit", 3, "--draws", 1, "--only", 4, "mixed"]
-    lines = run_example("reports/quantization.py", *words).splitlines()
+def test_the_example(trained_model, captioned_gradients):
+    words = [trained_model, captioned_gradients, "--limit", 3, "--draws", 1, "--only", 4, "mixed"]
+    lines = run_example_here("reports/quantization.py", *words).splitlines()
     assert lines[0].startswith("machine: ")
     assert [line.split()[0] for line in lines[-2:]] == ["4", "mixed"]
     assert all(line.count("+-") == 1 for line in lines[-2:])

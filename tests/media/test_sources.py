@@ -136,6 +136,7 @@ def test_metadata_jsonl(tmp_path):
 @pytest.mark.parametrize(
     "line",
     ["{", "[]", '"file_name"', "3", '{"text": "a"}', '{"file_name": 3}', '{"file_name": ""}', "[" * 100000,
+     '{"file_name": "0.png", "text": "a", "more": ' + "[" * 100 + "]" * 100 + "}",
      '{"file_name": "0.png", "text": 5}', '{"file_name": "0.png", "captions": [1]}', "\xff"],
 )  # fmt: skip
 def test_broken_jsonl(tmp_path, line):
@@ -276,15 +277,17 @@ def test_samples_that_are_incomplete(tmp_path):
             "7.png": png("red"),
             "7.json": "[" * 100000,
             "8.png": png("red"),
-            "8.txt": "eight",
+            "8.json": '{"text": "a", "more": ' + "[" * 100 + "]" * 100 + "}",
+            "9.png": png("red"),
+            "9.txt": "nine",
         },
     )
     bad = "its caption cannot be read"
     assert listed(open_source(path)) == [
         ("s.tar/1", (), COLOURS["red"]),
         ("s.tar/2", "no picture"),
-        *((f"s.tar/{number}", bad) for number in range(3, 8)),
-        ("s.tar/8", ("eight",), COLOURS["red"]),
+        *((f"s.tar/{number}", bad) for number in range(3, 9)),
+        ("s.tar/9", ("nine",), COLOURS["red"]),
     ]
 
 

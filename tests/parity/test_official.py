@@ -5,6 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.golden import STARFLOW, TARFLOW
 from helpers.golden_files import golden_case
 from helpers.paths import DATA
 from helpers.torch_reference import DEVICES, difference, relative
@@ -13,26 +14,8 @@ from mlx_starflow.sampling import JacobiSettings
 
 pytestmark = [pytest.mark.torch, pytest.mark.parametrize("device", DEVICES)]
 
-EXACT = JacobiSettings(threshold=1e-9)
 IMAGE_CASES = ["t2i", "t2i_patch2", "t2i_all_text", "t2i_shifted", "t2i_identity_block", "t2i_modern", "pretrained_lm"]
 TARFLOW_CASES = ["tarflow", "tarflow_vp"]
-# What each kind of array was made with.
-IMAGE_KINDS = {
-    "reverse": {},
-    "reverse_of_z": {},
-    "reverse_cfg": {"guidance": 2.5},
-    "reverse_attn_temp_0.8": {"attn_temp": 0.8},
-    "jacobi": {"method": EXACT},
-    "jacobi_cfg": {"method": EXACT, "guidance": 2.5},
-    "jacobi_cfg_th1e-3": {"method": "jacobi", "guidance": 2.5},
-}
-TARFLOW_KINDS = {
-    "reverse": {},
-    "reverse_cfg": {"guidance": 1.5},
-    "reverse_cfg_annealed": {"guidance": 1.5, "annealed_guidance": True},
-    "reverse_cfg_b": {"guidance": 1.5, "guidance_target": "b"},
-    "reverse_cfg_attn_temp_0.7": {"guidance": 0.8, "attn_temp": 0.7},
-}
 
 
 class Case:
@@ -68,7 +51,7 @@ def test_starflow(name, device):
     kinds = sorted(kind for kind in case.arrays if kind.startswith(("reverse", "jacobi")))
     assert kinds
     for kind in kinds:
-        settings = dict(IMAGE_KINDS[kind])
+        settings = dict(STARFLOW[kind])
         if name == "pretrained_lm":
             settings["guidance"] = 2.0
         noise = case["z" if kind == "reverse_of_z" else "noise"]
@@ -86,10 +69,10 @@ def test_tarflow(name, device):
     assert relative(out.z, case["z"]) < 1e-5
     assert relative(out.loss(), case["loss"].reshape(())) < 1e-5
     kinds = {kind for kind in case.arrays if kind.startswith("reverse")}
-    assert kinds == (set(TARFLOW_KINDS) if name == "tarflow" else {"reverse"})
+    assert kinds == (set(TARFLOW) if name == "tarflow" else {"reverse"})
     for kind in kinds:
         for method in ("sequential", JacobiSettings(block_size=5, threshold=1e-12)):
-            x = sample(case.flow, case["noise"], labels, method=method, **TARFLOW_KINDS[kind])
+            x = sample(case.flow, case["noise"], labels, method=method, **TARFLOW[kind])
             assert difference(x, case[kind]) < 2e-4
     if name == "tarflow":
         # The release dropped the second and the fourth label.

@@ -5,14 +5,14 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers.torch_reference import DEVICES, both, difference, give_weights, relative, to_numpy
+from helpers.torch_reference import DEVICES, both, check_forward, check_sampling, give_weights, relative
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
-from mlx_starflow.sampling import JacobiSettings, SamplingTrace, denoise, sample
+from mlx_starflow.sampling import denoise
 
 pytestmark = [pytest.mark.torch, pytest.mark.parametrize("device", DEVICES)]
 
@@ -89,54 +89,6 @@ def make_inputs(config: FlowConfig, shape: tuple, seed: int) -> tuple:
     return x, text, null
 
 
-def check_forward(flow, torch_model, x, text, device: str) -> None:
-    """z, log-dets, loss, and its gradients with respect to the weights and the data."""
-    (x, x_torch), (text, text_torch) = both(x, device), both(text, device)
-
-    def loss(parameters, x):
-        flow.update(parameters)
-        return flow(x, text).loss()
-
-    out, theirs = flow(x, text), torch_model(x_torch.requires_grad_(), text_torch)
-    assert relative(out.z, theirs.z) < 1e-5
-    assert relative(out.log_det, theirs.log_det) < 1e-5
-    for name in ("block_log_dets", "hidden"):
-        for ours, other in zip(getattr(out, name), getattr(theirs, name), strict=True):
-            assert relative(ours, other) < 1e-5, name
-    assert relative(out.nll(), theirs.nll()) < 1e-5
-    assert relative(out.loss(), theirs.loss()) < 1e-5
-
-    theirs.loss().backward()
-    _, (gradients, x_gradient) = mx.value_and_grad(loss, argnums=(0, 1))(flow.trainable_parameters(), x)
-    assert relative(x_gradient, x_torch.grad) < 1e-4
-    gradients = dict(tree_flatten(gradients))
-    expected = dict(torch_model.named_parameters())
-    assert gradients.keys() == expected.keys()
-    for name, parameter in expected.items():
-        # A layer that no output depends on, such as text keys that nothing attends to, has no gradient in PyTorch.
-        gradient = np.zeros(parameter.shape) if parameter.grad is None else to_numpy(parameter.grad)
-        assert np.abs(to_numpy(gradients[name]) - gradient).max() < 1e-4 * max(np.abs(gradient).max(), 1e-3), name
-
-
-def check_sampling(flow, torch_model, z, text, null, options: dict, device: str) -> None:
-    from mlx_starflow.reference import sampling as reference
-
-    (z, z_torch), (text, text_torch), (null, null_torch) = both(z, device), both(text, device), both(null, device)
-    for method in ("sequential", JacobiSettings(block_size=3, threshold=1e-12)):
-        trace, trace_torch = SamplingTrace(keep_states=True), SamplingTrace(keep_states=True)
-        ours = sample(flow, z, text, null, method=method, trace=trace, **options)
-        theirs = reference.sample(
-            torch_model, z_torch, text_torch, null_torch, method=method, trace=trace_torch, **options
-        )
-        assert difference(ours, theirs) < 2e-4
-        for mine, other in zip(trace.states, trace_torch.states, strict=True):
-            assert difference(mine, other) < 2e-4
-        if method == "sequential":
-            assert trace.evaluations == trace_torch.evaluations
-            sequential = theirs
-        assert difference(theirs, sequential) < 2e-4
-
-
 @pytest.mark.slow
 @settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(values=CONFIGS, shape=SHAPES, options=SAMPLING, seed=st.integers(0, 2**16))
@@ -145,10 +97,11 @@ def test_mlx_equals_the_reference(values, shape, options, seed, device):
 
     flow, torch_model = make_pair(values, seed, device)
     x, text, null = make_inputs(flow.config, shape, seed)
-    check_forward(flow, torch_model, x, text, device)
     options = options if text is not None else {**options, "guidance": 0.0}
-    check_sampling(flow, torch_model, 0.7 * x, text, null, options, device)
-    (x, x_torch), (text, text_torch) = both(x, device), both(text, device)
+    noise, x, text, null = (both(array, device) for array in (0.7 * x, x, text, null))
+    check_forward(flow, torch_model, x, text)
+    check_sampling(flow, torch_model, noise, text, null, options)
+    (x, x_torch), (text, text_torch) = x, text
     assert relative(denoise(flow, x, text), reference.denoise(torch_model, x_torch, text_torch)) < 1e-4
 
 

@@ -55,8 +55,9 @@ def test_tokens_can_be_fed_in_any_portions(tiny):
     for decoder, x, z, expected in decoders(tiny):
         length = x.shape[1]
         first = decoder.first
+        decoder.begin(x)
         for start, stop in ((first, first + 1), (first + 1, length - 1), (length - 1, length)):
-            mu, log_sigma = map(np.array, decoder.predict(x, start, stop))
+            mu, log_sigma = map(np.array, decoder.predict(start, stop))
             assert np.abs(log_sigma - expected[:, start:stop]).max() < 1e-5
             assert np.abs(mu + z[:, start:stop] * np.exp(log_sigma) - np.array(x)[:, start:stop]).max() < 1e-4
         assert decoder.evaluations == 3
@@ -66,11 +67,13 @@ def test_tokens_can_be_fed_in_any_portions(tiny):
 def test_a_trimmed_decoder_forgets(tiny):
     for decoder, x, _, expected in decoders(tiny):
         first, length = decoder.first, x.shape[1]
-        decoder.predict(x + 1, first, length)
+        decoder.begin(x + 1)
+        decoder.predict(first, length)
         # A start token stays, and so does the text.
         decoder.trim(length - 1)
         assert decoder.known == 1 - first
-        _, log_sigma = decoder.predict(x, 1, length)
+        decoder.begin(x)
+        _, log_sigma = decoder.predict(1, length)
         assert np.abs(np.array(log_sigma) - expected[:, 1:]).max() < 1e-5
 
 

@@ -7,6 +7,7 @@ import re
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.golden import EXACT, STARFLOW, TARFLOW
 from helpers.paths import DATA
 from helpers.tiny_flows import tiny_case
 from mlx.utils import tree_map
@@ -14,27 +15,8 @@ from mlx.utils import tree_map
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.sampling import JacobiSettings, RollingSettings, SamplingTrace, sample
 
-EXACT = JacobiSettings(threshold=1e-9)
-
 INVERSES = ["sequential", JacobiSettings(3, threshold=1e-13), *(RollingSettings(n, tolerance=1e-6) for n in (1, 3, 99))]
 
-# What each kind of array was made with; the pretrained language model's case names no guidance, and was given 2.
-STARFLOW = {
-    "reverse": {},
-    "reverse_of_z": {},
-    "reverse_cfg": {"guidance": 2.5},
-    "reverse_attn_temp_0.8": {"attn_temp": 0.8},
-    "jacobi": {"method": EXACT},
-    "jacobi_cfg": {"method": EXACT, "guidance": 2.5},
-    "jacobi_cfg_th1e-3": {"method": JacobiSettings(threshold=1e-3), "guidance": 2.5},
-}
-TARFLOW = {
-    "reverse": {},
-    "reverse_cfg": {"guidance": 1.5},
-    "reverse_cfg_annealed": {"guidance": 1.5, "annealed_guidance": True},
-    "reverse_cfg_b": {"guidance": 1.5, "guidance_target": "b"},
-    "reverse_cfg_attn_temp_0.7": {"guidance": 0.8, "attn_temp": 0.7},
-}
 ARRAYS = [
     (path.parent.name, match[1] or "", match[2])
     for path in sorted(DATA.glob("*/golden.safetensors"))

@@ -13,6 +13,11 @@ from mlx_starflow.sampling import RollingSettings, SamplingTrace, certify, sampl
 from mlx_starflow.sampling.tuning import tune
 
 
+@pytest.fixture(autouse=True)
+def computed_by() -> None:
+    """C++ where there is a compiler, else MLX: that both converge alike the other tests of sampling say."""
+
+
 @pytest.fixture(scope="module")
 def trained():
     """The flow, and what one picture of it is made of: noise, texts and guidance."""

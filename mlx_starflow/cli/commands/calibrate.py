@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from mlx_starflow import cpu
-from mlx_starflow.cli.options.images import images_argument, noise_options
+from mlx_starflow.cli.options.images import ReadableFiles, images_argument, noise_options
 
 
 @click.command()
@@ -40,9 +40,10 @@ def calibrate(
     pipe = open_model(model)
     # From the start, so that no measurement is lost to another writer.
     click.get_current_context().with_resource(locked(pipe.directory))
-    data = pipe.to_data(each.open() for each in found)
+    files = ReadableFiles(pipe, found, videos=False)
+    data = pipe.to_data(files)
     pipe.release("vae")
-    captions = [each.caption for each in found]
+    captions = [each.caption for each in files.files]
     measured = measure(
         pipe,
         data,
@@ -55,6 +56,6 @@ def calibrate(
     path = measured.save(pipe.directory)
     for kind, statistics in measured.nll.items():
         click.echo(
-            f"{kind}: {describe(statistics)} nats per {pipe.dimension} (mean and spread of {len(found)} pictures)"
+            f"{kind}: {describe(statistics)} nats per {pipe.dimension} (mean and spread of {len(data)} pictures)"
         )
     click.echo(f"written: {path}")

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TextIO
 
 import click
 
 from mlx_starflow import cpu
 from mlx_starflow.cli.options.images import (
+    ReadableFiles,
     frames_option,
     images_argument,
     model_options,
     noise_options,
-    open_files,
     table_options,
 )
+from mlx_starflow.cli.options.text import Lines
 
 
 @click.command()
 @images_argument
 @click.option("-l", "--labels", help="Comma between them; all classes by default, if the model is a TarFlow.")
-@click.option("--label-file", type=click.File("r"), help="Labels from a file, one a line; - is standard input.")
+@click.option("--label-file", type=Lines(), help="Labels from a file, one a line; - is standard input.")
 @click.option("--split", help='Of folders with a metadata.jsonl: only lines with this "split".')
 @table_options
 @noise_options
@@ -30,7 +30,7 @@ from mlx_starflow.cli.options.images import (
 def classify(
     pictures: tuple[Path, ...],
     labels: str | None,
-    label_file: TextIO | None,
+    label_file: list[str] | None,
     split: str | None,
     csv_file: Path | None,
     json_file: Path | None,
@@ -54,7 +54,7 @@ def classify(
     from mlx_starflow.media.tables import check_text_output, write_csv, write_json
     from mlx_starflow.pipelines import ClassPipeline, open_model
 
-    names = [label.strip() for label in (labels or "").split(",")] + [line.strip() for line in label_file or ()]
+    names = [label.strip() for label in (labels or "").split(",")] + (label_file or [])
     names = [name for name in names if name]
     found = find_images(pictures, split)
     for path in (csv_file, json_file):
@@ -66,8 +66,9 @@ def classify(
         names = [str(number) for number in range(pipe.config.num_classes)]
     if not names:
         raise click.UsageError('there are no labels: mlx-starflow classify cat.png --labels "cat face,dog face"')
+    files = ReadableFiles(pipe, found, size=size, frames=frames)
     result = pipe.classify(
-        open_files(pipe, found, frames),
+        files,
         names,
         draws=draws,
         seed=seed,
@@ -76,7 +77,7 @@ def classify(
         progress=None,
     )
     rows = []
-    for number, picture in enumerate(found):
+    for number, picture in enumerate(files.files):
         posterior = [float(value) for value in result.posterior[number]]
         rows.append(
             {
@@ -90,7 +91,7 @@ def classify(
     if csv_file is not None:
         write_csv(rows, csv_file)
     if json_file is not None:
-        write_json({"model": model, "labels": names, "pictures": rows}, json_file)
+        write_json({"model": model, "labels": names, "pictures": rows, "skipped": files.skipped()}, json_file)
     if Path("-") not in (csv_file, json_file):
         for row in rows:
             margin = "" if row["margin_nats"] is None else f", {row['margin_nats']:.1f} nats ahead"

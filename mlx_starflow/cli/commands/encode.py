@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from mlx_starflow import cpu
-from mlx_starflow.cli.options.images import frames_option, images_argument, model_options, open_files
+from mlx_starflow.cli.options.images import ReadableFiles, frames_option, images_argument, model_options
 from mlx_starflow.cli.options.sampling import latent_batch_option
 
 
@@ -55,9 +55,11 @@ def encode(
     check_text_output(output)
     cpu.hint_if_slow()
     pipe = open_model(model, dtype=dtype)
+    files = ReadableFiles(pipe, found, size=size, frames=frames)
+    fitted = list(files)
     encoded, trip = pipe.encode(
-        open_files(pipe, found, frames),
-        [each.caption for each in found] if captions else prompt,
+        fitted,
+        [each.caption for each in files.files] if captions else prompt,
         guidance=guidance,
         noise_seed=noise_seed,
         size=size,

@@ -11,12 +11,13 @@ from mlx_starflow import cpu
 from mlx_starflow.cli.options.images import make_folder
 from mlx_starflow.cli.options.parallel import Ranks, tensor_parallel_option
 from mlx_starflow.cli.options.sampling import Size, lora_option, network_options, sampling_options
+from mlx_starflow.cli.options.text import Lines
 from mlx_starflow.errors import StarflowError
 
 
 @click.command()
 @click.argument("prompts", nargs=-1)
-@click.option("--prompt-file", type=click.File("r"), help="Read prompts from a file, one a line; - is standard input.")
+@click.option("--prompt-file", type=Lines(), help="Read prompts from a file, one a line; - is standard input.")
 @click.option("-m", "--model", help="demo, a model directory, or a Hub repository.  [default: demo]")
 @lora_option
 @click.option("-o", "--output", type=click.Path(path_type=Path), default="out.png", show_default=True)
@@ -56,7 +57,7 @@ from mlx_starflow.errors import StarflowError
 def generate(
     ranks: Ranks,
     prompts: tuple[str, ...],
-    prompt_file: Any,
+    prompt_file: list[str] | None,
     model: str | None,
     adapters: tuple[tuple[str, float], ...],
     output: Path,
@@ -100,7 +101,7 @@ def generate(
     recipe: dict[str, Any] = {}
     seeds: int | list[int] | None = seed
     wanted_noise = None
-    asked = list(prompts) + ([line.strip() for line in prompt_file if line.strip()] if prompt_file else [])
+    asked = [*prompts, *(prompt_file or [])]
     if source is not None:
         with ranks.together():
             recipe = _read_recipe(source)

@@ -10,12 +10,12 @@ import click
 
 from mlx_starflow import cpu
 from mlx_starflow.cli.options.images import (
+    ReadableFiles,
     frames_option,
     images_argument,
     make_folder,
     model_options,
     noise_options,
-    open_files,
     table_options,
 )
 
@@ -76,7 +76,10 @@ def score(
     averaged over draws of that noise, whose standard error is printed. A low value alone does not make a picture
     usual: see the deviation from the model's own pictures (mlx-starflow calibrate), in standard deviations.
     """
+    from tqdm import tqdm
+
     from mlx_starflow.likelihood import CalibrationStatistics
+    from mlx_starflow.likelihood.scores import score_data
     from mlx_starflow.media.image_files import find_images
     from mlx_starflow.media.tables import check_text_output, write_csv, write_json
     from mlx_starflow.pipelines import VideoPipeline, open_model
@@ -91,29 +94,26 @@ def score(
         make_folder(map_dir)
     cpu.hint_if_slow()
     pipe = open_model(model, dtype=dtype)
-    items = open_files(pipe, found, frames)
+    files = ReadableFiles(pipe, found, size=size, frames=frames)
     statistics = CalibrationStatistics.find(pipe.directory)
     if map_of == "typicality" and map_dir is not None and isinstance(pipe, VideoPipeline) and found[0].is_video:
         raise click.UsageError("--map-of typicality is about pictures: a video has maps of surprise")
     if map_of == "typicality" and map_dir is not None and statistics is None:
         raise click.UsageError("there are no calibration statistics to compare with: run mlx-starflow calibrate first")
+    data = pipe.to_data_each(tqdm(files, desc="reading", unit="picture", total=len(found), disable=None), size)
+    pipe.release("vae")
+    found = files.files
     prompts = [each.caption for each in found] if captions else [prompt] * len(found)
-    scores = pipe.score(
-        items,
-        prompts,
-        draws=draws,
-        seed=seed,
-        batch_size=batch_size,
-        size=size,
-        progress=None,
-    )
+    scores = score_data(pipe, data, prompts, draws=draws, seed=seed, batch_size=batch_size, progress=None)
     rows = [_row(*each, statistics) for each in zip(found, prompts, scores, strict=True)]
     if map_dir is not None:
-        _write_maps(pipe, open_files(pipe, found, frames), found, scores, rows, size, map_dir, map_of)
+        again = ReadableFiles(pipe, found, size=size, frames=frames)
+        _write_maps(pipe, again, found, scores, rows, size, map_dir, map_of)
     if csv_file is not None:
         write_csv(_with_frames(rows), csv_file)
     if json_file is not None:
-        write_json({"model": model, "unit": f"nats per {pipe.dimension}", "pictures": rows}, json_file)
+        unit = f"nats per {pipe.dimension}"
+        write_json({"model": model, "unit": unit, "pictures": rows, "skipped": files.skipped()}, json_file)
     if Path("-") not in (csv_file, json_file):
         _print(rows, pipe.dimension)
 

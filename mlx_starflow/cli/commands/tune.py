@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TextIO
 
 import click
 
 from mlx_starflow import cpu
 from mlx_starflow.cli.options.sampling import dtype_option
+from mlx_starflow.cli.options.text import Lines
 
 
 @click.command()
@@ -28,7 +28,7 @@ from mlx_starflow.cli.options.sampling import dtype_option
     help="What the plan keeps small: time on this machine, or network evaluations, for one that waits for weights.",
 )
 @click.option("--guidance", type=click.FloatRange(min=0), help="What to tune for; the model's own by default.")
-@click.option("--prompt-file", type=click.File("r"), help="Prompts to try, one a line; four simple ones by default.")
+@click.option("--prompt-file", type=Lines(), help="Prompts to try, one a line; four simple ones by default.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the first prompt's noise.")
 @dtype_option("the flow")
 @click.option("--dry-run", is_flag=True, help="Only say what would be chosen.")
@@ -37,7 +37,7 @@ def tune(
     tolerance: float,
     least: str,
     guidance: float | None,
-    prompt_file: TextIO | None,
+    prompt_file: list[str] | None,
     seed: int,
     dtype: str | None,
     dry_run: bool,
@@ -59,8 +59,7 @@ def tune(
         # From the start, so that no measurement is lost to another writer.
         click.get_current_context().with_resource(locked(find_model(model)))
     cpu.hint_if_slow()
-    prompts = [line.strip() for line in prompt_file if line.strip()] if prompt_file else PROMPTS
-    trials = prepare(model, prompts, guidance=guidance, seed=seed, dtype=parse_dtype(dtype))
+    trials = prepare(model, prompt_file or PROMPTS, guidance=guidance, seed=seed, dtype=parse_dtype(dtype))
     task = trials.task
     plan = find_plan(
         task.flow,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,8 +12,11 @@ from mlx_starflow.cli.options.sampling import Size, dtype_option, with_options
 from mlx_starflow.errors import StarflowError
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from mlx_starflow.likelihood import ImageModel, ImageOrVideo
     from mlx_starflow.media.image_files import ImageFile
+    from mlx_starflow.media.sources import Skip
 
 images_argument = click.argument("pictures", nargs=-1, required=True, type=click.Path(path_type=Path))
 """Files, and folders of images."""
@@ -52,16 +55,74 @@ table_options = with_options(
 )
 
 
-def open_files(model: ImageModel, files: Sequence[ImageFile], frames: int | None = None) -> Iterator[ImageOrVideo]:
-    """The images, or, for a model of videos, the videos in files, each opened when it is asked for.
+LISTED = 10
+"""Files that were skipped, on standard error; JSON has all."""
 
-    Args:
-        frames: of videos, so many from their start; all by default.
+
+class ReadableFiles:
+    """The images or, for a model of videos, the videos in files, as the model sees them: see `ImageModel.fit`.
+
+    A pass over it reads them one by one. Those that cannot be read are left out, and said on standard error at the
+    end.
+
+    Attributes:
+        files: that were read in the last pass, in order.
+        skips: those that were not, and why.
 
     Raises:
-        StarflowError: there are images and videos, a file cannot be read, a video has not so many frames, or the model
-            makes no videos of so many.
+        StarflowError: here, there are images and videos, or the model makes no videos of so many frames; in a pass,
+            none can be read.
     """
+
+    def __init__(
+        self,
+        model: ImageModel,
+        files: Sequence[ImageFile],
+        *,
+        size: tuple[int, int] | None = None,
+        frames: int | None = None,
+        videos: bool = True,
+    ):
+        """`frames`: of videos, so many from their start; all by default. `videos`: False: take pictures alone."""
+        from mlx_starflow.media.image_files import ImageFile
+
+        self.files: list[ImageFile] = []
+        self.skips: list[Skip] = []
+        self._model, self._all, self._size = model, files, size
+        self._open = _opener(model, files, frames) if videos else ImageFile.open
+
+    def __iter__(self) -> Iterator[Image.Image | list[Image.Image]]:
+        from mlx_starflow.media.sources import Skip
+
+        self.files, self.skips, problem = [], [], ""
+        for file in self._all:
+            try:
+                fitted = self._model.fit(self._open(file), self._size)
+            except StarflowError as error:
+                problem = problem or str(error)
+                reason = str(error).removeprefix(f"cannot read the picture {file.name}: ").removeprefix(f"{file.name} ")
+                self.skips.append(Skip(file.name, reason))
+                continue
+            self.files.append(file)
+            yield fitted
+        if not self.files:
+            raise StarflowError(problem if len(self.skips) == 1 else f"nothing can be read: {self.report()}")
+        if self.skips:
+            click.echo(self.report(), err=True)
+
+    def report(self) -> str:
+        """One line about what was skipped."""
+        from mlx_starflow.media.sources import skip_report
+
+        return skip_report(self.skips, most=LISTED)
+
+    def skipped(self) -> list[dict[str, str]]:
+        """What was skipped, for JSON."""
+        return [{"picture": skip.key, "reason": skip.reason} for skip in self.skips]
+
+
+def _opener(model: ImageModel, files: Sequence[ImageFile], frames: int | None) -> Callable[[ImageFile], ImageOrVideo]:
+    """What opens each of these files."""
     from mlx_starflow.media.videos import read_video
     from mlx_starflow.pipelines import VideoPipeline
 
@@ -72,10 +133,10 @@ def open_files(model: ImageModel, files: Sequence[ImageFile], frames: int | None
         if frames is not None:
             model.format.latent_frames(frames)
         fps = model.settings.fps
-        return (read_video(each.name, fps=fps, frames=frames) for each in files)
+        return lambda each: read_video(each.name, fps=fps, frames=frames)
     if frames is not None:
         raise StarflowError("--frames is about videos, and there are none: leave it out")
-    return (each.open() for each in files)
+    return lambda each: each.open()
 
 
 def make_folder(folder: Path) -> None:

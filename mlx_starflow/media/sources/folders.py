@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_starflow.errors import StarflowError, one_line
+from mlx_starflow.media.files import is_regular, parse_json
 from mlx_starflow.media.pixels import SUFFIXES
 from mlx_starflow.media.sources.inside import LARGEST_TEXT, leads_out, read_inside
 from mlx_starflow.media.sources.sample import Sample, Skip, Source, captions_of, clean
@@ -49,7 +49,7 @@ class Listing:
 
     def has_text(self, name: str) -> bool:
         """Whether an image has a file of its name in `.txt`."""
-        return (self.folder / name).with_suffix(".txt").is_file()
+        return is_regular((self.folder / name).with_suffix(".txt"))
 
 
 class MetadataFolder:
@@ -196,11 +196,11 @@ def _read_jsonl(path: Path, content: bytes, column: str | None) -> _Rows:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             captions = captions_of(row, column)
             if not isinstance(row["file_name"], str) or not row["file_name"]:
                 raise TypeError
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise StarflowError(
                 f'{path}, line {number}: expected an object with "file_name" and "{column or "text"}"'
             ) from None

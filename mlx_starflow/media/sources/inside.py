@@ -8,6 +8,9 @@ import stat
 from functools import partial
 from pathlib import Path
 
+LARGEST = 1 << 31
+"""Bytes of a file that is read at once; a picture of as many pixels as are decoded has fewer."""
+
 LARGEST_TEXT = 1 << 20
 """Bytes of a file that holds one caption."""
 
@@ -17,7 +20,7 @@ def leads_out(path: Path, root: Path) -> bool:
     return not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
 
 
-def read_inside(path: Path, root: Path | None, most: int | None = None) -> bytes:
+def read_inside(path: Path, root: Path | None, most: int = LARGEST) -> bytes:
     """The bytes of a regular file in the folder `root`, or in one of its folders.
 
     Args:
@@ -39,7 +42,7 @@ def read_inside(path: Path, root: Path | None, most: int | None = None) -> bytes
         found = os.fstat(file.fileno())
         if not stat.S_ISREG(found.st_mode):
             raise OSError(errno.EINVAL, "it is not a regular file")
-        if most is not None and found.st_size > most:
+        if found.st_size > most:
             raise OSError(errno.EFBIG, f"it is larger than {most} bytes")
         return file.read()
 

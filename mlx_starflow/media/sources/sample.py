@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from mlx_starflow.errors import printable
 from mlx_starflow.media.files import replacing
 
 CAPTION_FIELDS = ("text", "caption", "prompt")
@@ -53,7 +54,7 @@ class Skip:
     reason: str
 
     def __str__(self) -> str:
-        return f"{_printable(self.key)} ({_printable(self.reason)})"
+        return f"{printable(self.key)} ({printable(self.reason)})"
 
 
 class Source(Protocol):
@@ -93,15 +94,15 @@ def split_of(row: Mapping[str, Any]) -> str:
     return str(row.get("split") or "train")
 
 
-def skip_report(skips: Sequence[Skip], file: Path | None = None) -> str:
-    """One line: how many were skipped, the first of them, and the file that lists all."""
-    names = ", ".join(map(str, skips[:3])) + (", ..." if len(skips) > 3 else "")
+def skip_report(skips: Sequence[Skip], file: Path | None = None, most: int = 3) -> str:
+    """One line: how many were skipped, the first `most` of them, and the file that lists all."""
+    names = ", ".join(map(str, skips[:most])) + (", ..." if len(skips) > most else "")
     return f"skipped {len(skips)}: {names}" + (f"; all of them are in {file}" if file else "")
 
 
 def skip_line(skip: Skip) -> str:
     """A line of the file that lists what was skipped: key, tab, reason."""
-    return f"{_printable(skip.key)}\t{_printable(skip.reason)}\n"
+    return f"{printable(skip.key)}\t{printable(skip.reason)}\n"
 
 
 def write_skips(path: Path, skips: Sequence[Skip]) -> None:
@@ -111,8 +112,3 @@ def write_skips(path: Path, skips: Sequence[Skip]) -> None:
         return
     with replacing(path, makes_folder=True) as temporary:
         temporary.write_text("".join(map(skip_line, skips)), encoding="utf-8")
-
-
-def _printable(text: str) -> str:
-    """Names in archives may hold anything: what a terminal would obey or UTF-8 cannot write is spelled out."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -5,7 +5,6 @@ They are read where they are; nothing is unpacked, so names such as `../x.jpg` a
 
 from __future__ import annotations
 
-import json
 import os
 import tarfile
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mlx_starflow.errors import one_line
+from mlx_starflow.media.files import parse_json
 from mlx_starflow.media.pixels import SUFFIXES, UnreadableImage
 from mlx_starflow.media.sources.inside import LARGEST_TEXT
 from mlx_starflow.media.sources.sample import Sample, Skip, captions_of, clean
@@ -48,7 +48,7 @@ class Shards:
             return Skip(key, "no picture")
         try:
             captions, row = self._captions(path, parts)
-        except (OSError, UnreadableImage, ValueError, TypeError, AttributeError, RecursionError):
+        except (OSError, UnreadableImage, ValueError, TypeError, AttributeError):
             return Skip(key, "its caption cannot be read")
         return Sample(key, captions, partial(_read, path, parts[image]), row)
 
@@ -60,7 +60,7 @@ class Shards:
             raise ValueError
         text = _read(path, parts[ending]).decode("utf-8-sig")
         if ending == ".json":
-            row = json.loads(text)
+            row = parse_json(text)
             return captions_of(row, self.column), row
         return tuple(filter(None, [clean(text)])), {}
 

@@ -1,9 +1,6 @@
-"""The tensors of Wan's video autoencoder: what they are called in `Wan2.2_VAE.pth`, in diffusers and here, and how
-they lie there.
+"""The tensors of Wan's video autoencoder: what they are called in `Wan2.2_VAE.pth`, in diffusers and here.
 
-PyTorch's convolutions are `[out, in, t, h, w]` or `[out, in, h, w]`, ours `[out, t, h, w, in]` or `[out, h, w, in]`.
-Kernels of a single position, of either kind there, are 1x1 convolutions of pictures here. Weights of norms have axes
-of length 1 there that they have not here.
+How they lie there is in `autoencoder_tensors`; diffusers' norms have axes of length 1.
 """
 
 from __future__ import annotations
@@ -53,21 +50,6 @@ def present_name(name: str, layers: int) -> str:
     for official, present in _STEPS:
         name = official.sub(present, name)
     return name
-
-
-def fits(shape: tuple[int, ...], present: tuple[int, ...]) -> bool:
-    """Whether a checkpoint's tensor of this shape is one of our shape `present`."""
-    if len(present) == 1:
-        return tuple(shape) == (*present, *(1 for _ in shape[1:]))
-    outputs, *kernel, inputs = present
-    if all(side == 1 for side in kernel):
-        kernel = [1 for _ in shape[2:]]
-    return len(shape) > 2 and tuple(shape) == (outputs, inputs, *kernel)
-
-
-def rearranged(weight: mx.array, present: tuple[int, ...]) -> mx.array:
-    """A checkpoint's tensor that `fits`, in our layout."""
-    return (mx.moveaxis(weight, 1, -1) if len(present) > 1 else weight).reshape(present)
 
 
 def diffusers_tensor(name: str, weight: mx.array) -> tuple[str, mx.array]:

@@ -18,11 +18,11 @@ import mlx.nn as nn
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.models.autoencoder_kl import Posterior
 from mlx_starflow.models.autoencoder_layers import PointwiseConv
+from mlx_starflow.models.autoencoder_tensors import Sources, rearranged, tensor_sources
 from mlx_starflow.models.autoencoder_wan.config import CHANNELS, PATCH, AutoencoderWanConfig
 from mlx_starflow.models.autoencoder_wan.layers import CausalConv, DownBlock, MidBlock, RMSNorm, UpBlock
-from mlx_starflow.models.autoencoder_wan.names import fits, present_name, rearranged
+from mlx_starflow.models.autoencoder_wan.names import present_name
 from mlx_starflow.models.autoencoder_wan.tiling import StreamState, Tiles, joined, resplit, whole
-from mlx_starflow.models.trees import flattened
 
 
 class Encoder(nn.Module):
@@ -281,25 +281,6 @@ class AutoencoderWan(nn.Module):
         sources = self.sources({name: weight.shape for name, weight in weights.items()})
         return {name: rearranged(weights[source], shape) for name, (source, shape) in sources.items()}
 
-    def sources(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Where the checkpoint has each of this module's tensors: its name there, and its shape here.
-
-        See `autoencoder_wan.names` for the layouts. `shapes` are the checkpoint's. Raises StarflowError as `sanitize`.
-        """
-        expected = {name: parameter.shape for name, parameter in flattened(self.parameters())}
-        out: dict[str, tuple[str, tuple[int, ...]]] = {}
-        for source, shape in shapes.items():
-            name = present_name(source, self.config.num_res_blocks)
-            if name not in expected:
-                raise StarflowError(f"the autoencoder's config has no place for the tensor {source}")
-            if name in out:
-                raise StarflowError(f"the autoencoder's tensor {name} is there twice, under two names")
-            if not fits(shape, expected[name]):
-                first, *kernel = expected[name]
-                said = [first, *kernel[-1:], *kernel[:-1]]
-                raise StarflowError(f"the autoencoder's tensor {source} is {list(shape)}, its config says {said}")
-            out[name] = source, expected[name]
-        for name in expected:
-            if name not in out:
-                raise StarflowError(f"the autoencoder's tensor {name} is missing")
-        return out
+    def sources(self, shapes: Mapping[str, tuple[int, ...]]) -> Sources:
+        """Where a checkpoint with these shapes has each tensor. Raises StarflowError as `sanitize`."""
+        return tensor_sources(self, shapes, lambda name: present_name(name, self.config.num_res_blocks))

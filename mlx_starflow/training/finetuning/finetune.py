@@ -15,7 +15,7 @@ import yaml
 
 from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.likelihood import Nll
-from mlx_starflow.media.files import replacing
+from mlx_starflow.media.files import expanded, replacing
 from mlx_starflow.media.images import grid, save_image
 from mlx_starflow.media.sources import open_source
 from mlx_starflow.model_dir.directory import ModelDirectory, load_flow
@@ -159,8 +159,8 @@ def _make_trainable(flow: STARFlow, config: FinetuneConfig, quantization: str | 
 
 def open_cache(data: str | Path, folder: Path, model: str | Path, report: Callable[[str], None]) -> LatentCache:
     """A cache for this model: `data` itself if it is one, else one made of it in `folder` (or gone on with)."""
-    if is_cache(Path(data).expanduser()):
-        return LatentCache(Path(data).expanduser(), model)
+    if is_cache(expanded(data)):
+        return LatentCache(expanded(data), model)
     summary = build_cache(data, folder, model, CacheSettings())
     if summary.skipped:
         report(summary.skipped)
@@ -192,7 +192,7 @@ def finetune(
     """
     config, out = config or FinetuneConfig(), Path(out)
     check_run_folder(out)
-    if not is_cache(Path(data).expanduser()):
+    if not is_cache(expanded(data)):
         open_source(data)
     choice, _ = plan_finetune(model, config)
     report(str(choice))

@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from mlx_starflow.errors import StarflowError, one_line
-from mlx_starflow.media.files import exists, is_regular, parse_json, replacing
+from mlx_starflow.media.files import exists, is_folder, is_regular, parse_json, replacing
 from mlx_starflow.training.loop.identity import Identity, check_identity
 from mlx_starflow.training.loop.weights import Weights
 
@@ -48,7 +48,7 @@ class Checkpoint:
 
 def checkpoint_files(folder: Path) -> list[Path]:
     """The checkpoints in a folder, newest first."""
-    if not folder.is_dir():
+    if not is_folder(folder):
         return []
     found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
     return [path for _, path in sorted(found, reverse=True)]
@@ -114,18 +114,14 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise StarflowError(f"the checkpoint {path} is not a regular file")
     try:
         # safetensors compares the header with the file's length, which MLX's lazy loading does not.
-        with safe_open(path, framework="np") as file:
-            note = parse_json((file.metadata() or {})["training"])
+        note = _read_note(path)
         arrays = read_arrays(path)
         order = np.array(arrays.pop("order"))
         for name, array in arrays.items():
             part, _, name = name.partition(":")
             parts[part][name] = array
-        kinds = {"step": int, "random": dict, "config": dict}
-        if not all(isinstance(note[key], kind) for key, kind in kinds.items()) or order.dtype.kind not in "iu":
-            raise ValueError("its note is not a training's")
-        if note["step"] < 0 or order.ndim != 1 or not isinstance(note.get("note", {}), dict):
-            raise ValueError("its note is not a training's")
+        if order.dtype.kind not in "iu" or order.ndim != 1:
+            raise ValueError("its order is not a training's")
         return Checkpoint(
             note["step"], **parts, random=note["random"], order=order, config=note["config"], note=note.get("note", {})
         )
@@ -160,10 +156,21 @@ def is_anonymous(folder: Path) -> bool:
 def _newest_note(folder: Path) -> dict[str, Any] | None:
     """What the newest checkpoint says, arrays aside; None if none can be read."""
     for path in checkpoint_files(folder):
-        damaged = suppress(OSError, RuntimeError, SafetensorError, KeyError, ValueError)
-        with damaged, safe_open(path, framework="np") as file:
-            return json.loads((file.metadata() or {})["training"])
+        with suppress(OSError, RuntimeError, SafetensorError, KeyError, ValueError):
+            return _read_note(path)
     return None
+
+
+def _read_note(path: Path) -> dict[str, Any]:
+    """What a checkpoint says, arrays aside. Raises ValueError, or what reading raises, if that is no training's."""
+    with safe_open(path, framework="np") as file:
+        note = parse_json((file.metadata() or {})["training"])
+    kinds = {"step": int, "random": dict, "config": dict}
+    good = isinstance(note, dict) and all(isinstance(note[key], kind) for key, kind in kinds.items())
+    about = note.get("note", {}) if good else None
+    if not isinstance(about, dict) or not isinstance(about.get("identity", {}), dict) or note["step"] < 0:
+        raise ValueError("its note is not a training's")
+    return note
 
 
 def load_latest(folder: Path) -> tuple[Checkpoint | None, str]:

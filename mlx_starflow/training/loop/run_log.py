@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ import numpy as np
 
 from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.likelihood.nll import HALF_LOG_2PI
-from mlx_starflow.media.files import replacing
+from mlx_starflow.media.files import is_regular, parse_json, read_bytes, replacing
 
 NAME = "log.jsonl"
+
+MOST_LOG = 1 << 30
+"""Bytes of a log; a line has some two hundred."""
 
 UNIT = "nats per dimension"
 """Of a flow's losses and NLL, with the constant log(2 pi) / 2, as `mlx-starflow score` gives them."""
@@ -26,17 +30,19 @@ _NATS = ("loss", "nll", "nll-text-only")
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The log's lines; one that a crash cut off is left out."""
-    try:
-        lines = (folder / NAME).read_text().splitlines()
-    except OSError:
+    """The log's lines; what is none, such as one that a crash cut off, is left out.
+
+    Raises:
+        StarflowError: it cannot be read.
+    """
+    if not is_regular(folder / NAME):
         return []
     rows = []
-    for line in lines:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
+    for line in read_bytes(folder / NAME, most=MOST_LOG).splitlines():
+        with suppress(ValueError):
+            row = parse_json(line)
+            if isinstance(row, dict) and isinstance(row.get("step", 0), int):
+                rows.append(row)
     return rows
 
 

@@ -31,7 +31,8 @@ def draw_curves(folder: Path) -> Path | None:
     rows = read_log(folder)
     curves = {}
     for key in CURVES:
-        points = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), float | int)]
+        points = [(row.get("step", 0), row[key]) for row in rows if isinstance(row.get(key), float | int)]
+        points = [point for point in points if abs(point[1]) < math.inf]
         if points:
             curves[key] = points
     if not curves:

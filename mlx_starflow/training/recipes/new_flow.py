@@ -12,7 +12,7 @@ import mlx.core as mx
 from PIL import Image
 
 from mlx_starflow.errors import StarflowError, one_line
-from mlx_starflow.media.files import MOST_YAML, parse_yaml, read_text
+from mlx_starflow.media.files import MOST_YAML, expanded, parse_yaml, read_text
 from mlx_starflow.media.image_folder import ImageFolder
 from mlx_starflow.media.images import grid, save_image
 from mlx_starflow.media.sources import open_source, write_skips
@@ -105,7 +105,7 @@ class NewFlow:
     report: Callable[[str], None] = field(default=lambda line: None, repr=False)
 
     def __post_init__(self) -> None:
-        self.data, self.out = Path(self.data).expanduser(), Path(self.out)
+        self.data, self.out = expanded(self.data), Path(self.out)
         if not 0 <= self.validation <= 0.5:
             raise StarflowError(f"train: validation must be in 0..0.5, not {self.validation}")
         if self.training.patience and not self.validation:

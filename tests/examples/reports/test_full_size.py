@@ -6,14 +6,14 @@ import re
 import sys
 
 import pytest
-from helpers.examples import run_example
+from helpers.examples import run_example, run_example_here
 from helpers.model_directories import write_image_model, write_video_model
 from helpers.paths import DATA
 
 
 def test_images(tmp_path):
     model = write_image_model(tmp_path / "model")
-    printed = run_example("reports/full_size_run.py", tmp_path, "--like", model, "--quantize", "mxfp8")
+    printed = run_example_here("reports/full_size_run.py", tmp_path, "--like", model, "--quantize", "mxfp8")
     assert len(re.findall(r" s   peak +\d+\.\d\d GiB   predicted +\d+\.\d\d GiB", printed)) == 5
     assert "likelihood finite: True" in printed and "picture of 8x8 pixels, finite: True" in printed
 
@@ -21,7 +21,7 @@ def test_images(tmp_path):
 def test_videos(tmp_path):
     model = write_video_model(tmp_path / "model")
     words = ["--like", model, "--quantize", "mxfp8", "--size", "32x32", "--frames", 9]
-    printed = run_example("reports/full_size_video.py", tmp_path, *words)
+    printed = run_example_here("reports/full_size_video.py", tmp_path, *words)
     assert "9 frames of 32x32" in printed and "clean latents finite: True" in printed
     assert "5 frames decoded, finite: True" in printed
 

@@ -5,7 +5,7 @@ import re
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers.examples import example_module, run_example
+from helpers.examples import example_module, run_example_here
 from PIL import Image
 
 
@@ -53,6 +53,6 @@ def test_spoiled_pictures(report):
 
 
 def test_the_script(emoji, tmp_path):
-    printed = run_example("reports/likelihood.py", emoji, tmp_path, "--only", "exactness")
+    printed = run_example_here("reports/likelihood.py", emoji, tmp_path, "--only", "exactness")
     gap, slope = (float(number) for number in re.findall(r"difference (\d\.\de-\d+)", printed))
     assert gap < 1e-5 and slope < 1e-3

@@ -14,7 +14,9 @@ import pytest
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.training.loop.checkpoint import (
     Checkpoint,
+    check_resume,
     checkpoint_files,
+    is_anonymous,
     load_checkpoint,
     load_latest,
     save_checkpoint,
@@ -104,6 +106,25 @@ def test_other_files_are_refused(tmp_path):
     with pytest.raises(StarflowError, match="damaged or not"):
         load_checkpoint(tmp_path / "missing.safetensors")
     assert load_latest(tmp_path / "nowhere") == (None, "")
+
+
+@pytest.mark.parametrize(
+    "note",
+    ["[" * 100_000, "[1]", "3", '{"step": "1", "random": {}, "config": {}}', '{"step": 1, "random": {}, "config": []}',
+     '{"step": 1, "random": {}, "config": {}, "note": {"identity": 3}}', '{"step": -1, "random": {}, "config": {}}'],
+)  # fmt: skip
+def test_a_damaged_note_is_refused_and_the_older_used(tmp_path, note):
+    good = save_checkpoint(tmp_path, make_checkpoint(1))
+    arrays = {"order": mx.array([1, 2])}
+    mx.save_safetensors(str(tmp_path / "checkpoint-00000002.safetensors"), arrays, {"training": note})
+    with pytest.raises(StarflowError, match="damaged or not of this program"):
+        load_checkpoint(tmp_path / "checkpoint-00000002.safetensors")
+    latest, warning = load_latest(tmp_path)
+    assert latest.step == 1 and "checkpoint-00000002" in warning
+    check_resume(tmp_path, {}, 0)
+    assert is_anonymous(tmp_path)  # as the good one is
+    good.unlink()
+    check_resume(tmp_path, {"flow": "x"}, 0)
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):

@@ -19,8 +19,9 @@ from mlx_starflow.errors import StarflowError
 from mlx_starflow.likelihood.nll import HALF_LOG_2PI
 from mlx_starflow.training.config import OPTIMIZERS, TrainingConfig, TrainingOptions
 from mlx_starflow.training.loop.checkpoint import checkpoint_files, load_checkpoint
-from mlx_starflow.training.loop.run_log import RunLog
+from mlx_starflow.training.loop.run_log import RunLog, read_log
 from mlx_starflow.training.loop.trainer import Trainer
+from mlx_starflow.training.loop.watch import draw_curves
 from mlx_starflow.training.loop.weights import assign, trainable
 from mlx_starflow.training.recipes.presets import get_preset
 from mlx_starflow.training.recipes.text import TextFlow
@@ -281,6 +282,16 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_intact(tmp_path, limit)
     assert not list(tmp_path.glob("partial-*"))
     make_trainer(tmp_path, config).run()
     assert load_checkpoint(checkpoint_files(tmp_path)[0]).step == 6
+
+
+def test_lines_of_the_log_that_are_none(tmp_path):
+    lines = [b'{"step": 1, "loss": 2.0}', b"\xff", b"[1]", b"3", b"[" * 100_000, b'{"step": "x"}', b'{"loss": NaN}',
+             b'{"step": 2, "loss": Infinity}', b'{"step": 3, "loss": 1.5}']  # fmt: skip
+    (tmp_path / "log.jsonl").write_bytes(b"\n".join(lines))
+    assert [row.get("step") for row in read_log(tmp_path)] == [1, None, 2, 3]
+    assert draw_curves(tmp_path) == tmp_path / "loss.png"
+    RunLog(tmp_path, 1)
+    assert [row.get("step") for row in read_log(tmp_path)] == [1, None]
 
 
 def test_a_log_that_cannot_be_written(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from tqdm import tqdm
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.media.buckets import RATIOS, bucket_size
+from mlx_starflow.media.files import parse_json
 from mlx_starflow.media.sources import Skip, open_source, skip_report
 from mlx_starflow.planning.memory import metal_limits
 from mlx_starflow.training.data.cache.encode import Changed, ImageStage, Items, TextStage
@@ -149,7 +149,7 @@ def build_cache(
         if not writer.progress.pictures_done:
             ImageStage(writer.settings, shapes).run(items, source.total, network, writer, hide)
             mx.clear_cache()
-        rows = [json.loads(line) for line in writer.read(INDEX).splitlines()]
+        rows = _rows(writer)
         if not rows:
             writer.forget()
             raise StarflowError(
@@ -160,6 +160,21 @@ def build_cache(
         with tqdm(desc="checksums", unit="file", disable=hide) as bar:
             writer.finish(_facts(rows, len(texts), shapes, network, writer), lambda name: bar.update())
         return _summary(writer, finished_before=False)
+
+
+def _rows(writer: CacheWriter) -> list[dict[str, Any]]:
+    """The lines of the index. Raises StarflowError if it is damaged."""
+    try:
+        rows = [parse_json(line) for line in writer.read(INDEX).splitlines()]
+        for row in rows:
+            texts, sides = row["captions"], row["size"]
+            if not all(isinstance(each, str) for each in (row["key"], row["bucket"], *texts)) or len(sides) != 2:
+                raise ValueError
+            if not all(isinstance(side, int) for side in sides):
+                raise ValueError
+    except (ValueError, TypeError, KeyError):
+        raise StarflowError(f"{writer.folder / INDEX} is damaged: start again with --no-resume") from None
+    return rows
 
 
 def _texts(rows: Sequence[Mapping[str, Any]], name_ratio: bool) -> list[tuple[str, str | None]]:
@@ -214,5 +229,6 @@ def _summary(writer: CacheWriter, *, finished_before: bool) -> CacheSummary:
 
 
 def _skipped(writer: CacheWriter) -> str:
-    skips = [Skip(*line.split("\t")) for line in writer.read(SKIPPED).decode().splitlines()]
+    lines = writer.read(SKIPPED).decode(errors="replace").splitlines()
+    skips = [Skip(key, reason) for key, _, reason in (line.partition("\t") for line in lines)]
     return skip_report(skips, writer.folder / SKIPPED) if skips else ""

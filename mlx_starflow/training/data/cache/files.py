@@ -39,13 +39,13 @@ def latents_file(ratio: str) -> str:
 
 def is_cache(folder: Path) -> bool:
     """Whether a folder holds a finished cache."""
-    return (folder / MANIFEST).is_file()
+    return is_regular(folder / MANIFEST)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """`cache.json` of a finished cache. Raises StarflowError if the folder is not one."""
     if not is_cache(folder):
-        if (folder / STATE).is_file():
+        if is_regular(folder / STATE):
             raise StarflowError(f"{folder} is not finished: run the command that makes it again, and it goes on")
         raise StarflowError(f"{folder} is not a latent cache: make one with mlx-starflow cache DATA -o {folder}")
     manifest = read_json(inside(folder, MANIFEST))
@@ -145,16 +145,29 @@ class CacheWriter:
             self.finished = found
             state.unlink(missing_ok=True)
             return
-        self.progress = Progress(**found["progress"])
+        self.progress, sizes = self._state(found)
         for path in self._data_files():
-            self._cut(path, found["bytes"].pop(path.name, 0))
-        if found["bytes"]:
-            raise StarflowError(f"{self.folder} lacks {min(found['bytes'])}; start again with --no-resume")
+            self._cut(path, sizes.pop(path.name, 0))
+        if sizes:
+            raise StarflowError(f"{self.folder} lacks {min(sizes)}; start again with --no-resume")
+
+    def _state(self, found: Mapping[str, Any]) -> tuple[Progress, dict[str, int]]:
+        """How far an unfinished cache is, and the sizes of its files."""
+        try:
+            done, sizes = Progress(**found["progress"]), dict(found["bytes"])
+            counts = [done.items, done.texts, done.cut, *sizes.values()]
+            if not all(isinstance(count, int) and count >= 0 for count in counts):
+                raise ValueError
+        except (KeyError, TypeError, ValueError):
+            raise StarflowError(f"{self.folder / STATE} is damaged: start again with --no-resume") from None
+        return done, sizes
 
     def _compare(self, found: Mapping[str, Any]) -> None:
         if found.get("format") != FORMAT:
             raise StarflowError(f"{self.folder} is a cache of another version: make it again with --no-resume")
         was = found["settings"]
+        if not isinstance(was, dict):
+            raise StarflowError(f"{self.folder} is damaged: make it again with --no-resume")
         changes = [
             f"another {key}" if isinstance(now, dict) else f"{key} {was.get(key)} -> {now}"
             for key, now in self.settings.items()

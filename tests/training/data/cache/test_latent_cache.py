@@ -442,6 +442,35 @@ def test_damage_while_it_is_made(model, data, tmp_path, monkeypatch):
     assert "lacks latents-1x1.bin; start again with --no-resume" in message(build_cache, data, out, model, SMALL)
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [{"progress": [1]}, {"progress": {"items": "x"}}, {"progress": {"other": 1}}, {"bytes": 3}, {"bytes": {"a": "b"}},
+     {"bytes": {"index.jsonl": -1}}, {"settings": 1}, {"progress": {"texts": None}}],
+)  # fmt: skip
+def test_a_damaged_progress_is_one_line(model, data, tmp_path, monkeypatch, damage):
+    out = begun(model, data, tmp_path, monkeypatch)
+    state = json.loads((out / "unfinished.json").read_text())
+    (out / "unfinished.json").write_text(json.dumps({**state, **damage}))
+    assert "damaged: " in (said := message(build_cache, data, out, model, SMALL)) and "--no-resume" in said
+
+
+@pytest.mark.parametrize("line", [b"\xff", b"[" * 100_000, b"[1]", b"{}", b'{"captions": 3}', b'{"key": 1}'])
+def test_a_damaged_index_is_one_line(model, data, tmp_path, monkeypatch, line):
+    out = begun(model, data, tmp_path, monkeypatch)
+    rows = (out / "index.jsonl").read_bytes()
+    (out / "index.jsonl").write_bytes(line.ljust(len(rows) - 1)[: len(rows) - 1] + b"\n")
+    assert "index.jsonl is damaged: start again with --no-resume" in message(build_cache, data, out, model, SMALL)
+
+
+def begun(model, data, tmp_path, monkeypatch) -> Path:
+    """A cache whose images are done and whose texts are not."""
+    out = tmp_path / "cache"
+    with monkeypatch.context() as stopped, pytest.raises(ZeroDivisionError):
+        stopped.setattr(encode.TextStage, "run", lambda *arguments: 1 / 0)
+        build_cache(data, out, model, SMALL)
+    return out
+
+
 def test_a_manifest_that_is_none(cache, tmp_path):
     folder = copy(cache, tmp_path / "cache")
     manifest = read_manifest(folder)

@@ -1,8 +1,8 @@
-"""The training loop of the embedded model's parts: AdamW, averaged weights, checkpoints by the clock.
+"""The training loop of the examples that train in PyTorch: AdamW, averaged weights, checkpoints by the clock.
 
-Batches are numbered, so a run that was stopped goes on with the batch after the last checkpoint's. The learning rate is
-constant after a warm-up and falls in the last quarter of the steps or, where a time is given, of the time: up to there
-either can be changed between two runs.
+Batches are numbered, so a run that was stopped goes on with the batch after the last checkpoint's. Unless it is told
+otherwise the learning rate is constant after a warm-up and falls in the last quarter of the steps or, where a time is
+given, of the time: up to there either can be changed between two runs.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from mlx_starflow.training.loop.schedules import ema_decay
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,8 @@ def train(
     seconds: float | None = None,
     deadline: float = math.inf,
     decay: float = 0.999,
+    betas: tuple[float, float] = (0.9, 0.98),
+    schedule: Callable[[int, float, int], float] = learning_rate,
     saved: Callable[[], None] = lambda: None,
     watch: Callable[[nn.Module, int], str] | None = None,
     watch_every: int = 1000,
@@ -107,6 +111,9 @@ def train(
         checkpoint: written every `device.save_every` seconds and at the end; resumed from if it is there. One that
             holds averaged weights alone is where to start, or finished if it has all the steps.
         deadline: `time.time()` after which to save and stop.
+        decay: of the averaged weights, at most.
+        betas: AdamW's.
+        schedule: the factor of the learning rate, of a step, the progress and the steps of the warm-up.
         saved: called after each checkpoint.
         watch: is given the averaged model now and then, and says something about it.
 
@@ -121,7 +128,7 @@ def train(
         model.load_state_dict(state.get("model", state["averaged"]))
         print(f"{checkpoint.stem}: resuming at step {step}", flush=True)
     averaged = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(groups, betas=betas, weight_decay=0.01, fused=True)
     peaks = [group["lr"] for group in groups]
     if state:
         averaged.load_state_dict(state["averaged"])
@@ -146,7 +153,7 @@ def train(
         if done >= 1:
             break
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * learning_rate(step - first if "optimizer" not in state else step, done, warm_up)
+            group["lr"] = peak * schedule(step - first if "optimizer" not in state else step, done, warm_up)
         loss, numbers = loss_of(batch, done)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -156,7 +163,7 @@ def train(
         optimizer.step()
         step, spent = step + 1, before + time.time() - began
         with torch.no_grad():
-            weight = 1 - min(decay, (1 + step) / (10 + step))
+            weight = 1 - ema_decay(decay, step)
             torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), weight)
             for mine, other in zip(averaged.buffers(), model.buffers(), strict=True):
                 mine.copy_(other)
