@@ -20,6 +20,7 @@ CUDA_GAPS = {
         "the matrix is made dense for the product, see model_dir.quantization.QuantizedLinear"
     ),
     "products of a quantized matrix with rows that are not contiguous": "the rows are copied first, there too",
+    "sending and receiving between machines": "sums over NCCL, which are all that this package uses",
     "LU, QR, SVD, inverse, Cholesky, eigenvalues": "on the CPU; nothing in this package computes them",
 }
 """What MLX 0.32's CUDA backend does not compute that its Metal backend, or its CPU, does -> what happens instead."""

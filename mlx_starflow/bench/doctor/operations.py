@@ -38,6 +38,10 @@ NETWORK_BOUNDS = {"dense": 2e-5, "8 bits": 2e-5}
 LONG = 33_390
 """Positions of a whole 480p video: more than fit into 15 bits."""
 
+HEADS = ((48, 48, 64, False, 7), (6, 2, 64, True, 33), (3, 3, 24, False, 1))
+"""Heads, heads of keys, their width, how pairs are split, and tokens: as in the released image model, as in language
+models, and odd ones."""
+
 MAPS = [AffineMap(0.0, False), AffineMap(4.0, True)]
 
 
@@ -114,9 +118,7 @@ def compare(arrays: Callable[[mx.Dtype], list[list[mx.array]]], bounds: dict[str
 
 def _rotated(dtype: mx.Dtype, norms: bool) -> list[list[mx.array]]:
     results = []
-    for num_heads, num_kv_heads, dim, half_split, length in (
-        (4, 4, 64, False, 1), (48, 48, 64, False, 7), (6, 2, 64, True, 33), (2, 1, 66, True, 5), (3, 3, 24, False, 9)
-    ):  # fmt: skip
+    for num_heads, num_kv_heads, dim, half_split, length in HEADS:
         qkv = normal(0, 2, length, (num_heads + 2 * num_kv_heads) * dim, dtype=dtype)
         weights = [0.3 * normal(key, dim, dtype=dtype) for key in (1, 2)] if norms else []
         rope_frequencies = line_frequencies(dim, length + 3)[3:]
