@@ -15,7 +15,7 @@ import numpy as np
 
 from mlx_starflow import __version__, cpu
 from mlx_starflow.bench.doctor.checks import Check, Finding, NotApplicable, at_most, within
-from mlx_starflow.kernels import MLX_VERSION
+from mlx_starflow.kernels import MLX_VERSION, enabled
 from mlx_starflow.kernels.devices import backend
 from mlx_starflow.kernels.products import tf32
 from mlx_starflow.model_dir.weights import MLX_DTYPES, default_dtype, dtype_name
@@ -137,10 +137,13 @@ def gpu() -> Finding:
             return Finding(f"{installed[0]} is installed, but MLX computes on the CPU", False)
         raise NotApplicable("MLX computes on the CPU")
     info = mx.device_info()
-    most = info.get("max_recommended_working_set_size")
-    working_set = f", {int(most) / 2**30:.1f} GiB for its working set" if most else ""
+    memory = int(info.get("max_recommended_working_set_size") or info.get("total_memory") or 0)
+    kernels = f", fused kernels {'on' if enabled() else 'off'}" if where == "Metal" else ""
     name, architecture = info.get("device_name", "a GPU"), info.get("architecture", "")
-    return Finding(f"{where}: {name} {architecture}{working_set}", values={"working_set": float(most or 0)})
+    return Finding(
+        f"{where}: {name} {architecture}, {memory / 2**30:.1f} GiB for networks{kernels}",
+        values={"memory": float(memory)},
+    )
 
 
 def _installed(package: str) -> bool:

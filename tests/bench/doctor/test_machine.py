@@ -91,8 +91,10 @@ def test_cuda_that_is_installed_and_not_used(monkeypatch):
 
 def test_cuda(monkeypatch):
     monkeypatch.setattr(machine, "backend", lambda: "CUDA")
-    monkeypatch.setattr(mx, "device_info", lambda: {"device_name": "NVIDIA H200", "architecture": "sm_90"})
-    assert line("GPU").verdict == "ok" and "CUDA: NVIDIA H200 sm_90" in line("GPU").measured
+    monkeypatch.setattr(
+        mx, "device_info", lambda: {"device_name": "NVIDIA H200", "architecture": "sm_90", "total_memory": 2**37}
+    )
+    assert line("GPU").verdict == "ok" and "CUDA: NVIDIA H200 sm_90, 128.0 GiB" in line("GPU").measured
 
 
 def test_products_that_keep_too_few_bits(monkeypatch):
