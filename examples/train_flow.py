@@ -29,8 +29,8 @@ NOISE = 0.1
 class Spots:
     """Batches of spots; whatever is random comes from the trainer's generator, so that runs can be repeated."""
 
-    def __init__(self, count: int = 512):
-        rows, columns = np.random.default_rng(0).uniform(1, SIDE - 2, (2, count, 1, 1))
+    def __init__(self, count: int = 512, seed: int = 0):
+        rows, columns = np.random.default_rng(seed).uniform(1, SIDE - 2, (2, count, 1, 1))
         squared = (np.arange(SIDE)[:, None] - rows) ** 2 + (np.arange(SIDE) - columns) ** 2
         self.latents = (2 * np.exp(-squared / 2) - 0.5).astype(np.float32)[..., None]
         self.order = Order(count)

@@ -13,38 +13,25 @@ import argparse
 import contextlib
 import multiprocessing
 import os
+import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 
 from mlx_starflow.likelihood import exact_nll
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
 from mlx_starflow.training.config import OPTIMIZERS, TrainingConfig
-from mlx_starflow.training.data.batches import Order
 from mlx_starflow.training.loop.run_log import read_log
 from mlx_starflow.training.loop.trainer import Trainer
 from mlx_starflow.training.loop.weights import trainable
 
-SIDE = 8
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from train_flow import NOISE, SIDE, Spots
+
 RATES = {"adamw": 1e-3, "adafactor": 1e-3, "muon": 5e-3, "sinkgd": 2e-2}
 """Learning rates: SinkGD's steps are 0.05 of its rate, and the entries of Muon's about 0.2 of its."""
-
-
-def spots(count: int, seed: int) -> np.ndarray:
-    rows, columns = np.random.default_rng(seed).uniform(1, SIDE - 2, (2, count, 1, 1))
-    squared = (np.arange(SIDE)[:, None] - rows) ** 2 + (np.arange(SIDE) - columns) ** 2
-    return (2 * np.exp(-squared / 2) - 0.5).astype(np.float32)[..., None]
-
-
-class Spots:
-    def __init__(self, count: int):
-        self.latents, self.order = spots(count, 0), Order(count)
-
-    def batch(self, rng: np.random.Generator, config: TrainingConfig, progress: float) -> dict[str, np.ndarray]:
-        latents = self.latents[self.order.take(config.batch_size, rng)]
-        return {"latents": latents, "noise": rng.standard_normal(latents.shape, dtype=np.float32)}
 
 
 def make_flow(channels: int) -> STARFlow:
@@ -57,7 +44,7 @@ def make_flow(channels: int) -> STARFlow:
             channels=channels,
             layers_per_block=[1, 1, 4],
             head_dim=64,
-            noise_std=0.1,
+            noise_std=NOISE,
             use_softplus=True,
             use_final_norm=True,
         )
@@ -83,7 +70,7 @@ def measure(kind: str, steps: int, channels: int, batch_size: int) -> str:
         sum(array.nbytes for array in arrays.values()) / 1e6
         for arrays in (trainable(flow), trainer.optimizer.flat_state())
     )
-    nll = exact_nll(flow, spots(64, 1), draws=1)
+    nll = exact_nll(flow, Spots(64, seed=1).latents, draws=1)
     return (
         f"{kind:<9}  {weights:>10.1f}  {state:>8.1f}  {trainer.peak_memory / 1e6:>7.1f}  "
         f"{1000 * batch_size / rate:>7.0f}  {nll.mean:.4f} +- {nll.standard_error:.4f}"

@@ -14,6 +14,7 @@ import multiprocessing
 import resource
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,23 +23,9 @@ WAYS = ("mlx", "mlx, layers checkpointed", "mlx, not compiled", "pytorch", "pyto
 
 
 def config(channels: int) -> Any:
-    from mlx_starflow.models.starflow import FlowConfig
+    from mlx_starflow.training.recipes.presets import get_preset
 
-    return FlowConfig(
-        img_size=16,
-        channel_size=4,
-        patch_size=4,
-        channels=channels,
-        layers_per_block=[2, 2, 6],
-        head_dim=64,
-        txt_size=12,
-        txt_dim=192,
-        use_softplus=True,
-        use_final_norm=True,
-        use_qk_norm=True,
-        norm_type="rms_norm",
-        soft_clip=4.0,
-    )
+    return replace(get_preset("demo").flow_config(), channels=channels, top_block_channels=None)
 
 
 def arrays(batch: int) -> dict[str, np.ndarray]:

@@ -140,3 +140,18 @@ def test_mistakes(tmp_path):
     assert "config.json: No such file" in mistake(source, out, config=tmp_path / "config.json")
     with pytest.raises(StarflowError, match="is the checkpoint's own folder"):
         convert_vae(source, source.parent, **config)
+
+
+def test_memory(tmp_path):
+    """An autoencoder of many layers is converted in the memory of a few tensors."""
+    config = AutoencoderKLConfig(block_out_channels=(32,) * 7, layers_per_block=3, norm_num_groups=8)
+    network = parameters(AutoencoderKL(config))
+    tensors = {name: mx.contiguous(w.transpose(0, 3, 1, 2)) if w.ndim == 4 else w for name, w in network.items()}
+    source = write(tmp_path / "deep.safetensors", tensors)
+    (tmp_path / "config.json").write_text(json.dumps({**config.to_dict(), "_class_name": "AutoencoderKL"}))
+    del network, tensors
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    convert_vae(source, tmp_path / "vae")
+    assert mx.get_peak_memory() - before < source.stat().st_size / 20

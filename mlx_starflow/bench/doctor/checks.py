@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,8 +65,7 @@ class Check:
             verdict, values = "not applicable", reason.values
             measured = f"{reason.measured}; {reason}" if reason.measured else str(reason)
         except Exception as error:
-            verdict, measured, values = "failed", f"{type(error).__name__}: {one_line(error)}"[:300], {}
-        measured = measured.replace(str(Path.home()), "~")
+            verdict, measured, values = "failed", _accident(error), {}
         return Line(self.name, verdict, measured, self.bound, self.advice, values, perf_counter() - start)
 
 
@@ -103,6 +103,17 @@ class Line:
             "values": values,
             "seconds": round(self.seconds, 3),
         }
+
+
+def _accident(error: Exception) -> str:
+    """What an exception says, and where it was raised, without the name of the user's folder."""
+    file = getattr(error, "filename", None)
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    words = f"{one_line(error)}: {file}" if file else one_line(error)
+    home = str(Path.home())
+    words = words.replace(home, "~") if len(home) > 1 else words
+    return f"{type(error).__name__}: {words[:300]}{place}"
 
 
 def within(errors: Mapping[str, float], bounds: Mapping[str, float], form: str = ".1e") -> Finding:

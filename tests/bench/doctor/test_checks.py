@@ -56,9 +56,13 @@ def test_what_is_not_a_number_keeps_no_bound(error):
     json.dumps(found.to_dict(), allow_nan=False)
 
 
-def test_the_report_names_no_user():
-    found = line(raising(OSError(f"{Path.home()}/models is missing")))
-    assert str(Path.home()) not in str(found) and "~/models is missing" in str(found)
+def test_the_report_names_no_user(monkeypatch):
+    missing = FileNotFoundError(2, "No such file or directory", f"{Path.home()}/models/flow")
+    found = str(line(raising(missing)))
+    assert str(Path.home()) not in found
+    assert "FileNotFoundError: No such file or directory: ~/models/flow (test_checks.py:" in found
+    monkeypatch.setattr(Path, "home", lambda: Path("/"))  # of a container's user
+    assert ": /home/someone" in str(line(raising(RuntimeError("not found: /home/someone"))))
 
 
 def test_a_report(monkeypatch):

@@ -18,11 +18,11 @@ from training.loop.test_trainer import CONFIG, assert_same, last_checkpoint, mak
 
 from mlx_starflow.training.loop.checkpoint import checkpoint_files, load_checkpoint, load_latest
 
-KILLS, SAVE = 10, 3
+KILLS, SAVE = 20, 3
 ENDLESS = replace(CONFIG, steps=100_000, save_steps=SAVE, log_every=1)
 
 
-def test_kill_9_ten_times(tmp_path):
+def test_kill_9_twenty_times(tmp_path):
     rng = np.random.default_rng(0)
     before = done = 0
     for _ in range(KILLS):

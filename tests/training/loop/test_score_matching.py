@@ -174,7 +174,7 @@ def test_it_finds_the_score_of_a_normal_distribution(tmp_path):
     for block in flow.blocks:
         block.freeze()
     flow.learnable_self_denoiser.proj_out.weight *= 0
-    config = TrainingConfig(steps=80, batch_size=16, lr=5e-3, context_full=0, context_partial=0, ema=0, log_every=10)
+    config = TrainingConfig(steps=60, batch_size=8, lr=5e-3, context_full=0, context_partial=0, ema=0, log_every=10)
     Trainer(flow, Normal(std), config, tmp_path).run()
     error = denoise(flow, x) - x * std**2 / (std**2 + noise**2)
     assert mx.sqrt(mx.square(error).mean()).item() < 0.02 * std

@@ -7,19 +7,19 @@ Both are replaced as a whole, and after what they speak of has reached the disk.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.media.files import inside, is_regular, read_json, replacing
+from mlx_starflow.model_dir.transaction import locked
 
 FORMAT = 1
 MANIFEST, STATE = "cache.json", "unfinished.json"
@@ -113,23 +113,13 @@ class CacheWriter:
         self.progress = Progress()
         self.finished: dict[str, Any] | None = None
         self._files: dict[str, BinaryIO] = {}
-        self._lock = -1
-        with self._writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(folder, os.O_RDONLY)
-        try:
+        with ExitStack() as stack:
+            stack.enter_context(locked(folder))
+            stack.callback(self._close_files)
             self._begin(resume)
-        except BaseException:
-            self.close()
-            raise
+            self._held = stack.pop_all()
 
     def _begin(self, resume: bool) -> None:
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StarflowError(f"another process is writing {self.folder}: wait for it, or end it") from None
-        except OSError:
-            pass  # some network file systems have no locks
         manifest, state = self.folder / MANIFEST, self.folder / STATE
         found = next((read_json(path) for path in (manifest, state) if path.exists()), None)
         ours = found is not None and {"format", "settings"} <= found.keys()
@@ -237,12 +227,12 @@ class CacheWriter:
 
     def close(self) -> None:
         """Let go of the files. What was not committed is cut off the next time."""
+        self._held.close()
+
+    def _close_files(self) -> None:
         for file in self._files.values():
             file.close()
         self._files = {}
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
 
     def __enter__(self) -> CacheWriter:
         return self

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -357,9 +358,10 @@ def test_other_folders_are_left_alone(model, data, tmp_path):
 
 
 def test_one_writer_at_a_time(cache, model, data):
-    with files.CacheWriter(cache, read_manifest(cache)["settings"]) as writer:
+    with files.CacheWriter(cache, read_manifest(cache)["settings"]) as writer, ThreadPoolExecutor(1) as other:
         assert writer.finished
-        assert "another process is writing" in message(build_cache, data, cache, model, SMALL)
+        line = other.submit(message, build_cache, data, cache, model, SMALL).result()
+        assert line == f"another mlx-starflow (pid {os.getpid()}) is writing {cache}"
     assert build_cache(data, cache, model, SMALL).finished_before
 
 
