@@ -30,6 +30,9 @@ ALL_METHODS = (*METHODS, "auto")
 BACKENDS = ("torch",)
 """What MLX can be compared with."""
 
+MOST_ROUNDS = 10_000
+"""In which every method is timed once."""
+
 
 @dataclass
 class Benchmark:
@@ -212,8 +215,8 @@ def bench(
         raise StarflowError(f"there is no method to time; give one of {', '.join(ALL_METHODS)}")
     if against not in (None, *BACKENDS):
         raise StarflowError(f"cannot compare with {against!r}; it must be {' or '.join(BACKENDS)}")
-    if rounds < 1:
-        raise StarflowError(f"there must be at least one round, not {rounds}")
+    if not 1 <= rounds <= MOST_ROUNDS:
+        raise StarflowError(f"there must be at least one round and at most {MOST_ROUNDS:,}, not {rounds}")
     dtype = parse_dtype(dtype) or default_dtype()
     trials = prepare(model, prompts, guidance=guidance, seed=seed, dtype=dtype, size=size)
     task = trials.task

@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.likelihood.nll import at_once, token_nats, with_noise
+from mlx_starflow.likelihood.nll import at_once, check_draws, token_nats, with_noise
 from mlx_starflow.likelihood.protocol import ImageModel, ImageOrVideo, one_or_several
 from mlx_starflow.sampling.sampler import progress_off
 
@@ -32,10 +32,9 @@ def log_likelihoods(
     without noise; the other arguments and errors are those of `likelihood.drawn_nats`.
     """
     prompts = one_or_several(prompts)
-    if not len(data) or not prompts or draws < 1:
-        raise StarflowError(
-            "there is nothing to score: give at least one picture, one prompt and one draw of the noise"
-        )
+    if not len(data) or not prompts:
+        raise StarflowError("there is nothing to score: give at least one picture and one prompt")
+    check_draws(draws)
     conditions = model.conditions(prompts, data.shape)
     model.release("text_encoder")
     if conditions is None:

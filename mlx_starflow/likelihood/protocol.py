@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -92,6 +92,10 @@ class ImageModel(Protocol):
     def grid(self, shape: Sequence[int]) -> tuple[int, ...]:
         """How the tokens of data of `shape` `[...]`, without the batch, lie: (rows, columns), of a video
         (latent frames, rows, columns)."""
+
+    @abstractmethod
+    def origin(self) -> dict[str, Any]:
+        """What the metadata of all that the model makes begin with: version, name, and adapters if it has any."""
 
     @abstractmethod
     def release(self, part: Part) -> None:

@@ -2,7 +2,8 @@
 
 A flow's `config.json` and `model*.safetensors` lie in the directory itself; the text encoder and the autoencoder of a
 flow that reads prompts lie in its folders `text_encoder` and `vae`. A network's `config.json` holds its config, its
-`model_type` and, for quantized weights, `quantization`; a flow's also `pipeline`, how to sample unless told otherwise.
+`model_type` and, for quantized weights, `quantization`; a flow's also `pipeline`, how to sample unless told otherwise,
+and what ties it to other weights, see `fingerprint`.
 """
 
 from __future__ import annotations
@@ -168,13 +169,13 @@ class ModelDirectory:
         self.flow = NetworkDirectory.flow(self.path)
 
     @classmethod
-    def find(cls, name: str | Path) -> ModelDirectory:
+    def find(cls, name: str | Path, *, download: bool = True) -> ModelDirectory:
         """The directory of "demo", of a folder or of a Hugging Face repository, see `hub.find_model`.
 
         Raises:
             StarflowError: there is no such model, or it cannot be downloaded.
         """
-        return cls(find_model(name))
+        return cls(find_model(name, download=download))
 
     @cached_property
     def text_encoder(self) -> NetworkDirectory[T5Encoder, T5Config]:
@@ -234,7 +235,7 @@ class ModelDirectory:
         """`directory.load_flow` of this directory."""
         if group is None:
             flow = self.flow.load(dtype)
-            add_adapters(flow, adapters)
+            add_adapters(flow, adapters, self.path)
             return flow
         if adapters:
             raise StarflowError("adapters cannot be split over ranks: fuse them into the model first")

@@ -143,11 +143,13 @@ def together(group: mx.distributed.Group | None) -> Iterator[None]:
         raise mistake
 
 
-def check_same(name: str | Path, dtype: str | mx.Dtype | None, group: mx.distributed.Group) -> None:
+def check_same(
+    name: str | Path, dtype: str | mx.Dtype | None, group: mx.distributed.Group, *, download: bool = True
+) -> None:
     """Raise StarflowError on every rank unless all of them can read the same model at the same precision."""
     facts: dict[str, object] = {}
     with together(group):
-        directory = find_model(name)
+        directory = find_model(name, download=download)
         read_config(directory)
         facts = {
             f"files of the model {name}": files_digest(directory),

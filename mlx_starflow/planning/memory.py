@@ -28,6 +28,7 @@ from mlx_starflow.model_dir.quantization import quantize_module
 from mlx_starflow.model_dir.weights import default_dtype, parameters, parse_dtype
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from mlx_starflow.models.autoencoder_wan import AutoencoderWan, AutoencoderWanConfig
+from mlx_starflow.models.configs import PIPELINE
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
 from mlx_starflow.models.t5 import T5Config, T5Encoder
 from mlx_starflow.planning import footprint
@@ -82,7 +83,7 @@ class ModelConfigs:
         flow = directory.flow.config
         if not isinstance(flow, FlowConfig):
             raise StarflowError(f"{directory.path} reads no prompts: memory is planned for models that do")
-        guidance = directory.pipeline.get("guidance", flow.cfg)
+        guidance = PIPELINE.typed("guidance", "float", directory.pipeline.get("guidance", flow.cfg))
         return cls(flow, directory.text_encoder.config, directory.vae.config, directory, guidance)
 
     @classmethod
@@ -170,11 +171,15 @@ def available() -> int:
         return int(info.get("max_recommended_working_set_size") or usable(int(info["memory_size"])))
     if backend() == "CUDA":
         return int(OWN_SHARE * int(mx.device_info()["total_memory"]))
+    return int(OWN_SHARE * installed())
+
+
+def installed() -> int:
+    """Bytes of memory of this machine."""
     try:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):
         return 2**63 - 1  # unknown: whatever is asked for
-    return int(OWN_SHARE * memory)
 
 
 def plan(

@@ -1,7 +1,11 @@
-"""A model in a few lines: architecture, sizes, defaults, licence, and the memory that generating takes."""
+"""A model in a few lines: architecture, sizes, defaults, licence, and the memory that generating takes.
+
+And an image or a video, by what its file says.
+"""
 
 from __future__ import annotations
 
+import json
 import platform
 from pathlib import Path
 from typing import Any
@@ -14,8 +18,10 @@ from mlx_starflow.convert.official import RELEASES
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.kernels import MLX_VERSION
 from mlx_starflow.media.files import is_folder, is_regular
+from mlx_starflow.media.metadata import read_metadata
 from mlx_starflow.model_dir.directory import ModelDirectory, NetworkDirectory
-from mlx_starflow.model_dir.hub import converted_directory
+from mlx_starflow.model_dir.fingerprint import fingerprint, read_made_of
+from mlx_starflow.model_dir.hub import converted_directory, find_model
 from mlx_starflow.model_dir.quantization import dequantize_module
 from mlx_starflow.model_dir.weights import parameters
 from mlx_starflow.planning.chips import find_chips, time_report
@@ -34,6 +40,9 @@ PARTS = {"text encoder": "text_encoder", "autoencoder": "vae"}
 MACS = (8, 16, 24, 32, 64)
 LARGE_MACS = (32, 64, 96, 128, 192)
 """Memory, in GB, of the Macs that `memory_report` speaks of, and of those for models that need more."""
+
+MOST_SHOWN = 1000
+"""Characters of a value in a file's metadata that are shown."""
 
 
 def summarize(model: str) -> dict[str, str]:
@@ -62,11 +71,43 @@ def summarize(model: str) -> dict[str, str]:
             lines[title] = _size(getattr(directory, part))
     if quantization := directory.flow.quantization:
         lines["quantized"] = f"{quantization.get('bits')} bits, groups of {quantization.get('group_size')}"
+    if origin := read_made_of(directory.path):
+        lines["made of"] = _origin(*origin)
     for name, value in directory.pipeline.items():
         lines[name] = str(value)
     if licences := directory.licences:
         lines["licence"] = f"see {', '.join(licences)} there"
     return lines
+
+
+def summarize_file(path: Path) -> dict[str, str]:
+    """Name -> one line of text about how an image or a video was made. Raises StarflowError if it does not say."""
+    found = read_metadata(path)
+    settings = found.pop("settings", {})
+    lines = {"file": _line(str(path))}
+    for name, value in {**found, **(settings if isinstance(settings, dict) else {"settings": settings})}.items():
+        if value is not None:
+            lines[_line(name)] = _line(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    if "made_by" not in found:
+        command = "video" if "frames" in lines else "generate"
+        lines["again"] = f"mlx-starflow {command} --from {_line(str(path))}"
+    return lines
+
+
+def _origin(name: str, mark: str) -> str:
+    """Of which weights a copy was made, and whether they are still there."""
+    line = f"{_line(name)}, weights {mark}"
+    try:
+        now = fingerprint(find_model(name, download=False))
+    except StarflowError:
+        return line
+    return line if now == mark else f"{line}; that model has other weights now"
+
+
+def _line(text: str) -> str:
+    """A text of somebody else's on one line, cut, without what a terminal would obey."""
+    shown = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text[:MOST_SHOWN])
+    return shown + ("..." if len(text) > MOST_SHOWN else "")
 
 
 def memory_report(
@@ -89,6 +130,8 @@ def memory_report(
     configs = model_configs(model)
     if configs is None:
         return []
+    if frames is not None and not configs.flow.video:
+        raise StarflowError(f"--frames is about videos, and {model} makes pictures: leave it out")
     found = plans(configs, size=size, batch=batch, frames=frames)
     largest = max(each.peak() for each in found.values())
     unit, name = (2**30, "GiB") if largest >= 2**30 else (2**20, "MiB")

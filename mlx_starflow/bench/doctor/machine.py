@@ -19,6 +19,7 @@ from mlx_starflow.kernels import MLX_VERSION, enabled
 from mlx_starflow.kernels.devices import backend
 from mlx_starflow.kernels.products import tf32
 from mlx_starflow.model_dir.weights import MLX_DTYPES, default_dtype, dtype_name
+from mlx_starflow.planning.memory import installed
 
 OLDEST_MLX = "0.32.4"
 """As in setup.py: older ones are wrong in places."""
@@ -79,7 +80,7 @@ def computer() -> Finding:
     system = (
         f"macOS {platform.mac_ver()[0]}" if sys.platform == "darwin" else f"{platform.system()} {platform.release()}"
     )
-    memory = int(sysctl("hw.memsize")) if sys.platform == "darwin" else _linux_memory()
+    memory = int(sysctl("hw.memsize")) if sys.platform == "darwin" else installed()
     good = sys.platform == "linux"
     if sys.platform == "darwin":
         good = int(platform.mac_ver()[0].partition(".")[0]) >= OLDEST_MACOS and processor().startswith("Apple")
@@ -100,10 +101,6 @@ def sysctl(name: str) -> str:
     """What macOS says of itself."""
     done = subprocess.run(["/usr/sbin/sysctl", "-n", name], capture_output=True, text=True, check=True)
     return done.stdout.strip()
-
-
-def _linux_memory() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def cores() -> int:

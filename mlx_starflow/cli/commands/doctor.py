@@ -7,11 +7,11 @@ from pathlib import Path
 
 import click
 
+from mlx_starflow.cli.options.outputs import OUTPUT
+
 
 @click.command()
-@click.option(
-    "--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write JSON too; - prints it alone."
-)
+@click.option("--json", "json_file", type=OUTPUT, metavar="FILE", help="Write JSON too; - prints it alone.")
 def doctor(json_file: Path | None) -> None:
     """Check what this machine computes: versions, kernels, precision, certificates, speed, memory.
 
@@ -24,10 +24,10 @@ def doctor(json_file: Path | None) -> None:
     if your machine is one that docs/mac.md says nothing about: it names the machine's kind, and no file or user.
     """
     from mlx_starflow.bench.doctor import examine
-    from mlx_starflow.media.tables import STDOUT, check_text_output, write_json
+    from mlx_starflow.media.outputs import STDOUT, check_outputs
+    from mlx_starflow.media.tables import write_json
 
-    if json_file is not None:
-        check_text_output(json_file)
+    check_outputs([json_file])
     tell = partial(click.echo, err=json_file == STDOUT)
     tell("mlx-starflow doctor: please paste all of this into a report\n")
     report = examine(tell)
