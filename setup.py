@@ -42,8 +42,8 @@ setup(
     package_dir={"mlx_starflow.convert": "convert"},
     package_data={"mlx_starflow": ["py.typed", "*.pyi", "cpu/*.cpp", "cpu/*.h", "demo/model/*", "demo/model/*/*"]},
     install_requires=[
-        # PyPI's plain mlx has no backend on Linux: the CPU one is an extra there. Earlier versions are wrong in places: causal
-        # masks of more than 32,767 positions on an M5 (before 0.31.2), nvfp4 (before 0.32.1), large 3-D convolutions.
+        # PyPI's plain mlx has no backend on Linux: the CPU one is an extra there. Earlier versions are wrong in places:
+        # causal masks of more than 32,767 positions on an M5 (0.31.1), nvfp4 (0.32.0), large 3-D convolutions (0.30).
         "mlx>=0.32.4; sys_platform == 'darwin'",
         "mlx[cpu]>=0.32.4; sys_platform == 'linux'",
         # A fast BLAS for that CPU backend, which brings a slow one: see mlx_starflow/cpu/blas.py.
