@@ -59,6 +59,7 @@ setup(
         "huggingface-hub",
     ],
     extras_require={
+        "cuda": ["mlx[cuda13]>=0.32.4; sys_platform == 'linux'"],  # see docs/cuda.md for what else it takes
         "finetune": ["mlx-lm"],  # its LoRA and DoRA layers; using adapters does not need it
         # What builds and checks wheel, sdist and documentation.
         "release": [

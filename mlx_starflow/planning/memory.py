@@ -21,6 +21,7 @@ from mlx_starflow.convert.official import RELEASES, released_arguments
 from mlx_starflow.convert.vae import SD_VAE
 from mlx_starflow.convert.wan import WAN_VAE
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.kernels.devices import backend
 from mlx_starflow.media.buckets import VIDEO_RATIO, bucket_size
 from mlx_starflow.model_dir.directory import ModelDirectory
 from mlx_starflow.model_dir.quantization import quantize_module
@@ -158,6 +159,10 @@ class MemoryPlan:
         return self.peak(low_memory) <= usable(gigabytes * 2**30)
 
 
+OWN_SHARE = 0.9
+"""Of a GPU's own memory, or of a CPU's: the rest is left to others."""
+
+
 def usable(memory: float) -> int:
     """Bytes of a Mac's `memory` that its GPU may use.
 
@@ -169,11 +174,14 @@ def usable(memory: float) -> int:
 
 
 def available() -> int:
-    """Bytes that networks on this machine may use: Metal's working set, or most of the memory of a CPU's machine."""
+    """Bytes that networks on this machine may use: Metal's working set, or most of the memory of a CUDA GPU or of a
+    CPU's machine."""
     if mx.metal.is_available():
         info = mx.device_info()
         return int(info.get("max_recommended_working_set_size") or usable(int(info["memory_size"])))
-    return int(0.9 * installed())
+    if backend() == "CUDA":
+        return int(OWN_SHARE * int(mx.device_info()["total_memory"]))
+    return int(OWN_SHARE * installed())
 
 
 def installed() -> int:

@@ -225,6 +225,13 @@ def test_low_memory_is_chosen_by_the_plan(tmp_path, monkeypatch):
     assert not load(directory, low_memory=False).backend.low_memory
 
 
+def test_a_cuda_gpu_has_its_own_memory(monkeypatch):
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
+    monkeypatch.setattr(mx, "device_info", lambda: {"device_name": "NVIDIA H200", "total_memory": 1000})
+    assert memory.available() == 900
+
+
 def test_metal_limits_do_nothing_elsewhere(monkeypatch):
     monkeypatch.setattr(mx.metal, "is_available", lambda: False)
     monkeypatch.setattr(mx, "set_cache_limit", pytest.fail)
