@@ -143,6 +143,19 @@ def _metadata(path: Path) -> object:
     return read_metadata(path)
 
 
+def _recipe(path: Path) -> object:
+    from PIL import Image, PngImagePlugin
+
+    from mlx_starflow.media.formats import METADATA_KEY
+    from mlx_starflow.pipelines.recipes import Recipe
+
+    info = PngImagePlugin.PngInfo()
+    info.add_text(METADATA_KEY, path.read_bytes().decode("latin-1"))
+    picture = path.with_suffix(".png")
+    Image.new("RGB", (1, 1)).save(picture, pnginfo=info)
+    return Recipe.read(picture, video=True)
+
+
 def _noise(path: Path) -> object:
     from mlx_starflow.media.noise import read_noise
 
@@ -215,8 +228,10 @@ READERS = {
     "adapter": Reader("adapter/adapter_config.json", _adapter, "json", 0),
     "adapter weights": Reader("adapter/adapters.safetensors", _adapter, levels=0),
     "PNG metadata": Reader("picture.png", _metadata),
+    "JPEG metadata": Reader("made/a.jpg", _metadata),
     "GIF metadata": Reader("video.gif", _metadata),
     "WebP metadata": Reader("video.webp", _metadata),
+    "recipe": Reader("made/recipe.json", _recipe, "json"),
     "noise": Reader("noise.safetensors", _noise),
     "encoded": Reader("encoded.safetensors", _encoded),
     "jsonl": Reader("pictures/metadata.jsonl", _data, "jsonl", 0),
@@ -242,6 +257,8 @@ def make_good(folder: Path) -> None:
 
     from mlx_starflow.convert.archive import write_archive
     from mlx_starflow.convert.official import ARGUMENTS
+    from mlx_starflow.media.images import save_image
+    from mlx_starflow.media.metadata import read_metadata
     from mlx_starflow.model_dir.files import Spec
 
     shutil.copytree(GOOD, folder, dirs_exist_ok=True)
@@ -266,8 +283,11 @@ def make_good(folder: Path) -> None:
             }
         )
     )  # fmt: skip
+    recipe = read_metadata(folder / "video.webp")
+    (made / "recipe.json").write_text(json.dumps(recipe))
     picture = Image.open(folder / "picture.png").convert("RGB")
-    for place in ("a.jpg", "a.tif", "a.bmp", "captions/a.png", "table/a.png"):
+    save_image(picture, made / "a.jpg", recipe)
+    for place in ("a.tif", "a.bmp", "captions/a.png", "table/a.png"):
         picture.save(made / place)
     (made / "captions/a.txt").write_text("a red apple\n")
     (made / "table/metadata.csv").write_text('file_name,text\na.png,"a red, round apple"\n')

@@ -23,12 +23,16 @@ from mlx_starflow.bench.contenders import (
 from mlx_starflow.bench.products import WeightProducts
 from mlx_starflow.bench.trials import PROMPTS, Task, Trials, prepare
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.model_dir.weights import default_dtype, parse_dtype
+from mlx_starflow.model_dir.weights import dtype_name, parse_dtype
+from mlx_starflow.models.flow import products_in
 from mlx_starflow.sampling.methods import METHODS
 
 ALL_METHODS = (*METHODS, "auto")
 BACKENDS = ("torch",)
 """What MLX can be compared with."""
+
+MOST_ROUNDS = 10_000
+"""In which every method is timed once."""
 
 
 @dataclass
@@ -198,7 +202,7 @@ def bench(
         guidance: its weight; None: the model's own.
         seed: of the first image's noise; the others' count up.
         size: (width, height) of the images in pixels; None: the size the model was trained at.
-        dtype: of the flow; None: float32 on a CPU, bfloat16 on a GPU.
+        dtype: of the flow; None or "auto": what `precision.automatic` says.
         rounds: how often each method is timed.
         against: "torch": time the PyTorch reference too, with CUDA if there is one.
         report: is told how it goes.
@@ -212,9 +216,9 @@ def bench(
         raise StarflowError(f"there is no method to time; give one of {', '.join(ALL_METHODS)}")
     if against not in (None, *BACKENDS):
         raise StarflowError(f"cannot compare with {against!r}; it must be {' or '.join(BACKENDS)}")
-    if rounds < 1:
-        raise StarflowError(f"there must be at least one round, not {rounds}")
-    dtype = parse_dtype(dtype) or default_dtype()
+    if not 1 <= rounds <= MOST_ROUNDS:
+        raise StarflowError(f"there must be at least one round and at most {MOST_ROUNDS:,}, not {rounds}")
+    dtype = parse_dtype(dtype)
     trials = prepare(model, prompts, guidance=guidance, seed=seed, dtype=dtype, size=size)
     task = trials.task
     contenders, notes = _ours(trials, list(dict.fromkeys(methods)), str(model))
@@ -222,7 +226,7 @@ def bench(
         "model": str(model),
         "machine": f"{platform.processor() or platform.machine()}, {platform.system()}",
         "mlx": f"{version('mlx')} on the {mx.default_device().type.name.upper()}, BLAS {cpu.describe()}",
-        "dtype": str(dtype).rpartition(".")[2],
+        "dtype": dtype_name(products_in(task.flow)),
         "pictures": task.images,
         "tokens": task.length,
         "guidance": task.guidance,

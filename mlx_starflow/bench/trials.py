@@ -97,6 +97,7 @@ def prepare(
     plan = SamplingPlan.find(directory)
     if isinstance(flow, STARFlow) and flow.config.txt_size:
         pipe = load(directory, dtype=dtype, low_memory=True)
+        pipe.check_size(size or pipe.size, len(prompts), guidance=guidance)
         texts = pipe.encode_prompts([*prompts, ""])
         mx.eval(texts)
         weight = pipe.settings.guidance if guidance is None else guidance

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -31,8 +32,10 @@ from mlx_starflow.errors import StarflowError
 from mlx_starflow.likelihood.nll import noise_and_nats, with_noise
 from mlx_starflow.likelihood.protocol import ImageModel
 from mlx_starflow.media.images import to_images
+from mlx_starflow.media.noise import check_seeds
 from mlx_starflow.media.pixels import crop_image, model_picture, scale_pixels
 from mlx_starflow.models.flow import Flow
+from mlx_starflow.planning.limits import check_count, check_held
 from mlx_starflow.sampling import GuidedFlow
 from mlx_starflow.sampling.sampler import progress_off
 
@@ -72,11 +75,13 @@ class Inpainting:
         images: outside the mask their pixels are those of the original.
         data: of the images, without noise, `[B, ...]`.
         trace: what the chains did.
+        metadata: how each was made, for `media.images.save_image`.
     """
 
     images: list[Image.Image]
     data: np.ndarray
     trace: Trace
+    metadata: list[dict[str, Any]] = field(default_factory=list)
 
 
 def inpaint(
@@ -119,6 +124,7 @@ def inpaint(
     if mask.size != image.size:
         raise StarflowError(f"the mask is {mask.size}, the picture {image.size}; they must have the same size")
     width, height = size or model.size
+    check_held(images, 32 * width * height)  # each is painted in float32, and has data and noise of its own
     free_pixels = np.asarray(crop_image(mask.convert("L"), width, height)) > 127
     check_mask(free_pixels, "(resized to the model's pictures)")
     original = scale_pixels(np.asarray(model.fit(image, size)))
@@ -141,7 +147,18 @@ def inpaint(
             model.release("flow")
             decoded = np.concatenate([model.decode_images(each[None]) for each in data])
             painted = np.where(free_pixels[:, :, None], np.clip(decoded, -1, 1), original)
-    return Inpainting(to_images(painted), data, Trace.joined(traces))
+    about = {
+        **model.origin(),
+        "made_by": "edit inpaint",
+        "prompts": [prompt],
+        "size": (width, height),
+        "steps": steps,
+        "rounds": rounds,
+        "strength": strength,
+        "accept": accept,
+    }
+    metadata = [{**about, "seeds": [each]} for each in seeds]
+    return Inpainting(to_images(painted), data, Trace.joined(traces), metadata)
 
 
 def _round(
@@ -232,8 +249,9 @@ def _check(steps: int, rounds: int, strength: float, accept: str, images: int, s
     for name, value in {"steps": steps, "rounds": rounds, "images": images}.items():
         if value < 1:
             raise StarflowError(f"the number of {name} must be 1 or more, not {value}")
-    if seed < 0:
-        raise StarflowError(f"a seed is a whole number from 0 on, not {seed}")
+        check_count(value, name)
+    check_count(steps * rounds, "steps")
+    check_seeds([seed])
     if not 0 < strength <= 1:
         raise StarflowError(f"the strength of proposals must be above 0 and at most 1, not {strength:g}")
     if accept not in ACCEPT:

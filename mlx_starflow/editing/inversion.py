@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -14,16 +16,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from tqdm import tqdm
 
-from mlx_starflow.editing.maps import cleaned, from_noise, to_noise
+from mlx_starflow.editing.maps import cleaned, from_noise, regenerated, to_noise
 from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.likelihood.nll import at_once, unit_of, with_noise
 from mlx_starflow.likelihood.protocol import ImageModel, ImageOrVideo
 from mlx_starflow.media.files import parse_json, replacing
-from mlx_starflow.media.noise import KEY, check_finite_noise, read_noise
+from mlx_starflow.media.noise import KEY, check_finite_noise, digest, read_noise
+from mlx_starflow.models.configs import plain_fields
 from mlx_starflow.sampling import GuidedFlow, SamplingOptions
 from mlx_starflow.sampling.sampler import progress_off
 
 METADATA_KEY = "mlx-starflow"
+
+SMALLEST = 0.1
+"""RMS of data that errors are compared with at least: an image may be all of one grey, which is 0."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,9 @@ class Encoded:
     guidance: float = 0.0
     model: str = ""
 
+    def __post_init__(self) -> None:
+        plain_fields(self)
+
     def save(self, path: Path) -> None:
         """Write as safetensors, which `generate --load-noise` reads too. Raises StarflowError."""
         check_finite_noise(self.noise, path)
@@ -49,6 +58,12 @@ class Encoded:
         with replacing(path) as temporary:
             noise = np.ascontiguousarray(self.noise, np.float32)
             temporary.write_bytes(save({KEY: noise}, {METADATA_KEY: json.dumps(about)}))
+
+    def described(self, model: ImageModel, *, denoise: bool = False) -> list[dict[str, Any]]:
+        """How each image or video that `decode` makes of this was made, for `media.images.save_image`."""
+        about = {**model.origin(), "made_by": "decode", "guidance": self.guidance, "denoise": denoise}
+        each = zip(self.prompts, self.noise, strict=True)
+        return [{**about, "prompts": [prompt], "noise_sha256": [digest(noise[None])]} for prompt, noise in each]
 
     @classmethod
     def load(cls, path: Path) -> Encoded:
@@ -120,14 +135,15 @@ def encode(
         The noise, and the errors of the way back (None without `check`).
 
     Raises:
-        StarflowError: there are no images, or not as many prompts, or the noise is not finite.
+        StarflowError: there are no images, or not as many prompts, or the noise is not finite; or, with `check`, the
+            way back leads nowhere near an image. Further than a tenth of its data is a warning.
     """
     fitted = [model.fit(image, size) for image in images]
     data = model.to_data(fitted, size)
     lost = _lost_levels(model.to_images(data), fitted) if check else 0.0
     model.release("vae")
     if noise_seed is not None:
-        data = with_noise(model.dense_flow(), data, 0, noise_seed)
+        data = with_noise(model.exact_flow(), data, 0, noise_seed)
     prompts = [prompts] * len(data) if isinstance(prompts, str) else list(prompts)
     noise, errors = [], []
     for part, guided, _ in _batches(model, prompts, len(data), data.shape, guidance, batch_size, progress, "encoding"):
@@ -136,6 +152,7 @@ def encode(
         noise.append(np.array(z))
         if check:
             errors.append(np.array(from_noise(guided, z) - x))
+            _check_way_back(errors[-1], data[part])
     encoded = Encoded(np.concatenate(noise), prompts, guidance, model.name)
     if not check:
         return encoded, None
@@ -165,8 +182,8 @@ def decode(
     data = []
     batches = _batches(model, encoded.prompts, len(noise), shape, encoded.guidance, batch_size, progress, "decoding")
     for part, guided, condition in batches:
-        x = from_noise(guided, mx.array(noise[part]))
-        data.append(np.array(cleaned(model.dense_flow(), x, condition) if denoise else x))
+        x = regenerated(guided, mx.array(noise[part]))
+        data.append(np.array(cleaned(model.exact_flow(), x, condition) if denoise else x))
     model.release("flow")
     result = np.concatenate(data)
     return model.to_images(result), result
@@ -187,7 +204,7 @@ def _batches(
         raise StarflowError(f"there are {len(prompts)} prompts for {count} pictures; give one, or one a picture")
     conditions = model.conditions([*prompts, ""], shape)
     model.release("text_encoder")
-    flow, options = model.dense_flow(), SamplingOptions(guidance)
+    flow, options = model.exact_flow(), SamplingOptions(guidance)
     batch_size = at_once(batch_size, shape)
     with tqdm(total=count, desc=what, unit=unit_of(shape), disable=progress_off(progress)) as bar:
         for start in range(0, count, batch_size):
@@ -197,6 +214,17 @@ def _batches(
                 text, null = conditions[part], conditions[-1:]
             yield part, GuidedFlow(flow, (part.stop - start, *shape[1:]), text, null, options), text
             bar.update(part.stop - start)
+
+
+def _check_way_back(errors: np.ndarray, data: np.ndarray) -> None:
+    """Raise StarflowError if nothing is left of an image on the way back from its noise, and warn if much is not."""
+    worst = max(_rms(error) / max(_rms(x), SMALLEST) for error, x in zip(errors, data, strict=True))
+    if worst > 0.1:
+        said = f"on the way back from the noise the error is {worst:.2g} of what the flow models (RMS)"
+        advice = "try a lower guidance, or weights in float32"
+        if not worst < 1:
+            raise StarflowError(f"{said}: this noise is not the picture's; {advice}")
+        warnings.warn(f"{said}: {advice}", stacklevel=3)
 
 
 def _lost_levels(made: Sequence[ImageOrVideo], given: Sequence[ImageOrVideo]) -> float:

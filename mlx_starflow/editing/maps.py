@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import mlx.core as mx
@@ -15,6 +16,9 @@ from mlx_starflow.sampling.guidance import Guidance, SamplingOptions, guidance_f
 from mlx_starflow.sampling.guided import GuidedFlow
 from mlx_starflow.sampling.methods import SequentialSettings
 from mlx_starflow.sampling.sampler import invert_block
+
+WORST = 1.0
+"""The largest distance of a sample from its noise that means anything, in standard deviations of the noise."""
 
 
 class BlendedFlow(GuidedFlow):
@@ -84,6 +88,22 @@ def from_noise(guided: GuidedFlow, z: mx.array) -> mx.array:
     """Noise, shaped as `sample` takes it, -> data: the exact inverse of `to_noise`."""
     flow = guided.flow
     return flow.latents(_inverted(guided, flow.noise_tokens(z)), z.shape)
+
+
+def regenerated(guided: GuidedFlow, z: mx.array) -> mx.array:
+    """`from_noise`, with a warning if the flow, run forwards over the data, does not lead back to the noise.
+
+    A sample that is off by a standard deviation of the noise is another noise's, whatever it looks like.
+    """
+    x = from_noise(guided, z)
+    distance = float(np.abs(np.array(to_noise(guided, x) - z)).max())
+    if distance > WORST:
+        warnings.warn(
+            f"the result is not what its noise leads to (off by {distance:.1e} standard deviations): try a lower "
+            "guidance or strength, or weights in float32",
+            stacklevel=3,
+        )
+    return x
 
 
 def cleaned(flow: Flow, x: mx.array, text: mx.array | None) -> mx.array:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TypeVar, cast
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, cast
 
 import mlx.core as mx
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from mlx_starflow.editing.maps import BlendedFlow, cleaned, from_noise, to_noise
+from mlx_starflow.editing.maps import BlendedFlow, cleaned, regenerated, to_noise
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.likelihood.protocol import ImageModel
-from mlx_starflow.media.noise import draw_noise
+from mlx_starflow.media.noise import check_seeds, draw_noise
+from mlx_starflow.planning.limits import check_count, check_held
 from mlx_starflow.sampling import GuidedFlow
 from mlx_starflow.sampling.sampler import progress_off
 
@@ -29,11 +30,13 @@ class Edit:
         images: the images.
         data: theirs, `[B, ...]`.
         places: where on the path each is: its strength, or its share of the way.
+        metadata: how each was made, for `media.images.save_image`.
     """
 
     images: list[Image.Image]
     data: np.ndarray
     places: list[float]
+    metadata: list[dict[str, Any]] = field(default_factory=list)
 
 
 def reprompt(
@@ -72,15 +75,17 @@ def reprompt(
     model.release("text_encoder")
     if conditions is None:
         raise StarflowError(f"{model.name} reads no prompts: use vary or interpolate")
-    z = np.array(to_noise(GuidedFlow(model.dense_flow(), data.shape, conditions[:1]), mx.array(data)))
+    z = np.array(to_noise(GuidedFlow(model.exact_flow(), data.shape, conditions[:1]), mx.array(data)))
 
     def regenerate(part: list[float]) -> mx.array:
         count = len(part)
         first, second = (mx.repeat(conditions[i : i + 1], count, axis=0) for i in (0, 1))
-        guided = BlendedFlow(model.dense_flow(), (count, *z.shape[1:]), first, second, part)
-        return from_noise(guided, mx.array(np.repeat(z, count, axis=0)))
+        guided = BlendedFlow(model.exact_flow(), (count, *z.shape[1:]), first, second, part)
+        return regenerated(guided, mx.array(np.repeat(z, count, axis=0)))
 
-    return Edit(*_regenerated(model, strengths, regenerate, batch_size, progress), strengths)
+    images, made = _regenerated(model, strengths, regenerate, batch_size, progress)
+    about = {**model.origin(), "made_by": "edit reprompt", "prompts": [source, target], "size": images[0].size}
+    return Edit(images, made, strengths, [{**about, "strength": strength} for strength in strengths])
 
 
 def vary(
@@ -117,10 +122,15 @@ def vary(
     temperature = model.temperature if temperature is None else temperature
     if images < 1 or not temperature >= 0:
         raise StarflowError(f"images must be 1 or more and the temperature 0 or more, not {images} and {temperature:g}")
+    check_seeds([seed])
+    seed = int(seed)
+    check_count(images * len(strengths))
+    width, height = size or model.size
+    check_held(images * len(strengths), 8 * width * height)  # the image, its data, and the noise
     data = model.to_data([image], size)
     condition = model.conditions([prompt], data.shape)
     model.release("text_encoder")
-    z = np.array(to_noise(GuidedFlow(model.dense_flow(), data.shape, condition), mx.array(data)))
+    z = np.array(to_noise(GuidedFlow(model.exact_flow(), data.shape, condition), mx.array(data)))
     other = temperature * draw_noise(range(seed, seed + images), z.shape[1:])
     places = [(path, strength) for path in range(images) for strength in strengths]
 
@@ -129,12 +139,16 @@ def vary(
         cos, sin = (_column(f(angles), z.ndim) for f in (np.cos, np.sin))
         turned = cos * z + sin * other[[path for path, _ in part]]
         text = None if condition is None else mx.repeat(condition, len(part), axis=0)
-        x = from_noise(GuidedFlow(model.dense_flow(), turned.shape, text), mx.array(turned.astype(np.float32)))
+        x = regenerated(GuidedFlow(model.exact_flow(), turned.shape, text), mx.array(turned.astype(np.float32)))
         moved = mx.array(_column(angles > 0, x.ndim))
-        return mx.where(moved, cleaned(model.dense_flow(), x, text), x) if any(angles) else x
+        return mx.where(moved, cleaned(model.exact_flow(), x, text), x) if any(angles) else x
 
-    made = _regenerated(model, places, regenerate, batch_size, progress)
-    return Edit(*made, [strength for _, strength in places])
+    varied, made = _regenerated(model, places, regenerate, batch_size, progress)
+    about = {**model.origin(), "made_by": "edit vary", "prompts": [prompt], "size": varied[0].size}
+    metadata = [
+        {**about, "strength": strength, "temperature": temperature, "seeds": [seed + path]} for path, strength in places
+    ]
+    return Edit(varied, made, [strength for _, strength in places], metadata)
 
 
 def interpolate(
@@ -165,18 +179,20 @@ def interpolate(
     data = model.to_data([first, second], size)
     conditions = model.conditions(prompts, data.shape)
     model.release("text_encoder")
-    z = np.array(to_noise(GuidedFlow(model.dense_flow(), data.shape, conditions), mx.array(data)))
+    z = np.array(to_noise(GuidedFlow(model.exact_flow(), data.shape, conditions), mx.array(data)))
 
     def regenerate(part: list[float]) -> mx.array:
         noise = slerp(z[:1], z[1:], np.array(part))
         if conditions is None:
-            guided = GuidedFlow(model.dense_flow(), noise.shape)
+            guided = GuidedFlow(model.exact_flow(), noise.shape)
         else:
             start, end = (mx.repeat(conditions[i : i + 1], len(part), axis=0) for i in (0, 1))
-            guided = BlendedFlow(model.dense_flow(), noise.shape, start, end, part)
-        return from_noise(guided, mx.array(noise.astype(np.float32)))
+            guided = BlendedFlow(model.exact_flow(), noise.shape, start, end, part)
+        return regenerated(guided, mx.array(noise.astype(np.float32)))
 
-    return Edit(*_regenerated(model, shares, regenerate, batch_size, progress), shares)
+    images, made = _regenerated(model, shares, regenerate, batch_size, progress)
+    about = {**model.origin(), "made_by": "edit interpolate", "prompts": list(prompts), "size": images[0].size}
+    return Edit(images, made, shares, [{**about, "share": share} for share in shares])
 
 
 def slerp(first: np.ndarray, second: np.ndarray, shares: np.ndarray) -> np.ndarray:
@@ -218,6 +234,7 @@ def _column(values: np.ndarray, ndim: int) -> np.ndarray:
 
 
 def _numbers(values: Sequence[float], name: str, most: float = np.inf) -> list[float]:
+    check_count(len(values))
     values = [float(value) for value in values]
     if not values or not all(0 <= value <= most for value in values) or np.inf in values:
         limits = "0 or more" if most == np.inf else f"0 to {most:g}"

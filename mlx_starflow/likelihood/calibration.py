@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,7 +131,9 @@ class CalibrationStatistics:
 
     @classmethod
     def find(cls, directory: Path) -> CalibrationStatistics | None:
-        """The statistics in a model directory; None if there are none, or if the weights are others now.
+        """The statistics in a model directory; None if there are none, or they are of other weights.
+
+        Of the latter it warns.
 
         Raises:
             StarflowError: the file is damaged.
@@ -152,7 +155,12 @@ class CalibrationStatistics:
             raise StarflowError(
                 f"{path} is damaged ({one_line(error)[:200]}); run `mlx-starflow calibrate` again"
             ) from None
-        return found if found.fingerprint == fingerprint(directory) else None
+        if found.fingerprint == fingerprint(directory):
+            return found
+        warnings.warn(
+            f"{path} was measured with other weights and is ignored; run `mlx-starflow calibrate` again", stacklevel=2
+        )
+        return None
 
 
 def _deviation(values: np.ndarray, statistics: Statistics, draws: int) -> np.ndarray:

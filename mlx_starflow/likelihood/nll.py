@@ -9,11 +9,14 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from mlx_starflow.errors import StarflowError
+from mlx_starflow.errors import NotFinite, StarflowError
 from mlx_starflow.media.noise import check_seeds
 from mlx_starflow.models.flow import Flow, frame_count
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+
+MOST_DRAWS = 10_000
+"""Of the noise; the error of the mean is a hundredth of one draw's then."""
 
 LEVELS = 256
 """Values of a pixel's channel."""
@@ -149,6 +152,12 @@ def token_nats(flow: Flow, x: mx.array, text: mx.array | None = None) -> np.ndar
     return noise_and_nats(flow, x, text)[1]
 
 
+def check_draws(draws: int) -> None:
+    """Raise StarflowError unless it is a usable number of draws."""
+    if not 1 <= draws <= MOST_DRAWS:
+        raise StarflowError(f"the noise is drawn 1 to {MOST_DRAWS:,} times, not {draws}")
+
+
 def drawn_nats(
     flow: Flow,
     data: np.ndarray | mx.array,
@@ -174,20 +183,29 @@ def drawn_nats(
         StarflowError: shapes do not fit the flow, there is nothing to score, or the likelihood is not finite.
     """
     data = np.array(data, np.float32)
-    if not len(data) or draws < 1:
-        raise StarflowError("there is nothing to score: give at least one picture and one draw of the noise")
+    if not len(data):
+        raise StarflowError("there is nothing to score: give at least one picture")
+    check_draws(draws)
     if text is not None and len(text) != len(data):
         raise StarflowError(f"there are {len(text)} texts for {len(data)} pictures; give one a picture")
     results = []
     for draw in range(draws):
         noisy = with_noise(flow, data, draw, seed, numbers)
         for start in range(0, len(data), batch_size):
-            part = slice(start, start + batch_size)
+            part = slice(start, min(start + batch_size, len(data)))
             results.append(token_nats(flow, mx.array(noisy[part]), None if text is None else text[part]))
     nats = np.concatenate(results)
-    if not np.isfinite(nats).all():
-        raise StarflowError("the likelihood is not finite: the weights may be damaged; try float32")
+    check_nats(nats)
     return nats.reshape(draws, len(data), *nats.shape[1:])
+
+
+def check_nats(nats: np.ndarray) -> None:
+    """Raise NotFinite, naming the block, if `token_nats` `[B, 1 + blocks, N]` are not finite."""
+    broken = ~np.isfinite(nats).all(axis=(0, 2))
+    if broken.any():
+        # What follows a broken block is broken too; the prior comes last.
+        where = f" from block {broken[1:].argmax()} on" if broken[1:].any() else ""
+        raise NotFinite(f"the likelihood is not finite{where}: the weights may be damaged; try --dtype float32")
 
 
 def exact_nll(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -58,6 +58,10 @@ class ImageModel(Protocol):
         """The flow for repeated evaluation: on a CPU its quantized layers become dense, in place, if memory allows."""
 
     @abstractmethod
+    def exact_flow(self) -> Flow:
+        """The flow for exact inversion, there and back: in float32, unless another precision was asked for."""
+
+    @abstractmethod
     def fit(self, image: ImageOrVideo, size: tuple[int, int] | None = None) -> Image.Image | list[Image.Image]:
         """An image, or each frame of a video, cut about its middle to the shape of `size` and resized to it."""
 
@@ -92,6 +96,10 @@ class ImageModel(Protocol):
     def grid(self, shape: Sequence[int]) -> tuple[int, ...]:
         """How the tokens of data of `shape` `[...]`, without the batch, lie: (rows, columns), of a video
         (latent frames, rows, columns)."""
+
+    @abstractmethod
+    def origin(self) -> dict[str, Any]:
+        """What the metadata of all that the model makes begin with: version, name, and adapters if it has any."""
 
     @abstractmethod
     def release(self, part: Part) -> None:

@@ -1,20 +1,24 @@
-"""Images on disk: grids, PNG files that say how they were made, and writing that never leaves half a file."""
+"""Images on disk: grids, files that say how they were made, and writing that never leaves half a file."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 from mlx_starflow.errors import StarflowError, one_line
-from mlx_starflow.media.files import exists, is_regular, parse_json, replacing
-from mlx_starflow.media.formats import ANIMATIONS, FORMATS, METADATA_KEY, UNDESCRIBED
+from mlx_starflow.media.description import describing, description_of
+from mlx_starflow.media.files import exists, is_regular, replacing
+from mlx_starflow.media.formats import ANIMATIONS, FORMATS, UNDESCRIBED
+from mlx_starflow.media.outputs import check_outputs
+from mlx_starflow.media.pixels import no_remarks
+
+LONGEST = 100
+"""Seconds that a picture of an animation is shown; two of them six times so long, and GIF knows up to 655."""
 
 PICTURES = ("PNG", "JPEG", "WEBP", "GIF")
 """Formats, as Pillow calls them, that `save_image` and `save_animation` write."""
@@ -55,53 +59,51 @@ def check_output(path: Path, formats: Sequence[str] = FORMATS) -> None:
     """Raise StarflowError if an image could not be written to `path`: better before the work than after it."""
     if path.suffix.lower() not in formats:
         raise StarflowError(f"{path}: pictures are written as {', '.join(formats)}; name the file for instance out.png")
-    folder = path.parent
-    if not folder.is_dir():
-        raise StarflowError(f"{path} cannot be written: the folder {folder} does not exist")
-    if path.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
-        raise StarflowError(f"{path} cannot be written: no permission, or it is a folder")
+    check_outputs([path])
 
 
 def save_image(image: Image.Image, path: Path, metadata: dict[str, Any] | None = None) -> None:
-    """Write an image; `metadata` goes into a PNG's text (other formats carry none). Raises StarflowError."""
+    """Write an image and, for `metadata.read_metadata`, how it was made. Raises StarflowError."""
     check_output(path)
-    options: dict[str, Any] = {}
-    if metadata is not None and path.suffix.lower() == ".png":
-        info = PngImagePlugin.PngInfo()
-        info.add_text(METADATA_KEY, json.dumps(metadata))
-        options["pnginfo"] = info
+    options = describing(metadata, path)
     with replacing(path) as temporary:
         image.save(temporary, **options)
 
 
-def save_animation(images: Sequence[Image.Image], path: Path, seconds: float = 0.1) -> None:
+def save_animation(
+    images: Sequence[Image.Image], path: Path, seconds: float = 0.1, metadata: dict[str, Any] | None = None
+) -> None:
     """Write images of one size as an endless animation, `.gif` or `.webp`, each shown for so many seconds.
 
-    The first and the last one are shown longer. Raises StarflowError.
+    The first and the last one are shown longer. `metadata` as in `save_image`. Raises StarflowError.
     """
     check_output(path, ANIMATIONS)
+    if not 0.001 <= seconds <= LONGEST:
+        raise StarflowError(
+            f"{path}: pictures of an animation are shown for 0.001 to {LONGEST} seconds, not {seconds:g}"
+        )
     durations = [round(1000 * seconds)] * len(images)
     durations[0] = durations[-1] = round(6000 * seconds)
-    options = {"lossless": True} if path.suffix.lower() == ".webp" else {"disposal": 2}
+    options: dict[str, Any] = {"lossless": True} if path.suffix.lower() == ".webp" else {"disposal": 2}
+    options |= describing(metadata, path)
     with replacing(path) as temporary:
         images[0].save(temporary, save_all=True, append_images=list(images[1:]), duration=durations, loop=0, **options)
 
 
 def read_image_metadata(path: Path) -> dict[str, Any]:
-    """How a PNG that `save_image` wrote was made. Raises StarflowError if it does not say."""
+    """How an image, or an animation, of this package was made. Raises StarflowError if it does not say."""
     if exists(path) and not is_regular(path):
         raise StarflowError(f"{path} cannot be read as a picture: it is not a regular file")
     try:
-        with Image.open(path, formats=PICTURES) as image:
-            text = getattr(image, "text", {}).get(METADATA_KEY)
+        with no_remarks(), Image.open(path, formats=PICTURES) as image:
+            try:
+                metadata = description_of(image)
+            except ValueError:
+                raise StarflowError(f"{path}: its description is damaged") from None
+    except StarflowError:
+        raise
     except Exception as error:  # decoders of damaged files raise whatever they like
         raise StarflowError(f"{path} cannot be read as a picture: {one_line(error)}") from None
-    if text is None:
+    if metadata is None:
         raise StarflowError(UNDESCRIBED.format(path))
-    try:
-        metadata = parse_json(text)
-        if not isinstance(metadata, dict):
-            raise ValueError
-    except ValueError:
-        raise StarflowError(f"{path}: its description is damaged") from None
     return metadata

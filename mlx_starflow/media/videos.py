@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -16,9 +15,11 @@ from typing import Any
 from PIL import Image, ImageSequence
 
 from mlx_starflow.errors import StarflowError, one_line
-from mlx_starflow.media.files import exists, is_folder, is_regular, left_behind, parse_json, replacing
-from mlx_starflow.media.formats import ANIMATIONS, FORMATS, METADATA_KEY, MOVIES, UNDESCRIBED
+from mlx_starflow.media.description import comment_of, described, describing
+from mlx_starflow.media.files import exists, is_folder, is_regular, left_behind, replacing, temporary_path
+from mlx_starflow.media.formats import ANIMATIONS, FORMATS, MOVIES, UNDESCRIBED
 from mlx_starflow.media.images import check_output, read_image_metadata, save_image
+from mlx_starflow.media.outputs import check_outputs
 from mlx_starflow.media.pixels import crop_image, decode_image, no_remarks
 from mlx_starflow.media.sources.inside import read_inside
 from mlx_starflow.media.video_geometry import as_shown, natural_order
@@ -27,7 +28,6 @@ CRF = 18
 """Quality of H.264 unless told otherwise: 0 loses nothing, 51 is worst; at 18 losses are hard to see."""
 
 _ENCODER = "libx264"
-_DESCRIPTION = 0x010E  # the EXIF tag ImageDescription
 
 
 def check_video_output(path: Path, live: bool = False) -> None:
@@ -39,6 +39,7 @@ def check_video_output(path: Path, live: bool = False) -> None:
             raise StarflowError(f"{path} cannot be written: frames go into a folder that is new or empty")
         if not path.parent.is_dir():
             raise StarflowError(f"{path} cannot be written: the folder {path.parent} does not exist")
+        check_outputs(folders=[path])
         return
     formats = (*MOVIES, *ANIMATIONS)
     if path.suffix.lower() not in formats:
@@ -139,7 +140,7 @@ class VideoWriter:
             av.open(str(target), "w", options=options) as container,
         ):
             if self.metadata is not None:
-                container.metadata["comment"] = json.dumps({METADATA_KEY: self.metadata})
+                container.metadata["comment"] = comment_of(self.metadata)
             stream = container.add_stream(_ENCODER, rate=rate, options=codec_options)
             stream.pix_fmt = "yuv420p"
             codec = stream.codec_context
@@ -180,17 +181,13 @@ class VideoWriter:
         ends = [round(1000 / unit * number / self.fps) * unit for number in range(len(images) + 1)]
         durations = [end - start for start, end in pairwise(ends)]
         options: dict[str, Any] = {"lossless": True} if unit == 1 else {"disposal": 2}
-        if self.metadata is not None:
-            text = json.dumps({METADATA_KEY: self.metadata})
-            exif = Image.Exif()
-            exif[_DESCRIPTION] = text
-            options |= {"exif": exif} if unit == 1 else {"comment": text}
+        options |= describing(self.metadata, self.path)
         with replacing(self.path) as temporary:
             images[0].save(temporary, save_all=True, append_images=images[1:], duration=durations, loop=0, **options)
 
     @contextmanager
     def _folder(self) -> Iterator[Callable[[Image.Image], None]]:
-        folder = self.path if self.live else self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        folder = self.path if self.live else temporary_path(self.path)
 
         def write(image: Image.Image) -> None:
             save_image(image, folder / f"{self.frames + 1:05}.png", self.metadata)
@@ -362,18 +359,20 @@ def read_video_metadata(path: Path) -> dict[str, Any]:
         if not names:
             raise StarflowError(UNDESCRIBED.format(path))
         return read_image_metadata(names[0])
-    suffix = path.suffix.lower()
-    if suffix in MOVIES:
-        av = _pyav()
-        with _av_errors(path, "read as a video"), av.open(str(path)) as container:
-            comment = container.metadata.get("comment")
-    else:
-        with _image_errors(path), Image.open(path) as image:
-            comment = image.getexif().get(_DESCRIPTION) if suffix == ".webp" else image.info.get("comment")
+    if path.suffix.lower() not in MOVIES:
+        return read_image_metadata(path)
+    if exists(path) and not is_regular(path):
+        raise StarflowError(f"{path} cannot be read as a video: it is not a regular file")
+    av = _pyav()
+    with _av_errors(path, "read as a video"), av.open(str(path)) as container:
+        comment = container.metadata.get("comment")
     try:
-        return dict(parse_json(comment)[METADATA_KEY])
-    except (KeyError, TypeError, ValueError):
-        raise StarflowError(UNDESCRIBED.format(path)) from None
+        metadata = described(comment)
+    except ValueError:
+        raise StarflowError(f"{path}: its description is damaged") from None
+    if metadata is None:
+        raise StarflowError(UNDESCRIBED.format(path))
+    return metadata
 
 
 # ---- errors

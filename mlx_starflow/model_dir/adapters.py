@@ -12,7 +12,9 @@ Its strength t makes W + t (W' - W) of the layer, and the changes of several ada
 
 from __future__ import annotations
 
+import hashlib
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,17 +22,22 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_unflatten
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.media.files import exists, expanded, inside, is_folder, read_json
 from mlx_starflow.model_dir.files import read_safetensors
+from mlx_starflow.model_dir.fingerprint import fingerprint
 from mlx_starflow.model_dir.quantization import QuantizedLinear
 from mlx_starflow.model_dir.transaction import settle
 from mlx_starflow.model_dir.weights import check_floating
 from mlx_starflow.models.trees import flattened
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapters.safetensors"
+
+FINGERPRINT = "base_fingerprint"
+"""What an adapter's config calls the fingerprint of the model that it was trained on."""
 
 KINDS = {"lora": ("lora_a", "lora_b"), "dora": ("lora_a", "lora_b", "m")}
 """What each kind of adapter holds of a layer."""
@@ -186,6 +193,24 @@ class Adapter:
                     "use it with the model it was trained on"
                 )
 
+    def check_base(self, directory: Path) -> None:
+        """Warn if the adapter says that it was trained on other weights than a model directory's."""
+        trained_on = self.config.get(FINGERPRINT)
+        if isinstance(trained_on, str) and trained_on != fingerprint(directory):
+            warnings.warn(
+                f"the adapter {self.name} was trained on other weights than those in {directory}: it may not suit them",
+                stacklevel=3,
+            )
+
+    def digest(self) -> str:
+        """Tells one adapter's numbers from another's."""
+        found = hashlib.sha256(f"{self.kind} {self.scale!r}".encode())
+        for path, parts in sorted(self.layers.items()):
+            for name, array in sorted(parts.items()):
+                found.update(f"{path}.{name}".encode())
+                found.update(np.array(array.astype(mx.float32)).tobytes())
+        return found.hexdigest()[:16]
+
     def change(self, path: str, linear: nn.Module, strength: float) -> tuple[mx.array, mx.array, mx.array | None]:
         """What this adapter adds to a layer, for `AdaptedLinear.add`."""
         parts = self.layers[path]
@@ -204,8 +229,13 @@ def _shape(linear: nn.Module) -> tuple[int, int]:
     return outputs, inputs * 32 // linear.bits if isinstance(linear, nn.QuantizedLinear) else inputs
 
 
-def add_adapters(flow: nn.Module, adapters: Strengths) -> None:
+def add_adapters(flow: nn.Module, adapters: Strengths, directory: Path | None = None) -> list[Adapter]:
     """Add adapters to a flow, in place; what they change adds up. One of strength 0 changes nothing.
+
+    Warns about adapters that were trained on other weights than those in `directory`, the flow's, if it is given.
+
+    Returns:
+        What was read.
 
     Raises:
         StarflowError: an adapter is missing, damaged, or of another model; the flow is unchanged then.
@@ -216,6 +246,8 @@ def add_adapters(flow: nn.Module, adapters: Strengths) -> None:
     read = [(Adapter.read(folder), float(strength)) for folder, strength in adapters]
     for adapter, _ in read:
         adapter.check(flow)
+        if directory is not None:
+            adapter.check_base(directory)
     originals = linear_layers(flow)
     adapted = {path: layer for path, layer in flow.named_modules() if isinstance(layer, AdaptedLinear)}
     for adapter, strength in read:
@@ -232,6 +264,7 @@ def add_adapters(flow: nn.Module, adapters: Strengths) -> None:
                 f"the change of {path} by {names} is not finite: it is damaged, or its strength too large"
             )
     replace_layers(flow, adapted.items())
+    return [adapter for adapter, _ in read]
 
 
 def fuse_adapters(flow: nn.Module, *, dequantize: bool = False) -> list[str]:

@@ -28,6 +28,9 @@ PLAN_FILE = "sampling_plan.json"
 STATISTICS_FILE = "likelihood.json"
 """Beside a flow, its calibration statistics, see `likelihood.calibration`."""
 
+ORIGIN_FILE = "made_of.json"
+"""Beside a flow, of which model a quantized copy was made, see `fingerprint.made_of`."""
+
 _DTYPES = {
     mx.float64: "F64",
     mx.float32: "F32",

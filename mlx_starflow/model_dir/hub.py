@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.media.files import exists, expanded, is_folder, is_regular
@@ -23,16 +24,18 @@ _FILES = ["*.json", "*.safetensors", "*spiece.model"]
 _CHECKPOINTS = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
 
 
-def find_model(name: str | Path) -> Path:
+def find_model(name: str | Path, *, download: bool = True) -> Path:
     """The directory of a model, downloaded if need be.
 
     Args:
         name: "demo"; else a folder, if there is one of this name; else a Hugging Face repository, owner/name: what
             `mlx-starflow convert` made of it (see `converted_directory`), or else its own `.json` and `.safetensors`
             files and `spiece.model`, which are fetched into Hugging Face's cache.
+        download: False: of a repository only what is in that cache already.
 
     Raises:
-        StarflowError: there is no such model, it cannot be downloaded, or it is a checkpoint to be converted first.
+        StarflowError: there is no such model, it cannot or must not be downloaded, or it is a checkpoint to be
+            converted first.
     """
     text, path = str(name), expanded(name)
     if text == "demo":
@@ -64,7 +67,7 @@ def find_model(name: str | Path) -> Path:
             f"{text} holds PyTorch checkpoints; download and convert them once with: mlx-starflow convert {text} "
             "(--quantize 8 makes a quarter of the size)"
         )
-    return fetch(text, _FILES, note=" (there is no folder of that name)")
+    return fetch(text, _FILES, note=" (there is no folder of that name)", download=download)
 
 
 def is_repository(name: str) -> bool:
@@ -82,7 +85,9 @@ def converted_directory(repository: str) -> Path:
     return expanded(cache) / repository.lower().replace("/", "--")
 
 
-def fetch(repository: str, patterns: Sequence[str], *, revision: str | None = None, note: str = "") -> Path:
+def fetch(
+    repository: str, patterns: Sequence[str], *, revision: str | None = None, note: str = "", download: bool = True
+) -> Path:
     """Download a repository's files into Hugging Face's cache.
 
     When a connection breaks, the download goes on where it stopped. Files that are complete are not downloaded again.
@@ -92,6 +97,7 @@ def fetch(repository: str, patterns: Sequence[str], *, revision: str | None = No
         patterns: which files, as shell patterns; one that matches nothing is not an error.
         revision: a commit; None: the newest or, offline, the newest that is in the cache.
         note: what an error message adds to the repository's name.
+        download: False: nothing is, and the Hub is not asked; what is in the cache is taken.
 
     Returns:
         The folder of the commit, whose name is the commit's.
@@ -103,13 +109,16 @@ def fetch(repository: str, patterns: Sequence[str], *, revision: str | None = No
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
 
+    options: dict[str, Any] = {"revision": revision} if revision else {}
+    if not download:
+        options["local_files_only"] = True
     try:
-        if revision:
-            return Path(snapshot_download(repository, allow_patterns=list(patterns), revision=revision))
-        return Path(snapshot_download(repository, allow_patterns=list(patterns)))
+        return Path(snapshot_download(repository, allow_patterns=list(patterns), **options))
     except RepositoryNotFoundError:
         reason = "the Hub has no such repository, or it needs a login (hf auth login)"
     except (LocalEntryNotFoundError, OfflineModeIsEnabled):
+        if not download:
+            raise StarflowError(f"{repository} is not on this machine") from None
         reason = "the Hub cannot be reached and the model is not in the cache; check the connection and HF_HUB_OFFLINE"
     except Exception as error:  # the HTTP library's own exceptions, which differ between versions
         reason = one_line(error, first=True) + "; files that are complete are kept, so try again"

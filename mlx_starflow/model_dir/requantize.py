@@ -9,7 +9,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.media.outputs import check_outputs
 from mlx_starflow.model_dir.directory import ModelDirectory, NetworkDirectory, read_tokenizer
+from mlx_starflow.model_dir.files import ORIGIN_FILE
+from mlx_starflow.model_dir.fingerprint import made_of
 from mlx_starflow.model_dir.quantization import quantize_module
 from mlx_starflow.model_dir.saving import copy_network, read_files, read_licences, save_model
 from mlx_starflow.model_dir.transaction import transaction
@@ -48,6 +51,7 @@ def quantize_model(
     source, out = ModelDirectory.find(model), Path(out)
     if out.exists() and out.resolve() == source.path.resolve():
         raise StarflowError(f"{out} is the model's own folder; give another one to write to")
+    check_outputs(folders=[out])
     flow_weights, config = _quantized(source.flow, quantize, group_size)
     if text_encoder is not None and not source.has("text_encoder"):
         raise StarflowError(f"{source.path} has no text encoder to quantize; leave out --text-encoder")
@@ -59,7 +63,8 @@ def quantize_model(
             save_model(out / "text_encoder", weights, text_config, files=read_files(folder, "spiece.model"))
         if source.has("vae"):
             copy_network(source.vae, out / "vae")
-        return save_model(out, flow_weights, config, files=read_licences(source))
+        files = {**read_licences(source), ORIGIN_FILE: made_of(source.path, model)}
+        return save_model(out, flow_weights, config, files=files)
 
 
 def _quantized(

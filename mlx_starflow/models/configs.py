@@ -154,13 +154,29 @@ def _digits(value: int) -> str:
     return str(value) if abs(value) < 10**80 else "a number of more than 80 digits"
 
 
-FLOW = ConfigKind("flow", ("model_type", "quantization", "pipeline"))
+PIPELINE = ConfigKind("pipeline")
+"""How a model samples unless told otherwise."""
+
+FLOW = ConfigKind("flow", ("model_type", "quantization", "pipeline", "fused"))
 
 
 def write_config(config: DataclassInstance) -> dict[str, Any]:
     """What `ConfigKind.read` reads, without values that are defaults."""
     defaults = {field.name: field.default for field in fields(config)}
     return {key: value for key, value in asdict(config).items() if value != defaults[key]}
+
+
+def plain_fields(settings: DataclassInstance) -> None:
+    """Give a dataclass, frozen or not, Python's own numbers for NumPy's, which JSON and MLX do not know."""
+    for item in fields(settings):
+        value = getattr(settings, item.name)
+        plain = tuple(map(_own, value)) if isinstance(value, tuple) else _own(value)
+        object.__setattr__(settings, item.name, plain)
+
+
+def _own(value: Any) -> Any:
+    # Told by what it has: help, which shows what configs choose from, loads no NumPy.
+    return value.item() if getattr(value, "shape", None) == () and hasattr(value, "item") else value
 
 
 def official_arguments(config: object) -> dict[str, Any]:

@@ -91,7 +91,9 @@ class ITarFlowConfig(PixelFlowConfig):
             setattr(self, name, values * (self.blocks // len(values)))
         shared, channels = self.shared_backbone_layers, self.channels
         for patch in self.patch_sizes:
-            FLOW.require(self.img_size % patch == 0, f"img_size {self.img_size} is no multiple of the patch size {patch}")
+            FLOW.require(
+                self.img_size % patch == 0, f"img_size {self.img_size} is no multiple of the patch size {patch}"
+            )
         for width in channels:
             FLOW.require(width % self.head_dim == 0, f"channels {width} is no multiple of head_dim {self.head_dim}")
             FLOW.require(width % 2 == 0, f"channels {width} must be even: half are sines and half cosines of the level")

@@ -378,7 +378,13 @@ class STARFlow(nn.Module):
         rope_frequencies = self.block_rope_frequencies(x.shape, 0 if text is None else text.shape[1])
         conditions = self.block_conditions(text, x.shape[0])
         parts = run_blocks(
-            self.blocks, tokens, conditions, rope_frequencies, context_mask, gradient_checkpointing, frame_count(x.shape)
+            self.blocks,
+            tokens,
+            conditions,
+            rope_frequencies,
+            context_mask,
+            gradient_checkpointing,
+            frame_count(x.shape),
         )
         hidden, log_dets = ([self.latents(t, x.shape) for t in part] for part in parts)
         total = sum(log_dets[1:], log_dets[0])

@@ -23,6 +23,7 @@ from mlx_starflow.models.flow import Flow
 from mlx_starflow.pipelines.backend import Backend, MLXBackend
 from mlx_starflow.pipelines.phases import Phases
 from mlx_starflow.pipelines.results import GenerationSettings
+from mlx_starflow.planning.limits import check_count, check_side
 from mlx_starflow.sampling import Certificate
 
 BATCH = 16
@@ -66,6 +67,9 @@ class Pipeline(ImageModel):
     def dense_flow(self) -> Flow:
         return self._mlx.dense_flow()
 
+    def exact_flow(self) -> Flow:
+        return self._mlx.exact_flow()
+
     @property
     def _mlx(self) -> MLXBackend:
         """The backend, for scoring and editing. Raises StarflowError if it is another one."""
@@ -79,6 +83,10 @@ class Pipeline(ImageModel):
 
     # ---- images and data
 
+    def check_size(self, size: tuple[int, int], images: int = 1) -> None:
+        """Raise StarflowError if images of a size (width, height) in pixels, so many at once, are too large."""
+        check_side(size)
+
     def image_size(self, shape: Sequence[int]) -> tuple[int, int]:
         """(width, height) in pixels of the images that data, or noise, of `shape` `[B, ...]` are of."""
         return self.size
@@ -87,13 +95,14 @@ class Pipeline(ImageModel):
         """An image cut about its middle to the shape of `size`, by default the model's, and resized to it."""
         if not isinstance(image, Image.Image):
             raise StarflowError(f"{self.name} makes images, not videos: give it images")
-        return fit_image(image, size or self.size)
+        self.check_size(size := size or self.size)
+        return fit_image(image, size)
 
     def to_data(self, images: Iterable[ImageOrVideo], size: tuple[int, int] | None = None) -> np.ndarray:
         """Images of any size -> data without noise, float32 `[B, ...]`: fitted to `size`, then encoded."""
         waiting = iter(images)
-        width, height = size or self.size
-        count = _at_once(width * height)
+        self.check_size(size := size or self.size)
+        count = _at_once(size[0] * size[1])
         parts = []
         while batch := list(islice(waiting, count)):
             fitted = np.stack([np.asarray(self.fit(image, size)) for image in batch])
@@ -120,6 +129,7 @@ class Pipeline(ImageModel):
         """A seed for each image of a prompt; None where the noise is given."""
         if images < 1:
             raise StarflowError(f"the number of images must be 1 or more, not {images}")
+        check_count(images)
         if noise is not None:
             return [None] * images
         if seed is None:
@@ -134,6 +144,10 @@ class Pipeline(ImageModel):
         check_seeds(seeds)
         return [int(each) for each in seeds]
 
+    def origin(self) -> dict[str, Any]:
+        metadata: dict[str, Any] = {"version": __version__, "model": self.name}
+        return metadata | ({"adapters": self.backend.adapters} if self.backend.adapters else {})
+
     def _metadata(
         self,
         prompts: list[str],
@@ -143,9 +157,7 @@ class Pipeline(ImageModel):
         certificate: Certificate | None,
     ) -> dict[str, Any]:
         """All that is needed to make images again: prompts times seeds, as `generate` takes them."""
-        metadata: dict[str, Any] = {"version": __version__, "model": self.name, "prompts": prompts, "seeds": seeds}
-        if self.backend.adapters:
-            metadata["adapters"] = self.backend.adapters
+        metadata = {**self.origin(), "prompts": prompts, "seeds": seeds}
         if None in seeds:
             metadata["noise_sha256"] = digest(noise)
         if certificate is not None:

@@ -38,6 +38,11 @@ class ClassPipeline(Pipeline):
     def size(self) -> tuple[int, int]:
         return self.config.img_size, self.config.img_size
 
+    def check_size(self, size: tuple[int, int], images: int = 1) -> None:
+        if size != self.size:
+            own = "x".join(map(str, self.size))
+            raise StarflowError(f"{self.name} knows pictures of {own} pixels alone: leave out the size")
+
     def encode_images(self, images: np.ndarray) -> np.ndarray:
         if self.config.channel_size == 1:
             return (images @ np.array(LUMA, np.float32))[..., None]

@@ -18,10 +18,11 @@ from mlx_starflow.models.autoencoder_wan import AutoencoderWan, AutoencoderWanCo
 from mlx_starflow.models.starflow import FlowConfig
 from mlx_starflow.models.t5 import T5Encoder
 from mlx_starflow.models.tokenizer import Tokenizer
-from mlx_starflow.pipelines.backend import Backend
+from mlx_starflow.pipelines.backend import Backend, MLXBackend
 from mlx_starflow.pipelines.base import BATCH, Pipeline
 from mlx_starflow.pipelines.prompts import complete_prompt
 from mlx_starflow.pipelines.results import GenerationSettings
+from mlx_starflow.planning.limits import check_memory
 from mlx_starflow.sampling import Certificate, SamplingPlan
 
 WORST = 1.0
@@ -51,6 +52,7 @@ class LatentPipeline(Pipeline):
         self.plan = SamplingPlan.find(model.path)
         self.settings = GenerationSettings.from_dict({"guidance": config.cfg, **model.pipeline})
         self.temperature = self.settings.temperature
+        self._fit: set[tuple[object, ...]] = set()
 
     # ---- networks
 
@@ -140,6 +142,32 @@ class LatentPipeline(Pipeline):
         if min(size) < step or width % step or height % step:
             raise StarflowError(f"a size of {width}x{height} does not fit: this model wants multiples of {step} pixels")
         return height // scale, width // scale, config.channel_size
+
+    def check_size(
+        self, size: tuple[int, int], images: int = 1, *, frames: int = 1, guidance: float | None = None
+    ) -> None:
+        """As of every model; also raises StarflowError, with the figure, if they take more memory than there is.
+
+        `frames` are those of videos, and `guidance` is its weight; None: the model's own.
+        """
+        super().check_size(size, images)
+        self.latent_shape(size)  # raises StarflowError if the size does not fit
+        asked = (size, images, frames, guidance)
+        if asked in self._fit:
+            return
+        backend = self.backend
+        here = backend if isinstance(backend, MLXBackend) else None
+        check_memory(
+            self.model,
+            size,
+            batch=images,
+            frames=frames if self.config.video else None,
+            guidance=guidance,
+            dtype=here.dtype if here else None,
+            low_memory=backend.low_memory,
+            ranks=here.group.size() if here and here.group else 1,
+        )
+        self._fit.add(asked)
 
     def image_size(self, shape: Sequence[int]) -> tuple[int, int]:
         scale = self.vae_config.downscale

@@ -31,6 +31,7 @@ def load(
     device: str | None = None,
     adapters: Sequence[tuple[str | Path, float]] = (),
     group: mx.distributed.Group | None = None,
+    download: bool = True,
 ) -> ImagePipeline:
     """Load a model: "demo", a model directory, or a Hub repository of one.
 
@@ -45,6 +46,7 @@ def load(
         device: where PyTorch computes: "cpu" or "cuda"; None: "cuda" if there is one.
         adapters: folders of adapters for the flow with their strengths, such as [("run/adapter", 1.0)]; they add up.
         group: processes that compute the flow together, each with a part of it; all must load, and then call, the same.
+        download: False: a repository must be on this machine already; for names that come from somebody else.
 
     Raises:
         StarflowError: there is no such model, its files are damaged or of another kind, an adapter does not fit it, the
@@ -65,15 +67,15 @@ def load(
         torch_device = parse_device(device)
         from mlx_starflow.pipelines.torch_backend import TorchBackend
 
-        model = ModelDirectory.find(name)
+        model = ModelDirectory.find(name, download=download)
         in_torch = ImagePipeline(str(name), model, TorchBackend(model, device=torch_device, dtype=dtype))
         _ = in_torch.flow, in_torch.text_encoder, in_torch.vae
         return in_torch
     if device is not None:
         raise StarflowError(f"device {device} is a choice of the torch backend: leave it out, or add --backend torch")
     if group is not None:
-        tensor_parallel.check_same(name, dtype, group)
-    dtype, model = parse_dtype(dtype), ModelDirectory.find(name)
+        tensor_parallel.check_same(name, dtype, group, download=download)
+    dtype, model = parse_dtype(dtype), ModelDirectory.find(name, download=download)
     networks = MLXBackend(model, dtype=dtype, adapters=adapters, group=group)
     config = model.flow.config
     if isinstance(config, TarFlowConfig):
@@ -93,10 +95,10 @@ def load(
 
 
 def open_model(
-    name: str | Path = "demo", *, dtype: str | mx.Dtype | None = None
+    name: str | Path = "demo", *, dtype: str | mx.Dtype | None = None, download: bool = True
 ) -> ImagePipeline | VideoPipeline | ClassPipeline:
     """`load` of a model of any kind."""
-    return load(name, dtype=dtype)
+    return load(name, dtype=dtype, download=download)
 
 
 def load_video(
@@ -106,9 +108,10 @@ def load_video(
     low_memory: bool | None = None,
     adapters: Sequence[tuple[str | Path, float]] = (),
     group: mx.distributed.Group | None = None,
+    download: bool = True,
 ) -> VideoPipeline:
     """`load` of a model that makes videos. Raises StarflowError, also if it makes none."""
-    pipe: object = load(name, dtype=dtype, low_memory=low_memory, adapters=adapters, group=group)
+    pipe: object = load(name, dtype=dtype, low_memory=low_memory, adapters=adapters, group=group, download=download)
     if not isinstance(pipe, VideoPipeline):
         raise StarflowError(f"{name} makes pictures, not videos: mlx-starflow generate --model {name}")
     return pipe

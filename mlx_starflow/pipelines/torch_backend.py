@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mlx_starflow.model_dir.directory import ModelDirectory
 from mlx_starflow.models.tokenizer import Tokenizer
-from mlx_starflow.pipelines.backend import Backend
+from mlx_starflow.pipelines.backend import Backend, check_part
 from mlx_starflow.pipelines.results import GenerationSettings
 from mlx_starflow.reference.autoencoder_kl import AutoencoderKL
 from mlx_starflow.reference.loading import load_flow, load_text_encoder, load_vae, parse_device, parse_dtype
@@ -70,7 +70,9 @@ class TorchBackend(Backend[Tensor]):
 
     @torch.no_grad()
     def encode_text(self, ids: np.ndarray, mask: np.ndarray) -> Tensor:
-        return self.text_encoder.encode(self.array(ids), self.array(mask))
+        text = self.text_encoder.encode(self.array(ids), self.array(mask))
+        check_part(text.float().cpu().numpy(), "the text encoder")
+        return text
 
     def invert(
         self,

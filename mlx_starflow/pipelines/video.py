@@ -251,6 +251,9 @@ class VideoPipeline(LatentPipeline):
         shape: tuple[int, ...] = self.latent_shape(settings.size)
         if settings.frames > 1 or given is not None:
             shape = (self.format.latent_frames(settings.frames, new=extend is not None), *shape)
+        # A longer video takes no more memory than one of the trained length: it is made window by window.
+        frames = self.format.trained if extend is not None else min(settings.frames, self.format.trained)
+        self.check_size(settings.size, frames=frames)
         names = [prompt for prompt in prompts for _ in seeds]
         if noise is not None and noise.shape != (len(names), *shape):
             raise StarflowError(f"the noise has shape {list(noise.shape)}; this video needs {[len(names), *shape]}")

@@ -13,6 +13,12 @@ from PIL import Image
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.pipelines.results import GenerationSettings, GenerationStats
 
+MOST_FRAMES = 1_000_000
+"""Of a video: 17 hours at 16 frames a second."""
+
+MOST_RATE = 1000
+"""Frames a second."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class VideoSettings(GenerationSettings):
@@ -36,8 +42,12 @@ class VideoSettings(GenerationSettings):
         super().__post_init__()
         if self.frames < 1:
             raise StarflowError(f"the number of frames must be 1 or more, not {self.frames}")
-        if self.fps < 1:
-            raise StarflowError(f"the frame rate must be 1 or more frames a second, not {self.fps}")
+        if self.frames > MOST_FRAMES:
+            raise StarflowError(f"a video has at most {MOST_FRAMES:,} frames, not {self.frames}")
+        if not 1 <= self.fps <= MOST_RATE:
+            raise StarflowError(
+                f"the frame rate must be 1 or more and at most {MOST_RATE} frames a second, not {self.fps}"
+            )
         if self.context is not None and self.context < 1:
             raise StarflowError(f"the context must be 1 or more latent frames, not {self.context}")
 

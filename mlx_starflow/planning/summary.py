@@ -1,7 +1,11 @@
-"""A model in a few lines: architecture, sizes, defaults, licence, and the memory that generating takes."""
+"""A model in a few lines: architecture, sizes, defaults, licence, and the memory that generating takes.
+
+And an image or a video, by what its file says.
+"""
 
 from __future__ import annotations
 
+import json
 import platform
 from pathlib import Path
 from typing import Any
@@ -13,15 +17,20 @@ from mlx_starflow import __version__, cpu
 from mlx_starflow.convert.official import RELEASES
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.kernels import MLX_VERSION
+from mlx_starflow.kernels.products import tf32
 from mlx_starflow.media.files import is_folder, is_regular
+from mlx_starflow.media.metadata import read_metadata
 from mlx_starflow.model_dir.directory import ModelDirectory, NetworkDirectory
-from mlx_starflow.model_dir.hub import converted_directory
+from mlx_starflow.model_dir.fingerprint import fingerprint, read_made_of
+from mlx_starflow.model_dir.hub import converted_directory, find_model
 from mlx_starflow.model_dir.quantization import dequantize_module
-from mlx_starflow.model_dir.weights import parameters
+from mlx_starflow.model_dir.weights import automatic_precision, parameters
 from mlx_starflow.planning.chips import find_chips, time_report
 from mlx_starflow.planning.memory import (
+    HALF,
     MemoryPlan,
     ModelConfigs,
+    packed_dtype,
     parameter_count,
     plans,
     trained_size,
@@ -35,6 +44,9 @@ MACS = (8, 16, 24, 32, 64)
 LARGE_MACS = (32, 64, 96, 128, 192)
 """Memory, in GB, of the Macs that `memory_report` speaks of, and of those for models that need more."""
 
+MOST_SHOWN = 1000
+"""Characters of a value in a file's metadata that are shown."""
+
 
 def summarize(model: str) -> dict[str, str]:
     """Name -> one line of text about a model. Raises StarflowError.
@@ -45,6 +57,11 @@ def summarize(model: str) -> dict[str, str]:
     device = mx.default_device().type.name.upper()
     lines = {"mlx-starflow": f"{__version__}, MLX {MLX_VERSION} on the {device}, Python {platform.python_version()}"}
     lines["BLAS"] = f"{cpu.describe()}, {cpu.gflops():.1f} GFLOPS on the CPU"
+    lines["float32"] = (
+        "products are TF32 (MLX_ENABLE_TF32): certificates and round trips do not hold"
+        if tf32()
+        else ("products are whole: TF32 is off, or this device has none")
+    )
     if cpu.has_fast_networks():
         lines["sampling"] = f"in C++ on {cpu.network_threads()} CPUs; half precision, mxfp and nvfp in MLX"
     if configs := _release(model):
@@ -62,11 +79,44 @@ def summarize(model: str) -> dict[str, str]:
             lines[title] = _size(getattr(directory, part))
     if quantization := directory.flow.quantization:
         lines["quantized"] = f"{quantization.get('bits')} bits, groups of {quantization.get('group_size')}"
+    lines |= _precision(directory)
+    if origin := read_made_of(directory.path):
+        lines["made of"] = _origin(*origin)
     for name, value in directory.pipeline.items():
         lines[name] = str(value)
     if licences := directory.licences:
         lines["licence"] = f"see {', '.join(licences)} there"
     return lines
+
+
+def summarize_file(path: Path) -> dict[str, str]:
+    """Name -> one line of text about how an image or a video was made. Raises StarflowError if it does not say."""
+    found = read_metadata(path)
+    settings = found.pop("settings", {})
+    lines = {"file": _line(str(path))}
+    for name, value in {**found, **(settings if isinstance(settings, dict) else {"settings": settings})}.items():
+        if value is not None:
+            lines[_line(name)] = _line(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    if "made_by" not in found:
+        command = "video" if "frames" in lines else "generate"
+        lines["again"] = f"mlx-starflow {command} --from {_line(str(path))}"
+    return lines
+
+
+def _origin(name: str, mark: str) -> str:
+    """Of which weights a copy was made, and whether they are still there."""
+    line = f"{_line(name)}, weights {mark}"
+    try:
+        now = fingerprint(find_model(name, download=False))
+    except StarflowError:
+        return line
+    return line if now == mark else f"{line}; that model has other weights now"
+
+
+def _line(text: str) -> str:
+    """A text of somebody else's on one line, cut, without what a terminal would obey."""
+    shown = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text[:MOST_SHOWN])
+    return shown + ("..." if len(text) > MOST_SHOWN else "")
 
 
 def memory_report(
@@ -89,6 +139,8 @@ def memory_report(
     configs = model_configs(model)
     if configs is None:
         return []
+    if frames is not None and not configs.flow.video:
+        raise StarflowError(f"--frames is about videos, and {model} makes pictures: leave it out")
     found = plans(configs, size=size, batch=batch, frames=frames)
     largest = max(each.peak() for each in found.values())
     unit, name = (2**30, "GiB") if largest >= 2**30 else (2**20, "MiB")
@@ -106,7 +158,7 @@ def memory_report(
         images = f"{videos} of {frames or configs.flow.video[0]} frames"
     lines = [
         f"Memory in {name} for {images} of {width}x{height}: computed from the configs, not measured.",
-        "8, 6 and 4 bit: of the flow; text encoder and autoencoder are bfloat16 then.",
+        f"8, 6 and 4 bit: of the flow, which computes in {packed_dtype(configs.flow)}; the other networks are {HALF}.",
         "",
         row("weights", list(found)),
     ]
@@ -172,6 +224,18 @@ def _release(model: str) -> ModelConfigs | None:
     if model.lower() not in RELEASES or is_folder(Path(model)):
         return None
     return None if is_regular(converted_directory(model) / "config.json") else ModelConfigs.of_release(model)
+
+
+def _precision(directory: ModelDirectory) -> dict[str, str]:
+    """What the networks compute in on this machine unless told otherwise, and why."""
+    flow = directory.flow.precision
+    lines = {"precision": f"{flow.dtype}: {flow.why}"}
+    if flow.fallback:
+        lines["precision"] += f"; {flow.fallback} if numbers leave its range, float32 for editing"
+    other = automatic_precision()
+    if directory.has("vae") and other.dtype != flow.dtype:
+        lines["beside it"] = f"{other.dtype}: {other.why}"
+    return lines
 
 
 def _architecture(flow: Any) -> dict[str, str]:

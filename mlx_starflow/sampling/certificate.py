@@ -63,9 +63,7 @@ def certify(
     The other arguments are those of `sample`, and must be the ones that the samples were made with.
     """
     flow = at_noise_level(flow, noise_level)
-    options = SamplingOptions(
-        guidance, attn_temp, annealed_guidance, guidance_target, guidance_mode, guided_blocks
-    )
+    options = SamplingOptions(guidance, attn_temp, annealed_guidance, guidance_target, guidance_mode, guided_blocks)
     tokens, noise = flow.tokens(x), flow.noise_tokens(z)
     residuals = []
     for index in range(len(tokens)):

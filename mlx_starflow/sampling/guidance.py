@@ -21,6 +21,7 @@ from mlx_starflow.kernels.affine import (
     starflow_guidance,
     tarflow_guidance,
 )
+from mlx_starflow.models.configs import plain_fields
 
 GuidanceFunction = Callable[[mx.array, mx.array, mx.array, mx.array, "float | mx.array"], "tuple[mx.array, mx.array]"]
 """(mu, log sigma) with the condition, (mu, log sigma) without it, weight -> guided (mu, log sigma)."""
@@ -42,6 +43,7 @@ class SamplingOptions:
     guided_blocks: int | None = None
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         if not 0 <= self.guidance < math.inf:
             raise StarflowError(f"guidance must be 0 or more, not {self.guidance:g}")
         if not 0 < self.attn_temp < math.inf:

@@ -42,6 +42,11 @@ class SamplingTrace:
     evaluations: list[int] = field(default_factory=list)
     states: list[Any] = field(default_factory=list)
 
+    def clear(self) -> None:
+        """Be as new: sampling begins again."""
+        self.evaluations.clear()
+        self.states.clear()
+
 
 def sample(
     flow: Flow,
@@ -96,9 +101,7 @@ def sample(
     if (frames := frame_count(z.shape)) > 1:
         method = for_videos(method, length // frames)
     settings = block_settings(method, len(flow.blocks))
-    options = SamplingOptions(
-        guidance, attn_temp, annealed_guidance, guidance_target, guidance_mode, guided_blocks
-    )
+    options = SamplingOptions(guidance, attn_temp, annealed_guidance, guidance_target, guidance_mode, guided_blocks)
     guided = GuidedFlow(flow, z.shape, text, null_text, options)
     total = sum(math.prod(block.sequences(1, length, frames)) for block in flow.blocks if not block.is_identity)
     with tqdm(total=total, desc="sampling", unit="tok", disable=progress_off(progress), leave=False) as bar:
@@ -108,11 +111,11 @@ def sample(
                 decoder = guided.decoder(index, batch, length)
                 tokens = invert_block(decoder, tokens, settings[index], advance=bar.update)
                 evaluations = decoder.evaluations
+                check_finite(tokens, f"what block {index} made of the noise")
             if trace is not None:
                 trace.evaluations.append(evaluations)
                 if trace.keep_states:
                     trace.states.append(flow.latents(tokens, z.shape))
-    check_finite(tokens, "the sample")
     return flow.latents(tokens, z.shape)
 
 

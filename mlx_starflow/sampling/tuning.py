@@ -98,8 +98,8 @@ def tune(
     """
     if least not in COSTS:
         raise StarflowError(f"a plan can take the least {' or '.join(COSTS)}, not {least!r}")
-    if not tolerance > 0:
-        raise StarflowError(f"the tolerance must be greater than 0, not {tolerance:g}")
+    if not 0 < tolerance <= 100:
+        raise StarflowError(f"the tolerance must be greater than 0 and at most 100, not {tolerance:g}")
     samples = list(_samples(flow, z, text, null_text, guidance))
     exact = max(one.certificate.max for one in samples)
     report(f"sequential: {samples[0].evaluations} evaluations, certificate {exact:.1e}")

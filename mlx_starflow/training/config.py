@@ -8,6 +8,7 @@ from typing import Any
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.model_dir.precision import DTYPES
+from mlx_starflow.models.configs import plain_fields
 
 OPTIMIZERS = ("adamw", "adafactor", "muon", "sinkgd")
 
@@ -75,11 +76,13 @@ class TrainingConfig:
     shard: bool = False
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         for name in ("steps", "batch_size", "accumulate", "lr", "clip", "embedding_factor", "log_every"):
             self._require(name, "greater than 0", lambda value: value > 0)
         counts = ("seed", "save_seconds", "save_steps", "watch_every", "validate_every", "patience")
         for name in ("noise_std", "weight_decay", "skip", *counts):
             self._require(name, "0 or more", lambda value: value >= 0)
+        self._require("seed", "less than 2^63", lambda value: value < 2**63)
         for name in ("warm_up", "ema"):
             self._require(name, "in 0..1, less than 1", lambda value: 0 <= value < 1)
         for name in ("caption_dropout", "context_full", "context_partial"):

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 
+import huggingface_hub
 import numpy as np
 import pytest
 from helpers.commands import Command
 from helpers.images import write_images
-from helpers.model_directories import write_image_model
+from helpers.model_directories import write_class_model, write_image_model
+from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 
 from mlx_starflow.editing import Encoded
+from mlx_starflow.media.metadata import read_metadata
 
 edit, encode, decode, generate = Command("edit"), Command("encode"), Command("decode"), Command("generate")
 
@@ -83,6 +86,39 @@ def test_interpolate(model, pictures, tmp_path):
     assert Image.open(tmp_path / "out.webp").n_frames == 5
 
 
+def test_edits_say_how_they_were_made(model, pictures, tmp_path):
+    one, two = pictures
+    asked = {
+        "inpaint": ([one, "--mask", "0,0,4,4", "--steps", 1, "--rounds", 1, "-n", 2, "--seed", 3], {"accept": "kept"}),
+        "reprompt": ([one, "--to", "a dog", "--strength", 0.5], {"prompts": ["", "a dog"], "strength": 0.5}),
+        "vary": ([one, "-p", "a cat", "--seed", 3, "-n", 2], {"prompts": ["a cat"], "temperature": 0.8}),
+        "interpolate": ([one, two, "--frames", 3], {"share": [0.0, 0.5, 1.0]}),
+    }
+    for number, (name, (words, expected)) in enumerate(asked.items()):
+        out = tmp_path / f"{name}{['.png', '.jpg', '.webp', '.gif'][number]}"
+        result = edit(name, *words, "-m", model, "-o", out)
+        assert result.exit_code == 0, result.output
+        found = read_metadata(out)
+        assert found["made_by"] == f"edit {name}" and found["model"] == str(model) and found["size"] == [8, 8]
+        assert str(one) in found["source"].values()
+        assert found | expected == found
+        assert found.get("seeds") == ([3, 4] if "-n" in words else None)
+        assert f"was made by mlx-starflow edit {name}" in generate.mistake("--from", out)
+        told = Command("info")(out).stdout
+        assert f"made_by        edit {name}" in told and str(one) in told and "--from" not in told
+        assert edit(name, *words, "-m", model, "-o", out, "--no-metadata").exit_code == 0
+        assert "does not say how it was made" in generate.mistake("--from", out)
+
+
+def test_seconds_without_an_animation(model, pictures, tmp_path):
+    one, out = pictures[0], ["-m", model, "-o", tmp_path / "out.png"]
+    line = edit.mistake("vary", one, "--seconds", 2, *out)
+    assert "--seconds does nothing alone: give --frames too" in line
+    assert "--seconds" in edit.mistake("vary", one, "--seconds", 2, "--frames", 3, *out)
+    assert "--seconds" in edit.mistake("interpolate", one, one, "--seconds", 2, *out)
+    assert not (tmp_path / "out.png").exists()
+
+
 def test_mistakes(model, pictures, tmp_path):
     one, out = pictures[0], ["-m", model, "-o", tmp_path / "out.png"]
     assert "leaves nothing free" in edit.mistake("inpaint", one, "--mask", "0,0,0,0", *out)
@@ -150,6 +186,42 @@ def test_noise_that_cannot_be_used(model, pictures, tmp_path):
     assert "leave out --prompt" in encode.mistake(
         pictures[0], "-m", model, "--captions", "--prompt", "a", "-o", tmp_path / "noise.safetensors"
     )
+
+
+def test_decoded_images_say_how_they_were_made(model, pictures, tmp_path):
+    noise = tmp_path / "noise.safetensors"
+    assert encode(*pictures, "-m", model, "--prompt", "a cat", "--no-check", "-o", noise).exit_code == 0
+    assert decode(noise, "-o", tmp_path / "grid.png").exit_code == 0
+    assert decode(noise, "-o", tmp_path / "each.jpg", "--separate", "--guidance", 2).exit_code == 0
+    both, one = (read_metadata(tmp_path / name) for name in ("grid.png", "each-2.jpg"))
+    assert both["made_by"] == one["made_by"] == "decode"
+    assert both["prompts"] == one["prompts"] == ["a cat"] and (both["guidance"], one["guidance"]) == (0, 2)
+    assert len(both["noise_sha256"]) == 2 and both["noise_sha256"][1:] == one["noise_sha256"]
+    assert both["source"] == {"noise": str(noise)}
+
+
+def test_decoded_images_of_classes(tmp_path):
+    model = write_class_model(tmp_path / "model")
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "red.png")
+    noise = tmp_path / "noise.safetensors"
+    assert encode(tmp_path / "red.png", "-m", model, "--prompt", "2", "-o", noise).exit_code == 0
+    assert decode(noise, "-o", tmp_path / "again.webp").exit_code == 0
+    assert read_metadata(tmp_path / "again.webp")["prompts"] == ["2"]
+
+
+def test_a_noise_file_that_names_a_repository(monkeypatch, tmp_path):
+    monkeypatch.setenv("MLX_STARFLOW_CACHE", str(tmp_path))
+    asked = []
+
+    def snapshot_download(repository, **options):
+        asked.append(options)
+        raise LocalEntryNotFoundError(repository)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    Encoded(np.zeros((1, 4, 4, 4), np.float32), [""], model="some/body").save(tmp_path / "noise.safetensors")
+    line = decode.mistake(tmp_path / "noise.safetensors", "-o", tmp_path / "out.png")
+    assert "some/body is not on this machine" in line and "--model some/body" in line
+    assert all(options["local_files_only"] for options in asked) and asked
 
 
 # ---- generate --best-of

@@ -25,6 +25,7 @@ from PIL import Image
 from mlx_starflow import load_flow
 from mlx_starflow.convert.official import ARGUMENTS
 from mlx_starflow.model_dir.adapters import Adapter
+from mlx_starflow.model_dir.fingerprint import fingerprint
 from mlx_starflow.model_dir.quantization import quantize_module
 from mlx_starflow.model_dir.requantize import quantize_model
 from mlx_starflow.model_dir.saving import save_model
@@ -73,6 +74,7 @@ def test_a_run_and_the_same_from_its_config(model, pictures, tmp_path, uncompile
     assert done.exit_code == 0, done.output
     assert "held-out NLL" in done.stdout
     adapter = Adapter.read(run / "adapter")
+    assert adapter.config["base_fingerprint"] == fingerprint(model)
     assert adapter.config["rank"] == 2 and all(parts["lora_a"].shape[1] == 2 for parts in adapter.layers.values())
     report = json.loads((run / "report.json").read_text())
     assert report["pictures"] == 2 and report["change"] == pytest.approx(report["after"] - report["before"])

@@ -1,10 +1,13 @@
+import huggingface_hub
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from helpers.model_directories import write_image_model
+from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 
 from mlx_starflow.cli import main
+from mlx_starflow.media.images import save_image
 from mlx_starflow.media.metadata import read_metadata
 
 
@@ -56,6 +59,61 @@ def test_from_makes_the_picture_again(run, model, words):
     assert result.exit_code == 0, result.output
     assert (pixels("a.png") == pixels("b.png")).all()
     assert read_metadata("a.png") == read_metadata("b.png")
+
+
+def test_from_brings_the_columns_back(run, model):
+    assert run("a cat", "a dog", "-m", model, "-n", 2, "--columns", 4, "-o", "row.png").exit_code == 0
+    assert run("--from", "row.png", "-o", "again.jpg").exit_code == 0
+    assert pixels("row.png").shape == pixels("again.jpg").shape == (8, 38, 3)
+    assert run("--from", "again.jpg", "-o", "other.webp", "--columns", 1).exit_code == 0
+    assert pixels("other.webp").shape == (38, 8, 3)
+    assert read_metadata("row.png") == read_metadata("again.jpg") != read_metadata("other.webp")
+
+
+def test_the_best_of_several_prompts_say_how_they_were_made(run, model):
+    result = run("a cat", "a dog", "-m", model, "--best-of", 2, "--seed", 3, "-o", "best.png")
+    assert result.exit_code == 0, result.output
+    found = read_metadata("best.png")
+    assert found["prompts"] == ["a cat", "a dog"] and len(found["seeds"]) == 2
+    result = run("--from", "best.png")
+    assert result.exit_code == 2 and "was made by mlx-starflow generate --best-of" in result.output
+
+
+def test_a_picture_cannot_have_a_model_downloaded(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("MLX_STARFLOW_CACHE", str(tmp_path))
+    asked = []
+
+    def snapshot_download(repository, **options):
+        asked.append(options)
+        raise LocalEntryNotFoundError(repository)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    metadata = {"model": "some/body", "prompts": ["a cat"], "seeds": [1], "settings": {}}
+    save_image(Image.new("RGB", (8, 8)), tmp_path / "evil.png", metadata)
+    result = run("--from", "evil.png")
+    assert result.exit_code == 2 and "--model some/body" in result.output
+    assert all(options.get("local_files_only") for options in asked)
+    assert run("--from", "evil.png", "-m", "some/body").exit_code == 2
+    assert "local_files_only" not in asked[-1]
+
+
+@pytest.mark.parametrize(
+    "words, first, second",
+    [
+        (["a cat", "--load-noise", "n.safetensors", "--seed", 0], "--load-noise", "--seed"),
+        (["--from", "a.png", "-n", 1], "--from", "--images"),
+        (["--from", "a.png", "--best-of", 1], "--from", "--best-of"),
+        (["--from", "a.png", "a cat"], "--from", "prompts"),
+        (["a cat", "-n", 2, "--separate", "--columns", 2], "--columns", "--separate"),
+        (["a cat", "--columns", 2], "--columns", "--images"),
+        (["a cat", "--data-parallel", "--steps-dir", "steps"], "--data-parallel", "--steps-dir"),
+        (["a cat", "-m", ""], "unknown model ''", "give demo"),
+    ],
+)
+def test_contradictions(run, words, first, second):
+    result = run(*words)
+    assert result.exit_code == 2 and len(result.output.splitlines()) == 1
+    assert first in result.output and second in result.output
 
 
 def test_no_metadata(run, model):

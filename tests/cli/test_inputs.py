@@ -167,3 +167,60 @@ def test_nobody_home(models, monkeypatch, tmp_path):
         data = models / "image" if command == "finetune" else "~/pictures"
         assert "home" in Command(command).mistake(data, *arguments)
     shutil.rmtree(tmp_path / "trained", ignore_errors=True)
+
+
+@pytest.mark.parametrize("size", [0, -8, "x", [1], "8.5", 1.5, 10**400, 2**20, {}, True])
+def test_sizes_of_a_flow_that_are_none(tmp_path, size):
+    """Before pictures are read at that size."""
+    write_images(tmp_path / "pictures/cat", 2)
+    (tmp_path / "flow.yaml").write_text(json.dumps({"model_type": "tarflow", "patch_size": 2, "img_size": size}))
+    for more in (["--dry-run"], ["--steps", 1]):
+        out = tmp_path / "model"
+        arguments = [tmp_path / "pictures", "-o", out, "--model-config", tmp_path / "flow.yaml", *more]
+        said = Command("train").mistake(*arguments)
+        assert "should not have happened" not in said and ("img_size" in said or "a size has sides" in said)
+
+
+CROSSED = {
+    "text without room for its positions": {"head_dim": 8},
+    "an odd head": {"head_dim": 17},
+    "heads that do not share keys": {"num_heads": 3, "num_kv_heads": 2},
+    "a wider deep block whose heads do not fit": {"top_block_channels": 20},
+    "a head of its own": {"top_block": {"head_dim": 8}},
+    "text that is not projected": {"top_block": {"use_proj_txt": False}},
+    "no layers": {"layers_per_block": []},
+    "layers without end": {"layers_per_block": [10**9]},
+    "a patch larger than the picture": {"patch_size": 64},
+    "a patch that does not divide": {"patch_size": 3},
+    "text of no width": {"txt_dim": 0},
+    "text of another width": {"txt_dim": 7},
+    "other latents": {"channel_size": 5},
+    "a video without its order": {"vid_size": "17:16"},
+    "a norm of no name": {"norm_type": "x"},
+    "a window of nothing": {"learnable_self_denoiser": True, "denoiser_window": 0},
+}
+
+
+@pytest.mark.parametrize("what", CROSSED)
+def test_fields_that_do_not_go_together(what, models, tmp_path):
+    """In a model's config, and in one of a training: success, as far as they do, or a line."""
+    shutil.copytree(models / "image", tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps({**config, **CROSSED[what]}))
+    write_images(tmp_path / "pictures", 2, [{"text": "a"}] * 2)
+    flow = {"patch_size": 2, "channels": 16, "head_dim": 16, "layers_per_block": [1, 1], **CROSSED[what]}
+    (tmp_path / "flow.yaml").write_text(json.dumps(flow))
+    out = tmp_path / "out"
+    calls = [
+        ("info", tmp_path / "model"),
+        ("generate", "a", "-m", tmp_path / "model", "-o", tmp_path / "z.png"),
+        ("score", tmp_path / "pictures/0.png", "-m", tmp_path / "model", "--draws", 1),
+        ("train", tmp_path / "pictures", "-o", out, "--encoders", models / "image", "--model-config",
+         tmp_path / "flow.yaml", "--steps", 1, "--batch-size", 1),
+    ]  # fmt: skip
+    for name, *arguments in calls:
+        result = Command(name)(*arguments)
+        assert result.exit_code in (0, 2), (name, result.output)
+        assert "should not have happened" not in result.stderr, (name, result.stderr)
+        if result.exit_code:
+            assert result.stderr.splitlines()[-1].startswith("Error: "), result.stderr

@@ -64,7 +64,7 @@ def test_mistakes(model, tmp_path):
     assert "nowhere" in tune.mistake(tmp_path / "nowhere")
     empty = tmp_path / "empty.txt"
     empty.write_text("\n")
-    assert "there is no prompt" in tune.mistake(model, "--prompt-file", empty)
+    assert "holds no text" in tune.mistake(model, "--prompt-file", empty)
     assert tune(model, "--tolerance", 0).exit_code == 2
 
 

@@ -123,6 +123,27 @@ def test_continuation(run, source):
     assert np.abs(pixels("a")[13:] - pixels("b")).max() <= 1
 
 
+def test_from_brings_back_how_it_was_written(run, source):
+    run("a cat", "--extend", source, "--frames", 8, "--seed", 1, "-o", "a", "--no-keep-source")
+    run("--from", "a", "--extend", source, "-o", "b")
+    assert len(pixels("a")) == len(pixels("b")) == 8
+    assert read_metadata("a") == read_metadata("b")
+
+
+def test_contradictions(run, model, source):
+    for words, first, second in [
+        (["a cat", "--load-noise", "n", "--seed", 0], "--load-noise", "--seed"),
+        (["a cat", "--no-keep-source"], "--no-keep-source", "--extend"),
+        (["a cat", "--keep-source"], "--keep-source", "--extend"),
+        (["a cat", "--crf", 20, "-o", "a.webp"], "--crf", "a.webp"),
+        (["a cat", "--context", 2], "--context", "--extend"),
+        (["a cat", "--image", "a.png", "--video", source], "--image", "--video"),
+    ]:
+        line = video.mistake(*words, "-m", model)
+        assert first in line and second in line, line
+    run("a cat", "--context", 2, "--frames", 21, "--seed", 1, "-o", "long")
+
+
 def test_a_still_of_a_video_model(run, model):
     result = Command("generate")("a cat", "a dog", "-m", model, "-n", 2, "--size", "48x32", "--seed", 3)
     assert result.exit_code == 0, result.output

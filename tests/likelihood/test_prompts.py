@@ -45,7 +45,7 @@ def test_classify_is_bayes_rule(model):
 
 
 def test_mistakes(latent_flow, pixel_flow, tmp_path):
-    assert "nothing to score" in message(prompt_fit, latent_flow, smooth_images(1), ["a"], draws=0)
+    assert "drawn 1 to 10,000 times" in message(prompt_fit, latent_flow, smooth_images(1), ["a"], draws=0)
     assert "must differ" in message(classify, latent_flow, smooth_images(1), ["a", "a"])
     assert "nothing to score" in message(classify, latent_flow, smooth_images(1), [])
     unconditional = open_model(write_class_model(tmp_path / "model", num_classes=0))

@@ -74,7 +74,7 @@ def test_learned_variances_of_the_prior_count(tmp_path):
 def test_mistakes(model):
     assert "there are 2 prompts for 3 pictures" in message(score, model, smooth_images(3), ["", ""])
     assert "there are no pictures" in message(score, model, [])
-    assert "at least one picture and one draw" in message(score, model, smooth_images(1), draws=0)
+    assert "drawn 1 to 10,000 times" in message(score, model, smooth_images(1), draws=0)
 
 
 def test_classes_are_numbers(pixel_flow):

@@ -25,11 +25,50 @@ def test_grid_places_pictures_row_by_row():
     assert sheet.getpixel((4, 0)) == (255, 255, 255)
 
 
-def test_metadata_comes_back(tmp_path):
-    path = tmp_path / "a.png"
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "A.JPEG", "a.webp"])
+def test_metadata_comes_back(tmp_path, name):
+    path = tmp_path / name
     save_image(Image.new("RGB", (2, 2)), path, {"seeds": [1], "prompts": ["ein Apfel, größer"]})
     assert read_metadata(path) == {"seeds": [1], "prompts": ["ein Apfel, größer"]}
-    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.webp"])
+def test_metadata_of_an_animation(tmp_path, name):
+    images = [Image.new("RGB", (2, 2), colour) for colour in ("red", "blue")]
+    save_animation(images, tmp_path / name, metadata={"strength": 0.5})
+    assert read_metadata(tmp_path / name) == {"strength": 0.5}
+    save_animation(images, tmp_path / name)
+    with pytest.raises(StarflowError, match="does not say how it was made"):
+        read_metadata(tmp_path / name)
+
+
+def test_a_jpeg_without_room_for_its_metadata(tmp_path):
+    metadata = {"prompts": ["cat " * 20_000]}
+    with pytest.warns(UserWarning, match="long.jpg has no room for how it was made"):
+        save_image(Image.new("RGB", (2, 2)), tmp_path / "long.jpg", metadata)
+    assert Image.open(tmp_path / "long.jpg").size == (2, 2)
+    save_image(Image.new("RGB", (2, 2)), tmp_path / "long.webp", metadata)
+    assert read_metadata(tmp_path / "long.webp") == metadata
+
+
+@pytest.mark.parametrize(
+    "text", ['{"mlx-starflow": 3}', '{"mlx-starflow": {"a": 1}', '{"mlx-starflow": ' + "[" * 99999]
+)
+def test_damaged_metadata(tmp_path, text):
+    exif = Image.Exif()
+    exif[0x010E] = text
+    Image.new("RGB", (2, 2)).save(tmp_path / "a.webp", exif=exif)
+    with pytest.raises(StarflowError, match="its description is damaged"):
+        read_metadata(tmp_path / "a.webp")
+
+
+def test_somebody_elses_description(tmp_path):
+    exif = Image.Exif()
+    exif[0x010E] = "my cat"
+    Image.new("RGB", (2, 2)).save(tmp_path / "a.jpg", exif=exif)
+    with pytest.raises(StarflowError, match="does not say how it was made"):
+        read_metadata(tmp_path / "a.jpg")
 
 
 def test_metadata_errors(tmp_path):

@@ -1,4 +1,4 @@
-"""iTARFlow: against the official code (tests/data), its levels and its configs. test_starflow.py checks it as a flow."""
+"""iTARFlow: against the official code (tests/data), its levels, its configs. test_starflow.py checks it as a flow."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from helpers.commands import Command, message
@@ -14,6 +15,7 @@ from helpers.torch_reference import DEVICES, difference
 from mlx_starflow import load
 from mlx_starflow.editing import Encoded
 from mlx_starflow.media.metadata import read_metadata
+from mlx_starflow.model_dir.files import load_weights
 
 pytestmark = [pytest.mark.torch, pytest.mark.parametrize("device", DEVICES)]
 
@@ -36,6 +38,15 @@ def tiny(tmp_path_factory):
 
 def pixels(images) -> np.ndarray:
     return np.stack([np.asarray(image).astype(int) for image in images])
+
+
+def test_text_that_is_not_finite(tmp_path, device):
+    model = write_image_model(tmp_path / "model")
+    name = next(name for name in load_weights(model / "text_encoder") if name.endswith("final_layer_norm.weight"))
+    damaged = mx.full(load_weights(model / "text_encoder")[name].shape, mx.nan)
+    edit_weights(model / "text_encoder", **{name.replace(".", "__"): damaged})
+    pipe = load(model, backend="torch", device=device)
+    assert "the text encoder made is not finite" in message(pipe.encode_prompts, ["a cat"])
 
 
 @pytest.mark.parametrize(("model", "settings"), CASES, ids=str)

@@ -8,7 +8,7 @@ from functools import partial
 import click
 
 from mlx_starflow import cpu
-from mlx_starflow.cli.options.sampling import Size, dtype_option
+from mlx_starflow.cli.options.sampling import Size, check_reads_prompts, dtype_option
 
 
 @click.command()
@@ -17,7 +17,7 @@ from mlx_starflow.cli.options.sampling import Size, dtype_option
 @click.option("--guidance", type=click.FloatRange(min=0), help="Its weight; the model's own by default.")
 @click.option("--size", type=Size(), help="Of pictures, in pixels; the size the model was trained at by default.")
 @click.option("--methods", default="sequential,jacobi,rolling,auto", show_default=True, help="What to time.")
-@click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Rounds, after a first one.")
+@click.option("--repeats", type=click.IntRange(1, 10_000), default=3, show_default=True, help="Rounds after a first.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the first picture's noise.")
 @dtype_option("the flow")
 @click.option("--against", type=click.Choice(["torch"]), help="Time PyTorch on the same weights and noise.")
@@ -44,6 +44,7 @@ def bench(
     from mlx_starflow.bench.benchmark import bench as measure
     from mlx_starflow.bench.trials import PROMPTS
 
+    check_reads_prompts(model, "--prompt", "--size")
     cpu.hint_if_slow()
     result = measure(
         model,

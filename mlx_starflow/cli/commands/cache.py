@@ -10,6 +10,8 @@ import click
 
 from mlx_starflow import cpu
 from mlx_starflow.cli.options.interrupt import resumable
+from mlx_starflow.cli.options.outputs import OUTPUT
+from mlx_starflow.cli.options.rules import excludes, option_rules
 from mlx_starflow.model_dir.precision import DTYPES
 
 if TYPE_CHECKING:
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("data", metavar="DATA")
-@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="CACHE", help="Folder to write.")
+@click.option("-o", "--output", type=OUTPUT, metavar="CACHE", help="Folder to write.")
 @click.option("-m", "--model", default="demo", show_default=True, help="Whose encoders: demo, a folder or a Hub repo.")
 @click.option("--size", type=int, help="Side of the pictures in pixels; by default the model's.")
 @click.option("--buckets/--square", default=None, help="Nine aspect ratios, or squares; by default as the model.")
@@ -37,6 +39,14 @@ if TYPE_CHECKING:
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random views.")
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Go on where an earlier run stopped.")
 @click.option("--check", is_flag=True, help="DATA is a cache: compare the checksums of its files.")
+@option_rules(
+    excludes(
+        "--check",
+        *("--output", "--model", "--size", "--buckets", "--square", "--views", "--flip", "--dtype", "--batch-size"),
+        *("--split", "--caption-column", "--seed", "--resume", "--no-resume"),
+    ),
+    excludes("--seed", "--views 1", reason="--seed is of random views, the second one on: give --views 2, or more"),
+)
 def cache(
     data: str,
     output: Path | None,

@@ -9,12 +9,15 @@ import click
 from mlx_starflow import cpu
 from mlx_starflow.cli.options.images import (
     ReadableFiles,
+    check_split,
     frames_option,
     images_argument,
     model_options,
     noise_options,
     table_options,
 )
+from mlx_starflow.cli.options.outputs import files_read
+from mlx_starflow.cli.options.rules import excludes, option_rules
 from mlx_starflow.cli.options.text import Lines
 
 
@@ -27,6 +30,9 @@ from mlx_starflow.cli.options.text import Lines
 @noise_options
 @model_options
 @frames_option
+@option_rules(
+    excludes("--csv -", "--json -", reason="--csv - and --json - would be printed together: write one to a file")
+)
 def classify(
     pictures: tuple[Path, ...],
     labels: str | None,
@@ -51,15 +57,15 @@ def classify(
     follow from it and are nearly always close to 0 or 1.
     """
     from mlx_starflow.media.image_files import find_images
-    from mlx_starflow.media.tables import check_text_output, write_csv, write_json
+    from mlx_starflow.media.outputs import check_outputs
+    from mlx_starflow.media.tables import write_csv, write_json
     from mlx_starflow.pipelines import ClassPipeline, open_model
 
     names = [label.strip() for label in (labels or "").split(",")] + (label_file or [])
     names = [name for name in names if name]
+    check_split(split, pictures)
     found = find_images(pictures, split)
-    for path in (csv_file, json_file):
-        if path is not None:
-            check_text_output(path)
+    check_outputs([csv_file, json_file], inputs=files_read(pictures, found))
     cpu.hint_if_slow()
     pipe = open_model(model, dtype=dtype)
     if not names and isinstance(pipe, ClassPipeline):

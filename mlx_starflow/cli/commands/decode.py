@@ -8,18 +8,21 @@ from pathlib import Path
 import click
 
 from mlx_starflow import cpu
+from mlx_starflow.cli.options.images import metadata_option
+from mlx_starflow.cli.options.outputs import OUTPUT
 from mlx_starflow.cli.options.sampling import dtype_option, latent_batch_option
 
 
 @click.command()
 @click.argument("noise", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="By default out.png, or out.mp4 of a video.")
+@click.option("-o", "--output", type=OUTPUT, help="By default out.png, or out.mp4 of a video.")
 @click.option("-p", "--prompt", help="Another prompt than the one that the pictures were encoded with.")
 @click.option("--guidance", type=click.FloatRange(min=0), help="Another guidance than that of encoding.")
 @click.option("--denoise", is_flag=True, help="Clean the result with one score step, if noise was added on encoding.")
 @click.option(
     "--separate", is_flag=True, help="One file for each picture (out-1.png, ...), as for videos, instead of a grid."
 )
+@metadata_option
 @latent_batch_option
 @click.option("-m", "--model", help="The one that the pictures were encoded with by default.")
 @dtype_option("the networks")
@@ -30,6 +33,7 @@ def decode(
     guidance: float | None,
     denoise: bool,
     separate: bool,
+    metadata: bool,
     batch_size: int,
     model: str | None,
     dtype: str | None,
@@ -45,8 +49,11 @@ def decode(
 
     from mlx_starflow.editing import Encoded
     from mlx_starflow.media import images as media
+    from mlx_starflow.media.metadata import joined
+    from mlx_starflow.media.outputs import check_outputs
     from mlx_starflow.media.videos import VideoWriter, check_video_output
     from mlx_starflow.pipelines import VideoPipeline, open_model
+    from mlx_starflow.pipelines.recipes import check_local_model
 
     encoded = Encoded.load(noise)
     videos = encoded.noise.ndim == 5
@@ -54,22 +61,29 @@ def decode(
     targets = media.numbered(output, len(encoded.noise)) if separate or videos else [output]
     for path in targets:
         (check_video_output if videos else media.check_output)(path)
+    check_outputs([path for path in targets if path.suffix], inputs=[noise])
     cpu.hint_if_slow()
     if prompt is not None:
         encoded = replace(encoded, prompts=[prompt] * len(encoded.prompts))
     if guidance is not None:
         encoded = replace(encoded, guidance=guidance)
-    pipe = open_model(model or encoded.model or "demo", dtype=dtype)
+    name = encoded.model or "demo" if model is None else model
+    if model is None:
+        check_local_model(noise, name)
+    pipe = open_model(name, dtype=dtype, download=model is not None)
     decoded, _ = pipe.decode(encoded, denoise=denoise, batch_size=batch_size, progress=None)
     made: list[Image.Image | list[Image.Image]] = [*decoded]
+    described = encoded.described(pipe, denoise=denoise)
     if len(targets) < len(made):
+        described = [joined(described)]
         made = [media.grid([image for image in made if isinstance(image, Image.Image)])]
-    for path, image in zip(targets, made, strict=True):
+    for path, image, each in zip(targets, made, described, strict=True):
+        how = {**each, "source": {"noise": str(noise)}} if metadata else None
         if isinstance(image, Image.Image):
-            media.save_image(image, path)
+            media.save_image(image, path, how)
             continue
         assert isinstance(pipe, VideoPipeline)  # others make no videos
-        with VideoWriter(path, pipe.settings.fps) as writer:
+        with VideoWriter(path, pipe.settings.fps, metadata=how) as writer:
             for frame in image:
                 writer.add(frame)
     more = f" and {len(targets) - 1} more" if len(targets) > 1 else ""

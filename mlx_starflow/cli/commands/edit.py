@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mlx_starflow import cpu
-from mlx_starflow.cli.options.images import model_options
-from mlx_starflow.cli.options.sampling import with_options
+from mlx_starflow.cli.options.images import metadata_option, model_options
+from mlx_starflow.cli.options.outputs import OUTPUT
+from mlx_starflow.cli.options.rules import excludes, needs, option_rules
+from mlx_starflow.cli.options.sampling import Number, with_options
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 
 PICTURE = click.Path(path_type=Path)
 
-output_option = click.option("-o", "--output", type=PICTURE, default="out.png", show_default=True)
+output_option = click.option("-o", "--output", type=OUTPUT, default="out.png", show_default=True)
 batch_option = click.option(
     "--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Pictures at once."
 )
@@ -28,8 +30,8 @@ count_option = click.option(
     "-n", "--images", type=click.IntRange(min=1), default=1, show_default=True, help="Pictures to make."
 )
 path_options = with_options(
-    click.option("--frames", type=click.IntRange(min=2), help="Pictures on the way there; .webp and .gif move."),
-    click.option("--seconds", type=click.FloatRange(min=0.01), default=0.1, show_default=True, help="Of each frame."),
+    click.option("--frames", type=click.IntRange(2, 1_000_000), help="Pictures on the way there; .webp and .gif move."),
+    click.option("--seconds", type=Number(0.01, 100), help="Of each frame.  [default: 0.1]"),
 )
 
 
@@ -70,7 +72,8 @@ def edit() -> None:
 )
 @count_option
 @seed_option
-@click.option("--trace", type=PICTURE, metavar="FILE", help="Write acceptance and likelihood of every step as JSON.")
+@click.option("--trace", type=OUTPUT, metavar="FILE", help="Write acceptance and likelihood of every step as JSON.")
+@metadata_option
 @model_options
 def inpaint(
     picture: Path,
@@ -84,6 +87,7 @@ def inpaint(
     images: int,
     seed: int,
     trace: Path | None,
+    metadata: bool,
     model: str,
     size: tuple[int, int] | None,
     dtype: str | None,
@@ -94,14 +98,11 @@ def inpaint(
     mlx-starflow edit inpaint cat.png --mask 32,0,32,64 --prompt "cat face" -o whole.png
     """
     from mlx_starflow.editing import read_mask
-    from mlx_starflow.media.images import check_output
-    from mlx_starflow.media.tables import check_text_output, write_json
+    from mlx_starflow.media.tables import write_json
 
     image = _read(picture)
     free = read_mask(mask, image.size)
-    check_output(output)
-    if trace is not None:
-        check_text_output(trace)
+    _check(output, None, None, [picture, Path(mask)], trace)
     pipe = _open(model, dtype)
     result = pipe.inpaint(
         image,
@@ -116,7 +117,8 @@ def inpaint(
         size=size,
         progress=None,
     )
-    _save(result.images, output)
+    sources = {"picture": str(picture), "mask": mask}
+    _save(result.images, output, _described(result.metadata, sources) if metadata else None)
     if trace is not None:
         write_json({"accepted": result.trace.accepted.tolist(), "nll": result.trace.nll.tolist()}, trace)
     for number in range(images):
@@ -139,16 +141,19 @@ def inpaint(
 @path_options
 @output_option
 @batch_option
+@metadata_option
 @model_options
+@option_rules(needs("--seconds", "--frames"))
 def reprompt(
     picture: Path,
     source: str,
     target: str,
     strength: float,
     frames: int | None,
-    seconds: float,
+    seconds: float | None,
     output: Path,
     batch_size: int,
+    metadata: bool,
     model: str,
     size: tuple[int, int] | None,
     dtype: str | None,
@@ -160,7 +165,7 @@ def reprompt(
     mlx-starflow edit reprompt dog.png --from "dog face" --to "cat face" --frames 16 -o dog-cat.webp
     """
     image = _read(picture)
-    _check(output, frames)
+    _check(output, frames, seconds, [picture])
     result = _open(model, dtype).reprompt(
         image,
         source,
@@ -170,7 +175,8 @@ def reprompt(
         batch_size=batch_size,
         progress=None,
     )
-    _write(result, output, frames, seconds)
+    how = _described(result.metadata, {"picture": str(picture)}) if metadata else None
+    _write(result, output, frames, seconds, how)
 
 
 @edit.command()
@@ -189,7 +195,12 @@ def reprompt(
 @path_options
 @output_option
 @batch_option
+@metadata_option
 @model_options
+@option_rules(
+    needs("--seconds", "--frames"),
+    excludes("--frames", "--images", reason="--frames shows the way to one picture: leave out --images"),
+)
 def vary(
     picture: Path,
     prompt: str,
@@ -198,9 +209,10 @@ def vary(
     images: int,
     seed: int,
     frames: int | None,
-    seconds: float,
+    seconds: float | None,
     output: Path,
     batch_size: int,
+    metadata: bool,
     model: str,
     size: tuple[int, int] | None,
     dtype: str | None,
@@ -210,10 +222,8 @@ def vary(
     \b
     mlx-starflow edit vary tulip.png --prompt tulip --images 4 -o tulips.png
     """
-    if frames and images > 1:
-        raise click.UsageError("--frames shows the way to one picture: leave out --images")
     image = _read(picture)
-    _check(output, frames)
+    _check(output, frames, seconds, [picture])
     result = _open(model, dtype).vary(
         image,
         prompt,
@@ -225,7 +235,8 @@ def vary(
         batch_size=batch_size,
         progress=None,
     )
-    _write(result, output, frames, seconds)
+    how = _described(result.metadata, {"picture": str(picture)}) if metadata else None
+    _write(result, output, frames, seconds, how)
 
 
 @edit.command()
@@ -236,6 +247,7 @@ def vary(
 @path_options
 @output_option
 @batch_option
+@metadata_option
 @model_options
 def interpolate(
     first: Path,
@@ -243,9 +255,10 @@ def interpolate(
     source: str,
     target: str,
     frames: int | None,
-    seconds: float,
+    seconds: float | None,
     output: Path,
     batch_size: int,
+    metadata: bool,
     model: str,
     size: tuple[int, int] | None,
     dtype: str | None,
@@ -257,7 +270,7 @@ def interpolate(
     """
     frames = frames or 16
     images = _read(first), _read(second)
-    _check(output, frames)
+    _check(output, frames, seconds, [first, second])
     result = _open(model, dtype).interpolate(
         *images,
         (source, target),
@@ -266,7 +279,8 @@ def interpolate(
         batch_size=batch_size,
         progress=None,
     )
-    _write(result, output, frames, seconds)
+    how = _described(result.metadata, {"first": str(first), "second": str(second)}) if metadata else None
+    _write(result, output, frames, seconds, how)
 
 
 # ---- what they share
@@ -289,29 +303,44 @@ def _places(end: float, frames: int | None) -> list[float]:
     return [end] if frames is None else [end * number / (frames - 1) for number in range(frames)]
 
 
-def _check(output: Path, frames: int | None) -> None:
+def _check(
+    output: Path, frames: int | None, seconds: float | None, inputs: list[Path], trace: Path | None = None
+) -> None:
     from mlx_starflow.media.formats import ANIMATIONS, FORMATS
     from mlx_starflow.media.images import check_output
+    from mlx_starflow.media.outputs import check_outputs
 
     check_output(output, FORMATS if frames is None else tuple(dict.fromkeys([*ANIMATIONS, *FORMATS])))
+    check_outputs([output, trace], inputs=inputs)
+    if seconds is not None and frames is not None and output.suffix.lower() not in ANIMATIONS:
+        raise click.UsageError(f"--seconds is about animations, and {output} is none: leave it out, or name a .webp")
 
 
-def _write(result: Edit, output: Path, frames: int | None, seconds: float) -> None:
+def _described(metadata: list[dict[str, Any]], sources: dict[str, str]) -> dict[str, Any]:
+    """The metadata of a file that shows all images, made from these files."""
+    from mlx_starflow.media.metadata import joined
+
+    return {**joined(metadata), "source": sources}
+
+
+def _write(
+    result: Edit, output: Path, frames: int | None, seconds: float | None, metadata: dict[str, Any] | None
+) -> None:
     from mlx_starflow.media.formats import ANIMATIONS
     from mlx_starflow.media.images import save_animation
 
     if frames is not None and output.suffix.lower() in ANIMATIONS:
-        save_animation(result.images, output, seconds)
+        save_animation(result.images, output, seconds or 0.1, metadata)
     else:
-        _save(result.images, output, len(result.images) if frames else None)
+        _save(result.images, output, metadata, len(result.images) if frames else None)
     where = ", ".join(f"{place:.2g}" for place in result.places)
     click.echo(f"{output}: {'strength' if frames is None else 'path'} {where}")
 
 
-def _save(images: list[Image.Image], output: Path, columns: int | None = None) -> None:
+def _save(images: list[Image.Image], output: Path, metadata: dict[str, Any] | None, columns: int | None = None) -> None:
     from mlx_starflow.media.images import grid, save_image
 
-    save_image(images[0] if len(images) == 1 else grid(images, columns), output)
+    save_image(images[0] if len(images) == 1 else grid(images, columns), output, metadata)
 
 
 def _thinned(values: object, most: int = 8) -> str:

@@ -9,12 +9,14 @@ import click
 from mlx_starflow import cpu
 from mlx_starflow.cli.options.config_file import config_option
 from mlx_starflow.cli.options.interrupt import resumable
+from mlx_starflow.cli.options.outputs import OUTPUT
+from mlx_starflow.cli.options.rules import excludes, needs, option_rules
 
 
 @click.command(context_settings={"show_default": True})
 @click.argument("model")
 @click.argument("data")
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, metavar="RUN", help="The run's folder.")
+@click.option("-o", "--output", type=OUTPUT, required=True, metavar="RUN", help="The run's folder.")
 @config_option
 @click.option("--lora", type=int, metavar="RANK", help="Train a LoRA adapter of this rank; 0: 16, or what fits.")
 @click.option("--dora", type=int, metavar="RANK", help="Train a DoRA adapter of this rank.")
@@ -46,6 +48,12 @@ from mlx_starflow.cli.options.interrupt import resumable
 @click.option("--log-every", default=20, help="Steps between lines of the log.")
 @click.option("--resume/--no-resume", default=True, help="Go on where an earlier run stopped.")
 @click.option("--dry-run", is_flag=True, help="Say what it would take in memory, and do nothing.")
+@option_rules(
+    *(excludes("--full", name) for name in ("--scale", "--dropout", "--layers", "--blocks")),
+    *(needs(name, "--anchor") for name in ("--anchor-weight", "--anchor-data", "--anchor-samples")),
+    excludes("--anchor-samples", "--anchor-data"),
+    needs("--draws", "--validation", reason="--draws is of the held-out pictures, and --validation holds none out"),
+)
 def finetune(
     model: str,
     data: str,

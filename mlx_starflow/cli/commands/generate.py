@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from mlx_starflow import cpu
-from mlx_starflow.cli.options.images import make_folder
+from mlx_starflow.cli.options.images import metadata_option
+from mlx_starflow.cli.options.interrupt import resumable
+from mlx_starflow.cli.options.outputs import OUTPUT, make_folder
 from mlx_starflow.cli.options.parallel import Ranks, tensor_parallel_option
+from mlx_starflow.cli.options.pictures import Pictures
+from mlx_starflow.cli.options.recorded import chosen_networks
+from mlx_starflow.cli.options.rules import excludes, option_rules
 from mlx_starflow.cli.options.sampling import Size, lora_option, network_options, sampling_options
 from mlx_starflow.cli.options.text import Lines
 from mlx_starflow.errors import StarflowError
+
+if TYPE_CHECKING:
+    from mlx_starflow.pipelines.recipes import Recipe
 
 
 @click.command()
@@ -20,11 +28,11 @@ from mlx_starflow.errors import StarflowError
 @click.option("--prompt-file", type=Lines(), help="Read prompts from a file, one a line; - is standard input.")
 @click.option("-m", "--model", help="demo, a model directory, or a Hub repository.  [default: demo]")
 @lora_option
-@click.option("-o", "--output", type=click.Path(path_type=Path), default="out.png", show_default=True)
+@click.option("-o", "--output", type=OUTPUT, default="out.png", show_default=True)
 @click.option(
     "--seed", type=click.IntRange(min=0), help="Of each prompt's first picture; drawn and reported if left out."
 )
-@click.option("-n", "--images", type=click.IntRange(min=1), default=1, show_default=True, help="Pictures a prompt.")
+@click.option("-n", "--images", type=click.IntRange(min=1), help="Pictures a prompt.  [default: 1]")
 @click.option(
     "--best-of",
     type=click.IntRange(min=1),
@@ -36,11 +44,11 @@ from mlx_starflow.errors import StarflowError
 @click.option("--size", type=Size(), help="In pixels; the size the model was trained at by default.")
 @click.option("--separate", is_flag=True, help="One file for each picture (out-1.png, ...) instead of a grid.")
 @click.option("--columns", type=click.IntRange(min=1), help="Pictures in a row of the grid.")
-@click.option("--metadata/--no-metadata", default=True, help="Say in the PNG how it was made.  [default: metadata]")
-@click.option("--from", "source", type=click.Path(path_type=Path), help="Make the pictures of this PNG again.")
-@click.option("--save-noise", type=click.Path(path_type=Path), help="Write the noise the pictures came from.")
+@metadata_option
+@click.option("--from", "source", type=click.Path(path_type=Path), help="Make the pictures of this file again.")
+@click.option("--save-noise", type=OUTPUT, help="Write the noise the pictures came from.")
 @click.option("--load-noise", type=click.Path(path_type=Path), help="Start from saved noise instead of a seed.")
-@click.option("--steps-dir", type=click.Path(path_type=Path), help="Folder for the picture after each flow block.")
+@click.option("--steps-dir", type=OUTPUT, help="Folder for the picture after each flow block.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Pictures at once.")
 @network_options
 @click.option(
@@ -54,6 +62,15 @@ from mlx_starflow.errors import StarflowError
 @click.option("--data-parallel", is_flag=True, help="Share the prompts out over the processes of mlx.launch.")
 @click.option("-v", "--verbose", is_flag=True, help="Say what each phase cost.")
 @tensor_parallel_option
+@option_rules(
+    excludes("--load-noise", "--seed", reason="--load-noise is what --seed would draw: leave one of them out"),
+    excludes("--from", "PROMPTS", "--prompt-file", reason="--from brings its own prompts; leave the others out"),
+    excludes("--from", "--best-of", reason="--from makes the same pictures again; leave out --best-of"),
+    excludes("--from", "--images", reason="--from makes as many pictures as there were; leave out --images"),
+    excludes("--columns", "--separate", reason="--columns is about the grid that --separate does without"),
+    excludes("--tensor-parallel", "--data-parallel"),
+    excludes("--data-parallel", "--save-noise", "--load-noise", "--steps-dir"),
+)
 def generate(
     ranks: Ranks,
     prompts: tuple[str, ...],
@@ -62,7 +79,7 @@ def generate(
     adapters: tuple[tuple[str, float], ...],
     output: Path,
     seed: int | None,
-    images: int,
+    images: int | None,
     best_of: int,
     guidance: float | None,
     temperature: float | None,
@@ -97,34 +114,31 @@ def generate(
     """
     from mlx_starflow.media import images as media
     from mlx_starflow.media import noise
+    from mlx_starflow.media.outputs import check_outputs
 
-    recipe: dict[str, Any] = {}
+    recipe: Recipe | None = None
+    download = model is not None or source is None
     seeds: int | list[int] | None = seed
-    wanted_noise = None
     asked = [*prompts, *(prompt_file or [])]
     if source is not None:
+        from mlx_starflow.pipelines.recipes import Recipe
+
         with ranks.together():
-            recipe = _read_recipe(source)
-        if asked:
-            raise click.UsageError("--from brings its own prompts; leave the others out")
-        if best_of > 1:
-            raise click.UsageError("--from makes the same pictures again; leave out --best-of")
-        asked, model = recipe["prompts"], model or recipe["model"]
-        adapters = adapters or recipe.get("adapters", ())
-        wanted_noise = recipe.get("noise_sha256")
-        if wanted_noise and load_noise is None:
+            recipe = Recipe.read(source)
+        if recipe.noise_sha256 and load_noise is None:
             raise StarflowError(f"{source} was made from a noise file: give it with --load-noise")
-        images = len(recipe["seeds"])
-        if seed is None and not wanted_noise:
-            seeds = recipe["seeds"]
+        asked = recipe.prompts
+        model, adapters = chosen_networks(recipe, model, adapters, ranks)
+        images, columns = len(recipe.seeds), columns or (None if separate else recipe.columns)
+        if seed is None:
+            seeds = recipe.given_seeds
+    images = images or 1
     if not asked:
         raise click.UsageError('there is no prompt: mlx-starflow generate "a red apple"')
     targets = _targets(output, len(asked) * images, separate)
+    if columns is not None and len(asked) * images == 1:
+        raise click.UsageError("--columns is about a grid of several pictures, such as with --images 4: leave it out")
     if data_parallel:
-        if ranks.group is not None:
-            raise click.UsageError("--data-parallel and --tensor-parallel do not go together")
-        if save_noise or load_noise or steps_dir:
-            raise click.UsageError("--data-parallel does not go with --save-noise, --load-noise and --steps-dir")
         asked, targets, seeds = _share(asked, targets, images, seeds)
         if not asked:
             return
@@ -132,8 +146,12 @@ def generate(
         if ranks.first:
             for path in targets:
                 media.check_output(path)
+            read = [path for path in (source, load_noise) if path is not None]
+            check_outputs([*targets, save_noise], folders=[steps_dir], inputs=read)
             if steps_dir is not None:
                 make_folder(steps_dir)
+                steps = [steps_dir / f"steps-{number}.png" for number in range(1, len(asked) * images + 1)]
+                check_outputs([*targets, *steps], inputs=read)
     seeds = seeds if load_noise else ranks.seed(seeds)
 
     from mlx_starflow.pipelines import GenerationSettings, ImagePipeline, Pipeline, VideoPipeline, load
@@ -144,99 +162,68 @@ def generate(
     elif verify:
         raise StarflowError("--verify needs the mlx backend: leave one of them out")
     opened: Pipeline = load(
-        model or "demo",
+        "demo" if model is None else model,
         dtype=dtype,
         low_memory=low_memory,
         backend=backend,
         device=device,
         adapters=adapters,
         group=ranks.group,
+        download=download,
     )
     pipe = opened.image_pipeline if isinstance(opened, VideoPipeline) else opened
     if not isinstance(pipe, ImagePipeline):
         raise StarflowError(f"{opened.name} does not read prompts: use load_flow and sample in Python")
-    settings = GenerationSettings.from_dict({**pipe.settings.to_dict(), **recipe.get("settings", {})}).updated(
+    settings = GenerationSettings.from_dict({**pipe.settings.to_dict(), **(recipe.settings if recipe else {})}).updated(
         guidance=guidance, temperature=temperature, method=method, attn_temp=attn_temp, denoise=denoise, size=size
     )
     given = None
     if load_noise is not None:
         with ranks.together():
             given = noise.load_noise(load_noise, (len(asked) * images * best_of, *pipe.latent_shape(settings.size)))
-        if wanted_noise and noise.digest(given) != wanted_noise:
+        if recipe and recipe.noise_sha256 not in (None, noise.digest(given)):
             raise StarflowError(f"{load_noise} is not the noise that {source} was made from")
     ranks.agree_on_method(settings.method, pipe)
     start = None if given is None else noise.digest(given)
     keep_steps, certify = steps_dir is not None, verify is not False
     options = (settings, seeds, images, best_of, start, keep_steps, batch_size, certify)
     ranks.agree({"prompts": asked, "options": options})
-    fits: list[str] = []
-    if best_of > 1:
-        best = pipe.best_of(
-            asked,
-            best_of,
-            images=images,
-            seed=seeds if isinstance(seeds, int) else None,
-            noise=given,
-            settings=settings,
-            keep_steps=keep_steps,
-            batch_size=batch_size,
-            verify=certify,
-            progress=None,
-        )
-        result = best.result
-        kept = best.fits[range(len(best.chosen)), best.chosen]
-        fits = [f", prompt fit {fit:.0f} nats, the best of {best_of}" for fit in kept]
-    else:
-        result = pipe.generate(
-            asked,
-            seed=seeds,
-            images=images,
-            noise=given,
-            settings=settings,
-            keep_steps=keep_steps,
-            batch_size=batch_size,
-            verify=certify,
-            progress=None,
-        )
+    stream = pipe.stream(
+        asked,
+        seed=seeds,
+        images=images,
+        best_of=best_of,
+        noise=given,
+        settings=settings,
+        keep_steps=keep_steps,
+        batch_size=batch_size,
+        verify=certify,
+        progress=None,
+    )
     if not ranks.first:
+        for _ in stream:
+            pass
         return
-    if save_noise is not None:
-        noise.save_noise(result.noise, save_noise)
-    if steps_dir is not None:
-        for number, steps in enumerate(result.steps, 1):
-            media.save_image(media.grid(steps, columns=len(steps)), steps_dir / f"steps-{number}.png")
-            for index, step in enumerate(steps):
-                media.save_image(step, steps_dir / f"picture-{number}-step-{index}.png")
-    if len(targets) == 1:
-        single = len(result.images) == 1
-        picture = result.images[0] if single else media.grid(result.images, columns or (images if images > 1 else None))
-        # The best of each prompt have seeds of their own: no prompts times seeds make this grid again.
-        again = metadata and (best_of == 1 or len(asked) == 1)
-        how = result.metadata[0] if single else pipe.grid_metadata(result) if again else None
-        media.save_image(picture, targets[0], how if metadata else None)
-    else:
-        for path, picture, how in zip(targets, result.images, result.metadata, strict=True):
-            media.save_image(picture, path, how if metadata else None)
-    for index, (prompt, each) in enumerate(zip(result.prompts, result.seeds, strict=True)):
-        origin = f"noise from {load_noise}" if each is None else f"seed {each}"
-        fit = fits[index] if fits else ""
-        click.echo(f"{targets[min(index, len(targets) - 1)]}: {prompt!r}, {origin}{fit}")
+    pictures = Pictures(
+        pipe,
+        stream,
+        targets,
+        images=images,
+        columns=columns,
+        metadata=metadata,
+        best_of=best_of,
+        save_noise=save_noise,
+        steps_dir=steps_dir,
+        noise_file=load_noise,
+    )
+    with resumable(lambda: f"stopped: {pictures.summary()}"), pictures:
+        for made in stream:
+            pictures.add(made)
     if verify:
-        for prompt, certificate in zip(result.prompts, result.stats.certificates, strict=True):
-            click.echo(f"{prompt!r}: {certificate}")
+        for made in pictures.made:
+            click.echo(f"{made.prompt!r}: {made.certificate}")
     if verbose:
-        click.echo(str(result.stats))
-
-
-def _read_recipe(source: Path) -> dict[str, Any]:
-    from mlx_starflow.media.metadata import read_metadata
-
-    recipe = read_metadata(source)
-    if "frames" in recipe.get("settings", {}):
-        raise StarflowError(f"{source} is a video: mlx-starflow video --from {source}")
-    if missing := [key for key in ("model", "prompts", "seeds", "settings") if key not in recipe]:
-        raise StarflowError(f"{source}: its description lacks {', '.join(missing)}")
-    return recipe
+        click.echo(str(stream.stats))
 
 
 def _targets(output: Path, count: int, separate: bool) -> list[Path]:

@@ -1,9 +1,12 @@
-"""`mlx-starflow info`: what a model is made of, and what it takes to run it."""
+"""`mlx-starflow info`: what a model is made of and what it takes to run it; how an image or a video was made."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
+from mlx_starflow.cli.options.rules import given_options
 from mlx_starflow.cli.options.sampling import Size
 
 
@@ -23,14 +26,31 @@ def info(model: str, size: tuple[int, int] | None, batch_size: int, frames: int 
     mlx-starflow info apple/starflow
     mlx-starflow info model --size 512x512
     mlx-starflow info apple/starflow --chip "M3 Max"
+    mlx-starflow info out.png
 
-    An official release, apple/starflow, need not have been downloaded.
+    An official release, apple/starflow, need not have been downloaded. Of a picture or a video that mlx-starflow has
+    made, say how.
     """
-    from mlx_starflow.planning.summary import memory_report, summarize, time_reports
+    from mlx_starflow.media.formats import ANIMATIONS, FORMATS, MOVIES
+    from mlx_starflow.planning.summary import memory_report, summarize, summarize_file, time_reports
 
+    given = given_options("--size", "--batch-size", "--frames", "--chip")
+    path = Path(model)
+    if path.suffix.lower() in {*FORMATS, *ANIMATIONS, *MOVIES} and not path.is_dir():
+        if given:
+            raise click.UsageError(f"{given[0]} is about models, and {model} is a picture or a video: leave it out")
+        _print(summarize_file(path))
+        return
     times = time_reports(model, chip, size=size) if chip is not None else []
-    for name, value in summarize(model).items():
-        click.echo(f"{name:<14} {value}")
-    for lines in (memory_report(model, size=size, batch=batch_size, frames=frames), *times):
+    report = memory_report(model, size=size, batch=batch_size, frames=frames)
+    if given and not report and not times:
+        raise click.UsageError(f"{given[0]} is about making pictures of prompts, and {model} makes none: leave it out")
+    _print(summarize(model))
+    for lines in (report, *times):
         if lines:
             click.echo("\n" + "\n".join(lines))
+
+
+def _print(lines: dict[str, str]) -> None:
+    for name, value in lines.items():
+        click.echo(f"{name:<14} {value}")

@@ -12,13 +12,15 @@ import click
 from mlx_starflow import cpu
 from mlx_starflow.cli.options.config_file import config_option, save_options
 from mlx_starflow.cli.options.interrupt import resumable
+from mlx_starflow.cli.options.outputs import OUTPUT
+from mlx_starflow.cli.options.rules import excludes, given_options, option_rules
 from mlx_starflow.cli.options.training import SHARE, training_options
 from mlx_starflow.training.config import TrainingConfig, TrainingOptions
 
 
 @click.command()
 @click.argument("data", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Model directory to write.")
+@click.option("-o", "--output", type=OUTPUT, required=True, help="Model directory to write.")
 @config_option
 @click.option("--preset", default="small", show_default=True, help="Sizes: small, demo, or tarflow for pixels.")
 @click.option("--model-config", type=click.Path(path_type=Path), help="YAML or JSON file of the flow's sizes instead.")
@@ -31,6 +33,7 @@ from mlx_starflow.training.config import TrainingConfig, TrainingOptions
 @training_options
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Go on where an earlier run stopped.")
 @click.option("--dry-run", is_flag=True, help="Say what a flow alone would take in memory, and train nothing.")
+@option_rules(excludes("--preset", "--model-config"))
 @click.pass_context
 def train(
     context: click.Context,
@@ -77,6 +80,11 @@ def train(
         raise click.UsageError("a flow alone needs no --autoencoder-steps and no --text-length")
     if flow is None and dry_run:
         raise click.UsageError("--dry-run is for a flow alone: a cache, or --model-config")
+    pixels = flow is not None and flow["model_type"] == TARFLOW
+    if flow is None and (given := given_options("--encoders", "--validation")):
+        raise click.UsageError(f"{given[0]} is for a flow alone: leave it out, or give a cache, or --model-config")
+    if pixels and (given := given_options("--encoders", "--context-full", "--context-partial")):
+        raise click.UsageError(f"{given[0]} is for flows that read text, and a TarFlow does not: leave it out")
     # Both say themselves that they were stopped and are saved.
     with resumable():
         if flow is not None:

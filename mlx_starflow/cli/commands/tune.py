@@ -7,7 +7,7 @@ from dataclasses import replace
 import click
 
 from mlx_starflow import cpu
-from mlx_starflow.cli.options.sampling import dtype_option
+from mlx_starflow.cli.options.sampling import check_reads_prompts, dtype_option
 from mlx_starflow.cli.options.text import Lines
 
 
@@ -15,7 +15,7 @@ from mlx_starflow.cli.options.text import Lines
 @click.argument("model", default="demo")
 @click.option(
     "--tolerance",
-    type=click.FloatRange(min=0, min_open=True),
+    type=click.FloatRange(min=0, min_open=True, max=100),
     default=1e-2,
     show_default=True,
     help="Largest |f(x) - z| a sample may have, in standard deviations of the noise.",
@@ -55,6 +55,7 @@ def tune(
     from mlx_starflow.model_dir.weights import parse_dtype
     from mlx_starflow.sampling.tuning import tune as find_plan
 
+    check_reads_prompts(model, "--prompt-file")
     if not dry_run:
         # From the start, so that no measurement is lost to another writer.
         click.get_current_context().with_resource(locked(find_model(model)))

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from mlx_starflow import cpu
+from mlx_starflow.cli.options.images import metadata_option
+from mlx_starflow.cli.options.outputs import OUTPUT
 from mlx_starflow.cli.options.parallel import Ranks, tensor_parallel_option
+from mlx_starflow.cli.options.recorded import chosen_networks
+from mlx_starflow.cli.options.rules import excludes, needs, option_rules
 from mlx_starflow.cli.options.sampling import Size, lora_option, network_options, sampling_options
 from mlx_starflow.errors import StarflowError
 
@@ -17,6 +21,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from mlx_starflow.pipelines import VideoStream
+    from mlx_starflow.pipelines.recipes import Recipe
 
 PATH = click.Path(path_type=Path)
 SOURCES = ("image", "video", "extend")
@@ -29,7 +34,7 @@ SOURCES = ("image", "video", "extend")
 @click.option(
     "-o",
     "--output",
-    type=PATH,
+    type=OUTPUT,
     default="out.mp4",
     show_default=True,
     help="An .mp4, .mov, .m4v, .webp or .gif file; or, without a suffix, a folder for the frames.",
@@ -55,16 +60,27 @@ SOURCES = ("image", "video", "extend")
 @sampling_options
 @click.option("--stream", is_flag=True, help="Write each frame as soon as it is finished, to be watched meanwhile.")
 @click.option(
-    "--keep-source/--no-keep-source", default=True, help="With --extend, begin the file with the video it goes on from."
+    "--keep-source/--no-keep-source",
+    default=None,
+    help="With --extend, begin the file with the video it goes on from.  [default: keep-source]",
 )
-@click.option("--crf", type=click.IntRange(0, 51), default=18, show_default=True, help="Quality of H.264, 0 the best.")
-@click.option("--metadata/--no-metadata", default=True, help="Say in the file how it was made.  [default: metadata]")
+@click.option("--crf", type=click.IntRange(0, 51), help="Quality of H.264, 0 the best.  [default: 18]")
+@metadata_option
 @click.option("--from", "source", type=PATH, help="Make this video again.")
-@click.option("--save-noise", type=PATH, help="Write the noise the video came from.")
+@click.option("--save-noise", type=OUTPUT, help="Write the noise the video came from.")
 @click.option("--load-noise", type=PATH, help="Start from saved noise instead of a seed.")
 @network_options
 @click.option("-v", "--verbose", is_flag=True, help="Say what each phase cost.")
 @tensor_parallel_option
+@option_rules(
+    excludes("--size", "--ratio", reason="--size and --ratio both say the shape; leave one of them out"),
+    excludes("--load-noise", "--seed", reason="--load-noise is what --seed would draw: leave one of them out"),
+    excludes("--from", "PROMPT", reason="--from brings its own prompt; leave the other out"),
+    excludes("--image", "--video", "--extend"),
+    excludes("--video", "--extend"),
+    needs("--keep-source", "--extend"),
+    needs("--no-keep-source", "--extend"),
+)
 def video(
     ranks: Ranks,
     prompt: str | None,
@@ -87,8 +103,8 @@ def video(
     attn_temp: float | None,
     denoise: bool | None,
     stream: bool,
-    keep_source: bool,
-    crf: int,
+    keep_source: bool | None,
+    crf: int | None,
     metadata: bool,
     source: Path | None,
     save_noise: Path | None,
@@ -110,20 +126,24 @@ def video(
     from tqdm import tqdm
 
     from mlx_starflow.media import noise
-    from mlx_starflow.media.videos import VideoWriter, check_video_output
+    from mlx_starflow.media.formats import MOVIES
+    from mlx_starflow.media.outputs import check_outputs
+    from mlx_starflow.media.videos import CRF, VideoWriter, check_video_output
 
     given = {name: path for name, path in zip(SOURCES, (image, video, extend), strict=True) if path is not None}
-    if size and ratio:
-        raise click.UsageError("--size and --ratio both say the shape; leave one of them out")
-    recipe: dict[str, Any] = {}
+    if crf is not None and output.suffix.lower() not in MOVIES:
+        raise click.UsageError(f"--crf is about H.264, and {output} is not of it: leave it out, or name an .mp4")
+    recipe: Recipe | None = None
+    download = model is not None
     if source is not None:
-        if prompt is not None:
-            raise click.UsageError("--from brings its own prompt; leave the other out")
         with ranks.together():
             recipe = _read_recipe(source, given, load_noise)
-        prompt, model = recipe["prompts"][0], model or recipe["model"]
-        adapters = adapters or recipe.get("adapters", ())
-        seed = recipe["seeds"][0] if seed is None else seed
+        prompt = recipe.prompts[0]
+        model, adapters = chosen_networks(recipe, model, adapters, ranks)
+        seed = recipe.seeds[0] if seed is None else seed
+        keep_source = recipe.keep_source if keep_source is None else keep_source
+        crf = recipe.crf if crf is None else crf
+    keep_source = keep_source is not False
     if prompt is None:
         raise click.UsageError('there is no prompt: mlx-starflow video "waves at a beach" -m MODEL')
     if model is None:
@@ -131,21 +151,33 @@ def video(
     with ranks.together():
         if ranks.first:
             check_video_output(output, stream)
+            read = [path for path in (*given.values(), source, load_noise) if path is not None]
+            check_outputs([output if output.suffix else None, save_noise], inputs=read)
 
     from mlx_starflow.pipelines import VideoSettings, load_video
 
     if ranks.first:
         cpu.hint_if_slow()
-    pipe = load_video(model, dtype=dtype, low_memory=low_memory, adapters=adapters, group=ranks.group)
+    pipe = load_video(
+        model, dtype=dtype, low_memory=low_memory, adapters=adapters, group=ranks.group, download=download
+    )
     size = pipe.format.size_of(ratio) if ratio else size
     settings = None
     if recipe:
-        settings = VideoSettings.from_dict({**pipe.settings.to_dict(), **recipe["settings"]})
+        settings = VideoSettings.from_dict({**pipe.settings.to_dict(), **recipe.settings})
+    if context is not None and video is None and extend is None:
+        pipe.format.check_context(context)
+        length = (settings or pipe.settings).frames if frames is None else frames
+        if pipe.format.latent_frames(length) <= pipe.format.window:
+            raise click.UsageError(
+                f"--context is about what a video goes on from: leave it out, or give --extend or more --frames than "
+                f"{pipe.format.trained}"
+            )
     loaded = None
     if load_noise is not None:
         with ranks.together():
             loaded = noise.read_noise(load_noise)
-        if recipe.get("noise_sha256") not in (None, noise.digest(loaded)):
+        if recipe and recipe.noise_sha256 not in (None, noise.digest(loaded)):
             raise StarflowError(f"{load_noise} is not the noise that {source} was made from")
     ranks.agree_on_method(method or (settings or pipe.settings).method, pipe)
     ranks.agree_on_files(given)
@@ -179,8 +211,11 @@ def video(
         return
     if save_noise is not None:
         noise.save_noise(made.noise(), save_noise)
-    how = made.metadata if metadata else None
-    with VideoWriter(output, made.fps, crf=crf, metadata=how, live=stream) as writer:
+    how = made.metadata | ({} if crf is None else {"crf": crf})
+    if extend is not None and not keep_source:
+        how["keep_source"] = False
+    quality = CRF if crf is None else crf
+    with VideoWriter(output, made.fps, crf=quality, metadata=how if metadata else None, live=stream) as writer:
         if extend is not None and keep_source:
             for frame in _source_frames(extend, made):
                 writer.add(frame)
@@ -201,17 +236,14 @@ def _source_frames(path: Path, frames: VideoStream) -> Iterator[Image.Image]:
     return read_video(path, fps=frames.fps, size=frames.size)
 
 
-def _read_recipe(source: Path, given: dict[str, Path], load_noise: Path | None) -> dict[str, Any]:
-    from mlx_starflow.media.metadata import read_metadata
+def _read_recipe(file: Path, given: dict[str, Path], load_noise: Path | None) -> Recipe:
+    """The recipe of a video file, if all that it was made of has been given."""
+    from mlx_starflow.pipelines.recipes import Recipe
 
-    recipe = read_metadata(source)
-    if "frames" not in recipe.get("settings", {}):
-        raise StarflowError(f"{source} is no video of this program: mlx-starflow generate --from {source}")
-    if missing := [key for key in ("model", "prompts", "seeds") if key not in recipe]:
-        raise StarflowError(f"{source}: its description lacks {', '.join(missing)}")
-    for kind, name in recipe.get("source", {}).items():
+    recipe = Recipe.read(file, video=True)
+    for kind, name in recipe.source.items():
         if kind not in given:
-            raise StarflowError(f"{source} was made from another file: give it with --{kind} {name or 'FILE'}")
-    if recipe.get("noise_sha256") and load_noise is None:
-        raise StarflowError(f"{source} was made from a noise file: give it with --load-noise")
+            raise StarflowError(f"{file} was made from another file: give it with --{kind} {name or 'FILE'}")
+    if recipe.noise_sha256 and load_noise is None:
+        raise StarflowError(f"{file} was made from a noise file: give it with --load-noise")
     return recipe

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mlx_starflow.cli.options.outputs import OUTPUT
 from mlx_starflow.cli.options.sampling import Size, dtype_option, with_options
 from mlx_starflow.errors import StarflowError
 
@@ -34,7 +35,9 @@ model_options = with_options(
 )
 
 noise_options = with_options(
-    click.option("--draws", type=click.IntRange(min=1), default=4, show_default=True, help="Of the training noise."),
+    click.option(
+        "--draws", type=click.IntRange(1, 10_000), default=4, show_default=True, help="Of the training noise."
+    ),
     click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the training noise."),
     click.option(
         "--batch-size",
@@ -45,14 +48,20 @@ noise_options = with_options(
     ),
 )
 
-table_options = with_options(
-    click.option(
-        "--csv", "csv_file", type=click.Path(path_type=Path), metavar="FILE", help="Write a table; - prints it."
-    ),
-    click.option(
-        "--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write JSON; - prints it."
-    ),
+metadata_option = click.option(
+    "--metadata/--no-metadata", default=True, help="Say in the file how it was made.  [default: metadata]"
 )
+
+table_options = with_options(
+    click.option("--csv", "csv_file", type=OUTPUT, metavar="FILE", help="Write a table; - prints it."),
+    click.option("--json", "json_file", type=OUTPUT, metavar="FILE", help="Write JSON; - prints it."),
+)
+
+
+def check_split(split: str | None, pictures: Sequence[Path]) -> None:
+    """Raise UsageError if there is no folder whose metadata could have a split."""
+    if split is not None and pictures and not any(path.is_dir() for path in pictures):
+        raise click.UsageError("--split is about folders with a metadata.jsonl, and there are only files: leave it out")
 
 
 LISTED = 10
@@ -137,11 +146,3 @@ def _opener(model: ImageModel, files: Sequence[ImageFile], frames: int | None) -
     if frames is not None:
         raise StarflowError("--frames is about videos, and there are none: leave it out")
     return lambda each: each.open()
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder for output. Raises StarflowError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StarflowError(f"the folder {folder} cannot be made: {error.strerror}") from None

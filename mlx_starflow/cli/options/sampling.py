@@ -7,7 +7,17 @@ from typing import Any
 
 import click
 
-from mlx_starflow.model_dir.precision import DTYPES
+from mlx_starflow.cli.options.rules import given_options
+from mlx_starflow.model_dir.precision import AUTO, DTYPES
+
+
+def check_reads_prompts(model: str, *options: str) -> None:
+    """Raise UsageError if one of these options, which are about prompts, is given, and the model reads none."""
+    from mlx_starflow.model_dir.directory import ModelDirectory
+
+    given = given_options(*options)
+    if given and not ModelDirectory.find(model).reads_prompts:
+        raise click.UsageError(f"{given[0]} is for models that read prompts, and {model} does not: leave it out")
 
 
 class Size(click.ParamType):
@@ -16,9 +26,21 @@ class Size(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> tuple[int, int]:
         try:
             width, height = (int(side) for side in str(value).lower().split("x"))
+            if not 1 <= min(width, height) <= max(width, height) <= 1 << 16:
+                raise ValueError
         except ValueError:
             self.fail(f"{value!r} is not a size such as 64x64", param, context)
         return width, height
+
+
+class Number(click.FloatRange):
+    """A number in a range, which "nan" is not."""
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> float:
+        number: float = super().convert(value, param, context)
+        if number != number:
+            self.fail(f"{value!r} is not in the range {self._describe_range()}.", param, context)
+        return number
 
 
 def with_options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -34,7 +56,11 @@ def with_options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 def dtype_option(of: str) -> Callable[[Any], Any]:
     """`--dtype`, the precision of the networks or of the flow alone."""
-    return click.option("--dtype", type=click.Choice(DTYPES), help=f"Precision of {of}.")
+    return click.option(
+        "--dtype",
+        type=click.Choice((AUTO, *DTYPES)),
+        help=f"Precision of {of}; auto, the default, is what `mlx-starflow info` says of this machine.",
+    )
 
 
 lora_option = click.option(

@@ -77,6 +77,8 @@ def _in_folder(path: Path, root: Path, caption_column: str | None) -> Source:
     if not images.names:
         skipped = f"; {skip_report(images.skips)}" if images.skips else ""
         raise StarflowError(f"{path} holds no training data: looked for {KINDS}{skipped}")
+    if caption_column is not None:
+        raise StarflowError(f"{path} has no metadata with a field {caption_column!r}: leave out the caption column")
     if any(map(images.has_text, images.names)):
         return TextFolder(images)
     if all("/" in name for name in images.names):

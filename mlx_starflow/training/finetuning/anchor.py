@@ -61,7 +61,11 @@ def anchor_kl(flow: STARFlow, x: mx.array, text: mx.array | None = None, base: S
         )
         block = flow.blocks[index]
         tuned_z, tuned_log_det = block(
-            read, block.condition(text, x.shape[0]), rope_frequencies[index], gradient_checkpointing=True, frames=frame_count(x.shape)
+            read,
+            block.condition(text, x.shape[0]),
+            rope_frequencies[index],
+            gradient_checkpointing=True,
+            frames=frame_count(x.shape),
         )
         total = total + gaussian_kl(z, log_det, tuned_z, tuned_log_det).mean()
     return total

@@ -79,6 +79,8 @@ class FinetuneConfig:
         for name in ("anchor_weight", "batch_size", "lr", "samples", "rank"):
             if not getattr(self, name) >= 0:  # nor NaN
                 raise StarflowError(f"finetune: {name} must be 0 or more, not {getattr(self, name)}")
+        if self.rank > 1 << 16:
+            raise StarflowError(f"finetune: rank must be at most {1 << 16}, not {self.rank}")
         for name in ("anchor_samples", "draws"):
             if getattr(self, name) < 1:
                 raise StarflowError(f"finetune: {name} must be 1 or more, not {getattr(self, name)}")

@@ -17,12 +17,15 @@ from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.likelihood import Nll
 from mlx_starflow.media.files import expanded, replacing
 from mlx_starflow.media.images import grid, save_image
+from mlx_starflow.media.outputs import check_outputs
 from mlx_starflow.media.sources import open_source
+from mlx_starflow.model_dir.adapters import FINGERPRINT
 from mlx_starflow.model_dir.directory import ModelDirectory, load_flow
+from mlx_starflow.model_dir.fingerprint import FUSED, fingerprint
 from mlx_starflow.model_dir.quantization import dequantize_module, quantize_module, quantized_layers
 from mlx_starflow.model_dir.saving import save_model
 from mlx_starflow.model_dir.transaction import transaction
-from mlx_starflow.model_dir.weights import default_dtype, parameters
+from mlx_starflow.model_dir.weights import parameters, training_dtype
 from mlx_starflow.models.starflow import STARFlow
 from mlx_starflow.pipelines import load
 from mlx_starflow.planning.finetune_memory import BATCH_SIZES, PRECISIONS, RANKS, Choice, Planner
@@ -47,7 +50,6 @@ from mlx_starflow.training.loop.checkpoint import check_resume
 from mlx_starflow.training.loop.identity import Identity, digest
 from mlx_starflow.training.loop.trainer import Trainer
 from mlx_starflow.training.loop.weights import assign
-from mlx_starflow.training.output import check_run_folder
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def plan_finetune(model: str | Path, config: FinetuneConfig, memory: float | Non
     Nothing but the headers of the weights is read. Raises StarflowError, also if nothing fits.
     """
     directory = ModelDirectory.find(model)
-    planner = finetune_planner(lambda: _lazy_flow(directory, default_dtype()), config)
+    planner = finetune_planner(lambda: _lazy_flow(directory, training_dtype()), config)
     memory = available() if memory is None else memory
     choice = planner.choose(memory)
     if choice is None:
@@ -140,7 +142,7 @@ def _load_base(model: str | Path, quantization: str | None) -> STARFlow:
         dense = load_flow(model)
         assert isinstance(dense, STARFlow)
         return dense
-    flow = _lazy_flow(ModelDirectory.find(model), default_dtype())
+    flow = _lazy_flow(ModelDirectory.find(model), training_dtype())
     quantize_module(flow, quantization)
     for array in parameters(flow).values():
         mx.eval(array)
@@ -191,7 +193,7 @@ def finetune(
         StarflowError: a mistake in the arguments, or what `build_cache` and `Trainer` raise.
     """
     config, out = config or FinetuneConfig(), Path(out)
-    check_run_folder(out)
+    check_outputs(folders=[out], inputs=[data])
     if not is_cache(expanded(data)):
         open_source(data)
     choice, _ = plan_finetune(model, config)
@@ -273,12 +275,13 @@ def _identity(
 
 def _save(flow: STARFlow, model: str | Path, out: Path, config: FinetuneConfig, choice: Choice) -> Path:
     if adapter := config.adapter(choice.rank):
-        about = {"model": str(model)}
+        about = {"model": str(model), FINGERPRINT: fingerprint(ModelDirectory.find(model).path)}
         if choice.quantization:
             about["base_quantized_to"] = choice.quantization
         return save_adapter(out / "adapter", flow, adapter, about)
     source = ModelDirectory.find(model)
-    settings = {key: value for key, value in source.flow.content.items() if key != "quantization"}
+    left_out = ("quantization", FUSED)
+    settings = {key: value for key, value in source.flow.content.items() if key not in left_out}
     with transaction(out / "model"):
         files = copy_parts(source, out / "model")
         return save_model(out / "model", parameters(flow), settings, files=files)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.media.outputs import check_outputs
 from mlx_starflow.model_dir.adapters import Strengths, add_adapters, fuse_adapters
 from mlx_starflow.model_dir.directory import ModelDirectory
+from mlx_starflow.model_dir.fingerprint import FUSED
 from mlx_starflow.model_dir.quantization import quantized_layers
 from mlx_starflow.model_dir.saving import copy_parts, save_model
 from mlx_starflow.model_dir.transaction import transaction
@@ -37,11 +39,16 @@ def fuse_model(model: str | Path, adapters: Strengths, out: str | Path, *, dequa
         raise StarflowError("nothing to fuse: give an adapter and its strength, such as --lora run/adapter 1")
     if out.exists() and out.resolve() == source.path.resolve():
         raise StarflowError(f"{out} is the model's own folder; give another one to write to")
+    check_outputs(folders=[out], inputs=[folder for folder, _ in adapters])
     config, flow = dict(source.flow.content), source.flow.lazy()
-    add_adapters(flow, adapters)
+    read = add_adapters(flow, adapters, source.path)
     changed = fuse_adapters(flow, dequantize=dequantize)
     if not quantized_layers(flow):
         config.pop("quantization", None)
+    before = config.get(FUSED, [])
+    strengths = zip(read, (float(strength) for _, strength in adapters), strict=True)
+    now = [{"adapter": each.digest(), "strength": strength} for each, strength in strengths if strength]
+    config[FUSED] = [*(before if isinstance(before, list) else []), *now]
     with transaction(out):
         save_model(out, parameters(flow), config, files=copy_parts(source, out))
     return changed

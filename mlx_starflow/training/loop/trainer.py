@@ -47,6 +47,14 @@ from mlx_starflow.training.loop.watch import draw_curves, save_samples
 from mlx_starflow.training.loop.weights import assign, check_same, trainable
 
 
+def forget(folder: Path) -> None:
+    """Delete the checkpoints and the log of a training in a folder, if there are any."""
+    if folder.is_dir():
+        with locked(folder):
+            for path in [*checkpoint_files(folder), folder / LOG, folder / BEST]:
+                path.unlink(missing_ok=True)
+
+
 class Trainer:
     """Trains the trainable weights of `model`, and nothing else: `model.freeze` and `unfreeze` say which these are.
 
@@ -124,10 +132,8 @@ class Trainer:
         if self.writes:
             if resume:
                 self._resume()
-            elif self.folder.is_dir():
-                with locked(self.folder):
-                    for path in [*checkpoint_files(self.folder), self.folder / LOG, self.folder / BEST]:
-                        path.unlink(missing_ok=True)
+            else:
+                forget(self.folder)
         self._share_state()
 
     def run(self) -> dict[str, mx.array]:

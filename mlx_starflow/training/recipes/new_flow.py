@@ -22,9 +22,11 @@ from mlx_starflow.model_dir.saving import save_model
 from mlx_starflow.model_dir.transaction import transaction
 from mlx_starflow.model_dir.weights import parameters
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL
+from mlx_starflow.models.configs import FLOW
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
 from mlx_starflow.models.tarflow import TarFlow, TarFlowConfig
 from mlx_starflow.planning.finetune_memory import BATCH_SIZES, Choice, Planner
+from mlx_starflow.planning.limits import check_held, check_side
 from mlx_starflow.planning.memory import available
 from mlx_starflow.training.config import TrainingConfig, TrainingOptions
 from mlx_starflow.training.data.batches import IndexedData, split_samples
@@ -38,7 +40,7 @@ from mlx_starflow.training.loop import distributed
 from mlx_starflow.training.loop.identity import Identity, digest
 from mlx_starflow.training.loop.trainer import Trainer
 from mlx_starflow.training.loop.weights import assign
-from mlx_starflow.training.output import check_model_output
+from mlx_starflow.training.output import check_model_output, claim_model
 from mlx_starflow.training.recipes.samples import decode_latents, draw_classes, draw_latents
 
 FROM_ENCODERS = ("img_size", "channel_size", "txt_size", "txt_dim", "mix_aspect")
@@ -108,6 +110,8 @@ class NewFlow:
         self.data, self.out = expanded(self.data), Path(self.out)
         if not 0 <= self.validation <= 0.5:
             raise StarflowError(f"train: validation must be in 0..0.5, not {self.validation}")
+        if not 0 <= self.seed < 2**63:
+            raise StarflowError(f"train: the seed must be 0 or more and less than 2^63, not {self.seed}")
         if self.training.patience and not self.validation:
             raise StarflowError("train: --patience needs pictures to validate on: leave out --validation 0")
         self.group = distributed.world()
@@ -146,7 +150,10 @@ class NewFlow:
     @cached_property
     def folder(self) -> ImageFolder:
         """The data's images."""
-        return ImageFolder.read(self.data, size=int(self.config.get("img_size", 32)), splits=("train",))
+        size: int = FLOW.typed("img_size", "int", self.config.get("img_size", 32))
+        check_side((size, size))
+        check_held(2, 3 * size * size)  # two are the least that a training needs
+        return ImageFolder.read(self.data, size=size, splits=("train",))
 
     @cached_property
     def images(self) -> LabelledImages:
@@ -276,7 +283,7 @@ class NewFlow:
     def check_output(self) -> None:
         """Raise StarflowError if the model cannot be written to `out`: better before the work than after it."""
         if self.group.rank() == 0:
-            check_model_output(self.out, self.config["model_type"])
+            check_model_output(self.out, self.config["model_type"], [self.data])
 
     def run(self, resume: bool = True, begin: Callable[[], None] = lambda: None) -> Path:
         """Train, and write the model directory.
@@ -301,6 +308,7 @@ class NewFlow:
         if first:
             held = f", {held_out.order.count} held out" if held_out else ""
             chosen = replace(choice, batch_size=training.batch_size)
+            claim_model(self.out)
             self.report(f"{size / 1e6:.1f} M weights, {data.order.count} pictures{held}; {chosen}")
         trainer = Trainer(
             flow,

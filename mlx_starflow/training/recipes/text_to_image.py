@@ -28,9 +28,9 @@ from mlx_starflow.models.tokenizer import Tokenizer
 from mlx_starflow.training.loop import distributed
 from mlx_starflow.training.loop.checkpoint import check_resume, is_anonymous
 from mlx_starflow.training.loop.identity import digest
-from mlx_starflow.training.loop.trainer import Trainer
+from mlx_starflow.training.loop.trainer import Trainer, forget
 from mlx_starflow.training.loop.weights import assign
-from mlx_starflow.training.output import check_model_output
+from mlx_starflow.training.output import check_model_output, claim_model
 from mlx_starflow.training.recipes.autoencoder import encode_views, train_autoencoder
 from mlx_starflow.training.recipes.presets import Preset
 from mlx_starflow.training.recipes.samples import decode_latents, draw_latents
@@ -70,7 +70,7 @@ def train_model(
         StarflowError: the data cannot be used, a training diverges, or `out` holds the training of another model.
     """
     if distributed.world().rank() == 0:
-        check_model_output(Path(out), "starflow")
+        check_model_output(Path(out), "starflow", [data])
     with distributed.run_folder(Path(out)):
         return _train_model(data, Path(out), preset, resume, report, begin)
 
@@ -118,7 +118,11 @@ def _train_model(
         "held-out pictures": digest(held_out.checksums, held_out.captions),
     }
     if first:
-        if resume:
+        claim_model(out)
+        if not resume:
+            # Before the autoencoder: whoever goes on after that must not find the flow of another one.
+            forget(work / "flow")
+        else:
             check_resume(work / "autoencoder", pictures, preset.autoencoder_training.seed)
             check_resume(work / "flow", identity, preset.flow_training.seed)
         begin()

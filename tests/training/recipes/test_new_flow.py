@@ -20,6 +20,7 @@ from mlx_starflow.training.config import TrainingConfig, TrainingOptions
 from mlx_starflow.training.data.cache.build import CacheSettings, build_cache
 from mlx_starflow.training.data.cache.reading import CachedLatents, LatentCache
 from mlx_starflow.training.loop.checkpoint import checkpoint_files
+from mlx_starflow.training.loop.trainer import Trainer
 from mlx_starflow.training.recipes.new_flow import NewFlow, read_flow_config
 
 pytestmark = pytest.mark.usefixtures("uncompiled")
@@ -86,6 +87,17 @@ def test_from_a_cache_to_a_model(model, cache, flow_file, tmp_path):
     again = command("--config", tmp_path / "b/training/config.yaml", "-o", tmp_path / "b")
     assert "resuming at step 2" in again.stderr
     same(tmp_path / "a", tmp_path / "b")
+
+
+def test_starting_again_is_gone_on_with_after_a_kill(model, cache, flow_file, tmp_path, monkeypatch):
+    words = [cache, "-o", tmp_path / "a", "--model-config", flow_file, "--encoders", model, *QUICK]
+    assert command(*words).exit_code == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "run", lambda trainer: 1 / 0)
+        assert "ZeroDivisionError" in command(*words, "--no-resume").stderr
+    assert not checkpoint_files(tmp_path / "a/training/flow")
+    done = command(*words)
+    assert done.exit_code == 0, done.output
 
 
 def same(one: Path, other: Path) -> None:

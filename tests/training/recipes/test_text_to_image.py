@@ -12,6 +12,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 from helpers.commands import message
+from helpers.model_directories import edit_weights
 from helpers.paths import EXAMPLES
 from PIL import Image
 
@@ -19,9 +20,11 @@ from mlx_starflow import load
 from mlx_starflow.cli import main
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.model_dir.directory import load_vae
+from mlx_starflow.model_dir.files import load_weights
 from mlx_starflow.models.starflow import FlowConfig
 from mlx_starflow.training.config import TrainingConfig
 from mlx_starflow.training.loop.checkpoint import checkpoint_files, load_checkpoint, save_checkpoint
+from mlx_starflow.training.loop.trainer import Trainer
 from mlx_starflow.training.recipes.presets import PRESETS, Preset, get_preset
 from mlx_starflow.training.recipes.text_to_image import train_model
 
@@ -117,6 +120,36 @@ def test_an_interrupted_run_gives_the_same_model(picture_folder, tmp_path, monke
     for name in ("model.safetensors", "text_encoder/model.safetensors", "text_encoder/spiece.model",
                  "vae/model.safetensors", "vae/config.json", "config.json"):  # fmt: skip
         assert (straight / name).read_bytes() == (resumed / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "flow"])
+def test_starting_again_is_gone_on_with_after_a_kill(stage, picture_folder, tmp_path, monkeypatch):
+    """A run that threw the checkpoints of a finished model away, and was killed before it had one of its own."""
+    short = replace(TINY.flow_training, steps=1)
+    preset = replace(TINY, flow_training=short, autoencoder_training=replace(TINY.autoencoder_training, steps=1))
+    out = train_model(picture_folder, tmp_path / "model", preset)
+    whole = Trainer.run
+
+    def killed(trainer: Trainer) -> object:
+        if trainer.folder.name == stage:
+            raise RuntimeError
+        return whole(trainer)
+
+    other = replace(preset, autoencoder_training=replace(preset.autoencoder_training, lr=1e-2))
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "run", killed)
+        with pytest.raises(RuntimeError):
+            train_model(picture_folder, out, other, resume=False)
+    assert not checkpoint_files(out / "training/flow")
+    train_model(picture_folder, out, other)
+    straight = train_model(picture_folder, tmp_path / "straight", other)
+    assert (out / "model.safetensors").read_bytes() == (straight / "model.safetensors").read_bytes()
+    # A model of somebody else's is still refused.
+    for path in checkpoint_files(out / "training/flow"):
+        path.unlink()
+    weight = load_weights(out)["blocks.0.proj_out.weight"] + 1
+    edit_weights(out, blocks__0__proj_out__weight=weight)
+    assert "holds another model" in message(train_model, picture_folder, out, other)
 
 
 def test_resuming_with_something_changed(picture_folder, tmp_path):

@@ -15,11 +15,15 @@ from mlx_starflow.errors import StarflowError
 from mlx_starflow.media.buckets import RATIOS, bucket_size
 from mlx_starflow.media.files import parse_json
 from mlx_starflow.media.sources import Skip, open_source, skip_report
+from mlx_starflow.planning.limits import check_held, check_side
 from mlx_starflow.planning.memory import metal_limits
-from mlx_starflow.training.data.cache.encode import Changed, ImageStage, Items, TextStage
-from mlx_starflow.training.data.cache.files import INDEX, SKIPPED, CacheWriter, Progress
+from mlx_starflow.training.data.cache.encode import STEP, Changed, ImageStage, Items, TextStage
+from mlx_starflow.training.data.cache.files import INDEX, SKIPPED, CacheWriter, Progress, check_cache_output
 from mlx_starflow.training.data.cache.model import CacheModel
 from mlx_starflow.training.data.cache.numbers import DTYPES
+
+MOST = 1_000_000
+"""Views of an image, and images at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +55,8 @@ class CacheSettings:
 
     def __post_init__(self) -> None:
         for name in ("views", "batch_size"):
-            if getattr(self, name) < 1:
-                raise StarflowError(f"{name} must be 1 or more, not {getattr(self, name)}")
+            if not 1 <= getattr(self, name) <= MOST:
+                raise StarflowError(f"{name} must be 1 or more, at most {MOST:,}, not {getattr(self, name)}")
         if self.dtype not in DTYPES:
             raise StarflowError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
         if self.flip and self.views < 2:
@@ -66,6 +70,9 @@ class CacheSettings:
         if size < model.step or size % model.step:
             raise StarflowError(f"a size of {size} does not fit: this model wants multiples of {model.step} pixels")
         ratios = RATIOS if self._buckets(model) else RATIOS[:1]
+        check_side((size, size))
+        # Images are held at most some steps ahead, their pixels and what the autoencoder makes of them.
+        check_held(STEP * self.batch_size, 2 * 3 * self.views * size * size)
         return {ratio: bucket_size(ratio, size, model.step) for ratio in ratios}
 
     def resolve(self, model: CacheModel) -> dict[str, Any]:
@@ -130,6 +137,7 @@ def build_cache(
         StarflowError: data or model cannot be used, no image can, `out` cannot be written or holds something else, or
             the data has changed since the cache was begun.
     """
+    check_cache_output(Path(out), data)
     network, settings = CacheModel(model), settings or CacheSettings()
     shapes = settings.shapes(network)
     source = open_source(data, settings.caption_column)

@@ -352,7 +352,7 @@ def test_other_folders_are_left_alone(model, data, tmp_path):
     assert "holds other files (cache.json)" in message(build_cache, data, tmp_path, model, SMALL, resume=False)
     assert contents(tmp_path) == {"cache.json": b'{"mine": 1}'}
     (tmp_path / "cache.json").rename(tmp_path / "mine.txt")
-    assert message(build_cache, data, tmp_path / "mine.txt", model, SMALL).startswith("cannot write")
+    assert message(build_cache, data, tmp_path / "mine.txt", model, SMALL).endswith("mine.txt is a file; give a folder")
     assert "is not a latent cache: make one with" in message(LatentCache, tmp_path)
     assert "is not a latent cache: make one with" in message(LatentCache, tmp_path / "nowhere")
 
@@ -383,7 +383,7 @@ def test_numbers_that_do_not_fit(model, data, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"views": 0}, "views must be 1 or more, not 0"),
+        ({"views": 0}, "views must be 1 or more, at most 1,000,000, not 0"),
         ({"batch_size": 0}, "batch_size must be 1 or more"),
         ({"dtype": "int8"}, "dtype 'int8' is not one of float16, bfloat16, float32"),
         ({"flip": True}, "flip mirrors every second view: it needs 2 views or more"),

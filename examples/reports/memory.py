@@ -1,0 +1,40 @@
+"""The README's table of memory, computed from the models' configs: `python examples/reports/memory.py`."""
+
+from __future__ import annotations
+
+from mlx_starflow.planning.memory import ModelConfigs, plan
+from mlx_starflow.planning.summary import model_configs
+
+MACS = (8, 16, 24, 32, 48, 64, 96, 128)
+"""Memory that Macs are sold with, GB."""
+
+ROWS: tuple[tuple[str, str, str, tuple[int, int] | None], ...] = (
+    ("`demo`, in this package", "demo", "pictures of 64x64", None),
+    ("`apple/starflow`, 3 B", "apple/starflow", "pictures of 256x256", None),
+    ("`apple/starflow-v`, 7 B", "apple/starflow-v", "81 frames of 432x240", (432, 240)),
+    ("`apple/starflow-v`, 7 B", "apple/starflow-v", "81 frames of 848x480", None),
+)
+PRECISIONS = {"bfloat16": None, "8 bits": "8", "4 bits": "4"}
+
+
+def smallest(configs: ModelConfigs, size: tuple[int, int] | None, quantization: str | None) -> str:
+    """The smallest Mac whose GPU may use what one image or video takes, and that peak, one network at a time."""
+    needed = plan(configs, size=size, dtype="bfloat16", quantization=quantization)
+    gigabytes = next(memory for memory in MACS if needed.fits(memory, low_memory=True))
+    peak = needed.peak(low_memory=True) / 2**30
+    return f"{gigabytes} GB ({f'{peak:.1f}' if peak >= 0.1 else 'below 0.1'})"
+
+
+def table() -> str:
+    lines = [f"| model | makes | {' | '.join(PRECISIONS)} |", "|---|---|" + "---|" * len(PRECISIONS)]
+    for title, model, makes, size in ROWS:
+        configs = model_configs(model)
+        assert configs is not None, model
+        dense = ModelConfigs(configs.flow, configs.text_encoder, configs.vae, guidance=configs.guidance)
+        cells = [smallest(dense, size, quantization) for quantization in PRECISIONS.values()]
+        lines.append(f"| {title} | {makes} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())

@@ -1,0 +1,51 @@
+"""Noise that does not lead back to a picture, and pictures that are not what their noise leads to."""
+
+from __future__ import annotations
+
+import pytest
+from helpers.commands import Command
+from helpers.paths import TESTS
+
+PIZZA = TESTS / "demo/pizza.png"
+encode, decode, edit = Command("encode"), Command("decode"), Command("edit")
+
+
+def warned(result):
+    assert result.exit_code == 0, result.output
+    return [line for line in result.stderr.splitlines() if line.startswith("Warning: ")]
+
+
+@pytest.fixture(scope="module")
+def noise(tmp_path_factory):
+    out = tmp_path_factory.mktemp("noise") / "z.safetensors"
+    assert not warned(encode(PIZZA, "-p", "pizza", "--guidance", 5, "-o", out))
+    return out
+
+
+def test_encode(noise, tmp_path):
+    out = tmp_path / "z.safetensors"
+    said = encode.mistake(PIZZA, "-p", "pizza", "--guidance", 1e6, "-o", out)
+    assert "this noise is not the picture's; try a lower guidance" in said
+    assert not out.exists()
+    (line,) = warned(encode(PIZZA, "-p", "pizza", "--guidance", 100, "-o", out))
+    assert "on the way back from the noise the error is 0." in line
+    assert not warned(encode(PIZZA, "-p", "pizza", "--guidance", 1e3, "--no-check", "-o", out))
+
+
+def test_decode(noise, tmp_path):
+    assert not warned(decode(noise, "-o", tmp_path / "o.png"))
+    (line,) = warned(decode(noise, "--guidance", 1e6, "-o", tmp_path / "o.png"))
+    assert "the result is not what its noise leads to" in line
+
+
+def test_edit(tmp_path):
+    def reprompt(strength):
+        out = tmp_path / "o.png"
+        return warned(edit("reprompt", PIZZA, "--from", "pizza", "--to", "a cat", "--strength", strength, "-o", out))
+
+    assert not reprompt(1.5)
+    (line,) = reprompt(1e6)
+    assert "try a lower guidance or strength" in line
+    out = tmp_path / "o.png"
+    assert not warned(edit("vary", PIZZA, "-p", "pizza", "-o", out))
+    assert not warned(edit("interpolate", PIZZA, PIZZA, "--from", "pizza", "--to", "pizza", "--frames", 3, "-o", out))
