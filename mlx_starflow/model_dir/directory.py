@@ -52,7 +52,7 @@ class FlowKind(NamedTuple):
     """One kind of flow: its network, its config, and what makes the network's tensors of official ones."""
 
     network: Callable[[Any], STARFlow | PixelFlow]
-    config: type[FlowConfig] | type[TarFlowConfig]
+    config: type[FlowConfig] | type[PixelFlowConfig]
     sanitize: Callable[[dict[str, Any]], dict[str, Any]]
 
 

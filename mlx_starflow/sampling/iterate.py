@@ -1,4 +1,4 @@
-"""Iterative denoising: from a noise level to 0 in many steps, each with the flow's own exact score (arXiv 2604.20041)."""
+"""Iterative denoising: from a noise level to 0 in many steps, each with the flow's exact score (arXiv 2604.20041)."""
 
 from __future__ import annotations
 
