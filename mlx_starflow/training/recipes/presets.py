@@ -133,23 +133,11 @@ def get_preset(name: str) -> Preset:
     return PRESETS[name]
 
 
-PIXEL_FLOWS = {
-    "tarflow": {
-        "img_size": 32,
-        "channel_size": 3,
-        "patch_size": 4,
-        "channels": 256,
-        "blocks": 4,
-        "layers_per_block": 2,
-    },
-    "itarflow": {
-        "img_size": 32,
-        "channel_size": 3,
-        "patch_sizes": [4],
-        "channels": [256],
-        "blocks": 4,
-        "layers_per_block": [2],
-    },
+_PIXELS = {"img_size": 32, "channel_size": 3, "blocks": 4}
+
+PIXEL_FLOWS: dict[str, dict[str, Any]] = {
+    "tarflow": {**_PIXELS, "patch_size": 4, "channels": 256, "layers_per_block": 2},
+    "itarflow": {**_PIXELS, "patch_sizes": [4], "channels": [256], "layers_per_block": [2]},
 }
 """Presets of flows on pixels, by their `model_type`; each is a flow alone."""
 

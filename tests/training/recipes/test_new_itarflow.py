@@ -68,13 +68,15 @@ def test_an_itarflow_on_class_folders(pictures, tmp_path):
     path.write_text(json.dumps(CONFIG))
     words = [pictures, "-o", tmp_path / "run", "--model-config", path, "--steps", "2", "--batch-size", "2"]
     assert "no --noise-std" in command.mistake(*words, "--noise-std", "0.1")
+    other = [pictures, "-o", tmp_path / "other", "--preset", "tarflow", "--dry-run"]
+    assert "is for an iTARFlow" in command.mistake(*other, "--level-weight", "t")
     assert "level_weight" not in command.mistake(*words, "--level-weight", "t^3")
     done = command(*words, "--level-sampling", "square", "--level-weight", "1")
     assert done.exit_code == 0, done.output
     flow = load_flow(tmp_path / "run")
     assert isinstance(flow, ITarFlow)
-    assert (flow.config.t0, flow.config.t1, flow.config.num_classes) == (0.1, 0.5, 3)
-    assert (tmp_path / "run/classes.txt").read_text().split() == ["blue", "green", "red"]
+    classes = (tmp_path / "run/classes.txt").read_text().splitlines()
+    assert (flow.config.t0, flow.config.t1, flow.config.num_classes) == (0.1, 0.5, len(classes))
     assert (tmp_path / "run/samples.png").exists()
     saved = (tmp_path / "run/training/config.yaml").read_text()
     assert "square" in saved
