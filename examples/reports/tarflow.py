@@ -63,11 +63,11 @@ def pictures(count: int, seed: int) -> tuple[np.ndarray, list[str]]:
     return np.stack([draw_shape(name, rng) for name in names]), names
 
 
-def new_flows(channels: int) -> dict[str, PixelFlow]:
+def new_flows(channels: int, patch: int) -> dict[str, PixelFlow]:
     shape = {"img_size": SIDE, "channel_size": 3, "blocks": 4, "num_classes": len(SHAPES), "head_dim": 32}
     levels = {"t0": LOWEST, "t1": HIGHEST}
-    tarflow = {"patch_size": 2, "channels": channels, "layers_per_block": 2, "noise_std": TARFLOW_NOISE}
-    itarflow = {"patch_sizes": [2], "channels": [channels], "layers_per_block": [2], **levels}
+    tarflow = {"patch_size": patch, "channels": channels, "layers_per_block": 2, "noise_std": TARFLOW_NOISE}
+    itarflow = {"patch_sizes": [patch], "channels": [channels], "layers_per_block": [2], **levels}
     return {
         "TarFlow": TarFlow(TarFlowConfig.from_dict({**shape, **tarflow})),
         "iTARFlow": ITarFlow(ITarFlowConfig.from_dict({**shape, **itarflow})),
@@ -125,6 +125,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--channels", type=int, default=96)
+    parser.add_argument("--patch", type=int, default=4)
     parser.add_argument("--count", type=int, default=256, help="samples that figures are made of")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -135,7 +136,7 @@ def main() -> None:
     figures: dict[str, dict[str, float]] = {"pictures": {"distance": distance(pictures(args.count, 2)[0], images)}}
     sheets = [[Image.fromarray(image) for image in images[:16]]]
     config = TrainingConfig(steps=args.steps, batch_size=32, lr=1e-3, ema=0.995, clip=1.0)
-    for name, flow in new_flows(args.channels).items():
+    for name, flow in new_flows(args.channels, args.patch).items():
         levels = (LOWEST, HIGHEST) if isinstance(flow, ITarFlow) else None
         data = LabelledImages(images, names, levels=levels)
         started = time.perf_counter()

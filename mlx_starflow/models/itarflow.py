@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ import mlx.nn as nn
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.kernels.affine import GuidanceMode
-from mlx_starflow.models.configs import FLOW, MOST_LAYERS, known_arguments, official_arguments
+from mlx_starflow.models.configs import FLOW, MOST_LAYERS, known_arguments, official_arguments, write_config
 from mlx_starflow.models.flow import Condition, Flow, FlowOutput
 from mlx_starflow.models.tarflow import (
     PixelFlow,
@@ -129,6 +129,10 @@ class ITarFlowConfig(PixelFlowConfig):
         )
 
     @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> ITarFlowConfig:
+        return FLOW.read(cls, config)
+
+    @classmethod
     def from_official(cls, config: Mapping[str, Any]) -> ITarFlowConfig:
         """Read the official arguments, see `PixelFlowConfig.from_official`; a single number may stand for a list.
 
@@ -140,6 +144,9 @@ class ITarFlowConfig(PixelFlowConfig):
         lists = ("patch_sizes", "channels", "layers_per_block")
         values |= {name: [values[name]] for name in lists if isinstance(values.get(name), int)}
         return cls.from_dict(known_arguments(cls, values))
+
+    def to_dict(self) -> dict[str, Any]:
+        return write_config(self)
 
 
 class LevelEmbedding(nn.Module):
@@ -206,6 +213,7 @@ class ITarFlow(PixelFlow):
     """
 
     config: ITarFlowConfig
+    blocks: Sequence[ITarFlowBlock]
     noise_level: NoiseLevel
     guidance_mode: GuidanceMode = "itarflow"
 

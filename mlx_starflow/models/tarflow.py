@@ -9,9 +9,9 @@ and no start token stands before the sequence: the first token of each block pas
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -68,16 +68,16 @@ class PixelFlowConfig:
         raise NotImplementedError
 
     @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> Self:
+    def from_dict(cls, config: Mapping[str, Any]) -> PixelFlowConfig:
         """Read a model directory's `config.json`; every key must be known, but for `model_type` and its like.
 
         Raises:
             StarflowError: a key is missing or unknown, or a value is not usable.
         """
-        return FLOW.read(cls, config)
+        raise NotImplementedError
 
     @classmethod
-    def from_official(cls, config: Mapping[str, Any]) -> Self:
+    def from_official(cls, config: Mapping[str, Any]) -> PixelFlowConfig:
         """Read the official arguments: a mapping, or `arguments`, a list of single-key mappings.
 
         Its training and data arguments are ignored.
@@ -85,11 +85,11 @@ class PixelFlowConfig:
         Raises:
             StarflowError: a value is missing or not usable.
         """
-        return cls.from_dict(known_arguments(cls, official_arguments(config)))
+        raise NotImplementedError
 
     def to_dict(self) -> dict[str, Any]:
         """What `from_dict` reads, without values that are defaults."""
-        return write_config(self)
+        raise NotImplementedError
 
 
 @dataclass
@@ -141,6 +141,17 @@ class TarFlowConfig(PixelFlowConfig):
             num_classes=self.num_classes,
             nvp=self.nvp,
         )
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> TarFlowConfig:
+        return FLOW.read(cls, config)
+
+    @classmethod
+    def from_official(cls, config: Mapping[str, Any]) -> TarFlowConfig:
+        return cls.from_dict(known_arguments(cls, official_arguments(config)))
+
+    def to_dict(self) -> dict[str, Any]:
+        return write_config(self)
 
 
 class TarFlowBlock(FlowBlock):
@@ -202,9 +213,10 @@ class PixelFlow(nn.Module):
     """
 
     config: PixelFlowConfig
+    blocks: Sequence[TarFlowBlock]
     guidance_mode: GuidanceMode = "tarflow"
 
-    def __init__(self, config: PixelFlowConfig, blocks: list[TarFlowBlock]):
+    def __init__(self, config: PixelFlowConfig, blocks: Sequence[TarFlowBlock]):
         super().__init__()
         self.config = config
         self.blocks = blocks

@@ -40,7 +40,7 @@ def denoise(
         result = clean(x, flow.latents(denoiser(flow.tokens(x), text, rope_frequencies, frame_count(x.shape)), x.shape))
         check_finite(result, "the denoised sample")
         return result
-    noise_std = flow.noise_std if noise_std is None else noise_std
+    variance = (flow.noise_std if noise_std is None else noise_std) ** 2
 
     def negative_log_likelihood(sample: mx.array, condition: mx.array | None) -> mx.array:
         return flow(sample, condition, gradient_checkpointing=True).nll().sum() * (sample.size // sample.shape[0])
@@ -50,7 +50,7 @@ def denoise(
     for start in range(0, x.shape[0], batch_size):
         sample = x[start : start + batch_size].astype(mx.float32)
         condition = None if text is None else text[start : start + batch_size]
-        cleaned.append(sample - noise_std**2 * score(sample, condition))
+        cleaned.append(sample - variance * score(sample, condition))
         mx.eval(cleaned[-1])
     result = mx.concatenate(cleaned)
     check_finite(result, "the denoised sample")

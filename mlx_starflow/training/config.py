@@ -102,7 +102,7 @@ class TrainingConfig:
         self._require("betas", "two numbers in 0..1, less than 1", lambda b: len(b) == 2 and 0 <= min(b) <= max(b) < 1)
         self._require("optimizer", f"one of {', '.join(OPTIMIZERS)}", OPTIMIZERS.__contains__)
         for name, known in (("level_sampling", LEVEL_SAMPLINGS), ("level_weight", LEVEL_WEIGHTS)):
-            self._require(name, f"one of {', '.join(known)}", lambda value, known=known: value in known)
+            self._require(name, f"one of {', '.join(known)}", known.__contains__)
         self._require("dtype", f"one of {', '.join(DTYPES)}", lambda value: value is None or value in DTYPES)
         self._require(
             "patience",

@@ -59,7 +59,9 @@ def write_weights(path: Path, case: str = "t2i", change: Callable[[dict], object
 def test_golden_cases(case, tmp_path, golden):
     out = convert(case, tmp_path / "model")
     assert sorted(path.name for path in out.iterdir()) == ["NOTICE", "config.json", "model.safetensors"]
-    assert read_config(out)["model_type"] == ("tarflow" if case.startswith("tarflow") else "starflow")
+    assert read_config(out)["model_type"] == next(
+        (kind for kind in ("tarflow", "itarflow") if case.startswith(kind)), "starflow"
+    )
     assert golden(case).relative_error(forward(out, golden(case), dtype="float32"), "z") < 1e-5
 
 

@@ -17,6 +17,7 @@ from mlx_starflow.media.image_folder import ImageFolder
 from mlx_starflow.media.images import grid, save_image
 from mlx_starflow.media.sources import open_source, write_skips
 from mlx_starflow.model_dir.directory import FLOWS, ModelDirectory, load_vae
+from mlx_starflow.model_dir.files import CLASSES_FILE
 from mlx_starflow.model_dir.hub import find_model
 from mlx_starflow.model_dir.saving import save_model
 from mlx_starflow.model_dir.transaction import transaction
@@ -242,7 +243,10 @@ class NewFlow:
         config = self.flow_config
         if isinstance(config, ITarFlowConfig):
             return ITarFlow(config)
-        return TarFlow(config) if isinstance(config, TarFlowConfig) else STARFlow(config)
+        if isinstance(config, TarFlowConfig):
+            return TarFlow(config)
+        assert isinstance(config, FlowConfig)
+        return STARFlow(config)
 
     def plan(self, memory: float | None = None) -> tuple[Choice, str]:
         """What a step takes in `memory` bytes (None: this machine's), and what would be chosen on some Macs.
@@ -392,7 +396,7 @@ class NewFlow:
             config["pipeline"] = pipeline
         files: dict[str, bytes] = {}
         if self.is_pixels:
-            files["classes.txt"] = "".join(f"{name}\n" for name in self.images.classes).encode()
+            files[CLASSES_FILE] = "".join(f"{name}\n" for name in self.images.classes).encode()
         else:
             files = copy_parts(ModelDirectory.find(self.encoders), self.out)
         save_model(self.out, parameters(flow), config, files=files)
