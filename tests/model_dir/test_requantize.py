@@ -107,4 +107,4 @@ def test_mistakes(trained_model, tmp_path):
         (tmp_path / "flow" / name).write_bytes((trained_model / name).read_bytes())
     assert "has no text encoder to quantize" in message(quantize_model, tmp_path / "flow", out, text_encoder="8")
     (tmp_path / "file").write_text("")
-    assert "cannot write" in message(quantize_model, trained_model, tmp_path / "file", "4")
+    assert "cannot be written" in message(quantize_model, trained_model, tmp_path / "file", "4")
