@@ -9,6 +9,8 @@ from helpers.tiny_flows import tiny_case
 from mlx.utils import tree_flatten
 
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.model_dir.weights import cast_weights
+from mlx_starflow.models.flow import is_layer_weight, products_in
 from mlx_starflow.models.itarflow import ITarFlow, ITarFlowConfig, at_noise_level, sanitize
 
 CASES = ["itarflow", "itarflow_patches", "itarflow_shared"]
@@ -106,6 +108,17 @@ def test_shared_layers_are_there_once():
     assert all(block.layers[0] is flow.shared_backbone[0] for block in flow.blocks)
     paths = [path for path, module in flow.named_modules() if module is flow.shared_backbone[0]]
     assert paths == ["shared_backbone.0"]
+
+
+def test_layers_that_are_shared_are_half_precision_too():
+    flow = tiny_case("itarflow").flow
+    half = {name for name, _ in tree_flatten(flow.parameters()) if is_layer_weight(name)}
+    assert "shared_backbone.0.attention.qkv.weight" in half and "blocks.2.attn_blocks.0.mlp.main.0.weight" in half
+    assert not [name for name in half if "norm" in name or "time_embed" in name or "proj_in" in name]
+    cast_weights(flow, mx.float16)
+    found = dict(tree_flatten(flow.parameters()))
+    assert {name for name, weight in found.items() if weight.dtype == mx.float16} == half
+    assert products_in(flow) == mx.float16
 
 
 def test_gradients_of_shared_layers_add_up():
