@@ -161,7 +161,8 @@ class Pipeline(ImageModel):
         if None in seeds:
             metadata["noise_sha256"] = digest(noise)
         if certificate is not None:
-            metadata["certificate"] = asdict(certificate)
+            known = asdict(certificate).items()
+            metadata["certificate"] = {key: value for key, value in known if value is not None}
         return {**metadata, "settings": settings.to_dict()}
 
 

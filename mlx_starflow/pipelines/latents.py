@@ -23,7 +23,7 @@ from mlx_starflow.pipelines.base import BATCH, Pipeline
 from mlx_starflow.pipelines.prompts import complete_prompt
 from mlx_starflow.pipelines.results import GenerationSettings
 from mlx_starflow.planning.limits import check_memory
-from mlx_starflow.sampling import Certificate, SamplingPlan
+from mlx_starflow.sampling import Certificate, RollingSettings, SamplingPlan
 
 WORST = 1.0
 """The largest certificate that no plan makes right, in standard deviations of the noise."""
@@ -35,7 +35,7 @@ class LatentPipeline(Pipeline):
     Attributes:
         config, vae_config: of the flow and of the autoencoder.
         settings: how this model samples unless told otherwise.
-        plan: how method "auto" samples; None is sequentially.
+        plan: how method "auto" samples; None is in a rolling window.
     """
 
     dimension = "latent dimension"
@@ -49,7 +49,7 @@ class LatentPipeline(Pipeline):
             raise StarflowError(f"{name} does not read prompts: use load_flow and sample in Python")
         _ = model.text_encoder  # which is missed before the autoencoder is
         self.config, self.vae_config = config, model.vae.config
-        self.plan = SamplingPlan.find(model.path)
+        self.plan = SamplingPlan.find(model.path, backend.flow_precision)
         self.settings = GenerationSettings.from_dict({"guidance": config.cfg, **model.pipeline})
         self.temperature = self.settings.temperature
         self._fit: set[tuple[object, ...]] = set()
@@ -70,8 +70,15 @@ class LatentPipeline(Pipeline):
         return self.backend.vae
 
     def method(self, settings: GenerationSettings) -> str | SamplingPlan:
-        """How settings sample: "auto" is the model's sampling plan, or sequential where there is none."""
-        return (self.plan or "sequential") if settings.method == "auto" else settings.method
+        """How settings sample: "auto" is the model's sampling plan, or the rolling window where there is none.
+
+        That is also what it is where the flow has fallen back to another precision than the plan's.
+        """
+        if settings.method != "auto":
+            return settings.method
+        if self.plan is None or not self.plan.fits(self.backend.flow_precision):
+            return RollingSettings.name
+        return self.plan
 
     def check_certificate(self, certificate: Certificate, method: str | SamplingPlan) -> None:
         """Warn about a sample that is further from its noise than the plan allows that it was made by.

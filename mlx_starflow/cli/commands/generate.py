@@ -183,7 +183,7 @@ def generate(
             given = noise.load_noise(load_noise, (len(asked) * images * best_of, *pipe.latent_shape(settings.size)))
         if recipe and recipe.noise_sha256 not in (None, noise.digest(given)):
             raise StarflowError(f"{load_noise} is not the noise that {source} was made from")
-    ranks.agree_on_method(settings.method, pipe)
+    ranks.agree_on_method(settings.method)
     start = None if given is None else noise.digest(given)
     keep_steps, certify = steps_dir is not None, verify is not False
     options = (settings, seeds, images, best_of, start, keep_steps, batch_size, certify)
