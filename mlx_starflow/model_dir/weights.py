@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_starflow.errors import StarflowError, one_line
+from mlx_starflow.kernels.devices import backend
 from mlx_starflow.model_dir.precision import AUTO, DTYPES, Device, Precision, automatic
 from mlx_starflow.model_dir.quantization import quantize_as, quantized_layers
 from mlx_starflow.models.flow import is_layer_weight
@@ -27,9 +28,7 @@ MLX_DTYPES = {name: getattr(mx, name) for name in DTYPES}
 
 def device() -> Device:
     """What MLX computes on by default."""
-    if _on_cpu():
-        return "cpu"
-    return "metal" if mx.metal.is_available() else "cuda"
+    return cast(Device, backend().lower())
 
 
 def chip_generation() -> int | None:

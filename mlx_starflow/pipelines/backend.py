@@ -28,7 +28,16 @@ from mlx_starflow.models.tarflow import TarFlow
 from mlx_starflow.models.tokenizer import Tokenizer
 from mlx_starflow.pipelines.results import GenerationSettings
 from mlx_starflow.planning.memory import available, metal_limits
-from mlx_starflow.sampling import Certificate, SamplingPlan, SamplingTrace, certify, denoise, sample
+from mlx_starflow.sampling import (
+    Certificate,
+    RollingSettings,
+    SamplingPlan,
+    SamplingTrace,
+    SequentialSettings,
+    certify,
+    denoise,
+    sample,
+)
 
 Array = TypeVar("Array")
 Result = TypeVar("Result")
@@ -63,6 +72,9 @@ class Backend(ABC, Generic[Array]):
     @property
     @abstractmethod
     def vae(self) -> Any: ...
+
+    automatic_method = SequentialSettings.name
+    """How to sample where neither user nor plan says so."""
 
     @property
     def flow_precision(self) -> str:
@@ -140,6 +152,7 @@ class MLXBackend(Backend[mx.array]):
     """
 
     certifies = True
+    automatic_method = RollingSettings.name
 
     def __init__(
         self,

@@ -163,7 +163,11 @@ class Pipeline(ImageModel):
         if certificate is not None:
             known = asdict(certificate).items()
             metadata["certificate"] = {key: value for key, value in known if value is not None}
-        return {**metadata, "settings": settings.to_dict()}
+        return {**metadata, "settings": self._recorded(settings)}
+
+    def _recorded(self, settings: GenerationSettings) -> dict[str, Any]:
+        """Settings as metadata name them."""
+        return settings.to_dict()
 
 
 def fit_image(image: Image.Image, size: tuple[int, int]) -> Image.Image:

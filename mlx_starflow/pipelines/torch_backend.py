@@ -84,8 +84,8 @@ class TorchBackend(Backend[Tensor]):
         progress: bool | None,
         trace: SamplingTrace,
     ) -> Tensor:
-        # Sampling plans and windows, which is what "auto" may be, are MLX's.
-        method = "sequential" if settings.method == "auto" else method
+        # A sampling plan is about MLX's speed.
+        method = "sequential" if isinstance(method, SamplingPlan) else method
         guidance, attn_temp = settings.guidance, settings.attn_temp
         return sample(
             self.flow, z, text, null_text, guidance, method, attn_temp=attn_temp, progress=progress, trace=trace

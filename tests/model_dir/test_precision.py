@@ -44,7 +44,7 @@ def test_policy(device, chip, quantized_flow, dtype, fallback):
     ],
 )
 def test_what_there_is(chosen_here, monkeypatch, cpu, metal, name, device, chip):
-    monkeypatch.setattr(weights, "_on_cpu", lambda: cpu)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.cpu if cpu else mx.gpu))
     monkeypatch.setattr(mx.metal, "is_available", lambda: metal)
     monkeypatch.setattr(mx, "device_info", lambda: {} if name is None else {"device_name": name})
     assert weights.device() == device and weights.chip_generation() == chip

@@ -69,6 +69,16 @@ def test_a_plan_of_another_precision_is_ignored(model):
     assert load(model, dtype="float16").plan == plan()
 
 
+def test_files_say_what_auto_was(model):
+    """Without a plan; with one, the plan is asked again."""
+    for method in (None, "rolling"):
+        (metadata,) = load(model).generate("a cat", seed=1, method=method).metadata
+        assert metadata["settings"]["method"] == "rolling"
+    plan().save(model)
+    (metadata,) = load(model).generate("a cat", seed=1).metadata
+    assert metadata["settings"]["method"] == "auto"
+
+
 def test_a_flow_that_has_fallen_back_leaves_its_plan(model, monkeypatch):
     replace(plan(), precision="float32").save(model)
     pipe = load(model)

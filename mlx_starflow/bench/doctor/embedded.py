@@ -13,7 +13,7 @@ from PIL import Image
 from mlx_starflow.bench.doctor.checks import Check, Finding, at_most, within
 from mlx_starflow.model_dir.directory import ModelDirectory
 from mlx_starflow.model_dir.quantization import dequantize_module
-from mlx_starflow.model_dir.weights import MLX_DTYPES, cast_weights, default_dtype, dtype_name
+from mlx_starflow.model_dir.weights import MLX_DTYPES, automatic_dtype, cast_weights, dtype_name
 from mlx_starflow.models.starflow import STARFlow
 from mlx_starflow.pipelines import load
 from mlx_starflow.planning.memory import available, plan
@@ -141,7 +141,7 @@ def _certificate(sampled: Sampler, name: str, bound: float) -> Callable[[], Find
 
 
 def window(sampled: Sampler) -> Finding:
-    dtype = default_dtype()
+    dtype = automatic_dtype(quantized_flow=True)
     name, one = dtype_name(dtype), sampled(dtype, "rolling")
     tokens = sampled(dtype, "sequential").evaluations
     good = sum(one.evaluations) < sum(tokens) and one.certificate.max <= WINDOW_BOUNDS[name]

@@ -18,7 +18,7 @@ from mlx_starflow.bench.doctor.checks import Check, Finding, NotApplicable, at_m
 from mlx_starflow.kernels import MLX_VERSION, enabled
 from mlx_starflow.kernels.devices import backend
 from mlx_starflow.kernels.products import tf32
-from mlx_starflow.model_dir.weights import MLX_DTYPES, default_dtype, dtype_name
+from mlx_starflow.model_dir.weights import MLX_DTYPES, automatic_dtype, dtype_name
 from mlx_starflow.planning.memory import installed
 
 OLDEST_MLX = "0.32.4"
@@ -116,7 +116,7 @@ def python() -> Finding:
 
 
 def mlx() -> Finding:
-    described = f"{MLX_VERSION} on {backend()}, networks in {dtype_name(default_dtype())}"
+    described = f"{MLX_VERSION} on {backend()}, networks in {dtype_name(automatic_dtype())}"
     return Finding(described, _numbers(MLX_VERSION) >= _numbers(OLDEST_MLX))
 
 

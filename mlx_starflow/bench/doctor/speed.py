@@ -14,7 +14,7 @@ from mlx_starflow.bench.doctor.checks import Check, Finding, NotApplicable
 from mlx_starflow.bench.doctor.machine import processor
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.kernels.devices import backend
-from mlx_starflow.model_dir.weights import cast_weights, default_dtype, dtype_name
+from mlx_starflow.model_dir.weights import automatic_dtype, cast_weights, dtype_name
 from mlx_starflow.models.starflow import STARFlow
 from mlx_starflow.pipelines import load
 from mlx_starflow.planning.chips import find_chips
@@ -63,7 +63,7 @@ def best(function: Callable[[], object]) -> float:
 
 def bandwidth() -> float:
     """Bytes a second that a matrix-vector product reads, in the networks' precision."""
-    dtype = default_dtype()
+    dtype = automatic_dtype()
     side = 4096 if backend() == "CPU" else 8192
     matrix, vector = mx.ones((side, side), dtype), mx.ones((side, 1), dtype)
     mx.eval(matrix, vector)
@@ -101,7 +101,7 @@ def evaluations() -> Finding:
     if backend() != "CPU":  # a CPU's caches hold the embedded model
         values["weights"] = evaluation_bytes(flow.blocks[index]) / bandwidth()
         measured += f"; reading its weights takes {1e3 * values['weights']:.2f}"
-    precision = dtype_name(default_dtype())
+    precision = dtype_name(automatic_dtype())
     return Finding(f"{name}, {precision}, ms {measured}", seconds[8] < 8 * seconds[1], values)
 
 
@@ -111,7 +111,7 @@ def trial() -> tuple[str, GuidedFlow, tuple[int, int, int]]:
     if backend() != "CPU" and available() >= ENOUGH:
         config = replace(ModelConfigs.of_release("apple/starflow").flow, layers_per_block=[2], txt_size=0, txt_dim=0)
         flow = STARFlow(config)
-        cast_weights(flow, default_dtype())
+        cast_weights(flow, automatic_dtype())
         mx.eval(flow.parameters())
         shape = (config.img_size, config.img_size, config.channel_size)
         return "3 B model's shallow block", GuidedFlow(flow, (1, *shape)), shape

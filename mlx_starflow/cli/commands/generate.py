@@ -174,7 +174,9 @@ def generate(
     pipe = opened.image_pipeline if isinstance(opened, VideoPipeline) else opened
     if not isinstance(pipe, ImagePipeline):
         raise StarflowError(f"{opened.name} does not read prompts: use load_flow and sample in Python")
-    settings = GenerationSettings.from_dict({**pipe.settings.to_dict(), **(recipe.settings if recipe else {})}).updated(
+    settings = GenerationSettings.from_dict(
+        {**pipe.settings.to_dict(), **(recipe.settings_with(pipe.plan) if recipe else {})}
+    ).updated(
         guidance=guidance, temperature=temperature, method=method, attn_temp=attn_temp, denoise=denoise, size=size
     )
     given = None

@@ -58,4 +58,4 @@ def test_what_it_reads(monkeypatch):
     calls = []
     monkeypatch.setattr(speed, "best", lambda function: calls.append(function()) or 0.5)
     side = 4096 if mx.default_device() == mx.cpu else 8192
-    assert speed.bandwidth() == side**2 * speed.default_dtype().size / 0.5
+    assert speed.bandwidth() == side**2 * speed.automatic_dtype().size / 0.5
