@@ -30,6 +30,7 @@ from mlx_starflow.pipelines.results import GenerationSettings
 from mlx_starflow.planning.memory import available, metal_limits
 from mlx_starflow.sampling import (
     Certificate,
+    JacobiSettings,
     RollingSettings,
     SamplingPlan,
     SamplingTrace,
@@ -38,6 +39,7 @@ from mlx_starflow.sampling import (
     denoise,
     sample,
 )
+from mlx_starflow.sampling.methods import METHODS
 
 Array = TypeVar("Array")
 Result = TypeVar("Result")
@@ -72,6 +74,9 @@ class Backend(ABC, Generic[Array]):
     @property
     @abstractmethod
     def vae(self) -> Any: ...
+
+    methods: tuple[str, ...] = (SequentialSettings.name, JacobiSettings.name)
+    """Ways of sampling that it has."""
 
     automatic_method = SequentialSettings.name
     """How to sample where neither user nor plan says so."""
@@ -152,6 +157,7 @@ class MLXBackend(Backend[mx.array]):
     """
 
     certifies = True
+    methods = tuple(METHODS)
     automatic_method = RollingSettings.name
 
     def __init__(

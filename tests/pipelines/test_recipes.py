@@ -41,10 +41,11 @@ def test_a_recipe_comes_back(tmp_path):
     assert recipe.adapters == (("run/adapter", 0.5),) and recipe.columns == 3
     assert recipe.settings == GOOD["settings"] and recipe.given_seeds == [1, 2]
     # "auto" was one token after another where there was no plan.
-    assert recipe.settings_with(SamplingPlan((), 1.0, {})) == recipe.settings
-    assert recipe.settings_with(None) == recipe.settings | {"method": "sequential"}
+    assert recipe.settings_with(SamplingPlan((), 1.0, {}), ["rolling"]) == recipe.settings
+    assert recipe.settings_with(None, ["rolling"]) == recipe.settings | {"method": "sequential"}
     rolling = replace(recipe, settings={"method": "rolling"})
-    assert rolling.settings_with(None) == rolling.settings
+    assert rolling.settings_with(None, ["rolling"]) == rolling.settings
+    assert rolling.settings_with(None, ["jacobi"]) == {"method": "sequential"}
     found = Recipe.read(write(tmp_path / "a.webp", VIDEO | {"source": {"image": None}}), video=True)
     assert found.source == {"image": None} and found.settings["frames"] == 17
 

@@ -175,7 +175,7 @@ def generate(
     if not isinstance(pipe, ImagePipeline):
         raise StarflowError(f"{opened.name} does not read prompts: use load_flow and sample in Python")
     settings = GenerationSettings.from_dict(
-        {**pipe.settings.to_dict(), **(recipe.settings_with(pipe.plan) if recipe else {})}
+        {**pipe.settings.to_dict(), **(recipe.settings_with(pipe.plan, pipe.backend.methods) if recipe else {})}
     ).updated(
         guidance=guidance, temperature=temperature, method=method, attn_temp=attn_temp, denoise=denoise, size=size
     )

@@ -164,7 +164,9 @@ def video(
     size = pipe.format.size_of(ratio) if ratio else size
     settings = None
     if recipe:
-        settings = VideoSettings.from_dict({**pipe.settings.to_dict(), **recipe.settings_with(pipe.plan)})
+        settings = VideoSettings.from_dict(
+            {**pipe.settings.to_dict(), **recipe.settings_with(pipe.plan, pipe.backend.methods)}
+        )
     if context is not None and video is None and extend is None:
         pipe.format.check_context(context)
         length = (settings or pipe.settings).frames if frames is None else frames
