@@ -46,7 +46,7 @@ class Pipeline(ImageModel):
         model, directory: the model's directory, opened, and its path.
         backend: what computes.
         phases: what the backend's work is charged to.
-        plan: how method "auto" samples; None is sequentially.
+        plan: how method "auto" samples; None is in a rolling window.
         temperature: of the noise that samples are made of, unless told otherwise.
         dimension: what the data's dimensions are.
     """
@@ -90,8 +90,15 @@ class Pipeline(ImageModel):
         self.backend.release(part)
 
     def method(self, settings: GenerationSettings) -> str | SamplingPlan:
-        """How settings sample: "auto" is the model's sampling plan, or sequential where there is none."""
-        return (self.plan or "sequential") if settings.method == "auto" else settings.method
+        """How settings sample: "auto" is the model's sampling plan, or the backend's own choice where there is none.
+
+        That is also what it is where the flow has fallen back to another precision than the plan's.
+        """
+        if settings.method != "auto":
+            return settings.method
+        if self.plan is None or not self.plan.fits(self.backend.flow_precision):
+            return self.backend.automatic_method
+        return self.plan
 
     def check_certificate(self, certificate: Certificate, method: str | SamplingPlan) -> None:
         """Warn about a sample that is further from its noise than the plan allows that it was made by.
@@ -185,8 +192,14 @@ class Pipeline(ImageModel):
         if None in seeds:
             metadata["noise_sha256"] = digest(noise)
         if certificate is not None:
-            metadata["certificate"] = asdict(certificate)
-        return {**metadata, "settings": settings.to_dict()}
+            known = asdict(certificate).items()
+            metadata["certificate"] = {key: value for key, value in known if value is not None}
+        return {**metadata, "settings": self._recorded(settings)}
+
+    def _recorded(self, settings: GenerationSettings) -> dict[str, Any]:
+        """Settings as metadata name them: with the method that "auto" was, unless that is a plan."""
+        method = self.method(settings)
+        return settings.to_dict() | ({"method": method} if isinstance(method, str) else {})
 
 
 def fit_image(image: Image.Image, size: tuple[int, int]) -> Image.Image:

@@ -54,7 +54,7 @@ class ClassPipeline(ImageMaker):
             raise StarflowError(f"{name} does not read class labels: it is no TarFlow")
         self.config = config = model.flow.config
         self.classes = read_classes(model, config.num_classes)
-        self.plan = SamplingPlan.find(model.path)
+        self.plan = SamplingPlan.find(model.path, backend.flow_precision)
         self.settings = ClassSettings.from_dict(
             {"guidance": config.cfg if config.num_classes else 0.0, **model.pipeline}
         )

@@ -32,7 +32,7 @@ class LatentPipeline(Pipeline):
     Attributes:
         config, vae_config: of the flow and of the autoencoder.
         settings: how this model samples unless told otherwise.
-        plan: how method "auto" samples; None is sequentially.
+        plan: how method "auto" samples; None is in a rolling window.
     """
 
     dimension = "latent dimension"
@@ -46,7 +46,7 @@ class LatentPipeline(Pipeline):
             raise StarflowError(f"{name} does not read prompts: use load_flow and sample in Python")
         _ = model.text_encoder  # which is missed before the autoencoder is
         self.config, self.vae_config = config, model.vae.config
-        self.plan = SamplingPlan.find(model.path)
+        self.plan = SamplingPlan.find(model.path, backend.flow_precision)
         self.settings = GenerationSettings.from_dict({"guidance": config.cfg, **model.pipeline})
         self.temperature = self.settings.temperature
         self._fit: set[tuple[object, ...]] = set()

@@ -191,12 +191,10 @@ def generate(
     pipe = opened.image_pipeline if isinstance(opened, VideoPipeline) else opened
     if not isinstance(pipe, ImageMaker):
         raise StarflowError(f"{opened.name} does not read prompts: use load_flow and sample in Python")
-    settings = (
-        type(pipe.settings)
-        .from_dict({**pipe.settings.to_dict(), **(recipe.settings if recipe else {})})
-        .updated(
-            guidance=guidance, temperature=temperature, method=method, attn_temp=attn_temp, denoise=denoise, size=size
-        )
+    recorded = recipe.settings_with(pipe.plan, pipe.backend.methods) if recipe else {}
+    chosen = type(pipe.settings).from_dict({**pipe.settings.to_dict(), **recorded})
+    settings = chosen.updated(
+        guidance=guidance, temperature=temperature, method=method, attn_temp=attn_temp, denoise=denoise, size=size
     )
     settings = labels.apply(settings, opened.name)
     given = None
@@ -205,7 +203,7 @@ def generate(
             given = noise.load_noise(load_noise, (len(asked) * images * best_of, *pipe.noise_shape(settings.size)))
         if recipe and recipe.noise_sha256 not in (None, noise.digest(given)):
             raise StarflowError(f"{load_noise} is not the noise that {source} was made from")
-    ranks.agree_on_method(settings.method, pipe)
+    ranks.agree_on_method(settings.method)
     start = None if given is None else noise.digest(given)
     keep_steps, certify = steps_dir is not None, verify is not False
     options = (settings, seeds, images, best_of, start, keep_steps, batch_size, certify)
