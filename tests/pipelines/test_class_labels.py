@@ -45,7 +45,7 @@ def tarflow(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_itarflow_is_sampled_and_denoised_in_steps(levels):
     pipe = load(levels)
     assert isinstance(pipe, ClassPipeline) and pipe.classes == ["cat", "dog", "owl"]
-    settings = pipe.settings.with_classes(denoise_steps=3)
+    settings = pipe.settings.with_classes(denoise_steps=3).updated(method="sequential")
     result = pipe.generate(["dog", "0"], seed=5, settings=settings, guidance=0.8)
     z = mx.array(draw_noise([5, 5], (16, 12)))
     labels, flow = mx.array([1, 0]), pipe.flow
@@ -62,10 +62,10 @@ def test_an_itarflow_is_sampled_and_denoised_in_steps(levels):
 def test_a_tarflow_takes_one_step(tarflow):
     pipe = load(tarflow)
     assert pipe.classes == ["0", "1", "2"]
-    result = pipe.generate("2", seed=1)
+    result = pipe.generate("2", seed=1, method="sequential")
     x = sample(pipe.flow, mx.array(draw_noise([1], (16, 12))), mx.array([2]))
     assert np.abs(np.array(result.latents - denoise(pipe.flow, x, mx.array([2])))).max() < 1e-4
-    noisy = pipe.generate("2", seed=1, denoise=False)
+    noisy = pipe.generate("2", seed=1, denoise=False, method="sequential")
     assert np.abs(np.array(noisy.latents - x)).max() < 1e-5
     for changes in ({"denoise_steps": 2}, {"stochastic": True}, {"clip": True}):
         with pytest.raises(StarflowError, match="is no iTARFlow, and denoises in one step"):
@@ -74,7 +74,7 @@ def test_a_tarflow_takes_one_step(tarflow):
 
 def test_fresh_noise_follows_from_the_seed(levels):
     pipe = load(levels)
-    settings = pipe.settings.with_classes(denoise_steps=3, stochastic=True)
+    settings = pipe.settings.with_classes(denoise_steps=3, stochastic=True).updated(method="sequential")
     both = pipe.generate(["cat", "cat"], seed=[3], images=1, settings=settings)
     again = pipe.generate("cat", seed=3, settings=settings)
     plain = pipe.generate("cat", seed=3, settings=pipe.settings.with_classes(denoise_steps=3))
@@ -165,7 +165,7 @@ def test_options_of_classes_are_refused_elsewhere(levels, tarflow, tmp_path):
 
 def test_best_of_and_noise_files(levels, tmp_path):
     out, noise = tmp_path / "a.png", tmp_path / "z.safetensors"
-    quick = ["-m", levels, "--denoise-steps", "1"]
+    quick = ["-m", levels, "--denoise-steps", "1", "--method", "sequential"]
     done = generate("owl", *quick, "--best-of", "3", "--seed", "1", "--save-noise", noise, "-o", out)
     assert done.exit_code == 0 and "the best of 3" in done.stdout, done.output
     done = generate("owl", *quick, "--load-noise", noise, "-o", tmp_path / "b.png")
