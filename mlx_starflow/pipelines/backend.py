@@ -130,6 +130,7 @@ class MLXBackend(Backend[mx.array]):
         model: the directory.
         dtype: precision of the networks; None: float32 on a CPU, bfloat16 on a GPU.
         group: processes that compute the flow together, or None.
+        quantize: how the flow's weights are quantized as they are read, or None.
     """
 
     certifies = True
@@ -142,8 +143,10 @@ class MLXBackend(Backend[mx.array]):
         low_memory: bool = False,
         adapters: Sequence[tuple[str | Path, float]] = (),
         group: mx.distributed.Group | None = None,
+        quantize: int | str | None = None,
     ):
         self.model, self.dtype, self.low_memory, self.group = model, dtype, low_memory, group
+        self.quantize = quantize
         self.adapters = [(str(path), float(strength)) for path, strength in adapters]
         self._flow: STARFlow | TarFlow | None = None
         self._text: tuple[T5Encoder, Tokenizer] | None = None
@@ -154,7 +157,7 @@ class MLXBackend(Backend[mx.array]):
     @property
     def flow(self) -> STARFlow | TarFlow:
         if self._flow is None:
-            self._flow = self.model.load_flow(self.dtype, self.adapters, self.group)
+            self._flow = self.model.load_flow(self.dtype, self.adapters, self.group, self.quantize)
         return self._flow
 
     def _read_text_encoder(self) -> tuple[T5Encoder, Tokenizer]:

@@ -90,7 +90,7 @@ def summarize_file(path: Path) -> dict[str, str]:
             lines[_line(name)] = _line(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
     if "made_by" not in found:
         command = "video" if "frames" in lines else "generate"
-        lines["again"] = f"mlx-starflow {command} --from {_line(str(path))}"
+        lines["again"] = f"mlx-starflow {command} --like {_line(str(path))}"
     return lines
 
 

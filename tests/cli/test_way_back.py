@@ -29,7 +29,7 @@ def test_encode(noise, tmp_path):
     assert not out.exists()
     (line,) = warned(encode(PIZZA, "-p", "pizza", "--guidance", 100, "-o", out))
     assert "on the way back from the noise the error is 0." in line
-    assert not warned(encode(PIZZA, "-p", "pizza", "--guidance", 1e3, "--no-check", "-o", out))
+    assert not warned(encode(PIZZA, "-p", "pizza", "--guidance", 1e3, "--no-check", "-o", out, "--overwrite"))
 
 
 def test_decode(noise, tmp_path):

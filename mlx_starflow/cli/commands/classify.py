@@ -16,7 +16,7 @@ from mlx_starflow.cli.options.images import (
     noise_options,
     table_options,
 )
-from mlx_starflow.cli.options.outputs import files_read
+from mlx_starflow.cli.options.outputs import claim_outputs, files_read, overwrite_option
 from mlx_starflow.cli.options.rules import excludes, option_rules
 from mlx_starflow.cli.options.text import Lines
 
@@ -27,6 +27,7 @@ from mlx_starflow.cli.options.text import Lines
 @click.option("--label-file", type=Lines(), help="Labels from a file, one a line; - is standard input.")
 @click.option("--split", help='Of folders with a metadata.jsonl: only lines with this "split".')
 @table_options
+@overwrite_option
 @noise_options
 @model_options
 @frames_option
@@ -57,7 +58,6 @@ def classify(
     follow from it and are nearly always close to 0 or 1.
     """
     from mlx_starflow.media.image_files import find_images
-    from mlx_starflow.media.outputs import check_outputs
     from mlx_starflow.media.tables import write_csv, write_json
     from mlx_starflow.pipelines import ClassPipeline, open_model
 
@@ -65,7 +65,7 @@ def classify(
     names = [name for name in names if name]
     check_split(split, pictures)
     found = find_images(pictures, split)
-    check_outputs([csv_file, json_file], inputs=files_read(pictures, found))
+    claim_outputs([], [csv_file, json_file], inputs=files_read(pictures, found))
     cpu.hint_if_slow()
     pipe = open_model(model, dtype=dtype)
     if not names and isinstance(pipe, ClassPipeline):
