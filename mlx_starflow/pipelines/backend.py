@@ -26,7 +26,8 @@ from mlx_starflow.models.tarflow import TarFlow
 from mlx_starflow.models.tokenizer import Tokenizer
 from mlx_starflow.pipelines.results import GenerationSettings
 from mlx_starflow.planning.memory import available, metal_limits
-from mlx_starflow.sampling import Certificate, SamplingPlan, SamplingTrace, certify, denoise, sample
+from mlx_starflow.sampling import Certificate, SamplingPlan, SamplingTrace, denoise, sample
+from mlx_starflow.sampling.certificate import certify_each
 
 Array = TypeVar("Array")
 
@@ -86,8 +87,10 @@ class Backend(ABC, Generic[Array]):
     ) -> Array:
         """Noise -> data, `[B, h, w, C]`, by a method with the settings' guidance; see `sampling.sample`."""
 
-    def certify(self, x: Array, z: Array, text: Array, null_text: Array, settings: GenerationSettings) -> Certificate:
-        """How far the guided flow, run forwards over samples, is from their noise; see `sampling.certify`."""
+    def certify(
+        self, x: Array, z: Array, text: Array, null_text: Array, settings: GenerationSettings
+    ) -> list[Certificate]:
+        """How far the guided flow, run forwards over each sample, is from its noise; see `certificate.certify_each`."""
         raise NotImplementedError
 
     @abstractmethod
@@ -231,8 +234,8 @@ class MLXBackend(Backend[mx.array]):
 
     def certify(
         self, x: mx.array, z: mx.array, text: mx.array, null_text: mx.array, settings: GenerationSettings
-    ) -> Certificate:
-        return certify(self.flow, x, z, text, null_text, settings.guidance, attn_temp=settings.attn_temp)
+    ) -> list[Certificate]:
+        return certify_each(self.flow, x, z, text, null_text, settings.guidance, attn_temp=settings.attn_temp)
 
     def denoise(self, x: mx.array, text: mx.array) -> mx.array:
         return denoise(self.flow, x, text)

@@ -187,7 +187,8 @@ class LatentPipeline(Pipeline):
         self._warned.add(size)
         known = ", ".join(f"{width}x{height}" for width, height in trained)
         warnings.warn(
-            f"{self.name} was trained at {known}: what it makes of {size[0]}x{size[1]} may look like nothing",
+            f"{self.name} was trained at {known}, not at {size[0]}x{size[1]}: it may make nothing of it, and its "
+            "likelihoods mean little there",
             stacklevel=3,
         )
 
