@@ -28,8 +28,8 @@ def denoise(flow: Flow, x: mx.array, text: mx.array | None = None, noise_std: fl
         noise_std: standard deviation of the training noise; the flow's own by default. A learned denoiser knows it.
 
     A flow with a learned denoiser predicts the score; in a video, attention is computed frame by frame. Otherwise it is
-    a vector-Jacobian product through the whole flow. To save memory every layer is run twice, and samples that are large
-    one at a time.
+    a vector-Jacobian product through the whole flow. To save memory every layer is run twice, and large samples go
+    through it one at a time.
     """
     if (denoiser := flow.denoiser) is not None:
         rope_frequencies = flow.rope_frequencies(x.shape, 0 if text is None else text.shape[1])

@@ -190,7 +190,7 @@ def reprompt(
 @click.option(
     "--strength",
     type=click.FloatRange(min=0, max=1),
-    default=0.3,
+    default=0.7,
     help="0 gives the picture back, 1 has nothing of it.",
 )
 @click.option("--temperature", type=click.FloatRange(min=0), help="Scale of the new noise; the model's own by default.")
@@ -226,7 +226,9 @@ def vary(
     """Make pictures like PICTURE.
 
     \b
-    mlx-starflow edit vary tulip.png --prompt tulip --images 4 -o tulips.png
+    mlx-starflow edit vary tulip.png --prompt tulip --temperature 1 --images 4 -o tulips.png
+
+    Below a strength of 0.5 the embedded model's pictures hardly change.
     """
     image = _read(picture)
     output = _check(output, quality, frames, seconds, [picture], [json_file])
