@@ -23,7 +23,8 @@ from mlx_starflow.bench.contenders import (
 from mlx_starflow.bench.products import WeightProducts
 from mlx_starflow.bench.trials import PROMPTS, Task, Trials, prepare
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.model_dir.weights import default_dtype, parse_dtype
+from mlx_starflow.model_dir.weights import dtype_name, parse_dtype
+from mlx_starflow.models.flow import products_in
 from mlx_starflow.sampling.methods import METHODS
 
 ALL_METHODS = (*METHODS, "auto")
@@ -197,11 +198,11 @@ def bench(
     Args:
         model: "demo", a model directory or a Hub repository.
         prompts: of the images, which are sampled as one batch; as many classes for a TarFlow.
-        methods: of `ALL_METHODS`; "auto" is the model's sampling plan.
+        methods: of `ALL_METHODS`; "auto" is the model's sampling plan, or "rolling" if it has none.
         guidance: its weight; None: the model's own.
         seed: of the first image's noise; the others' count up.
         size: (width, height) of the images in pixels; None: the size the model was trained at.
-        dtype: of the flow; None: float32 on a CPU, bfloat16 on a GPU.
+        dtype: of the flow; None or "auto": what `precision.automatic` says.
         rounds: how often each method is timed.
         against: "torch": time the PyTorch reference too, with CUDA if there is one.
         report: is told how it goes.
@@ -217,7 +218,7 @@ def bench(
         raise StarflowError(f"cannot compare with {against!r}; it must be {' or '.join(BACKENDS)}")
     if not 1 <= rounds <= MOST_ROUNDS:
         raise StarflowError(f"there must be at least one round and at most {MOST_ROUNDS:,}, not {rounds}")
-    dtype = parse_dtype(dtype) or default_dtype()
+    dtype = parse_dtype(dtype)
     trials = prepare(model, prompts, guidance=guidance, seed=seed, dtype=dtype, size=size)
     task = trials.task
     contenders, notes = _ours(trials, list(dict.fromkeys(methods)), str(model))
@@ -225,7 +226,7 @@ def bench(
         "model": str(model),
         "machine": f"{platform.processor() or platform.machine()}, {platform.system()}",
         "mlx": f"{version('mlx')} on the {mx.default_device().type.name.upper()}, BLAS {cpu.describe()}",
-        "dtype": str(dtype).rpartition(".")[2],
+        "dtype": dtype_name(products_in(task.flow)),
         "pictures": task.images,
         "tokens": task.length,
         "guidance": task.guidance,
@@ -248,9 +249,9 @@ def _ours(trials: Trials, methods: list[str], model: str) -> tuple[list[Contende
     if "auto" in methods and trials.plan is not None:
         contenders.append(own_contender("auto", trials.task, trials.plan))
     elif "auto" in methods:
-        notes.append(f"auto is left out, since this model has no sampling plan: mlx-starflow tune {model} makes one")
-    if not contenders:
-        raise StarflowError(f"there is no method to time: {notes[0]}")
+        if "rolling" not in methods:
+            contenders.append(own_contender("rolling", trials.task, "rolling"))
+        notes.append(f"auto is rolling, since this model has no sampling plan: mlx-starflow tune {model} makes one")
     return contenders, notes
 
 

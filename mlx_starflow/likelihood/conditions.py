@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_starflow.kernels.affine import affine_forward
-from mlx_starflow.likelihood.nll import HALF_LOG_2PI, token_nats
+from mlx_starflow.likelihood.nll import HALF_LOG_2PI, check_nats, token_nats
 from mlx_starflow.models.flow import Flow, frame_count, run_blocks
 from mlx_starflow.models.starflow import STARFlow
 
@@ -73,8 +73,10 @@ class ConditionedFlow:
         pairs = np.stack(np.divmod(np.arange(len(x) * len(self.conditions)), len(self.conditions)))
         parts = [pairs[:, start : start + batch_size] for start in range(0, pairs.shape[1], batch_size)]
         if self._deep is None:
-            found = [token_nats(self.flow, x[mx.array(i)], self.conditions[mx.array(j)]).sum((1, 2)) for i, j in parts]
-            return np.concatenate(found).reshape(len(x), -1)
+            found = [token_nats(self.flow, x[mx.array(i)], self.conditions[mx.array(j)]) for i, j in parts]
+            for nats in found:
+                check_nats(nats)
+            return np.concatenate(found).sum(axis=(1, 2)).reshape(len(x), -1)
         tokens, spent = self._shallow(x)
         deep = [self._deep_nats(tokens[mx.array(i)], mx.array(j)) for i, j in parts]
         return spent[:, None] + np.concatenate(deep).reshape(len(x), -1)
@@ -84,8 +86,7 @@ class ConditionedFlow:
         shallow = self.flow.blocks[:-1]
         tokens = self.flow.tokens(x)
         hidden, log_dets = run_blocks(shallow, tokens, None, self._shallow_frequencies, frames=frame_count(x.shape))
-        spent = [-np.array(log_det.sum(axis=-1)).astype(np.float64).sum(axis=1) for log_det in log_dets]
-        return hidden[-1].astype(mx.float32), sum(spent, np.zeros(len(x)))
+        return hidden[-1].astype(mx.float32), _checked(log_dets, 0)
 
     def _deep_nats(self, x: mx.array, prompts: mx.array) -> np.ndarray:
         """Nats of the deep block and of the prior, of tokens and the numbers of their prompts."""
@@ -97,5 +98,16 @@ class ConditionedFlow:
         h = deep.embed(mx.concatenate([first.astype(x.dtype), x[:, :-1]], axis=1))
         h = deep.transform(h, self._frequencies, [cache.of(prompts) for cache in self._caches])
         z, log_det = affine_forward(deep.affine_parameters(h), x, deep.config.affine)
-        parts = (0.5 * mx.square(z) + HALF_LOG_2PI).sum(axis=-1), -log_det.sum(axis=-1)
-        return sum(np.array(part).astype(np.float64).sum(axis=1) for part in parts)
+        prior = np.array((0.5 * mx.square(z) + HALF_LOG_2PI).sum(axis=-1)).astype(np.float64).sum(axis=1)
+        return prior + _checked([log_det], len(self._shallow_frequencies))
+
+
+def _checked(log_dets: list[mx.array], number: int) -> np.ndarray:
+    """Nats of blocks from their log-dets `[B, N, C]`; the first is block `number`. Raises NotFinite as `check_nats`."""
+    parts = [np.zeros((*log_dets[0].shape[:2],))] * (1 + number) if log_dets else []
+    parts += [-np.array(log_det.sum(axis=-1)).astype(np.float64) for log_det in log_dets]
+    if not parts:
+        return np.zeros(1)
+    nats = np.stack(parts, axis=1)
+    check_nats(nats)
+    return nats.sum(axis=(1, 2))

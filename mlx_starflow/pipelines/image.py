@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -318,8 +319,9 @@ class ImagePipeline(LatentPipeline):
         certificates: list[Certificate] = []
         if verify and backend.certifies:
             with self.phases.run(stats, "verify"):
-                certificates = backend.certify(x, z, text, null_text, settings)
-                for certificate in certificates:
+                for each in backend.certify(x, z, text, null_text, settings):
+                    certificate = replace(each, noise_floor=trace.noise_floor)
+                    certificates.append(certificate)
                     self.check_certificate(certificate, self.method(settings))
         stats.certificates += certificates
         if settings.denoise:

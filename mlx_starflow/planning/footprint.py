@@ -1,7 +1,8 @@
 """Bytes that each phase of generating takes besides weights, from the configs of its network.
 
 What lives long, such as caches, is counted exactly. The rest counts the arrays that one layer makes, as if none of them
-were let go of before the layer ends, times `MARGIN`: an upper estimate. `item` is the size of a number in bytes.
+were let go of before the layer ends, times `MARGIN`: an upper estimate. `item` is the size of a number in bytes, with
+flows that of a number in their KV caches.
 """
 
 from __future__ import annotations
@@ -16,6 +17,10 @@ from mlx_starflow.models.autoencoder_wan.config import CHANNELS, PATCH, Autoenco
 from mlx_starflow.models.flow import BlockConfig
 from mlx_starflow.models.starflow import FlowConfig
 from mlx_starflow.models.t5 import T5Config
+from mlx_starflow.sampling.methods import RollingSettings
+
+STREAM = 4
+"""Bytes of a number between a flow's products, which is float32 in every precision."""
 
 MARGIN = 1.4
 """MLX begins operations before those ahead of them have let go of their memory; how many depends on the machine."""
@@ -57,6 +62,13 @@ def _cached(block: BlockConfig) -> int:
     return 2 * block.num_layers * block.num_kv_heads * block.head_dim
 
 
+def _window(block: BlockConfig, sequences: int, tokens: int, positions: int) -> int:
+    """A layer of one evaluation of a rolling window over `tokens`, which sees `positions` at the end."""
+    width = min(RollingSettings.window, tokens)
+    logits = sequences * block.num_heads * width * positions
+    return layer(sequences * width, block.channels, block.channels * block.expansion, logits)
+
+
 def text(config: T5Config, prompts: int, length: int, item: int) -> int:
     """The text encoder over so many prompts of `length` tokens: two layers, which are short enough to overlap.
 
@@ -71,31 +83,33 @@ def sampling(config: FlowConfig, tokens: int, batch: int, guided: bool, item: in
     """(KV caches, all activations) of sampling images of so many tokens.
 
     A block caches keys and values for each image, twice if it is guided. While it reads its text, the cache of the
-    block before it is still there. A single token's activations do not count.
+    block before it is still there. Evaluations are those of a window; a single token's would not count.
     """
     largest = before = 0
     peak = 0.0
     for block in reversed(config.blocks):
         copies = batch * (2 if guided and block.txt_dim else 1)
-        cache = copies * _positions(config, block, tokens) * _cached(block) * item
-        reading = before + MARGIN * item * _block_layer(block, copies, config.txt_size) if block.txt_dim else 0
-        largest, peak, before = max(largest, cache), max(peak, cache + reading), cache
+        positions = _positions(config, block, tokens)
+        cache = copies * positions * _cached(block) * item
+        window = MARGIN * STREAM * _window(block, copies, tokens, positions) if block.num_layers else 0
+        reading = before + MARGIN * STREAM * _block_layer(block, copies, config.txt_size) if block.txt_dim else 0
+        largest, peak, before = max(largest, cache), max(peak, cache + max(reading, window)), cache
     return largest, int(peak)
 
 
-def forward(config: FlowConfig, tokens: int, guided: bool, item: int) -> int:
+def forward(config: FlowConfig, tokens: int, guided: bool) -> int:
     """A forward pass over one image, twice if it is guided."""
     layers = (
         _block_layer(block, 2 if guided and block.txt_dim else 1, _positions(config, block, tokens))
         for block in config.blocks
     )
-    return int(MARGIN * item * max(layers))
+    return int(MARGIN * STREAM * max(layers))
 
 
-def score(config: FlowConfig, tokens: int, item: int) -> int:
+def score(config: FlowConfig, tokens: int) -> int:
     """The score step, one image at a time, layers computed again on the way back."""
     kept, work = there_and_back(config.blocks, tokens, config.txt_size)
-    return int(item * (kept + MARGIN * work))
+    return int(STREAM * (kept + MARGIN * work))
 
 
 def there_and_back(blocks: Sequence[BlockConfig], tokens: int, text: int, checkpoint: bool = True) -> tuple[int, int]:
@@ -130,7 +144,10 @@ def frame_sampling(
     cache = copies * (config.txt_size + window * size) * _cached(deep) * item
     shallow = max((batch * size * _cached(block) * item for block in config.blocks[:-1]), default=0)
     reading = _block_layer(deep, copies, max(config.txt_size, size) if longer else config.txt_size)
-    return cache, int(cache + max(shallow, MARGIN * item * reading))
+    rolling = _window(deep, copies, window * size, config.txt_size + window * size)
+    beside = max((_window(block, batch, size, size) for block in config.blocks[:-1] if block.num_layers), default=0)
+    work = MARGIN * STREAM * max(reading, rolling)
+    return cache, int(cache + max(shallow + MARGIN * STREAM * beside, work))
 
 
 def cleaning(config: FlowConfig, size: int, window: int, batch: int, item: int) -> tuple[int, int]:
@@ -147,11 +164,11 @@ def cleaning(config: FlowConfig, size: int, window: int, batch: int, item: int) 
     heads = denoiser.num_heads * denoiser.head_dim
     cached = 2 * (text + (seen + denoiser.look_ahead) * size) * denoiser.num_kv_heads * denoiser.head_dim
     waiting = (1 + denoiser.look_ahead) * size * (denoiser.channels + heads)
-    held = MARGIN * batch * denoiser.num_layers * (cached + waiting) * item
+    held = MARGIN * batch * denoiser.num_layers * (cached * item + waiting * STREAM)
     positions = text + 2 * size
     logits = batch * denoiser.num_heads * positions**2
     work = layer(batch * positions, denoiser.channels, denoiser.channels * denoiser.expansion, logits)
-    return int(held), int(held + MARGIN * item * work)
+    return int(held), int(held + MARGIN * STREAM * work)
 
 
 # ---- the autoencoder of images

@@ -18,6 +18,7 @@ from mlx_starflow import __version__, cpu
 from mlx_starflow.convert.official import RELEASES
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.kernels import MLX_VERSION
+from mlx_starflow.kernels.products import tf32
 from mlx_starflow.media.files import is_folder, is_regular
 from mlx_starflow.media.metadata import read_metadata
 from mlx_starflow.model_dir.directory import ModelDirectory, NetworkDirectory
@@ -25,11 +26,13 @@ from mlx_starflow.model_dir.fingerprint import fingerprint, read_made_of
 from mlx_starflow.model_dir.hub import converted_directory, find_model
 from mlx_starflow.model_dir.precision import MIXED
 from mlx_starflow.model_dir.quantization import SHALLOW_BITS, dequantize_module
-from mlx_starflow.model_dir.weights import parameters
+from mlx_starflow.model_dir.weights import automatic_precision, parameters
 from mlx_starflow.planning.chips import find_chips, time_report
 from mlx_starflow.planning.memory import (
+    HALF,
     MemoryPlan,
     ModelConfigs,
+    packed_dtype,
     parameter_count,
     plans,
     trained_size,
@@ -56,6 +59,11 @@ def summarize(model: str) -> dict[str, str]:
     device = mx.default_device().type.name.upper()
     lines = {"mlx-starflow": f"{__version__}, MLX {MLX_VERSION} on the {device}, Python {platform.python_version()}"}
     lines["BLAS"] = f"{cpu.describe()}, {cpu.gflops():.1f} GFLOPS on the CPU"
+    lines["float32"] = (
+        "products are TF32 (MLX_ENABLE_TF32): certificates and round trips do not hold"
+        if tf32()
+        else ("products are whole: TF32 is off, or this device has none")
+    )
     if cpu.has_fast_networks():
         lines["sampling"] = f"in C++ on {cpu.network_threads()} CPUs; half precision, mxfp and nvfp in MLX"
     if configs := _release(model):
@@ -74,6 +82,7 @@ def summarize(model: str) -> dict[str, str]:
     missing = [title for title, part in PARTS.items() if not directory.has(part)]
     if missing and directory.reads_prompts:
         lines["lacks"] = f"{' and '.join(missing)}: a flow alone, which makes no pictures of prompts"
+    lines |= _precision(directory)
     if origin := read_made_of(directory.path):
         lines["made of"] = _origin(*origin)
     for name, value in directory.pipeline.items():
@@ -152,7 +161,7 @@ def memory_report(
         images = f"{videos} of {frames or configs.flow.video[0]} frames"
     lines = [
         f"Memory in {name} for {images} of {width}x{height}: computed from the configs, not measured.",
-        "8, 6 and 4 bit: of the flow; text encoder and autoencoder are bfloat16 then.",
+        f"8, 6 and 4 bit: of the flow, which computes in {packed_dtype(configs.flow)}; the other networks are {HALF}.",
         "",
         row("weights", list(found)),
     ]
@@ -220,6 +229,18 @@ def _release(model: str) -> ModelConfigs | None:
     return None if is_regular(converted_directory(model) / "config.json") else ModelConfigs.of_release(model)
 
 
+def _precision(directory: ModelDirectory) -> dict[str, str]:
+    """What the networks compute in on this machine unless told otherwise, and why."""
+    flow = directory.flow.precision
+    lines = {"precision": f"{flow.dtype}: {flow.why}"}
+    if flow.fallback:
+        lines["precision"] += f"; {flow.fallback} if numbers leave its range, float32 for editing"
+    other = automatic_precision()
+    if directory.has("vae") and other.dtype != flow.dtype:
+        lines["beside it"] = f"{other.dtype}: {other.why}"
+    return lines
+
+
 def _architecture(flow: Any) -> dict[str, str]:
     lines = {}
     blocks = [flow.block(index) for index in range(flow.blocks)] if isinstance(flow.blocks, int) else flow.blocks
@@ -249,10 +270,10 @@ def _size(network: NetworkDirectory[nn.Module, Any]) -> str:
     stored = network.lazy()
     size = sum(value.nbytes for value in parameters(stored).values())
     dequantize_module(stored)
-    return f"{parameter_count(stored) / 1e6:.2f} M parameters, {size / 2**20:.1f} MiB, {_precision(network)}"
+    return f"{parameter_count(stored) / 1e6:.2f} M parameters, {size / 2**20:.1f} MiB, {_stored(network)}"
 
 
-def _precision(network: NetworkDirectory[nn.Module, Any]) -> str:
+def _stored(network: NetworkDirectory[nn.Module, Any]) -> str:
     """What weights are stored in: a dtype, or how they are quantized, by the name that `--quantize` takes."""
     if not (quantization := network.quantization):
         dtypes = {str(value.dtype).removeprefix("mlx.core.") for value in parameters(network.lazy()).values()}
