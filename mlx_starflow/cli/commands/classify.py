@@ -97,7 +97,8 @@ def classify(
     if csv_file is not None:
         write_csv(rows, csv_file)
     if json_file is not None:
-        write_json({"model": model, "labels": names, "pictures": rows, "skipped": files.skipped()}, json_file)
+        about = {"model": model, "seed": seed, "draws": draws, "labels": names}
+        write_json({**about, "pictures": rows, "skipped": files.skipped()}, json_file)
     if Path("-") not in (csv_file, json_file):
         for row in rows:
             margin = "" if row["margin_nats"] is None else f", {row['margin_nats']:.1f} nats ahead"

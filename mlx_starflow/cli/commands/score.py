@@ -119,7 +119,9 @@ def score(
         write_csv(_with_frames(rows), csv_file)
     if json_file is not None:
         unit = f"nats per {pipe.dimension}"
-        write_json({"model": model, "unit": unit, "pictures": rows, "skipped": files.skipped()}, json_file)
+        write_json(
+            {"model": model, "seed": seed, "unit": unit, "pictures": rows, "skipped": files.skipped()}, json_file
+        )
     if Path("-") not in (csv_file, json_file):
         _print(rows, pipe.dimension)
 
