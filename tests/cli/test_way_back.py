@@ -30,7 +30,7 @@ def test_encode(noise, tmp_path):
     # Without a prompt both branches are the same, and the error is that of rounding times the guidance.
     (line,) = warned(encode(PIZZA, "--guidance", 6e5, "-o", out))
     assert "on the way back from the noise the error is 0." in line
-    assert not warned(encode(PIZZA, "-p", "pizza", "--guidance", 1e3, "--no-check", "-o", out))
+    assert not warned(encode(PIZZA, "-p", "pizza", "--guidance", 1e3, "--no-check", "-o", out, "--overwrite"))
 
 
 def test_decode(noise, tmp_path):
