@@ -202,7 +202,7 @@ def timed(name: str, run: Run, clock: Clock, certify: Callable[[Any], Certificat
         return
     total = sum(evaluations)
     counts = " + ".join(map(str, evaluations))
-    say(f"| {name} | {seconds:.2f} | {counts} = {total} | {1e3 * seconds / total:.2f} | {certificate} |")
+    say(f"| {name} | {seconds:.3g} | {counts} = {total} | {1e3 * seconds / total:.2f} | {certificate} |")
 
 
 def sides(flow: STARFlow) -> tuple[int, int]:
