@@ -12,7 +12,8 @@ encode, decode, edit = Command("encode"), Command("decode"), Command("edit")
 
 def warned(result):
     assert result.exit_code == 0, result.output
-    return [line for line in result.stderr.splitlines() if line.startswith("Warning: ")]
+    lines = [line for line in result.stderr.splitlines() if line.startswith("Warning: ")]
+    return [line for line in lines if "numbers left float16's range" not in line]
 
 
 @pytest.fixture(scope="module")

@@ -139,7 +139,7 @@ def _lazy_flow(model: ModelDirectory, dtype: mx.Dtype) -> STARFlow:
 def _load_base(model: str | Path, quantization: str | None) -> STARFlow:
     """A model's flow, quantized if need be; its dense weights are never in memory all at once."""
     if quantization is None:
-        dense = load_flow(model)
+        dense = load_flow(model, dtype=training_dtype())
         assert isinstance(dense, STARFlow)
         return dense
     flow = _lazy_flow(ModelDirectory.find(model), training_dtype())
