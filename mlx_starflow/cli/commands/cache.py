@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 @click.option("--batch-size", type=int, default=8, show_default=True, help="Pictures to encode at once.")
 @click.option("--split", default="train", show_default=True, help="Take pictures whose metadata has this split.")
 @click.option("--caption-column", metavar="NAME", help="Field of the metadata that holds the caption, such as text.")
+@click.option("--caption", metavar="TEXT", help="Of pictures that have none, such as 'a photo of rex the dog'.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random views.")
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Go on where an earlier run stopped.")
 @click.option("--check", is_flag=True, help="DATA is a cache: compare the checksums of its files.")
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     excludes(
         "--check",
         *("--output", "--model", "--size", "--buckets", "--square", "--views", "--flip", "--dtype", "--batch-size"),
-        *("--split", "--caption-column", "--seed", "--resume", "--no-resume"),
+        *("--split", "--caption-column", "--caption", "--seed", "--resume", "--no-resume"),
     ),
     excludes("--seed", "--views 1", reason="--seed is of random views, the second one on: give --views 2, or more"),
 )
@@ -58,6 +59,7 @@ def cache(
     batch_size: int,
     split: str,
     caption_column: str | None,
+    caption: str | None,
     seed: int,
     resume: bool,
     check: bool,
@@ -90,6 +92,7 @@ def cache(
         batch_size=batch_size,
         split=split,
         caption_column=caption_column,
+        caption=caption,
         seed=seed,
     )
     cpu.hint_if_slow()
@@ -114,6 +117,9 @@ def _check(folder: Path) -> None:
 def _remarks(summary: CacheSummary) -> Iterator[str]:
     if summary.skipped:
         yield summary.skipped
+    if summary.repeats != (1, 1):
+        low, high = summary.repeats
+        yield f"the folders' names give repeats: a pass takes a picture {low if low == high else f'{low} to {high}'} times"
     if summary.enlarged:
         yield f"{summary.enlarged} pictures are smaller than they are encoded, and were enlarged"
     if summary.cut:

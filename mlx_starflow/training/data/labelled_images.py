@@ -23,6 +23,7 @@ class LabelledImages(IndexedData):
         classes: all names, in the order of their labels; by default those that occur, sorted. With a single one there
             are no labels.
         flip: half of the images, at random, are mirrored.
+        repeats: how often a pass takes each image, `[N]`; None: once.
 
     Attributes:
         classes: names of the classes.
@@ -30,13 +31,20 @@ class LabelledImages(IndexedData):
     """
 
     def __init__(
-        self, images: np.ndarray, names: Sequence[str], *, classes: Sequence[str] | None = None, flip: bool = False
+        self,
+        images: np.ndarray,
+        names: Sequence[str],
+        *,
+        classes: Sequence[str] | None = None,
+        flip: bool = False,
+        repeats: Sequence[int] | np.ndarray | None = None,
     ):
         self.images, self.flip = images, flip
+        self.repeats = np.ones(len(images), np.int64) if repeats is None else np.asarray(repeats)
         self.classes = list(classes) if classes is not None else sorted(set(names))
         number = {name: label for label, name in enumerate(self.classes)}
         self.labels = np.array([number[name] for name in names], np.int32)
-        self.order = Order(len(images))
+        self.order = Order(len(images), repeats=self.repeats)
 
     @classmethod
     def read(cls, data: str | Path, *, size: int, flip: bool = False) -> LabelledImages:
@@ -50,7 +58,8 @@ class LabelledImages(IndexedData):
     @classmethod
     def of(cls, folder: ImageFolder, *, flip: bool = False) -> LabelledImages:
         """Images that have been read; the first caption of each is the name of its class."""
-        return cls(folder.images, [captions[0] for captions in folder.captions], flip=flip)
+        names = [captions[0] for captions in folder.captions]
+        return cls(folder.images, names, flip=flip, repeats=folder.repeats)
 
     def split(self, every: int) -> tuple[LabelledImages, LabelledImages]:
         """(The others, each `every`-th image but at least 2): to train on, and to validate with.
@@ -67,7 +76,8 @@ class LabelledImages(IndexedData):
 
         def part(chosen: np.ndarray, flip: bool) -> LabelledImages:
             names = [self.classes[label] for label in self.labels[chosen]]
-            return LabelledImages(self.images[chosen], names, classes=self.classes, flip=flip)
+            repeats = self.repeats[chosen]
+            return LabelledImages(self.images[chosen], names, classes=self.classes, flip=flip, repeats=repeats)
 
         return part(~held, self.flip), part(held, False)
 

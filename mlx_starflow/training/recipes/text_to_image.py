@@ -145,19 +145,21 @@ def _train_model(
     model = TextFlow(STARFlow(flow_config), T5Encoder(text_config))
     initialize_text_encoder(model.text_encoder)
 
-    def samples(latents: np.ndarray, captions: list[list[str]]) -> CaptionedLatents:
+    def samples(latents: np.ndarray, folder: ImageFolder) -> CaptionedLatents:
         tokens = (flow_config.img_size // flow_config.patch_size) ** 2
         normalized = ((latents - mean) / std).astype(np.float32)
-        return CaptionedLatents(normalized, captions, tokenizer, text_length=length, tokens=tokens)
+        return CaptionedLatents(
+            normalized, folder.captions, tokenizer, text_length=length, tokens=tokens, repeats=folder.repeats
+        )
 
     validation = None
     if held_out:
         views = encode_views(autoencoder, held_out.images, 1, np.random.default_rng(preset.flow_training.seed))
-        validation = samples(views, held_out.captions)
+        validation = samples(views, held_out)
     watched = held_out if held_out else captioned
     trainer = Trainer(
         model,
-        samples(latents, captioned.captions),
+        samples(latents, captioned),
         preset.flow_training,
         work / "flow",
         loss=partial(TextFlow.loss, gradient_checkpointing=preset.flow_training.checkpoint_layers),

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.media.buckets import RATIOS, bucket_size
 from mlx_starflow.media.files import parse_json
-from mlx_starflow.media.sources import Skip, open_source, skip_report
+from mlx_starflow.media.sources import Skip, open_source, repeats_of, skip_report
 from mlx_starflow.planning.limits import check_held, check_side
 from mlx_starflow.planning.memory import metal_limits
 from mlx_starflow.training.data.cache.encode import STEP, Changed, ImageStage, Items, TextStage
@@ -40,6 +40,7 @@ class CacheSettings:
         batch_size: images that go through the autoencoder at once.
         split: takes the images whose metadata has this `split`; "train" if it has none.
         caption_column: field of the metadata that holds the caption.
+        caption: of images that have none.
         seed: of the random views.
     """
 
@@ -51,6 +52,7 @@ class CacheSettings:
     batch_size: int = 8
     split: str = "train"
     caption_column: str | None = None
+    caption: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -94,6 +96,7 @@ class CacheSummary:
 
     Attributes:
         images, texts: how many; texts are distinct captions, the empty one included.
+        repeats: times that a pass takes an image, the least and the most; (1, 1) if all count once.
         enlarged: images that were smaller than they are encoded.
         cut: texts that were longer than the model reads.
         bytes: on disk.
@@ -104,6 +107,7 @@ class CacheSummary:
     folder: Path
     images: int
     texts: int
+    repeats: tuple[int, int]
     enlarged: int
     cut: int
     bytes: int
@@ -139,7 +143,7 @@ def build_cache(
     """
     network, settings = CacheModel(model), settings or CacheSettings()
     shapes = settings.shapes(network)
-    source = open_source(data, settings.caption_column)
+    source = open_source(data, settings.caption_column, settings.caption)
     hide = None if progress is None else not progress
     with CacheWriter(Path(out), settings.resolve(network), resume=resume) as writer, metal_limits():
         done = Progress(writer.finished["items"], writer.finished["source"]) if writer.finished else writer.progress
@@ -209,6 +213,7 @@ def _facts(
         "source": writer.progress.source,
         "pictures": len(rows),
         "texts": texts,
+        "repeats": (min(map(repeats_of, rows)), max(map(repeats_of, rows))),
         "enlarged": sum(any(a < b for a, b in zip(row["size"], shapes[row["bucket"]], strict=True)) for row in rows),
         "cut": writer.progress.cut,
         "buckets": {
@@ -227,6 +232,7 @@ def _summary(writer: CacheWriter, *, finished_before: bool) -> CacheSummary:
         writer.folder,
         images=manifest["pictures"],
         texts=manifest["texts"],
+        repeats=tuple(manifest.get("repeats", (1, 1))),
         enlarged=manifest["enlarged"],
         cut=manifest["cut"],
         bytes=sum(file["bytes"] for file in manifest["files"].values()),
