@@ -12,6 +12,11 @@ from mlx_starflow.models.configs import plain_fields
 
 OPTIMIZERS = ("adamw", "adafactor", "muon", "sinkgd")
 
+MOMENTS = {"adamw": 2, "muon": 1, "adafactor": 0, "sinkgd": 0}
+"""Numbers that an optimizer keeps of each weight, about."""
+
+REPORTERS = ("tensorboard", "wandb")
+
 LEARNING_RATES = {"muon": 2e-2, "sinkgd": 2e-2}
 """Highest learning rates of optimizers whose unit is not AdamW's, unless somebody asks for another; see
 `examples/reports/optimizers.py`."""
@@ -46,6 +51,7 @@ class TrainingConfig:
         validate_every: steps between validations, where there is data for it; 0: none.
         patience: so many validations in a row without a better one end the training; 0: none do.
         shard: keep a share of every large weight in each process; needs a backend other than ring.
+        report_to: "tensorboard" or "wandb", where log and images go besides the run's folder; None: nowhere.
     """
 
     steps: int
@@ -74,6 +80,7 @@ class TrainingConfig:
     validate_every: int = 0
     patience: int = 0
     shard: bool = False
+    report_to: str | None = None
 
     def __post_init__(self) -> None:
         plain_fields(self)
@@ -90,6 +97,7 @@ class TrainingConfig:
         self._require("betas", "two numbers in 0..1, less than 1", lambda b: len(b) == 2 and 0 <= min(b) <= max(b) < 1)
         self._require("optimizer", f"one of {', '.join(OPTIMIZERS)}", OPTIMIZERS.__contains__)
         self._require("dtype", f"one of {', '.join(DTYPES)}", lambda value: value is None or value in DTYPES)
+        self._require("report_to", f"one of {', '.join(REPORTERS)}", lambda value: value is None or value in REPORTERS)
         self._require(
             "patience",
             "0 where there is no validation (validate_every)",
@@ -139,6 +147,7 @@ class TrainingOptions:
     validate_every: int | None = None
     patience: int | None = None
     shard: bool | None = None
+    report_to: str | None = None
 
     def given(self) -> dict[str, Any]:
         """Those that are asked for, by name."""

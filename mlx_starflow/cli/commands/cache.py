@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +13,7 @@ from mlx_starflow.cli.options.rules import excludes, option_rules
 from mlx_starflow.model_dir.precision import DTYPES
 
 if TYPE_CHECKING:
-    from mlx_starflow.training.data.cache.build import CacheSummary
+    pass
 
 
 @click.command()
@@ -98,7 +97,7 @@ def cache(
     cpu.hint_if_slow()
     with resumable("stopped: the same command goes on where this one was"):
         summary = build_cache(data, output, model, settings, resume=resume)
-    for line in _remarks(summary):
+    for line in summary.remarks():
         click.echo(line, err=True)
     done = "was finished already" if summary.finished_before else "finished"
     click.echo(
@@ -112,15 +111,3 @@ def _check(folder: Path) -> None:
     found = LatentCache(folder)
     found.check()
     click.echo(f"{folder} is intact: {len(found)} pictures, {found.bytes / 2**20:.1f} MiB")
-
-
-def _remarks(summary: CacheSummary) -> Iterator[str]:
-    if summary.skipped:
-        yield summary.skipped
-    if summary.repeats != (1, 1):
-        low, high = summary.repeats
-        yield f"the folders' names give repeats: a pass takes a picture {low if low == high else f'{low} to {high}'} times"
-    if summary.enlarged:
-        yield f"{summary.enlarged} pictures are smaller than they are encoded, and were enlarged"
-    if summary.cut:
-        yield f"{summary.cut} captions are longer than the model reads, and were cut"

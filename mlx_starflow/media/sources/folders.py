@@ -174,8 +174,9 @@ class WithCaption:
 
     def __iter__(self) -> Iterator[Sample | Skip]:
         for item in self._source:
-            without = isinstance(item, Sample) and not item.captions
-            yield replace(item, captions=(self._caption,)) if without else item
+            if isinstance(item, Sample) and not item.captions:
+                item = replace(item, captions=(self._caption,))
+            yield item
 
 
 class Parts:

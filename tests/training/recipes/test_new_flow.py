@@ -21,7 +21,8 @@ from mlx_starflow.training.data.cache.build import CacheSettings, build_cache
 from mlx_starflow.training.data.cache.reading import CachedLatents, LatentCache
 from mlx_starflow.training.loop.checkpoint import checkpoint_files
 from mlx_starflow.training.loop.trainer import Trainer
-from mlx_starflow.training.recipes.new_flow import NewFlow, read_flow_config
+from mlx_starflow.training.recipes.flow_config import flow_config_of, read_flow_config
+from mlx_starflow.training.recipes.new_flow import NewFlow
 
 pytestmark = pytest.mark.usefixtures("uncompiled")
 command = Command("train")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -113,6 +113,19 @@ class CacheSummary:
     bytes: int
     skipped: str
     finished_before: bool
+
+    def remarks(self) -> Iterator[str]:
+        """What whoever gave the pictures should know of them, a line each."""
+        if self.skipped:
+            yield self.skipped
+        if self.repeats != (1, 1):
+            low, high = self.repeats
+            times = f"{low}" if low == high else f"{low} to {high}"
+            yield f"the names of the folders give repeats: a pass takes each picture {times} times"
+        if self.enlarged:
+            yield f"{self.enlarged} pictures are smaller than they are encoded, and were enlarged"
+        if self.cut:
+            yield f"{self.cut} captions are longer than the model reads, and were cut"
 
 
 def build_cache(
