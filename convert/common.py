@@ -16,6 +16,7 @@ from mlx_starflow.convert.pth import Checkpoint, read_checkpoint
 from mlx_starflow.convert.tensor import Tensor
 from mlx_starflow.errors import StarflowError, one_line, printable
 from mlx_starflow.media.files import exists, inside, is_folder, is_regular
+from mlx_starflow.media.outputs import check_outputs
 from mlx_starflow.model_dir.files import read_index, read_safetensors
 from mlx_starflow.model_dir.quantization import quantize_module, quantized_layers
 from mlx_starflow.model_dir.saving import save_tensors
@@ -110,9 +111,10 @@ def _stored(checkpoint: Checkpoint, name: str) -> Tensor:
 
 
 def check_target(source: Path, out_dir: Path) -> None:
-    """Raises StarflowError if the model would be written into the checkpoint's own folder, over its files."""
+    """Raises StarflowError if the model cannot be written, or would be into the checkpoint's own folder."""
     if exists(out_dir) and out_dir.resolve() == source.resolve():
         raise StarflowError(f"{out_dir} is the checkpoint's own folder; give another one to write to")
+    check_outputs(folders=[out_dir])
 
 
 def write_module(

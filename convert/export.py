@@ -14,6 +14,7 @@ from mlx_starflow.convert.archive import check_archive_name, write_archive
 from mlx_starflow.convert.common import as_tensor
 from mlx_starflow.convert.tensor import Tensor
 from mlx_starflow.errors import StarflowError, one_line
+from mlx_starflow.media.outputs import check_outputs
 from mlx_starflow.model_dir.directory import NetworkDirectory
 from mlx_starflow.model_dir.files import Spec, read_config
 from mlx_starflow.model_dir.quantization import dequantize_module
@@ -52,6 +53,7 @@ def export_model(directory: str | Path, path: str | Path) -> Path:
     model_type = read_config(directory).get("model_type")
     if path.parent.resolve() == directory.resolve():
         raise StarflowError(f"{path} is in the model's own folder; write the checkpoint to another one")
+    check_outputs([path] if path.parent.is_dir() else [], folders=[path.parent])
     if model_type not in _LAYOUTS:
         raise StarflowError(
             f"{directory / 'config.json'}: model_type {model_type!r} is not known; it must be one of "

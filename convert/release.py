@@ -16,6 +16,7 @@ from mlx_starflow.convert.t5 import convert_t5
 from mlx_starflow.convert.vae import convert_vae
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.media.files import exists, read_json, replacing
+from mlx_starflow.media.outputs import check_outputs
 from mlx_starflow.model_dir.files import read_index
 from mlx_starflow.model_dir.hub import converted_directory, fetch
 from mlx_starflow.model_dir.quantization import QUANTIZATIONS
@@ -86,6 +87,8 @@ def convert_release(
         raise StarflowError(f"{config or flow_name} is {what}; convert it with: mlx-starflow convert {other}")
     factor = later_scale(str(arguments.get("vae") or release.vae)) if is_video else None
     directory = converted_directory(repository) if out_dir is None else Path(out_dir)
+    files = [part for part in (checkpoint, text_encoder, vae) if part is not None]
+    check_outputs(folders=[directory, directory / "text_encoder", directory / "vae"], inputs=files)
     text_dtype = dtype or mx.bfloat16
     sources = {
         "text_encoder": str(text_encoder or release.text_encoder),

@@ -1,8 +1,12 @@
-"""The one exception a user should ever read, and what other exceptions say, made fit to be part of it."""
+"""The exceptions a user should ever read, and what other exceptions say, made fit to be part of it."""
 
 
 class StarflowError(Exception):
     """A mistake the user can mend. The message is one line that names the mistake and, where possible, the fix."""
+
+
+class NotFinite(StarflowError):
+    """A network made a NaN or an infinity: better an error than a black picture."""
 
 
 def printable(text: str) -> str:

@@ -12,6 +12,7 @@ import traceback
 import warnings
 from contextlib import suppress
 from importlib import import_module
+from typing import Any
 
 import click
 
@@ -32,7 +33,13 @@ class Commands(click.Group):
             return None
         return getattr(import_module(f"{commands.__name__}.{name}"), name)
 
+    def main(self, *arguments: Any, **options: Any) -> Any:
+        _occupy_standard_streams()
+        return super().main(*arguments, **options)
+
     def invoke(self, context: click.Context) -> object:
+        if sys.stdout is None:
+            raise _UserError("standard output is closed: send it to a file, or to /dev/null")
         with terminated_as_interrupted():
             try:
                 result = super().invoke(context)
@@ -56,10 +63,19 @@ class Commands(click.Group):
                 raise _UserError(_unexpected(error)) from None
 
 
+def _occupy_standard_streams() -> None:
+    """Give the numbers of streams that are closed to /dev/null: a file that got one would be read, or printed into."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+    if sys.stderr is None:  # libraries write to it without looking
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+
+
 def _flush() -> None:
     """What was printed has arrived. Raises StarflowError if standard output cannot take it, as a full disk."""
-    if sys.stdout is None:
-        return
     try:
         sys.stdout.flush()
     except BrokenPipeError:
@@ -79,7 +95,7 @@ def _drop_output() -> None:
 
 def _unexpected(error: Exception) -> str:
     """One line about an exception that nobody foresaw, and a file that tells more."""
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         _drop_output()
         return f"the output cannot be written: {one_line(error)}"
     what = f"{type(error).__name__}: {one_line(error)}"[:300]

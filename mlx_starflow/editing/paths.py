@@ -75,12 +75,12 @@ def reprompt(
     model.release("text_encoder")
     if conditions is None:
         raise StarflowError(f"{model.name} reads no prompts: use vary or interpolate")
-    z = np.array(to_noise(GuidedFlow(model.dense_flow(), data.shape, conditions[:1]), mx.array(data)))
+    z = np.array(to_noise(GuidedFlow(model.exact_flow(), data.shape, conditions[:1]), mx.array(data)))
 
     def regenerate(part: list[float]) -> mx.array:
         count = len(part)
         first, second = (mx.repeat(conditions[i : i + 1], count, axis=0) for i in (0, 1))
-        guided = BlendedFlow(model.dense_flow(), (count, *z.shape[1:]), first, second, part)
+        guided = BlendedFlow(model.exact_flow(), (count, *z.shape[1:]), first, second, part)
         return regenerated(guided, mx.array(np.repeat(z, count, axis=0)))
 
     images, made = _regenerated(model, strengths, regenerate, batch_size, progress)
@@ -130,7 +130,7 @@ def vary(
     data = model.to_data([image], size)
     condition = model.conditions([prompt], data.shape)
     model.release("text_encoder")
-    z = np.array(to_noise(GuidedFlow(model.dense_flow(), data.shape, condition), mx.array(data)))
+    z = np.array(to_noise(GuidedFlow(model.exact_flow(), data.shape, condition), mx.array(data)))
     other = temperature * draw_noise(range(seed, seed + images), z.shape[1:])
     places = [(path, strength) for path in range(images) for strength in strengths]
 
@@ -139,9 +139,9 @@ def vary(
         cos, sin = (_column(f(angles), z.ndim) for f in (np.cos, np.sin))
         turned = cos * z + sin * other[[path for path, _ in part]]
         text = None if condition is None else mx.repeat(condition, len(part), axis=0)
-        x = regenerated(GuidedFlow(model.dense_flow(), turned.shape, text), mx.array(turned.astype(np.float32)))
+        x = regenerated(GuidedFlow(model.exact_flow(), turned.shape, text), mx.array(turned.astype(np.float32)))
         moved = mx.array(_column(angles > 0, x.ndim))
-        return mx.where(moved, cleaned(model.dense_flow(), x, text), x) if any(angles) else x
+        return mx.where(moved, cleaned(model.exact_flow(), x, text), x) if any(angles) else x
 
     varied, made = _regenerated(model, places, regenerate, batch_size, progress)
     about = {**model.origin(), "made_by": "edit vary", "prompts": [prompt], "size": varied[0].size}
@@ -179,15 +179,15 @@ def interpolate(
     data = model.to_data([first, second], size)
     conditions = model.conditions(prompts, data.shape)
     model.release("text_encoder")
-    z = np.array(to_noise(GuidedFlow(model.dense_flow(), data.shape, conditions), mx.array(data)))
+    z = np.array(to_noise(GuidedFlow(model.exact_flow(), data.shape, conditions), mx.array(data)))
 
     def regenerate(part: list[float]) -> mx.array:
         noise = slerp(z[:1], z[1:], np.array(part))
         if conditions is None:
-            guided = GuidedFlow(model.dense_flow(), noise.shape)
+            guided = GuidedFlow(model.exact_flow(), noise.shape)
         else:
             start, end = (mx.repeat(conditions[i : i + 1], len(part), axis=0) for i in (0, 1))
-            guided = BlendedFlow(model.dense_flow(), noise.shape, start, end, part)
+            guided = BlendedFlow(model.exact_flow(), noise.shape, start, end, part)
         return regenerated(guided, mx.array(noise.astype(np.float32)))
 
     images, made = _regenerated(model, shares, regenerate, batch_size, progress)

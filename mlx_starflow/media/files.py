@@ -6,14 +6,17 @@ them can make a parser nest, or a list grow, without end.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
 import re
+import shutil
 import stat
 import sys
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +36,12 @@ MOST_DEPTH = 64
 
 MOST_ITEMS = 100_000
 """Values in a YAML file, with those that aliases repeat."""
+
+LONGEST_NAME = 255
+"""Bytes of a file's name, on all the usual file systems."""
+
+LONGEST_SUFFIX = 32
+"""Bytes of what says a file's format."""
 
 _HUB = re.compile(r"(models|datasets|spaces)--.+")
 
@@ -63,8 +72,12 @@ def _mode(path: Path) -> int | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
-        name = str(path) if str(path).isprintable() and len(str(path)) <= 300 else ascii(str(path)[:300])
-        raise StarflowError(f"cannot read {name}: {one_line(error)}") from None
+        raise StarflowError(f"cannot read {shown(path)}: {one_line(error)}") from None
+
+
+def shown(path: Path) -> str:
+    """A name in a message: on one line, however it is made."""
+    return str(path) if str(path).isprintable() and len(str(path)) <= 300 else ascii(str(path)[:300])
 
 
 def expanded(path: str | Path) -> Path:
@@ -265,6 +278,8 @@ def replacing(
 ) -> Iterator[Path]:
     """A temporary path beside `path` to write to; it takes `path`'s place when the block ends without an error.
 
+    A device or a pipe is written to at the end, and stays what it is (`is_special`).
+
     Args:
         path: replaced if it exists.
         failure: how the error message begins; "`path` cannot be written" by default.
@@ -277,34 +292,81 @@ def replacing(
     Raises:
         StarflowError: the operating system refuses to write there (no folder, no permission, disk full).
     """
-    own = f".{path.stem}.{os.getpid()}{path.suffix}"  # the suffix tells writers the format
-    temporary = path.with_name(f"partial-{path.name}" if overwrites_partial else own)
+    with ExitStack() as stack:
+        try:
+            if special := is_special(path):
+                if path.is_block_device():
+                    raise OSError("it is a disk")
+                temporary = Path(stack.enter_context(tempfile.TemporaryDirectory())) / f"file{path.suffix}"
+            else:
+                temporary = path.with_name(f"partial-{path.name}") if overwrites_partial else temporary_path(path)
+                stack.callback(_unlink, temporary)
+            if makes_folder:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            for left in left_behind(path):
+                left.unlink(missing_ok=True)
+            yield temporary
+            if special:
+                with open(temporary, "rb") as source, open(path, "wb") as target:
+                    shutil.copyfileobj(source, target)
+                return
+            if sync:
+                _sync(temporary)
+            os.replace(temporary, path)
+            if sync:
+                with suppress(OSError):  # not every file system can say that a folder has reached the disk
+                    _sync(path.parent)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise StarflowError(f"{failure or f'{shown(path)} cannot be written'}: {one_line(error)}{advice}") from None
+
+
+def _unlink(path: Path) -> None:
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
+
+
+def is_special(path: Path) -> bool:
+    """Whether this is a device or a pipe, such as /dev/null, /dev/stdout, or what a shell makes of `>(gzip)`.
+
+    Links elsewhere are not followed: whoever wrote a folder shall not choose what is written to outside of it.
+    """
     try:
-        if makes_folder:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        for left in left_behind(path):
-            left.unlink(missing_ok=True)
-        yield temporary
-        if sync:
-            _sync(temporary)
-        os.replace(temporary, path)
-        if sync:
-            with suppress(OSError):  # not every file system can say that a folder has reached the disk
-                _sync(path.parent)
-    except OSError as error:
-        raise StarflowError(f"{failure or f'{path} cannot be written'}: {one_line(error)}{advice}") from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        mode = os.lstat(path).st_mode
+    except (OSError, ValueError):
+        return False
+    if stat.S_ISLNK(mode):
+        return Path(os.path.abspath(path)).parts[1:2] in (("dev",), ("proc",))
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def temporary_path(path: Path) -> Path:
+    """Where this process writes what shall be `path`: beside it, hidden, with its suffix, which says the format."""
+    stem, suffix = _temporary_name(path)
+    return path.with_name(f"{stem}{os.getpid()}{suffix}")
 
 
 def left_behind(path: Path) -> list[Path]:
     """Temporary files, or folders, of `path` whose processes have ended without taking them away."""
     if not path.parent.is_dir():
         return []
-    name = re.compile(rf"\.{re.escape(path.stem)}\.(\d+){re.escape(path.suffix)}")
+    stem, suffix = _temporary_name(path)
+    name = re.compile(rf"{re.escape(stem)}(\d+){re.escape(suffix)}")
     found = [(each, name.fullmatch(each)) for each in os.listdir(path.parent)]
     return [path.parent / each for each, match in found if match and not _is_alive(int(match[1]))]
+
+
+def _temporary_name(path: Path) -> tuple[str, str]:
+    """What stands before and after the process's number; together with it no longer than a name may be."""
+    stem, suffix = path.stem, path.suffix
+    if len(os.fsencode(suffix)) > LONGEST_SUFFIX:
+        stem, suffix = path.name, ""
+    room = LONGEST_NAME - len(f"..{1 << 32}") - len(os.fsencode(suffix))
+    if len(os.fsencode(stem)) > room:
+        digest = hashlib.sha256(os.fsencode(stem)).hexdigest()[:8]
+        stem = os.fsencode(stem)[: room - len(digest)].decode(errors="ignore") + digest
+    return f".{stem}.", suffix
 
 
 def _is_alive(number: int) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.media.description import describing, description_of
 from mlx_starflow.media.files import exists, is_regular, replacing
 from mlx_starflow.media.formats import ANIMATIONS, FORMATS, UNDESCRIBED
+from mlx_starflow.media.outputs import check_outputs
 from mlx_starflow.media.pixels import no_remarks
 
 LONGEST = 100
@@ -59,11 +59,7 @@ def check_output(path: Path, formats: Sequence[str] = FORMATS) -> None:
     """Raise StarflowError if an image could not be written to `path`: better before the work than after it."""
     if path.suffix.lower() not in formats:
         raise StarflowError(f"{path}: pictures are written as {', '.join(formats)}; name the file for instance out.png")
-    folder = path.parent
-    if not folder.is_dir():
-        raise StarflowError(f"{path} cannot be written: the folder {folder} does not exist")
-    if path.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
-        raise StarflowError(f"{path} cannot be written: no permission, or it is a folder")
+    check_outputs([path])
 
 
 def save_image(image: Image.Image, path: Path, metadata: dict[str, Any] | None = None) -> None:

@@ -17,7 +17,7 @@ def joined(metadata: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     first = metadata[0]
     result: dict[str, Any] = {}
     for key, value in first.items():
-        values = [each.get(key) for each in metadata]
+        values: list[Any] = [each.get(key) for each in metadata]
         if all(each == value for each in values):
             result[key] = value
         else:

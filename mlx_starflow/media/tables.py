@@ -10,16 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_starflow.errors import StarflowError
 from mlx_starflow.media.files import replacing
-
-STDOUT = Path("-")
-
-
-def check_text_output(path: Path) -> None:
-    """Raise StarflowError if a text file could not be written to `path`: better before the work than after it."""
-    if path != STDOUT and (path.is_dir() or not path.parent.is_dir()):
-        raise StarflowError(f"{path} cannot be written: it is a folder, or the folder {path.parent} does not exist")
+from mlx_starflow.media.outputs import STDOUT
 
 
 def write_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:

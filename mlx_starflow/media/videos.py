@@ -16,9 +16,10 @@ from PIL import Image, ImageSequence
 
 from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.media.description import comment_of, described, describing
-from mlx_starflow.media.files import exists, is_folder, is_regular, left_behind, replacing
+from mlx_starflow.media.files import exists, is_folder, is_regular, left_behind, replacing, temporary_path
 from mlx_starflow.media.formats import ANIMATIONS, FORMATS, MOVIES, UNDESCRIBED
 from mlx_starflow.media.images import check_output, read_image_metadata, save_image
+from mlx_starflow.media.outputs import check_outputs
 from mlx_starflow.media.pixels import crop_image, decode_image, no_remarks
 from mlx_starflow.media.sources.inside import read_inside
 from mlx_starflow.media.video_geometry import as_shown, natural_order
@@ -38,6 +39,7 @@ def check_video_output(path: Path, live: bool = False) -> None:
             raise StarflowError(f"{path} cannot be written: frames go into a folder that is new or empty")
         if not path.parent.is_dir():
             raise StarflowError(f"{path} cannot be written: the folder {path.parent} does not exist")
+        check_outputs(folders=[path])
         return
     formats = (*MOVIES, *ANIMATIONS)
     if path.suffix.lower() not in formats:
@@ -185,7 +187,7 @@ class VideoWriter:
 
     @contextmanager
     def _folder(self) -> Iterator[Callable[[Image.Image], None]]:
-        folder = self.path if self.live else self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        folder = self.path if self.live else temporary_path(self.path)
 
         def write(image: Image.Image) -> None:
             save_image(image, folder / f"{self.frames + 1:05}.png", self.metadata)

@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.media.outputs import check_outputs
 from mlx_starflow.model_dir.directory import ModelDirectory, NetworkDirectory, read_tokenizer
 from mlx_starflow.model_dir.files import ORIGIN_FILE
 from mlx_starflow.model_dir.fingerprint import made_of
@@ -50,6 +51,7 @@ def quantize_model(
     source, out = ModelDirectory.find(model), Path(out)
     if out.exists() and out.resolve() == source.path.resolve():
         raise StarflowError(f"{out} is the model's own folder; give another one to write to")
+    check_outputs(folders=[out])
     flow_weights, config = _quantized(source.flow, quantize, group_size)
     if text_encoder is not None and not source.has("text_encoder"):
         raise StarflowError(f"{source.path} has no text encoder to quantize; leave out --text-encoder")

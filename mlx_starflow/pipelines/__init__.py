@@ -5,17 +5,25 @@ from mlx_starflow.pipelines.best_of import BestOf
 from mlx_starflow.pipelines.class_labels import ClassPipeline
 from mlx_starflow.pipelines.image import ImagePipeline
 from mlx_starflow.pipelines.loading import load, load_class_labels, load_video, open_model
-from mlx_starflow.pipelines.results import GenerationResult, GenerationSettings, GenerationStats
+from mlx_starflow.pipelines.results import (
+    GeneratedImage,
+    GenerationResult,
+    GenerationSettings,
+    GenerationStats,
+    ImageStream,
+)
 from mlx_starflow.pipelines.video import VideoPipeline
 from mlx_starflow.pipelines.video_results import VideoResult, VideoSettings, VideoStream
 
 __all__ = [
     "BestOf",
     "ClassPipeline",
+    "GeneratedImage",
     "GenerationResult",
     "GenerationSettings",
     "GenerationStats",
     "ImagePipeline",
+    "ImageStream",
     "Pipeline",
     "VideoPipeline",
     "VideoResult",

@@ -67,6 +67,9 @@ class Pipeline(ImageModel):
     def dense_flow(self) -> Flow:
         return self._mlx.dense_flow()
 
+    def exact_flow(self) -> Flow:
+        return self._mlx.exact_flow()
+
     @property
     def _mlx(self) -> MLXBackend:
         """The backend, for scoring and editing. Raises StarflowError if it is another one."""

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_starflow.errors import StarflowError
 from mlx_starflow.likelihood import ImageModel
 from mlx_starflow.likelihood.prompts import log_likelihoods
-from mlx_starflow.pipelines.results import GenerationResult
+from mlx_starflow.pipelines.results import GeneratedImage, GenerationResult
+
+DRAWS = 4
+"""Of the training noise, for the likelihoods that the best is chosen by."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,7 @@ class BestOf:
 
 
 def choose_best(
-    model: ImageModel, result: GenerationResult, candidates: int, *, draws: int = 4, weight: float = 0.5
+    model: ImageModel, result: GenerationResult, candidates: int, *, draws: int = DRAWS, weight: float = 0.5
 ) -> BestOf:
     """Keep one of every so many samples that follow each other in a result; see `ImagePipeline.best_of`.
 
@@ -47,8 +53,7 @@ def choose_best(
     nats = np.empty((len(latents), 2))
     for prompt in dict.fromkeys(result.prompts):
         mine = [number for number, each in enumerate(result.prompts) if each == prompt]
-        each = log_likelihoods(model, latents[mine], [prompt, ""], draws=draws, numbers=[0] * len(mine))
-        nats[mine] = each.mean(axis=0)
+        nats[mine] = _nats(model, latents[mine], prompt, draws)
     prompted, unprompted = nats.reshape(-1, candidates, 2).transpose(2, 0, 1)
     scores = prompted - weight * unprompted
     chosen = scores.argmax(axis=1)
@@ -66,3 +71,28 @@ def choose_best(
         metadata=[result.metadata[i] for i in kept],
     )
     return BestOf(best, prompted - unprompted, scores, chosen)
+
+
+def best_of_each(
+    model: ImageModel, made: Generator[GeneratedImage, None, None], candidates: int, *, weight: float = 0.5
+) -> Generator[GeneratedImage, None, None]:
+    """`choose_best` of images that come one by one: of every so many the best, as soon as they are there."""
+    while group := list(islice(made, candidates)):
+        latents = np.stack([np.array(each.latents, np.float32) for each in group])
+        prompted, unprompted = _nats(model, latents, group[0].prompt, DRAWS).T
+        best = int((prompted - weight * unprompted).argmax())
+        model.release("flow")
+        yield replace(group[best], fit=float(prompted[best] - unprompted[best]))
+
+
+def check_candidates(prompts: Sequence[str], candidates: int) -> None:
+    """Raise StarflowError unless one of so many can be the best for each prompt."""
+    if candidates < 1:
+        raise StarflowError(f"the best is chosen from 1 or more pictures, not {candidates}")
+    if candidates > 1 and not all(prompt.strip() for prompt in prompts):
+        raise StarflowError("an empty prompt fits every picture equally: give a prompt, or leave out the best-of")
+
+
+def _nats(model: ImageModel, latents: np.ndarray, prompt: str, draws: int) -> np.ndarray:
+    """log p(x | prompt) and log p(x) of each, with the same training noise for all: `[B, 2]`."""
+    return log_likelihoods(model, latents, [prompt, ""], draws=draws, numbers=[0] * len(latents)).mean(axis=0)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from itertools import zip_longest
-from typing import Any
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -15,12 +14,27 @@ from mlx_starflow.errors import StarflowError
 from mlx_starflow.media.images import to_images
 from mlx_starflow.media.noise import draw_noise, draw_seed
 from mlx_starflow.models.autoencoder_kl import WHOLE_PIXELS
-from mlx_starflow.pipelines.best_of import BestOf, choose_best
+from mlx_starflow.pipelines.best_of import BestOf, best_of_each, check_candidates, choose_best
 from mlx_starflow.pipelines.latents import LatentPipeline
-from mlx_starflow.pipelines.results import GenerationResult, GenerationSettings, GenerationStats
+from mlx_starflow.pipelines.results import (
+    GeneratedImage,
+    GenerationResult,
+    GenerationSettings,
+    GenerationStats,
+    ImageStream,
+)
 from mlx_starflow.planning.limits import check_count, check_held
-from mlx_starflow.sampling import SamplingTrace
+from mlx_starflow.sampling import Certificate, SamplingTrace
 from mlx_starflow.sampling.sampler import progress_off
+
+
+class _Batch(NamedTuple):
+    """Images that were sampled together: prompts and seeds, noise, states (the latents last), certificates if any."""
+
+    requests: list[tuple[str, int | None]]
+    noise: np.ndarray
+    states: list[Any]
+    certificates: list[Certificate]
 
 
 class ImagePipeline(LatentPipeline):
@@ -71,57 +85,141 @@ class ImagePipeline(LatentPipeline):
         Raises:
             StarflowError: a setting is out of range, the noise has the wrong shape, or the result is not finite.
         """
+        stream = self.stream(
+            prompts,
+            seed=seed,
+            images=images,
+            noise=noise,
+            settings=settings,
+            guidance=guidance,
+            temperature=temperature,
+            method=method,
+            attn_temp=attn_temp,
+            denoise=denoise,
+            size=size,
+            keep_steps=keep_steps,
+            batch_size=batch_size,
+            live=False,
+            verify=verify,
+            progress=progress,
+        )
+        return stream.collect(list(stream))
+
+    def stream(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        seed: int | Sequence[int] | None = None,
+        images: int = 1,
+        best_of: int = 1,
+        noise: np.ndarray | None = None,
+        settings: GenerationSettings | None = None,
+        guidance: float | None = None,
+        temperature: float | None = None,
+        method: str | None = None,
+        attn_temp: float | None = None,
+        denoise: bool | None = None,
+        size: tuple[int, int] | None = None,
+        keep_steps: bool = False,
+        batch_size: int = 8,
+        live: bool = True,
+        verify: bool = True,
+        progress: bool | None = False,
+    ) -> ImageStream:
+        """Make images and give each as soon as it is finished, batch by batch.
+
+        for image in pipe.stream(["a cat", "a dog"], images=100):
+            image.save(f"{image.prompt} {image.seed}.png")
+
+        Args:
+            best_of: sample so many for each image and give the one that `best_of` would keep. Noise is then
+                `[prompts * images * best_of, h, w, C]`, and so many seeds a prompt are used.
+            live: False samples all images before the first is decoded: with `low_memory`, each network is then read
+                once. (By default it is read again for each batch.)
+
+        The other arguments, the images and the errors are those of `generate`; what is wrong with an argument is said
+        before this returns.
+        """
         chosen = (settings or self.settings).updated(
             guidance=guidance, temperature=temperature, method=method, attn_temp=attn_temp, denoise=denoise, size=size
         )
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
             raise StarflowError("there is no prompt")
-        seeds = self._seeds(seed, images, noise)
+        check_candidates(prompts, best_of)
+        seeds = self._seeds(seed, images * best_of, noise)
+        if len(seeds) % best_of:
+            raise StarflowError(f"{len(seeds)} seeds a prompt cannot be shared out to pictures of {best_of} each")
         check_count(len(prompts) * len(seeds))
         requests = [(prompt, each) for prompt in prompts for each in seeds]
         batch_size, size = min(batch_size, len(requests)), chosen.size or self.size
         self.check_size(size, batch_size, guidance=chosen.guidance)
         shape = self.latent_shape(size)
-        # Noise, latents and pixels; with the steps a picture for each of them.
-        each_held = 8 * math.prod(shape) + 3 * size[0] * size[1]
-        check_held(len(requests), each_held * (1 + keep_steps * (1 + len(self.config.blocks))))
-        if noise is None:
-            noise = draw_noise([each for _, each in requests if each is not None], shape)
-        elif noise.shape != (len(requests), *shape):
+        if not live:
+            # Noise, latents and pixels; with the steps a picture for each of them.
+            each_held = 8 * math.prod(shape) + 3 * size[0] * size[1]
+            check_held(len(requests), each_held * (1 + keep_steps * (1 + len(self.config.blocks))))
+        if noise is not None and noise.shape != (len(requests), *shape):
             raise StarflowError(f"noise has shape {list(noise.shape)}; needed is {[len(requests), *shape]}")
+        stats = GenerationStats()
+        made = self._finished(requests, noise, chosen, stats, keep_steps, batch_size, live, verify, progress)
+        if best_of > 1:
+            made = best_of_each(self, made, best_of)
+        return ImageStream(len(requests) // best_of, chosen, stats, made, self.backend.concatenate)
 
-        stats, backend = GenerationStats(), self.backend
+    def _finished(
+        self,
+        requests: list[tuple[str, int | None]],
+        noise: np.ndarray | None,
+        settings: GenerationSettings,
+        stats: GenerationStats,
+        keep_steps: bool,
+        batch_size: int,
+        live: bool,
+        verify: bool,
+        progress: bool | None,
+    ) -> Generator[GeneratedImage, None, None]:
+        """Images of prompts with their seeds, or with given noise."""
+        backend, shape = self.backend, self.latent_shape(settings.size)
+        numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompt for prompt, _ in requests))}
+        parts = [slice(start, start + batch_size) for start in range(0, len(requests), batch_size)]
+        hide_batches = progress_off(progress) if len(parts) > 1 else True
+
+        def batches(texts: Any) -> Iterator[_Batch]:
+            for part in tqdm(parts, desc="batches", disable=hide_batches):
+                mine = requests[part]
+                own = draw_noise([seed or 0 for _, seed in mine], shape) if noise is None else noise[part]
+                text = texts[backend.array(np.array([numbers[prompt] for prompt, _ in mine]))]
+                sampled = self._sample(own, text, texts[-1:], settings, stats, keep_steps, verify, progress)
+                yield _Batch(mine, own, *sampled)
+
         with backend.limits():
             with self.phases.run(stats, "text"):
-                texts = self.encode_prompts([*prompts, ""], chosen.size)
+                texts = self.encode_prompts([*numbers, ""], settings.size)
             self.release("text_encoder")
-            text = texts[backend.array(np.repeat(np.arange(len(prompts)), len(seeds)))]
-            parts = [slice(start, start + batch_size) for start in range(0, len(requests), batch_size)]
-            hide_batches = progress_off(progress) if len(parts) > 1 else True
-            states = [
-                self._sample(noise[part], text[part], texts[-1:], chosen, stats, keep_steps, verify, progress)
-                for part in tqdm(parts, desc="batches", disable=hide_batches)
-            ]
-            self.release("flow")
-            with self.phases.run(stats, "decode"):
-                decoded = [[self._decode(state) for state in batch] for batch in states]
-            self.release("vae")
-        steps = [list(each) for batch in decoded for each in zip(*batch, strict=True)] if keep_steps else []
-        return GenerationResult(
-            images=[image for batch in decoded for image in batch[-1]],
-            latents=backend.concatenate([batch[-1] for batch in states]),
-            noise=noise,
-            prompts=[prompt for prompt, _ in requests],
-            seeds=[each for _, each in requests],
-            steps=steps,
-            metadata=[
-                self._metadata([p], [s], chosen, noise[i : i + 1], certificate)
-                for i, ((p, s), certificate) in enumerate(zip_longest(requests, stats.certificates))
-            ],
-            settings=chosen,
-            stats=stats,
-        )
+            waiting = batches(texts)
+            if not live:
+                waiting = iter(list(waiting))
+                self.release("flow")
+            for number, batch in enumerate(waiting, 1):
+                if live:
+                    self.release("flow")
+                with self.phases.run(stats, "decode"):
+                    decoded = [self._decode(state) for state in batch.states]
+                if live or number == len(parts):
+                    self.release("vae")
+                for index, (prompt, seed) in enumerate(batch.requests):
+                    own, certificate = batch.noise[index], batch.certificates[index] if batch.certificates else None
+                    yield GeneratedImage(
+                        decoded[-1][index],
+                        prompt,
+                        seed,
+                        batch.states[-1][index],
+                        own,
+                        self._metadata([prompt], [seed], settings, own[None], certificate),
+                        certificate,
+                        [state[index] for state in decoded] if keep_steps else [],
+                    )
 
     def best_of(
         self,
@@ -164,12 +262,9 @@ class ImagePipeline(LatentPipeline):
             StarflowError: as `generate` does, or the prompt is empty: then nothing fits better.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if candidates < 1:
-            raise StarflowError(f"the best is chosen from 1 or more pictures, not {candidates}")
         if not 0 <= weight <= 1:
             raise StarflowError(f"the weight of the unprompted likelihood is a number from 0 to 1, not {weight:g}")
-        if candidates > 1 and not all(prompt.strip() for prompt in prompts):
-            raise StarflowError("an empty prompt fits every picture equally: give a prompt, or leave out the best-of")
+        check_candidates(prompts, candidates)
         result = self.generate(
             prompts,
             seed=draw_seed() if seed is None else seed,
@@ -207,8 +302,11 @@ class ImagePipeline(LatentPipeline):
         keep_steps: bool,
         verify: bool,
         progress: bool | None,
-    ) -> list[Any]:
-        """Noise -> latents; before them, if asked for, the states on the way: noise, and data after each block."""
+    ) -> tuple[list[Any], list[Certificate]]:
+        """Noise -> latents; before them, if asked for, the states on the way: noise, and data after each block.
+
+        And the certificates, if they are asked for.
+        """
         backend, trace = self.backend, SamplingTrace(keep_states=keep_steps)
         z = settings.temperature * backend.array(noise)
         with self.phases.run(stats, "flow"):
@@ -217,16 +315,18 @@ class ImagePipeline(LatentPipeline):
         stats.count(
             trace.evaluations, sum(block.num_layers > 0 for block in blocks) * noise.size // blocks[0].in_channels
         )
+        certificates = []
         if verify and backend.certifies:
             with self.phases.run(stats, "verify"):
                 for one in (slice(index, index + 1) for index in range(len(noise))):
                     certificate = backend.certify(x[one], z[one], text[one], null_text, settings)
-                    stats.certificates.append(certificate)
+                    certificates.append(certificate)
                     self.check_certificate(certificate, self.method(settings))
+        stats.certificates += certificates
         if settings.denoise:
             with self.phases.run(stats, "denoise"):
                 x = backend.denoise(x, text)
-        return [z, *trace.states, x] if keep_steps else [x]
+        return [z, *trace.states, x] if keep_steps else [x], certificates
 
     def _decode(self, latents: Any) -> list[Image.Image]:
         # As many images at once as make up a large one.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import mlx.core as mx
@@ -10,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.media.images import save_image
 from mlx_starflow.models.configs import PIPELINE, plain_fields
 from mlx_starflow.sampling.certificate import Certificate
 from mlx_starflow.sampling.guidance import SamplingOptions
@@ -167,3 +170,79 @@ class GenerationResult:
     metadata: list[dict[str, Any]]
     settings: GenerationSettings
     stats: GenerationStats
+
+
+@dataclass(frozen=True)
+class GeneratedImage:
+    """One finished image, and all there is to know about it.
+
+    Attributes:
+        image: PIL image.
+        prompt, seed: what it was made of; no seed where the noise was given.
+        latents: what was decoded, `[h, w, C]`, an array of the framework that computed it (MLX by default).
+        noise: what the image came from, before the temperature, `[h, w, C]`.
+        metadata: all that is needed to make it again.
+        certificate: how far the flow, run forwards over the sample, is from its noise; None if that was not computed.
+        steps: the states from noise to latents, decoded, if asked for.
+        fit: log p(x | prompt) - log p(x) in nats of the best of several; None if there was one alone.
+    """
+
+    image: Image.Image
+    prompt: str
+    seed: int | None
+    latents: mx.array
+    noise: np.ndarray
+    metadata: dict[str, Any]
+    certificate: Certificate | None = None
+    steps: list[Image.Image] = field(default_factory=list)
+    fit: float | None = None
+
+    def save(self, path: str | Path) -> None:
+        """Write the image, with its metadata. Raises StarflowError."""
+        save_image(self.image, Path(path), self.metadata)
+
+
+class ImageStream(Iterator[GeneratedImage]):
+    """Images, prompt by prompt and seed by seed, each as soon as it is finished.
+
+    Attributes:
+        images: how many will come.
+        settings: how they are sampled.
+        stats: what the images so far have cost.
+    """
+
+    def __init__(
+        self,
+        images: int,
+        settings: GenerationSettings,
+        stats: GenerationStats,
+        made: Generator[GeneratedImage, None, None],
+        concatenate: Callable[[list[Any]], Any],
+    ):
+        self.images, self.settings, self.stats = images, settings, stats
+        self._made, self._concatenate = made, concatenate
+
+    def __next__(self) -> GeneratedImage:
+        return next(self._made)
+
+    def __len__(self) -> int:
+        return self.images
+
+    def close(self) -> None:
+        """Make no more images."""
+        self._made.close()
+
+    def collect(self, made: Sequence[GeneratedImage]) -> GenerationResult:
+        """Images that this stream has given, one or more, as one result."""
+        certificates = [each.certificate for each in made if each.certificate is not None]
+        return GenerationResult(
+            images=[each.image for each in made],
+            latents=self._concatenate([each.latents[None] for each in made]),
+            noise=np.stack([each.noise for each in made]),
+            prompts=[each.prompt for each in made],
+            seeds=[each.seed for each in made],
+            steps=[each.steps for each in made if each.steps],
+            metadata=[each.metadata for each in made],
+            settings=self.settings,
+            stats=replace(self.stats, certificates=certificates),
+        )

@@ -40,6 +40,11 @@ class SamplingTrace:
     evaluations: list[int] = field(default_factory=list)
     states: list[Any] = field(default_factory=list)
 
+    def clear(self) -> None:
+        """Be as new: sampling begins again."""
+        self.evaluations.clear()
+        self.states.clear()
+
 
 def sample(
     flow: Flow,
@@ -97,11 +102,11 @@ def sample(
                 decoder = guided.decoder(index, batch, length)
                 tokens = invert_block(decoder, tokens, settings[index], advance=bar.update)
                 evaluations = decoder.evaluations
+                check_finite(tokens, f"what block {index} made of the noise")
             if trace is not None:
                 trace.evaluations.append(evaluations)
                 if trace.keep_states:
                     trace.states.append(flow.latents(tokens, z.shape))
-    check_finite(tokens, "the sample")
     return flow.latents(tokens, z.shape)
 
 

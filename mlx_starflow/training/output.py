@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from mlx_starflow.errors import StarflowError, one_line
+from mlx_starflow.errors import StarflowError
 from mlx_starflow.media.files import exists, inside, read_json, read_text, replacing
+from mlx_starflow.media.outputs import check_outputs
 from mlx_starflow.model_dir.fingerprint import fingerprint
 from mlx_starflow.training.loop.checkpoint import checkpoint_files
 
@@ -15,27 +16,13 @@ CLAIM = "training/model.txt"
 """In a training's output, the fingerprint of the model there that an earlier run wrote."""
 
 
-def check_run_folder(out: Path) -> None:
-    """Raise StarflowError unless a folder can be made, or written to, at `out`."""
-    there = out
-    try:
-        while not there.exists() and there != there.parent:
-            there = there.parent
-        if not there.is_dir():
-            raise StarflowError(f"{out} cannot be written: {there} is a file; give a folder")
-    except OSError as error:  # a name that is too long, no permission
-        raise StarflowError(f"{out} cannot be written: {one_line(error)}") from None
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise StarflowError(f"{out} cannot be written: there is no permission to write to {there}")
-
-
-def check_model_output(out: Path, model_type: str) -> None:
+def check_model_output(out: Path, model_type: str, inputs: Iterable[str | Path] = ()) -> None:
     """Raise StarflowError unless a training may write its model to `out`, checkpoints and logs to `out/training`.
 
     A model that is there must be of an earlier run of the same training: there are checkpoints of its flow or, where a
-    run that started again has thrown them away, what `claim_model` wrote.
+    run that started again has thrown them away, what `claim_model` wrote. `inputs` are read, and cannot be `out`.
     """
-    check_run_folder(out)
+    check_outputs(folders=[out, out / "training"], inputs=inputs)
     if not (out / "config.json").exists():
         return
     found = read_json(out / "config.json").get("model_type")

@@ -84,7 +84,7 @@ def test_mistakes(tmp_path):
     assert "is not a folder" in mistake("text-encoder", tmp_path / "nowhere", "-o", tmp_path / "out")
     assert "is not a folder" in mistake("vae", tmp_path / "nowhere", "-o", tmp_path / "out")
     (tmp_path / "file").write_text("")
-    assert "cannot write" in mistake("vae", golden_case("sd_vae"), "-o", tmp_path / "file")
+    assert "file is a file; give a folder" in mistake("vae", golden_case("sd_vae"), "-o", tmp_path / "file")
     assert not (tmp_path / "out").exists()
 
 

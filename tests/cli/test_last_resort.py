@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from helpers.commands import Command, message
 from helpers.images import smooth_images
+from helpers.model_directories import write_image_model
 from PIL import Image
 
 from mlx_starflow.media import image_files
@@ -56,6 +57,49 @@ def test_a_full_standard_output():
         )
     assert done.returncode == 2
     assert done.stderr.startswith("Error: ") and done.stderr.count("\n") == 1 and "No space left" in done.stderr
+
+
+def shell(words, end, **options):
+    """A command of a shell, whose last words say what becomes of its streams."""
+    line = f"{sys.executable} -m mlx_starflow {words} {end}"
+    return subprocess.run(["bash", "-c", line], capture_output=True, text=True, **options)
+
+
+@pytest.mark.skipif(not os.path.exists("/bin/bash"), reason="there is no bash")
+def test_closed_streams(tmp_path):
+    model = write_image_model(tmp_path / "model")
+    words = f"generate a -m {model} -n 2 --batch-size 1"
+    done = shell(words, ">&-", cwd=tmp_path)
+    assert done.returncode == 2 and not (tmp_path / "out.png").exists()
+    assert done.stderr == "Error: standard output is closed: send it to a file, or to /dev/null\n"
+    for end in ("<&-", "2>&-", "<&- 2>&-"):
+        done = shell(words, end, cwd=tmp_path)
+        assert done.returncode == 0 and done.stdout.count("seed") == 2, done
+        assert Image.open(tmp_path / "out.png").size == (18, 8)
+        (tmp_path / "out.png").unlink()
+    done = shell(f"generate -m {model} --prompt-file -", "<&-", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("Error: ")
+
+
+@pytest.mark.skipif(not os.path.exists("/bin/bash"), reason="there is no bash")
+def test_whoever_has_seen_enough(tmp_path):
+    done = shell("info demo", "| true", cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == ""
+
+
+@pytest.mark.skipif(not os.path.exists("/bin/bash"), reason="there is no bash")
+def test_a_disk_that_is_full_keeps_the_old_file(tmp_path):
+    """A file may have a kilobyte; pictures take more."""
+    model = write_image_model(tmp_path / "model")
+    (tmp_path / "out.png").write_text("old")
+    (tmp_path / "n.safetensors").write_text("old")
+    words = f"generate a -m {model} --size 64x64 --save-noise n.safetensors"
+    line = f"ulimit -f 1; trap '' XFSZ; exec {sys.executable} -B -m mlx_starflow {words}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done
+    assert " cannot be written: File too large" in done.stderr
+    assert (tmp_path / "n.safetensors").read_text() == (tmp_path / "out.png").read_text() == "old"
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
 def test_seeds(latent_flow):

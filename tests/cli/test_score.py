@@ -129,7 +129,7 @@ def test_mistakes(model, folder, tmp_path):
     assert "2 pictures and 2 draws" in calibrate.mistake(one, "-m", model)
     assert "Missing option" in calibrate.mistake(one)
     (tmp_path / "file").write_text("")
-    assert "cannot be made" in score.mistake(one, "-m", model, "--map", tmp_path / "file/maps")
+    assert "file is a file; give a folder" in score.mistake(one, "-m", model, "--map", tmp_path / "file/maps")
 
 
 def test_pictures_without_a_caption_are_compared_with_unprompted_ones(model, folder, tmp_path):

@@ -224,7 +224,7 @@ def test_mistakes(tmp_path):
     for name in ("out.pth", "model.safetensors"):
         assert "is in the model's own folder" in mistake(model, model / name)
     (tmp_path / "file").write_text("")
-    assert "cannot write" in mistake(model, tmp_path / "file/out.pth")
+    assert "cannot be written" in mistake(model, tmp_path / "file/out.pth")
     change_config(model, lambda c: c["quantization"].update(bits=3))
     assert "qkv.weight has shape (384, 32), but its config says (384, 12)" in mistake(model, tmp_path / "out.pth")
     change_config(model, lambda c: c.pop("quantization"))

@@ -153,7 +153,7 @@ def test_heic_is_read(forget_heif):
 
 def test_heic_without_its_reader(forget_heif, monkeypatch):
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
-    with pytest.raises(UnreadableImage, match="^a HEIC picture, which pillow-heif reads: pip install pillow-heif$"):
+    with pytest.raises(UnreadableImage, match=r"^a HEIC picture, which pillow-heif reads: pip install pillow-heif$"):
         decode_image(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
 
 

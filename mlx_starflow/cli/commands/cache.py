@@ -9,6 +9,7 @@ import click
 
 from mlx_starflow import cpu
 from mlx_starflow.cli.options.interrupt import resumable
+from mlx_starflow.cli.options.outputs import OUTPUT
 from mlx_starflow.cli.options.rules import excludes, option_rules
 from mlx_starflow.model_dir.precision import DTYPES
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("data", metavar="DATA")
-@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="CACHE", help="Folder to write.")
+@click.option("-o", "--output", type=OUTPUT, metavar="CACHE", help="Folder to write.")
 @click.option("-m", "--model", default="demo", show_default=True, help="Whose encoders: demo, a folder or a Hub repo.")
 @click.option("--size", type=int, help="Side of the pictures in pixels; by default the model's.")
 @click.option("--buckets/--square", default=None, help="Nine aspect ratios, or squares; by default as the model.")

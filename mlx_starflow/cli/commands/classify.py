@@ -16,6 +16,7 @@ from mlx_starflow.cli.options.images import (
     noise_options,
     table_options,
 )
+from mlx_starflow.cli.options.outputs import files_read
 from mlx_starflow.cli.options.rules import excludes, option_rules
 from mlx_starflow.cli.options.text import Lines
 
@@ -56,16 +57,15 @@ def classify(
     follow from it and are nearly always close to 0 or 1.
     """
     from mlx_starflow.media.image_files import find_images
-    from mlx_starflow.media.tables import check_text_output, write_csv, write_json
+    from mlx_starflow.media.outputs import check_outputs
+    from mlx_starflow.media.tables import write_csv, write_json
     from mlx_starflow.pipelines import ClassPipeline, open_model
 
     names = [label.strip() for label in (labels or "").split(",")] + (label_file or [])
     names = [name for name in names if name]
     check_split(split, pictures)
     found = find_images(pictures, split)
-    for path in (csv_file, json_file):
-        if path is not None:
-            check_text_output(path)
+    check_outputs([csv_file, json_file], inputs=files_read(pictures, found))
     cpu.hint_if_slow()
     pipe = open_model(model, dtype=dtype)
     if not names and isinstance(pipe, ClassPipeline):

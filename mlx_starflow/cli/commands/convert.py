@@ -6,13 +6,14 @@ from pathlib import Path
 
 import click
 
+from mlx_starflow.cli.options.outputs import OUTPUT
 from mlx_starflow.model_dir.hub import is_repository
 from mlx_starflow.model_dir.precision import DTYPES, QUANTIZATIONS
 
 _PATH = click.Path(path_type=Path)
 
 
-_output = click.option("-o", "--output", type=_PATH, metavar="DIR", required=True, help="Folder to write.")
+_output = click.option("-o", "--output", type=OUTPUT, metavar="DIR", required=True, help="Folder to write.")
 _dtype = click.option("--dtype", type=click.Choice(DTYPES), help="Of the weights; the checkpoint's by default.")
 _quantize = click.option(
     "--quantize", type=click.Choice(list(QUANTIZATIONS)), help="Bits of a weight, or a floating-point format."
@@ -56,7 +57,7 @@ def convert() -> None:
 @click.option(
     "-o",
     "--output",
-    type=_PATH,
+    type=OUTPUT,
     metavar="DIR",
     help="Folder to write; by default the one in which --model REPO finds it (~/.cache/mlx-starflow).",
 )

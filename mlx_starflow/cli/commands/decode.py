@@ -9,12 +9,13 @@ import click
 
 from mlx_starflow import cpu
 from mlx_starflow.cli.options.images import metadata_option
+from mlx_starflow.cli.options.outputs import OUTPUT
 from mlx_starflow.cli.options.sampling import dtype_option, latent_batch_option
 
 
 @click.command()
 @click.argument("noise", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="By default out.png, or out.mp4 of a video.")
+@click.option("-o", "--output", type=OUTPUT, help="By default out.png, or out.mp4 of a video.")
 @click.option("-p", "--prompt", help="Another prompt than the one that the pictures were encoded with.")
 @click.option("--guidance", type=click.FloatRange(min=0), help="Another guidance than that of encoding.")
 @click.option("--denoise", is_flag=True, help="Clean the result with one score step, if noise was added on encoding.")
@@ -49,6 +50,7 @@ def decode(
     from mlx_starflow.editing import Encoded
     from mlx_starflow.media import images as media
     from mlx_starflow.media.metadata import joined
+    from mlx_starflow.media.outputs import check_outputs
     from mlx_starflow.media.videos import VideoWriter, check_video_output
     from mlx_starflow.pipelines import VideoPipeline, open_model
     from mlx_starflow.pipelines.recipes import check_local_model
@@ -59,6 +61,7 @@ def decode(
     targets = media.numbered(output, len(encoded.noise)) if separate or videos else [output]
     for path in targets:
         (check_video_output if videos else media.check_output)(path)
+    check_outputs([path for path in targets if path.suffix], inputs=[noise])
     cpu.hint_if_slow()
     if prompt is not None:
         encoded = replace(encoded, prompts=[prompt] * len(encoded.prompts))

@@ -9,6 +9,7 @@ import click
 
 from mlx_starflow import cpu
 from mlx_starflow.cli.options.images import metadata_option, model_options
+from mlx_starflow.cli.options.outputs import OUTPUT
 from mlx_starflow.cli.options.rules import excludes, needs, option_rules
 from mlx_starflow.cli.options.sampling import Number, with_options
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 PICTURE = click.Path(path_type=Path)
 
-output_option = click.option("-o", "--output", type=PICTURE, default="out.png", show_default=True)
+output_option = click.option("-o", "--output", type=OUTPUT, default="out.png", show_default=True)
 batch_option = click.option(
     "--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Pictures at once."
 )
@@ -71,7 +72,7 @@ def edit() -> None:
 )
 @count_option
 @seed_option
-@click.option("--trace", type=PICTURE, metavar="FILE", help="Write acceptance and likelihood of every step as JSON.")
+@click.option("--trace", type=OUTPUT, metavar="FILE", help="Write acceptance and likelihood of every step as JSON.")
 @metadata_option
 @model_options
 def inpaint(
@@ -97,14 +98,11 @@ def inpaint(
     mlx-starflow edit inpaint cat.png --mask 32,0,32,64 --prompt "cat face" -o whole.png
     """
     from mlx_starflow.editing import read_mask
-    from mlx_starflow.media.images import check_output
-    from mlx_starflow.media.tables import check_text_output, write_json
+    from mlx_starflow.media.tables import write_json
 
     image = _read(picture)
     free = read_mask(mask, image.size)
-    check_output(output)
-    if trace is not None:
-        check_text_output(trace)
+    _check(output, None, None, [picture, Path(mask)], trace)
     pipe = _open(model, dtype)
     result = pipe.inpaint(
         image,
@@ -167,7 +165,7 @@ def reprompt(
     mlx-starflow edit reprompt dog.png --from "dog face" --to "cat face" --frames 16 -o dog-cat.webp
     """
     image = _read(picture)
-    _check(output, frames, seconds)
+    _check(output, frames, seconds, [picture])
     result = _open(model, dtype).reprompt(
         image,
         source,
@@ -225,7 +223,7 @@ def vary(
     mlx-starflow edit vary tulip.png --prompt tulip --images 4 -o tulips.png
     """
     image = _read(picture)
-    _check(output, frames, seconds)
+    _check(output, frames, seconds, [picture])
     result = _open(model, dtype).vary(
         image,
         prompt,
@@ -272,7 +270,7 @@ def interpolate(
     """
     frames = frames or 16
     images = _read(first), _read(second)
-    _check(output, frames, seconds)
+    _check(output, frames, seconds, [first, second])
     result = _open(model, dtype).interpolate(
         *images,
         (source, target),
@@ -305,11 +303,15 @@ def _places(end: float, frames: int | None) -> list[float]:
     return [end] if frames is None else [end * number / (frames - 1) for number in range(frames)]
 
 
-def _check(output: Path, frames: int | None, seconds: float | None) -> None:
+def _check(
+    output: Path, frames: int | None, seconds: float | None, inputs: list[Path], trace: Path | None = None
+) -> None:
     from mlx_starflow.media.formats import ANIMATIONS, FORMATS
     from mlx_starflow.media.images import check_output
+    from mlx_starflow.media.outputs import check_outputs
 
     check_output(output, FORMATS if frames is None else tuple(dict.fromkeys([*ANIMATIONS, *FORMATS])))
+    check_outputs([output, trace], inputs=inputs)
     if seconds is not None and frames is not None and output.suffix.lower() not in ANIMATIONS:
         raise click.UsageError(f"--seconds is about animations, and {output} is none: leave it out, or name a .webp")
 

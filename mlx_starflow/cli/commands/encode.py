@@ -8,13 +8,14 @@ import click
 
 from mlx_starflow import cpu
 from mlx_starflow.cli.options.images import ReadableFiles, frames_option, images_argument, model_options
+from mlx_starflow.cli.options.outputs import OUTPUT, files_read
 from mlx_starflow.cli.options.rules import excludes, option_rules
 from mlx_starflow.cli.options.sampling import latent_batch_option
 
 
 @click.command()
 @images_argument
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Noise file, .safetensors.")
+@click.option("-o", "--output", type=OUTPUT, required=True, help="Noise file, .safetensors.")
 @click.option("-p", "--prompt", default="", help="What is on the pictures; of a TarFlow the number of a class.")
 @click.option("--captions", is_flag=True, help="Take each picture's own caption from its folder as its prompt.")
 @click.option("--guidance", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Map with guidance.")
@@ -50,11 +51,11 @@ def encode(
     mlx-starflow encode street.mp4 -m my-video-model -o street.safetensors
     """
     from mlx_starflow.media.image_files import find_images
-    from mlx_starflow.media.tables import check_text_output
+    from mlx_starflow.media.outputs import check_outputs
     from mlx_starflow.pipelines import open_model
 
     found = find_images(pictures)
-    check_text_output(output)
+    check_outputs([output], inputs=files_read(pictures, found))
     cpu.hint_if_slow()
     pipe = open_model(model, dtype=dtype)
     files = ReadableFiles(pipe, found, size=size, frames=frames)

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import click
 
+from mlx_starflow.cli.options.outputs import OUTPUT
+
 
 @click.command()
 @click.argument("model", metavar="DIR")
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=OUTPUT)
 def export(model: str, checkpoint: Path) -> None:
     """Write the model in DIR as a PyTorch CHECKPOINT, .pth or .safetensors.
 

@@ -9,6 +9,7 @@ import click
 from mlx_starflow import cpu
 from mlx_starflow.cli.options.config_file import config_option
 from mlx_starflow.cli.options.interrupt import resumable
+from mlx_starflow.cli.options.outputs import OUTPUT
 from mlx_starflow.cli.options.rules import excludes, needs, option_rules
 from mlx_starflow.cli.options.training import EVERY
 from mlx_starflow.model_dir.precision import DTYPES
@@ -18,7 +19,7 @@ from mlx_starflow.training.config import OPTIMIZERS, REPORTERS
 @click.command(context_settings={"show_default": True})
 @click.argument("model")
 @click.argument("data")
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, metavar="RUN", help="The run's folder.")
+@click.option("-o", "--output", type=OUTPUT, required=True, metavar="RUN", help="The run's folder.")
 @config_option
 @click.option("--lora", type=int, metavar="RANK", help="Train a LoRA adapter of this rank; 0: 16, or what fits.")
 @click.option("--dora", type=int, metavar="RANK", help="Train a DoRA adapter of this rank.")

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from mlx_starflow.cli.options.outputs import OUTPUT
+
 
 @click.command()
 @click.argument("model")
@@ -18,7 +20,7 @@ import click
     metavar="PATH SCALE",
     help="An adapter's folder and its strength, 1 as trained; give it again for several, which add up.",
 )
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, metavar="OUT", help="Folder to write.")
+@click.option("-o", "--output", type=OUTPUT, required=True, metavar="OUT", help="Folder to write.")
 @click.option(
     "--dequantize",
     is_flag=True,

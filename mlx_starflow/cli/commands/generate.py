@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING
 import click
 
 from mlx_starflow import cpu
-from mlx_starflow.cli.options.images import make_folder, metadata_option
+from mlx_starflow.cli.options.images import metadata_option
+from mlx_starflow.cli.options.interrupt import resumable
+from mlx_starflow.cli.options.outputs import OUTPUT, make_folder
 from mlx_starflow.cli.options.parallel import Ranks, tensor_parallel_option
+from mlx_starflow.cli.options.pictures import Pictures
 from mlx_starflow.cli.options.recorded import chosen_networks
 from mlx_starflow.cli.options.rules import excludes, option_rules
 from mlx_starflow.cli.options.sampling import Size, lora_option, network_options, sampling_options
@@ -25,7 +28,7 @@ if TYPE_CHECKING:
 @click.option("--prompt-file", type=Lines(), help="Read prompts from a file, one a line; - is standard input.")
 @click.option("-m", "--model", help="demo, a model directory, or a Hub repository.  [default: demo]")
 @lora_option
-@click.option("-o", "--output", type=click.Path(path_type=Path), default="out.png", show_default=True)
+@click.option("-o", "--output", type=OUTPUT, default="out.png", show_default=True)
 @click.option(
     "--seed", type=click.IntRange(min=0), help="Of each prompt's first picture; drawn and reported if left out."
 )
@@ -43,9 +46,9 @@ if TYPE_CHECKING:
 @click.option("--columns", type=click.IntRange(min=1), help="Pictures in a row of the grid.")
 @metadata_option
 @click.option("--from", "source", type=click.Path(path_type=Path), help="Make the pictures of this file again.")
-@click.option("--save-noise", type=click.Path(path_type=Path), help="Write the noise the pictures came from.")
+@click.option("--save-noise", type=OUTPUT, help="Write the noise the pictures came from.")
 @click.option("--load-noise", type=click.Path(path_type=Path), help="Start from saved noise instead of a seed.")
-@click.option("--steps-dir", type=click.Path(path_type=Path), help="Folder for the picture after each flow block.")
+@click.option("--steps-dir", type=OUTPUT, help="Folder for the picture after each flow block.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Pictures at once.")
 @network_options
 @click.option(
@@ -111,6 +114,7 @@ def generate(
     """
     from mlx_starflow.media import images as media
     from mlx_starflow.media import noise
+    from mlx_starflow.media.outputs import check_outputs
 
     recipe: Recipe | None = None
     download = model is not None or source is None
@@ -142,8 +146,12 @@ def generate(
         if ranks.first:
             for path in targets:
                 media.check_output(path)
+            read = [path for path in (source, load_noise) if path is not None]
+            check_outputs([*targets, save_noise], folders=[steps_dir], inputs=read)
             if steps_dir is not None:
                 make_folder(steps_dir)
+                steps = [steps_dir / f"steps-{number}.png" for number in range(1, len(asked) * images + 1)]
+                check_outputs([*targets, *steps], inputs=read)
     seeds = seeds if load_noise else ranks.seed(seeds)
 
     from mlx_starflow.pipelines import GenerationSettings, ImagePipeline, Pipeline, VideoPipeline, load
@@ -180,64 +188,42 @@ def generate(
     keep_steps, certify = steps_dir is not None, verify is not False
     options = (settings, seeds, images, best_of, start, keep_steps, batch_size, certify)
     ranks.agree({"prompts": asked, "options": options})
-    fits: list[str] = []
-    if best_of > 1:
-        best = pipe.best_of(
-            asked,
-            best_of,
-            images=images,
-            seed=seeds if isinstance(seeds, int) else None,
-            noise=given,
-            settings=settings,
-            keep_steps=keep_steps,
-            batch_size=batch_size,
-            verify=certify,
-            progress=None,
-        )
-        result = best.result
-        kept = best.fits[range(len(best.chosen)), best.chosen]
-        fits = [f", prompt fit {fit:.0f} nats, the best of {best_of}" for fit in kept]
-    else:
-        result = pipe.generate(
-            asked,
-            seed=seeds,
-            images=images,
-            noise=given,
-            settings=settings,
-            keep_steps=keep_steps,
-            batch_size=batch_size,
-            verify=certify,
-            progress=None,
-        )
+    stream = pipe.stream(
+        asked,
+        seed=seeds,
+        images=images,
+        best_of=best_of,
+        noise=given,
+        settings=settings,
+        keep_steps=keep_steps,
+        batch_size=batch_size,
+        verify=certify,
+        progress=None,
+    )
     if not ranks.first:
+        for _ in stream:
+            pass
         return
-    if save_noise is not None:
-        noise.save_noise(result.noise, save_noise)
-    if steps_dir is not None:
-        for number, steps in enumerate(result.steps, 1):
-            media.save_image(media.grid(steps, columns=len(steps)), steps_dir / f"steps-{number}.png")
-            for index, step in enumerate(steps):
-                media.save_image(step, steps_dir / f"picture-{number}-step-{index}.png")
-    if len(targets) == 1:
-        single = len(result.images) == 1
-        picture = result.images[0] if single else media.grid(result.images, columns or (images if images > 1 else None))
-        how = result.metadata[0] if single else pipe.grid_metadata(result) | ({"columns": columns} if columns else {})
-        if not single and best_of > 1 and len(asked) > 1:
-            # The best of each prompt have seeds of their own: no prompts times seeds make this grid again.
-            how |= {"made_by": "generate --best-of", "prompts": result.prompts, "seeds": result.seeds}
-        media.save_image(picture, targets[0], how if metadata else None)
-    else:
-        for path, picture, how in zip(targets, result.images, result.metadata, strict=True):
-            media.save_image(picture, path, how if metadata else None)
-    for index, (prompt, each) in enumerate(zip(result.prompts, result.seeds, strict=True)):
-        origin = f"noise from {load_noise}" if each is None else f"seed {each}"
-        fit = fits[index] if fits else ""
-        click.echo(f"{targets[min(index, len(targets) - 1)]}: {prompt!r}, {origin}{fit}")
+    pictures = Pictures(
+        pipe,
+        stream,
+        targets,
+        images=images,
+        columns=columns,
+        metadata=metadata,
+        best_of=best_of,
+        save_noise=save_noise,
+        steps_dir=steps_dir,
+        noise_file=load_noise,
+    )
+    with resumable(lambda: f"stopped: {pictures.summary()}"), pictures:
+        for made in stream:
+            pictures.add(made)
     if verify:
-        for prompt, certificate in zip(result.prompts, result.stats.certificates, strict=True):
-            click.echo(f"{prompt!r}: {certificate}")
+        for made in pictures.made:
+            click.echo(f"{made.prompt!r}: {made.certificate}")
     if verbose:
-        click.echo(str(result.stats))
+        click.echo(str(stream.stats))
 
 
 def _targets(output: Path, count: int, separate: bool) -> list[Path]:

@@ -8,13 +8,14 @@ from pathlib import Path
 import click
 
 from mlx_starflow import cpu
+from mlx_starflow.cli.options.outputs import OUTPUT
 from mlx_starflow.cli.options.rules import needs, option_rules
 from mlx_starflow.model_dir.precision import MIXED, QUANTIZATIONS
 
 
 @click.command()
 @click.argument("model", metavar="DIR")
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, metavar="OUT", help="Folder to write.")
+@click.option("-o", "--output", type=OUTPUT, required=True, metavar="OUT", help="Folder to write.")
 @click.option("--quantize", "how", type=click.Choice(list(QUANTIZATIONS)), help="Of the flow; left as it is if absent.")
 @click.option(
     "--text-encoder",
@@ -58,9 +59,11 @@ def quantize(
     mlx-starflow quantize demo -o small --quantize 4 --report my-pictures
     """
     from mlx_starflow.likelihood.quantization_cost import CaptionedData, Comparison, measure
+    from mlx_starflow.media.outputs import check_outputs
     from mlx_starflow.model_dir.requantize import quantize_model
     from mlx_starflow.pipelines import load
 
+    check_outputs(folders=[output], inputs=[] if folder is None else [model, folder])
     data = None if folder is None else CaptionedData.read(load(model, low_memory=True), folder, limit)
     quantize_model(model, output, how, text_encoder=text_encoder, group_size=group_size)
     if data is None:

@@ -14,11 +14,11 @@ from mlx_starflow.cli.options.images import (
     check_split,
     frames_option,
     images_argument,
-    make_folder,
     model_options,
     noise_options,
     table_options,
 )
+from mlx_starflow.cli.options.outputs import OUTPUT, files_read, make_folder
 from mlx_starflow.cli.options.rules import excludes, needs, option_rules
 
 if TYPE_CHECKING:
@@ -34,9 +34,7 @@ REDDEST = 6.0
 @click.option("-p", "--prompt", default="", help="What is on the pictures; of a TarFlow the number of a class.")
 @click.option("--captions", is_flag=True, help="Take each picture's own caption from its folder as its prompt.")
 @click.option("--split", help='Of folders with a metadata.jsonl: only lines with this "split".')
-@click.option(
-    "--map", "map_dir", type=click.Path(path_type=Path), metavar="DIR", help="Write heat-maps to this folder."
-)
+@click.option("--map", "map_dir", type=OUTPUT, metavar="DIR", help="Write heat-maps to this folder.")
 @click.option(
     "--map-of",
     type=click.Choice(["surprise", "typicality"]),
@@ -88,14 +86,15 @@ def score(
     from mlx_starflow.likelihood import CalibrationStatistics
     from mlx_starflow.likelihood.scores import score_data
     from mlx_starflow.media.image_files import find_images
-    from mlx_starflow.media.tables import check_text_output, write_csv, write_json
+    from mlx_starflow.media.outputs import check_outputs
+    from mlx_starflow.media.tables import write_csv, write_json
     from mlx_starflow.pipelines import VideoPipeline, open_model
 
     check_split(split, pictures)
     found = find_images(pictures, split)
-    for path in (csv_file, json_file):
-        if path is not None:
-            check_text_output(path)
+    names = [] if map_dir is None else [map_dir / f"{Path(each.name).stem}.{map_of}.png" for each in found]
+    maps = [path for path in dict.fromkeys(names) if path.exists()]
+    check_outputs([csv_file, json_file, *maps], folders=[map_dir], inputs=files_read(pictures, found))
     if map_dir is not None:
         make_folder(map_dir)
     cpu.hint_if_slow()

@@ -12,6 +12,7 @@ import click
 from mlx_starflow import cpu
 from mlx_starflow.cli.options.config_file import config_option, save_options
 from mlx_starflow.cli.options.interrupt import resumable
+from mlx_starflow.cli.options.outputs import OUTPUT
 from mlx_starflow.cli.options.rules import excludes, given_options, option_rules
 from mlx_starflow.cli.options.training import SHARE, training_options
 from mlx_starflow.training.config import TrainingConfig, TrainingOptions
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("data", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Model directory to write.")
+@click.option("-o", "--output", type=OUTPUT, required=True, help="Model directory to write.")
 @config_option
 @click.option("--preset", default="small", show_default=True, help="Sizes: small, demo, or tarflow for pixels.")
 @click.option("--model-config", type=click.Path(path_type=Path), help="YAML or JSON file of the flow's sizes instead.")

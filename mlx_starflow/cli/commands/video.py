@@ -10,6 +10,7 @@ import click
 
 from mlx_starflow import cpu
 from mlx_starflow.cli.options.images import metadata_option
+from mlx_starflow.cli.options.outputs import OUTPUT
 from mlx_starflow.cli.options.parallel import Ranks, tensor_parallel_option
 from mlx_starflow.cli.options.recorded import chosen_networks
 from mlx_starflow.cli.options.rules import excludes, needs, option_rules
@@ -33,7 +34,7 @@ SOURCES = ("image", "video", "extend")
 @click.option(
     "-o",
     "--output",
-    type=PATH,
+    type=OUTPUT,
     default="out.mp4",
     show_default=True,
     help="An .mp4, .mov, .m4v, .webp or .gif file; or, without a suffix, a folder for the frames.",
@@ -66,7 +67,7 @@ SOURCES = ("image", "video", "extend")
 @click.option("--crf", type=click.IntRange(0, 51), help="Quality of H.264, 0 the best.  [default: 18]")
 @metadata_option
 @click.option("--from", "source", type=PATH, help="Make this video again.")
-@click.option("--save-noise", type=PATH, help="Write the noise the video came from.")
+@click.option("--save-noise", type=OUTPUT, help="Write the noise the video came from.")
 @click.option("--load-noise", type=PATH, help="Start from saved noise instead of a seed.")
 @network_options
 @click.option("-v", "--verbose", is_flag=True, help="Say what each phase cost.")
@@ -126,6 +127,7 @@ def video(
 
     from mlx_starflow.media import noise
     from mlx_starflow.media.formats import MOVIES
+    from mlx_starflow.media.outputs import check_outputs
     from mlx_starflow.media.videos import CRF, VideoWriter, check_video_output
 
     given = {name: path for name, path in zip(SOURCES, (image, video, extend), strict=True) if path is not None}
@@ -149,6 +151,8 @@ def video(
     with ranks.together():
         if ranks.first:
             check_video_output(output, stream)
+            read = [path for path in (*given.values(), source, load_noise) if path is not None]
+            check_outputs([output if output.suffix else None, save_noise], inputs=read)
 
     from mlx_starflow.pipelines import VideoSettings, load_video
 

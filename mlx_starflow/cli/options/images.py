@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mlx_starflow.cli.options.outputs import OUTPUT
 from mlx_starflow.cli.options.sampling import Size, dtype_option, with_options
 from mlx_starflow.errors import StarflowError
 
@@ -52,12 +53,8 @@ metadata_option = click.option(
 )
 
 table_options = with_options(
-    click.option(
-        "--csv", "csv_file", type=click.Path(path_type=Path), metavar="FILE", help="Write a table; - prints it."
-    ),
-    click.option(
-        "--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write JSON; - prints it."
-    ),
+    click.option("--csv", "csv_file", type=OUTPUT, metavar="FILE", help="Write a table; - prints it."),
+    click.option("--json", "json_file", type=OUTPUT, metavar="FILE", help="Write JSON; - prints it."),
 )
 
 
@@ -149,11 +146,3 @@ def _opener(model: ImageModel, files: Sequence[ImageFile], frames: int | None) -
     if frames is not None:
         raise StarflowError("--frames is about videos, and there are none: leave it out")
     return lambda each: each.open()
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder for output. Raises StarflowError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StarflowError(f"the folder {folder} cannot be made: {error.strerror}") from None

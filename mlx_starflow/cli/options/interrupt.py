@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import click
@@ -31,12 +31,15 @@ def terminated_as_interrupted() -> Iterator[None]:
 
 
 @contextmanager
-def resumable(hint: str = "") -> Iterator[None]:
-    """Ctrl-C, or SIGTERM, in this block says `hint`, if there is one, and ends the program with 130."""
+def resumable(hint: str | Callable[[], str] = "") -> Iterator[None]:
+    """Ctrl-C, or SIGTERM, in this block says `hint`, if there is one, and ends the program with 130.
+
+    A hint that depends on what has been done by then is a function.
+    """
     with terminated_as_interrupted():
         try:
             yield
         except KeyboardInterrupt:
             if hint:
-                click.echo(hint, err=True)
+                click.echo(hint if isinstance(hint, str) else hint(), err=True)
             raise SystemExit(INTERRUPTED) from None

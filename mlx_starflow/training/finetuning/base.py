@@ -11,7 +11,7 @@ import mlx.core as mx
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.model_dir.directory import ModelDirectory, load_flow
 from mlx_starflow.model_dir.quantization import dequantize_module, quantize_module, quantized_layers
-from mlx_starflow.model_dir.weights import default_dtype, parameters, parse_dtype
+from mlx_starflow.model_dir.weights import parameters, parse_dtype, training_dtype
 from mlx_starflow.models.starflow import STARFlow
 from mlx_starflow.planning.finetune_memory import BATCH_SIZES, PRECISIONS, RANKS, Choice, Planner
 from mlx_starflow.planning.memory import available
@@ -50,7 +50,7 @@ def batch_parts(config: FinetuneConfig) -> int:
 
 def computed_dtype(config: FinetuneConfig, default: mx.Dtype | None = None) -> mx.Dtype:
     """What networks compute in; `default` is the machine's dtype, None: this machine's."""
-    return parse_dtype(config.dtype) or default or default_dtype()
+    return parse_dtype(config.dtype) or default or training_dtype()
 
 
 def held_dtype(config: FinetuneConfig, default: mx.Dtype | None = None) -> mx.Dtype:

@@ -17,6 +17,7 @@ from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.likelihood import Nll
 from mlx_starflow.media.files import expanded, replacing
 from mlx_starflow.media.images import grid, save_image
+from mlx_starflow.media.outputs import check_outputs
 from mlx_starflow.media.sources import open_source
 from mlx_starflow.model_dir.adapters import FINGERPRINT
 from mlx_starflow.model_dir.directory import ModelDirectory
@@ -57,7 +58,6 @@ from mlx_starflow.training.loop.identity import Identity, digest
 from mlx_starflow.training.loop.reporting import check_reporter
 from mlx_starflow.training.loop.trainer import Trainer
 from mlx_starflow.training.loop.weights import assign, trainable
-from mlx_starflow.training.output import check_run_folder
 from mlx_starflow.training.recipes.samples import caption_drawer, first_captions
 
 MISFIT = 1.0
@@ -147,8 +147,8 @@ def finetune(
         StarflowError: a mistake in the arguments, or what `build_cache` and `Trainer` raise.
     """
     config, out = config or FinetuneConfig(), Path(out)
-    check_run_folder(out)
     check_reporter(config.report_to)
+    check_outputs(folders=[out], inputs=[data])
     if not is_cache(expanded(data)):
         open_source(data, caption=config.caption)
     elif config.caption is not None:

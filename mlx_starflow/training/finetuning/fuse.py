@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.media.outputs import check_outputs
 from mlx_starflow.model_dir.adapters import Strengths, add_adapters, fuse_adapters
 from mlx_starflow.model_dir.directory import ModelDirectory
 from mlx_starflow.model_dir.fingerprint import FUSED
@@ -38,6 +39,7 @@ def fuse_model(model: str | Path, adapters: Strengths, out: str | Path, *, dequa
         raise StarflowError("nothing to fuse: give an adapter and its strength, such as --lora run/adapter 1")
     if out.exists() and out.resolve() == source.path.resolve():
         raise StarflowError(f"{out} is the model's own folder; give another one to write to")
+    check_outputs(folders=[out], inputs=[folder for folder, _ in adapters])
     config, flow = dict(source.flow.content), source.flow.lazy()
     read = add_adapters(flow, adapters, source.path)
     changed = fuse_adapters(flow, dequantize=dequantize)

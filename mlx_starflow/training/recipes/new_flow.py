@@ -303,7 +303,7 @@ class NewFlow:
     def check_output(self) -> None:
         """Raise StarflowError if the model cannot be written to `out`: better before the work than after it."""
         if self.group.rank() == 0:
-            check_model_output(self.out, self.config["model_type"])
+            check_model_output(self.out, self.config["model_type"], [self.data])
 
     def run(self, resume: bool = True, begin: Callable[[], None] = lambda: None) -> Path:
         """Train, and write the model directory.

@@ -72,7 +72,7 @@ def train_model(
     """
     check_reporter(preset.flow_training.report_to)
     if distributed.world().rank() == 0:
-        check_model_output(Path(out), "starflow")
+        check_model_output(Path(out), "starflow", [data])
     with distributed.run_folder(Path(out)):
         return _train_model(data, Path(out), preset, resume, report, begin)
 

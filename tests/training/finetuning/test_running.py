@@ -135,7 +135,7 @@ def test_optimizers_and_what_it_computes_in(model, cache, tmp_path, changes):
 
 def test_all_weights_are_trained_in_float32_where_this_machine_computes_in_half(model, cache, tmp_path, monkeypatch):
     """A step of 1e-4 is less than half precision can add to a weight."""
-    monkeypatch.setattr(base, "default_dtype", lambda: mx.bfloat16)
+    monkeypatch.setattr(base, "training_dtype", lambda: mx.bfloat16)
     settings = replace(QUICK, kind="full", ema=0.0)
     result = finetune(model, cache, tmp_path / "run", settings)
     checkpoint = mx.load(str(tmp_path / "run/checkpoints/checkpoint-00000004.safetensors"))

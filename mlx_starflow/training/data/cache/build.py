@@ -18,7 +18,7 @@ from mlx_starflow.media.sources import Skip, open_source, repeats_of, skip_repor
 from mlx_starflow.planning.limits import check_held, check_side
 from mlx_starflow.planning.memory import metal_limits
 from mlx_starflow.training.data.cache.encode import STEP, Changed, ImageStage, Items, TextStage
-from mlx_starflow.training.data.cache.files import INDEX, SKIPPED, CacheWriter, Progress
+from mlx_starflow.training.data.cache.files import INDEX, SKIPPED, CacheWriter, Progress, check_cache_output
 from mlx_starflow.training.data.cache.model import CacheModel
 from mlx_starflow.training.data.cache.numbers import DTYPES
 
@@ -154,6 +154,7 @@ def build_cache(
         StarflowError: data or model cannot be used, no image can, `out` cannot be written or holds something else, or
             the data has changed since the cache was begun.
     """
+    check_cache_output(Path(out), data)
     network, settings = CacheModel(model), settings or CacheSettings()
     shapes = settings.shapes(network)
     source = open_source(data, settings.caption_column, settings.caption)

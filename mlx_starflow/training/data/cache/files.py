@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 
 from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.media.files import inside, is_regular, read_json, replacing
+from mlx_starflow.media.outputs import check_outputs
 from mlx_starflow.model_dir.transaction import locked
 
 FORMAT = 1
@@ -121,10 +122,8 @@ class CacheWriter:
 
     def _begin(self, resume: bool) -> None:
         manifest, state = self.folder / MANIFEST, self.folder / STATE
-        found = next((read_json(path) for path in (manifest, state) if path.exists()), None)
-        ours = found is not None and {"format", "settings"} <= found.keys()
-        if not ours and (other := [path.name for path in self.folder.iterdir() if not path.name.startswith(".")]):
-            raise StarflowError(f"{self.folder} holds other files ({min(other)}); give a new or an empty folder")
+        found = _found(self.folder)
+        _check_empty(self.folder, found)
         if found is None or not resume or not found.get("progress", True):
             self.forget()
             with self._writing(manifest):
@@ -251,6 +250,25 @@ class CacheWriter:
             yield
         except OSError as error:
             raise StarflowError(f"cannot write {path}: {one_line(error)}{ADVICE}") from None
+
+
+def check_cache_output(folder: Path, data: str | Path) -> None:
+    """Raise StarflowError if a cache of `data` cannot be written to a folder: before the data is read."""
+    check_outputs(folders=[folder], inputs=[data])
+    if folder.is_dir():
+        _check_empty(folder, _found(folder))
+
+
+def _found(folder: Path) -> dict[str, Any] | None:
+    """What the folder says of the cache in it."""
+    return next((read_json(path) for path in (folder / MANIFEST, folder / STATE) if path.exists()), None)
+
+
+def _check_empty(folder: Path, found: Mapping[str, Any] | None) -> None:
+    """Raise StarflowError if there are files in a folder that are no cache's."""
+    ours = found is not None and {"format", "settings"} <= found.keys()
+    if not ours and (other := [path.name for path in folder.iterdir() if not path.name.startswith(".")]):
+        raise StarflowError(f"{folder} holds other files ({min(other)}); give a new or an empty folder")
 
 
 def _checksum(path: Path) -> str:

@@ -353,7 +353,7 @@ def test_other_folders_are_left_alone(model, data, tmp_path):
     assert "holds other files (cache.json)" in message(build_cache, data, tmp_path, model, SMALL, resume=False)
     assert contents(tmp_path) == {"cache.json": b'{"mine": 1}'}
     (tmp_path / "cache.json").rename(tmp_path / "mine.txt")
-    assert message(build_cache, data, tmp_path / "mine.txt", model, SMALL).startswith("cannot write")
+    assert message(build_cache, data, tmp_path / "mine.txt", model, SMALL).endswith("mine.txt is a file; give a folder")
     assert "is not a latent cache: make one with" in message(LatentCache, tmp_path)
     assert "is not a latent cache: make one with" in message(LatentCache, tmp_path / "nowhere")
 
