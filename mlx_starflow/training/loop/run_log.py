@@ -90,7 +90,7 @@ class RunLog:
 
         `epoch` is how many passes over the data have been done.
         """
-        line: dict[str, Any] = {"step": step, "epoch": round(epoch, 3), "elapsed": round(self.elapsed, 1)}
+        line: dict[str, Any] = {"step": step, "epoch": round(epoch, 3), "elapsed": round(self.elapsed, 3)}
         for key in self._rows[0]:
             values = [row[key] for row in self._rows if math.isfinite(row.get(key, math.nan))]
             line[key] = round(float(np.mean(values)), 6) if values else None

@@ -150,7 +150,7 @@ def test_beginning_with_the_weights_of_another_flow(model, cache, pictures, tmp_
     assert "quantization" not in read_config(tmp_path / "b")
     rows = log(tmp_path / "a")
     assert [row["epoch"] for row in rows if "epoch" in row] == [round(step * 2 / 9, 3) for step in (1, 2, 3, 4)]
-    wrong = {**flow_config_of(model), "channels": 32}
+    wrong = {**flow_config_of(model), "channels": 128}
     run = NewFlow(cache, tmp_path / "c", wrong, TrainingOptions(batch_size=2), init=model)
     with pytest.raises(StarflowError, match="but its config says"):
         run.new()
