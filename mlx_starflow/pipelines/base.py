@@ -161,8 +161,13 @@ class Pipeline(ImageModel):
         if None in seeds:
             metadata["noise_sha256"] = digest(noise)
         if certificate is not None:
-            metadata["certificate"] = asdict(certificate)
-        return {**metadata, "settings": settings.to_dict()}
+            known = asdict(certificate).items()
+            metadata["certificate"] = {key: value for key, value in known if value is not None}
+        return {**metadata, "settings": self._recorded(settings)}
+
+    def _recorded(self, settings: GenerationSettings) -> dict[str, Any]:
+        """Settings as metadata name them."""
+        return settings.to_dict()
 
 
 def fit_image(image: Image.Image, size: tuple[int, int]) -> Image.Image:
