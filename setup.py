@@ -61,6 +61,9 @@ setup(
     extras_require={
         "cuda": ["mlx[cuda13]>=0.32.4; sys_platform == 'linux'"],  # see docs/cuda.md for what else it takes
         "finetune": ["mlx-lm"],  # its LoRA and DoRA layers; using adapters does not need it
+        "heic": ["pillow-heif"],  # an iPhone's photos
+        "tensorboard": ["tensorboardX"],  # --report-to tensorboard, without PyTorch or TensorFlow
+        "wandb": ["wandb"],  # --report-to wandb
         # What builds and checks wheel, sdist and documentation.
         "release": [
             "build",
@@ -71,7 +74,18 @@ setup(
             "pyright[nodejs]",
             "ruff",  # breaks the lines of long signatures
         ],
-        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "import-linter", "mlx-lm", "av"],
+        "test": [
+            "pytest",
+            "pytest-xdist",
+            "hypothesis",
+            "ruff",
+            "mypy",
+            "import-linter",
+            "mlx-lm",
+            "av",
+            "pillow-heif",
+            "tensorboardX",
+        ],
         "torch": ["torch"],
         "video": ["av"],  # PyAV: MP4 and other video files
     },

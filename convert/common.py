@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,13 +14,15 @@ from mlx.utils import tree_unflatten
 from mlx_starflow.convert.distributed import is_distributed, open_distributed
 from mlx_starflow.convert.pth import Checkpoint, read_checkpoint
 from mlx_starflow.convert.tensor import Tensor
-from mlx_starflow.errors import StarflowError, one_line
-from mlx_starflow.media.files import exists
+from mlx_starflow.errors import StarflowError, one_line, printable
+from mlx_starflow.media.files import exists, inside, is_folder, is_regular
 from mlx_starflow.media.outputs import check_outputs
-from mlx_starflow.model_dir.files import read_safetensors
+from mlx_starflow.model_dir.files import read_index, read_safetensors
 from mlx_starflow.model_dir.quantization import quantize_module, quantized_layers
 from mlx_starflow.model_dir.saving import save_tensors
 from mlx_starflow.model_dir.weights import MLX_DTYPES, check_floating, check_shapes, parameters
+
+_INDEX = ".index.json"
 
 
 def as_tensor(array: mx.array) -> Tensor:
@@ -28,22 +30,78 @@ def as_tensor(array: mx.array) -> Tensor:
     return Tensor(array.shape, array.dtype, lambda: array)
 
 
-def open_tensors(path: Path) -> dict[str, Tensor]:
+class OpenedCheckpoint(NamedTuple):
     """The tensors of a checkpoint, none of them read yet.
 
+    Attributes:
+        tensors: by name.
+        wrapper: the key of the dictionary that they were taken from; "" if they were in none.
+        others: keys of further ones that hold tensors.
+    """
+
+    tensors: dict[str, Tensor]
+    wrapper: str = ""
+    others: tuple[str, ...] = ()
+
+
+def open_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of `open_checkpoint`."""
+    return open_checkpoint(path).tensors
+
+
+def open_checkpoint(path: Path, ema: bool = False) -> OpenedCheckpoint:
+    """Open a checkpoint.
+
     Args:
-        path: a `.safetensors` file, a folder that `torch.distributed.checkpoint` wrote (this needs PyTorch), or else a
+        path: a `.safetensors` file; the `.index.json` of shards, or a folder with one, or with `.safetensors` files
+            that are one together; a folder that `torch.distributed.checkpoint` wrote (this needs PyTorch); or else a
             file of `torch.save`.
+        ema: take the dictionary of averaged weights, if there is one.
 
     Raises:
         StarflowError: the file is missing, damaged or none of these.
     """
     if is_distributed(path):
-        return open_distributed(path)
+        return OpenedCheckpoint(*open_distributed(path, ema))
+    if files := shards(path):
+        tensors: dict[str, Tensor] = {}
+        for file in files:
+            found = open_tensors(file)
+            if twice := next((name for name in found if name in tensors), None):
+                raise StarflowError(
+                    f"{path}: the tensor {printable(twice)} is in two files; give the one that is meant"
+                )
+            tensors.update(found)
+        return OpenedCheckpoint(tensors)
     if path.suffix == ".safetensors":
-        return {name: as_tensor(array) for name, array in read_safetensors(path).items()}
-    checkpoint = read_checkpoint(path)
-    return {name: _stored(checkpoint, name) for name in checkpoint}
+        return OpenedCheckpoint({name: as_tensor(array) for name, array in read_safetensors(path).items()})
+    checkpoint = read_checkpoint(path, ema=ema)
+    tensors = {name: _stored(checkpoint, name) for name in checkpoint}
+    return OpenedCheckpoint(tensors, checkpoint.wrapper, checkpoint.others)
+
+
+def shards(path: Path) -> list[Path]:
+    """The files of a checkpoint in several: those of an index, or all `.safetensors` of a folder; [] if it is one file.
+
+    Raises:
+        StarflowError: one of them is missing, or a folder has several indices.
+    """
+    folder = path
+    if is_folder(path):
+        indices = sorted(each for each in path.iterdir() if each.name.endswith(_INDEX))
+        if len(indices) > 1:
+            raise StarflowError(f"{path} holds {indices[0].name} and {indices[1].name}: give the one that is meant")
+        if not indices:
+            return [inside(path, each.name) for each in sorted(path.iterdir()) if each.suffix == ".safetensors"]
+        path = inside(folder, indices[0].name)
+    elif path.name.endswith(_INDEX) and is_regular(path):
+        folder = path.parent
+    else:
+        return []
+    files = [inside(folder, name) for name in sorted(set(read_index(path).values()))]
+    if absent := [file for file in files if not is_regular(file)]:
+        raise StarflowError(f"{absent[0]} is missing; download it into {folder}")
+    return files
 
 
 def _stored(checkpoint: Checkpoint, name: str) -> Tensor:

@@ -16,6 +16,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_starflow.convert.tensor import Tensor
+from mlx_starflow.convert.wrappers import choose_wrapper
 from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.media.files import is_regular
 
@@ -42,17 +43,19 @@ _GLOBALS = {
     "torch.serialization._get_layout",
 }
 
-# Under which trainers put the model's tensors, beside an optimizer's; see `pth.read_checkpoint`.
-_WRAPPERS = ("state_dict.", "model_state_dict.", "model.", "module.")
-
 
 def is_distributed(path: Path) -> bool:
     """Whether this is a folder that `torch.distributed.checkpoint` wrote."""
     return is_regular(path / _METADATA)
 
 
-def open_distributed(path: Path) -> dict[str, Tensor]:
+def open_distributed(path: Path, ema: bool = False) -> tuple[dict[str, Tensor], str, tuple[str, ...]]:
     """The tensors of the folder, none of them read yet; what is not a tensor is left alone.
+
+    Trainers put the model's beside an optimizer's: they are chosen as in `pth.read_checkpoint`.
+
+    Returns:
+        What an `OpenedCheckpoint` is made of.
 
     Raises:
         StarflowError: PyTorch is not installed, or the folder is damaged or holds no tensors.
@@ -74,7 +77,9 @@ def open_distributed(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # a damaged pickle can make any of them
         raise StarflowError(f"cannot read {path / _METADATA}: {one_line(error)}") from error
     tensors = {name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
-    prefix = next((p for p in _WRAPPERS if any(name.startswith(p) for name in tensors)), "")
+    keys = dict.fromkeys(name.partition(".")[0] for name in tensors if "." in name)
+    wrapper = choose_wrapper(keys, ema)
+    prefix = f"{wrapper}." if wrapper else ""
     out = {}
     for name, entry in tensors.items():
         dtype = getattr(mx, str(entry.properties.dtype).removeprefix("torch.").replace("bool", "bool_"), None)
@@ -86,7 +91,7 @@ def open_distributed(path: Path) -> dict[str, Tensor]:
         out[name.removeprefix(prefix)] = Tensor(tuple(entry.size), dtype, read)
     if not out:
         raise StarflowError(f"{path} holds no tensors")
-    return out
+    return out, wrapper, tuple(key for key in keys if key != wrapper)
 
 
 def _read(torch: Any, path: Path, name: str, shape: tuple[int, ...], dtype: Any) -> mx.array:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from mlx_starflow.convert.common import check_target, open_tensors, write_module
+from mlx_starflow.convert.common import check_target, write_module
 from mlx_starflow.convert.official import LICENSE as LICENSE
 from mlx_starflow.convert.official import released_arguments
+from mlx_starflow.convert.prefixes import open_flow_tensors
 from mlx_starflow.convert.tensor import Tensor
 from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.media.files import read_yaml
@@ -46,6 +47,7 @@ def convert_flow(
     quantize: int | str | None = None,
     dtype: str | mx.Dtype | None = None,
     arguments: Mapping[str, Any] | None = None,
+    ema: bool = False,
 ) -> Path:
     """Write an official checkpoint of a STARFlow, a TarFlow or an iTARFlow as a model directory.
 
@@ -56,8 +58,10 @@ def convert_flow(
     `NAME_model_PATCH_CHANNELS_BLOCKS_LAYERS_NOISE.pth`.
 
     Args:
-        checkpoint: the official `.pth`, its tensors as `.safetensors`, or the folder that sharded training wrote
-            instead of a file (`torch.distributed.checkpoint`; reading it needs PyTorch).
+        checkpoint: the official `.pth`, its tensors as `.safetensors`, in one file or in shards (their folder or
+            `.index.json`), or the folder that sharded training wrote instead of a file
+            (`torch.distributed.checkpoint`; reading it needs PyTorch). What trainers put before the tensors' names is
+            taken off, see `prefixes`.
         config: the official YAML of its arguments; None for a flow over pixels, and for a released checkpoint, whose
             arguments are known by its name.
         out_dir: folder to write, made if need be: `config.json`, `model*.safetensors` and `NOTICE`, which names the
@@ -65,6 +69,7 @@ def convert_flow(
         quantize: 8, 6 or 4 bits, "mxfp8", "mxfp4" or "nvfp4"; None leaves the weights as they are.
         dtype: "float32", "bfloat16" or "float16"; None keeps the checkpoint's.
         arguments: official arguments by name that hold instead of the YAML's.
+        ema: take the averaged weights that are beside the last ones.
 
     Returns:
         `out_dir`.
@@ -75,7 +80,7 @@ def convert_flow(
     """
     checkpoint = Path(checkpoint)
     given = read_arguments(checkpoint, config) | dict(arguments or {})
-    return write_flow(checkpoint, given, Path(out_dir), quantize, parse_dtype(dtype), config or checkpoint)
+    return write_flow(checkpoint, given, Path(out_dir), quantize, parse_dtype(dtype), config or checkpoint, ema=ema)
 
 
 def read_arguments(checkpoint: Path, config: str | Path | None) -> dict[str, Any]:
@@ -95,6 +100,7 @@ def write_flow(
     *,
     pipeline: Mapping[str, Any] | None = None,
     other_parts: str = "",
+    ema: bool = False,
 ) -> Path:
     """`convert_flow` with the arguments read.
 
@@ -102,10 +108,11 @@ def write_flow(
         source: what error messages call the arguments.
         pipeline: how to sample, for `config.json`.
         other_parts: what `NOTICE` has to say of the other networks.
+        ema: see `convert_flow`.
     """
     check_target(checkpoint.parent, out_dir)
     check_target(checkpoint, out_dir)
-    flow, model_type, tensors = open_flow(checkpoint, arguments, source)
+    flow, model_type, tensors = open_flow(checkpoint, arguments, source, ema)
     changes = [f"cast to {str(dtype).rpartition('.')[2]}"] * (dtype is not None)
     changes += [f"quantized ({quantize})"] * (quantize is not None)
     notice = _NOTICE.format(
@@ -130,13 +137,13 @@ def write_flow(
 
 
 def open_flow(
-    checkpoint: Path, arguments: dict[str, Any], source: str | Path
+    checkpoint: Path, arguments: dict[str, Any], source: str | Path, ema: bool = False
 ) -> tuple[STARFlow | PixelFlow, str, dict[str, Tensor]]:
     """The flow of an official checkpoint without its weights, its `model_type`, and its tensors, none of them read yet.
 
-    `source` is what error messages call the arguments. Raises StarflowError.
+    `source` is what error messages call the arguments; `ema` takes the averaged weights. Raises StarflowError.
     """
-    tensors = open_tensors(checkpoint)
+    tensors = open_flow_tensors(checkpoint, ema)
     model_type = "tarflow" if any(name.endswith(".pos_embed") for name in tensors) else "starflow"
     if any(".time_embed." in name for name in tensors):
         model_type = "itarflow"

@@ -23,10 +23,8 @@ import numpy as np
 
 from mlx_starflow.convert.pth_pickle import MAX_EXPANDED, NUMPY_DTYPES, Storage, StoredTensor, unpickle
 from mlx_starflow.convert.pth_zip import MappedFile, Refused, quote, zip_records
+from mlx_starflow.convert.wrappers import choose_wrapper
 from mlx_starflow.errors import StarflowError, one_line
-
-# Keys under which training scripts put the state dict, beside an optimizer, a step counter and the like.
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 
 # Far above any real model; low enough that a hostile file costs neither minutes nor gigabytes.
 _MAX_PICKLE = 1 << 24  # bytes of data.pkl; a state dict needs about 200 a tensor
@@ -42,11 +40,22 @@ class Checkpoint(Mapping[str, np.ndarray]):
 
     The file stays mapped as long as the checkpoint or an array taken from it lives, and must not be overwritten or
     shortened in that time (replacing it by a rename is harmless).
+
+    Attributes:
+        wrapper: the key of the dictionary that they were taken from; "" if they were in none.
+        others: keys of further dictionaries of tensors beside it.
     """
 
-    def __init__(self, tensors: dict[str, StoredTensor], memory: MappedFile) -> None:
+    def __init__(
+        self,
+        tensors: dict[str, StoredTensor],
+        memory: MappedFile,
+        wrapper: str = "",
+        others: tuple[str, ...] = (),
+    ) -> None:
         self._tensors = tensors
         self._memory = memory
+        self.wrapper, self.others = wrapper, others
 
     def __getitem__(self, name: str) -> np.ndarray:
         """A read-only view of the file, axes as in PyTorch; not contiguous where the tensor was not.
@@ -101,13 +110,15 @@ class Checkpoint(Mapping[str, np.ndarray]):
         return math.prod(self.shape(name)) * NUMPY_DTYPES[self.dtype(name)].itemsize
 
 
-def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+def read_checkpoint(path: str | os.PathLike[str], *, ema: bool = False) -> Checkpoint:
     """Open a checkpoint that `torch.save` of PyTorch 1.6 or later wrote, running none of its code.
 
     A state dict keeps its names. Where the outermost dict holds no tensor itself but a dict with tensors under
-    "state_dict", "model_state_dict", "model" or "module" (the first of these), that dict is the checkpoint, and what
-    stands beside it, such as an optimizer, is left alone. Otherwise containers inside containers join their keys and
-    indices with dots: {"a": [t]} holds "a.0". Numbers, strings and the like are passed over.
+    "state_dict", "model_state_dict", "model" or "module" (the first of these), or else under a key of averaged weights
+    such as "ema", that dict is the checkpoint, and what stands beside it, such as an optimizer, is left alone; `ema`
+    takes the averaged weights first. Such a dict may be in another one, as {"ema": {"decay": 0.999, "module": {...}}}.
+    Otherwise containers inside containers join their keys and indices with dots: {"a": [t]} holds "a.0". Numbers,
+    strings and the like are passed over.
 
     Raises:
         StarflowError: the file cannot be read, is damaged, is no such checkpoint, or wants anything but tensors and
@@ -116,14 +127,14 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     name = str(os.fspath(path))
     name = name if name.isprintable() else ascii(name)
     try:
-        return _read(path)
+        return _read(path, ema)
     except Refused as reason:
         raise StarflowError(f"cannot read checkpoint {name}: {reason}") from None
     except OSError as error:
         raise StarflowError(f"cannot read checkpoint {name}: {one_line(error)}") from None
 
 
-def _read(path: str | os.PathLike[str]) -> Checkpoint:
+def _read(path: str | os.PathLike[str], ema: bool) -> Checkpoint:
     try:
         mode = os.stat(path).st_mode
     except ValueError:
@@ -151,20 +162,39 @@ def _read(path: str | os.PathLike[str]) -> Checkpoint:
     pickled = memory.contents(records[folder + "data.pkl"], _MAX_PICKLE)
     prefix = folder + "data/"
     storages = {name[len(prefix) :]: record for name, record in records.items() if name.startswith(prefix)}
-    checkpoint = Checkpoint(_named_tensors(unpickle(pickled, storages)), memory)
+    root, wrapper, others = _state_dict(unpickle(pickled, storages), ema)
+    checkpoint = Checkpoint(_named_tensors(root), memory, wrapper, others)
     total = sum(map(checkpoint.nbytes, checkpoint))
     if total > _MAX_REPEATED * size + MAX_EXPANDED:
         raise Refused(f"its tensors take {total} bytes and the file {size}: save them unexpanded, and each once")
     return checkpoint
 
 
+def _state_dict(root: Any, ema: bool) -> tuple[Any, str, tuple[str, ...]]:
+    """The dictionary of the model's tensors in a training's, its key, and the keys of others; see `read_checkpoint`."""
+    if type(root) is not dict or _holds_tensor(root):
+        return root, "", ()
+    inner = {key: _inner(value) for key, value in root.items() if isinstance(key, str)}
+    found = {key: value for key, value in inner.items() if value is not None}
+    wrapper = choose_wrapper(found, ema)
+    return (found[wrapper] if wrapper else root), wrapper, tuple(key for key in found if key != wrapper)
+
+
+def _inner(value: Any) -> Any:
+    """A dictionary that holds tensors: this one, or one in it under a key of weights; None if there is none."""
+    if _holds_tensor(value):
+        return value
+    if type(value) is not dict:
+        return None
+    known = [key for key, each in value.items() if isinstance(key, str) and _holds_tensor(each)]
+    wrapper = choose_wrapper(known, ema=False)
+    return value[wrapper] if wrapper else None
+
+
 def _named_tensors(root: Any) -> dict[str, StoredTensor]:
     """The tensors inside nested containers by dotted name; see `read_checkpoint` for the rule."""
     if type(root) not in (dict, list, tuple):
         raise Refused("its outermost object is no dict, list or tuple; save the model's state_dict()")
-    if type(root) is dict and not _holds_tensor(root):
-        root = next((root[key] for key in _WRAPPERS if _holds_tensor(root.get(key))), root)
-
     tensors: dict[str, StoredTensor] = {}
     items = 0
 

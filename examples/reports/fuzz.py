@@ -100,7 +100,7 @@ def _official(path: Path) -> object:
 
 
 def _new_config(path: Path) -> object:
-    from mlx_starflow.training.recipes.new_flow import read_flow_config
+    from mlx_starflow.training.recipes.flow_config import read_flow_config
 
     return read_flow_config(path)
 

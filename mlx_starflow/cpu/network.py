@@ -239,6 +239,8 @@ class NativeNetwork:
             return _Linear()
         if type(linear) is AdaptedLinear:
             linear = linear.fuse(dequantize=True)
+        if not isinstance(linear, nn.Linear | nn.QuantizedLinear):
+            raise Unsuitable
         outputs = linear.weight.shape[0] if outputs is None else outputs
         bias = self._hold(linear.bias, (outputs,)) if "bias" in linear else None
         if isinstance(linear, nn.QuantizedLinear) and not transposed:

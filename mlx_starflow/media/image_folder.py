@@ -13,7 +13,7 @@ import numpy as np
 
 from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.media.pixels import UnreadableImage, crop_image, decode_image, no_remarks
-from mlx_starflow.media.sources import Sample, Skip, open_source, skip_report, split_of
+from mlx_starflow.media.sources import Sample, Skip, open_source, repeats_of, skip_report, split_of
 
 
 @dataclass
@@ -73,6 +73,11 @@ class ImageFolder:
         if skipped:
             warnings.warn(f"{data}: {skip_report(skipped)}", stacklevel=2)
         return cls(np.stack(images), captions, rows, skipped, checksums)
+
+    @property
+    def repeats(self) -> list[int]:
+        """How often a pass of a training takes each image."""
+        return [repeats_of(row) for row in self.rows]
 
     def only(self, *splits: str) -> ImageFolder:
         """The part whose `split` is one of these."""

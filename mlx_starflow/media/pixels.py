@@ -29,7 +29,12 @@ MANY_PIXELS = 2**24
 _large = threading.Lock()
 
 # Formats that need nothing but a decoder: some of Pillow's others start programs.
-_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+_FORMATS = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+
+HEIF_PACKAGE = "pillow-heif"
+"""What teaches Pillow to read HEIC, the format of an iPhone's photos; the extra `heic`."""
+
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 _ORIENTATION = 0x0112
 _TURNS = {
@@ -54,10 +59,12 @@ def decode_image(data: bytes) -> Image.Image:
 
     Raises:
         UnreadableImage: it is empty, damaged, of an unknown format, of floating-point numbers, or so large that
-            Pillow takes it for a decompression bomb (179 million pixels).
+            Pillow takes it for a decompression bomb (179 million pixels); or it is HEIC, and pillow-heif is missing.
     """
     if not data:
         raise UnreadableImage("the file is empty")
+    if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS and not reads_heif():
+        raise UnreadableImage(f"a HEIC picture, which {HEIF_PACKAGE} reads: pip install {HEIF_PACKAGE}")
     try:
         with Image.open(io.BytesIO(data), formats=_formats()) as opened, _room_for(opened.width * opened.height):
             opened.load()
@@ -69,6 +76,17 @@ def decode_image(data: bytes) -> Image.Image:
     except Exception as error:  # decoders of damaged files raise whatever they like
         text = " ".join(re.sub(r"<[^<>]* at 0x[^<>]*>", "", str(error)).split())
         raise UnreadableImage(text or type(error).__name__) from None
+
+
+@lru_cache(maxsize=1)
+def reads_heif() -> bool:
+    """Whether HEIC pictures can be read here; Pillow is told how to."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return False
+    register_heif_opener(thumbnails=False)
+    return True
 
 
 def model_picture(image: Image.Image) -> Image.Image:
@@ -148,6 +166,7 @@ def scale_pixels(images: np.ndarray) -> np.ndarray:
 @lru_cache(maxsize=1)
 def _formats() -> tuple[str, ...]:
     Image.init()
+    reads_heif()
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 

@@ -12,6 +12,11 @@ from mlx_starflow.models.configs import plain_fields
 
 OPTIMIZERS = ("adamw", "adafactor", "muon", "sinkgd")
 
+MOMENTS = {"adamw": 2, "muon": 1, "adafactor": 0, "sinkgd": 0}
+"""Numbers that an optimizer keeps of each weight, about."""
+
+REPORTERS = ("tensorboard", "wandb")
+
 LEARNING_RATES = {"muon": 2e-2, "sinkgd": 2e-2}
 """Highest learning rates of optimizers whose unit is not AdamW's, unless somebody asks for another; see
 `examples/reports/optimizers.py`."""
@@ -56,6 +61,7 @@ class TrainingConfig:
         validate_every: steps between validations, where there is data for it; 0: none.
         patience: so many validations in a row without a better one end the training; 0: none do.
         shard: keep a share of every large weight in each process; needs a backend other than ring.
+        report_to: "tensorboard" or "wandb", where log and images go besides the run's folder; None: nowhere.
     """
 
     steps: int
@@ -86,6 +92,7 @@ class TrainingConfig:
     validate_every: int = 0
     patience: int = 0
     shard: bool = False
+    report_to: str | None = None
 
     def __post_init__(self) -> None:
         plain_fields(self)
@@ -104,6 +111,7 @@ class TrainingConfig:
         for name, known in (("level_sampling", LEVEL_SAMPLINGS), ("level_weight", LEVEL_WEIGHTS)):
             self._require(name, f"one of {', '.join(known)}", known.__contains__)
         self._require("dtype", f"one of {', '.join(DTYPES)}", lambda value: value is None or value in DTYPES)
+        self._require("report_to", f"one of {', '.join(REPORTERS)}", lambda value: value is None or value in REPORTERS)
         self._require(
             "patience",
             "0 where there is no validation (validate_every)",
@@ -155,6 +163,7 @@ class TrainingOptions:
     validate_every: int | None = None
     patience: int | None = None
     shard: bool | None = None
+    report_to: str | None = None
 
     def given(self) -> dict[str, Any]:
         """Those that are asked for, by name."""

@@ -37,9 +37,10 @@ from mlx_starflow.training.data.batches import Order, split_samples
 from mlx_starflow.training.data.cache.build import build_cache
 from mlx_starflow.training.data.cache.reading import LatentCache
 from mlx_starflow.training.finetuning.adapters import AdapterConfig, attach
+from mlx_starflow.training.finetuning.base import finetune_planner
 from mlx_starflow.training.finetuning.config import FinetuneConfig
 from mlx_starflow.training.finetuning.data import FinetuneData, finetune_loss
-from mlx_starflow.training.finetuning.finetune import finetune, finetune_planner
+from mlx_starflow.training.finetuning.finetune import finetune
 from mlx_starflow.training.loop.trainer import Trainer
 
 command = Command("finetune")

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import io
 import struct
+import sys
 import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from mlx_starflow.media import pixels
 from mlx_starflow.media.pixels import (
     ZOOM,
     UnreadableImage,
@@ -121,6 +123,38 @@ def test_unreadable(data, reason):
             decode_image(data)
     # The reason goes into files that are compared: it is one line and says nothing of addresses.
     assert "\n" not in str(raised.value) and " at 0x" not in str(raised.value)
+
+
+@pytest.fixture
+def forget_heif():
+    """What is known about pillow-heif is asked for again."""
+    for function in (pixels.reads_heif, pixels._formats):
+        function.cache_clear()
+    yield
+    for function in (pixels.reads_heif, pixels._formats):
+        function.cache_clear()
+
+
+def test_heic_is_read(forget_heif):
+    """As it stands on a telephone: turned by the file, which is not to be turned again as its EXIF says."""
+    pytest.importorskip("pillow_heif")
+    assert pixels.reads_heif()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    wide = Image.new("RGB", (64, 32), "red")
+    wide.paste("blue", (0, 0, 16, 32))
+    jpeg = encoded(wide, "JPEG", exif=exif)
+    heic = encoded(Image.open(io.BytesIO(jpeg)), "HEIF")
+    assert heic[4:12] == b"ftypheic"
+    image = decode_image(heic)
+    assert image.size == decode_image(jpeg).size == (32, 64)
+    assert np.abs(np.asarray(image).astype(int) - np.asarray(decode_image(jpeg))).mean() < 8
+
+
+def test_heic_without_its_reader(forget_heif, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(UnreadableImage, match=r"^a HEIC picture, which pillow-heif reads: pip install pillow-heif$"):
+        decode_image(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
 
 
 def test_damaged_bytes_never_raise_anything_else():

@@ -196,12 +196,63 @@ def test_classes(tmp_path):
     assert next(iter(source)).row == {"label": "red_panda"}
 
 
+def test_folders_with_repeats(tmp_path):
+    """kohya's: 10_name counts 10 times, its caption is the name unless the picture has one of its own."""
+    files = {
+        "10_rex_the dog/1.png": png("red"),
+        "10_rex_the dog/2.png": png("blue"),
+        "10_rex_the dog/2.txt": "rex asleep",
+        "3_dog/sub/1.png": png("green"),
+    }
+    source = open_source(write(tmp_path, files))
+    samples = [item for item in source if isinstance(item, Sample)]
+    assert source.total == 3
+    assert {sample.key: (sample.captions, sample.repeats) for sample in samples} == {
+        "10_rex_the dog/1.png": (("rex the dog",), 10),
+        "10_rex_the dog/2.png": (("rex asleep",), 10),
+        "3_dog/sub/1.png": (("dog",), 3),
+    }
+    write(tmp_path, {"20000_cat/1.png": png("red")})
+    assert "20000_cat asks for 20000 repeats of each picture; at most 10000 are taken" in message(tmp_path)
+
+
+@pytest.mark.parametrize("folders", [("1_cat", "2_dog", "3_bird"), ("01_cat", "02_dog"), ("10_cat", "dog"), ("10_",)])
+def test_numbered_classes_are_classes(tmp_path, folders):
+    source = open_source(write(tmp_path, {f"{folder}/1.png": png("red") for folder in folders}))
+    found = {item.captions[0]: item.repeats for item in source if isinstance(item, Sample)}
+    assert found == {folder.replace("_", " ").strip(): 1 for folder in folders}
+
+
+def test_a_caption_for_all(tmp_path):
+    caption = "a photo of  rex the dog"
+    write(tmp_path, {"1.png": png("red"), "2.png": png("blue"), "2.txt": "rex asleep", "2023/3.png": png("green")})
+    assert [item.captions for item in open_source(tmp_path, caption=caption) if isinstance(item, Sample)] == [
+        ("a photo of rex the dog",),
+        ("rex asleep",),
+        ("a photo of rex the dog",),
+    ]
+    (tmp_path / "2.txt").unlink()
+    assert len({item.captions for item in open_source(tmp_path, caption=caption) if isinstance(item, Sample)}) == 1
+    assert "the caption is empty" in message(tmp_path, None, " ")
+
+
+def test_a_caption_is_for_those_that_have_none(tmp_path):
+    lines = [{"file_name": "1.png", "text": "a cat"}, {"file_name": "2.png"}]
+    write(tmp_path, {"1.png": png("red"), "2.png": png("red"), "metadata.jsonl": "\n".join(map(json.dumps, lines))})
+    assert [item.captions for item in open_source(tmp_path, caption="x") if isinstance(item, Sample)] == [
+        ("a cat",),
+        ("x",),
+    ]
+    folder = write(tmp_path / "classes", {"cat/1.png": png("red")})  # then folders are no classes
+    assert [item.captions for item in open_source(folder, caption="x") if isinstance(item, Sample)] == [("x",)]
+
+
 def test_nothing_to_train_on(tmp_path):
     assert message(tmp_path / "no").endswith("no does not exist; give a folder of pictures with captions, or hf:NAME")
     for kind in ("metadata.jsonl", "metadata.csv", ".tar shards", "a saved data set", ".txt files", "classes"):
         assert kind in message(tmp_path)
     write(tmp_path, {"a.png": png("red"), "b/c.png": png("red")})
-    assert "has 2 pictures but no captions: put a .txt file beside each of them, or write" in message(tmp_path)
+    assert "has 2 pictures but no captions: give one for all of them (--caption), put a .txt file" in message(tmp_path)
     assert "is no training data: give a folder, a metadata.jsonl" in message(tmp_path / "a.png")
 
 

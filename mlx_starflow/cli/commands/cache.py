@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,7 @@ from mlx_starflow.cli.options.rules import excludes, option_rules
 from mlx_starflow.model_dir.precision import DTYPES
 
 if TYPE_CHECKING:
-    from mlx_starflow.training.data.cache.build import CacheSummary
+    pass
 
 
 @click.command()
@@ -37,12 +36,13 @@ if TYPE_CHECKING:
 @click.option("--caption-column", metavar="NAME", help="Field of the metadata that holds the caption, such as text.")
 @click.option("--seed", type=int, default=0, help="Of the random views.")
 @click.option("--resume/--no-resume", default=True, help="Go on where an earlier run stopped.")
+@click.option("--caption", metavar="TEXT", help="Of pictures that have none, such as 'a photo of rex the dog'.")
 @click.option("--check", is_flag=True, help="DATA is a cache: compare the checksums of its files.")
 @option_rules(
     excludes(
         "--check",
         *("--output", "--model", "--size", "--buckets", "--square", "--views", "--flip", "--dtype", "--batch-size"),
-        *("--split", "--caption-column", "--seed", "--resume", "--no-resume"),
+        *("--split", "--caption-column", "--caption", "--seed", "--resume", "--no-resume"),
     ),
     excludes("--seed", "--views 1", reason="--seed is of random views, the second one on: give --views 2, or more"),
 )
@@ -58,6 +58,7 @@ def cache(
     batch_size: int,
     split: str,
     caption_column: str | None,
+    caption: str | None,
     seed: int,
     resume: bool,
     check: bool,
@@ -90,12 +91,13 @@ def cache(
         batch_size=batch_size,
         split=split,
         caption_column=caption_column,
+        caption=caption,
         seed=seed,
     )
     cpu.hint_if_slow()
     with resumable("stopped: the same command goes on where this one was"):
         summary = build_cache(data, output, model, settings, resume=resume)
-    for line in _remarks(summary):
+    for line in summary.remarks():
         click.echo(line, err=True)
     done = "was finished already" if summary.finished_before else "finished"
     click.echo(
@@ -109,12 +111,3 @@ def _check(folder: Path) -> None:
     found = LatentCache(folder)
     found.check()
     click.echo(f"{folder} is intact: {len(found)} pictures, {found.bytes / 2**20:.1f} MiB")
-
-
-def _remarks(summary: CacheSummary) -> Iterator[str]:
-    if summary.skipped:
-        yield summary.skipped
-    if summary.enlarged:
-        yield f"{summary.enlarged} pictures are smaller than they are encoded, and were enlarged"
-    if summary.cut:
-        yield f"{summary.cut} captions are longer than the model reads, and were cut"

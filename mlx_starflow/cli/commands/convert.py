@@ -112,6 +112,7 @@ def release(
 @_output
 @_quantize
 @_dtype
+@click.option("--ema", is_flag=True, help="Take the averaged weights that a training kept beside the last ones.")
 @click.option("--img-size", type=int, metavar="N", help="Side of the pictures (TarFlow: in pixels).")
 @click.option("--channel-size", type=int, metavar="N", help="Channels of a picture.")
 @click.option("--patch-size", type=int, metavar="N", help="Side of a token's patch.")
@@ -129,6 +130,7 @@ def flow(
     output: Path,
     quantize: str | None,
     dtype: str | None,
+    ema: bool,
     **arguments: int | float | bool | None,
 ) -> None:
     """An official STARFlow, TarFlow or iTARFlow CHECKPOINT, .pth or .safetensors.
@@ -136,12 +138,13 @@ def flow(
     A STARFlow needs its YAML, unless it is a released one. A TarFlow is known by its tensors and by its official name,
     such as afhq_model_8_768_8_8_0.07.pth; options of its architecture, from --img-size on, say what these do not.
     An iTARFlow is known by its tensors, but for the highest noise level of its training, --t1.
-    A CHECKPOINT may also be a folder that torch.distributed.checkpoint wrote; that needs PyTorch.
+    A CHECKPOINT may also be a folder of .safetensors shards, or one that torch.distributed.checkpoint wrote; the latter
+    needs PyTorch. Prefixes of names such as module. and _orig_mod. are taken off.
     """
     from mlx_starflow.convert.flow import LICENSE, convert_flow
 
     given = {name: value for name, value in arguments.items() if value is not None}
-    _report(convert_flow(checkpoint, config, output, quantize=quantize, dtype=dtype, arguments=given))
+    _report(convert_flow(checkpoint, config, output, quantize=quantize, dtype=dtype, arguments=given, ema=ema))
     click.echo(LICENSE)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -17,6 +17,9 @@ from mlx_starflow.cli.options.rules import excludes, given_options, option_rules
 from mlx_starflow.cli.options.training import SHARE, training_options
 from mlx_starflow.training.config import TrainingConfig, TrainingOptions
 
+if TYPE_CHECKING:
+    from mlx_starflow.training.recipes.new_flow import NewFlow
+
 
 @click.command()
 @click.argument("data", type=click.Path(path_type=Path))
@@ -24,7 +27,10 @@ from mlx_starflow.training.config import TrainingConfig, TrainingOptions
 @config_option
 @click.option("--preset", default="small", show_default=True, help="Sizes: small, demo; of pixels tarflow, itarflow.")
 @click.option("--model-config", type=click.Path(path_type=Path), help="YAML or JSON file of the flow's sizes instead.")
-@click.option("--encoders", default="demo", show_default=True, help="Model whose encoders a flow alone is trained on.")
+@click.option("--init", metavar="MODEL", help="Begin with the weights of this model's flow, and train it alone.")
+@click.option(
+    "--encoders", show_default="those of --init, or demo", help="Model whose encoders a flow alone is trained on."
+)
 @click.option("--validation", type=SHARE, default=0.1, show_default=True, help="Held out, of a flow alone's pictures.")
 @click.option("--autoencoder-steps", type=int, help="Steps of the autoencoder's training.")
 @click.option(
@@ -32,8 +38,11 @@ from mlx_starflow.training.config import TrainingConfig, TrainingOptions
 )
 @training_options
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Go on where an earlier run stopped.")
-@click.option("--dry-run", is_flag=True, help="Say what a flow alone would take in memory, and train nothing.")
-@option_rules(excludes("--preset", "--model-config"))
+@click.option("--dry-run", is_flag=True, help="Say what a flow alone would take in memory and time, and train nothing.")
+@option_rules(
+    excludes("--preset", "--model-config"),
+    excludes("--init", "--preset", "--model-config", reason="--init says all of the flow: leave its config out"),
+)
 @click.pass_context
 def train(
     context: click.Context,
@@ -41,7 +50,8 @@ def train(
     output: Path,
     preset: str,
     model_config: Path | None,
-    encoders: str,
+    init: str | None,
+    encoders: str | None,
     validation: float,
     autoencoder_steps: int | None,
     text_length: int | None,
@@ -49,7 +59,7 @@ def train(
     resume: bool,
     dry_run: bool,
 ) -> None:
-    """Train a model on DATA, from nothing.
+    """Train a model on DATA, from nothing or from another one's flow.
 
     DATA is a folder of captioned pictures, one with a folder for each class, or in any other form that
     `mlx-starflow cache --help` names; or a cache that it has made. A metadata.jsonl may have "split" in its lines:
@@ -60,6 +70,7 @@ def train(
     mlx-starflow train cache -o model --model-config flow.yaml      # a flow alone, on the cache's latents
     mlx-starflow train cache -o model --model-config flow.yaml --dry-run
     mlx-starflow train pictures -o model --model-config flow.yaml --encoders my-model      # the same, from pictures
+    mlx-starflow train pictures -o model --init my-model            # begins with the weights of my-model's flow
     mlx-starflow train classes -o model --preset tarflow            # a TarFlow, on pixels, with classes
     mlx-starflow train classes -o model --preset itarflow           # an iTARFlow, which is sampled in many steps
     mlx.launch -n 2 --backend ring -- mlx-starflow train pictures -o model
@@ -69,21 +80,26 @@ def train(
     (config.yaml, for --config) and the list of pictures that could not be used are in OUTPUT/training.
     """
     from mlx_starflow.training.data.cache.files import is_cache
-    from mlx_starflow.training.recipes.new_flow import read_flow_config
+    from mlx_starflow.training.recipes.flow_config import flow_config_of, read_flow_config
+    from mlx_starflow.training.recipes.new_flow import NewFlow
     from mlx_starflow.training.recipes.presets import PIXEL_FLOWS, preset_flow
 
     flow = None
-    if model_config is not None:
+    if init is not None:
+        flow = flow_config_of(init)
+    elif model_config is not None:
         flow = read_flow_config(model_config)
     elif preset in PIXEL_FLOWS or is_cache(data):
         flow = preset_flow(preset)
     if flow is not None and (autoencoder_steps is not None or text_length is not None):
         raise click.UsageError("a flow alone needs no --autoencoder-steps and no --text-length")
     if flow is None and dry_run:
-        raise click.UsageError("--dry-run is for a flow alone: a cache, or --model-config")
+        raise click.UsageError("--dry-run is for a flow alone: a cache, --model-config or --init")
     pixels = flow is not None and flow["model_type"] in PIXEL_FLOWS
     if flow is None and (given := given_options("--encoders", "--validation")):
-        raise click.UsageError(f"{given[0]} is for a flow alone: leave it out, or give a cache, or --model-config")
+        raise click.UsageError(
+            f"{given[0]} is for a flow alone: leave it out, or give a cache, --model-config or --init"
+        )
     if pixels and (given := given_options("--encoders", "--context-full", "--context-partial")):
         raise click.UsageError(f"{given[0]} is for flows that read text, and a TarFlow does not: leave it out")
     has_levels = flow is not None and flow["model_type"] == "itarflow"
@@ -92,32 +108,21 @@ def train(
     # Both say themselves that they were stopped and are saved.
     with resumable():
         if flow is not None:
-            _train_flow(context, data, output, flow, encoders, validation, training, resume, dry_run)
+            run = NewFlow(data, output, flow, training, encoders, validation, click.echo, init)
+            _train_flow(context, run, resume, dry_run)
         else:
             _train_model(context, data, output, preset, autoencoder_steps, text_length, training, resume)
 
 
-def _train_flow(
-    context: click.Context,
-    data: Path,
-    output: Path,
-    flow: dict[str, Any],
-    encoders: str,
-    validation: float,
-    training: TrainingOptions,
-    resume: bool,
-    dry_run: bool,
-) -> None:
-    from mlx_starflow.training.recipes.new_flow import NewFlow
-
-    run = NewFlow(data, output, flow, training, encoders, validation, click.echo)
+def _train_flow(context: click.Context, run: NewFlow, resume: bool, dry_run: bool) -> None:
     if not dry_run:
         run.check_output()
     choice, macs = run.plan()
     if dry_run:
         click.echo(f"here: {choice}\n{choice.plan}\n{macs}")
+        click.echo(run.step_time(choice))
         return
-    run.run(resume, lambda: _save_settings(context, output, run.training_config(choice), {}))
+    run.run(resume, lambda: _save_settings(context, run.out, run.training_config(choice), {}))
 
 
 def _train_model(

@@ -11,7 +11,7 @@ import click
 
 from mlx_starflow.cli.options.sampling import with_options
 from mlx_starflow.model_dir.precision import DTYPES
-from mlx_starflow.training.config import LEVEL_SAMPLINGS, LEVEL_WEIGHTS, OPTIMIZERS, TrainingOptions
+from mlx_starflow.training.config import LEVEL_SAMPLINGS, LEVEL_WEIGHTS, OPTIMIZERS, REPORTERS, TrainingOptions
 
 Result = TypeVar("Result")
 
@@ -51,6 +51,7 @@ _options = with_options(
     click.option("--watch-every", type=EVERY, help="Steps between sample grids and loss curves; 0: none."),
     click.option("--validate-every", type=EVERY, help="Steps between validations; 0: none but the last."),
     click.option("--patience", type=EVERY, help="Validations without a better one that end the training; 0: none."),
+    click.option("--report-to", type=click.Choice(REPORTERS), help="Show log and pictures there too."),
     click.option("--shard/--no-shard", default=None, help="Split large weights over processes (not on ring)."),
 )
 

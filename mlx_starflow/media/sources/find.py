@@ -12,21 +12,24 @@ from mlx_starflow.media.sources.folders import (
     Listing,
     MetadataFolder,
     Parts,
+    RepeatedFolders,
     TextFolder,
+    WithCaption,
+    folder_repeats,
     list_images,
 )
 from mlx_starflow.media.sources.hub import PREFIX, SAVED, HubDataset
 from mlx_starflow.media.sources.inside import leads_out
-from mlx_starflow.media.sources.sample import Source, skip_report
+from mlx_starflow.media.sources.sample import Source, clean, skip_report
 from mlx_starflow.media.sources.shards import Shards
 
 KINDS = (
     "metadata.jsonl, metadata.csv, .tar shards, a saved data set, "
-    "pictures with .txt files beside them, folders of classes"
+    "pictures with .txt files beside them, folders such as 10_name, folders of classes"
 )
 
 
-def open_source(data: str | Path, caption_column: str | None = None) -> Source:
+def open_source(data: str | Path, caption_column: str | None = None, caption: str | None = None) -> Source:
     """Training data by what it is.
 
     Args:
@@ -36,19 +39,30 @@ def open_source(data: str | Path, caption_column: str | None = None) -> Source:
             a folder that `datasets` saved to disk;
             a folder whose folders have metadata or shards, or are called "train" and "test" (see `SPLITS`): each of
             them is data of its own, and its name is the split;
+            a folder whose images are all in folders `10_name`: each counts 10 times, see `RepeatedFolders`;
             a folder of images, its own and those of folders in it, some of which have a `.txt` file beside them;
             a folder whose images are all in folders: these are classes.
         caption_column: the field of metadata that holds the caption, instead of `CAPTION_FIELDS`.
+        caption: of images that have none; folders are no classes then.
 
     Raises:
         StarflowError: there is no training data, or its metadata is broken.
     """
+    if caption is not None:
+        if not (text := clean(caption)):
+            raise StarflowError("the caption is empty: write what the pictures show, such as 'a photo of rex the dog'")
+        return WithCaption(_open(data, caption_column, True), text)
+    return _open(data, caption_column, False)
+
+
+def _open(data: str | Path, caption_column: str | None, captioned: bool) -> Source:
+    """The data; `captioned`: images need no captions of their own."""
     if str(data).startswith(PREFIX):
         return HubDataset.load(str(data), caption_column)
     try:
         path = Path(data).expanduser()
         if path.is_dir():
-            return _in_folder(path, path, caption_column)
+            return _in_folder(path, path, caption_column, captioned)
         if not path.is_file():
             what = "is neither a folder nor a regular file" if path.exists() else "does not exist"
             raise StarflowError(f"{path} {what}; give a folder of pictures with captions, or hf:NAME")
@@ -61,7 +75,7 @@ def open_source(data: str | Path, caption_column: str | None = None) -> Source:
     raise StarflowError(f"{path} is no training data: give a folder, a metadata.jsonl, a metadata.csv or a .tar file")
 
 
-def _in_folder(path: Path, root: Path, caption_column: str | None) -> Source:
+def _in_folder(path: Path, root: Path, caption_column: str | None, captioned: bool) -> Source:
     """The data of a folder; nothing is read outside of `root`, which is the folder or one that it is in."""
     for name in METADATA:
         if (path / name).is_file():
@@ -72,20 +86,22 @@ def _in_folder(path: Path, root: Path, caption_column: str | None) -> Source:
         return Shards(shards, caption_column)
     images = list_images(path, root)
     if parts := _parts(path, images):
-        opened = {name: _in_folder(path / name, root, caption_column) for name in parts}
+        opened = {name: _in_folder(path / name, root, caption_column, captioned) for name in parts}
         return Parts(opened, [skip for skip in images.skips if "/" not in skip.key])
     if not images.names:
         skipped = f"; {skip_report(images.skips)}" if images.skips else ""
         raise StarflowError(f"{path} holds no training data: looked for {KINDS}{skipped}")
     if caption_column is not None:
         raise StarflowError(f"{path} has no metadata with a field {caption_column!r}: leave out the caption column")
-    if any(map(images.has_text, images.names)):
+    if folder_repeats(images.names):
+        return RepeatedFolders(images)
+    if captioned or any(map(images.has_text, images.names)):
         return TextFolder(images)
     if all("/" in name for name in images.names):
         return ClassFolder(images)
     raise StarflowError(
-        f"{path} has {len(images.names)} pictures but no captions: put a .txt file beside each of them, or write a "
-        'metadata.jsonl with a line {"file_name": ..., "text": ...} for each'
+        f"{path} has {len(images.names)} pictures but no captions: give one for all of them (--caption), put a .txt "
+        'file beside each, or write a metadata.jsonl with a line {"file_name": ..., "text": ...} for each'
     )
 
 

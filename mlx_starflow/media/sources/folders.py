@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,7 +16,7 @@ from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.media.files import is_regular, parse_json
 from mlx_starflow.media.pixels import SUFFIXES
 from mlx_starflow.media.sources.inside import LARGEST_TEXT, leads_out, read_inside
-from mlx_starflow.media.sources.sample import Sample, Skip, Source, captions_of, clean
+from mlx_starflow.media.sources.sample import MOST_REPEATS, Sample, Skip, Source, captions_of, clean
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 
@@ -25,6 +26,8 @@ SPLITS = {
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 """Names of folders, in lower case, that are the parts of a data set, and the splits that these parts are."""
+
+_REPEATED = re.compile(r"([1-9]\d{0,8})_(?=\S)(.+)", re.ASCII | re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,65 @@ class ClassFolder:
             label = Path(name).parent.name
             caption = clean(label.replace("_", " "))
             yield Sample(name, (caption,) if caption else (), partial(self._images.read, name), {"label": label})
+
+
+class RepeatedFolders:
+    """Images in folders that are called `10_name`, as kohya's scripts want them: a pass takes each 10 times.
+
+    The caption is in a `.txt` beside the image or, without one, the folder's name behind the number, with spaces for
+    underscores. `Sample.repeats` says how often.
+
+    Raises:
+        StarflowError: a number is too large.
+    """
+
+    def __init__(self, images: Listing):
+        self._images, self._captions = images, TextFolder(images)
+        self._names = folder_repeats(images.names)
+        for count, name in self._names.values():
+            if count > MOST_REPEATS:
+                raise StarflowError(
+                    f"{images.folder}: {count}_{name} asks for {count} repeats of each picture; at most {MOST_REPEATS} "
+                    "are taken"
+                )
+        self.total: int | None = self._captions.total
+
+    def __iter__(self) -> Iterator[Sample | Skip]:
+        for item in self._captions:
+            if isinstance(item, Sample):
+                count, name = self._names[item.key.partition("/")[0]]
+                captions = item.captions or tuple(filter(None, [clean(name.replace("_", " "))]))
+                item = replace(item, captions=captions, row={"repeats": count})
+            yield item
+
+
+def folder_repeats(names: Sequence[str]) -> dict[str, tuple[int, str]]:
+    """The folders `10_name` that all of these images are in, with the number and the name; {} if one is elsewhere.
+
+    Three folders or more that are numbered 1, 2, 3 (or from 0) are classes in an order, and numbers with leading zeros
+    are too: nobody's repeats.
+    """
+    found: dict[str, tuple[int, str]] = {}
+    for folder in {name.partition("/")[0] if "/" in name else "" for name in names}:
+        if (match := _REPEATED.fullmatch(folder)) is None:
+            return {}
+        found[folder] = int(match[1]), match[2]
+    numbers = sorted(count for count, _ in found.values())
+    return {} if len(numbers) > 2 and numbers == list(range(1, len(numbers) + 1)) else found
+
+
+class WithCaption:
+    """A source whose images have a caption where it gives them none."""
+
+    def __init__(self, source: Source, caption: str):
+        self._source, self._caption = source, caption
+        self.total: int | None = source.total
+
+    def __iter__(self) -> Iterator[Sample | Skip]:
+        for item in self._source:
+            if isinstance(item, Sample) and not item.captions:
+                item = replace(item, captions=(self._caption,))
+            yield item
 
 
 class Parts:

@@ -14,6 +14,10 @@ CAPTION_FIELDS = ("text", "caption", "prompt")
 """Fields that hold a sample's caption, the first of them that is there; `captions` holds a list of further ones."""
 
 
+MOST_REPEATS = 10_000
+"""Of an image in a pass of a training."""
+
+
 @dataclass(frozen=True)
 class Sample:
     """An image that has not been read yet, and what is known about it.
@@ -34,6 +38,11 @@ class Sample:
     def split(self) -> str:
         """`split` of the metadata, "train" if it has none."""
         return split_of(self.row)
+
+    @property
+    def repeats(self) -> int:
+        """How often a pass of a training takes it: 10 in a folder `10_name`, else once."""
+        return repeats_of(self.row)
 
     def problem(self) -> str | None:
         """Why its captions are no use, if so."""
@@ -92,6 +101,12 @@ def captions_of(row: Mapping[str, Any], column: str | None = None) -> tuple[str,
 def split_of(row: Mapping[str, Any]) -> str:
     """The split that a line of metadata says its image belongs to."""
     return str(row.get("split") or "train")
+
+
+def repeats_of(row: Mapping[str, Any]) -> int:
+    """How often a pass takes the image of a line of metadata: `repeats`, once without one."""
+    found = row.get("repeats")
+    return min(found, MOST_REPEATS) if isinstance(found, int) and found > 0 else 1
 
 
 def skip_report(skips: Sequence[Skip], file: Path | None = None, most: int = 3) -> str:

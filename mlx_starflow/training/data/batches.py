@@ -15,17 +15,28 @@ class Order:
     """Endless passes over `count` samples, each pass in a new random order.
 
     With `buckets`, the bucket of each sample, what is taken at once is of one bucket: of each as often as it has
-    samples, chosen at random. Every bucket has passes of its own.
+    samples, chosen at random. Every bucket has passes of its own. With `repeats`, a pass takes each sample so often.
 
     Attributes:
         left: indices that this pass has still to use, bucket by bucket; what a checkpoint keeps.
     """
 
-    def __init__(self, count: int, buckets: Sequence[int] | np.ndarray | None = None):
+    def __init__(
+        self,
+        count: int,
+        buckets: Sequence[int] | np.ndarray | None = None,
+        repeats: Sequence[int] | np.ndarray | None = None,
+    ):
         self.count = count
+        self._repeats = None if repeats is None else np.asarray(repeats, np.int64)
         self._buckets = np.zeros(count, np.int64) if buckets is None else np.unique(buckets, return_inverse=True)[1]
         self._members = [np.flatnonzero(self._buckets == bucket) for bucket in range(self._buckets.max(initial=0) + 1)]
         self.left = np.zeros(0, np.int64)
+
+    @property
+    def length(self) -> int:
+        """Samples of a pass."""
+        return self.count if self._repeats is None else int(self._repeats.sum())
 
     @property
     def left(self) -> np.ndarray:
@@ -42,12 +53,18 @@ class Order:
 
     def take(self, number: int, rng: np.random.Generator) -> np.ndarray:
         """The next `number` indices."""
-        bucket = int(self._buckets[rng.integers(self.count)]) if len(self._members) > 1 else 0
-        members, left = self._members[bucket], self._left[bucket]
+        bucket = 0
+        if len(self._members) > 1:
+            bucket = int(self._buckets[self._repeated(np.arange(self.count))[rng.integers(self.length)]])
+        left = self._left[bucket]
         while len(left) < number:
+            members = self._repeated(self._members[bucket])
             left = np.concatenate([left, members[rng.permutation(len(members))]])
         taken, self._left[bucket] = np.split(left, [number])
         return taken
+
+    def _repeated(self, samples: np.ndarray) -> np.ndarray:
+        return samples if self._repeats is None else np.repeat(samples, self._repeats[samples])
 
     def once(self, number: int) -> Iterator[np.ndarray]:
         """All indices, each once, `number` or fewer of one bucket at a time; the passes do not notice."""

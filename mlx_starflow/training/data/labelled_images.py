@@ -23,6 +23,7 @@ class LabelledImages(IndexedData):
         classes: all names, in the order of their labels; by default those that occur, sorted. With a single one there
             are no labels.
         flip: half of the images, at random, are mirrored.
+        repeats: how often a pass takes each image, `[N]`; None: once.
         levels: lowest and highest noise level, for an iTARFlow.
 
     Attributes:
@@ -37,13 +38,15 @@ class LabelledImages(IndexedData):
         *,
         classes: Sequence[str] | None = None,
         flip: bool = False,
+        repeats: Sequence[int] | np.ndarray | None = None,
         levels: tuple[float, float] | None = None,
     ):
         self.images, self.flip, self.levels = images, flip, levels
+        self.repeats = np.ones(len(images), np.int64) if repeats is None else np.asarray(repeats)
         self.classes = list(classes) if classes is not None else sorted(set(names))
         number = {name: label for label, name in enumerate(self.classes)}
         self.labels = np.array([number[name] for name in names], np.int32)
-        self.order = Order(len(images))
+        self.order = Order(len(images), repeats=self.repeats)
 
     @classmethod
     def read(cls, data: str | Path, *, size: int, flip: bool = False) -> LabelledImages:
@@ -59,7 +62,8 @@ class LabelledImages(IndexedData):
         cls, folder: ImageFolder, *, flip: bool = False, levels: tuple[float, float] | None = None
     ) -> LabelledImages:
         """Images that have been read; the first caption of each is the name of its class."""
-        return cls(folder.images, [captions[0] for captions in folder.captions], flip=flip, levels=levels)
+        names = [captions[0] for captions in folder.captions]
+        return cls(folder.images, names, flip=flip, repeats=folder.repeats, levels=levels)
 
     def split(self, every: int) -> tuple[LabelledImages, LabelledImages]:
         """(The others, each `every`-th image but at least 2): to train on, and to validate with.
@@ -76,7 +80,14 @@ class LabelledImages(IndexedData):
 
         def part(chosen: np.ndarray, flip: bool) -> LabelledImages:
             names = [self.classes[label] for label in self.labels[chosen]]
-            return LabelledImages(self.images[chosen], names, classes=self.classes, flip=flip, levels=self.levels)
+            return LabelledImages(
+                self.images[chosen],
+                names,
+                classes=self.classes,
+                flip=flip,
+                repeats=self.repeats[chosen],
+                levels=self.levels,
+            )
 
         return part(~held, self.flip), part(held, False)
 
@@ -96,10 +107,16 @@ class LabelledImages(IndexedData):
             dropped = rng.random(len(chosen)) < config.caption_dropout
             arrays["text"] = np.where(dropped, -1, self.labels[chosen]).astype(np.int32)
         if self.levels is not None:
-            levels = draw_levels(rng, len(chosen), *self.levels, config.level_sampling)
-            arrays["noise_level"] = levels
-            arrays["weight"] = level_weights(levels, *self.levels, config.level_weight)
+            arrays |= level_arrays(rng, len(chosen), self.levels, config)
         return arrays
+
+
+def level_arrays(
+    rng: np.random.Generator, count: int, levels: tuple[float, float], config: TrainingConfig
+) -> dict[str, np.ndarray]:
+    """`noise_level` of `count` samples, between the lowest and the highest of `levels`, and their `weight`."""
+    drawn = draw_levels(rng, count, *levels, config.level_sampling)
+    return {"noise_level": drawn, "weight": level_weights(drawn, *levels, config.level_weight)}
 
 
 def draw_levels(rng: np.random.Generator, count: int, lowest: float, highest: float, sampling: str) -> np.ndarray:

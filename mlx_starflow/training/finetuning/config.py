@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.model_dir.precision import QUANTIZATIONS
-from mlx_starflow.training.config import TrainingConfig
+from mlx_starflow.model_dir.precision import DTYPES, QUANTIZATIONS
+from mlx_starflow.training.config import LEARNING_RATES, TrainingConfig
 from mlx_starflow.training.finetuning.adapters import LAYERS, AdapterConfig
 
 
@@ -22,8 +22,12 @@ class FinetuneConfig:
             "auto", as it is if that fits into memory, else in 8 bits, else "mixed".
         checkpoint_layers: compute layers again for the gradient; None: where memory asks for it.
         steps: optimizer steps.
-        batch_size: samples a step; 0: as many as fit into memory, at most 16.
-        lr: highest learning rate; 0: 2e-3 for adapters, 1e-4 for all weights.
+        batch_size: samples a step; 0: as many as fit into memory, at most 16 for each of `accumulate` parts.
+        accumulate, dtype: see `TrainingConfig`. Without a dtype networks compute in this machine's, and all weights,
+            where they are trained, are float32.
+        optimizer: see `TrainingConfig`.
+        lr: highest learning rate; 0: 2e-3 for adapters with AdamW, 2e-2 with muon and sinkgd, a twentieth of these for
+            all weights.
         caption_dropout: share of samples without their caption, for guidance.
         ema: decay of the average of the weights.
         context_full, context_partial: see `dropout.context_mask`; they make the flow heed the text more.
@@ -31,7 +35,11 @@ class FinetuneConfig:
         anchor_weight: of the KL divergence there, against the NLL on the rest.
         anchor_data: images whose likelihood is not to be forgotten, as `data` below; None: samples of the base.
         anchor_samples: how many of these are drawn, for captions of the new images.
+        caption: of images that have none.
         validation: share of the images that is held out and measured before and after; at most 100 of them.
+        validate_every, patience: see `TrainingConfig`; with validations the result is what did best in them.
+        watch_every: steps between labelled grids of samples and images of the loss curve; 0: none.
+        report_to: see `TrainingConfig`.
         draws: of the noise for that measurement.
         samples: images in the grid at the end.
         seed: of everything random.
@@ -48,6 +56,9 @@ class FinetuneConfig:
     checkpoint_layers: bool | None = None
     steps: int = 400
     batch_size: int = 0
+    accumulate: int = 1
+    optimizer: str = "adamw"
+    dtype: str | None = None
     lr: float = 0.0
     caption_dropout: float = 0.1
     ema: float = 0.99
@@ -57,7 +68,12 @@ class FinetuneConfig:
     anchor_weight: float = 1.0
     anchor_data: str | None = None
     anchor_samples: int = 128
+    caption: str | None = None
     validation: float = 0.1
+    validate_every: int = 0
+    patience: int = 0
+    watch_every: int = 0
+    report_to: str | None = None
     draws: int = 4
     samples: int = 8
     seed: int = 0
@@ -67,6 +83,8 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         if self.kind not in ("lora", "dora", "full"):
             raise StarflowError(f"finetune: kind must be lora, dora or full, not {self.kind!r}")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise StarflowError(f"finetune: dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
         if self.quantize not in ("auto", "none", *QUANTIZATIONS):
             known = ", ".join(("auto", "none", *QUANTIZATIONS))
             raise StarflowError(f"finetune: quantize must be one of {known}, not {self.quantize!r}")
@@ -85,9 +103,12 @@ class FinetuneConfig:
             if getattr(self, name) < 1:
                 raise StarflowError(f"finetune: {name} must be 1 or more, not {getattr(self, name)}")
         # What the trainer checks of its own is checked before any work too.
-        self.training(max(self.batch_size, 1))
-        if self.anchor and self.batch_size == 1:
-            raise StarflowError("finetune: an anchor needs a batch size of 2 or more")
+        self.training(self.batch_size or self.accumulate)
+        if self.anchor and 0 < self.batch_size < 2 * self.accumulate:
+            each = f" for each of {self.accumulate} parts" if self.accumulate > 1 else ""
+            raise StarflowError(f"finetune: an anchor needs a batch size of 2 or more{each}")
+        if self.validate_every and not self.validation:
+            raise StarflowError("finetune: validate_every needs pictures to validate on: leave out --validation 0")
         if self.anchor_data and not self.anchor:
             raise StarflowError("finetune: anchor data is used with a share of the batch: give --anchor 0.25")
 
@@ -104,13 +125,16 @@ class FinetuneConfig:
             blocks=self.blocks,
         )
 
-    def training(self, batch_size: int, checkpoint_layers: bool = False) -> TrainingConfig:
-        """The settings of `Trainer`."""
+    def training(self, batch_size: int, checkpoint_layers: bool = False, dtype: str | None = None) -> TrainingConfig:
+        """The settings of `Trainer`, which has networks compute in `dtype` where that is not the weights' own."""
         return TrainingConfig(
             steps=self.steps,
             batch_size=batch_size,
             checkpoint_layers=checkpoint_layers,
-            lr=self.lr or (1e-4 if self.kind == "full" else 2e-3),
+            accumulate=self.accumulate,
+            optimizer=self.optimizer,
+            dtype=dtype,
+            lr=self.lr or LEARNING_RATES.get(self.optimizer, 2e-3) / (20 if self.kind == "full" else 1),
             weight_decay=0.0,
             ema=self.ema,
             caption_dropout=self.caption_dropout,
@@ -119,4 +143,8 @@ class FinetuneConfig:
             seed=self.seed,
             save_seconds=self.save_seconds,
             log_every=self.log_every,
+            watch_every=self.watch_every,
+            validate_every=self.validate_every,
+            patience=self.patience,
+            report_to=self.report_to,
         )

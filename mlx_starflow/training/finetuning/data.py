@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_starflow.likelihood import Nll, exact_nll
+from mlx_starflow.likelihood.nll import HALF_LOG_2PI
 from mlx_starflow.models.starflow import STARFlow
 from mlx_starflow.sampling import sample
 from mlx_starflow.training.config import TrainingConfig
@@ -74,6 +75,7 @@ class FinetuneData(CachedLatents):
         noise_std: the flow's.
         anchor, share: what the anchor's part of a batch comes from, and how large it is.
         dropout: give a key for `dropout_key` too.
+        parts: that a batch is computed in, each of which has its share of the anchor.
     """
 
     def __init__(
@@ -84,15 +86,17 @@ class FinetuneData(CachedLatents):
         anchor: AnchorImages | AnchorSamples | None = None,
         share: float = 0.0,
         dropout: bool = False,
+        parts: int = 1,
     ):
         super().__init__(cache, subset)
         self.noise_std, self.anchor, self.share, self.dropout = noise_std, anchor, share, dropout
+        self.parts = parts
 
     def batch(self, rng: np.random.Generator, config: TrainingConfig, progress: float) -> dict[str, np.ndarray]:
         """That of `CachedLatents`, and `anchor_x`, `anchor_text` and `dropout` as asked for."""
         arrays = super().batch(rng, config, progress)
         if self.anchor is not None:
-            count = anchored(config.batch_size, self.share)
+            count = anchored(config.batch_size, self.share, self.parts)
             arrays = {key: array[: config.batch_size - count] for key, array in arrays.items()}
             arrays.update(self.anchor.batch(count, rng, self.noise_std))
         if self.dropout:
@@ -100,9 +104,10 @@ class FinetuneData(CachedLatents):
         return arrays
 
 
-def anchored(batch_size: int, share: float) -> int:
-    """Samples of a batch that belong to the anchor: at least one of each kind."""
-    return min(max(round(share * batch_size), 1), batch_size - 1) if share else 0
+def anchored(batch_size: int, share: float, parts: int = 1) -> int:
+    """Samples of a batch that belong to the anchor: in each of its parts, at least one of each kind."""
+    size = batch_size // parts
+    return parts * min(max(round(share * size), 1), size - 1) if share else 0
 
 
 def finetune_loss(
@@ -122,6 +127,15 @@ def finetune_loss(
             metrics["kl"] = anchor_kl(flow, batch["anchor_x"], batch["anchor_text"], base)
             loss = loss + anchor_weight * metrics["kl"]
     return loss, metrics
+
+
+def own_nll(flow: STARFlow, cache: LatentCache, images: np.ndarray, *, count: int, seed: int) -> float:
+    """Mean exact NLL, nats per dimension, of samples that a flow draws for captions of some images of a cache.
+
+    What a flow that fits these images would give for them too: the entropy of what it has learned.
+    """
+    own = AnchorSamples.draw(flow, cache, images, count, seed)
+    return float(flow(mx.array(own.x), mx.array(own.text)).nll().mean()) + HALF_LOG_2PI
 
 
 def cached_nll(flow: STARFlow, cache: LatentCache, images: Sequence[int] | np.ndarray, *, draws: int, seed: int) -> Nll:

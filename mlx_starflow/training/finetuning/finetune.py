@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -20,22 +20,29 @@ from mlx_starflow.media.images import grid, save_image
 from mlx_starflow.media.outputs import check_outputs
 from mlx_starflow.media.sources import open_source
 from mlx_starflow.model_dir.adapters import FINGERPRINT
-from mlx_starflow.model_dir.directory import ModelDirectory, load_flow
+from mlx_starflow.model_dir.directory import ModelDirectory
 from mlx_starflow.model_dir.fingerprint import FUSED, fingerprint
-from mlx_starflow.model_dir.quantization import dequantize_module, quantize_module, quantized_layers
-from mlx_starflow.model_dir.saving import save_model
+from mlx_starflow.model_dir.saving import copy_parts, save_model
 from mlx_starflow.model_dir.transaction import transaction
-from mlx_starflow.model_dir.weights import parameters, training_dtype
+from mlx_starflow.model_dir.weights import dtype_name, parameters
 from mlx_starflow.models.starflow import STARFlow
 from mlx_starflow.pipelines import load
-from mlx_starflow.planning.finetune_memory import BATCH_SIZES, PRECISIONS, RANKS, Choice, Planner
-from mlx_starflow.planning.memory import available
+from mlx_starflow.pipelines.results import GenerationSettings
+from mlx_starflow.planning.finetune_memory import Choice
 from mlx_starflow.training.data.batches import split_samples
 from mlx_starflow.training.data.cache.build import CacheSettings, build_cache
 from mlx_starflow.training.data.cache.files import is_cache
 from mlx_starflow.training.data.cache.model import weights_digest
-from mlx_starflow.training.data.cache.reading import LatentCache
-from mlx_starflow.training.finetuning.adapters import attach, save_adapter
+from mlx_starflow.training.data.cache.reading import CachedLatents, LatentCache
+from mlx_starflow.training.finetuning.adapters import save_adapter
+from mlx_starflow.training.finetuning.base import (
+    batch_parts,
+    computed_dtype,
+    held_dtype,
+    load_base,
+    make_trainable,
+    plan_finetune,
+)
 from mlx_starflow.training.finetuning.config import FinetuneConfig
 from mlx_starflow.training.finetuning.data import (
     AnchorImages,
@@ -43,13 +50,21 @@ from mlx_starflow.training.finetuning.data import (
     FinetuneData,
     cached_nll,
     finetune_loss,
+    own_nll,
 )
-from mlx_starflow.training.finetuning.fuse import copy_parts
 from mlx_starflow.training.loop import distributed
-from mlx_starflow.training.loop.checkpoint import check_resume
+from mlx_starflow.training.loop.checkpoint import check_resume, checkpoint_files
 from mlx_starflow.training.loop.identity import Identity, digest
+from mlx_starflow.training.loop.reporting import check_reporter
 from mlx_starflow.training.loop.trainer import Trainer
-from mlx_starflow.training.loop.weights import assign
+from mlx_starflow.training.loop.weights import assign, trainable
+from mlx_starflow.training.recipes.samples import caption_drawer, first_captions
+
+MISFIT = 1.0
+"""Nats per dimension by which pictures are less likely than the base's own samples where it fits them badly: the
+density of every dimension is e times too low."""
+
+OWN_SAMPLES = 4
 
 
 @dataclass(frozen=True)
@@ -83,89 +98,25 @@ class FinetuneResult:
         )
 
 
-def plan_finetune(model: str | Path, config: FinetuneConfig, memory: float | None = None) -> tuple[Choice, str]:
-    """What `finetune` will do in `memory` bytes (None: those of this machine), and what it would do on some Macs.
+def open_cache(
+    data: str | Path,
+    folder: Path,
+    model: str | Path,
+    report: Callable[[str], None],
+    settings: CacheSettings | None = None,
+) -> LatentCache:
+    """A cache for this model: `data` itself if it is one, else one made of it in `folder` (or gone on with).
 
-    Nothing but the headers of the weights is read. Raises StarflowError, also if nothing fits.
+    Of several processes the first makes it, and all of them wait for that.
     """
-    directory = ModelDirectory.find(model)
-    planner = finetune_planner(lambda: _lazy_flow(directory, training_dtype()), config)
-    memory = available() if memory is None else memory
-    choice = planner.choose(memory)
-    if choice is None:
-        raise StarflowError(
-            f"fine-tuning {model} does not fit into this machine's memory ({memory / 2**30:.1f} GiB): "
-            "train fewer --blocks, with a smaller --batch-size" + (" or an adapter" if config.kind == "full" else "")
-        )
-    return choice, finetune_planner(lambda: _lazy_flow(directory, mx.bfloat16), config).macs()
-
-
-def finetune_planner(make_flow: Callable[[], STARFlow], config: FinetuneConfig) -> Planner:
-    """The planner of a fine-tuning; `make_flow` makes the base, whose numbers are not computed."""
-
-    def trained(quantization: str | None, rank: int) -> STARFlow:
-        flow = make_flow()
-        _make_trainable(flow, config, quantization, rank)
-        return flow
-
-    adapters = config.kind != "full"
-    precisions: tuple[str | None, ...] = (None,)
-    if adapters and config.quantize == "auto" and not quantized_layers(make_flow()):
-        precisions = PRECISIONS
-    elif config.quantize not in ("auto", "none"):
-        precisions = (config.quantize,)
-    sizes = [size for size in BATCH_SIZES if size > 1 or not config.anchor]
-    return Planner(
-        trained,
-        precisions=precisions,
-        ranks=(0,) if not adapters else (config.rank,) if config.rank else RANKS,
-        batch_sizes=[config.batch_size] if config.batch_size else sizes,
-        checkpoint=config.checkpoint_layers,
-        copy=bool(config.anchor) and not adapters,
-        average=config.ema > 0,
-    )
-
-
-def _lazy_flow(model: ModelDirectory, dtype: mx.Dtype) -> STARFlow:
-    """A model directory's flow; each tensor is read when it is computed with."""
-    if not model.reads_prompts:
-        raise StarflowError(f"{model.path} does not read captions: fine-tuning is for models of latents and prompts")
-    flow = model.flow.lazy()
-    assert isinstance(flow, STARFlow)  # no other flow reads prompts
-    flow.set_dtype(dtype)
-    return flow
-
-
-def _load_base(model: str | Path, quantization: str | None) -> STARFlow:
-    """A model's flow, quantized if need be; its dense weights are never in memory all at once."""
-    if quantization is None:
-        dense = load_flow(model, dtype=training_dtype())
-        assert isinstance(dense, STARFlow)
-        return dense
-    flow = _lazy_flow(ModelDirectory.find(model), training_dtype())
-    quantize_module(flow, quantization)
-    for array in parameters(flow).values():
-        mx.eval(array)
-    return flow
-
-
-def _make_trainable(flow: STARFlow, config: FinetuneConfig, quantization: str | None, rank: int) -> None:
-    if quantization is not None:
-        quantize_module(flow, quantization)
-    if adapter := config.adapter(rank):
-        attach(flow, adapter, config.seed)
-    else:
-        dequantize_module(flow)
-        flow.unfreeze()
-
-
-def open_cache(data: str | Path, folder: Path, model: str | Path, report: Callable[[str], None]) -> LatentCache:
-    """A cache for this model: `data` itself if it is one, else one made of it in `folder` (or gone on with)."""
     if is_cache(expanded(data)):
         return LatentCache(expanded(data), model)
-    summary = build_cache(data, folder, model, CacheSettings())
-    if summary.skipped:
-        report(summary.skipped)
+
+    def build() -> None:
+        for line in build_cache(data, folder, model, settings).remarks():
+            report(line)
+
+    distributed.first_does(build, "finetune")
     return LatentCache(folder)
 
 
@@ -184,22 +135,33 @@ def finetune(
         model: "demo", a model directory or a Hub repository of one.
         data: captioned images, see `open_source`, or a cache of them, see `build_cache`.
         out: folder of the run: `adapter/` (or, for "full", `model/`, dense), `grid.png`, `report.json`, `config.yaml`,
-            and in `cache/` and `checkpoints/` what resuming needs.
+            and in `cache/` and `checkpoints/` what resuming needs. An adapter is there, and can be used, from the first
+            checkpoint on.
         config: see there.
         resume: go on where an earlier run into `out` stopped; else start again.
         report: is told, in a line, what goes on.
+
+    With `mlx.launch` all processes do this together; rank 0 alone writes, reports, and measures.
 
     Raises:
         StarflowError: a mistake in the arguments, or what `build_cache` and `Trainer` raise.
     """
     config, out = config or FinetuneConfig(), Path(out)
+    check_reporter(config.report_to)
     check_outputs(folders=[out], inputs=[data])
     if not is_cache(expanded(data)):
-        open_source(data)
+        open_source(data, caption=config.caption)
+    elif config.caption is not None:
+        raise StarflowError(f"{data} is a cache, whose captions are encoded already: give it to mlx-starflow cache")
     choice, _ = plan_finetune(model, config)
-    report(str(choice))
+    say = report if distributed.world().rank() == 0 else _nobody
+    say(str(choice))
     with distributed.run_folder(out):
-        return _finetune(model, data, out, config, choice, resume, report)
+        return _finetune(model, data, out, config, choice, resume, say)
+
+
+def _nobody(line: str) -> None:
+    pass
 
 
 def _finetune(
@@ -211,16 +173,26 @@ def _finetune(
     resume: bool,
     report: Callable[[str], None],
 ) -> FinetuneResult:
-    cache = open_cache(data, out / "cache", model, report)
+    first = distributed.world().rank() == 0
+    cache = open_cache(data, out / "cache", model, report, CacheSettings(caption=config.caption))
     images, held_out = split_samples(len(cache), config.validation, 100, config.seed)
     identity = _identity(ModelDirectory.find(model), config, choice, cache, held_out)
-    if resume:
-        check_resume(out / "checkpoints", identity, config.seed)
-    _write(out / "config.yaml", yaml.safe_dump(_plain(model, data, out, config, choice), sort_keys=False))
-    flow = _load_base(model, choice.quantization)
-    before = cached_nll(flow, cache, held_out, draws=config.draws, seed=config.seed) if len(held_out) else None
-    if before:
+    begins = not (resume and checkpoint_files(out / "checkpoints"))
+
+    def begin() -> None:
+        if resume:
+            check_resume(out / "checkpoints", identity, config.seed)
+        _write(out / "config.yaml", yaml.safe_dump(_plain(model, data, out, config, choice), sort_keys=False))
+
+    distributed.first_does(begin, "finetune")
+    computed = computed_dtype(config)
+    flow = load_base(model, choice.quantization, held_dtype(config))
+    before = None
+    if first and len(held_out):
+        before = cached_nll(flow, cache, held_out, draws=config.draws, seed=config.seed)
         report(f"before: {before}")
+        if begins and (misfit := _misfit(flow, cache, held_out, before, config.seed)):
+            report(misfit)
     anchor: AnchorImages | AnchorSamples | None = None
     if config.anchor_data:
         anchor = AnchorImages(open_cache(config.anchor_data, out / "anchor-cache", model, report))
@@ -228,31 +200,84 @@ def _finetune(
         anchor = AnchorSamples.draw(flow, cache, images, config.anchor_samples, config.seed)
     base = None
     if anchor and config.kind == "full":
-        base = _load_base(model, None)
+        base = load_base(model, None, computed)
         base.freeze()
-    _make_trainable(flow, config, None, choice.rank)
+    make_trainable(flow, config, None, choice.rank)
     mx.eval(flow.parameters())
-    samples = FinetuneData(cache, images, flow.config.noise_std, anchor, config.anchor, config.dropout > 0)
+    parts = batch_parts(config)
+    samples = FinetuneData(cache, images, flow.config.noise_std, anchor, config.anchor, config.dropout > 0, parts)
     loss = partial(
         finetune_loss, anchor_weight=config.anchor_weight, base=base, gradient_checkpointing=choice.checkpoint
     )
-    training = config.training(choice.batch_size, choice.checkpoint)
+    other = config.dtype is not None or computed != held_dtype(config)
+    training = config.training(choice.batch_size, choice.checkpoint, dtype_name(computed) if other else None)
+
+    def publish(weights: Mapping[str, mx.array]) -> None:
+        """Put the adapter where it can be used, as it is now."""
+        held = trainable(flow)
+        assign(flow, weights)
+        try:
+            _save(flow, model, out, config, choice)
+        finally:
+            assign(flow, held)
+
+    shown = first_captions(cache, held_out if len(held_out) else images)
+    settings = GenerationSettings.from_dict(ModelDirectory.find(model).pipeline)
     trainer = Trainer(
-        flow, samples, training, out / "checkpoints", loss=loss, identity=identity, name="finetune", resume=resume
+        flow,
+        samples,
+        training,
+        out / "checkpoints",
+        loss=loss,
+        validation=CachedLatents(cache, held_out) if config.validate_every else None,
+        samples=caption_drawer(cache, shown, model, settings) if config.watch_every else None,
+        publish=None if config.kind == "full" else publish,
+        identity=identity,
+        name="finetune",
+        resume=resume,
     )
     assign(flow, trainer.run())
-    after = cached_nll(flow, cache, held_out, draws=config.draws, seed=config.seed) if before else None
-    folder = _save(flow, model, out, config, choice)
-    result = FinetuneResult(folder, before, after)
-    _write(out / "report.json", json.dumps(result.report(), indent=2) + "\n")
+    result = FinetuneResult(out / ("model" if config.kind == "full" else "adapter"), None, None)
+
+    def finish() -> None:
+        nonlocal result
+        after = cached_nll(flow, cache, held_out, draws=config.draws, seed=config.seed) if before else None
+        result = FinetuneResult(_save(flow, model, out, config, choice), before, after)
+        _write(out / "report.json", json.dumps(result.report(), indent=2) + "\n")
+        _draw_grid(model, out, cache, held_out if len(held_out) else images, config, result.folder, report)
+
+    distributed.first_does(finish, "finetune")
+    return result
+
+
+def _misfit(flow: STARFlow, cache: LatentCache, images: np.ndarray, before: Nll, seed: int) -> str:
+    """A line if the base fits the images badly, against samples of its own; "" if it does not."""
+    own = own_nll(flow, cache, images, count=OWN_SAMPLES, seed=seed)
+    if before.mean - own <= MISFIT:
+        return ""
+    return (
+        f"the base fits these pictures badly: their NLL is {before.mean:.2f} nats per dimension, that of its own "
+        f"samples {own:.2f}; it has much to learn, which takes more steps, and pictures may stay rough: "
+        "a base that was trained on pictures like these is a better start"
+    )
+
+
+def _draw_grid(
+    model: str | Path,
+    out: Path,
+    cache: LatentCache,
+    shown: np.ndarray,
+    config: FinetuneConfig,
+    folder: Path,
+    report: Callable[[str], None],
+) -> None:
+    """Samples of the result, as its model makes them, in `out/grid.png`."""
     if config.samples:
-        shown = held_out if len(held_out) else images
         prompts = [cache.captions[index][0] for index in shown[: config.samples]]
         pipe = load(folder) if config.kind == "full" else load(model, adapters=[(folder, 1.0)])
         made = pipe.generate(prompts, seed=config.seed, verify=False)
         save_image(grid(made.images), out / "grid.png", pipe.grid_metadata(made))
         report(f"{out / 'grid.png'}: {', '.join(prompts)}; seed {config.seed}")
-    return result
 
 
 def _identity(
@@ -284,7 +309,9 @@ def _save(flow: STARFlow, model: str | Path, out: Path, config: FinetuneConfig, 
     settings = {key: value for key, value in source.flow.content.items() if key not in left_out}
     with transaction(out / "model"):
         files = copy_parts(source, out / "model")
-        return save_model(out / "model", parameters(flow), settings, files=files)
+        dtype = computed_dtype(config)
+        weights = {name: array.astype(dtype) for name, array in parameters(flow).items()}
+        return save_model(out / "model", weights, settings, files=files)
 
 
 def _plain(model: str | Path, data: str | Path, out: Path, config: FinetuneConfig, choice: Choice) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,9 @@ def world() -> mx.distributed.Group:
 
 
 def share(batch: Mapping[str, np.ndarray], part: int, parts: int) -> dict[str, mx.array]:
-    """Rows of part number `part` of a batch that is split into `parts`."""
-    size = len(next(iter(batch.values()))) // parts
-    return {name: mx.array(array[part * size : (part + 1) * size]) for name, array in batch.items()}
+    """Rows of part number `part` of a batch that is split into `parts`; arrays may have different numbers of rows."""
+    sizes = {name: len(array) // parts for name, array in batch.items()}
+    return {name: mx.array(array[part * sizes[name] : (part + 1) * sizes[name]]) for name, array in batch.items()}
 
 
 def average(gradients: Weights, group: mx.distributed.Group) -> Weights:
@@ -111,6 +111,24 @@ def run_folder(folder: Path) -> Iterator[None]:
         if taken:
             raise StarflowError(taken)
         yield
+
+
+def first_does(action: Callable[[], None], name: str) -> None:
+    """Have rank 0 do something that the others wait for; all processes call this together.
+
+    `name` is the command's, as in `peers`. Raises the action's StarflowError in all of them.
+    """
+    group = world()
+    failure = None
+    with peers(name, group):
+        if group.rank() == 0:
+            try:
+                action()
+            except StarflowError as error:
+                failure = error
+        _, told = from_first({}, str(failure) if failure else None, group)
+    if failure or told:
+        raise failure or StarflowError(told)
 
 
 def check_sharding(group: mx.distributed.Group) -> None:

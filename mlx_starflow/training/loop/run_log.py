@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.likelihood.nll import HALF_LOG_2PI
 from mlx_starflow.media.files import is_regular, parse_json, read_bytes, replacing
+from mlx_starflow.training.loop.reporting import NoReporter, Reporter, plain_numbers
 
 NAME = "log.jsonl"
 
@@ -53,16 +55,20 @@ class RunLog:
         folder: of the run.
         step: where the training goes on; lines after it, of steps that are done again, are taken out.
         writes: False: nothing is written.
+        reporter: is told the numbers of each line too.
     """
 
-    def __init__(self, folder: Path, step: int, writes: bool = True):
-        self.folder, self.writes = folder, writes
+    def __init__(self, folder: Path, step: int, writes: bool = True, reporter: Reporter | None = None):
+        self.folder, self.writes, self.reporter = folder, writes, reporter or NoReporter()
+        self._began = time.monotonic()
         self._rows: list[Mapping[str, float]] = []
         self.samples = self.tokens = self.skipped = 0
         self.seconds = 0.0
         if writes and (folder / NAME).exists():
             rows = read_log(folder)
             kept = [_in_one_unit(row) for row in rows if row.get("step", 0) <= step]
+            before = [row["elapsed"] for row in kept if isinstance(row.get("elapsed"), int | float)]
+            self._began -= max(before, default=0.0)
             if kept != rows or (folder / NAME).read_bytes()[-1:] not in (b"\n", b""):
                 with replacing(folder / NAME) as temporary:
                     temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
@@ -74,9 +80,17 @@ class RunLog:
         self.tokens += tokens
         self.seconds += seconds
 
-    def flush(self, step: int, lr: float) -> str:
-        """Write the means since the last time; returns words for the progress bar."""
-        line: dict[str, Any] = {"step": step}
+    @property
+    def elapsed(self) -> float:
+        """Seconds of the training, those of the runs that this one goes on with included, as far as the log knows."""
+        return time.monotonic() - self._began
+
+    def flush(self, step: int, lr: float, epoch: float = 0.0) -> str:
+        """Write the means since the last time; returns words for the progress bar.
+
+        `epoch` is how many passes over the data have been done.
+        """
+        line: dict[str, Any] = {"step": step, "epoch": round(epoch, 3), "elapsed": round(self.elapsed, 3)}
         for key in self._rows[0]:
             values = [row[key] for row in self._rows if math.isfinite(row.get(key, math.nan))]
             line[key] = round(float(np.mean(values)), 6) if values else None
@@ -87,7 +101,8 @@ class RunLog:
             line["skipped"] = self.skipped
         line["samples_per_second"] = round(self.samples / seconds, 2)
         unit = " nats/dim" if "unit" in line else ""
-        words = f"loss {line['loss']:.4f}{unit}" if line["loss"] is not None else "all steps skipped"
+        words = f"epoch {epoch:.1f}, " if epoch else ""
+        words += f"loss {line['loss']:.4f}{unit}" if line["loss"] is not None else "all steps skipped"
         if self.tokens:
             line["tokens_per_second"] = round(self.tokens / seconds, 1)
             words += f", {self.tokens / seconds:.0f} tokens/s"
@@ -102,6 +117,7 @@ class RunLog:
         """Append a line. Raises StarflowError if that is not possible."""
         if not self.writes:
             return
+        self.reporter.numbers(line["step"], plain_numbers(line))
         path = self.folder / NAME
         try:
             # In one write, so that a crash does not leave half a line.

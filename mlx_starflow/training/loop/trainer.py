@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -38,12 +38,13 @@ from mlx_starflow.training.loop.checkpoint import (
 from mlx_starflow.training.loop.divergence import Losses, all_finite, is_sound
 from mlx_starflow.training.loop.identity import Identity, plain
 from mlx_starflow.training.loop.objective import Batch, batch_loss, batch_nll
+from mlx_starflow.training.loop.reporting import Reporter, check_reporter, open_reporter
 from mlx_starflow.training.loop.run_log import NAME as LOG
 from mlx_starflow.training.loop.run_log import RunLog
 from mlx_starflow.training.loop.schedules import cosine, ema_decay
 from mlx_starflow.training.loop.step import ExtraLoss, Loss, StepMaker, count_tokens
 from mlx_starflow.training.loop.validation import BEST, Validation
-from mlx_starflow.training.loop.watch import draw_curves, save_samples
+from mlx_starflow.training.loop.watch import SampleSheet, draw_curves, save_samples
 from mlx_starflow.training.loop.weights import assign, check_same, trainable
 
 
@@ -75,7 +76,10 @@ class Trainer:
         validation: held-out data.
         nll: `nll(model, batch)` -> `[B]`, nats per dimension without log(2 pi) / 2, for validation; `batch_nll` by
             default.
-        samples: images that the model, with its averaged weights, makes every `config.watch_every` steps.
+        samples: images that the model, with its averaged weights, makes every `config.watch_every` steps; a
+            `SampleSheet` says what they show.
+        publish: is given, on rank 0 and whenever a checkpoint has been written, the weights that `run` would return if
+            it ended there.
         identity: what checkpoints are of besides their weights, such as the model's config and the data; a checkpoint
             of anything else is refused.
         name: what the progress bar and messages call this.
@@ -98,13 +102,15 @@ class Trainer:
         extra_loss: ExtraLoss | None = None,
         validation: IndexedData | None = None,
         nll: Callable[[Any, Batch], mx.array] = batch_nll,
-        samples: Callable[[nn.Module], Sequence[Image.Image]] | None = None,
+        samples: Callable[[Any], Sequence[Image.Image] | SampleSheet] | None = None,
+        publish: Callable[[Mapping[str, mx.array]], None] | None = None,
         identity: Identity | None = None,
         name: str = "training",
         resume: bool = True,
     ):
         self.model, self.data, self.config = model, data, config
-        self.folder, self.name, self.samples = Path(out_dir), name, samples
+        self.folder, self.name, self.samples, self.publish = Path(out_dir), name, samples, publish
+        check_reporter(config.report_to)
         self.identity = plain(identity or {})
         self.group = distributed.world()
         self.writes = self.group.rank() == 0
@@ -159,7 +165,15 @@ class Trainer:
         if self.writes:
             self.folder.mkdir(parents=True, exist_ok=True)
             clean(self.folder)
-        log = RunLog(self.folder, self.step, self.writes)
+        reporting = config.report_to if self.writes else None
+        reporter = open_reporter(reporting, self.folder, self.step, asdict(config))
+        try:
+            return self._loop(RunLog(self.folder, self.step, self.writes, reporter))
+        finally:
+            reporter.close()
+
+    def _loop(self, log: RunLog) -> dict[str, mx.array]:
+        config = self.config
         saved = began = time.monotonic()
         stopped = self._finished
         bar = tqdm(total=config.steps, initial=self.step, desc=self.name, disable=None if self.writes else True)
@@ -180,13 +194,13 @@ class Trainer:
                 bar.update()
                 last = self.step == config.steps
                 if last or self.step % config.log_every == 0:
-                    bar.set_postfix_str(log.flush(self.step, lr))
+                    bar.set_postfix_str(log.flush(self.step, lr, self.epoch))
                 self.peak_memory = mx.get_peak_memory()
                 if self.validation and (last or _due(self.step, config.validate_every)):
                     stopped = self._validate(log)
                     bar.write(f"{self.name}: {self.validation}", file=sys.stderr) if self.writes else None
                 if config.watch_every and (last or _due(self.step, config.watch_every)):
-                    self._watch()
+                    self._watch(log.reporter)
                 began = time.monotonic()
                 stop = distributed.any_of(interrupted.is_set(), self.group)
                 due = began - saved >= config.save_seconds or _due(self.step, config.save_steps)
@@ -202,9 +216,17 @@ class Trainer:
             if self.writes:
                 _say(f"{self.name} stopped at step {self.step} of {config.steps} and is saved: run it again to resume")
             raise KeyboardInterrupt
-        if self.validation and (best := self.validation.best_weights(trainable(self.model))):
-            return best
-        return dict(self.average or trainable(self.model))
+        return self._best(self.average or trainable(self.model))
+
+    def _best(self, otherwise: Mapping[str, mx.array]) -> dict[str, mx.array]:
+        """The weights to use: those that did best in validation or, where there is none, others."""
+        best = self.validation.best_weights(trainable(self.model)) if self.validation else None
+        return dict(otherwise) if best is None else best
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the data that have been done."""
+        return self.step * self.config.batch_size / self.data.order.length
 
     @property
     def _finished(self) -> bool:
@@ -231,7 +253,10 @@ class Trainer:
                 **({"validation": self.validation.state} if self.validation else {}),
             },
         )
-        return save_checkpoint(self.folder, checkpoint)
+        written = save_checkpoint(self.folder, checkpoint)
+        if self.publish is not None:
+            self.publish(self._best(average or weights))
+        return written
 
     def _resume(self) -> None:
         checkpoint, warning = load_latest(self.folder)
@@ -290,13 +315,13 @@ class Trainer:
         log.write(line)
         return self._finished
 
-    def _watch(self) -> None:
+    def _watch(self, reporter: Reporter) -> None:
         # A model in shares can be used by all processes together alone.
         if self.samples is not None and (self.writes or self._steps.shards):
             with self._averaged():
                 images = self.samples(self.model)
             if self.writes:
-                save_samples(images, self.folder, self.step)
+                reporter.image(self.step, "samples", save_samples(images, self.folder, self.step))
         if self.writes:
             draw_curves(self.folder)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -18,11 +20,52 @@ CURVES = {"loss": (31, 119, 180), "nll": (255, 127, 14), "validation_nll": (214,
 SIZE, MARGIN = (720, 420), 56
 
 
-def save_samples(images: Sequence[Image.Image], folder: Path, step: int) -> Path:
+CELL, LINE, LINES = 128, 14, 3
+"""Pixels that a labelled image has at least from left to right, and of a line of its label; how many lines it has."""
+
+
+@dataclass(frozen=True)
+class SampleSheet:
+    """Images in a grid, each with a line of what it is of beneath it, such as its caption and its seed.
+
+    Attributes:
+        images: row by row.
+        labels: of each.
+        columns: images in a row; None: nearly a square.
+    """
+
+    images: Sequence[Image.Image]
+    labels: Sequence[str]
+    columns: int | None = None
+
+    def draw(self) -> Image.Image:
+        """The whole sheet."""
+        width = max(CELL, *(image.width for image in self.images))
+        letters = width // 6
+        texts = [textwrap.wrap(label, letters, max_lines=LINES, placeholder=" ...") for label in self.labels]
+        height = max(image.height for image in self.images) + LINE * max(map(len, texts)) + 4
+        cells = []
+        for image, lines in zip(self.images, texts, strict=True):
+            cell = Image.new("RGB", (width, height), "white")
+            cell.paste(image, ((width - image.width) // 2, 0))
+            for number, line in enumerate(lines):
+                _write(ImageDraw.Draw(cell), (2, image.height + 2 + LINE * number), line)
+            cells.append(cell)
+        return grid(cells, self.columns)
+
+
+def _write(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str) -> None:
+    try:
+        draw.text(place, text, fill="black")
+    except UnicodeEncodeError:  # Pillow built without FreeType knows Latin letters alone
+        draw.text(place, text.encode("latin-1", "replace").decode("latin-1"), fill="black")
+
+
+def save_samples(images: Sequence[Image.Image] | SampleSheet, folder: Path, step: int) -> Path:
     """Write a grid of images to `folder/samples/step-<step>.png`."""
     path = folder / "samples" / f"step-{step:08d}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_image(grid(list(images)), path)
+    save_image(images.draw() if isinstance(images, SampleSheet) else grid(list(images)), path)
     return path
 
 

@@ -4,89 +4,62 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from PIL import Image
+import numpy as np
 
-from mlx_starflow.errors import StarflowError, one_line
-from mlx_starflow.media.files import MOST_YAML, expanded, parse_yaml, read_text
+from mlx_starflow.errors import StarflowError
+from mlx_starflow.media.files import expanded, is_folder
 from mlx_starflow.media.image_folder import ImageFolder
-from mlx_starflow.media.images import grid, save_image
+from mlx_starflow.media.images import save_image
 from mlx_starflow.media.sources import open_source, write_skips
-from mlx_starflow.model_dir.directory import FLOWS, ModelDirectory, load_vae
+from mlx_starflow.model_dir.directory import FLOWS, ModelDirectory
 from mlx_starflow.model_dir.files import CLASSES_FILE
-from mlx_starflow.model_dir.hub import find_model
-from mlx_starflow.model_dir.saving import save_model
-from mlx_starflow.model_dir.transaction import transaction
-from mlx_starflow.model_dir.weights import parameters
-from mlx_starflow.models.autoencoder_kl import AutoencoderKL
+from mlx_starflow.model_dir.quantization import dequantize_module
+from mlx_starflow.model_dir.saving import copy_parts, save_model
+from mlx_starflow.model_dir.transaction import PARTS, transaction
+from mlx_starflow.model_dir.weights import check_shapes, parameters
 from mlx_starflow.models.configs import FLOW
-from mlx_starflow.models.itarflow import ITarFlow, ITarFlowConfig
+from mlx_starflow.models.itarflow import ITarFlowConfig
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
-from mlx_starflow.models.tarflow import PixelFlow, PixelFlowConfig, TarFlow, TarFlowConfig
+from mlx_starflow.models.tarflow import PixelFlow, PixelFlowConfig, TarFlowConfig
 from mlx_starflow.planning.finetune_memory import BATCH_SIZES, Choice, Planner
 from mlx_starflow.planning.limits import check_held, check_side
 from mlx_starflow.planning.memory import available
-from mlx_starflow.training.config import TrainingConfig, TrainingOptions
+from mlx_starflow.training.config import MOMENTS, TrainingConfig, TrainingOptions
 from mlx_starflow.training.data.batches import IndexedData, split_samples
 from mlx_starflow.training.data.cache.build import CacheSettings, build_cache
 from mlx_starflow.training.data.cache.files import is_cache
-from mlx_starflow.training.data.cache.model import CacheModel, check_model
+from mlx_starflow.training.data.cache.model import CacheModel, check_model, weights_digest
 from mlx_starflow.training.data.cache.reading import CachedLatents, LatentCache
-from mlx_starflow.training.data.labelled_images import LabelledImages
-from mlx_starflow.training.finetuning.fuse import copy_parts
+from mlx_starflow.training.data.labelled_images import LabelledImages, level_arrays
 from mlx_starflow.training.loop import distributed
 from mlx_starflow.training.loop.identity import Identity, digest
+from mlx_starflow.training.loop.reporting import check_reporter
+from mlx_starflow.training.loop.timing import describe_steps, seconds_per_step
 from mlx_starflow.training.loop.trainer import Trainer
+from mlx_starflow.training.loop.watch import SampleSheet
 from mlx_starflow.training.loop.weights import assign
 from mlx_starflow.training.output import check_model_output, claim_model
+from mlx_starflow.training.recipes.flow_config import FROM_ENCODERS
 from mlx_starflow.training.recipes.presets import PIXEL_FLOWS
-from mlx_starflow.training.recipes.samples import decode_latents, draw_classes, draw_latents
+from mlx_starflow.training.recipes.samples import caption_drawer, class_sheet, first_captions
 
-FROM_ENCODERS = ("img_size", "channel_size", "txt_size", "txt_dim", "mix_aspect")
-"""What a STARFlow's config need not say: the cache knows it."""
-
-MOMENTS = {"adamw": 2, "muon": 1, "adafactor": 0, "sinkgd": 0}
-"""Numbers that an optimizer keeps of each weight, about."""
-
-Prepared = tuple[IndexedData, IndexedData | None, Callable[[Any], list[Image.Image]]]
+Prepared = tuple[IndexedData, IndexedData | None, Callable[[Any], SampleSheet]]
 """What a flow is trained on, what it is measured with, and what draws samples of it."""
 
 STEPS = 10000
 """Of a training, if nobody says."""
 
 MOST_HELD_OUT = 100
-SHOWN = 8
-
-
-def read_flow_config(path: str | Path) -> dict[str, Any]:
-    """A flow's config from a YAML or JSON file, with its `model_type`.
-
-    The file is like a model directory's `config.json`, or it is a YAML file of the official release.
-
-    Raises:
-        StarflowError: it cannot be read, or is for something else.
-    """
-    try:
-        content = parse_yaml(read_text(Path(path), MOST_YAML))
-    except ValueError as error:
-        raise StarflowError(f"{path} is neither YAML nor JSON: {one_line(error)}") from None
-    if not isinstance(content, dict):
-        raise StarflowError(f"{path} must hold a flow's config, with lines such as 'channels: 256'")
-    if "arguments" in content:
-        content = FlowConfig.from_official(content).to_dict()
-    kind = content.setdefault("model_type", "starflow")
-    if kind not in FLOWS:
-        raise StarflowError(f"{path}: model_type must be one of {', '.join(FLOWS)}, not {kind!r}")
-    return content
 
 
 @dataclass
 class NewFlow:
-    """A training of a flow from nothing.
+    """A training of a flow from nothing, or from the weights of another one.
 
     Args:
         data: for a STARFlow a latent cache, or captioned images, of which one is made in `out/training/cache`; for a
@@ -96,18 +69,21 @@ class NewFlow:
             `FROM_ENCODERS`, a TarFlow's `num_classes`.
         training: how to train; `batch_size` and `checkpoint_layers`, if not given, are chosen by memory.
         encoders: the model whose autoencoder and text encoder a STARFlow uses: "demo", a model directory or a Hub
-            repository of one.
+            repository of one; None: those of `init` if it has some, else "demo".
         validation: share of the images that is held out, at most 100 of them.
         report: is told, in a line, what goes on.
+        init: the model whose flow's weights it begins with, see `flow_config_of`; None: random ones. A flow over pixels
+            with other classes learns their embeddings anew.
     """
 
     data: Path
     out: Path
     config: Mapping[str, Any]
     training: TrainingOptions = field(default_factory=TrainingOptions)
-    encoders: str = "demo"
+    encoders: str | None = None
     validation: float = 0.1
     report: Callable[[str], None] = field(default=lambda line: None, repr=False)
+    init: str | Path | None = None
 
     def __post_init__(self) -> None:
         self.data, self.out = expanded(self.data), Path(self.out)
@@ -118,10 +94,20 @@ class NewFlow:
         if self.training.patience and not self.validation:
             raise StarflowError("train: --patience needs pictures to validate on: leave out --validation 0")
         self.group = distributed.world()
+        self._init = None if self.init is None else ModelDirectory.find(self.init)
+        check_reporter(self.training.report_to)
 
     @property
     def work(self) -> Path:
         return self.out / "training"
+
+    @property
+    def encoder_model(self) -> str:
+        """The model whose encoders a STARFlow uses."""
+        if self.encoders is not None:
+            return self.encoders
+        own = self._init is not None and all(is_folder(self._init.path / part) for part in PARTS)
+        return str(self.init) if own else "demo"
 
     @property
     def is_pixels(self) -> bool:
@@ -143,15 +129,15 @@ class NewFlow:
         folder = self.data
         if not self.has_cache:
             folder = self.work / "cache"
-            with distributed.peers("train", self.group):
-                if self.group.rank() == 0:
-                    open_source(self.data)
-                    summary = build_cache(self.data, folder, self.encoders, CacheSettings())
-                    if summary.skipped:
-                        self.report(summary.skipped)
-                distributed.wait(self.group)
+
+            def build() -> None:
+                open_source(self.data)
+                for line in build_cache(self.data, folder, self.encoder_model, CacheSettings()).remarks():
+                    self.report(line)
+
+            distributed.first_does(build, "train")
         cache = LatentCache(folder)
-        check_model(cache.identity, self.encoders, folder, "; or give --encoders the model that it was made with")
+        check_model(cache.identity, self.encoder_model, folder, "; or give --encoders the model that it was made with")
         return cache
 
     @cached_property
@@ -184,9 +170,10 @@ class NewFlow:
     def _pixels(self) -> Prepared:
         if self.group.rank() == 0:
             write_skips(self.work / "skipped.txt", self.folder.skipped)
+        draw = partial(class_sheet, classes=self.images.classes)
         if not self.validation:
-            return self.images, None, draw_classes
-        return *self.images.split(max(round(1 / self.validation), 2)), draw_classes
+            return self.images, None, draw
+        return *self.images.split(max(round(1 / self.validation), 2)), draw
 
     # ---- what is trained
 
@@ -219,7 +206,7 @@ class NewFlow:
     def _of_encoders(self) -> dict[str, Any]:
         """`FROM_ENCODERS` of the cache, or, where there is none yet, of the model that will make one."""
         if not self.has_cache:
-            model = CacheModel(self.encoders)
+            model = CacheModel(self.encoder_model)
             found = (
                 model.config.img_size,
                 model.vae_config.latent_channels,
@@ -238,15 +225,43 @@ class NewFlow:
         return self.training.seed or 0
 
     def new(self) -> STARFlow | PixelFlow:
-        """The flow, with random weights. They are not computed as long as nobody evaluates them."""
+        """The flow as it begins. Its weights are not computed, or read, as long as nobody evaluates them.
+
+        Raises StarflowError if those of `init` do not fit the data.
+        """
         mx.random.seed(self.seed)
-        config = self.flow_config
-        if isinstance(config, ITarFlowConfig):
-            return ITarFlow(config)
-        if isinstance(config, TarFlowConfig):
-            return TarFlow(config)
-        assert isinstance(config, FlowConfig)
-        return STARFlow(config)
+        flow = FLOWS[self.config["model_type"]].network(self.flow_config)
+        if self._init is not None:
+            source = self._init.flow.lazy()
+            dequantize_module(source)
+            weights = {name: array.astype(mx.float32) for name, array in parameters(source).items()}
+            made = parameters(flow)
+            for name in [name for name in weights if name.endswith(".class_embed")]:
+                if name not in made or made[name].shape != weights[name].shape:
+                    del weights[name]
+            fitting = {
+                name: array.shape for name, array in made.items() if name in weights or "class_embed" not in name
+            }
+            check_shapes({name: array.shape for name, array in weights.items()}, fitting, self._init.path)
+            assign(flow, weights)
+        return flow
+
+    def step_time(self, choice: Choice) -> str:
+        """How long a step takes on this machine, and all of them: some are done, with random data, to find out."""
+        config, flow = self.training_config(choice), self.new()
+        rng = np.random.default_rng(0)
+        count, side = config.batch_size, self.flow_config.img_size
+        shape = (count, side, side, self.flow_config.channel_size)
+        latents, noise = rng.standard_normal((2, *shape), dtype=np.float32)
+        batch: dict[str, np.ndarray] = {"latents": latents, "noise": noise}
+        if isinstance(self.flow_config, FlowConfig):
+            text = (count, self.flow_config.txt_size, self.flow_config.txt_dim)
+            batch["text"] = rng.standard_normal(text, dtype=np.float32)
+        elif self.flow_config.num_classes:
+            batch["text"] = rng.integers(self.flow_config.num_classes, size=count).astype(np.int32)
+        if isinstance(self.flow_config, ITarFlowConfig):
+            batch |= level_arrays(rng, count, (self.flow_config.t0, self.flow_config.t1), config)
+        return describe_steps(seconds_per_step(flow, batch, config), config)
 
     def plan(self, memory: float | None = None) -> tuple[Choice, str]:
         """What a step takes in `memory` bytes (None: this machine's), and what would be chosen on some Macs.
@@ -282,7 +297,7 @@ class NewFlow:
         options = self.training
         steps = STEPS if options.steps is None else options.steps
         defaults: dict[str, Any] = {
-            "lr": 5e-4,
+            "lr": 5e-4 if self.init is None else 1e-4,
             "context_full": 0.0,
             "context_partial": 0.0,
             "validate_every": max(steps // 20, 1),
@@ -344,7 +359,7 @@ class NewFlow:
         if first:
             with transaction(self.out):
                 self._write(flow)
-            save_image(grid(draw(flow)), self.out / "samples.png")
+            save_image(draw(flow).draw(), self.out / "samples.png")
         with distributed.peers("train", self.group):
             distributed.wait(self.group)
         if first:
@@ -354,6 +369,8 @@ class NewFlow:
     def _identity(self, data: IndexedData, held_out: IndexedData | None) -> Identity:
         """What checkpoints are of: the flow's config, the data, its split, and the encoders or the classes."""
         known: dict[str, Any] = {"flow": self.flow_config.to_dict()}
+        if self._init is not None:
+            known["init"] = weights_digest(self._init.path)
         if isinstance(data, CachedLatents):
             held = [] if held_out is None else sorted(set(range(len(self.cache))) - set(data.subset.tolist()))
             return {
@@ -371,24 +388,9 @@ class NewFlow:
             "held-out pictures": count,
         }
 
-    def _drawer(self, data: CachedLatents) -> Callable[[STARFlow], list[Image.Image]]:
+    def _drawer(self, data: CachedLatents) -> Callable[[STARFlow], SampleSheet]:
         """Images for captions of a few of the images."""
-        cache = self.cache
-        shown = data.subset[:SHOWN]
-        shown = shown[cache.buckets[shown] == cache.buckets[shown[0]]]
-        bucket = cache.buckets[shown[0]]
-        text = mx.array(cache.text([cache.captions[index][0] for index in shown], cache.ratios[bucket]))
-        vae = find_model(self.encoders) / "vae"
-
-        def draw(flow: STARFlow) -> list[Image.Image]:
-            latents = draw_latents(flow, (len(shown), *cache.shapes[bucket]), text)
-            mx.eval(latents)
-            # The autoencoder is needed so rarely that it need not stay in memory.
-            autoencoder = load_vae(vae)
-            assert isinstance(autoencoder, AutoencoderKL)
-            return decode_latents(autoencoder, latents)
-
-        return draw
+        return caption_drawer(self.cache, first_captions(self.cache, data.subset), self.encoder_model)
 
     def _write(self, flow: STARFlow | PixelFlow) -> None:
         config = {"model_type": self.config["model_type"], **flow.config.to_dict()}
@@ -398,5 +400,5 @@ class NewFlow:
         if self.is_pixels:
             files[CLASSES_FILE] = "".join(f"{name}\n" for name in self.images.classes).encode()
         else:
-            files = copy_parts(ModelDirectory.find(self.encoders), self.out)
+            files = copy_parts(ModelDirectory.find(self.encoder_model), self.out)
         save_model(self.out, parameters(flow), config, files=files)

@@ -57,6 +57,7 @@ class CaptionedLatents(IndexedData):
         tokenizer: makes token ids of captions.
         text_length: tokens a caption.
         tokens: tokens of the deep block, N of `dropout.context_mask`.
+        repeats: how often a pass takes each image, `[N]`; None: once.
     """
 
     def __init__(
@@ -67,10 +68,11 @@ class CaptionedLatents(IndexedData):
         *,
         text_length: int,
         tokens: int,
+        repeats: Sequence[int] | None = None,
     ):
         self.latents, self.captions, self.tokenizer = latents, captions, tokenizer
         self.text_length, self.tokens = text_length, tokens
-        self.order = Order(len(latents))
+        self.order = Order(len(latents), repeats=repeats)
 
     def arrays(
         self, chosen: np.ndarray, rng: np.random.Generator, config: TrainingConfig, progress: float

@@ -13,7 +13,6 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from PIL import Image
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.media.image_folder import ImageFolder
@@ -28,12 +27,14 @@ from mlx_starflow.models.tokenizer import Tokenizer
 from mlx_starflow.training.loop import distributed
 from mlx_starflow.training.loop.checkpoint import check_resume, is_anonymous
 from mlx_starflow.training.loop.identity import digest
+from mlx_starflow.training.loop.reporting import check_reporter
 from mlx_starflow.training.loop.trainer import Trainer, forget
+from mlx_starflow.training.loop.watch import SampleSheet
 from mlx_starflow.training.loop.weights import assign
 from mlx_starflow.training.output import check_model_output, claim_model
 from mlx_starflow.training.recipes.autoencoder import encode_views, train_autoencoder
 from mlx_starflow.training.recipes.presets import Preset
-from mlx_starflow.training.recipes.samples import decode_latents, draw_latents
+from mlx_starflow.training.recipes.samples import caption_sheet, decode_latents, draw_latents
 from mlx_starflow.training.recipes.text import (
     CaptionedLatents,
     TextFlow,
@@ -69,6 +70,7 @@ def train_model(
     Raises:
         StarflowError: the data cannot be used, a training diverges, or `out` holds the training of another model.
     """
+    check_reporter(preset.flow_training.report_to)
     if distributed.world().rank() == 0:
         check_model_output(Path(out), "starflow", [data])
     with distributed.run_folder(Path(out)):
@@ -145,19 +147,21 @@ def _train_model(
     model = TextFlow(STARFlow(flow_config), T5Encoder(text_config))
     initialize_text_encoder(model.text_encoder)
 
-    def samples(latents: np.ndarray, captions: list[list[str]]) -> CaptionedLatents:
+    def samples(latents: np.ndarray, folder: ImageFolder) -> CaptionedLatents:
         tokens = (flow_config.img_size // flow_config.patch_size) ** 2
         normalized = ((latents - mean) / std).astype(np.float32)
-        return CaptionedLatents(normalized, captions, tokenizer, text_length=length, tokens=tokens)
+        return CaptionedLatents(
+            normalized, folder.captions, tokenizer, text_length=length, tokens=tokens, repeats=folder.repeats
+        )
 
     validation = None
     if held_out:
         views = encode_views(autoencoder, held_out.images, 1, np.random.default_rng(preset.flow_training.seed))
-        validation = samples(views, held_out.captions)
+        validation = samples(views, held_out)
     watched = held_out if held_out else captioned
     trainer = Trainer(
         model,
-        samples(latents, captioned.captions),
+        samples(latents, captioned),
         preset.flow_training,
         work / "flow",
         loss=partial(TextFlow.loss, gradient_checkpointing=preset.flow_training.checkpoint_layers),
@@ -167,7 +171,7 @@ def _train_model(
             draw_samples,
             autoencoder=autoencoder,
             tokenizer=tokenizer,
-            captions=[texts[0] for texts in watched.captions[:8]],
+            captions=[texts[0] for texts in watched.captions[:4]],
         ),
         identity=identity,
         name="flow",
@@ -209,13 +213,13 @@ def _tokenizer(
 
 def draw_samples(
     model: TextFlow, *, autoencoder: AutoencoderKL, tokenizer: Tokenizer, captions: Sequence[str]
-) -> list[Image.Image]:
-    """An image of each caption."""
+) -> SampleSheet:
+    """Images of each caption."""
     config = model.flow.config
     ids, mask, _ = tokenizer.batch(captions, config.txt_size)
     text = model.text_encoder.encode(mx.array(ids), mx.array(mask))
-    shape = (len(captions), config.img_size, config.img_size, config.channel_size)
-    return decode_latents(autoencoder, draw_latents(model.flow, shape, text))
+    shape = (config.img_size, config.img_size, config.channel_size)
+    return caption_sheet(decode_latents(autoencoder, draw_latents(model.flow, shape, text)), captions)
 
 
 def write_model(

@@ -12,6 +12,7 @@ from mlx_starflow.models.t5 import T5Config, T5Encoder
 from mlx_starflow.training.config import TrainingConfig
 from mlx_starflow.training.data.batches import Order
 from mlx_starflow.training.data.dropout import choose_caption
+from mlx_starflow.training.data.labelled_images import LabelledImages
 from mlx_starflow.training.data.views import augmented_crops
 from mlx_starflow.training.recipes.text import CaptionedLatents, initialize_text_encoder, train_tokenizer
 
@@ -49,6 +50,28 @@ def test_other_sources(tmp_path):
         Image.new("RGB", (10, 8), "red").save(tmp_path / name / "1.png")
     folder = ImageFolder.read(tmp_path, size=4)
     assert folder.captions == [["cat"], ["red panda"]] and folder.rows[0] == {"label": "cat"}
+
+
+def test_repeats():
+    """A pass takes each sample so often; buckets are drawn by what is in them then; a measurement takes each once."""
+    order = Order(4, [0, 0, 1, 0], [3, 1, 5, 1])
+    assert order.length == 10
+    rng = np.random.default_rng(0)
+    taken = np.concatenate([order.take(1, rng) for _ in range(4000)])
+    assert np.abs(np.bincount(taken) / 4000 - [0.3, 0.1, 0.5, 0.1]).max() < 0.02
+    one = Order(3, repeats=[2, 1, 2])
+    for _ in range(3):
+        assert sorted(one.take(5, rng)) == [0, 0, 1, 2, 2]
+    assert [chosen.tolist() for chosen in order.once(2)] == [[0, 1], [3], [2]]
+
+
+def test_repeats_of_folders(tmp_path):
+    for name in ("10_cat", "4_dog"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (10, 8), "red").save(tmp_path / name / "1.png")
+    folder = ImageFolder.read(tmp_path, size=4)
+    assert folder.captions == [["cat"], ["dog"]] and folder.repeats == [10, 4]
+    assert LabelledImages.of(folder).order.length == 14
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no picture", b"half"])

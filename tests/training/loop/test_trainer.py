@@ -119,7 +119,9 @@ def test_the_loss_falls_and_the_log_says_so(tmp_path, capsys, uncompiled):
     assert lines[0]["loss"] > lines[1]["loss"] > lines[2]["loss"]
     assert lines[2]["loss"] < lines[0]["loss"] - 0.05
     assert set(lines[0]) == {"step", "loss", "grad", "nll", "nll-text-only", "lr", "samples_per_second",
-                             "tokens_per_second", "memory_gb", "unit"}  # fmt: skip
+                             "tokens_per_second", "memory_gb", "unit", "epoch", "elapsed"}  # fmt: skip
+    assert [line["epoch"] for line in lines] == [step * 12 / trainer.data.order.length for step in (20, 40, 60)]
+    assert 0 < lines[0]["elapsed"] < lines[1]["elapsed"] < lines[2]["elapsed"]
     assert capsys.readouterr().err == ""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,17 +12,21 @@ import numpy as np
 import pytest
 import yaml
 from helpers.commands import Command
-from helpers.model_directories import write_image_model
+from helpers.model_directories import write_class_model, write_image_model
 from PIL import Image
 
-from mlx_starflow import load, load_flow
+from mlx_starflow import StarflowError, load, load_flow
+from mlx_starflow.model_dir.directory import ModelDirectory
+from mlx_starflow.model_dir.files import load_weights, read_config
+from mlx_starflow.model_dir.requantize import quantize_model
 from mlx_starflow.model_dir.weights import parameters
 from mlx_starflow.training.config import TrainingConfig, TrainingOptions
 from mlx_starflow.training.data.cache.build import CacheSettings, build_cache
 from mlx_starflow.training.data.cache.reading import CachedLatents, LatentCache
 from mlx_starflow.training.loop.checkpoint import checkpoint_files
 from mlx_starflow.training.loop.trainer import Trainer
-from mlx_starflow.training.recipes.new_flow import NewFlow, read_flow_config
+from mlx_starflow.training.recipes.flow_config import flow_config_of, read_flow_config
+from mlx_starflow.training.recipes.new_flow import NewFlow
 
 pytestmark = pytest.mark.usefixtures("uncompiled")
 command = Command("train")
@@ -116,12 +121,54 @@ def test_from_pictures_and_an_official_config(model, pictures, tmp_path):
     dry = command(pictures, "-o", tmp_path / "run", *words, "--dry-run")
     assert dry.exit_code == 0, dry.output
     assert "here: batch size 2" in dry.stdout and "16 GB Mac:" in dry.stdout and "optimizer" in dry.stdout
+    assert re.search(r"^[\d.]+ m?s a step here, \d+ s for 4 steps$", dry.stdout, re.MULTILINE)
     assert not (tmp_path / "run").exists()
     done = command(pictures, "-o", tmp_path / "run", *words)
     assert done.exit_code == 0, done.output
     assert "red/0.png" in (tmp_path / "run/training/cache/skipped.txt").read_text()
     assert "11 pictures; batch" in done.stdout
     load(tmp_path / "run")
+
+
+def test_beginning_with_the_weights_of_another_flow(model, cache, pictures, tmp_path):
+    """Its config, its encoders; what no step has changed is as it was; quantized or not."""
+    words = ["--init", model, "--validation", "0.2", *QUICK]
+    done = command(cache, "-o", tmp_path / "a", *words, "--lr", "1e-12", "--ema", 0)
+    assert done.exit_code == 0, done.output
+    before, after = (parameters(load_flow(path)) for path in (model, tmp_path / "a"))
+    assert before.keys() == after.keys()
+    assert all(mx.abs(before[name] - after[name]).max() < 1e-6 for name in before)
+    one, other = (load_weights(path / "vae") for path in (model, tmp_path / "a"))
+    assert one.keys() == other.keys() and all(mx.array_equal(one[name], other[name]) for name in one)
+    assert ModelDirectory(tmp_path / "a").pipeline == ModelDirectory(model).pipeline
+    # A run that began with other weights does not go on with this one.
+    other = quantize_model(model, tmp_path / "quantized", 8)
+    said = command(cache, "-o", tmp_path / "a", "--init", other, *words[2:]).stderr
+    assert "is of another run (other init): " in said
+    done = command(pictures, "-o", tmp_path / "b", "--init", other, *words[2:])
+    assert done.exit_code == 0, done.output
+    assert "quantization" not in read_config(tmp_path / "b")
+    rows = log(tmp_path / "a")
+    assert [row["epoch"] for row in rows if "epoch" in row] == [round(step * 2 / 9, 3) for step in (1, 2, 3, 4)]
+    wrong = {**flow_config_of(model), "channels": 128}
+    run = NewFlow(cache, tmp_path / "c", wrong, TrainingOptions(batch_size=2), init=model)
+    with pytest.raises(StarflowError, match="but its config says"):
+        run.new()
+    said = command(cache, "-o", tmp_path / "d", "--init", model, "--preset", "demo").stderr
+    assert "--init says all of the flow: leave its config out" in said
+
+
+def test_a_tarflow_that_begins_with_another_one(pictures, tmp_path):
+    """With other classes their embeddings are new."""
+    source = write_class_model(tmp_path / "source", num_classes=7)
+    done = command(pictures, "-o", tmp_path / "run", "--init", source, *QUICK, "--lr", "1e-12", "--ema", 0)
+    assert done.exit_code == 0, done.output
+    before, after = (parameters(load_flow(path)) for path in (source, tmp_path / "run"))
+    for name in before:
+        if name.endswith("class_embed"):
+            assert before[name].shape[0] == 7 and after[name].shape[0] == 3
+        else:
+            assert mx.abs(before[name] - after[name]).max() < 1e-6, name
 
 
 def test_a_tarflow_on_class_folders(pictures, tmp_path):
@@ -138,7 +185,7 @@ def test_a_tarflow_on_class_folders(pictures, tmp_path):
     assert flow.config.num_classes == 3 and flow.config.noise_std == 0.1
     assert (tmp_path / "run/classes.txt").read_text().split() == ["blue", "green", "red"]
     assert "red/0.png" in (tmp_path / "run/training/skipped.txt").read_text()
-    assert Image.open(tmp_path / "run/samples.png").size == (18, 18)
+    assert Image.open(tmp_path / "run/samples.png").width == 2 * 128 + 2  # labelled, two by two
     preset = NewFlow(
         pictures, tmp_path / "p", {"model_type": "tarflow", **read_flow_config(path)}, TrainingOptions(batch_size=4)
     )
@@ -232,7 +279,7 @@ def test_mistakes(cache, model, pictures, flow_file, tmp_path):
     run = [cache, "-o", tmp_path / "run", "--encoders", model]
     other = command.mistake(cache, "-o", tmp_path / "run", "--model-config", flow_file)
     assert "another autoencoder" in other and "or give --encoders" in other
-    assert "a TarFlow reads pixels" in command.mistake(cache, "-o", tmp_path / "run", "--preset", "tarflow")
+    assert "this flow reads pixels" in command.mistake(cache, "-o", tmp_path / "run", "--preset", "tarflow")
 
     def with_config(content: object) -> str:
         path = tmp_path / "wrong.yaml"
@@ -242,7 +289,7 @@ def test_mistakes(cache, model, pictures, flow_file, tmp_path):
     assert "txt_dim is 7, and the data's is 32" in with_config({**FLOW, "txt_dim": 7})
     assert "unknown key depth" in with_config({**FLOW, "depth": 7})
     assert "missing key channels" in with_config({"patch_size": 1, "layers_per_block": [1, 1]})
-    assert "model_type must be one of starflow, tarflow, itarflow" in with_config({**FLOW, "model_type": "gan"})
+    assert "must be one of starflow, tarflow, itarflow, not 'gan'" in with_config({**FLOW, "model_type": "gan"})
     assert "patch_size 3 does not divide" in with_config({**FLOW, "patch_size": 3})
     assert "must hold a flow's config" in with_config("flow")
     assert "neither YAML nor JSON" in with_config("a: [")

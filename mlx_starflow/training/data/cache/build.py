@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import mlx.core as mx
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.media.buckets import RATIOS, bucket_size
 from mlx_starflow.media.files import parse_json
-from mlx_starflow.media.sources import Skip, open_source, skip_report
+from mlx_starflow.media.sources import Skip, open_source, repeats_of, skip_report
 from mlx_starflow.planning.limits import check_held, check_side
 from mlx_starflow.planning.memory import metal_limits
 from mlx_starflow.sampling.bars import Bar
@@ -40,6 +40,7 @@ class CacheSettings:
         batch_size: images that go through the autoencoder at once.
         split: takes the images whose metadata has this `split`; "train" if it has none.
         caption_column: field of the metadata that holds the caption.
+        caption: of images that have none.
         seed: of the random views.
     """
 
@@ -51,6 +52,7 @@ class CacheSettings:
     batch_size: int = 8
     split: str = "train"
     caption_column: str | None = None
+    caption: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -94,6 +96,7 @@ class CacheSummary:
 
     Attributes:
         images, texts: how many; texts are distinct captions, the empty one included.
+        repeats: times that a pass takes an image, the least and the most; (1, 1) if all count once.
         enlarged: images that were smaller than they are encoded.
         cut: texts that were longer than the model reads.
         bytes: on disk.
@@ -104,11 +107,25 @@ class CacheSummary:
     folder: Path
     images: int
     texts: int
+    repeats: tuple[int, int]
     enlarged: int
     cut: int
     bytes: int
     skipped: str
     finished_before: bool
+
+    def remarks(self) -> Iterator[str]:
+        """What whoever gave the pictures should know of them, a line each."""
+        if self.skipped:
+            yield self.skipped
+        if self.repeats != (1, 1):
+            low, high = self.repeats
+            times = f"{low}" if low == high else f"{low} to {high}"
+            yield f"the names of the folders give repeats: a pass takes each picture {times} times"
+        if self.enlarged:
+            yield f"{self.enlarged} pictures are smaller than they are encoded, and were enlarged"
+        if self.cut:
+            yield f"{self.cut} captions are longer than the model reads, and were cut"
 
 
 def build_cache(
@@ -140,7 +157,7 @@ def build_cache(
     check_cache_output(Path(out), data)
     network, settings = CacheModel(model), settings or CacheSettings()
     shapes = settings.shapes(network)
-    source = open_source(data, settings.caption_column)
+    source = open_source(data, settings.caption_column, settings.caption)
     hide = None if progress is None else not progress
     with CacheWriter(Path(out), settings.resolve(network), resume=resume) as writer, metal_limits():
         done = Progress(writer.finished["items"], writer.finished["source"]) if writer.finished else writer.progress
@@ -210,6 +227,7 @@ def _facts(
         "source": writer.progress.source,
         "pictures": len(rows),
         "texts": texts,
+        "repeats": (min(map(repeats_of, rows)), max(map(repeats_of, rows))),
         "enlarged": sum(any(a < b for a, b in zip(row["size"], shapes[row["bucket"]], strict=True)) for row in rows),
         "cut": writer.progress.cut,
         "buckets": {
@@ -228,6 +246,7 @@ def _summary(writer: CacheWriter, *, finished_before: bool) -> CacheSummary:
         writer.folder,
         images=manifest["pictures"],
         texts=manifest["texts"],
+        repeats=tuple(manifest.get("repeats", (1, 1))),
         enlarged=manifest["enlarged"],
         cut=manifest["cut"],
         bytes=sum(file["bytes"] for file in manifest["files"].values()),

@@ -156,6 +156,7 @@ class ImageStage:
             "bucket": ratio,
             "size": image.size,
             "sha256": hashlib.sha256(data).hexdigest(),
+            **({"repeats": sample.repeats} if sample.repeats > 1 else {}),
         }
         return _Image(line, ratio, views)
 

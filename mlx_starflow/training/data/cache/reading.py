@@ -10,6 +10,7 @@ import numpy as np
 
 from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.media.files import parse_json
+from mlx_starflow.media.sources import repeats_of
 from mlx_starflow.training.config import TrainingConfig
 from mlx_starflow.training.data.batches import IndexedData, Order
 from mlx_starflow.training.data.cache.files import INDEX, TEXT, TEXT_INDEX, damaged_files, latents_file, read_manifest
@@ -34,6 +35,7 @@ class LatentCache:
 
     Attributes:
         keys, captions: of each image, the usual caption first.
+        repeats: how often a pass of a training takes each image, `[N]`.
         ratios: aspect ratios of the buckets.
         buckets: each image's bucket, an index of `ratios`, `[N]`.
         views: how many there are of each image.
@@ -90,12 +92,13 @@ class LatentCache:
         number = {ratio: index for index, ratio in enumerate(self.ratios)}
         self.keys: list[str] = []
         self.captions: list[tuple[str, ...]] = []
-        buckets = []
+        buckets, repeats = [], []
         for row in self._lines(INDEX):
             self.keys.append(row["key"])
             self.captions.append(tuple(row["captions"]))
             buckets.append(number[row["bucket"]])
-        self.buckets = np.array(buckets)
+            repeats.append(repeats_of(row))
+        self.buckets, self.repeats = np.array(buckets), np.array(repeats)
         # An image's place among those of its bucket.
         self._places = np.zeros(len(buckets), np.int64)
         for bucket in range(len(self.ratios)):
@@ -171,7 +174,7 @@ class LatentCache:
 class CachedLatents(IndexedData):
     """Batches of a cache's images for `Trainer` and a flow.
 
-    A batch is of one bucket, and every image comes equally often.
+    A batch is of one bucket, and every image comes as often as any other times its `repeats`.
 
     Args:
         cache: the images.
@@ -183,7 +186,7 @@ class CachedLatents(IndexedData):
         self.cache = cache
         self.subset = np.arange(len(cache)) if subset is None else np.asarray(subset)
         self.patch_size = patch_size or cache.patch_size
-        self.order = Order(len(self.subset), cache.buckets[self.subset])
+        self.order = Order(len(self.subset), cache.buckets[self.subset], cache.repeats[self.subset])
 
     def arrays(
         self, chosen: np.ndarray, rng: np.random.Generator, config: TrainingConfig, progress: float

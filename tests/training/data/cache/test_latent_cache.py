@@ -17,6 +17,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.images import write_images
 from helpers.model_directories import write_image_model
 from helpers.paths import TESTS
 from PIL import Image
@@ -651,6 +652,22 @@ def test_batches(cache):
     assert len(arrays["text"]) == some.sum() and arrays["latents"].shape[1:] == found.shapes[found.buckets[5]]
     plain = samples.batch(rng, replace(config, context_full=0.0, context_partial=0.0), 0.0)
     assert set(plain) == {"latents", "noise", "text"}
+
+
+def test_repeats_and_a_caption_for_all(model, tmp_path):
+    for name in ("2_rex", "5_dog"):
+        write_images(tmp_path / "repeated" / name, 3)
+    summary = build_cache(tmp_path / "repeated", tmp_path / "a", model, SMALL)
+    found = LatentCache(tmp_path / "a")
+    assert summary.repeats == (2, 5) and found.repeats.tolist() == [2, 2, 2, 5, 5, 5]
+    assert found.captions == [("rex",)] * 3 + [("dog",)] * 3
+    assert CachedLatents(found, np.array([1, 4])).order.length == 7
+    write_images(tmp_path / "flat", 3)
+    settings = replace(SMALL, caption="a photo of rex")
+    assert build_cache(tmp_path / "flat", tmp_path / "b", model, settings).repeats == (1, 1)
+    assert LatentCache(tmp_path / "b").captions == [("a photo of rex",)] * 3
+    said = message(build_cache, tmp_path / "flat", tmp_path / "b", model, replace(SMALL, caption="a cat"))
+    assert "caption a photo of rex -> a cat" in said
 
 
 def test_latents_are_drawn_anew(cache, model):
