@@ -5,6 +5,10 @@ class StarflowError(Exception):
     """A mistake the user can mend. The message is one line that names the mistake and, where possible, the fix."""
 
 
+class Cancelled(StarflowError):
+    """A call was ended by `Progress.cancel`: no mistake, but whoever waits for its result gets none."""
+
+
 def printable(text: str) -> str:
     """Text on one line: what a terminal would obey or UTF-8 cannot write, as file names may hold, is spelled out."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

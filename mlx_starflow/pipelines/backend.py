@@ -17,7 +17,7 @@ import numpy as np
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.likelihood.protocol import Part
 from mlx_starflow.model_dir.directory import ModelDirectory, read_text_encoder
-from mlx_starflow.model_dir.quantization import dequantize_on_cpu
+from mlx_starflow.model_dir.quantization import dense_on_cpu
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL
 from mlx_starflow.models.autoencoder_wan import AutoencoderWan
 from mlx_starflow.models.starflow import STARFlow
@@ -27,6 +27,7 @@ from mlx_starflow.models.tokenizer import Tokenizer
 from mlx_starflow.pipelines.results import GenerationSettings
 from mlx_starflow.planning.memory import available, metal_limits
 from mlx_starflow.sampling import Certificate, SamplingPlan, SamplingTrace, certify, denoise, sample
+from mlx_starflow.sampling.progress import Watch
 
 Array = TypeVar("Array")
 
@@ -81,17 +82,25 @@ class Backend(ABC, Generic[Array]):
         null_text: Array,
         settings: GenerationSettings,
         method: str | SamplingPlan,
-        progress: bool | None,
+        progress: Watch,
         trace: SamplingTrace,
     ) -> Array:
         """Noise -> data, `[B, h, w, C]`, by a method with the settings' guidance; see `sampling.sample`."""
 
-    def certify(self, x: Array, z: Array, text: Array, null_text: Array, settings: GenerationSettings) -> Certificate:
+    def certify(
+        self,
+        x: Array,
+        z: Array,
+        text: Array,
+        null_text: Array,
+        settings: GenerationSettings,
+        progress: Watch = False,
+    ) -> Certificate:
         """How far the guided flow, run forwards over samples, is from their noise; see `sampling.certify`."""
         raise NotImplementedError
 
     @abstractmethod
-    def denoise(self, x: Array, text: Array) -> Array:
+    def denoise(self, x: Array, text: Array, progress: Watch = False) -> Array:
         """One score step on data `[B, h, w, C]`."""
 
     @abstractmethod
@@ -146,6 +155,7 @@ class MLXBackend(Backend[mx.array]):
         self.model, self.dtype, self.low_memory, self.group = model, dtype, low_memory, group
         self.adapters = [(str(path), float(strength)) for path, strength in adapters]
         self._flow: STARFlow | TarFlow | None = None
+        self._dense: tuple[STARFlow | TarFlow, STARFlow | TarFlow] | None = None
         self._text: tuple[T5Encoder, Tokenizer] | None = None
         self._vae: AutoencoderKL | AutoencoderWan | None = None
 
@@ -186,7 +196,7 @@ class MLXBackend(Backend[mx.array]):
         if not self.low_memory:
             return
         if part == "flow":
-            self._flow = None
+            self._flow = self._dense = None
         elif part == "vae":
             self._vae = None
         else:
@@ -194,9 +204,13 @@ class MLXBackend(Backend[mx.array]):
         mx.clear_cache()
 
     def dense_flow(self) -> STARFlow | TarFlow:
-        """The flow for repeated evaluation: on a CPU its quantized layers become dense, in place, if memory allows."""
-        dequantize_on_cpu(self.flow, available() // 2)
-        return self.flow
+        """The flow for repeated evaluation: on a CPU, if memory allows, a copy whose quantized layers are dense.
+
+        The copy is kept as long as the flow is.
+        """
+        if self._dense is None or self._dense[0] is not self.flow:
+            self._dense = self.flow, self.flow if self.group else dense_on_cpu(self.flow, available() // 2)
+        return self._dense[1]
 
     # ---- what is computed with them
 
@@ -218,7 +232,7 @@ class MLXBackend(Backend[mx.array]):
         null_text: mx.array,
         settings: GenerationSettings,
         method: str | SamplingPlan,
-        progress: bool | None,
+        progress: Watch,
         trace: SamplingTrace,
     ) -> mx.array:
         guidance, attn_temp = settings.guidance, settings.attn_temp
@@ -227,12 +241,19 @@ class MLXBackend(Backend[mx.array]):
         return x
 
     def certify(
-        self, x: mx.array, z: mx.array, text: mx.array, null_text: mx.array, settings: GenerationSettings
+        self,
+        x: mx.array,
+        z: mx.array,
+        text: mx.array,
+        null_text: mx.array,
+        settings: GenerationSettings,
+        progress: Watch = False,
     ) -> Certificate:
-        return certify(self.flow, x, z, text, null_text, settings.guidance, attn_temp=settings.attn_temp)
+        guidance, attn_temp = settings.guidance, settings.attn_temp
+        return certify(self.flow, x, z, text, null_text, guidance, attn_temp=attn_temp, progress=progress)
 
-    def denoise(self, x: mx.array, text: mx.array) -> mx.array:
-        return denoise(self.flow, x, text)
+    def denoise(self, x: mx.array, text: mx.array, progress: Watch = False) -> mx.array:
+        return denoise(self.flow, x, text, progress=progress)
 
     def encode(self, images: np.ndarray) -> np.ndarray:
         """Images `[B, H, W, 3]` in -1..1 -> normalized latents without noise, float32 `[B, h, w, C]`."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import islice
-from typing import Any
+from typing import Any, cast, get_args
 
 import mlx.core as mx
 import numpy as np
@@ -13,10 +14,11 @@ from PIL import Image
 
 from mlx_starflow import __version__, editing, likelihood
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.likelihood.protocol import ImageModel, ImageOrVideo, Part
+from mlx_starflow.likelihood.protocol import ImageModel, Part
+from mlx_starflow.media.given import ImageOrVideo, Images, ImageSource, is_image, one_or_many, open_image
 from mlx_starflow.media.images import to_images
 from mlx_starflow.media.noise import check_seeds, digest, draw_seed
-from mlx_starflow.media.pixels import UnreadableImage, crop_image, model_picture, scale_pixels
+from mlx_starflow.media.pixels import crop_image, scale_pixels
 from mlx_starflow.model_dir.directory import ModelDirectory
 from mlx_starflow.models.autoencoder_kl import WHOLE_PIXELS
 from mlx_starflow.models.flow import Flow
@@ -24,7 +26,8 @@ from mlx_starflow.pipelines.backend import Backend, MLXBackend
 from mlx_starflow.pipelines.phases import Phases
 from mlx_starflow.pipelines.results import GenerationSettings
 from mlx_starflow.planning.limits import check_count, check_side
-from mlx_starflow.sampling import Certificate
+from mlx_starflow.sampling import Certificate, SamplingPlan, SequentialSettings
+from mlx_starflow.sampling.methods import Method
 
 BATCH = 16
 """Most images that go through the autoencoder at once, and prompts through the text encoder."""
@@ -41,6 +44,7 @@ class Pipeline(ImageModel):
         model, directory: the model's directory, opened, and its path.
         backend: what computes.
         phases: what the backend's work is charged to.
+        plan: how method "auto" samples; None is sequentially.
         temperature: of the noise that samples are made of, unless told otherwise.
         dimension: what the data's dimensions are.
     """
@@ -55,6 +59,8 @@ class Pipeline(ImageModel):
     vary = editing.vary
     interpolate = editing.interpolate
 
+    plan: SamplingPlan | None = None
+
     def __init__(self, name: str, model: ModelDirectory, backend: Backend[Any]):
         self.name, self.model, self.directory, self.backend = name, model, model.path, backend
         self.phases = Phases(backend)
@@ -67,12 +73,25 @@ class Pipeline(ImageModel):
     def dense_flow(self) -> Flow:
         return self._mlx.dense_flow()
 
+    def inversion(self, method: Method | None = None) -> Method:
+        return (self.plan or SequentialSettings.name) if method is None or method == "auto" else method
+
     @property
     def _mlx(self) -> MLXBackend:
         """The backend, for scoring and editing. Raises StarflowError if it is another one."""
         if not isinstance(self.backend, MLXBackend):
             raise StarflowError("scoring and editing need the mlx backend: load(name, backend='mlx')")
         return self.backend
+
+    @contextmanager
+    def _unloading(self) -> Iterator[None]:
+        """What fails, or is stopped, inside lets go of the networks that it has read, if memory is short."""
+        try:
+            yield
+        except BaseException:
+            for part in get_args(Part):
+                self.release(part)
+            raise
 
     def release(self, part: Part) -> None:
         """Let go of a network that is not needed for now, if the model is short of memory."""
@@ -90,14 +109,14 @@ class Pipeline(ImageModel):
 
     def fit(self, image: ImageOrVideo, size: tuple[int, int] | None = None) -> Image.Image | list[Image.Image]:
         """An image cut about its middle to the shape of `size`, by default the model's, and resized to it."""
-        if not isinstance(image, Image.Image):
+        if not is_image(image):
             raise StarflowError(f"{self.name} makes images, not videos: give it images")
         self.check_size(size := size or self.size)
-        return fit_image(image, size)
+        return fit_image(cast(ImageSource, image), size)
 
-    def to_data(self, images: Iterable[ImageOrVideo], size: tuple[int, int] | None = None) -> np.ndarray:
-        """Images of any size -> data without noise, float32 `[B, ...]`: fitted to `size`, then encoded."""
-        waiting = iter(images)
+    def to_data(self, images: Images, size: tuple[int, int] | None = None) -> np.ndarray:
+        """Images of any size, one or many -> data without noise, float32 `[B, ...]`: fitted to `size`, then encoded."""
+        waiting = one_or_many(images)
         self.check_size(size := size or self.size)
         count = _at_once(size[0] * size[1])
         parts = []
@@ -108,7 +127,7 @@ class Pipeline(ImageModel):
             raise StarflowError("there are no pictures")
         return np.concatenate(parts)
 
-    def to_data_each(self, images: Iterable[ImageOrVideo], size: tuple[int, int] | None = None) -> list[np.ndarray]:
+    def to_data_each(self, images: Images, size: tuple[int, int] | None = None) -> list[np.ndarray]:
         """`to_data` of each image, `[...]`; videos may differ in shape."""
         return list(self.to_data(images, size))
 
@@ -162,16 +181,13 @@ class Pipeline(ImageModel):
         return {**metadata, "settings": settings.to_dict()}
 
 
-def fit_image(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+def fit_image(image: ImageSource, size: tuple[int, int]) -> Image.Image:
     """An image as models see it, cut about its middle to the shape of `size` (width, height) and resized to it.
 
     Raises:
-        StarflowError: it is of floating-point numbers.
+        StarflowError: it cannot be read, or is no image.
     """
-    try:
-        image = model_picture(image)
-    except UnreadableImage as error:
-        raise StarflowError(str(error)) from None
+    image = open_image(image)
     return image if image.size == size else crop_image(image, *size)
 
 

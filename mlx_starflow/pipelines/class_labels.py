@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.likelihood.protocol import one_or_several
+from mlx_starflow.likelihood.protocol import Prompts, one_or_several
 from mlx_starflow.model_dir.directory import ModelDirectory
 from mlx_starflow.models.tarflow import TarFlowConfig
 from mlx_starflow.pipelines.backend import MLXBackend
@@ -51,7 +51,7 @@ class ClassPipeline(Pipeline):
     def decode_images(self, data: np.ndarray) -> np.ndarray:
         return np.broadcast_to(data, (*data.shape[:-1], 3))
 
-    def conditions(self, prompts: Sequence[str], shape: Sequence[int] | None = None) -> mx.array | None:
+    def conditions(self, prompts: Prompts, shape: Sequence[int] | None = None) -> mx.array | None:
         classes = self.config.num_classes
         numbers = []
         for prompt in one_or_several(prompts):

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
+from mlx_starflow.arguments import checked
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.media.images import to_images
 from mlx_starflow.media.noise import draw_noise, draw_seed
@@ -25,7 +25,7 @@ from mlx_starflow.pipelines.results import (
 )
 from mlx_starflow.planning.limits import check_count, check_held
 from mlx_starflow.sampling import Certificate, SamplingTrace
-from mlx_starflow.sampling.sampler import progress_off
+from mlx_starflow.sampling.progress import Callback, Progress, Watch, watch
 
 
 class _Batch(NamedTuple):
@@ -46,6 +46,7 @@ class ImagePipeline(LatentPipeline):
         settings: how this model samples unless told otherwise.
     """
 
+    @checked
     def generate(
         self,
         prompts: str | Sequence[str],
@@ -63,7 +64,8 @@ class ImagePipeline(LatentPipeline):
         keep_steps: bool = False,
         batch_size: int = 8,
         verify: bool = True,
-        progress: bool | None = False,
+        progress: Watch = False,
+        callback: Callback | None = None,
     ) -> GenerationResult:
         """Make images.
 
@@ -80,10 +82,13 @@ class ImagePipeline(LatentPipeline):
             batch_size: images sampled at once.
             verify: run the flow forwards over each sample and keep the difference from its noise in the result's
                 `stats.certificates` and in the metadata; about as much work as a third of the score step.
-            progress: show progress bars; None shows them on a terminal only.
+            progress: a `Progress`, or whether to show progress bars; None shows them on a terminal only.
+            callback: is called with the `Progress` before each step: it says how far this is, gives previews, and can
+                cancel it.
 
         Raises:
             StarflowError: a setting is out of range, the noise has the wrong shape, or the result is not finite.
+            Cancelled: the callback, or somebody else who has the progress, has cancelled it.
         """
         stream = self.stream(
             prompts,
@@ -102,9 +107,11 @@ class ImagePipeline(LatentPipeline):
             live=False,
             verify=verify,
             progress=progress,
+            callback=callback,
         )
         return stream.collect(list(stream))
 
+    @checked
     def stream(
         self,
         prompts: str | Sequence[str],
@@ -124,7 +131,8 @@ class ImagePipeline(LatentPipeline):
         batch_size: int = 8,
         live: bool = True,
         verify: bool = True,
-        progress: bool | None = False,
+        progress: Watch = False,
+        callback: Callback | None = None,
     ) -> ImageStream:
         """Make images and give each as soon as it is finished, batch by batch.
 
@@ -162,7 +170,8 @@ class ImagePipeline(LatentPipeline):
         if noise is not None and noise.shape != (len(requests), *shape):
             raise StarflowError(f"noise has shape {list(noise.shape)}; needed is {[len(requests), *shape]}")
         stats = GenerationStats()
-        made = self._finished(requests, noise, chosen, stats, keep_steps, batch_size, live, verify, progress)
+        watched = watch(progress, callback)
+        made = self._finished(requests, noise, chosen, stats, keep_steps, batch_size, live, verify, watched)
         if best_of > 1:
             made = best_of_each(self, made, best_of)
         return ImageStream(len(requests) // best_of, chosen, stats, made, self.backend.concatenate)
@@ -177,24 +186,25 @@ class ImagePipeline(LatentPipeline):
         batch_size: int,
         live: bool,
         verify: bool,
-        progress: bool | None,
+        progress: Progress,
     ) -> Generator[GeneratedImage, None, None]:
         """Images of prompts with their seeds, or with given noise."""
         backend, shape = self.backend, self.latent_shape(settings.size)
         numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompt for prompt, _ in requests))}
         parts = [slice(start, start + batch_size) for start in range(0, len(requests), batch_size)]
-        hide_batches = progress_off(progress) if len(parts) > 1 else True
 
         def batches(texts: Any) -> Iterator[_Batch]:
-            for part in tqdm(parts, desc="batches", disable=hide_batches):
-                mine = requests[part]
-                own = draw_noise([seed or 0 for _, seed in mine], shape) if noise is None else noise[part]
-                text = texts[backend.array(np.array([numbers[prompt] for prompt, _ in mine]))]
-                sampled = self._sample(own, text, texts[-1:], settings, stats, keep_steps, verify, progress)
-                yield _Batch(mine, own, *sampled)
+            with progress.counting("batches", len(parts), "batch", shown=len(parts) > 1) as counter:
+                for part in parts:
+                    mine = requests[part]
+                    own = draw_noise([seed or 0 for _, seed in mine], shape) if noise is None else noise[part]
+                    text = texts[backend.array(np.array([numbers[prompt] for prompt, _ in mine]))]
+                    sampled = self._sample(own, text, texts[-1:], settings, stats, keep_steps, verify, progress)
+                    yield _Batch(mine, own, *sampled)
+                    counter.advance()
 
-        with backend.limits():
-            with self.phases.run(stats, "text"):
+        with backend.limits(), self._unloading(), progress.previewing(self._preview):
+            with self.phases.run(stats, "text", progress):
                 texts = self.encode_prompts([*numbers, ""], settings.size)
             self.release("text_encoder")
             waiting = batches(texts)
@@ -204,8 +214,8 @@ class ImagePipeline(LatentPipeline):
             for number, batch in enumerate(waiting, 1):
                 if live:
                     self.release("flow")
-                with self.phases.run(stats, "decode"):
-                    decoded = [self._decode(state) for state in batch.states]
+                with self.phases.run(stats, "decode", progress):
+                    decoded = [self._decode(state, progress) for state in batch.states]
                 if live or number == len(parts):
                     self.release("vae")
                 for index, (prompt, seed) in enumerate(batch.requests):
@@ -221,6 +231,7 @@ class ImagePipeline(LatentPipeline):
                         [state[index] for state in decoded] if keep_steps else [],
                     )
 
+    @checked
     def best_of(
         self,
         prompts: str | Sequence[str],
@@ -241,7 +252,8 @@ class ImagePipeline(LatentPipeline):
         keep_steps: bool = False,
         batch_size: int = 8,
         verify: bool = True,
-        progress: bool | None = False,
+        progress: Watch = False,
+        callback: Callback | None = None,
     ) -> BestOf:
         """Sample `candidates` images for each one that is asked for and keep the one that its prompt fits best.
 
@@ -281,6 +293,7 @@ class ImagePipeline(LatentPipeline):
             batch_size=batch_size,
             verify=verify,
             progress=progress,
+            callback=callback,
         )
         return choose_best(self, result, candidates, draws=draws, weight=weight)
 
@@ -301,7 +314,7 @@ class ImagePipeline(LatentPipeline):
         stats: GenerationStats,
         keep_steps: bool,
         verify: bool,
-        progress: bool | None,
+        progress: Progress,
     ) -> tuple[list[Any], list[Certificate]]:
         """Noise -> latents; before them, if asked for, the states on the way: noise, and data after each block.
 
@@ -309,7 +322,7 @@ class ImagePipeline(LatentPipeline):
         """
         backend, trace = self.backend, SamplingTrace(keep_states=keep_steps)
         z = settings.temperature * backend.array(noise)
-        with self.phases.run(stats, "flow"):
+        with self.phases.run(stats, "flow", progress):
             x = backend.invert(z, text, null_text, settings, self.method(settings), progress, trace)
         blocks = self.config.blocks
         stats.count(
@@ -317,20 +330,28 @@ class ImagePipeline(LatentPipeline):
         )
         certificates = []
         if verify and backend.certifies:
-            with self.phases.run(stats, "verify"):
+            with self.phases.run(stats, "verify", progress):
                 for one in (slice(index, index + 1) for index in range(len(noise))):
-                    certificate = backend.certify(x[one], z[one], text[one], null_text, settings)
+                    certificate = backend.certify(x[one], z[one], text[one], null_text, settings, progress)
                     certificates.append(certificate)
                     self.check_certificate(certificate, self.method(settings))
         stats.certificates += certificates
         if settings.denoise:
-            with self.phases.run(stats, "denoise"):
-                x = backend.denoise(x, text)
+            with self.phases.run(stats, "denoise", progress):
+                x = backend.denoise(x, text, progress)
         return [z, *trace.states, x] if keep_steps else [x], certificates
 
-    def _decode(self, latents: Any) -> list[Image.Image]:
+    def _decode(self, latents: Any, progress: Progress) -> list[Image.Image]:
         # As many images at once as make up a large one.
         width, height = self.image_size(latents.shape)
         count = max(1, WHOLE_PIXELS // (width * height))
-        parts = (latents[start : start + count] for start in range(0, latents.shape[0], count))
-        return [image for part in parts for image in to_images(self.backend.decode(part))]
+        images: list[Image.Image] = []
+        for start in range(0, latents.shape[0], count):
+            progress.check()
+            images += to_images(self.backend.decode(latents[start : start + count]))
+        return images
+
+    def _preview(self, latents: Any) -> list[Image.Image]:
+        images = self._decode(latents, Progress())
+        self.release("vae")
+        return images

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.likelihood.protocol import one_or_several
+from mlx_starflow.likelihood.protocol import Prompts, one_or_several
 from mlx_starflow.media.buckets import closest_ratio
 from mlx_starflow.model_dir.directory import ModelDirectory
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
@@ -35,7 +35,6 @@ class LatentPipeline(Pipeline):
     Attributes:
         config, vae_config: of the flow and of the autoencoder.
         settings: how this model samples unless told otherwise.
-        plan: how method "auto" samples; None is sequentially.
     """
 
     dimension = "latent dimension"
@@ -71,7 +70,9 @@ class LatentPipeline(Pipeline):
 
     def method(self, settings: GenerationSettings) -> str | SamplingPlan:
         """How settings sample: "auto" is the model's sampling plan, or sequential where there is none."""
-        return (self.plan or "sequential") if settings.method == "auto" else settings.method
+        method = self.inversion(settings.method)
+        assert isinstance(method, str | SamplingPlan)  # as of settings, or the plan
+        return method
 
     def check_certificate(self, certificate: Certificate, method: str | SamplingPlan) -> None:
         """Warn about a sample that is further from its noise than the plan allows that it was made by.
@@ -107,7 +108,7 @@ class LatentPipeline(Pipeline):
                 )
         return self.backend.encode_text(ids, mask)
 
-    def conditions(self, prompts: Sequence[str], shape: Sequence[int] | None = None) -> mx.array:
+    def conditions(self, prompts: Prompts, shape: Sequence[int] | None = None) -> mx.array:
         _, prompts = self._mlx, one_or_several(prompts)
         size = self.size if shape is None else self.image_size(shape)
         numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}

@@ -11,8 +11,10 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
+from mlx_starflow.arguments import checked_class
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.media.images import save_image
+from mlx_starflow.media.files import expanded
+from mlx_starflow.media.images import save_image, save_images
 from mlx_starflow.models.configs import PIPELINE, plain_fields
 from mlx_starflow.sampling.certificate import Certificate
 from mlx_starflow.sampling.guidance import SamplingOptions
@@ -21,6 +23,7 @@ from mlx_starflow.sampling.methods import METHODS
 Settings = TypeVar("Settings", bound="GenerationSettings")
 
 
+@checked_class
 @dataclass(frozen=True)
 class GenerationSettings:
     """How images are sampled. A model directory's `config.json` may hold its own defaults under "pipeline".
@@ -171,6 +174,17 @@ class GenerationResult:
     settings: GenerationSettings
     stats: GenerationStats
 
+    def save(self, path: str | Path) -> list[Path]:
+        """Write the images with their metadata, several to files with numbers, see `media.images.save_images`.
+
+        Returns:
+            The files.
+
+        Raises:
+            StarflowError: a file cannot be written; then none is.
+        """
+        return save_images(self.images, path, self.metadata)
+
 
 @dataclass(frozen=True)
 class GeneratedImage:
@@ -199,7 +213,7 @@ class GeneratedImage:
 
     def save(self, path: str | Path) -> None:
         """Write the image, with its metadata. Raises StarflowError."""
-        save_image(self.image, Path(path), self.metadata)
+        save_image(self.image, expanded(path), self.metadata)
 
 
 class ImageStream(Iterator[GeneratedImage]):

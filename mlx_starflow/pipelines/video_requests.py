@@ -14,9 +14,9 @@ from PIL import Image
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.media.buckets import RATIOS, bucket_size, closest_ratio
-from mlx_starflow.media.image_files import read_image
+from mlx_starflow.media.files import expanded
+from mlx_starflow.media.given import ImageSource, open_image
 from mlx_starflow.media.noise import VideoNoise, draw_noise, draw_side_noise
-from mlx_starflow.media.pixels import model_picture
 from mlx_starflow.media.videos import read_video
 from mlx_starflow.models.autoencoder_wan import AutoencoderWan, AutoencoderWanConfig
 from mlx_starflow.models.starflow import FlowConfig
@@ -25,8 +25,8 @@ from mlx_starflow.pipelines.video_frames import encode_frames, last_frames
 from mlx_starflow.pipelines.video_results import Given, VideoOverrides, VideoSettings
 from mlx_starflow.sampling.video import default_context
 
-ImageSource = Image.Image | str | Path
-VideoSource = Iterable[Image.Image] | str | Path
+VideoSource = Iterable[ImageSource] | str | Path
+"""The frames of a video, or its file."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def read_first_image(
     """An image that is the video's first frame."""
     if asked.frames == 1:
         raise StarflowError("a video that begins with a picture has more than 1 frame")
-    image = read_image(Path(source)) if isinstance(source, str | Path) else model_picture(source)
+    image = open_image(source)
     size = asked.size or video_format.nearest_size(image)
     return Given("image", encode_frames(vae, [image], size), shown=True), replace(asked, size=size)
 
@@ -188,7 +188,7 @@ def _open_video(
     source: VideoSource, size: tuple[int, int] | None, video_format: VideoFormat, fps: int
 ) -> tuple[Iterator[Image.Image], tuple[int, int]]:
     """A video's frames at the rate of the one that is made, and the size of that."""
-    images = iter(read_video(source, fps=fps) if isinstance(source, str | Path) else source)
+    images = iter(read_video(expanded(source), fps=fps) if isinstance(source, str | Path) else map(open_image, source))
     first = next(images, None)
     if first is None:
         raise StarflowError("the video that is given has no frames")

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from PIL import Image
 
+from mlx_starflow.arguments import checked_class
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.media.files import expanded
+from mlx_starflow.media.images import numbered
+from mlx_starflow.media.videos import VideoWriter, check_video_output
 from mlx_starflow.pipelines.results import GenerationSettings, GenerationStats
 
 MOST_FRAMES = 1_000_000
@@ -20,6 +25,7 @@ MOST_RATE = 1000
 """Frames a second."""
 
 
+@checked_class
 @dataclass(frozen=True, kw_only=True)
 class VideoSettings(GenerationSettings):
     """How videos are sampled; what is not said here is as for images.
@@ -146,6 +152,15 @@ class VideoStream(Iterator[Image.Image]):
         """What the video comes from, before the temperature, `[1, t, h, w, C]`: for `noise.save_noise`."""
         return self._noise()
 
+    def save(self, path: str | Path) -> None:
+        """Write the frames that are still to come, each as soon as it is there, with the metadata.
+
+        `media.videos.VideoWriter` says what may be written. Raises StarflowError.
+        """
+        with VideoWriter(expanded(path), self.fps, metadata=self.metadata) as writer:
+            for frame in self:
+                writer.add(frame)
+
     def close(self) -> None:
         """Make no more frames."""
         self._images.close()
@@ -172,3 +187,23 @@ class VideoResult:
     metadata: list[dict[str, Any]]
     settings: VideoSettings
     stats: GenerationStats
+
+    def save(self, path: str | Path) -> list[Path]:
+        """Write the videos with their metadata, several to files with numbers: x-1.mp4, x-2.mp4, ... for x.mp4.
+
+        `media.videos.VideoWriter` says what may be written.
+
+        Returns:
+            The files.
+
+        Raises:
+            StarflowError: a video cannot be written.
+        """
+        paths = numbered(expanded(path), len(self.videos))
+        for each in paths:
+            check_video_output(each)
+        for frames, each, metadata in zip(self.videos, paths, self.metadata, strict=True):
+            with VideoWriter(each, self.settings.fps, metadata=metadata) as writer:
+                for frame in frames:
+                    writer.add(frame)
+        return paths

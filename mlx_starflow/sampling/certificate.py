@@ -12,6 +12,7 @@ from mlx_starflow.kernels.affine import GuidanceTarget
 from mlx_starflow.models.flow import Flow
 from mlx_starflow.sampling.guidance import SamplingOptions
 from mlx_starflow.sampling.guided import GuidedFlow
+from mlx_starflow.sampling.progress import Watch, watch
 
 
 @dataclass(frozen=True)
@@ -53,18 +54,21 @@ def certify(
     attn_temp: float = 1.0,
     annealed_guidance: bool = False,
     guidance_target: GuidanceTarget = "ab",
+    progress: Watch = False,
 ) -> Certificate:
     """Certify samples x `[B, H, W, C]`, before denoising, of noise z: one parallel forward pass, sample by sample.
 
-    The other arguments are those of `sample`, and must be the ones that the samples were made with.
+    The other arguments are those of `sample`, and must be the ones that the samples were made with; a `Progress` can
+    cancel it before each block.
     """
     options = SamplingOptions(guidance, attn_temp, annealed_guidance, guidance_target)
     tokens, noise = flow.tokens(x), flow.noise_tokens(z)
     residuals = []
+    progress = watch(progress)
     for index in range(len(tokens)):
         one = slice(index, index + 1)
         null = null_text if null_text is None or len(null_text) == 1 else null_text[one]
         condition = None if text is None else text[one]
         guided = GuidedFlow(flow, z[one].shape, condition, null, options)
-        residuals.append(np.array(guided.forward(tokens[one]) - noise[one]))
+        residuals.append(np.array(guided.forward(tokens[one], progress) - noise[one]))
     return Certificate.of(np.concatenate(residuals))

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from mlx_starflow.arguments import checked
 from mlx_starflow.models.flow import Flow, frame_count
 from mlx_starflow.sampling.decoder import check_finite
+from mlx_starflow.sampling.progress import Watch, watch
 
 PREDICTION_STD = 0.3
 """A learned denoiser predicts noise_std^2 / 0.3 times d(-log p)/dx: the release trains it at noise 0.3 and scales its
 target where the noise is another."""
 
 
-def denoise(flow: Flow, x: mx.array, text: mx.array | None = None, noise_std: float | None = None) -> mx.array:
+@checked
+def denoise(
+    flow: Flow,
+    x: mx.array,
+    text: mx.array | None = None,
+    noise_std: float | None = None,
+    *,
+    progress: Watch = False,
+) -> mx.array:
     """One score step (Tweedie's formula): x + noise_std^2 * d log p(x | text) / dx, which is E[clean | noisy].
 
     Args:
@@ -20,6 +30,7 @@ def denoise(flow: Flow, x: mx.array, text: mx.array | None = None, noise_std: fl
         x: noisy data `[B, H, W, C]`, or videos `[B, T, H, W, C]`.
         text: its condition, as for `flow(x, text)`.
         noise_std: standard deviation of the training noise; the flow's own by default. A learned denoiser knows it.
+        progress: a `Progress`, which is told of each sample, or whether to show a progress bar.
 
     A flow with a learned denoiser predicts the score; in a video, attention is computed frame by frame. Otherwise it is
     a vector-Jacobian product through the whole flow, computed one sample at a time and with every layer run twice, to
@@ -38,11 +49,13 @@ def denoise(flow: Flow, x: mx.array, text: mx.array | None = None, noise_std: fl
 
     score = mx.grad(negative_log_likelihood)
     cleaned = []
-    for index in range(x.shape[0]):
-        sample = x[index : index + 1].astype(mx.float32)
-        condition = None if text is None else text[index : index + 1]
-        cleaned.append(sample - noise_std**2 * score(sample, condition))
-        mx.eval(cleaned[-1])
+    with watch(progress).counting("denoise", x.shape[0], "sample", leave=False) as counter:
+        for index in range(x.shape[0]):
+            sample = x[index : index + 1].astype(mx.float32)
+            condition = None if text is None else text[index : index + 1]
+            cleaned.append(sample - noise_std**2 * score(sample, condition))
+            mx.eval(cleaned[-1])
+            counter.advance()
     result = mx.concatenate(cleaned)
     check_finite(result, "the denoised sample")
     return result
