@@ -1,4 +1,4 @@
-"""Images as callers have them, files, PIL images, arrays, one or many; and the one way to make a model's images of them."""
+"""Images as callers have them, files, PIL images or arrays, one or many; and the one way to make models see them."""
 
 from __future__ import annotations
 

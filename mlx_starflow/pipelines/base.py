@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from mlx_starflow import __version__, editing, likelihood
+from mlx_starflow.arguments import checked
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.likelihood.protocol import ImageModel, Part
 from mlx_starflow.media.given import ImageOrVideo, Images, ImageSource, is_image, one_or_many, open_image
@@ -114,6 +115,7 @@ class Pipeline(ImageModel):
         self.check_size(size := size or self.size)
         return fit_image(cast(ImageSource, image), size)
 
+    @checked
     def to_data(self, images: Images, size: tuple[int, int] | None = None) -> np.ndarray:
         """Images of any size, one or many -> data without noise, float32 `[B, ...]`: fitted to `size`, then encoded."""
         waiting = one_or_many(images)
@@ -131,6 +133,7 @@ class Pipeline(ImageModel):
         """`to_data` of each image, `[...]`; videos may differ in shape."""
         return list(self.to_data(images, size))
 
+    @checked
     def to_images(self, data: np.ndarray | mx.array) -> list[Image.Image] | list[list[Image.Image]]:
         """Data `[B, ...]` -> images."""
         data = np.array(data, np.float32)

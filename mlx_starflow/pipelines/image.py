@@ -174,7 +174,7 @@ class ImagePipeline(LatentPipeline):
         made = self._finished(requests, noise, chosen, stats, keep_steps, batch_size, live, verify, watched)
         if best_of > 1:
             made = best_of_each(self, made, best_of)
-        return ImageStream(len(requests) // best_of, chosen, stats, made, self.backend.concatenate)
+        return ImageStream(len(requests) // best_of, chosen, stats, made, self.backend.concatenate, watched)
 
     def _finished(
         self,

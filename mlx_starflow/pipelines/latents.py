@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_starflow.arguments import checked
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.likelihood.protocol import Prompts, one_or_several
 from mlx_starflow.media.buckets import closest_ratio
@@ -88,6 +89,7 @@ class LatentPipeline(Pipeline):
 
     # ---- prompts
 
+    @checked
     def encode_prompts(
         self, prompts: str | Sequence[str], size: tuple[int, int] | None = None, fps: int = 0
     ) -> mx.array:
@@ -129,6 +131,7 @@ class LatentPipeline(Pipeline):
         side = self.config.img_size * self.vae_config.downscale
         return side, side
 
+    @checked
     def latent_shape(self, size: tuple[int, int] | None = None) -> tuple[int, int, int]:
         """(height, width, channels) of the latents of an image of `size` (width, height) in pixels.
 

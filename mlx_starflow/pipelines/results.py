@@ -19,6 +19,7 @@ from mlx_starflow.models.configs import PIPELINE, plain_fields
 from mlx_starflow.sampling.certificate import Certificate
 from mlx_starflow.sampling.guidance import SamplingOptions
 from mlx_starflow.sampling.methods import METHODS
+from mlx_starflow.sampling.progress import Progress
 
 Settings = TypeVar("Settings", bound="GenerationSettings")
 
@@ -223,6 +224,7 @@ class ImageStream(Iterator[GeneratedImage]):
         images: how many will come.
         settings: how they are sampled.
         stats: what the images so far have cost.
+        progress: how far this is; it can be cancelled.
     """
 
     def __init__(
@@ -232,8 +234,9 @@ class ImageStream(Iterator[GeneratedImage]):
         stats: GenerationStats,
         made: Generator[GeneratedImage, None, None],
         concatenate: Callable[[list[Any]], Any],
+        progress: Progress,
     ):
-        self.images, self.settings, self.stats = images, settings, stats
+        self.images, self.settings, self.stats, self.progress = images, settings, stats, progress
         self._made, self._concatenate = made, concatenate
 
     def __next__(self) -> GeneratedImage:

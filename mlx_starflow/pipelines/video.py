@@ -148,7 +148,14 @@ class VideoPipeline(LatentPipeline):
         else:
             images = self._frames(request, self._stages(request, frames_at_once, verify, watched), live)
         return VideoStream(
-            prompt, request.seeds[0], request.settings, request.metadata[0], request.stats, request.whole_noise, images
+            prompt,
+            request.seeds[0],
+            request.settings,
+            request.metadata[0],
+            request.stats,
+            request.whole_noise,
+            images,
+            watched,
         )
 
     @checked

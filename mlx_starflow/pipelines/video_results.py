@@ -17,6 +17,7 @@ from mlx_starflow.media.files import expanded
 from mlx_starflow.media.images import numbered
 from mlx_starflow.media.videos import VideoWriter, check_video_output
 from mlx_starflow.pipelines.results import GenerationSettings, GenerationStats
+from mlx_starflow.sampling.progress import Progress
 
 MOST_FRAMES = 1_000_000
 """Of a video: 17 hours at 16 frames a second."""
@@ -118,6 +119,7 @@ class VideoStream(Iterator[Image.Image]):
         fps, size: frames a second, and (width, height).
         metadata: all that is needed to make it again, for `media.videos.VideoWriter`.
         stats: what the frames so far have cost.
+        progress: how far this is; it can be cancelled.
     """
 
     def __init__(
@@ -129,7 +131,9 @@ class VideoStream(Iterator[Image.Image]):
         stats: GenerationStats,
         noise: Callable[[], np.ndarray],
         images: Generator[Image.Image, None, None],
+        progress: Progress,
     ):
+        self.progress = progress
         self.prompt, self.seed, self.settings, self.metadata, self.stats = prompt, seed, settings, metadata, stats
         self._noise, self._images = noise, images
 

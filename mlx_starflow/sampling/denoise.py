@@ -36,6 +36,8 @@ def denoise(
     a vector-Jacobian product through the whole flow, computed one sample at a time and with every layer run twice, to
     save memory.
     """
+    progress = watch(progress)
+    progress.check()
     if (denoiser := flow.denoiser) is not None:
         rope_frequencies = flow.rope_frequencies(x.shape, 0 if text is None else text.shape[1])
         assert rope_frequencies is not None  # of a flow with a denoiser
@@ -49,7 +51,7 @@ def denoise(
 
     score = mx.grad(negative_log_likelihood)
     cleaned = []
-    with watch(progress).counting("denoise", x.shape[0], "sample", leave=False) as counter:
+    with progress.counting("denoise", x.shape[0], "sample", leave=False) as counter:
         for index in range(x.shape[0]):
             sample = x[index : index + 1].astype(mx.float32)
             condition = None if text is None else text[index : index + 1]
