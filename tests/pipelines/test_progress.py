@@ -38,7 +38,7 @@ def test_phases_of_generating(pipe):
     order = [phase for phase, before in zip(seen, ["", *seen], strict=False) if phase != before]
     once = ["flow", "verify", "denoise", "batches"]
     assert order == ["text", *once, *once, "decode"]
-    assert [phase for phase in result.stats.seconds] == ["text", "flow", "verify", "denoise", "decode"]
+    assert list(result.stats.seconds) == ["text", "flow", "verify", "denoise", "decode"]
 
 
 @pytest.mark.parametrize("phase", ["text", "flow", "verify", "denoise", "decode"])
