@@ -42,9 +42,10 @@ setup(
     package_dir={"mlx_starflow.convert": "convert"},
     package_data={"mlx_starflow": ["py.typed", "*.pyi", "cpu/*.cpp", "cpu/*.h", "demo/model/*", "demo/model/*/*"]},
     install_requires=[
-        # PyPI's plain mlx has no backend on Linux: the CPU one is an extra there.
-        "mlx>=0.30; sys_platform == 'darwin'",
-        "mlx[cpu]>=0.30; sys_platform == 'linux'",
+        # PyPI's plain mlx has no backend on Linux: the CPU one is an extra there. Earlier versions are wrong in places:
+        # causal masks of more than 32,767 positions on an M5 (0.31.1), nvfp4 (0.32.0), large 3-D convolutions (0.30).
+        "mlx>=0.32.4; sys_platform == 'darwin'",
+        "mlx[cpu]>=0.32.4; sys_platform == 'linux'",
         # A fast BLAS for that CPU backend, which brings a slow one: see mlx_starflow/cpu/blas.py.
         "scipy-openblas32>=0.3.29; sys_platform == 'linux' and platform_machine == 'x86_64'",
         "scipy-openblas32>=0.3.29; sys_platform == 'linux' and platform_machine == 'aarch64'",
@@ -58,6 +59,7 @@ setup(
         "huggingface-hub",
     ],
     extras_require={
+        "cuda": ["mlx[cuda13]>=0.32.4; sys_platform == 'linux'"],  # see docs/cuda.md for what else it takes
         "finetune": ["mlx-lm"],  # its LoRA and DoRA layers; using adapters does not need it
         # What builds and checks wheel, sdist and documentation.
         "release": [

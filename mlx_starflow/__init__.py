@@ -8,6 +8,7 @@ pipe.generate("a slice of pizza", seed=7).save("pizza.png")
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 
 from mlx_starflow import cpu
@@ -48,6 +49,10 @@ _HOMES = {
 }
 
 cpu.install()
+
+# MLX reads this once, at its first product on a GPU. Its own default, TF32 where the GPU has it, keeps 10 bits of the
+# mantissa of float32 factors; who wants that sets the variable to 1.
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 
 def __getattr__(name: str) -> object:

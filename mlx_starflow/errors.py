@@ -1,4 +1,4 @@
-"""The one exception a user should ever read, and what other exceptions say, made fit to be part of it."""
+"""The exceptions a user should ever read, and what other exceptions say, made fit to be part of it."""
 
 
 class StarflowError(Exception):
@@ -7,6 +7,10 @@ class StarflowError(Exception):
 
 class Cancelled(StarflowError):
     """A call was ended by `Progress.cancel`: no mistake, but whoever waits for its result gets none."""
+
+
+class NotFinite(StarflowError):
+    """A network made a NaN or an infinity: better an error than a black picture."""
 
 
 def printable(text: str) -> str:

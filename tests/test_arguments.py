@@ -50,8 +50,10 @@ def test_the_signature_and_the_docstring_stay():
 @pytest.mark.parametrize(
     "options",
     [
-        {"image": "x.png"}, {"image": Path("x")}, {"image": Image.new("RGB", (1, 1))}, {"seed": 3}, {"seed": [1, 2]},
-        {"seed": range(3)}, {"seed": np.int64(3)}, {"seed": np.arange(3)}, {"strength": 1}, {"strength": np.float32(0.5)},
+        {"image": "x.png"}, {"image": Path("x")}, {"image": Image.new("RGB", (1, 1))}, {"seed": 3},
+        {"seed": [1, 2]},
+        {"seed": range(3)}, {"seed": np.int64(3)}, {"seed": np.arange(3)}, {"strength": 1},
+        {"strength": np.float32(0.5)},
         {"size": (1, 2)}, {"size": [1, 2]}, {"accept": "whole"}, {"verify": False}, {"verify": np.bool_(True)},
         {"images": iter([])}, {"noise": np.zeros(2)}, {"callback": print}, {"later": Later()}, {"seed": None},
     ],

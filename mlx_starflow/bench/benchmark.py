@@ -23,7 +23,8 @@ from mlx_starflow.bench.contenders import (
 from mlx_starflow.bench.products import WeightProducts
 from mlx_starflow.bench.trials import PROMPTS, Task, Trials, prepare
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.model_dir.weights import default_dtype, parse_dtype
+from mlx_starflow.model_dir.weights import dtype_name, parse_dtype
+from mlx_starflow.models.flow import products_in
 from mlx_starflow.sampling.methods import METHODS
 
 ALL_METHODS = (*METHODS, "auto")
@@ -201,7 +202,7 @@ def bench(
         guidance: its weight; None: the model's own.
         seed: of the first image's noise; the others' count up.
         size: (width, height) of the images in pixels; None: the size the model was trained at.
-        dtype: of the flow; None: float32 on a CPU, bfloat16 on a GPU.
+        dtype: of the flow; None or "auto": what `precision.automatic` says.
         rounds: how often each method is timed.
         against: "torch": time the PyTorch reference too, with CUDA if there is one.
         report: is told how it goes.
@@ -217,7 +218,7 @@ def bench(
         raise StarflowError(f"cannot compare with {against!r}; it must be {' or '.join(BACKENDS)}")
     if not 1 <= rounds <= MOST_ROUNDS:
         raise StarflowError(f"there must be at least one round and at most {MOST_ROUNDS:,}, not {rounds}")
-    dtype = parse_dtype(dtype) or default_dtype()
+    dtype = parse_dtype(dtype)
     trials = prepare(model, prompts, guidance=guidance, seed=seed, dtype=dtype, size=size)
     task = trials.task
     contenders, notes = _ours(trials, list(dict.fromkeys(methods)), str(model))
@@ -225,7 +226,7 @@ def bench(
         "model": str(model),
         "machine": f"{platform.processor() or platform.machine()}, {platform.system()}",
         "mlx": f"{version('mlx')} on the {mx.default_device().type.name.upper()}, BLAS {cpu.describe()}",
-        "dtype": str(dtype).rpartition(".")[2],
+        "dtype": dtype_name(products_in(task.flow)),
         "pictures": task.images,
         "tokens": task.length,
         "guidance": task.guidance,

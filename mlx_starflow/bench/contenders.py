@@ -110,9 +110,9 @@ def product_seconds(measured: Measurement, products: WeightProducts, length: int
     return sum(count * seconds for count, seconds in zip(measured.evaluations[::-1], each, strict=True))
 
 
-def torch_contenders(trials: Trials, methods: Sequence[str], dtype: mx.Dtype) -> list[Contender]:
+def torch_contenders(trials: Trials, methods: Sequence[str], dtype: mx.Dtype | None) -> list[Contender]:
     """The PyTorch reference of a model with the same weights and noise: its sequential sampling, and those of the other
-    methods that it has; with CUDA if there is one.
+    methods that it has; with CUDA if there is one. `dtype` None: the reference's own.
 
     Raises:
         StarflowError: PyTorch is not installed, or the reference does not run in this dtype.

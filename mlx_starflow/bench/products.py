@@ -12,6 +12,7 @@ import mlx.nn as nn
 
 from mlx_starflow import cpu
 from mlx_starflow.models.flow import Condition, Flow
+from mlx_starflow.models.transformer import product_dtype
 from mlx_starflow.models.trees import flattened
 from mlx_starflow.planning.traffic import READ_ONCE, evaluation_bytes
 
@@ -68,14 +69,15 @@ class WeightProducts:
         block, rows = self.flow.blocks[index], self.rows[index]
         if network := cpu.fast_network(block, rows, 1, None, Condition(), 1.0):
             return lambda: partial(network.multiply, tokens)
-        layers, inputs = self._layers[index], self._inputs(index, tokens)
+        layers = self._layers[index]
+        inputs = [self._input(layer, self.rows[index], tokens) for layer in layers]
         mx.eval(inputs)
-        return lambda: partial(mx.eval, [layer(inputs[_width(layer)]) for layer in layers])
+        return lambda: partial(mx.eval, [layer(x) for layer, x in zip(layers, inputs, strict=True)])
 
-    def _inputs(self, index: int, tokens: int) -> dict[int, mx.array]:
-        key, dtype = mx.random.key(0), self.flow.blocks[index].dtype if self._layers[index] else mx.float32
-        widths = {_width(layer) for layer in self._layers[index]}
-        return {width: mx.random.normal((self.rows[index], tokens, width), dtype, key=key) for width in widths}
+    @staticmethod
+    def _input(layer: nn.Linear | nn.QuantizedLinear, rows: int, tokens: int) -> mx.array:
+        dtype = product_dtype(layer) or mx.float32
+        return mx.random.normal((rows, tokens, _width(layer)), dtype, key=mx.random.key(0))
 
     @property
     def vector_seconds(self) -> tuple[float, ...]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mlx_starflow.cpu.blas import check, describe, gflops, hint_if_slow, install
+from mlx_starflow.cpu.blas import VARIABLE as BLAS_VARIABLE
+from mlx_starflow.cpu.blas import check, describe, gflops, hint_if_slow, install, is_fast
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from mlx_starflow.models.flow import Condition, FlowBlock
 
 __all__ = [
+    "BLAS_VARIABLE",
     "check",
     "describe",
     "fast_inverter",
@@ -28,6 +30,7 @@ __all__ = [
     "has_fast_networks",
     "hint_if_slow",
     "install",
+    "is_fast",
     "network_threads",
 ]
 

@@ -76,6 +76,11 @@ def check() -> None:
         raise StarflowError(_in_use.error)
 
 
+def is_fast() -> bool:
+    """Whether a BLAS other than MLX's own slow one is in use."""
+    return _in_use.library is not None
+
+
 def describe() -> str:
     """Name, version and origin of the BLAS in use, in a few words."""
     if _in_use.library is None:

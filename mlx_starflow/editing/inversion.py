@@ -158,7 +158,7 @@ def encode(
     lost = _lost_levels(model.to_images(data), fitted) if check else 0.0
     model.release("vae")
     if noise_seed is not None:
-        data = with_noise(model.dense_flow(), data, 0, noise_seed)
+        data = with_noise(model.exact_flow(), data, 0, noise_seed)
     prompts = [str(prompts)] * len(data) if isinstance(prompts, str | int) else one_or_several(prompts)
     noise, errors = [], []
     for part, guided, _ in _batches(model, prompts, len(data), data.shape, guidance, batch_size, progress, "encoding"):
@@ -205,7 +205,7 @@ def decode(
     batches = _batches(model, encoded.prompts, len(noise), shape, encoded.guidance, batch_size, progress, "decoding")
     for part, guided, condition in batches:
         x = regenerated(guided, mx.array(noise[part]), inversion)
-        data.append(np.array(cleaned(model.dense_flow(), x, condition, progress) if denoise else x))
+        data.append(np.array(cleaned(model.exact_flow(), x, condition, progress) if denoise else x))
     model.release("flow")
     result = np.concatenate(data)
     return model.to_images(result), result
@@ -226,7 +226,7 @@ def _batches(
         raise StarflowError(f"there are {len(prompts)} prompts for {count} pictures; give one, or one a picture")
     conditions = model.conditions([*prompts, ""], shape)
     model.release("text_encoder")
-    flow, options = model.dense_flow(), SamplingOptions(guidance)
+    flow, options = model.exact_flow(), SamplingOptions(guidance)
     batch_size = at_once(batch_size, shape)
     with progress.counting(what, count, unit_of(shape)) as counter:
         for start in range(0, count, batch_size):

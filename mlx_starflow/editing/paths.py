@@ -93,12 +93,12 @@ def reprompt(
     model.release("text_encoder")
     if conditions is None:
         raise StarflowError(f"{model.name} reads no prompts: use vary or interpolate")
-    z = np.array(to_noise(GuidedFlow(model.dense_flow(), data.shape, conditions[:1]), mx.array(data), inversion))
+    z = np.array(to_noise(GuidedFlow(model.exact_flow(), data.shape, conditions[:1]), mx.array(data), inversion))
 
     def regenerate(part: list[float]) -> mx.array:
         count = len(part)
         first, second = (mx.repeat(conditions[i : i + 1], count, axis=0) for i in (0, 1))
-        guided = BlendedFlow(model.dense_flow(), (count, *z.shape[1:]), first, second, part)
+        guided = BlendedFlow(model.exact_flow(), (count, *z.shape[1:]), first, second, part)
         return regenerated(guided, mx.array(np.repeat(z, count, axis=0)), inversion)
 
     images, made = _regenerated(model, strengths, regenerate, batch_size, progress)
@@ -160,7 +160,7 @@ def vary(
     data = model.to_data([open_image(image)], size)
     condition = model.conditions([prompt], data.shape)
     model.release("text_encoder")
-    z = np.array(to_noise(GuidedFlow(model.dense_flow(), data.shape, condition), mx.array(data), inversion))
+    z = np.array(to_noise(GuidedFlow(model.exact_flow(), data.shape, condition), mx.array(data), inversion))
     other = temperature * draw_noise(range(seed, seed + images), z.shape[1:])
     places = [(path, strength) for path in range(images) for strength in strengths]
 
@@ -169,10 +169,10 @@ def vary(
         cos, sin = (_column(f(angles), z.ndim) for f in (np.cos, np.sin))
         turned = cos * z + sin * other[[path for path, _ in part]]
         text = None if condition is None else mx.repeat(condition, len(part), axis=0)
-        guided = GuidedFlow(model.dense_flow(), turned.shape, text)
+        guided = GuidedFlow(model.exact_flow(), turned.shape, text)
         x = regenerated(guided, mx.array(turned.astype(np.float32)), inversion)
         moved = mx.array(_column(angles > 0, x.ndim))
-        return mx.where(moved, cleaned(model.dense_flow(), x, text, progress), x) if any(angles) else x
+        return mx.where(moved, cleaned(model.exact_flow(), x, text, progress), x) if any(angles) else x
 
     varied, made = _regenerated(model, places, regenerate, batch_size, progress)
     about = {**model.origin(), "made_by": "edit vary", "prompts": [str(prompt)], "size": varied[0].size}
@@ -215,15 +215,15 @@ def interpolate(
     data = model.to_data([open_image(first), open_image(second)], size)
     conditions = model.conditions(prompts, data.shape)
     model.release("text_encoder")
-    z = np.array(to_noise(GuidedFlow(model.dense_flow(), data.shape, conditions), mx.array(data), inversion))
+    z = np.array(to_noise(GuidedFlow(model.exact_flow(), data.shape, conditions), mx.array(data), inversion))
 
     def regenerate(part: list[float]) -> mx.array:
         noise = slerp(z[:1], z[1:], np.array(part))
         if conditions is None:
-            guided = GuidedFlow(model.dense_flow(), noise.shape)
+            guided = GuidedFlow(model.exact_flow(), noise.shape)
         else:
             start, end = (mx.repeat(conditions[i : i + 1], len(part), axis=0) for i in (0, 1))
-            guided = BlendedFlow(model.dense_flow(), noise.shape, start, end, part)
+            guided = BlendedFlow(model.exact_flow(), noise.shape, start, end, part)
         return regenerated(guided, mx.array(noise.astype(np.float32)), inversion)
 
     images, made = _regenerated(model, shares, regenerate, batch_size, progress)

@@ -7,7 +7,8 @@ default, unless the environment variable MLX_STARFLOW_KERNELS is 0.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import cast
 
@@ -18,10 +19,30 @@ Arrays = Sequence[mx.array]
 MLX_VERSION: str = mx.__version__  # type: ignore[attr-defined]  # MLX's stubs leave it out
 
 
-@cache
+_switched: bool | None = None
+
+
 def enabled() -> bool:
-    """Whether the Metal kernels run in this process."""
+    """Whether the Metal kernels run."""
+    return by_default() if _switched is None else _switched
+
+
+@cache
+def by_default() -> bool:
+    """Whether the Metal kernels run in this process, unless `switched` says otherwise."""
     return mx.metal.is_available() and mx.default_device() == mx.gpu and not switched_off()
+
+
+@contextmanager
+def switched(on: bool) -> Iterator[None]:
+    """Inside, the Metal kernels run, or else their plain versions: to compare them. Compiled functions stay as they
+    were traced."""
+    global _switched
+    before, _switched = _switched, on
+    try:
+        yield
+    finally:
+        _switched = before
 
 
 def switched_off() -> bool:

@@ -39,7 +39,7 @@ def split_rotate(
 
     Returns:
         Queries `[B, num_heads, N, D]`, keys and values `[B, num_kv_heads, N, D]`, in qkv's dtype. Arithmetic is
-        float32, rounded to that dtype after the norm, after its weight and after the rotation.
+        float32, and rounded to that dtype once.
 
     On Metal this is one kernel, which reads the projection once. A custom kernel's outputs are new arrays: it cannot
     write into the KV cache. It leaves keys and values as the cache has them, so that appending each is one copy
@@ -82,9 +82,10 @@ def split_rotate_plain(
             mx.broadcast_to(query_weight, (num_heads, 1, dim)),
             mx.broadcast_to(key_weight, (num_kv_heads, 1, dim)),
         ]
-        qk = rms_norm(qk) * (1 + mx.concatenate(weights))
+        qk = rms_norm(qk.astype(mx.float32)) * (1 + mx.concatenate(weights).astype(mx.float32))
     if rope_frequencies is not None:
         qk = rotate(qk, rope_frequencies, half_split)
+    qk = qk.astype(qkv.dtype)
     q, k = mx.split(qk, [num_heads], axis=1)
     return q, k, v
 
@@ -105,7 +106,7 @@ def _fused(num_heads: int, num_kv_heads: int, half_split: bool, norm: bool) -> C
             ("HALF_SPLIT", half_split),
         ]
         return kernel(
-            inputs=[qkv, mx.view(rope_frequencies, mx.float32), *(weight.astype(qkv.dtype) for weight in weights)],
+            inputs=[qkv, mx.view(rope_frequencies, mx.float32), *(weight.astype(mx.float32) for weight in weights)],
             template=template,
             grid=(SIMD_WIDTH, total, batch * length),
             threadgroup=(SIMD_WIDTH, min(total, HEADS_PER_THREADGROUP), 1),
@@ -129,21 +130,10 @@ def _kernel(norm: bool) -> Callable[..., list[mx.array]]:
         name="starflow_qkv_norm" if norm else "starflow_qkv",
         input_names=["qkv", "rope_frequencies"] + ["query_weight", "key_weight"] * norm,
         output_names=["q", "k", "v"],
-        header=_HEADER,
         source=_SOURCE.replace("MEAN_SQUARE;", _MEAN_SQUARE * norm).replace("NORMALIZE;", _NORMALIZE * norm),
     )
     return cast(Callable[..., list[mx.array]], kernel)
 
-
-# Not as one expression: the plain norm rounds to T after each of its steps.
-_HEADER = """
-template <typename T>
-inline float starflow_normalize(float x, float inverse, T weight) {
-    const T normalized = static_cast<T>(x * inverse);
-    const T scale = static_cast<T>(1.0f + static_cast<float>(weight));
-    return static_cast<float>(static_cast<T>(static_cast<float>(normalized) * static_cast<float>(scale)));
-}
-"""
 
 # A simdgroup is one head of one token; its lanes share the head's rotary pairs out.
 _SOURCE = f"""
@@ -193,6 +183,6 @@ _MEAN_SQUARE = f"""
 """
 
 _NORMALIZE = """
-        a = starflow_normalize<T>(a, inverse, query ? query_weight[first] : key_weight[first]);
-        b = starflow_normalize<T>(b, inverse, query ? query_weight[second] : key_weight[second]);
+        a = a * inverse * (1.0f + (query ? query_weight[first] : key_weight[first]));
+        b = b * inverse * (1.0f + (query ? query_weight[second] : key_weight[second]));
 """

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from mlx_starflow.errors import StarflowError
+from mlx_starflow.errors import NotFinite, StarflowError
 from mlx_starflow.media.noise import check_seeds
 from mlx_starflow.models.flow import Flow, frame_count
 
@@ -195,9 +195,17 @@ def drawn_nats(
             part = slice(start, min(start + batch_size, len(data)))
             results.append(token_nats(flow, mx.array(noisy[part]), None if text is None else text[part]))
     nats = np.concatenate(results)
-    if not np.isfinite(nats).all():
-        raise StarflowError("the likelihood is not finite: the weights may be damaged; try float32")
+    check_nats(nats)
     return nats.reshape(draws, len(data), *nats.shape[1:])
+
+
+def check_nats(nats: np.ndarray) -> None:
+    """Raise NotFinite, naming the block, if `token_nats` `[B, 1 + blocks, N]` are not finite."""
+    broken = ~np.isfinite(nats).all(axis=(0, 2))
+    if broken.any():
+        # What follows a broken block is broken too; the prior comes last.
+        where = f" from block {broken[1:].argmax()} on" if broken[1:].any() else ""
+        raise NotFinite(f"the likelihood is not finite{where}: the weights may be damaged; try --dtype float32")
 
 
 def exact_nll(

@@ -10,7 +10,7 @@ import numpy as np
 
 from mlx_starflow.arguments import checked
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.likelihood.nll import at_once, check_draws, token_nats, with_noise
+from mlx_starflow.likelihood.nll import at_once, check_draws, check_nats, token_nats, with_noise
 from mlx_starflow.likelihood.protocol import ImageModel, Prompts, one_or_several
 from mlx_starflow.media.given import Images, one_or_many
 from mlx_starflow.sampling.progress import Callback, Watch, watch
@@ -50,10 +50,9 @@ def log_likelihoods(
             for start in range(0, pairs.shape[1], batch_size):
                 image, prompt = pairs[:, start : start + batch_size]
                 nats = token_nats(flow, mx.array(noisy[image]), conditions[mx.array(prompt)])
+                check_nats(nats)
                 result[draw, start : start + batch_size] = -nats.sum(axis=(1, 2))
                 counter.advance(len(image))
-    if not np.isfinite(result).all():
-        raise StarflowError("the likelihood is not finite: the weights may be damaged; try float32")
     return result.reshape(draws, len(data), len(prompts))
 
 

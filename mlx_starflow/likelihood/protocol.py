@@ -71,6 +71,10 @@ class ImageModel(Protocol):
         """How the flow is inverted: None or "auto" is the model's sampling plan, or sequentially if there is none."""
 
     @abstractmethod
+    def exact_flow(self) -> Flow:
+        """The flow for exact inversion, there and back: in float32, unless another precision was asked for."""
+
+    @abstractmethod
     def fit(self, image: ImageOrVideo, size: tuple[int, int] | None = None) -> Image.Image | list[Image.Image]:
         """An image, or each frame of a video, cut about its middle to the shape of `size` and resized to it."""
 

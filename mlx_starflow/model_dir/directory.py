@@ -23,8 +23,9 @@ from mlx_starflow.media.files import exists, inside, is_folder, is_regular, read
 from mlx_starflow.model_dir.adapters import Strengths, add_adapters
 from mlx_starflow.model_dir.files import PLAN_FILE, STATISTICS_FILE, StoredConfig, load_weights
 from mlx_starflow.model_dir.hub import find_model
+from mlx_starflow.model_dir.precision import Precision
 from mlx_starflow.model_dir.tensor_parallel import load_part
-from mlx_starflow.model_dir.weights import default_dtype, load_module, parse_dtype, place_weights
+from mlx_starflow.model_dir.weights import automatic_precision, load_module, parse_dtype, place_weights
 from mlx_starflow.models import starflow, tarflow
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from mlx_starflow.models.autoencoder_wan import AutoencoderWan, AutoencoderWanConfig
@@ -137,13 +138,19 @@ class NetworkDirectory(Generic[Network, Config]):
         """The network, read.
 
         Args:
-            dtype: "float32", "bfloat16" or "float16"; None: float32 on CPU, bfloat16 on a GPU.
+            dtype: "float32", "bfloat16" or "float16"; "auto" or None: that of `precision`.
 
         Raises:
             StarflowError: a file is missing or damaged, or does not fit the config.
         """
-        dtype = parse_dtype(dtype) or default_dtype()
+        dtype = parse_dtype(dtype) or parse_dtype(self.precision.dtype)
         return load_module(self.new(), self.weights(), self.folder, dtype, quantization=self.quantization)
+
+    @property
+    def precision(self) -> Precision:
+        """What the network computes in on this machine, unless it is told."""
+        of_pictures = self.content.get("model_type") in FLOWS and not self.content.get("vid_size")
+        return automatic_precision(quantized_flow=of_pictures and bool(self.quantization))
 
     @contextmanager
     def _naming(self) -> Iterator[None]:
@@ -240,7 +247,9 @@ class ModelDirectory:
             return flow
         if adapters:
             raise StarflowError("adapters cannot be split over ranks: fuse them into the model first")
-        return load_part(self.flow.lazy(), self.path, parse_dtype(dtype) or default_dtype(), group)
+        return load_part(
+            self.flow.lazy(), self.path, parse_dtype(dtype) or parse_dtype(self.flow.precision.dtype), group
+        )
 
 
 @checked
@@ -254,7 +263,7 @@ def load_flow(
 
     Args:
         path_or_id: "demo", a model directory or a Hugging Face repository of one (see `find_model`).
-        dtype: "float32", "bfloat16" or "float16"; None: float32 on CPU, bfloat16 on a GPU.
+        dtype: "float32", "bfloat16" or "float16"; "auto" or None: what `precision.automatic` says.
         adapters: folders of adapters with their strengths (1: as trained), see `adapters.add_adapters`.
         group: processes that compute it together, each with a part of it, see `tensor_parallel`.
 

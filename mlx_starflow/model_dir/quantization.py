@@ -16,6 +16,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from mlx_starflow.errors import StarflowError, one_line
+from mlx_starflow.kernels.devices import backend, multiplies_quantized
 from mlx_starflow.model_dir.precision import MIXED, QUANTIZATIONS
 from mlx_starflow.models.trees import flattened
 
@@ -36,7 +37,8 @@ _KEYS = ("group_size", "bits", "mode")
 
 
 class QuantizedLinear(nn.QuantizedLinear):
-    """MLX's layer, faster on the CPU: there the quantized product costs as much for a few rows as unpacking does."""
+    """MLX's layer, faster on the CPU, where the quantized product costs as much for a few rows as unpacking does, and
+    dense in products that MLX's CUDA backend lacks, see `kernels.devices`."""
 
     @classmethod
     def of(cls, layer: nn.QuantizedLinear) -> QuantizedLinear:
@@ -46,8 +48,13 @@ class QuantizedLinear(nn.QuantizedLinear):
         return made
 
     def __call__(self, x: mx.array) -> mx.array:
-        if mx.default_device() != mx.cpu or x.size < UNPACK_ROWS * x.shape[-1]:
-            return super().__call__(x)
+        where = backend()
+        if where == "CPU":
+            unpack = x.size >= UNPACK_ROWS * x.shape[-1]
+        else:
+            unpack = not multiplies_quantized(x.shape[-1], self.group_size, where)
+        if not unpack:
+            return super().__call__(mx.contiguous(x) if where == "CUDA" else x)
         weight = mx.dequantize(self.weight, self.scales, self.get("biases"), **_settings(self), dtype=x.dtype)
         return mx.addmm(self.bias, x, weight.T) if "bias" in self else x @ weight.T
 

@@ -23,7 +23,7 @@ from mlx_starflow.kernels import MLX_VERSION
 from mlx_starflow.model_dir.files import read_config
 from mlx_starflow.model_dir.hub import find_model
 from mlx_starflow.model_dir.transaction import STAGE
-from mlx_starflow.model_dir.weights import cast_weights, default_dtype, parse_dtype
+from mlx_starflow.model_dir.weights import automatic_dtype, cast_weights, parse_dtype
 from mlx_starflow.models.transformer import MLP, Attention
 from mlx_starflow.models.trees import flattened
 
@@ -34,7 +34,7 @@ SAMPLES = 64
 SAMPLE_BYTES = 4096
 
 
-def load_part(flow: Flow, what: str | Path, dtype: mx.Dtype, group: mx.distributed.Group) -> Flow:
+def load_part(flow: Flow, what: str | Path, dtype: mx.Dtype | None, group: mx.distributed.Group) -> Flow:
     """This rank's part of a flow, read; of each tensor, only its part stays in memory.
 
     Args:
@@ -153,7 +153,7 @@ def check_same(
         read_config(directory)
         facts = {
             f"files of the model {name}": files_digest(directory),
-            "precision (--dtype)": str(parse_dtype(dtype) or default_dtype()),
+            "precision (--dtype)": str(parse_dtype(dtype) or automatic_dtype()),
             "version of MLX": MLX_VERSION,
         }
     agree(group, facts)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_starflow.errors import StarflowError, one_line
-from mlx_starflow.model_dir.precision import DTYPES
+from mlx_starflow.kernels.devices import backend
+from mlx_starflow.model_dir.precision import AUTO, DTYPES, Device, Precision, automatic
 from mlx_starflow.model_dir.quantization import quantize_as, quantized_layers
+from mlx_starflow.models.flow import is_layer_weight
+from mlx_starflow.models.starflow import STARFlow
+from mlx_starflow.models.tarflow import TarFlow
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -21,21 +26,43 @@ MLX_DTYPES = {name: getattr(mx, name) for name in DTYPES}
 # ---- dtypes
 
 
-def default_dtype() -> mx.Dtype:
-    """float32 on CPU, where half precision is slow; bfloat16 on a GPU."""
+def device() -> Device:
+    """What MLX computes on by default."""
+    return cast(Device, backend().lower())
+
+
+def chip_generation() -> int | None:
+    """That of an Apple GPU, 1 for an M1; None where it is another one, or does not say."""
+    name = str(mx.device_info().get("device_name", "")) if device() == "metal" else ""
+    found = re.match(r"Apple M(\d+)\b", name)
+    return int(found[1]) if found else None
+
+
+def automatic_precision(*, quantized_flow: bool = False) -> Precision:
+    """`precision.automatic` on this machine."""
+    return automatic(device(), chip_generation(), quantized_flow=quantized_flow)
+
+
+def automatic_dtype(*, quantized_flow: bool = False) -> mx.Dtype:
+    """The dtype of `automatic_precision`."""
+    return MLX_DTYPES[automatic_precision(quantized_flow=quantized_flow).dtype]
+
+
+def training_dtype() -> mx.Dtype:
+    """What weights that are not trained themselves are held in while training: float32 on a CPU, bfloat16 on a GPU.
+    Gradients leave float16's range."""
     return mx.float32 if _on_cpu() else mx.bfloat16
 
 
-@overload
-def parse_dtype(dtype: str | mx.Dtype) -> mx.Dtype: ...
-@overload
-def parse_dtype(dtype: str | mx.Dtype | None) -> mx.Dtype | None: ...
 def parse_dtype(dtype: str | mx.Dtype | None) -> mx.Dtype | None:
-    """The dtype called "float32", "bfloat16" or "float16"; None and these dtypes themselves come back as they are.
+    """The dtype called "float32", "bfloat16" or "float16"; these dtypes themselves come back as they are, and None does
+    for "auto" and None.
 
     Raises:
         StarflowError: it is none of these.
     """
+    if dtype == AUTO:
+        return None
     if dtype is None or (isinstance(dtype, mx.Dtype) and dtype in MLX_DTYPES.values()):
         return dtype
     if not isinstance(dtype, str) or dtype not in MLX_DTYPES:
@@ -145,14 +172,30 @@ def load_module(
 
 
 def cast_weights(module: nn.Module, dtype: mx.Dtype | None) -> None:
-    """Give a module's weights the dtype that `load_module` says, without reading them."""
+    """Give a module's weights the dtypes that `weight_dtypes` says, without reading them."""
+    dtypes = weight_dtypes(module, dtype)
+    module.load_weights([(name, weight.astype(dtypes[name])) for name, weight in parameters(module).items()])
+
+
+def weight_dtypes(module: nn.Module, dtype: mx.Dtype | None) -> dict[str, mx.Dtype]:
+    """The dtype of each tensor of a network that is to compute in `dtype`; None: as they are.
+
+    Packed weights stay as they are. Of a flow in half precision the small tensors are float32 (see
+    `models.flow.is_layer_weight`). On a CPU quantized layers' scales are float32 too: half-precision sums there lose
+    two digits.
+    """
     scales = {f"{path}.{kind}" for path in quantized_layers(module) for kind in ("scales", "biases")}
-    cast = []
+    dtypes = {}
     for name, weight in parameters(module).items():
-        if _is_floating(weight):
-            weight = weight.astype(mx.float32 if name in scales and _on_cpu() else dtype or weight.dtype)
-        cast.append((name, weight))
-    module.load_weights(cast)
+        if not _is_floating(weight):
+            dtypes[name] = weight.dtype
+        elif (name in scales and _on_cpu()) or (
+            dtype is not None and isinstance(module, STARFlow | TarFlow) and not is_layer_weight(name)
+        ):
+            dtypes[name] = mx.float32
+        else:
+            dtypes[name] = dtype or weight.dtype
+    return dtypes
 
 
 def _is_floating(array: mx.array) -> bool:

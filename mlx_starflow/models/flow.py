@@ -21,7 +21,7 @@ from mlx_starflow.models.configs import FLOW
 from mlx_starflow.models.denoiser import Denoiser
 from mlx_starflow.models.gradient_checkpointing import checkpointed
 from mlx_starflow.models.rope import line_frequencies
-from mlx_starflow.models.transformer import Cache, RMSNorm, TransformerConfig, TransformerLayer
+from mlx_starflow.models.transformer import Cache, RMSNorm, TransformerConfig, TransformerLayer, product_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -372,6 +372,21 @@ class FlowBlock(nn.Module):
         )
         z, log_det = affine_forward(parameters, x, self.config.affine)
         return self.unpermute(z, frames), self.unpermute(log_det, frames)
+
+
+def is_layer_weight(name: str) -> bool:
+    """Whether a tensor of a flow, a block or a denoiser, by its name, is that of a linear layer in a transformer layer.
+
+    These are nearly all of the weights. In half precision they alone are half: everything around them, the residual
+    stream, norms, projections of tokens and affine parameters, costs next to nothing in float32.
+    """
+    return "attn_blocks." in name and not name.rpartition(".")[0].endswith("norm")
+
+
+def products_in(flow: Flow) -> mx.Dtype:
+    """The dtype that a flow's transformer layers multiply in: what is meant by its precision."""
+    layers = [layer for block in flow.blocks if not block.is_identity for layer in block.attn_blocks]
+    return (layers and product_dtype(layers[0].attention.qkv)) or mx.float32
 
 
 def frame_count(shape: tuple[int, ...]) -> int:

@@ -64,6 +64,22 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
+def product_dtype(linear: nn.Module) -> mx.Dtype | None:
+    """What a linear layer, dense, quantized or adapted, multiplies in; None: in whatever it is given."""
+    while "linear" in linear:
+        linear = linear.linear
+    weight: mx.array = linear.get("scales", linear.weight)
+    return weight.dtype if mx.issubdtype(weight.dtype, mx.floating) else None
+
+
+def multiply(linear: nn.Module, x: mx.array) -> mx.array:
+    """A linear layer of x, in the layer's precision, with the result in x's.
+
+    Where weights are half precision and x is float32, casting x costs next to nothing; MLX would cast the weights.
+    """
+    return linear(x.astype(product_dtype(linear) or x.dtype)).astype(x.dtype)
+
+
 def make_norm(kind: str, dims: int) -> nn.Module:
     return RMSNorm(dims) if kind == "rms_norm" else nn.LayerNorm(dims, eps=1e-5)
 
@@ -88,7 +104,9 @@ class Attention(nn.Module):
     def project(self, x: mx.array, rope_frequencies: mx.array | None) -> tuple[mx.array, mx.array, mx.array]:
         """`[B, N, channels]` -> queries, keys and values, `[B, heads, N, D]`, rotated by their N positions."""
         norm = (self.query_norm.weight, self.key_norm.weight) if "query_norm" in self else ()
-        qkv = self.qkv(self.norm(x))
+        # Not back to x's precision: the cache holds keys and values in the weights'.
+        h = self.norm(x)
+        qkv = self.qkv(h.astype(product_dtype(self.qkv) or h.dtype))
         return split_rotate(
             qkv,
             rope_frequencies,
@@ -105,7 +123,7 @@ class Attention(nn.Module):
         batch, _, length, _ = q.shape
         scale = self.head_dim**-0.5
         if isinstance(temperature, mx.array):
-            q = q / temperature.astype(q.dtype)
+            q = (q / temperature).astype(q.dtype)
         else:
             scale = scale / temperature
         mask = "causal" if causal and length > 1 else None
@@ -113,8 +131,8 @@ class Attention(nn.Module):
         return h.transpose(0, 2, 1, 3).reshape(batch, length, -1)
 
     def merge(self, h: mx.array) -> mx.array:
-        """What `attend` gives -> `[B, N, channels]`."""
-        h = self.proj(h)
+        """What `attend` gives -> `[B, N, channels]`, in the precision of the norms."""
+        h = multiply(self.proj, h).astype(self.norm.weight.dtype)
         return self.post_norm(h) if "post_norm" in self else h
 
 
@@ -137,10 +155,11 @@ class MLP(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         h = self.norm(x)
         if "gate_proj" in self:
-            h = self.down_proj(nn.gelu_approx(self.gate_proj(h)) * self.up_proj(h))
+            gate, up = multiply(self.gate_proj, h), multiply(self.up_proj, h)
+            h = multiply(self.down_proj, nn.gelu_approx(gate) * up)
         else:
-            for layer in self.main:
-                h = layer(h)
+            first, activation, last = self.main
+            h = multiply(last, activation(multiply(first, h)))
         return self.post_norm(h) if "post_norm" in self else h
 
 

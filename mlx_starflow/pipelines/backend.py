@@ -5,8 +5,9 @@ A pipeline has a backend. `MLXBackend` is the usual one; `torch_backend.TorchBac
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -14,7 +15,7 @@ from typing import Any, Generic, TypeVar
 import mlx.core as mx
 import numpy as np
 
-from mlx_starflow.errors import StarflowError
+from mlx_starflow.errors import NotFinite
 from mlx_starflow.likelihood.protocol import Part
 from mlx_starflow.model_dir.directory import ModelDirectory, read_text_encoder
 from mlx_starflow.model_dir.quantization import dense_on_cpu
@@ -30,6 +31,7 @@ from mlx_starflow.sampling import Certificate, SamplingPlan, SamplingTrace, cert
 from mlx_starflow.sampling.progress import Watch
 
 Array = TypeVar("Array")
+Result = TypeVar("Result")
 
 
 class Backend(ABC, Generic[Array]):
@@ -125,11 +127,9 @@ class Backend(ABC, Generic[Array]):
 
 
 def check_part(values: np.ndarray, part: str) -> None:
-    """Raise StarflowError, naming the network, if what it made has a NaN or an infinity."""
+    """Raise NotFinite, naming the network, if what it made has a NaN or an infinity."""
     if not np.isfinite(values).all():
-        raise StarflowError(
-            f"what {part} made is not finite: its weights may be damaged, or too coarse (--dtype float32)"
-        )
+        raise NotFinite(f"what {part} made is not finite: its weights may be damaged, or too coarse (--dtype float32)")
 
 
 class MLXBackend(Backend[mx.array]):
@@ -137,7 +137,8 @@ class MLXBackend(Backend[mx.array]):
 
     Attributes:
         model: the directory.
-        dtype: precision of the networks; None: float32 on a CPU, bfloat16 on a GPU.
+        dtype: precision of the networks; None: what `precision.automatic` says. A network then computes in a precision
+            of larger range from the time on that it makes a NaN or an infinity.
         group: processes that compute the flow together, or None.
     """
 
@@ -156,20 +157,22 @@ class MLXBackend(Backend[mx.array]):
         self.adapters = [(str(path), float(strength)) for path, strength in adapters]
         self._flow: STARFlow | TarFlow | None = None
         self._dense: tuple[STARFlow | TarFlow, STARFlow | TarFlow] | None = None
+        self._exact: STARFlow | TarFlow | None = None
         self._text: tuple[T5Encoder, Tokenizer] | None = None
         self._vae: AutoencoderKL | AutoencoderWan | None = None
+        self._fallen: dict[Part, str] = {}
 
     # ---- networks
 
     @property
     def flow(self) -> STARFlow | TarFlow:
         if self._flow is None:
-            self._flow = self.model.load_flow(self.dtype, self.adapters, self.group)
+            self._flow = self.model.load_flow(self._chosen("flow"), self.adapters, self.group)
         return self._flow
 
     def _read_text_encoder(self) -> tuple[T5Encoder, Tokenizer]:
         if self._text is None:
-            self._text = read_text_encoder(self.model.text_encoder, self.dtype)
+            self._text = read_text_encoder(self.model.text_encoder, self._chosen("text_encoder"))
         return self._text
 
     @property
@@ -183,7 +186,7 @@ class MLXBackend(Backend[mx.array]):
     @property
     def vae(self) -> AutoencoderKL | AutoencoderWan:
         if self._vae is None:
-            self._vae = self.model.vae.load(self.dtype)
+            self._vae = self.model.vae.load(self._chosen("vae"))
         return self._vae
 
     @property
@@ -195,13 +198,18 @@ class MLXBackend(Backend[mx.array]):
     def release(self, part: Part) -> None:
         if not self.low_memory:
             return
+        self._drop(part)
+        if part == "flow":
+            self._exact = None
+        mx.clear_cache()
+
+    def _drop(self, part: Part) -> None:
         if part == "flow":
             self._flow = self._dense = None
         elif part == "vae":
             self._vae = None
         else:
             self._text = None
-        mx.clear_cache()
 
     def dense_flow(self) -> STARFlow | TarFlow:
         """The flow for repeated evaluation: on a CPU, if memory allows, a copy whose quantized layers are dense.
@@ -212,6 +220,55 @@ class MLXBackend(Backend[mx.array]):
             self._dense = self.flow, self.flow if self.group else dense_on_cpu(self.flow, available() // 2)
         return self._dense[1]
 
+    def exact_flow(self) -> STARFlow | TarFlow:
+        """The flow for exact inversion: beside `flow`, if that is half precision because nobody chose, it in float32.
+
+        Where there is no memory for both, `flow` makes room. Where there is none for float32 at all, that is warned
+        about, and `flow` is what there is.
+        """
+        precision = self.model.flow.precision
+        if self.dtype is not None or precision.dtype == "float32" or self.group is not None:
+            return self.dense_flow()
+        if self._exact is None:
+            size = sum(4 * weight.size for weight in self.model.flow.weights().values())
+            if size > available():
+                warnings.warn(
+                    f"there is no memory for the flow in float32: editing is computed in {precision.dtype}, and what "
+                    "comes back of a picture is off by that precision's rounding",
+                    stacklevel=3,
+                )
+                return self.flow
+            if 1.5 * size > available():
+                self._drop("flow")
+            self._exact = self.model.load_flow(mx.float32, self.adapters)
+        return self._exact
+
+    # ---- precision
+
+    def _chosen(self, part: Part) -> mx.Dtype | str | None:
+        """The precision of a network: the one asked for or fallen back to, or None."""
+        return self._fallen.get(part, self.dtype)
+
+    def in_range(self, part: Part, compute: Callable[[], Result]) -> Result:
+        """What a function computes with a network; again, if it is not finite, with a larger range of numbers.
+
+        Raises NotFinite if that does not help, or a precision was asked for.
+        """
+        try:
+            return compute()
+        except NotFinite as error:
+            fallback = None if self.dtype is not None else getattr(self.model, part).precision.fallback
+            if fallback is None or part in self._fallen:
+                raise
+            self._fallen[part] = fallback
+            self._drop(part)
+            warnings.warn(
+                f"{str(error).partition(':')[0]}: numbers left float16's range; from here on it is computed in "
+                f"{fallback} (--dtype {fallback} from the start)",
+                stacklevel=3,
+            )
+            return compute()
+
     # ---- what is computed with them
 
     def array(self, values: np.ndarray) -> mx.array:
@@ -221,9 +278,12 @@ class MLXBackend(Backend[mx.array]):
         return mx.concatenate(arrays)
 
     def encode_text(self, ids: np.ndarray, mask: np.ndarray) -> mx.array:
-        text = self.text_encoder.encode(mx.array(ids), mx.array(mask))
-        check_part(np.array(text.astype(mx.float32)), "the text encoder")
-        return text
+        def compute() -> mx.array:
+            text = self.text_encoder.encode(mx.array(ids), mx.array(mask))
+            check_part(np.array(text.astype(mx.float32)), "the text encoder")
+            return text
+
+        return self.in_range("text_encoder", compute)
 
     def invert(
         self,
@@ -236,9 +296,16 @@ class MLXBackend(Backend[mx.array]):
         trace: SamplingTrace,
     ) -> mx.array:
         guidance, attn_temp = settings.guidance, settings.attn_temp
-        x = sample(self.flow, z, text, null_text, guidance, method, attn_temp=attn_temp, progress=progress, trace=trace)
-        mx.eval(x)
-        return x
+
+        def compute() -> mx.array:
+            trace.clear()
+            x = sample(
+                self.flow, z, text, null_text, guidance, method, attn_temp=attn_temp, progress=progress, trace=trace
+            )
+            mx.eval(x)
+            return x
+
+        return self.in_range("flow", compute)
 
     def certify(
         self,
@@ -250,21 +317,34 @@ class MLXBackend(Backend[mx.array]):
         progress: Watch = False,
     ) -> Certificate:
         guidance, attn_temp = settings.guidance, settings.attn_temp
-        return certify(self.flow, x, z, text, null_text, guidance, attn_temp=attn_temp, progress=progress)
+
+        def compute() -> Certificate:
+            return certify(self.flow, x, z, text, null_text, guidance, attn_temp=attn_temp, progress=progress)
+
+        return self.in_range("flow", compute)
 
     def denoise(self, x: mx.array, text: mx.array, progress: Watch = False) -> mx.array:
-        return denoise(self.flow, x, text, progress=progress)
+        return self.in_range("flow", lambda: denoise(self.flow, x, text, progress=progress))
 
     def encode(self, images: np.ndarray) -> np.ndarray:
         """Images `[B, H, W, 3]` in -1..1 -> normalized latents without noise, float32 `[B, h, w, C]`."""
-        latents = np.array(self.vae.scale(self.vae.encode(mx.array(images)).mean).astype(mx.float32))
-        check_part(latents, "the autoencoder")
-        return latents
+
+        def compute() -> np.ndarray:
+            latents = np.array(self.vae.scale(self.vae.encode(mx.array(images)).mean).astype(mx.float32))
+            check_part(latents, "the autoencoder")
+            return latents
+
+        return self.in_range("vae", compute)
 
     def decode(self, latents: mx.array) -> np.ndarray:
-        # The flow speaks float32; the decoder its own precision.
-        unscaled = self.vae.unscale(latents).astype(self.vae.decoder.conv_in.weight.dtype)
-        return np.array(self.vae.decode(unscaled).astype(mx.float32))
+        def compute() -> np.ndarray:
+            # The flow speaks float32; the decoder its own precision.
+            unscaled = self.vae.unscale(latents).astype(self.vae.decoder.conv_in.weight.dtype)
+            images = np.array(self.vae.decode(unscaled).astype(mx.float32))
+            check_part(images, "the autoencoder")
+            return images
+
+        return self.in_range("vae", compute)
 
     # ---- memory
 

@@ -77,6 +77,9 @@ class Pipeline(ImageModel):
     def inversion(self, method: Method | None = None) -> Method:
         return (self.plan or SequentialSettings.name) if method is None or method == "auto" else method
 
+    def exact_flow(self) -> Flow:
+        return self._mlx.exact_flow()
+
     @property
     def _mlx(self) -> MLXBackend:
         """The backend, for scoring and editing. Raises StarflowError if it is another one."""

@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.model_dir.quantization import quantize_module
-from mlx_starflow.model_dir.weights import parse_dtype
+from mlx_starflow.model_dir.weights import MLX_DTYPES
 from mlx_starflow.models.autoencoder_kl import AutoencoderKLConfig
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
 from mlx_starflow.models.t5 import T5Config, T5Encoder
@@ -220,6 +220,7 @@ def estimate(configs: ModelConfigs, chip: Chip, size: tuple[int, int] | None = N
     for name, expected in plans(configs, size=size).items():
         if not expected.fits(chip.memory, low_memory=True):
             continue
+        half = mx.float32 if name == "float32" else mx.float16
         flow, dtype = _stored_in(configs, name)
         encoder, decoder = expected.weights["text encoder"], expected.weights["autoencoder"]
 
@@ -228,7 +229,7 @@ def estimate(configs: ModelConfigs, chip: Chip, size: tuple[int, int] | None = N
             return seconds(weights), seconds(cache_costs(config, length, sampling, copies, dtype))
 
         phases = {
-            "text encoder": seconds([text_cost(configs.text_encoder, config.txt_size, encoder, dtype)]),
+            "text encoder": seconds([text_cost(configs.text_encoder, config.txt_size, encoder, half)]),
             "score step": seconds(score_costs(flow, length, dtype)),
             "decoder": seconds([decode_cost(vae, height, width, decoder)]),
         }
@@ -260,12 +261,12 @@ def _stored_in(configs: ModelConfigs, precision: str) -> tuple[STARFlow, mx.Dtyp
     if precision == AS_STORED and configs.directory:
         stored = configs.directory.flow.lazy()
         assert isinstance(stored, STARFlow)
-        return stored, mx.bfloat16
+        return stored, mx.float32
     flow = STARFlow(configs.flow)
     if not precision.endswith(" bit"):
-        return flow, parse_dtype(precision)
+        return flow, MLX_DTYPES[precision]
     quantize_module(flow, precision.removesuffix(" bit"))
-    return flow, mx.bfloat16
+    return flow, mx.float32
 
 
 def time_report(configs: ModelConfigs, chip: Chip, size: tuple[int, int] | None = None) -> list[str]:

@@ -1,7 +1,8 @@
 """Bytes that each phase of generating takes besides weights, from the configs of its network.
 
 What lives long, such as caches, is counted exactly. The rest counts the arrays that one layer makes, as if none of them
-were let go of before the layer ends, times `MARGIN`: an upper estimate. `item` is the size of a number in bytes.
+were let go of before the layer ends, times `MARGIN`: an upper estimate. `item` is the size of a number in bytes, with
+flows that of a number in their KV caches.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from mlx_starflow.models.autoencoder_wan.config import CHANNELS, PATCH, Autoenco
 from mlx_starflow.models.flow import BlockConfig
 from mlx_starflow.models.starflow import FlowConfig
 from mlx_starflow.models.t5 import T5Config
+
+STREAM = 4
+"""Bytes of a number between a flow's products, which is float32 in every precision."""
 
 MARGIN = 1.4
 """MLX begins operations before those ahead of them have let go of their memory; how many depends on the machine."""
@@ -78,24 +82,24 @@ def sampling(config: FlowConfig, tokens: int, batch: int, guided: bool, item: in
     for block in reversed(config.blocks):
         copies = batch * (2 if guided and block.txt_dim else 1)
         cache = copies * _positions(config, block, tokens) * _cached(block) * item
-        reading = before + MARGIN * item * _block_layer(block, copies, config.txt_size) if block.txt_dim else 0
+        reading = before + MARGIN * STREAM * _block_layer(block, copies, config.txt_size) if block.txt_dim else 0
         largest, peak, before = max(largest, cache), max(peak, cache + reading), cache
     return largest, int(peak)
 
 
-def forward(config: FlowConfig, tokens: int, guided: bool, item: int) -> int:
+def forward(config: FlowConfig, tokens: int, guided: bool) -> int:
     """A forward pass over one image, twice if it is guided."""
     layers = (
         _block_layer(block, 2 if guided and block.txt_dim else 1, _positions(config, block, tokens))
         for block in config.blocks
     )
-    return int(MARGIN * item * max(layers))
+    return int(MARGIN * STREAM * max(layers))
 
 
-def score(config: FlowConfig, tokens: int, item: int) -> int:
+def score(config: FlowConfig, tokens: int) -> int:
     """The score step, one image at a time, layers computed again on the way back."""
     kept, work = there_and_back(config.blocks, tokens, config.txt_size)
-    return int(item * (kept + MARGIN * work))
+    return int(STREAM * (kept + MARGIN * work))
 
 
 def there_and_back(blocks: Sequence[BlockConfig], tokens: int, text: int, checkpoint: bool = True) -> tuple[int, int]:
@@ -130,7 +134,7 @@ def frame_sampling(
     cache = copies * (config.txt_size + window * size) * _cached(deep) * item
     shallow = max((batch * size * _cached(block) * item for block in config.blocks[:-1]), default=0)
     reading = _block_layer(deep, copies, max(config.txt_size, size) if longer else config.txt_size)
-    return cache, int(cache + max(shallow, MARGIN * item * reading))
+    return cache, int(cache + max(shallow, MARGIN * STREAM * reading))
 
 
 def cleaning(config: FlowConfig, size: int, window: int, batch: int, item: int) -> tuple[int, int]:
@@ -147,11 +151,11 @@ def cleaning(config: FlowConfig, size: int, window: int, batch: int, item: int) 
     heads = denoiser.num_heads * denoiser.head_dim
     cached = 2 * (text + (seen + denoiser.look_ahead) * size) * denoiser.num_kv_heads * denoiser.head_dim
     waiting = (1 + denoiser.look_ahead) * size * (denoiser.channels + heads)
-    held = MARGIN * batch * denoiser.num_layers * (cached + waiting) * item
+    held = MARGIN * batch * denoiser.num_layers * (cached * item + waiting * STREAM)
     positions = text + 2 * size
     logits = batch * denoiser.num_heads * positions**2
     work = layer(batch * positions, denoiser.channels, denoiser.channels * denoiser.expansion, logits)
-    return int(held), int(held + MARGIN * item * work)
+    return int(held), int(held + MARGIN * STREAM * work)
 
 
 # ---- the autoencoder of images

@@ -21,16 +21,18 @@ from mlx_starflow.convert.official import RELEASES, released_arguments
 from mlx_starflow.convert.vae import SD_VAE
 from mlx_starflow.convert.wan import WAN_VAE
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.kernels.devices import backend
 from mlx_starflow.media.buckets import VIDEO_RATIO, bucket_size
 from mlx_starflow.model_dir.directory import ModelDirectory
 from mlx_starflow.model_dir.quantization import quantize_module
-from mlx_starflow.model_dir.weights import default_dtype, parameters, parse_dtype
+from mlx_starflow.model_dir.weights import automatic_dtype, parameters, parse_dtype
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from mlx_starflow.models.autoencoder_wan import AutoencoderWan, AutoencoderWanConfig
 from mlx_starflow.models.configs import PIPELINE
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
 from mlx_starflow.models.t5 import T5Config, T5Encoder
 from mlx_starflow.planning import footprint
+from mlx_starflow.planning.traffic import cast_bytes
 
 PARTS = {"text encoder": "text_encoder", "flow": "flow", "autoencoder": "vae"}
 """The networks of a model, and what they are called in code."""
@@ -44,8 +46,17 @@ PHASES = {
 }
 """The phases of generating, as in `GenerationStats`, and the network that each of them runs."""
 
-PRECISIONS = ("float32", "bfloat16", "8", "6", "4")
-"""What networks are stored in: dtypes, and bits of quantized weights."""
+PRECISIONS = ("float32", "float16", "8", "6", "4")
+"""What flows are held in: dtypes, and bits of quantized weights."""
+
+HALF = "float16"
+"""What networks beside a quantized flow compute in on a GPU: see `precision.automatic`."""
+
+
+def packed_dtype(flow: FlowConfig) -> str:
+    """What a quantized flow computes in on a GPU: see `precision.automatic`."""
+    return HALF if flow.video else "float32"
+
 
 AS_STORED = "as stored"
 
@@ -148,6 +159,10 @@ class MemoryPlan:
         return self.peak(low_memory) <= usable(gigabytes * 2**30)
 
 
+OWN_SHARE = 0.9
+"""Of a GPU's own memory, or of a CPU's: the rest is left to others."""
+
+
 def usable(memory: float) -> int:
     """Bytes of a Mac's `memory` that its GPU may use.
 
@@ -159,11 +174,14 @@ def usable(memory: float) -> int:
 
 
 def available() -> int:
-    """Bytes that networks on this machine may use: Metal's working set, or most of the memory of a CPU's machine."""
+    """Bytes that networks on this machine may use: Metal's working set, or most of the memory of a CUDA GPU or of a
+    CPU's machine."""
     if mx.metal.is_available():
         info = mx.device_info()
         return int(info.get("max_recommended_working_set_size") or usable(int(info["memory_size"])))
-    return int(0.9 * installed())
+    if backend() == "CUDA":
+        return int(OWN_SHARE * int(mx.device_info()["total_memory"]))
+    return int(OWN_SHARE * installed())
 
 
 def installed() -> int:
@@ -182,6 +200,7 @@ def plan(
     frames: int | None = None,
     guidance: float | None = None,
     dtype: str | mx.Dtype | None = None,
+    flow_dtype: str | mx.Dtype | None = None,
     quantization: int | str | Mapping[str, int | str] | None = None,
 ) -> MemoryPlan:
     """Predict the memory of generating from a model's configs.
@@ -192,24 +211,29 @@ def plan(
         batch: images or videos at once.
         frames: of videos; None: as many as the model was trained at. All longer ones take the same.
         guidance: its weight; guided blocks see everything twice. None: the model's own.
-        dtype: of the networks; None: float32 on CPU, bfloat16 on a GPU.
+        dtype: of the networks; None or "auto": what `precision.automatic` says.
+        flow_dtype: of the flow, if it is another one.
         quantization: of the flow, as `convert --quantize` takes it, or of each part by its name; None: as stored.
 
     Raises:
         StarflowError: a config is missing or not usable, a network cannot be quantized so, or the size does not fit.
     """
     configs = model if isinstance(model, ModelConfigs) else ModelConfigs.read(model)
-    dtype = parse_dtype(dtype) or default_dtype()
     if quantization is not None and not isinstance(quantization, Mapping):
         quantization = {"flow": quantization}
     chosen = dict(quantization or {})
     if unknown := set(chosen) - set(PARTS):
         raise StarflowError(f"there is no part {', '.join(sorted(unknown))}; parts are {', '.join(PARTS)}")
+    packed = "flow" in chosen or bool(configs.directory and configs.directory.flow.quantization)
+    own = parse_dtype(flow_dtype) or parse_dtype(dtype)
+    own = own or automatic_dtype(quantized_flow=packed and not configs.flow.video)
+    others_dtype = parse_dtype(dtype) or automatic_dtype()
     weights = {}
     for part, network in configs.networks().items():
-        stored = None if part in chosen else _stored_bytes(configs, part, dtype)
-        weights[part] = weight_bytes(network, chosen.get(part) or dtype, dtype) if stored is None else stored
-    item = dtype.size
+        each = own if part == "flow" else others_dtype
+        stored = None if part in chosen else _stored_bytes(configs, part, each)
+        weights[part] = weight_bytes(network, chosen.get(part) or each, each) if stored is None else stored
+    item, cached = others_dtype.size, own.size
     flow, vae = configs.flow, configs.vae
     scale = vae.downscale
     step = scale * flow.patch_size
@@ -226,8 +250,8 @@ def plan(
         trained = vae.latent_frames(flow.video[0])
         window = min(trained, vae.latent_frames(frames or flow.video[0]))
         longer = vae.latent_frames(frames or flow.video[0]) > trained
-        kv_cache, sampling = footprint.frame_sampling(flow, tokens, window, batch, guided, item, longer=longer)
-        kept, cleaning = footprint.cleaning(flow, tokens, window, batch, item)
+        kv_cache, sampling = footprint.frame_sampling(flow, tokens, window, batch, guided, cached, longer=longer)
+        kept, cleaning = footprint.cleaning(flow, tokens, window, batch, cached)
         decoding = batch * footprint.decode_video(vae, height // scale, width // scale, item)
         activations = {
             "text": text,
@@ -240,12 +264,12 @@ def plan(
     elif not isinstance(vae, AutoencoderKLConfig):
         raise StarflowError("the flow makes images and the autoencoder beside it videos; take another one")
     else:
-        kv_cache, sampling = footprint.sampling(flow, tokens, batch, guided, item)
+        kv_cache, sampling = footprint.sampling(flow, tokens, batch, guided, cached)
         activations = {
             "text": text,
             "flow": held + sampling,
-            "verify": held + footprint.forward(flow, tokens, guided, item),
-            "denoise": held + footprint.score(flow, tokens, item),
+            "verify": held + footprint.forward(flow, tokens, guided),
+            "denoise": held + footprint.score(flow, tokens),
             "decode": held + footprint.decode(vae, height // scale, width // scale, batch, item),
         }
     for phase, part in PHASES.items():
@@ -262,15 +286,17 @@ def plans(
 
     Names are dtypes, "8 bit" and the like, and "as stored" of a quantized model.
     """
-    found = {}
+    found, packed = {}, packed_dtype(configs.flow)
     if configs.directory is not None and configs.directory.flow.quantization:
-        found[AS_STORED] = plan(configs, size=size, batch=batch, frames=frames, dtype="bfloat16")
+        found[AS_STORED] = plan(configs, size=size, batch=batch, frames=frames, dtype=HALF, flow_dtype=packed)
     dense = replace(configs, directory=None)
     for precision in PRECISIONS:
         bits = precision if precision.isdigit() else None
         try:
-            dtype = "bfloat16" if bits else precision
-            expected = plan(dense, size=size, batch=batch, frames=frames, dtype=dtype, quantization=bits)
+            dtype, own = (HALF, packed) if bits else (precision, precision)
+            expected = plan(
+                dense, size=size, batch=batch, frames=frames, dtype=dtype, flow_dtype=own, quantization=bits
+            )
         except StarflowError:
             if not bits:
                 raise
@@ -295,7 +321,7 @@ def weight_bytes(network: nn.Module, precision: int | str | mx.Dtype, dtype: mx.
         dtype = parse_dtype(precision)
     else:
         quantize_module(network, precision)
-    return _bytes(parameters(network), dtype or mx.bfloat16)
+    return _bytes(parameters(network), dtype or mx.bfloat16, isinstance(network, STARFlow))
 
 
 def parameter_count(network: nn.Module) -> int:
@@ -303,9 +329,10 @@ def parameter_count(network: nn.Module) -> int:
     return sum(value.size for value in parameters(network).values())
 
 
-def _bytes(arrays: Mapping[str, mx.array], dtype: mx.Dtype) -> int:
-    """Bytes of arrays when floating ones are cast to `dtype`; nothing is computed."""
-    return sum(a.size * dtype.size if mx.issubdtype(a.dtype, mx.floating) else a.nbytes for a in arrays.values())
+def _bytes(arrays: Mapping[str, mx.array], dtype: mx.Dtype, of_flow: bool) -> int:
+    """Bytes of arrays when floating ones are cast to `dtype`, a flow's as `weights.weight_dtypes` says; nothing is
+    computed."""
+    return sum(cast_bytes(name, array, dtype, of_flow) for name, array in arrays.items())
 
 
 def _stored_bytes(configs: ModelConfigs, part: str, dtype: mx.Dtype) -> int | None:
@@ -313,7 +340,7 @@ def _stored_bytes(configs: ModelConfigs, part: str, dtype: mx.Dtype) -> int | No
     if configs.directory is None:
         return None
     network = getattr(configs.directory, PARTS[part])
-    return _bytes(network.weights(), dtype) if network.quantization else None
+    return _bytes(network.weights(), dtype, part == "flow") if network.quantization else None
 
 
 def _unpacked(configs: ModelConfigs, part: str) -> int:

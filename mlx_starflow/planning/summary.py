@@ -17,17 +17,20 @@ from mlx_starflow import __version__, cpu
 from mlx_starflow.convert.official import RELEASES
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.kernels import MLX_VERSION
+from mlx_starflow.kernels.products import tf32
 from mlx_starflow.media.files import is_folder, is_regular
 from mlx_starflow.media.metadata import read_metadata
 from mlx_starflow.model_dir.directory import ModelDirectory, NetworkDirectory
 from mlx_starflow.model_dir.fingerprint import fingerprint, read_made_of
 from mlx_starflow.model_dir.hub import converted_directory, find_model
 from mlx_starflow.model_dir.quantization import dequantize_module
-from mlx_starflow.model_dir.weights import parameters
+from mlx_starflow.model_dir.weights import automatic_precision, parameters
 from mlx_starflow.planning.chips import find_chips, time_report
 from mlx_starflow.planning.memory import (
+    HALF,
     MemoryPlan,
     ModelConfigs,
+    packed_dtype,
     parameter_count,
     plans,
     trained_size,
@@ -54,6 +57,11 @@ def summarize(model: str) -> dict[str, str]:
     device = mx.default_device().type.name.upper()
     lines = {"mlx-starflow": f"{__version__}, MLX {MLX_VERSION} on the {device}, Python {platform.python_version()}"}
     lines["BLAS"] = f"{cpu.describe()}, {cpu.gflops():.1f} GFLOPS on the CPU"
+    lines["float32"] = (
+        "products are TF32 (MLX_ENABLE_TF32): certificates and round trips do not hold"
+        if tf32()
+        else ("products are whole: TF32 is off, or this device has none")
+    )
     if cpu.has_fast_networks():
         lines["sampling"] = f"in C++ on {cpu.network_threads()} CPUs; half precision, mxfp and nvfp in MLX"
     if configs := _release(model):
@@ -71,6 +79,7 @@ def summarize(model: str) -> dict[str, str]:
             lines[title] = _size(getattr(directory, part))
     if quantization := directory.flow.quantization:
         lines["quantized"] = f"{quantization.get('bits')} bits, groups of {quantization.get('group_size')}"
+    lines |= _precision(directory)
     if origin := read_made_of(directory.path):
         lines["made of"] = _origin(*origin)
     for name, value in directory.pipeline.items():
@@ -149,7 +158,7 @@ def memory_report(
         images = f"{videos} of {frames or configs.flow.video[0]} frames"
     lines = [
         f"Memory in {name} for {images} of {width}x{height}: computed from the configs, not measured.",
-        "8, 6 and 4 bit: of the flow; text encoder and autoencoder are bfloat16 then.",
+        f"8, 6 and 4 bit: of the flow, which computes in {packed_dtype(configs.flow)}; the other networks are {HALF}.",
         "",
         row("weights", list(found)),
     ]
@@ -215,6 +224,18 @@ def _release(model: str) -> ModelConfigs | None:
     if model.lower() not in RELEASES or is_folder(Path(model)):
         return None
     return None if is_regular(converted_directory(model) / "config.json") else ModelConfigs.of_release(model)
+
+
+def _precision(directory: ModelDirectory) -> dict[str, str]:
+    """What the networks compute in on this machine unless told otherwise, and why."""
+    flow = directory.flow.precision
+    lines = {"precision": f"{flow.dtype}: {flow.why}"}
+    if flow.fallback:
+        lines["precision"] += f"; {flow.fallback} if numbers leave its range, float32 for editing"
+    other = automatic_precision()
+    if directory.has("vae") and other.dtype != flow.dtype:
+        lines["beside it"] = f"{other.dtype}: {other.why}"
+    return lines
 
 
 def _architecture(flow: Any) -> dict[str, str]:

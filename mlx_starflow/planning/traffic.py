@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from mlx_starflow.model_dir.weights import parameters
-from mlx_starflow.models.flow import BlockConfig, FlowBlock
+from mlx_starflow.models.flow import BlockConfig, FlowBlock, is_layer_weight
 from mlx_starflow.sampling.methods import JacobiSettings, RollingSettings, Settings
 
 READ_ONCE = ("sos_embed", "proj_txt", "pos_embed", "class_embed")
@@ -19,10 +19,14 @@ def evaluation_weights(block: FlowBlock) -> dict[str, mx.array]:
 
 def evaluation_bytes(block: FlowBlock, dtype: mx.Dtype | None = None) -> int:
     """Their bytes, as they are stored, or with floating ones in `dtype`. Nothing is computed."""
-    return sum(
-        value.size * dtype.size if dtype is not None and mx.issubdtype(value.dtype, mx.floating) else value.nbytes
-        for value in evaluation_weights(block).values()
-    )
+    return sum(cast_bytes(name, value, dtype, True) for name, value in evaluation_weights(block).items())
+
+
+def cast_bytes(name: str, array: mx.array, dtype: mx.Dtype | None, of_flow: bool) -> int:
+    """Bytes of a tensor, in a network that is to compute in `dtype`; None: as it is. See `weights.weight_dtypes`."""
+    if dtype is None or not mx.issubdtype(array.dtype, mx.floating):
+        return array.nbytes
+    return array.size * (mx.float32 if of_flow and not is_layer_weight(name) else dtype).size
 
 
 def cache_bytes(config: BlockConfig, prefix: int, tokens: int, copies: int, item: int) -> int:

@@ -21,6 +21,7 @@ from mlx_starflow.convert.tensor import Tensor as Stored
 from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.media.files import is_regular
 from mlx_starflow.model_dir.directory import ModelDirectory, NetworkDirectory, read_tokenizer
+from mlx_starflow.model_dir.precision import AUTO
 from mlx_starflow.model_dir.quantization import dequantize_module
 from mlx_starflow.model_dir.weights import check_shapes, parameters
 from mlx_starflow.models.starflow import FlowConfig
@@ -51,8 +52,8 @@ def parse_device(device: str | torch.device | None) -> torch.device:
 
 
 def parse_dtype(dtype: str | torch.dtype | mx.Dtype | None, device: torch.device) -> torch.dtype:
-    """None: float32 on a CPU, bfloat16 with CUDA. Raises StarflowError if it is neither of these."""
-    if dtype is None:
+    """None or "auto": float32 on a CPU, bfloat16 with CUDA. Raises StarflowError if it is neither of these."""
+    if dtype is None or dtype == AUTO:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     name = str(dtype).rpartition(".")[2]
     if name not in DTYPES:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from mlx_starflow.errors import StarflowError
+from mlx_starflow.errors import NotFinite
 from mlx_starflow.models.flow import Condition, FlowBlock
 from mlx_starflow.sampling.guidance import Guidance
 from mlx_starflow.sampling.inverter import Inverter, make_inverter
@@ -106,8 +106,8 @@ class BlockDecoder:
 
 
 def check_finite(x: mx.array, what: str) -> None:
-    """Raise StarflowError if an array holds a NaN or an infinity: better than a black picture."""
+    """Raise NotFinite if an array holds a NaN or an infinity."""
     if not mx.isfinite(x).all().item():
-        raise StarflowError(
+        raise NotFinite(
             f"{what} is not finite: try a lower guidance or temperature, or weights in float32 (--dtype float32)"
         )

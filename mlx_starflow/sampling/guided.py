@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from mlx_starflow.kernels.affine import predict
 from mlx_starflow.models.flow import Condition, Flow, frame_count
-from mlx_starflow.sampling.decoder import BlockDecoder
+from mlx_starflow.sampling.decoder import BlockDecoder, check_finite
 from mlx_starflow.sampling.guidance import Guidance, SamplingOptions
 from mlx_starflow.sampling.progress import Watch, watch
 
@@ -77,7 +77,7 @@ class GuidedFlow:
                 progress.check()
                 mu, log_sigma = self.predict(index, x)
                 x = (x - mu) * mx.exp(-log_sigma)
-                mx.eval(x)
+                check_finite(x, f"what block {index} made of the sample")
         return x
 
     def active(self) -> Iterator[int]:

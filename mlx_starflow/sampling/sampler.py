@@ -42,6 +42,11 @@ class SamplingTrace:
     evaluations: list[int] = field(default_factory=list)
     states: list[Any] = field(default_factory=list)
 
+    def clear(self) -> None:
+        """Be as new: sampling begins again."""
+        self.evaluations.clear()
+        self.states.clear()
+
 
 @checked
 def sample(
@@ -101,11 +106,11 @@ def sample(
                 counter.block, counter.state = index, partial(_state, flow, decoder, z.shape)
                 tokens = invert_block(decoder, tokens, settings[index], advance=counter.advance)
                 evaluations = decoder.evaluations
+                check_finite(tokens, f"what block {index} made of the noise")
             if trace is not None:
                 trace.evaluations.append(evaluations)
                 if trace.keep_states:
                     trace.states.append(flow.latents(tokens, z.shape))
-    check_finite(tokens, "the sample")
     return flow.latents(tokens, z.shape)
 
 

@@ -13,14 +13,16 @@ from mlx_starflow.bench.trials import Task
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.model_dir.quantization import quantize_module
 from mlx_starflow.model_dir.saving import save_model
-from mlx_starflow.model_dir.weights import parameters
+from mlx_starflow.model_dir.weights import cast_weights, parameters
 from mlx_starflow.models.tarflow import TarFlow, TarFlowConfig
 from mlx_starflow.planning.traffic import cache_bytes, evaluation_bytes, evaluation_weights, tokens_at_once
 from mlx_starflow.sampling import Certificate, JacobiSettings, RollingSettings, SamplingPlan, SequentialSettings
 
 WIDTH, CHANNELS = 64, 4
 LINEAR = 3 * WIDTH * WIDTH + WIDTH * WIDTH + 8 * WIDTH * WIDTH  # of one layer: qkv, proj, two of the MLP
-OTHERS = 3 * WIDTH + WIDTH + 4 * WIDTH + WIDTH + 4 * WIDTH  # its biases and its two norms
+BIASES = 3 * WIDTH + WIDTH + 4 * WIDTH + WIDTH
+NORMS = 4 * WIDTH  # two of them
+OTHERS = BIASES + NORMS
 ENDS = CHANNELS * WIDTH + WIDTH + 2 * CHANNELS * WIDTH + 2 * CHANNELS  # proj_in and proj_out
 
 
@@ -40,7 +42,8 @@ def measured(model):
 def test_weights_of_an_evaluation():
     for block in tiny_flow(layers_per_block=[1, 3]).blocks:
         assert evaluation_bytes(block) == 4 * (block.config.num_layers * (LINEAR + OTHERS) + ENDS)
-        assert evaluation_bytes(block, mx.bfloat16) == evaluation_bytes(block) // 2
+        layers = 2 * (LINEAR + BIASES) + 4 * NORMS
+        assert evaluation_bytes(block, mx.bfloat16) == block.config.num_layers * layers + 4 * ENDS
 
 
 def test_quantized_weights_count_packed():
@@ -48,7 +51,7 @@ def test_quantized_weights_count_packed():
     quantize_module(block, "8")
     packed = LINEAR + 2 * 4 * LINEAR // 64
     assert evaluation_bytes(block) == packed + 4 * (OTHERS + ENDS)
-    assert evaluation_bytes(block, mx.bfloat16) == LINEAR + 2 * 2 * LINEAR // 64 + 2 * (OTHERS + ENDS)
+    assert evaluation_bytes(block, mx.bfloat16) == LINEAR + 2 * 2 * LINEAR // 64 + 2 * BIASES + 4 * (NORMS + ENDS)
 
 
 def test_conditions_do_not_count(tiny):
@@ -86,12 +89,23 @@ def test_products_of_quantized_layers_read_their_rows():
     flow = tiny_flow()
     quantize_module(flow, "8")
     products = WeightProducts(flow, [1, 2], rounds=1)
-    assert any(isinstance(layer, nn.QuantizedLinear) for layer in products._layers[1])
-    assert {width: x.shape for width, x in products._inputs(1, 3).items()} == {
-        CHANNELS: (2, 3, CHANNELS),
-        WIDTH: (2, 3, WIDTH),
-        4 * WIDTH: (2, 3, 4 * WIDTH),
+    layers = products._layers[1]
+    assert any(isinstance(layer, nn.QuantizedLinear) for layer in layers)
+    assert {products._input(layer, 2, 3).shape for layer in layers} == {
+        (2, 3, CHANNELS),
+        (2, 3, WIDTH),
+        (2, 3, 4 * WIDTH),
     }
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.float32])
+def test_products_are_in_the_precision_of_each_layer(dtype):
+    flow = tiny_flow()
+    cast_weights(flow, dtype)
+    layers = WeightProducts(flow, [1, 2], rounds=1)._layers[1]
+    for layer in layers:
+        assert WeightProducts._input(layer, 1, 1).dtype == layer.weight.dtype
+    assert {layer.weight.dtype for layer in layers} == {mx.float32, dtype}
 
 
 # ---- rounds

@@ -38,6 +38,13 @@ def test_the_demo_is_quantized():
     assert "as stored" in result.output and "quantized" in result.output
 
 
+def test_precision():
+    """What is used, and why; the device here is a CPU or a GPU without TF32."""
+    lines = dict(line.split(maxsplit=1) for line in info().output.splitlines()[:20] if " " in line)
+    assert lines["precision"].startswith("float32: ")  # also on a GPU: the embedded model is quantized
+    assert lines["float32"] == "products are whole: TF32 is off, or this device has none"
+
+
 def test_the_official_release_needs_no_download(tmp_path, monkeypatch):
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     result = info("apple/starflow")
@@ -45,10 +52,10 @@ def test_the_official_release_needs_no_download(tmp_path, monkeypatch):
     assert "flow           3858.28 M parameters" in result.output
     assert "mlx-starflow convert apple/starflow" in result.output
     macs = table(result.output, "Macs")
-    assert macs["8 GB"] == ["no", "no", "--low-memory", "--low-memory", "yes"]
+    assert macs["8 GB"] == ["no", "no", "no", "--low-memory", "--low-memory"]
     assert macs["64 GB"] == ["yes"] * 5
     weights = table(result.output, "weights")
-    assert weights["flow"][1] == "7.19"
+    assert weights["flow"][1] == "7.20"
     assert max(map(len, result.output.splitlines())) <= 120
 
 

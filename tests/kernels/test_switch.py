@@ -15,9 +15,9 @@ from mlx_starflow.sampling import denoise, sample
 
 @pytest.fixture
 def undecided():
-    kernels.enabled.cache_clear()
+    kernels.by_default.cache_clear()
     yield
-    kernels.enabled.cache_clear()
+    kernels.by_default.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -41,6 +41,17 @@ def test_decided_once(monkeypatch, undecided, metal, device, variable, on):
     monkeypatch.setenv("MLX_STARFLOW_KERNELS", "0" if on else "1")
     monkeypatch.setattr(mx.metal, "is_available", lambda: not metal)
     assert kernels.enabled() is on
+
+
+def test_switched_for_a_comparison(undecided):
+    before = kernels.enabled()
+    with kernels.switched(True):
+        assert kernels.enabled()
+        with pytest.raises(RuntimeError), kernels.switched(False):
+            assert not kernels.enabled()
+            raise RuntimeError
+        assert kernels.enabled()
+    assert kernels.enabled() is before
 
 
 def test_off_means_off(monkeypatch, undecided):

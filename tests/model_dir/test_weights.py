@@ -17,7 +17,8 @@ from mlx_starflow.convert import convert_t5, convert_vae
 from mlx_starflow.model_dir.directory import load_flow, load_text_encoder, load_vae
 from mlx_starflow.model_dir.files import load_weights, read_config
 from mlx_starflow.model_dir.quantization import quantized_layers
-from mlx_starflow.model_dir.weights import default_dtype, load_module, parameters, parse_dtype
+from mlx_starflow.model_dir.weights import automatic_dtype, load_module, parameters, parse_dtype
+from mlx_starflow.models.flow import products_in
 from mlx_starflow.models.t5 import T5Encoder
 
 ON_CPU = mx.default_device().type == mx.cpu
@@ -27,7 +28,8 @@ ON_CPU = mx.default_device().type == mx.cpu
 
 
 def test_dtypes():
-    assert default_dtype() == (mx.float32 if ON_CPU else mx.bfloat16)
+    assert automatic_dtype() == (mx.float32 if ON_CPU else mx.float16)
+    assert parse_dtype("auto") is None
     assert parse_dtype("bfloat16") == parse_dtype(mx.bfloat16) == mx.bfloat16
     assert parse_dtype(None) is None
     assert message(parse_dtype, "int8") == "dtype 'int8' is not one of float32, bfloat16, float16"
@@ -36,8 +38,21 @@ def test_dtypes():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", mx.float16, None])
 def test_loading_in_a_dtype(dtype, tmp_path):
+    """Of a flow the linear layers within transformer layers alone; all that is small is float32."""
     flow = load_flow(save_flow(tmp_path), dtype=dtype)
-    assert {w.dtype for w in parameters(flow).values()} == {parse_dtype(dtype) or default_dtype()}
+    wanted = parse_dtype(dtype) or automatic_dtype()
+    layers = ("attention.qkv", "attention.proj", "mlp.main.0", "mlp.main.2")
+    for name, weight in parameters(flow).items():
+        within = name.rpartition(".")[0].endswith(layers)
+        assert weight.dtype == (wanted if within else mx.float32), name
+    assert products_in(flow) == wanted
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_other_networks_are_of_one_dtype(dtype, tmp_path):
+    """A T5 encoder keeps its residual stream in float32 by itself."""
+    encoder, _ = load_text_encoder(convert_t5(golden_case("t5"), tmp_path / "t5"), dtype=dtype)
+    assert {w.dtype for w in parameters(encoder).values()} == {parse_dtype(dtype)}
 
 
 # ---- damage

@@ -525,5 +525,5 @@ def test_convert_errors(tmp_path):
     assert not out.exists()
 
     out.write_text("in the way")
-    with pytest.raises(StarflowError, match=f"cannot write {out}"):
+    with pytest.raises(StarflowError, match=f"{out} cannot be written"):
         convert_vae(DATA, out)

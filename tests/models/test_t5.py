@@ -358,5 +358,5 @@ def test_convert_argument_mistakes(tmp_path):
     with pytest.raises(StarflowError, match="'int8' is not one of float32"):
         convert_t5(DATA, tmp_path / "out", dtype="int8")
     (tmp_path / "file").write_text("")
-    with pytest.raises(StarflowError, match="cannot write"):
+    with pytest.raises(StarflowError, match="cannot be written"):
         convert_t5(DATA, tmp_path / "file")

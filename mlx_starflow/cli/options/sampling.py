@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from mlx_starflow.cli.options.rules import given_options
-from mlx_starflow.model_dir.precision import DTYPES
+from mlx_starflow.model_dir.precision import AUTO, DTYPES
 
 
 def check_reads_prompts(model: str, *options: str) -> None:
@@ -56,7 +56,11 @@ def with_options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 def dtype_option(of: str) -> Callable[[Any], Any]:
     """`--dtype`, the precision of the networks or of the flow alone."""
-    return click.option("--dtype", type=click.Choice(DTYPES), help=f"Precision of {of}.")
+    return click.option(
+        "--dtype",
+        type=click.Choice((AUTO, *DTYPES)),
+        help=f"Precision of {of}; auto, the default, is what `mlx-starflow info` says of this machine.",
+    )
 
 
 lora_option = click.option(

@@ -25,7 +25,7 @@ from mlx_starflow.model_dir.fingerprint import FUSED, fingerprint
 from mlx_starflow.model_dir.quantization import dequantize_module, quantize_module, quantized_layers
 from mlx_starflow.model_dir.saving import save_model
 from mlx_starflow.model_dir.transaction import transaction
-from mlx_starflow.model_dir.weights import default_dtype, parameters
+from mlx_starflow.model_dir.weights import parameters, training_dtype
 from mlx_starflow.models.starflow import STARFlow
 from mlx_starflow.pipelines import load
 from mlx_starflow.planning.finetune_memory import BATCH_SIZES, PRECISIONS, RANKS, Choice, Planner
@@ -89,7 +89,7 @@ def plan_finetune(model: str | Path, config: FinetuneConfig, memory: float | Non
     Nothing but the headers of the weights is read. Raises StarflowError, also if nothing fits.
     """
     directory = ModelDirectory.find(model)
-    planner = finetune_planner(lambda: _lazy_flow(directory, default_dtype()), config)
+    planner = finetune_planner(lambda: _lazy_flow(directory, training_dtype()), config)
     memory = available() if memory is None else memory
     choice = planner.choose(memory)
     if choice is None:
@@ -142,7 +142,7 @@ def _load_base(model: str | Path, quantization: str | None) -> STARFlow:
         dense = load_flow(model)
         assert isinstance(dense, STARFlow)
         return dense
-    flow = _lazy_flow(ModelDirectory.find(model), default_dtype())
+    flow = _lazy_flow(ModelDirectory.find(model), training_dtype())
     quantize_module(flow, quantization)
     for array in parameters(flow).values():
         mx.eval(array)

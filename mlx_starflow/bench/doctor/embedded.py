@@ -1,0 +1,185 @@
+"""The embedded model on this machine: the image of a seed, certificates, likelihood, round trip, memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import mlx.core as mx
+import numpy as np
+from PIL import Image
+
+from mlx_starflow.bench.doctor.checks import Check, Finding, at_most, within
+from mlx_starflow.model_dir.directory import ModelDirectory
+from mlx_starflow.model_dir.quantization import dequantize_module
+from mlx_starflow.model_dir.weights import MLX_DTYPES, automatic_dtype, cast_weights, dtype_name
+from mlx_starflow.models.starflow import STARFlow
+from mlx_starflow.pipelines import load
+from mlx_starflow.planning.memory import available, plan
+from mlx_starflow.sampling import Certificate
+from mlx_starflow.sampling.methods import Method
+
+PROMPT, SEED = "a slice of pizza", 7
+
+CELLS = 4
+"""Rows and columns of the means that stand for an image."""
+
+IMAGE_MEANS = """
+    ffffff fdf0e5 fdd3a5 ffeed0
+    f8e4d6 fbb675 fc8b5c ffeabd
+    fce5d8 faa36f fb8d5c fef5c5
+    ffffff fffbf9 fcdbb1 fef5d9
+"""
+"""Red, green and blue of each cell of the image of `PROMPT` and `SEED`, row by row, in hexadecimal. It was made in
+float32 on a Linux CPU."""
+
+NLL = -0.815483
+"""Of its latents, in nats a dimension."""
+
+IMAGE_BOUNDS = {"float32": 0.7, "float16": 1.0, "bfloat16": 2.0}
+"""Root mean square difference from these means, in levels of 255; another seed's image is 14 away, a white one 70."""
+
+NLL_BOUNDS = {"float32": 1e-4, "float16": 1e-3, "bfloat16": 5e-3}
+
+CERTIFICATE_BOUNDS = {"float32": 1e-4, "float16": 3e-2, "bfloat16": 0.3}
+"""Of sequential samples: several times what is measured on a CPU, 8e-6, 1e-2 and 1e-1."""
+
+WINDOW_BOUNDS = {"float32": 2e-2, "float16": 5e-2, "bfloat16": 0.5}
+"""Of the rolling window's samples: its tolerance at each token, added up over blocks, or the precision's own error."""
+
+ROUND_TRIP = 1e-3
+"""Of normalized latents, as edits promise."""
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What came of sampling the image in one precision."""
+
+    image: Image.Image
+    certificate: Certificate
+    nll: float
+    evaluations: list[int]
+
+
+def checks() -> list[Check]:
+    """The longest of all, since MLX's CPU backend is slow in half precision; each precision is sampled once."""
+    sampled = cache(_sample)
+    report = "Use --dtype float32, and report this line."
+    return [
+        Check(
+            "memory",
+            "the embedded model fits",
+            "Close other programs: this machine has too little memory for even the smallest model.",
+            room,
+        ),
+        Check("image of a seed", at_most(IMAGE_BOUNDS) + " levels of 255", report, lambda: images(sampled)),
+        *(
+            Check(f"certificate, {name}", f"at most {bound:g}", report, _certificate(sampled, name, bound))
+            for name, bound in CERTIFICATE_BOUNDS.items()
+        ),
+        Check(
+            "rolling window",
+            "fewer evaluations than tokens, and its certificate",
+            "Use --method sequential, and report this line.",
+            lambda: window(sampled),
+        ),
+        Check("exact likelihood", at_most(NLL_BOUNDS) + " nats", report, lambda: likelihood(sampled)),
+        Check("round trip", f"at most {ROUND_TRIP:g}", "Encode and edit with --dtype float32.", round_trip),
+        Check(
+            "memory plan",
+            "no phase takes more than planned",
+            "Report this line, and use --low-memory: more than planned is needed.",
+            memory_plan,
+        ),
+    ]
+
+
+Sampler = Callable[[mx.Dtype, Method], Sampled]
+
+
+def _sample(dtype: mx.Dtype, method: str) -> Sampled:
+    """With dense weights, as larger models in this precision have them; those of the embedded model have 8 bits."""
+    pipe = load("demo", dtype=dtype)
+    flow = pipe.flow
+    assert isinstance(flow, STARFlow)
+    dequantize_module(flow)
+    cast_weights(flow, dtype)
+    result = pipe.generate(PROMPT, seed=SEED, method=method, verify=True)
+    certificate = result.stats.certificate
+    assert certificate is not None
+    out = flow(result.latents, pipe.encode_prompts([PROMPT]))
+    return Sampled(result.images[0], certificate, float(out.nll()[0]), result.stats.evaluations)
+
+
+def means(image: Image.Image) -> np.ndarray:
+    """`[CELLS, CELLS, 3]`, in levels of 255."""
+    pixels = np.asarray(image.convert("RGB"), np.float64)
+    side = pixels.shape[0] // CELLS
+    return pixels.reshape(CELLS, side, CELLS, side, 3).mean((1, 3))
+
+
+def expected_means() -> np.ndarray:
+    levels = np.frombuffer(bytes.fromhex("".join(IMAGE_MEANS.split())), np.uint8)
+    return levels.reshape(CELLS, CELLS, 3).astype(np.float64)
+
+
+def images(sampled: Sampler) -> Finding:
+    errors = {}
+    for name, dtype in MLX_DTYPES.items():
+        difference = means(sampled(dtype, "sequential").image) - expected_means()
+        errors[name] = float(np.sqrt(np.mean(difference**2)))
+    return within(errors, IMAGE_BOUNDS, ".2f")
+
+
+def _certificate(sampled: Sampler, name: str, bound: float) -> Callable[[], Finding]:
+    def look() -> Finding:
+        certificate = sampled(MLX_DTYPES[name], "sequential").certificate
+        return Finding(str(certificate), certificate.max <= bound, {"max": certificate.max, "rms": certificate.rms})
+
+    return look
+
+
+def window(sampled: Sampler) -> Finding:
+    dtype = automatic_dtype(quantized_flow=True)
+    name, one = dtype_name(dtype), sampled(dtype, "rolling")
+    tokens = sampled(dtype, "sequential").evaluations
+    good = sum(one.evaluations) < sum(tokens) and one.certificate.max <= WINDOW_BOUNDS[name]
+    counts = "+".join(map(str, one.evaluations))
+    return Finding(
+        f"{counts} of {'+'.join(map(str, tokens))} evaluations in {name}, {one.certificate}",
+        good,
+        {"evaluations": float(sum(one.evaluations)), "max": one.certificate.max},
+    )
+
+
+def likelihood(sampled: Sampler) -> Finding:
+    errors = {name: abs(sampled(dtype, "sequential").nll - NLL) for name, dtype in MLX_DTYPES.items()}
+    return within(errors, NLL_BOUNDS)
+
+
+def round_trip() -> Finding:
+    pipe = load("demo")
+    _, errors = pipe.encode([Image.new("RGB", pipe.size, "white")], "a rocket")
+    assert errors is not None
+    return Finding(f"{errors.flow_max:.1e} of latents", errors.flow_max <= ROUND_TRIP, {"flow_max": errors.flow_max})
+
+
+def room() -> Finding:
+    needed, there = plan(ModelDirectory.find("demo")).peak(), available()
+    return Finding(
+        f"{needed / 2**20:.0f} MiB of {there / 2**30:.1f} GiB that networks may use",
+        needed <= there,
+        {"needed": float(needed), "available": float(there)},
+    )
+
+
+def memory_plan() -> Finding:
+    planned = plan(ModelDirectory.find("demo")).phases()
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    measured = load("demo").generate(PROMPT, seed=SEED).stats.memory
+    used = {phase: float(measured[phase] - before) for phase in planned if phase in measured}
+    parts = [f"{phase} {size / 2**20:.0f} of {planned[phase] / 2**20:.0f}" for phase, size in used.items()]
+    good = bool(used) and all(0 < size <= planned[phase] for phase, size in used.items())
+    return Finding(", ".join(parts) + " MiB", good, used)
