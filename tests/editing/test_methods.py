@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import warnings
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from helpers.commands import message
 from helpers.images import smooth_images
 
-from mlx_starflow import load
+from mlx_starflow import load, load_flow
+from mlx_starflow.pipelines import open_model
 from mlx_starflow.sampling import JacobiSettings, RollingSettings, SamplingPlan, SequentialSettings
 from mlx_starflow.sampling.decoder import BlockDecoder
+from mlx_starflow.training.finetuning.adapters import AdapterConfig, adapter_layers, attach, save_adapter
 
 WAYS = {
     "encode": lambda model, image, **options: model.encode(image, **options)[1].flow_max,
@@ -95,3 +98,18 @@ def test_little_memory_and_the_same_edits(latent_flow):
     for name, way in WAYS.items():
         np.testing.assert_allclose(way(frugal, image), way(latent_flow, image), atol=1e-5, err_msg=name)
         assert frugal.backend.held <= {"vae"}, name
+
+
+def test_edits_and_scores_with_adapters(latent_flow, tmp_path):
+    image, flow = smooth_images(1)[0], load_flow(latent_flow.directory)
+    config = AdapterConfig(rank=2)
+    attach(flow, config)
+    for layer in adapter_layers(flow).values():
+        layer.lora_b = 0.05 * mx.ones(layer.lora_b.shape)
+    adapter = save_adapter(tmp_path / "adapter", flow, config)
+    tuned = open_model(latent_flow.directory, adapters=[(adapter, 1.0)])
+    assert tuned.score(image)[0].nll != latent_flow.score(image)[0].nll
+    edit = tuned.vary(image, strength=0.5)
+    assert not np.allclose(edit.data, latent_flow.vary(image, strength=0.5).data, atol=1e-3)
+    assert edit.metadata[0]["adapters"] == [(str(adapter), 1.0)]
+    np.testing.assert_allclose(tuned.vary(image, strength=0.0).data, tuned.to_data(image), atol=1e-3)
