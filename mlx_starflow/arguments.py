@@ -54,13 +54,10 @@ def checked(function: Function) -> Function:
 def checked_class(cls: Class) -> Class:
     """The same for a dataclass whose constructor is called."""
     made, signature = cls.__init__, inspect.signature(cls)
-    known = ", ".join(signature.parameters)
 
     @wraps(made)
     def initialize(self: Any, *args: Any, **options: Any) -> None:
-        for name in options:
-            if name not in signature.parameters:
-                raise StarflowError(f"{cls.__name__} has no field {_named(name, signature, known)}")
+        _check(cls, signature, args, options)
         made(self, *args, **options)
 
     cls.__init__ = initialize
@@ -71,7 +68,8 @@ def _check(function: Callable[..., Any], signature: inspect.Signature, args: Seq
     name, known = function.__name__, signature.parameters
     for option in options:
         if option not in known:
-            raise StarflowError(f"{name} has no argument {_named(option, signature)}")
+            kind = "field" if isinstance(function, type) else "argument"
+            raise StarflowError(f"{name} has no {kind} {_named(option, signature)}")
     try:
         given = signature.bind(*args, **options).arguments
     except TypeError:
@@ -82,11 +80,11 @@ def _check(function: Callable[..., Any], signature: inspect.Signature, args: Seq
             raise StarflowError(f"{name}: {parameter} must be {_expected(hint)}, not {_shown(value)}")
 
 
-def _named(option: str, signature: inspect.Signature, known: str = "") -> str:
+def _named(option: str, signature: inspect.Signature) -> str:
     """An unknown argument, and the one that was probably meant."""
     names = [name for name in signature.parameters if name != "self"]
     near = get_close_matches(option, names, 1, 0.6) or [name for name in names if option in name or name in option]
-    advice = f": did you mean {near[0]!r}?" if near else f"; it has {known or ', '.join(names)}"
+    advice = f": did you mean {near[0]!r}?" if near else f"; it has {', '.join(names)}"
     return f"{printable(option)[:50]!r}{advice}"
 
 
@@ -135,7 +133,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is float:
         return _scalar(value, "iuf") or (isinstance(value, Real) and not isinstance(value, bool))
     if origin is tuple and inner and inner[-1] is not Ellipsis:
-        return _listed(value) and len(value) == len(inner) and all(map(_fits, value, inner))
+        return isinstance(value, list | tuple) and len(value) == len(inner) and all(map(_fits, value, inner))
     if origin is not None and isinstance(origin, type) and issubclass(origin, Iterable):
         return _fits_many(value, origin, inner)
     if origin is not None:
@@ -158,10 +156,6 @@ def _fits_many(value: Any, origin: type, inner: tuple[Any, ...]) -> bool:
     if isinstance(value, Mapping | set | frozenset) and issubclass(origin, Sequence):
         return False
     return not isinstance(value, list | tuple) or not inner or all(_fits(each, inner[0]) for each in value)
-
-
-def _listed(value: Any) -> bool:
-    return isinstance(value, list | tuple) or (hasattr(value, "shape") and len(value.shape) == 1)
 
 
 def _scalar(value: Any, kinds: str) -> bool:

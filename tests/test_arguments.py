@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 import pytest
 from helpers.commands import message
+from helpers.images import smooth_images
 from PIL import Image
 
 import mlx_starflow
@@ -78,6 +79,7 @@ def test_what_fits(options):
         ({"strength": np.zeros(2)}, "not a NumPy array of shape [2]"),
         ({"size": 256}, "draw: size must be two whole numbers, not 256"),
         ({"size": (1, 2, 3)}, "not (1, 2, 3)"),
+        ({"size": np.zeros(2)}, "not a NumPy array of shape [2]"),
         ({"accept": "all"}, "draw: accept must be 'kept' or 'whole', not 'all'"),
         ({"verify": "no"}, "draw: verify must be True or False, not 'no'"),
         ({"images": 3}, "draw: images must be a list of PIL images, not 3"),
@@ -115,6 +117,9 @@ def test_fields_of_settings():
     assert "did you mean 'block_size'?" in message(JacobiSettings, blocksize=3)
     assert "did you mean 'tolerance'?" in message(RollingSettings, tolerence=3)
 
+    assert message(GenerationSettings, guidance="x") == "GenerationSettings: guidance must be a number, not 'x'"
+    assert GenerationSettings(size=[8, 8]) == GenerationSettings(size=(8, 8))
+
     @checked_class
     @dataclass(frozen=True)
     class Pair:
@@ -122,6 +127,14 @@ def test_fields_of_settings():
         y: int = 2
 
     assert Pair(1) == Pair(1, 2) == Pair(x=1, y=2)
+
+
+def test_sizes_as_lists(latent_flow, pixel_flow):
+    image = smooth_images(1)[0]
+    assert latent_flow.generate("a", seed=1, size=[8, 8]).images[0].size == (8, 8)
+    assert latent_flow.vary(image, size=[8, 8]).images[0].size == (8, 8)
+    assert latent_flow.score(image, size=[8, 8])[0].nll == latent_flow.score(image, size=(8, 8))[0].nll
+    assert pixel_flow.score(image, size=list(pixel_flow.size))
 
 
 def test_public_names():

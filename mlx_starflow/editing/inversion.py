@@ -122,7 +122,7 @@ def encode(
     size: tuple[int, int] | None = None,
     check: bool = True,
     batch_size: int = 8,
-    method: Method | None = None,
+    method: Method = "sequential",
     progress: Watch = False,
     callback: Callback | None = None,
 ) -> tuple[Encoded, RoundTrip | None]:
@@ -139,8 +139,7 @@ def encode(
         size: (width, height) in pixels; the model's own by default.
         check: go the way back too, which takes as long as generating the images.
         batch_size: images, or latent frames of videos, at once.
-        method: of the way back, see `sample`; by default as the model's sampling plan says, and one token after
-            another if it has none.
+        method: of the way back, see `sample`; by default exact. "auto" is the model's sampling plan, if it has one.
         progress: a `Progress`, or whether to show a progress bar; None shows it on a terminal only.
         callback: is called with the `Progress`, which says how far this is and can cancel it.
 
@@ -183,7 +182,7 @@ def decode(
     *,
     denoise: bool = False,
     batch_size: int = 8,
-    method: Method | None = None,
+    method: Method = "sequential",
     progress: Watch = False,
     callback: Callback | None = None,
 ) -> tuple[list[Image.Image] | list[list[Image.Image]], np.ndarray]:

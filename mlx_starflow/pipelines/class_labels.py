@@ -39,7 +39,7 @@ class ClassPipeline(Pipeline):
         return self.config.img_size, self.config.img_size
 
     def check_size(self, size: tuple[int, int], images: int = 1) -> None:
-        if size != self.size:
+        if tuple(size) != self.size:
             own = "x".join(map(str, self.size))
             raise StarflowError(f"{self.name} knows pictures of {own} pixels alone: leave out the size")
 

@@ -173,7 +173,7 @@ class ImagePipeline(LatentPipeline):
         watched = watch(progress, callback)
         made = self._finished(requests, noise, chosen, stats, keep_steps, batch_size, live, verify, watched)
         if best_of > 1:
-            made = best_of_each(self, made, best_of)
+            made = best_of_each(self, made, best_of, progress=watched)
         return ImageStream(len(requests) // best_of, chosen, stats, made, self.backend.concatenate, watched)
 
     def _finished(
@@ -277,6 +277,7 @@ class ImagePipeline(LatentPipeline):
         if not 0 <= weight <= 1:
             raise StarflowError(f"the weight of the unprompted likelihood is a number from 0 to 1, not {weight:g}")
         check_candidates(prompts, candidates)
+        progress = watch(progress, callback)
         result = self.generate(
             prompts,
             seed=draw_seed() if seed is None else seed,
@@ -293,9 +294,8 @@ class ImagePipeline(LatentPipeline):
             batch_size=batch_size,
             verify=verify,
             progress=progress,
-            callback=callback,
         )
-        return choose_best(self, result, candidates, draws=draws, weight=weight)
+        return choose_best(self, result, candidates, draws=draws, weight=weight, progress=progress)
 
     def grid_metadata(self, result: GenerationResult) -> dict[str, Any]:
         """Metadata of a grid of all images of a result."""

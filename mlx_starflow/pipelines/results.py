@@ -47,6 +47,8 @@ class GenerationSettings:
     size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.size, list):
+            object.__setattr__(self, "size", tuple(self.size))
         plain_fields(self)
         SamplingOptions(self.guidance, self.attn_temp)  # its errors
         if self.method not in ("auto", *METHODS):

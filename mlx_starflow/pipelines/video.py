@@ -263,9 +263,9 @@ class VideoPipeline(LatentPipeline):
                 if image is not None:
                     given, asked = read_first_image(image, asked, self.format, self.vae)
                 elif video is not None:
-                    given, asked = read_source_video(video, asked, self.format, self.vae, fps)
+                    given, asked = read_source_video(video, asked, self.format, self.vae, fps, progress)
                 elif extend is not None:
-                    given, asked = read_past_video(extend, asked, self.format, self.vae, fps)
+                    given, asked = read_past_video(extend, asked, self.format, self.vae, fps, progress)
             if not live:
                 self.release("vae")
         settings = asked.apply(self.settings)

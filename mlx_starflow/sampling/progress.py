@@ -57,9 +57,9 @@ class Progress:
     def phase(self) -> str:
         """What is being done: one of those that `GenerationStats.seconds` counts ("text", "flow", "verify", "denoise",
         "decode"), or of scoring and editing "reading", "scoring", "encoding" and so on; "" before and after."""
-        if self._phases:
-            return self._phases[-1]
-        return self._counters[-1].name if self._counters else ""
+        # Copies: other threads may ask while the lists change.
+        phases, counters = tuple(self._phases), tuple(self._counters)
+        return phases[-1] if phases else counters[-1].name if counters else ""
 
     @property
     def block(self) -> int | None:
@@ -90,7 +90,7 @@ class Progress:
     @property
     def counted(self) -> tuple[Counted, ...]:
         """All that is being counted, outermost first: batches, for instance, and the tokens of this one."""
-        return tuple(counter.counted for counter in list(self._counters))
+        return tuple(counter.counted for counter in tuple(self._counters))
 
     @property
     def seconds(self) -> float:
@@ -187,7 +187,7 @@ class Progress:
 
     def _counter(self) -> Counter | None:
         phase = self.phase
-        return next((each for each in reversed(self._counters) if each.name == phase), None)
+        return next((each for each in reversed(tuple(self._counters)) if each.name == phase), None)
 
 
 class Counter:

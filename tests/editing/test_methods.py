@@ -58,13 +58,19 @@ def test_every_edit_takes_a_method(latent_flow, evaluations, way):
     assert "method must be" in message(WAYS[way], latent_flow, image, method=3)
 
 
-def test_the_plan_of_the_model_is_the_default(latent_flow, evaluations, monkeypatch):
+def test_the_plan_of_the_model_is_the_default_of_edits(latent_flow, evaluations, monkeypatch):
     image = smooth_images(1)[0]
     monkeypatch.setattr(latent_flow, "plan", plan(latent_flow, RollingSettings(window=4, tolerance=1e-5)))
-    for method in ({}, {"method": "auto"}):
-        for way in WAYS.values():
-            way(latent_flow, image, **method)
+    for name, way in WAYS.items():
+        way(latent_flow, image, method="auto")
+        if name not in ("encode", "decode"):
+            way(latent_flow, image)
     assert set(evaluations) == {"predict"}
+    # The way to noise and back is exact unless it is asked for otherwise.
+    evaluations.clear()
+    for name in ("encode", "decode"):
+        WAYS[name](latent_flow, image)
+    assert set(evaluations) == {"invert"}
     assert latent_flow.inversion() is latent_flow.inversion("auto") is latent_flow.plan
     assert latent_flow.inversion("jacobi") == "jacobi"
 

@@ -70,6 +70,18 @@ def test_streams_are_stopped_from_outside(pipe):
     assert first.image == pipe.generate("a cat", seed=1).images[0]
 
 
+def test_choosing_the_best_is_watched_too(pipe):
+    for call in (
+        lambda **options: pipe.best_of("a cat", 2, seed=1, **options),
+        lambda **options: list(pipe.stream("a cat", best_of=2, seed=1, **options)),
+    ):
+        seen = set()
+        call(callback=lambda progress, seen=seen: seen.add(progress.phase))
+        assert {"text", "flow", "scoring"} <= seen
+        with pytest.raises(Cancelled):
+            call(callback=stop_at("scoring"))
+
+
 def test_previews(pipe):
     """They are the states that `keep_steps` shows, as far as these are made."""
     previews, plain = {}, pipe.generate(["a cat", "a dog"], seed=1, keep_steps=True)

@@ -61,6 +61,19 @@ def test_a_stopped_video_can_be_begun_again(directory, phase, low_memory):
     assert first == pipe.generate("a dog", **asked).videos[0][0]
 
 
+@pytest.mark.parametrize("kind", ["video", "extend"])
+def test_reading_a_video_is_stopped(pipe, kind):
+    read, frames = [], pipe.generate("a dog", seed=1, frames=9).videos[0]
+
+    def stop(progress: Progress) -> None:
+        if progress.phase == "encode" and progress.done == 3:
+            progress.cancel()
+
+    with pytest.raises(Cancelled):
+        pipe.stream("a dog", callback=stop, **{kind: (read.append(None) or each for each in frames)})
+    assert len(read) <= 4
+
+
 def test_videos_are_saved_with_their_metadata(pipe, tmp_path):
     result = pipe.generate("a dog", seed=1, frames=5, videos=2)
     files = result.save(tmp_path / "dog.webp")
