@@ -18,9 +18,49 @@ from helpers.model_directories import write_class_model, write_image_model, writ
 from helpers.tiny_flows import FAMILIES, TinyCase, tiny_case
 
 from mlx_starflow import cpu
+from mlx_starflow.model_dir import weights
 from mlx_starflow.pipelines import ClassPipeline, ImagePipeline, Pipeline, load, load_class_labels
 
 MOST_WORKERS = 4
+
+DTYPES = ("float32", "auto", "auto-gpu")
+"""What `--dtype` takes: what networks that are loaded without a precision compute in."""
+
+own_device, own_chip = weights.device, weights.chip_generation
+"""What MLX computes on, whatever `--dtype` makes of it."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("mlx-starflow")
+    group.addoption("--device", choices=("cpu", "gpu"), help="what MLX computes on; its own default otherwise")
+    group.addoption(
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="what networks compute in where a test does not say: float32, which most bounds are for; auto, what this "
+        "machine would choose; auto-gpu, what a Mac would, computed on whatever is here",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose device and precision before any test, in every worker."""
+    if config.option.device:
+        try:
+            mx.set_default_device(getattr(mx, config.option.device))
+            mx.eval(mx.ones(1) + 1)
+        except (RuntimeError, ValueError) as error:
+            raise pytest.UsageError(f"--device {config.option.device}: MLX has none here ({error})") from None
+    if config.option.dtype == "auto-gpu":
+        weights.device, weights.chip_generation = lambda: "metal", lambda: 1
+    elif config.option.dtype == "float32" and own_device() != "cpu":
+        weights.device = lambda: "cpu"
+
+
+@pytest.fixture
+def chosen_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Precisions are chosen as users get them here, whatever `--dtype` says."""
+    monkeypatch.setattr(weights, "device", own_device)
+    monkeypatch.setattr(weights, "chip_generation", own_chip)
 
 
 @pytest.hookimpl(tryfirst=True)

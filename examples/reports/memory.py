@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mlx_starflow.model_dir.precision import automatic
 from mlx_starflow.planning.memory import ModelConfigs, plan
 from mlx_starflow.planning.summary import model_configs
 
@@ -14,12 +15,14 @@ ROWS: tuple[tuple[str, str, str, tuple[int, int] | None], ...] = (
     ("`apple/starflow-v`, 7 B", "apple/starflow-v", "81 frames of 432x240", (432, 240)),
     ("`apple/starflow-v`, 7 B", "apple/starflow-v", "81 frames of 848x480", None),
 )
-PRECISIONS = {"bfloat16": None, "8 bits": "8", "4 bits": "4"}
+PRECISIONS = {"16 bits": None, "8 bits": "8", "4 bits": "4"}
 
 
 def smallest(configs: ModelConfigs, size: tuple[int, int] | None, quantization: str | None) -> str:
     """The smallest Mac whose GPU may use what one image or video takes, and that peak, one network at a time."""
-    needed = plan(configs, size=size, dtype="bfloat16", quantization=quantization)
+    packed_images = quantization is not None and not configs.flow.video
+    flow_dtype = automatic("metal", quantized_flow=packed_images).dtype
+    needed = plan(configs, size=size, dtype="float16", flow_dtype=flow_dtype, quantization=quantization)
     gigabytes = next(memory for memory in MACS if needed.fits(memory, low_memory=True))
     peak = needed.peak(low_memory=True) / 2**30
     return f"{gigabytes} GB ({f'{peak:.1f}' if peak >= 0.1 else 'below 0.1'})"

@@ -198,7 +198,7 @@ def bench(
     Args:
         model: "demo", a model directory or a Hub repository.
         prompts: of the images, which are sampled as one batch; as many classes for a TarFlow.
-        methods: of `ALL_METHODS`; "auto" is the model's sampling plan.
+        methods: of `ALL_METHODS`; "auto" is the model's sampling plan, or "rolling" if it has none.
         guidance: its weight; None: the model's own.
         seed: of the first image's noise; the others' count up.
         size: (width, height) of the images in pixels; None: the size the model was trained at.
@@ -249,9 +249,9 @@ def _ours(trials: Trials, methods: list[str], model: str) -> tuple[list[Contende
     if "auto" in methods and trials.plan is not None:
         contenders.append(own_contender("auto", trials.task, trials.plan))
     elif "auto" in methods:
-        notes.append(f"auto is left out, since this model has no sampling plan: mlx-starflow tune {model} makes one")
-    if not contenders:
-        raise StarflowError(f"there is no method to time: {notes[0]}")
+        if "rolling" not in methods:
+            contenders.append(own_contender("rolling", trials.task, "rolling"))
+        notes.append(f"auto is rolling, since this model has no sampling plan: mlx-starflow tune {model} makes one")
     return contenders, notes
 
 

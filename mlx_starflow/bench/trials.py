@@ -12,7 +12,8 @@ from mlx_starflow.errors import StarflowError
 from mlx_starflow.media.noise import draw_noise
 from mlx_starflow.model_dir.directory import load_flow
 from mlx_starflow.model_dir.hub import find_model
-from mlx_starflow.models.flow import Flow
+from mlx_starflow.model_dir.weights import dtype_name
+from mlx_starflow.models.flow import Flow, products_in
 from mlx_starflow.models.starflow import STARFlow
 from mlx_starflow.pipelines import load
 from mlx_starflow.sampling import Certificate, SamplingPlan, SamplingTrace, certify, sample
@@ -94,7 +95,7 @@ def prepare(
     directory = find_model(model)
     flow = load_flow(directory, dtype=dtype)
     seeds = range(seed, seed + len(prompts))
-    plan = SamplingPlan.find(directory)
+    plan = SamplingPlan.find(directory, dtype_name(products_in(flow)))
     if isinstance(flow, STARFlow) and flow.config.txt_size:
         pipe = load(directory, dtype=dtype, low_memory=True)
         pipe.check_size(size or pipe.size, len(prompts), guidance=guidance)

@@ -51,7 +51,7 @@ def automatic_dtype(*, quantized_flow: bool = False) -> mx.Dtype:
 def training_dtype() -> mx.Dtype:
     """What weights that are not trained themselves are held in while training: float32 on a CPU, bfloat16 on a GPU.
     Gradients leave float16's range."""
-    return mx.float32 if _on_cpu() else mx.bfloat16
+    return mx.float32 if device() == "cpu" else mx.bfloat16
 
 
 def parse_dtype(dtype: str | mx.Dtype | None) -> mx.Dtype | None:

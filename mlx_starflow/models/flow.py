@@ -385,8 +385,13 @@ def is_layer_weight(name: str) -> bool:
 
 def products_in(flow: Flow) -> mx.Dtype:
     """The dtype that a flow's transformer layers multiply in: what is meant by its precision."""
-    layers = [layer for block in flow.blocks if not block.is_identity for layer in block.attn_blocks]
-    return (layers and product_dtype(layers[0].attention.qkv)) or mx.float32
+    blocks = [block for block in flow.blocks if not block.is_identity]
+    return block_products_in(blocks[0]) if blocks else mx.float32
+
+
+def block_products_in(block: FlowBlock) -> mx.Dtype:
+    """The dtype that one block's transformer layers multiply in."""
+    return (block.attn_blocks and product_dtype(block.attn_blocks[0].attention.qkv)) or mx.float32
 
 
 def frame_count(shape: tuple[int, ...]) -> int:

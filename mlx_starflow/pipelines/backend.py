@@ -19,6 +19,7 @@ from mlx_starflow.errors import NotFinite
 from mlx_starflow.likelihood.protocol import Part
 from mlx_starflow.model_dir.directory import ModelDirectory, read_text_encoder
 from mlx_starflow.model_dir.quantization import dense_on_cpu
+from mlx_starflow.model_dir.weights import dtype_name
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL
 from mlx_starflow.models.autoencoder_wan import AutoencoderWan
 from mlx_starflow.models.starflow import STARFlow
@@ -27,7 +28,18 @@ from mlx_starflow.models.tarflow import TarFlow
 from mlx_starflow.models.tokenizer import Tokenizer
 from mlx_starflow.pipelines.results import GenerationSettings
 from mlx_starflow.planning.memory import available, metal_limits
-from mlx_starflow.sampling import Certificate, SamplingPlan, SamplingTrace, certify, denoise, sample
+from mlx_starflow.sampling import (
+    Certificate,
+    JacobiSettings,
+    RollingSettings,
+    SamplingPlan,
+    SamplingTrace,
+    SequentialSettings,
+    certify,
+    denoise,
+    sample,
+)
+from mlx_starflow.sampling.methods import METHODS
 from mlx_starflow.sampling.progress import Watch
 
 Array = TypeVar("Array")
@@ -63,6 +75,17 @@ class Backend(ABC, Generic[Array]):
     @property
     @abstractmethod
     def vae(self) -> Any: ...
+
+    methods: tuple[str, ...] = (SequentialSettings.name, JacobiSettings.name)
+    """Ways of sampling that it has."""
+
+    automatic_method = SequentialSettings.name
+    """How to sample where neither user nor plan says so."""
+
+    @property
+    def flow_precision(self) -> str:
+        """The precision of a flow that a sampling plan is to be for; "" where that does not matter."""
+        return ""
 
     @abstractmethod
     def array(self, values: np.ndarray) -> Array:
@@ -143,6 +166,8 @@ class MLXBackend(Backend[mx.array]):
     """
 
     certifies = True
+    methods = tuple(METHODS)
+    automatic_method = RollingSettings.name
 
     def __init__(
         self,
@@ -248,6 +273,13 @@ class MLXBackend(Backend[mx.array]):
     def _chosen(self, part: Part) -> mx.Dtype | str | None:
         """The precision of a network: the one asked for or fallen back to, or None."""
         return self._fallen.get(part, self.dtype)
+
+    @property
+    def flow_precision(self) -> str:
+        chosen = self._chosen("flow")
+        if chosen is None:
+            return self.model.flow.precision.dtype
+        return chosen if isinstance(chosen, str) else dtype_name(chosen)
 
     def in_range(self, part: Part, compute: Callable[[], Result]) -> Result:
         """What a function computes with a network; again, if it is not finite, with a larger range of numbers.

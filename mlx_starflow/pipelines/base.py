@@ -45,7 +45,7 @@ class Pipeline(ImageModel):
         model, directory: the model's directory, opened, and its path.
         backend: what computes.
         phases: what the backend's work is charged to.
-        plan: how method "auto" samples; None is sequentially.
+        plan: how method "auto" samples, if there is one.
         temperature: of the noise that samples are made of, unless told otherwise.
         dimension: what the data's dimensions are.
     """
@@ -75,7 +75,11 @@ class Pipeline(ImageModel):
         return self._mlx.dense_flow()
 
     def inversion(self, method: Method | None = None) -> Method:
-        return (self.plan or SequentialSettings.name) if method is None or method == "auto" else method
+        if method is not None and method != "auto":
+            return method
+        if self.plan is None or not self.plan.fits(self.backend.flow_precision):
+            return SequentialSettings.name
+        return self.plan
 
     def exact_flow(self) -> Flow:
         return self._mlx.exact_flow()
@@ -183,8 +187,13 @@ class Pipeline(ImageModel):
         if None in seeds:
             metadata["noise_sha256"] = digest(noise)
         if certificate is not None:
-            metadata["certificate"] = asdict(certificate)
-        return {**metadata, "settings": settings.to_dict()}
+            known = asdict(certificate).items()
+            metadata["certificate"] = {key: value for key, value in known if value is not None}
+        return {**metadata, "settings": self._recorded(settings)}
+
+    def _recorded(self, settings: GenerationSettings) -> dict[str, Any]:
+        """Settings as metadata name them."""
+        return settings.to_dict()
 
 
 def fit_image(image: ImageSource, size: tuple[int, int]) -> Image.Image:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -333,6 +334,7 @@ class ImagePipeline(LatentPipeline):
             with self.phases.run(stats, "verify", progress):
                 for one in (slice(index, index + 1) for index in range(len(noise))):
                     certificate = backend.certify(x[one], z[one], text[one], null_text, settings, progress)
+                    certificate = replace(certificate, noise_floor=trace.noise_floor)
                     certificates.append(certificate)
                     self.check_certificate(certificate, self.method(settings))
         stats.certificates += certificates

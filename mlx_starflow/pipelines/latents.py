@@ -49,7 +49,7 @@ class LatentPipeline(Pipeline):
             raise StarflowError(f"{name} does not read prompts: use load_flow and sample in Python")
         _ = model.text_encoder  # which is missed before the autoencoder is
         self.config, self.vae_config = config, model.vae.config
-        self.plan = SamplingPlan.find(model.path)
+        self.plan = SamplingPlan.find(model.path, backend.flow_precision)
         self.settings = GenerationSettings.from_dict({"guidance": config.cfg, **model.pipeline})
         self.temperature = self.settings.temperature
         self._fit: set[tuple[object, ...]] = set()
@@ -70,10 +70,19 @@ class LatentPipeline(Pipeline):
         return self.backend.vae
 
     def method(self, settings: GenerationSettings) -> str | SamplingPlan:
-        """How settings sample: "auto" is the model's sampling plan, or sequential where there is none."""
-        method = self.inversion(settings.method)
-        assert isinstance(method, str | SamplingPlan)  # as of settings, or the plan
-        return method
+        """How settings sample: "auto" is the model's sampling plan, or the backend's own choice where there is none.
+
+        That is also what it is where the flow has fallen back to another precision than the plan's.
+        """
+        if settings.method != "auto":
+            return settings.method
+        if self.plan is None or not self.plan.fits(self.backend.flow_precision):
+            return self.backend.automatic_method
+        return self.plan
+
+    def _recorded(self, settings: GenerationSettings) -> dict[str, Any]:
+        method = self.method(settings)
+        return super()._recorded(settings) | ({"method": method} if isinstance(method, str) else {})
 
     def check_certificate(self, certificate: Certificate, method: str | SamplingPlan) -> None:
         """Warn about a sample that is further from its noise than the plan allows that it was made by.

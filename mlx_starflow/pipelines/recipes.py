@@ -7,7 +7,7 @@ models and adapters may stand for what is on this machine already, see `Recipe.c
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from mlx_starflow.media.files import exists, expanded
 from mlx_starflow.media.metadata import read_metadata
 from mlx_starflow.model_dir.adapters import CONFIG_FILE
 from mlx_starflow.model_dir.hub import find_model
-from mlx_starflow.sampling.methods import METHODS
+from mlx_starflow.sampling.methods import METHODS, SamplingPlan, SequentialSettings
 
 MOST_PICTURES = 10_000
 """Prompts times seeds."""
@@ -163,6 +163,16 @@ class Recipe:
         """The seeds; None if noise was given."""
         seeds = [seed for seed in self.seeds if seed is not None]
         return seeds if len(seeds) == len(self.seeds) else None
+
+    def settings_with(self, plan: SamplingPlan | None, methods: Collection[str]) -> dict[str, Any]:
+        """The settings, for a model with this sampling plan or none, where there are these ways of sampling.
+
+        A file that says "auto" and has no plan was written when that was one token after another; today's files name
+        what it was. What a window made, one token after another makes too, up to the window's tolerance.
+        """
+        method = self.settings.get("method", "auto")
+        known = method in methods or (method == "auto" and plan is not None)
+        return self.settings if known else {**self.settings, "method": SequentialSettings.name}
 
     def check_local(self, *, model: bool = True, adapters: bool = True) -> None:
         """Raise StarflowError unless the model, and the adapters, are on this machine already under their names.

@@ -33,7 +33,7 @@ class GenerationSettings:
         guidance: weight of classifier-free guidance, 0 or more.
         temperature: the noise is multiplied by this; below 1 gives more typical, less varied images.
         method: "sequential", "jacobi" or "rolling" (see `sampling.sample`), or "auto": what the model's sampling plan
-            says (see `mlx-starflow tune`), sequential if it has none.
+            says (see `mlx-starflow tune`), "rolling" if it has none.
         attn_temp: attention logits are divided by this.
         denoise: take one score step, which removes the noise that the flow was trained with, before decoding.
         size: (width, height) in pixels; None is the size that the model was trained at.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 from PIL import Image
@@ -88,9 +88,11 @@ class VideoStages:
         tokens = len(request.prompts) * made * math.prod(request.shape[1:-1]) // self.config.patch_size**2
         stats.count(trace.evaluations, sum(block.num_layers > 0 for block in self.config.blocks) * tokens)
         if self.verify:
-            self._certify(request, mx.concatenate(sampled, axis=1), text, null_text)
+            self._certify(request, mx.concatenate(sampled, axis=1), text, null_text, trace.noise_floor)
 
-    def _certify(self, request: VideoRequest, x: mx.array, text: mx.array, null_text: mx.array) -> None:
+    def _certify(
+        self, request: VideoRequest, x: mx.array, text: mx.array, null_text: mx.array, noise_floor: float | None
+    ) -> None:
         z = mx.array(request.scaled_noise(0)[:, 0 : request.shape[0]])
         with self.phases.run(request.stats, "verify", self.progress):
             for index in range(len(request.prompts)):
@@ -98,6 +100,7 @@ class VideoStages:
                 certificate = self.backend.certify(
                     x[one], z[one], text[one], null_text, request.settings, self.progress
                 )
+                certificate = replace(certificate, noise_floor=noise_floor)
                 request.stats.certificates.append(certificate)
                 self.check_certificate(certificate, self.method)
 

@@ -17,6 +17,7 @@ from mlx_starflow.models.autoencoder_wan.config import CHANNELS, PATCH, Autoenco
 from mlx_starflow.models.flow import BlockConfig
 from mlx_starflow.models.starflow import FlowConfig
 from mlx_starflow.models.t5 import T5Config
+from mlx_starflow.sampling.methods import RollingSettings
 
 STREAM = 4
 """Bytes of a number between a flow's products, which is float32 in every precision."""
@@ -61,6 +62,13 @@ def _cached(block: BlockConfig) -> int:
     return 2 * block.num_layers * block.num_kv_heads * block.head_dim
 
 
+def _window(block: BlockConfig, sequences: int, tokens: int, positions: int) -> int:
+    """A layer of one evaluation of a rolling window over `tokens`, which sees `positions` at the end."""
+    width = min(RollingSettings.window, tokens)
+    logits = sequences * block.num_heads * width * positions
+    return layer(sequences * width, block.channels, block.channels * block.expansion, logits)
+
+
 def text(config: T5Config, prompts: int, length: int, item: int) -> int:
     """The text encoder over so many prompts of `length` tokens: two layers, which are short enough to overlap.
 
@@ -75,15 +83,17 @@ def sampling(config: FlowConfig, tokens: int, batch: int, guided: bool, item: in
     """(KV caches, all activations) of sampling images of so many tokens.
 
     A block caches keys and values for each image, twice if it is guided. While it reads its text, the cache of the
-    block before it is still there. A single token's activations do not count.
+    block before it is still there. Evaluations are those of a window; a single token's would not count.
     """
     largest = before = 0
     peak = 0.0
     for block in reversed(config.blocks):
         copies = batch * (2 if guided and block.txt_dim else 1)
-        cache = copies * _positions(config, block, tokens) * _cached(block) * item
+        positions = _positions(config, block, tokens)
+        cache = copies * positions * _cached(block) * item
+        window = MARGIN * STREAM * _window(block, copies, tokens, positions) if block.num_layers else 0
         reading = before + MARGIN * STREAM * _block_layer(block, copies, config.txt_size) if block.txt_dim else 0
-        largest, peak, before = max(largest, cache), max(peak, cache + reading), cache
+        largest, peak, before = max(largest, cache), max(peak, cache + max(reading, window)), cache
     return largest, int(peak)
 
 
@@ -134,7 +144,10 @@ def frame_sampling(
     cache = copies * (config.txt_size + window * size) * _cached(deep) * item
     shallow = max((batch * size * _cached(block) * item for block in config.blocks[:-1]), default=0)
     reading = _block_layer(deep, copies, max(config.txt_size, size) if longer else config.txt_size)
-    return cache, int(cache + max(shallow, MARGIN * STREAM * reading))
+    rolling = _window(deep, copies, window * size, config.txt_size + window * size)
+    beside = max((_window(block, batch, size, size) for block in config.blocks[:-1] if block.num_layers), default=0)
+    work = MARGIN * STREAM * max(reading, rolling)
+    return cache, int(cache + max(shallow + MARGIN * STREAM * beside, work))
 
 
 def cleaning(config: FlowConfig, size: int, window: int, batch: int, item: int) -> tuple[int, int]:

@@ -22,13 +22,17 @@ class Certificate:
     Attributes:
         max: largest |f(x) - z|, in standard deviations of the noise.
         rms: its root mean square.
+        noise_floor: the largest residual in a block that the precision cannot tell from 0 (see `noise_floor`); None if
+            it was not measured.
     """
 
     max: float
     rms: float
+    noise_floor: float | None = None
 
     def __str__(self) -> str:
-        return f"|f(x) - z| at most {self.max:.1e}, RMS {self.rms:.1e}"
+        floor = "" if self.noise_floor is None else f" (this precision resolves {self.noise_floor:.1e})"
+        return f"|f(x) - z| at most {self.max:.1e}, RMS {self.rms:.1e}{floor}"
 
     @classmethod
     def of(cls, residuals: np.ndarray) -> Certificate:
@@ -38,9 +42,11 @@ class Certificate:
 
     @classmethod
     def worst(cls, certificates: list[Certificate]) -> Certificate:
-        """Of several batches of one size: the largest difference, and the RMS over all."""
+        """Of several batches of one size: the largest difference and noise floor, and the RMS over all."""
         squares = [certificate.rms**2 for certificate in certificates]
-        return cls(max(certificate.max for certificate in certificates), math.sqrt(sum(squares) / len(squares)))
+        floors = [each.noise_floor for each in certificates if each.noise_floor is not None]
+        largest = max(certificate.max for certificate in certificates)
+        return cls(largest, math.sqrt(sum(squares) / len(squares)), max(floors, default=None))
 
 
 def certify(

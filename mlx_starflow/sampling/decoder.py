@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from mlx_starflow.errors import NotFinite
-from mlx_starflow.models.flow import Condition, FlowBlock
+from mlx_starflow.models.flow import Condition, FlowBlock, block_products_in
 from mlx_starflow.sampling.guidance import Guidance
 from mlx_starflow.sampling.inverter import Inverter, make_inverter
 from mlx_starflow.sampling.network import cached_network
@@ -20,6 +20,8 @@ class BlockDecoder:
         z: the noise that `begin` was given.
         first: number of the first token that is predicted (1 if the first one passes unchanged).
         evaluations: how often the network was run.
+        products: what the block's layers multiply in.
+        noise_floor: residuals that this precision cannot tell from 0, if a window had to measure it; else 0.
     """
 
     z: mx.array
@@ -48,6 +50,8 @@ class BlockDecoder:
         self.first = 0 if start is not None else 1
         self.start = None if start is None else start.astype(mx.float32)
         self.evaluations = 0
+        self.products = block_products_in(block)
+        self.noise_floor = 0.0
 
     @property
     def known(self) -> int:

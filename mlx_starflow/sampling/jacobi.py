@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from mlx_starflow.sampling.decoder import BlockDecoder
 from mlx_starflow.sampling.methods import JacobiSettings, RollingSettings
+from mlx_starflow.sampling.noise_floor import NoiseFloor
 
 BOUND = 1e4
 """Guesses are kept within this: an infinite one would reach, as NaN, tokens that attention masks it from."""
@@ -53,39 +54,80 @@ def roll(decoder: BlockDecoder, start: int, settings: RollingSettings) -> Iterat
     inputs have now. The leading tokens within the tolerance are final as they are: nothing that their residual depends
     on changes any more. The first one that is not gets its new value, which is exact. So at least one token is done
     each time, and the block's residual is within the tolerance everywhere; a batch advances as its slowest sample does.
+
+    In half precision the tolerance is at least what the precision resolves (see `noise_floor`). Where the window hardly
+    advances all the same, tokens are done one by one for a while, which takes less time.
     """
     length = decoder.z.shape[1]
     entered = start  # tokens before this one have been given their first guess
     affine = None
+    floor, pace = NoiseFloor(decoder, settings.tolerance), _Pace(settings.window)
     while start < length:
-        stop = min(start + settings.window, length)
+        stop = min(start + pace.width, length)
         if entered < stop:
             decoder.write(entered, _first_guess(decoder, entered, stop, affine, settings))
             entered = stop
         mu, log_sigma = decoder.predict(start, stop)
         old, noise = decoder.data(start, stop), decoder.z[:, start:stop]
-        new, done = _advance(old, noise, mu, log_sigma, settings.tolerance)
+        new, done, residuals = _advance(old, noise, mu, log_sigma, mx.array(floor.tolerance))
         affine = (mu[:, -1:], log_sigma[:, -1:])
-        mx.eval(new, done, *affine)
+        mx.eval(new, done, residuals, *affine)
+        if floor.suspected(residuals, int(done)):
+            floor.measure(start, stop, int(done), residuals, mu, log_sigma)
+            new, done, _ = _advance(old, noise, mu, log_sigma, mx.array(floor.tolerance))
+            mx.eval(new, done)
         decoder.write(start, new)
         count = min(int(done) + 1, stop - start)
         # The cache keeps the inputs that predicted these tokens; those behind were guesses.
         decoder.trim(stop - start - count)
         start += count
+        pace.count(count)
         yield start
+
+
+STRETCH = 32
+"""Evaluations after which it is looked at how far a window has got."""
+LEAST = 1.25
+"""Tokens an evaluation that are worth a window."""
+
+
+class _Pace:
+    """How many tokens are evaluated at once: a window, or one where a window is in vain.
+
+    Attributes:
+        width: tokens of the next evaluation.
+    """
+
+    def __init__(self, window: int):
+        self.width = self._window = window
+        self._evaluations = self._tokens = 0
+        self._pause = STRETCH
+
+    def count(self, tokens: int) -> None:
+        """An evaluation has finished so many tokens."""
+        self._evaluations, self._tokens = self._evaluations + 1, self._tokens + tokens
+        if self._evaluations < (STRETCH if self.width == self._window else self._pause):
+            return
+        if self.width < self._window:
+            self.width, self._pause = self._window, 2 * self._pause
+        elif self._tokens < LEAST * STRETCH:
+            self.width = 1
+        self._evaluations = self._tokens = 0
 
 
 @mx.compile
 def _advance(
-    old: mx.array, noise: mx.array, mu: mx.array, log_sigma: mx.array, tolerance: float
-) -> tuple[mx.array, mx.array]:
-    """The values of a window's tokens after an evaluation, and how many of the first are final as they were."""
+    old: mx.array, noise: mx.array, mu: mx.array, log_sigma: mx.array, tolerance: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    """The values of a window's tokens after an evaluation, how many of the first are final as they were, and the
+    largest residual of each."""
     residual = mx.abs((old - mu) * mx.exp(-log_sigma) - noise)
     good = (residual <= tolerance).all(axis=(0, 2))
     done = mx.cumprod(good.astype(mx.int32)).sum()
     new = noise * mx.exp(log_sigma) + mu
     place = mx.arange(old.shape[1])[:, None]
-    return mx.where(place < done, old, mx.where(place == done, new, _bounded(new, noise))), done
+    values = mx.where(place < done, old, mx.where(place == done, new, _bounded(new, noise)))
+    return values, done, residual.max(axis=(0, 2))
 
 
 def _bounded(guess: mx.array, noise: mx.array) -> mx.array:

@@ -57,7 +57,8 @@ class RollingSettings:
 
     Attributes:
         window: tokens evaluated at once; more than the sequence has means all of it.
-        tolerance: largest residual |(x - mu) / sigma - z| of a token, in standard deviations of the noise.
+        tolerance: largest residual |(x - mu) / sigma - z| of a token, in standard deviations of the noise. In half
+            precision it is raised to twice what that resolves, if the window is held up by it (see `noise_floor`).
         guess: what a token is taken to be when it enters the window: "noise" its z, "affine" its z mapped as the last
             token in the window was, "previous" what the token `lag` before it is (where there is one).
         lag: distance for "previous": a row of an image, a frame of a video.
@@ -98,17 +99,24 @@ class SamplingPlan:
         tolerance: largest certificate (`certificate.certify`) that was allowed.
         measured: what tuning saw: guidance, certificate, evaluations, machine; for people to read.
         fingerprint: of the weights that it was measured with, see `model_dir.fingerprint`; "" in plans that do not say.
+        precision: what the flow multiplied in, such as "float16"; "" in plans that do not say.
     """
 
     blocks: tuple[Settings, ...]
     tolerance: float
     measured: Mapping[str, Any]
     fingerprint: str = ""
+    precision: str = ""
+
+    def fits(self, precision: str) -> bool:
+        """Whether it is for a flow of this precision; "" is any."""
+        return "" in (self.precision, precision) or self.precision == precision
 
     def to_dict(self) -> dict[str, Any]:
         blocks = [{"method": block.name, **asdict(block)} for block in self.blocks]
         values = {"version": 1, "tolerance": self.tolerance, "blocks": blocks, "measured": dict(self.measured)}
-        return values | ({"fingerprint": self.fingerprint} if self.fingerprint else {})
+        marks = {"fingerprint": self.fingerprint, "precision": self.precision}
+        return values | {key: mark for key, mark in marks.items() if mark}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "sampling plan") -> SamplingPlan:
@@ -120,8 +128,9 @@ class SamplingPlan:
                 )
             blocks = tuple(_settings(block) for block in values["blocks"])
             tolerance = _typed("tolerance", "float", values["tolerance"])
-            measured, mark = dict(values.get("measured", {})), str(values.get("fingerprint", ""))
-            return cls(blocks, float(tolerance), measured, mark)
+            measured = dict(values.get("measured", {}))
+            mark, precision = str(values.get("fingerprint", "")), str(values.get("precision", ""))
+            return cls(blocks, float(tolerance), measured, mark, precision)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise StarflowError(
                 f"{where} is damaged ({one_line(error)[:200]}); run `mlx-starflow tune` again"
@@ -135,8 +144,11 @@ class SamplingPlan:
         return path
 
     @classmethod
-    def find(cls, directory: Path) -> SamplingPlan | None:
-        """The plan in a model directory; None if there is none, or it is another model's, which is warned about."""
+    def find(cls, directory: Path, precision: str = "") -> SamplingPlan | None:
+        """The plan in a model directory for a flow of a precision ("" is any).
+
+        None if there is none, or it is another model's or another precision's, which is warned about.
+        """
         path = directory / PLAN_FILE
         if not exists(path):
             return None
@@ -148,6 +160,13 @@ class SamplingPlan:
         if found.fingerprint and found.fingerprint != fingerprint(directory):
             warnings.warn(
                 f"{path} was measured with other weights and is ignored; run `mlx-starflow tune` again", stacklevel=2
+            )
+            return None
+        if not found.fits(precision):
+            warnings.warn(
+                f"{path} was measured in {found.precision} and is ignored in {precision}; run `mlx-starflow tune` "
+                f"again, or use --dtype {found.precision}",
+                stacklevel=2,
             )
             return None
         return found

@@ -34,17 +34,26 @@ class SamplingTrace:
 
     Attributes:
         evaluations: network evaluations of each block, deep block first.
+        noise_floors: of each block, deep block first, the residuals that its precision cannot tell from 0, as far as a
+            window had to measure them; else 0.
         states: data after each block, deep block first, shaped as the result (only if `keep_states`): MLX arrays, or
             tensors where PyTorch samples.
     """
 
     keep_states: bool = False
     evaluations: list[int] = field(default_factory=list)
+    noise_floors: list[float] = field(default_factory=list)
     states: list[Any] = field(default_factory=list)
+
+    @property
+    def noise_floor(self) -> float | None:
+        """The largest of them; None if none was measured."""
+        return max(self.noise_floors, default=0.0) or None
 
     def clear(self) -> None:
         """Be as new: sampling begins again."""
         self.evaluations.clear()
+        self.noise_floors.clear()
         self.states.clear()
 
 
@@ -100,15 +109,16 @@ def sample(
     total = sum(length for block in flow.blocks if not block.is_identity)
     with watch(progress).counting("flow", total, "tok", label="sampling", leave=False) as counter:
         for index in reversed(range(len(flow.blocks))):
-            evaluations = 0
+            evaluations, noise_floor = 0, 0.0
             if not flow.blocks[index].is_identity:
                 decoder = guided.decoder(index, batch, length)
                 counter.block, counter.state = index, partial(_state, flow, decoder, z.shape)
                 tokens = invert_block(decoder, tokens, settings[index], advance=counter.advance)
-                evaluations = decoder.evaluations
+                evaluations, noise_floor = decoder.evaluations, decoder.noise_floor
                 check_finite(tokens, f"what block {index} made of the noise")
             if trace is not None:
                 trace.evaluations.append(evaluations)
+                trace.noise_floors.append(noise_floor)
                 if trace.keep_states:
                     trace.states.append(flow.latents(tokens, z.shape))
     return flow.latents(tokens, z.shape)

@@ -18,7 +18,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.models.flow import Flow
+from mlx_starflow.model_dir.weights import dtype_name
+from mlx_starflow.models.flow import Flow, block_products_in, products_in
 from mlx_starflow.sampling.certificate import Certificate, certify
 from mlx_starflow.sampling.guidance import SamplingOptions
 from mlx_starflow.sampling.guided import GuidedFlow
@@ -30,6 +31,7 @@ from mlx_starflow.sampling.methods import (
     SequentialSettings,
     Settings,
 )
+from mlx_starflow.sampling.noise_floor import FACTOR, HALF, moved
 from mlx_starflow.sampling.sampler import SamplingTrace, invert_block, sample
 
 SMALLEST_WINDOW = 8
@@ -89,7 +91,8 @@ def tune(
         z, text, null_text, guidance: noise and conditions of the samples, as for `sample`; each is tried by itself,
             since that is how a picture at a time is made.
         tolerance: largest certificate (|f(x) - z|, standard deviations of the noise) that a sample may have. Where
-            sequential sampling itself does not reach it, as with half-precision weights, twice what that reaches.
+            sequential sampling itself does not reach it, as with half-precision weights, twice what that reaches; and
+            no less than what a window in this precision keeps to (see `noise_floor`).
         least: of what the plan shall take the least: "seconds" on this machine, or network "evaluations".
         report: is told what was measured.
 
@@ -103,17 +106,23 @@ def tune(
     samples = list(_samples(flow, z, text, null_text, guidance))
     exact = max(one.certificate.max for one in samples)
     report(f"sequential: {samples[0].evaluations} evaluations, certificate {exact:.1e}")
-    if exact > tolerance / 2:
-        tolerance = 2 * exact
-        report(f"that is all that this precision gives; the tolerance is now {tolerance:.1e}")
     deep = max(samples[0].guided.active())
+    floors = {index: max(one.noise_floor(index) for one in samples) for index in samples[0].guided.active()}
+    least_tolerance = max(2 * exact, FACTOR * floors[deep] / DEEP_SHARE)
+    if least_tolerance > tolerance:
+        tolerance = least_tolerance
+        report(f"that is all that this precision gives; the tolerance is now {tolerance:.1e}")
     blocks: list[Settings] = [SequentialSettings()] * len(flow.blocks)
     for index in samples[0].guided.active():
         share = DEEP_SHARE if index == deep else OTHERS_SHARE
-        best = _best(index, samples, share * tolerance, least, report)
+        best = _best(index, samples, max(share * tolerance, FACTOR * floors[index]), least, report)
         report(f"-> {best}")
         blocks[index] = best.settings
-    return _tightened(flow, samples, blocks, deep, guidance, tolerance, report)
+    plan = _tightened(flow, samples, blocks, deep, guidance, tolerance, report)
+    measured = dict(plan.measured)
+    if floor := max(floors.values()):
+        measured["noise_floor"] = floor
+    return replace(plan, measured=measured, precision=dtype_name(products_in(flow)))
 
 
 @dataclass
@@ -132,9 +141,24 @@ class _Sample:
         trace = SamplingTrace(keep_states=True)
         self.certificate = self.certify(self.sample("sequential", trace))
         self.evaluations = trace.evaluations
-        tokens = [self.flow.noise_tokens(self.z), *(self.flow.tokens(state) for state in trace.states)]
-        self.noise = dict(zip(reversed(range(len(self.flow.blocks))), tokens, strict=False))
-        mx.eval(self.noise)
+        read = [self.flow.noise_tokens(self.z), *(self.flow.tokens(state) for state in trace.states)]
+        numbers = list(reversed(range(len(self.flow.blocks))))
+        self.noise = dict(zip(numbers, read[:-1], strict=True))
+        self.data = dict(zip(numbers, read[1:], strict=True))
+        mx.eval(self.noise, self.data)
+
+    def residual(self, index: int, x: mx.array, inputs: mx.array) -> mx.array:
+        """Of tokens x of a block, predicted from others in their place."""
+        mu, log_sigma = self.guided.predict(index, inputs)
+        return (x - mu) * mx.exp(-log_sigma) - self.noise[index]
+
+    def noise_floor(self, index: int) -> float:
+        """What this sample's precision resolves in a block; 0 in float32, where it does not matter."""
+        products, x = block_products_in(self.flow.blocks[index]), self.data[index]
+        if products not in HALF:
+            return 0.0
+        change = self.residual(index, x, moved(x, products)) - self.residual(index, x, x)
+        return float(mx.abs(change).max())
 
     def sample(self, method: Method, trace: SamplingTrace) -> mx.array:
         return sample(self.flow, self.z, self.text, self.null_text, self.guidance, method, trace=trace)
@@ -168,8 +192,7 @@ def _try(index: int, samples: list[_Sample], settings: Settings) -> Trial:
         evaluations += decoder.evaluations
         # The median step, so that a moment in which the machine was busy with something else does not count.
         seconds += statistics.median(np.diff(steps)) * (len(steps) - 1)
-        mu, log_sigma = one.guided.predict(index, x)
-        residual = max(residual, float(mx.abs((x - mu) * mx.exp(-log_sigma) - noise).max()))
+        residual = max(residual, float(mx.abs(one.residual(index, x, x)).max()))
     return Trial(index, settings, evaluations, seconds, residual)
 
 

@@ -100,7 +100,7 @@ def sample_frames(
         window: latent frames that the deep block reads at most; None: all.
         context: how many of them are read again when the window is full; None: `CONTEXT`, or all but one.
         frames_at_once: frames that go through the shallow blocks together: more are faster and come later.
-        trace: its evaluations are filled in when the last frame is done; it keeps no states.
+        trace: its evaluations and noise floors are filled in when the last frame is done; it keeps no states.
 
     Yields:
         Frames `[B, k, H, W, C]`, k <= `frames_at_once` (the given frames in one piece), float32, still with the flow's
@@ -121,7 +121,7 @@ def sample_frames(
             raise StarflowError(f"the given frames have shape {tuple(given.shape)}; this video takes {most}")
         read = _shallow_forward(flow, given)
     deep = len(flow.blocks) - 1
-    evaluations = [0] * (deep + 1)
+    evaluations, noise_floors = [0] * (deep + 1), [0.0] * (deep + 1)
     unknown = (total - known) * size * sum(not block.is_identity for block in flow.blocks)
     shape = (batch, parts[0][2], *frame_shape)
     guided = GuidedFlow(flow, shape, text, null_text, SamplingOptions(guidance, attn_temp))
@@ -154,12 +154,14 @@ def sample_frames(
                             counter.block = index
                             tokens = invert_block(shallow, tokens, settings[index], advance=counter.advance)
                             evaluations[index] += shallow.evaluations
+                            noise_floors[index] = max(noise_floors[index], shallow.noise_floor)
                     check_finite(tokens, "a frame")
                     yield flow.latents(tokens, (batch, count, *frame_shape))
                 read = mx.concatenate(done, axis=1)
     if trace is not None:
-        evaluations[deep] = 0 if decoder is None else decoder.evaluations
-        trace.evaluations = evaluations[::-1]
+        if decoder is not None:
+            evaluations[deep], noise_floors[deep] = decoder.evaluations, decoder.noise_floor
+        trace.evaluations, trace.noise_floors = evaluations[::-1], noise_floors[::-1]
 
 
 def _shallow_forward(flow: Flow, x: mx.array) -> mx.array:

@@ -162,11 +162,13 @@ def test_counts(measured):
     assert figures["ratios"] == {}
 
 
-def test_without_a_plan_auto_is_left_out(model, measured):
+def test_without_a_plan_auto_is_the_rolling_window(model, measured):
     assert measured.notes == [
-        f"auto is left out, since this model has no sampling plan: mlx-starflow tune {model} makes one"
+        f"auto is rolling, since this model has no sampling plan: mlx-starflow tune {model} makes one"
     ]
     assert f"Note: {measured.notes[0]}" in measured.lines()
+    alone = bench(model, methods=["auto"], rounds=1)
+    assert [one.contender.method for one in alone.measured] == ["rolling"] and alone.notes == measured.notes
 
 
 def test_auto_is_the_plan(tmp_path):
@@ -191,7 +193,6 @@ def test_a_tarflow(tmp_path):
     [
         ({"methods": ["quick"]}, "unknown sampling method 'quick'"),
         ({"methods": []}, "there is no method to time"),
-        ({"methods": ["auto"]}, "no sampling plan"),
         ({"rounds": 0}, "at least one round"),
         ({"against": "jax"}, "cannot compare with 'jax'"),
         ({"dtype": "int8"}, "dtype 'int8'"),

@@ -20,7 +20,7 @@ def test_table(model):
     rows = {line.split()[0]: line.split() for line in lines if "RMS" in line}
     assert rows.keys() == {"sequential", "jacobi", "rolling"}
     assert "sequential mlx     16 (1.0), 16 (1.0)" in lines
-    assert lines[-1].startswith("Note: auto is left out")
+    assert lines[-1].startswith("Note: auto is rolling")
     assert "round 1 of 1" in result.stderr and "round" not in result.stdout
 
 

@@ -158,7 +158,7 @@ def test_generate_reads_the_noise(model, pictures, tmp_path):
     noise = tmp_path / "noise.safetensors"
     encode(pictures[0], "-m", model, "--prompt", "a cat", "-o", noise)
     decode(noise, "-o", tmp_path / "decoded.png")
-    settings = ["--guidance", 0, "--temperature", 1, "--no-denoise"]
+    settings = ["--guidance", 0, "--temperature", 1, "--no-denoise", "--method", "sequential"]
     result = generate("a cat", "-m", model, "--load-noise", noise, *settings, "-o", tmp_path / "generated.png")
     assert result.exit_code == 0, result.output
     first, second = (np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int) for name in ("decoded", "generated"))
@@ -228,7 +228,7 @@ def test_a_noise_file_that_names_a_repository(monkeypatch, tmp_path):
 
 
 def test_best_of(model, tmp_path):
-    words = ["-m", model, "--best-of", 3, "--seed", 10, "-o", tmp_path / "out.png"]
+    words = ["-m", model, "--best-of", 3, "--seed", 10, "--method", "sequential", "-o", tmp_path / "out.png"]
     result = generate("a cat", *words)
     assert result.exit_code == 0, result.output
     assert "the best of 3" in result.stdout

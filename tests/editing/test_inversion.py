@@ -131,7 +131,7 @@ def test_the_video_sampler_takes_encoded_noise(video_flow):
     frames = smooth_images(9, (48, 32))
     encoded, _ = encode(video_flow, [frames], "a cat", check=False)
     options = {"frames": 9, "size": (48, 32), "temperature": 1.0, "guidance": 0.0, "denoise": False}
-    result = video_flow.generate("a cat", noise=encoded.noise, **options)
+    result = video_flow.generate("a cat", noise=encoded.noise, method="sequential", **options)
     np.testing.assert_allclose(np.array(result.latents), video_flow.to_data([frames]), atol=1e-3)
 
 

@@ -43,7 +43,7 @@ def test_policy(device, chip, quantized_flow, dtype, fallback):
         (False, False, "NVIDIA H200", "cuda", None),
     ],
 )
-def test_what_there_is(monkeypatch, cpu, metal, name, device, chip):
+def test_what_there_is(chosen_here, monkeypatch, cpu, metal, name, device, chip):
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.cpu if cpu else mx.gpu))
     monkeypatch.setattr(mx.metal, "is_available", lambda: metal)
     monkeypatch.setattr(mx, "device_info", lambda: {} if name is None else {"device_name": name})

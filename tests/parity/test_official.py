@@ -26,7 +26,7 @@ class Case:
 
         from mlx_starflow.reference.loading import load_flow
 
-        self.flow = load_flow(golden_case(name) / "model.pth", device, config=DATA / name / "config.yaml")
+        self.flow = load_flow(golden_case(name) / "model.pth", device, "float32", config=DATA / name / "config.yaml")
         arrays = mx.load(str(DATA / name / "golden.safetensors"))
         channels_first = {key for key, value in arrays.items() if value.ndim == 4 and "output" not in key}
         self.arrays = {

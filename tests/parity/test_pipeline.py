@@ -11,6 +11,7 @@ from helpers.commands import Command, message
 from helpers.images import smooth_images
 from helpers.model_directories import edit_weights, write_image_model
 from helpers.torch_reference import DEVICES, difference
+from PIL import Image
 
 from mlx_starflow import load
 from mlx_starflow.editing import Encoded
@@ -20,11 +21,11 @@ from mlx_starflow.model_dir.files import load_weights
 pytestmark = [pytest.mark.torch, pytest.mark.parametrize("device", DEVICES)]
 
 CASES = [
-    ("tiny", {}),
+    ("tiny", {"method": "sequential"}),
     ("tiny", {"method": "jacobi"}),
-    ("tiny", {"guidance": 0.0, "attn_temp": 0.8}),
-    ("tiny", {"size": (16, 8), "denoise": False}),
-    ("demo", {}),
+    ("tiny", {"method": "sequential", "guidance": 0.0, "attn_temp": 0.8}),
+    ("tiny", {"method": "sequential", "size": (16, 8), "denoise": False}),
+    ("demo", {"method": "sequential"}),
     ("demo", {"method": "jacobi", "size": (96, 32)}),
 ]
 
@@ -97,15 +98,20 @@ def test_bfloat16(device):
 
 
 def test_from_the_command_line(tiny, tmp_path, device):
-    words = ["a cat", "-m", tiny, "--seed", 3, "--dtype", "float32"]
+    words = ["a cat", "-m", tiny, "--seed", 3, "--dtype", "float32", "--method", "sequential"]
     for name, more in (("mlx", ["--no-verify"]), ("torch", ["--backend", "torch", "--device", device, "-v"])):
         result = generate(*words, *more, "-o", tmp_path / f"{name}.png")
         assert result.exit_code == 0, result.output
     assert "tokens/s" in result.output
     ours, theirs = (tmp_path / f"{name}.png" for name in ("mlx", "torch"))
     assert read_metadata(ours) == read_metadata(theirs)
-    # The picture of one backend can be made again with the other.
-    assert generate("--from", ours, "--backend", "torch", "-o", tmp_path / "again.png").exit_code == 0
+    # The picture of one backend can be made again with the other, which has no windows.
+    assert generate(*words[:-1], "rolling", "-o", tmp_path / "rolling.png").exit_code == 0
+    for name in ("mlx", "rolling"):
+        words = ["--from", tmp_path / f"{name}.png", "--backend", "torch", "--device", device, "--dtype", "float32"]
+        assert generate(*words, "-o", tmp_path / "again.png").exit_code == 0
+        first, again = (np.asarray(Image.open(tmp_path / f"{each}.png")).astype(int) for each in (name, "again"))
+        assert np.abs(first - again).max() <= 1 + 3 * (name == "rolling")
 
 
 def test_options_that_torch_does_not_have(tiny, tmp_path, device):

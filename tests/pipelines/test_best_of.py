@@ -17,7 +17,7 @@ def pipe(tmp_path_factory):
 
 
 def test_best_of(pipe):
-    best = pipe.best_of(["a cat", "a dog"], 3, images=2, seed=10, draws=2)
+    best = pipe.best_of(["a cat", "a dog"], 3, images=2, seed=10, draws=2, method="sequential")
     assert best.fits.shape == best.scores.shape == (4, 3)
     assert (best.scores[range(4), best.chosen] == best.scores.max(axis=1)).all()
     assert best.result.prompts == ["a cat", "a cat", "a dog", "a dog"]
@@ -25,7 +25,7 @@ def test_best_of(pipe):
     assert best.result.seeds == expected
     assert [each["seeds"] for each in best.result.metadata] == [[seed] for seed in expected]
     # A kept picture is the one that its seed makes.
-    alone = pipe.generate("a dog", seed=int(expected[3]))
+    alone = pipe.generate("a dog", seed=int(expected[3]), method="sequential")
     np.testing.assert_allclose(np.array(alone.latents[0]), np.array(best.result.latents[3]), atol=1e-5)
     assert np.array_equal(alone.noise[0], best.result.noise[3])
 

@@ -80,7 +80,7 @@ def test_steps(pipe):
 
 
 def test_stats(pipe):
-    stats = pipe.generate("a cat", seed=1, images=2, batch_size=1).stats
+    stats = pipe.generate("a cat", seed=1, images=2, batch_size=1, method="sequential").stats
     assert list(stats.seconds) == ["text", "flow", "verify", "denoise", "decode"]
     assert all(seconds > 0 for seconds in stats.seconds.values())
     assert stats.tokens == 2 * 2 * 16

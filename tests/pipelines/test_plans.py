@@ -54,3 +54,34 @@ def test_a_certificate_beyond_the_plan_is_said(model):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pipe.generate("a cat", seed=1, method="sequential")
+
+
+def test_a_plan_of_another_precision_is_ignored(model):
+    replace(plan(), precision="float32").save(model)
+    assert load(model, dtype="float32").plan == replace(plan(), precision="float32")
+    with pytest.warns(
+        UserWarning, match="measured in float32 and is ignored in float16; run `mlx-starflow tune` again"
+    ):
+        pipe = load(model, dtype="float16")
+    assert pipe.plan is None and pipe.method(pipe.settings) == "rolling"
+    # A plan that does not say which is for any.
+    plan().save(model)
+    assert load(model, dtype="float16").plan == plan()
+
+
+def test_files_say_what_auto_was(model):
+    """Without a plan; with one, the plan is asked again."""
+    for method in (None, "rolling"):
+        (metadata,) = load(model).generate("a cat", seed=1, method=method).metadata
+        assert metadata["settings"]["method"] == "rolling"
+    plan().save(model)
+    (metadata,) = load(model).generate("a cat", seed=1).metadata
+    assert metadata["settings"]["method"] == "auto"
+
+
+def test_a_flow_that_has_fallen_back_leaves_its_plan(model, monkeypatch):
+    replace(plan(), precision="float32").save(model)
+    pipe = load(model)
+    assert pipe.method(pipe.settings) == pipe.plan
+    monkeypatch.setitem(pipe.backend._fallen, "flow", "bfloat16")
+    assert pipe.method(pipe.settings) == "rolling"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import huggingface_hub
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 
 from mlx_starflow.media.images import save_image
 from mlx_starflow.pipelines.recipes import MOST_PICTURES, Recipe
+from mlx_starflow.sampling import SamplingPlan
 
 GOOD = {
     "version": "0.9",
@@ -38,6 +40,12 @@ def test_a_recipe_comes_back(tmp_path):
     assert (recipe.model, recipe.prompts, recipe.seeds) == ("demo", ["a cat", ""], [1, 2])
     assert recipe.adapters == (("run/adapter", 0.5),) and recipe.columns == 3
     assert recipe.settings == GOOD["settings"] and recipe.given_seeds == [1, 2]
+    # "auto" was one token after another where there was no plan.
+    assert recipe.settings_with(SamplingPlan((), 1.0, {}), ["rolling"]) == recipe.settings
+    assert recipe.settings_with(None, ["rolling"]) == recipe.settings | {"method": "sequential"}
+    rolling = replace(recipe, settings={"method": "rolling"})
+    assert rolling.settings_with(None, ["rolling"]) == rolling.settings
+    assert rolling.settings_with(None, ["jacobi"]) == {"method": "sequential"}
     found = Recipe.read(write(tmp_path / "a.webp", VIDEO | {"source": {"image": None}}), video=True)
     assert found.source == {"image": None} and found.settings["frames"] == 17
 

@@ -39,6 +39,16 @@ def test_half_precision():
     plan = tune(tiny.flow, z, tiny.text, tolerance=1e-9, report=lines.append)
     assert 1e-9 < plan.tolerance < 0.2
     assert any("all that this precision gives" in line for line in lines)
+    assert plan.precision == "bfloat16"
+    assert plan.tolerance > 2 * plan.measured["noise_floor"] > 1e-3
+    one = tiny.flow, z[:1], tiny.text[:1]
+    assert certify(tiny.flow, sample(*one, method=plan), *one[1:]).max <= plan.tolerance
+
+
+def test_in_float32_the_tolerance_is_what_was_asked_for():
+    tiny = tiny_case("softplus")
+    plan = tune(tiny.flow, mx.random.normal(tiny.x.shape, key=mx.random.key(0)), tiny.text, tolerance=5e-3)
+    assert plan.precision == "float32" and plan.tolerance == 5e-3 and "noise_floor" not in plan.measured
 
 
 def test_tolerance_is_checked():

@@ -174,7 +174,9 @@ def generate(
     pipe = opened.image_pipeline if isinstance(opened, VideoPipeline) else opened
     if not isinstance(pipe, ImagePipeline):
         raise StarflowError(f"{opened.name} does not read prompts: use load_flow and sample in Python")
-    settings = GenerationSettings.from_dict({**pipe.settings.to_dict(), **(recipe.settings if recipe else {})}).updated(
+    settings = GenerationSettings.from_dict(
+        {**pipe.settings.to_dict(), **(recipe.settings_with(pipe.plan, pipe.backend.methods) if recipe else {})}
+    ).updated(
         guidance=guidance, temperature=temperature, method=method, attn_temp=attn_temp, denoise=denoise, size=size
     )
     given = None
@@ -183,7 +185,7 @@ def generate(
             given = noise.load_noise(load_noise, (len(asked) * images * best_of, *pipe.latent_shape(settings.size)))
         if recipe and recipe.noise_sha256 not in (None, noise.digest(given)):
             raise StarflowError(f"{load_noise} is not the noise that {source} was made from")
-    ranks.agree_on_method(settings.method, pipe)
+    ranks.agree_on_method(settings.method)
     start = None if given is None else noise.digest(given)
     keep_steps, certify = steps_dir is not None, verify is not False
     options = (settings, seeds, images, best_of, start, keep_steps, batch_size, certify)

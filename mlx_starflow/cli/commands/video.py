@@ -164,7 +164,9 @@ def video(
     size = pipe.format.size_of(ratio) if ratio else size
     settings = None
     if recipe:
-        settings = VideoSettings.from_dict({**pipe.settings.to_dict(), **recipe.settings})
+        settings = VideoSettings.from_dict(
+            {**pipe.settings.to_dict(), **recipe.settings_with(pipe.plan, pipe.backend.methods)}
+        )
     if context is not None and video is None and extend is None:
         pipe.format.check_context(context)
         length = (settings or pipe.settings).frames if frames is None else frames
@@ -179,7 +181,7 @@ def video(
             loaded = noise.read_noise(load_noise)
         if recipe and recipe.noise_sha256 not in (None, noise.digest(loaded)):
             raise StarflowError(f"{load_noise} is not the noise that {source} was made from")
-    ranks.agree_on_method(method or (settings or pipe.settings).method, pipe)
+    ranks.agree_on_method(method or (settings or pipe.settings).method)
     ranks.agree_on_files(given)
     options = (guidance, temperature, method, attn_temp, denoise, size, frames, fps, context, settings)
     ranks.agree({"prompt": prompt, "options": (options, None if loaded is None else noise.digest(loaded))})

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 import click
 
@@ -72,9 +72,9 @@ class Ranks:
                     raise StarflowError(f"{path} cannot be read: {error.strerror}") from None
         self.agree(digests)
 
-    def agree_on_method(self, method: str, pipe: Any) -> None:
+    def agree_on_method(self, method: str) -> None:
         """All methods but the sequential one stop where the numbers say so: all ranks must get the same ones then."""
-        if self.group is not None and not (method == "sequential" or (method == "auto" and pipe.plan is None)):
+        if self.group is not None and method != "sequential":
             import mlx.core as mx
 
             self.agree({"kind of chip, which all methods but sequential need": mx.device_info()["device_name"]})

@@ -80,7 +80,7 @@ sampling_options = with_options(
     click.option(
         "--method",
         type=click.Choice(["auto", "sequential", "jacobi", "rolling"]),
-        help="How the flow is inverted; auto follows the plan of `mlx-starflow tune`, and is sequential without one.",
+        help="How the flow is inverted; auto follows the plan of `mlx-starflow tune`, and is rolling without one.",
     ),
     click.option(
         "--verify/--no-verify",
