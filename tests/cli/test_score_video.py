@@ -77,7 +77,17 @@ def test_encode_and_decode(model, clips):
     assert "again: 1 videos" in ran(decode("n.safetensors", "-o", "again"))
     frames = [np.stack([np.asarray(each) for each in read_video(clips / "again")])]
     assert frames[0].shape == (13, 32, 48, 3)
-    exact = ["--temperature", 1, "--guidance", 0, "--no-denoise", "--load-noise", "n.safetensors"]
+    exact = [
+        "--temperature",
+        1,
+        "--guidance",
+        0,
+        "--no-denoise",
+        "--method",
+        "sequential",
+        "--load-noise",
+        "n.safetensors",
+    ]
     ran(video("a cat", "-m", model, "--frames", 13, "--size", "48x32", *exact, "-o", "sampled"))
     frames.append(np.stack([np.asarray(each) for each in read_video(clips / "sampled")]))
     assert np.abs(frames[0].astype(int) - frames[1]).max() <= 1

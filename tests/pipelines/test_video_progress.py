@@ -29,8 +29,9 @@ def test_phases_of_a_video(pipe):
     def look(progress: Progress) -> None:
         seen.append((progress.phase, progress.done, progress.total))
 
-    plain = pipe.generate("a dog", seed=1, frames=9)
-    assert pipe.generate("a dog", seed=1, frames=9, frames_at_once=1, callback=look).videos == plain.videos
+    asked = {"seed": 1, "frames": 9, "method": "sequential"}
+    plain = pipe.generate("a dog", **asked)
+    assert pipe.generate("a dog", frames_at_once=1, callback=look, **asked).videos == plain.videos
     assert {phase for phase, _, _ in seen} == {"text", "flow", "denoise", "decode"}
     flow = [(done, total) for phase, done, total in seen if phase == "flow" and total is not None]
     done, total = max(flow)
@@ -41,7 +42,7 @@ def test_phases_of_a_video(pipe):
 @pytest.mark.parametrize("low_memory", [False, True])
 @pytest.mark.parametrize("phase", ["text", "flow", "denoise", "decode"])
 def test_a_stopped_video_can_be_begun_again(directory, phase, low_memory):
-    pipe, asked = load_video(directory, low_memory=low_memory), {"seed": 1, "frames": 9}
+    pipe, asked = load_video(directory, low_memory=low_memory), {"seed": 1, "frames": 9, "method": "sequential"}
 
     def stop(progress: Progress) -> None:
         if progress.phase == phase:
@@ -75,10 +76,10 @@ def test_reading_a_video_is_stopped(pipe, kind):
 
 
 def test_videos_are_saved_with_their_metadata(pipe, tmp_path):
-    result = pipe.generate("a dog", seed=1, frames=5, videos=2)
+    result = pipe.generate("a dog", seed=1, frames=5, videos=2, method="sequential")
     files = result.save(tmp_path / "dog.webp")
     assert [read_metadata(file)["seeds"] for file in files] == [[1], [2]]
-    pipe.stream("a dog", seed=1, frames=5).save(str(tmp_path / "stream.webp"))
+    pipe.stream("a dog", seed=1, frames=5, method="sequential").save(str(tmp_path / "stream.webp"))
     frames = list(read_video(tmp_path / "stream.webp"))
     assert [np.asarray(a).tolist() for a in frames] == [np.asarray(b).tolist() for b in result.videos[0]]
     assert read_metadata(tmp_path / "stream.webp") == read_metadata(files[0])
