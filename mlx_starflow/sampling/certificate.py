@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from mlx_starflow.kernels.affine import GuidanceTarget
+from mlx_starflow.kernels.affine import GuidanceMode, GuidanceTarget
 from mlx_starflow.models.flow import Flow
+from mlx_starflow.models.itarflow import at_noise_level
 from mlx_starflow.sampling.guidance import SamplingOptions
 from mlx_starflow.sampling.guided import GuidedFlow
 from mlx_starflow.sampling.progress import Watch, watch
@@ -60,6 +61,9 @@ def certify(
     attn_temp: float = 1.0,
     annealed_guidance: bool = False,
     guidance_target: GuidanceTarget = "ab",
+    guidance_mode: GuidanceMode | None = None,
+    guided_blocks: int | None = None,
+    noise_level: float | None = None,
     progress: Watch = False,
 ) -> Certificate:
     """Certify samples x `[B, H, W, C]`, before denoising, of noise z: one parallel forward pass, sample by sample.
@@ -67,7 +71,8 @@ def certify(
     The other arguments are those of `sample`, and must be the ones that the samples were made with; a `Progress` can
     cancel it before each block.
     """
-    options = SamplingOptions(guidance, attn_temp, annealed_guidance, guidance_target)
+    flow = at_noise_level(flow, noise_level)
+    options = SamplingOptions(guidance, attn_temp, annealed_guidance, guidance_target, guidance_mode, guided_blocks)
     tokens, noise = flow.tokens(x), flow.noise_tokens(z)
     residuals = []
     progress = watch(progress)

@@ -21,6 +21,7 @@ def denoise(
     text: mx.array | None = None,
     noise_std: float | None = None,
     *,
+    batch_size: int = 1,
     progress: Watch = False,
 ) -> mx.array:
     """One score step (Tweedie's formula): x + noise_std^2 * d log p(x | text) / dx, which is E[clean | noisy].
@@ -29,12 +30,14 @@ def denoise(
         flow: a flow; its weights get no gradient.
         x: noisy data `[B, H, W, C]`, or videos `[B, T, H, W, C]`.
         text: its condition, as for `flow(x, text)`.
-        noise_std: standard deviation of the training noise; the flow's own by default. A learned denoiser knows it.
+        noise_std: standard deviation of the training noise; the flow's own by default, which an iTARFlow's level is
+            (see `ITarFlow.at`). A learned denoiser knows it.
+        batch_size: samples at once; more take less time and more memory.
         progress: a `Progress`, which is told of each sample, or whether to show a progress bar.
 
     A flow with a learned denoiser predicts the score; in a video, attention is computed frame by frame. Otherwise it is
-    a vector-Jacobian product through the whole flow, computed one sample at a time and with every layer run twice, to
-    save memory.
+    a vector-Jacobian product through the whole flow, computed a few samples at a time and with every layer run twice,
+    to save memory.
     """
     progress = watch(progress)
     progress.check()
@@ -44,20 +47,20 @@ def denoise(
         result = clean(x, flow.latents(denoiser(flow.tokens(x), text, rope_frequencies, frame_count(x.shape)), x.shape))
         check_finite(result, "the denoised sample")
         return result
-    noise_std = flow.config.noise_std if noise_std is None else noise_std
+    variance = (flow.noise_std if noise_std is None else noise_std) ** 2
 
     def negative_log_likelihood(sample: mx.array, condition: mx.array | None) -> mx.array:
-        return flow(sample, condition, gradient_checkpointing=True).nll().sum() * sample.size
+        return flow(sample, condition, gradient_checkpointing=True).nll().sum() * (sample.size // sample.shape[0])
 
     score = mx.grad(negative_log_likelihood)
     cleaned = []
     with progress.counting("denoise", x.shape[0], "sample", leave=False) as counter:
-        for index in range(x.shape[0]):
-            sample = x[index : index + 1].astype(mx.float32)
-            condition = None if text is None else text[index : index + 1]
-            cleaned.append(sample - noise_std**2 * score(sample, condition))
+        for start in range(0, x.shape[0], batch_size):
+            sample = x[start : start + batch_size].astype(mx.float32)
+            condition = None if text is None else text[start : start + batch_size]
+            cleaned.append(sample - variance * score(sample, condition))
             mx.eval(cleaned[-1])
-            counter.advance()
+            counter.advance(len(sample))
     result = mx.concatenate(cleaned)
     check_finite(result, "the denoised sample")
     return result

@@ -152,3 +152,15 @@ def test_results_are_saved_with_their_metadata(pipe, tmp_path):
 def test_noise_is_that_of_the_plain_call(pipe):
     ours, plain = (pipe.generate("a", seed=1, progress=each) for each in (Progress(), False))
     assert np.array_equal(ours.noise, plain.noise) and ours.images == plain.images
+
+
+@pytest.mark.parametrize("phase", ["flow", "verify", "decode"])
+def test_class_labels(pixel_flow, phase):
+    seen = []
+    plain = pixel_flow.generate("1", seed=1)
+    assert pixel_flow.generate("1", seed=1, callback=lambda p: seen.append(p.phase)).images == plain.images
+    assert phase in seen
+    with pytest.raises(Cancelled):
+        pixel_flow.generate("1", seed=1, callback=stop_at(phase))
+    assert "did you mean 'guidance'?" in message(pixel_flow.generate, "1", guidence=1.0)
+    assert pixel_flow.generate("1", seed=1).images == plain.images

@@ -8,9 +8,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from helpers.commands import message
+from helpers.tiny_flows import tiny_case
 
 from mlx_starflow import Cancelled, StarflowError
-from mlx_starflow.sampling import JacobiSettings, Progress, RollingSettings, certify, denoise, sample
+from mlx_starflow.sampling import JacobiSettings, Progress, RollingSettings, certify, denoise, iterate, sample
 from mlx_starflow.sampling.decoder import BlockDecoder
 from mlx_starflow.sampling.progress import watch
 
@@ -133,3 +134,16 @@ def test_watch():
     assert watch(False, print).callback is print
     assert "give Progress(callback) alone" in message(watch, given, print)
     assert np.isfinite(given.seconds)
+
+
+def test_iterative_denoising_is_watched():
+    case = tiny_case("itarflow")
+    seen = []
+    progress = Progress(lambda progress: seen.append((progress.phase, progress.counted)))
+    levels = [0.3, 0.2, 0.1]
+    plain = iterate(case.flow, case.x, case.text, levels)
+    assert mx.array_equal(iterate(case.flow, case.x, case.text, levels, progress=progress), plain)
+    assert max(counted[0].done for _, counted in seen if counted) == 3
+    progress.cancel()
+    with pytest.raises(Cancelled):
+        iterate(case.flow, case.x, case.text, levels, progress=progress)
