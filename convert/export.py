@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_starflow.arguments import checked
 from mlx_starflow.convert.archive import check_archive_name, write_archive
 from mlx_starflow.convert.common import as_tensor
 from mlx_starflow.convert.tensor import Tensor
@@ -26,6 +27,7 @@ from mlx_starflow.models.itarflow import ITarFlowConfig
 from mlx_starflow.models.tarflow import TarFlowConfig
 
 
+@checked
 def export_model(directory: str | Path, path: str | Path) -> Path:
     """Write a flow, or a model directory's `text_encoder/` or `vae/`, as the checkpoint it could have come from.
 

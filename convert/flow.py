@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
+from mlx_starflow.arguments import checked
 from mlx_starflow.convert.common import check_target, write_module
 from mlx_starflow.convert.official import LICENSE as LICENSE
 from mlx_starflow.convert.official import released_arguments
@@ -39,6 +40,7 @@ None of this holds for weights that someone else trained and released under othe
 _TARFLOW_NAME = re.compile(r".+_model_(?P<patch>\d+)_\d+_\d+_\d+_(?P<noise>\d+\.\d+)")
 
 
+@checked
 def convert_flow(
     checkpoint: str | Path,
     config: str | Path | None,

@@ -10,6 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_starflow.arguments import checked
 from mlx_starflow.convert.flow import read_arguments, write_flow
 from mlx_starflow.convert.official import LICENSE, LICENSES, RELEASES, later_scale, released_arguments
 from mlx_starflow.convert.t5 import convert_t5
@@ -27,6 +28,7 @@ from mlx_starflow.models.t5 import encoder_name
 _RECORD = "conversion.json"
 
 
+@checked
 def convert_release(
     repository: str,
     out_dir: str | Path | None = None,

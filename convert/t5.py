@@ -6,6 +6,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from mlx_starflow.arguments import checked
 from mlx_starflow.convert.common import check_target, open_tensors, write_module
 from mlx_starflow.convert.tensor import Tensor
 from mlx_starflow.errors import StarflowError
@@ -24,6 +25,7 @@ _WEIGHT_FILES = (
 )
 
 
+@checked
 def convert_t5(
     source: str | Path,
     out_dir: str | Path,

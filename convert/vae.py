@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_starflow.arguments import checked
 from mlx_starflow.convert.common import check_target, open_tensors, write_module
 from mlx_starflow.convert.distributed import is_distributed
 from mlx_starflow.convert.tensor import Tensor
@@ -29,6 +30,7 @@ SD_VAE: dict[str, Any] = {"block_out_channels": [128, 256, 512, 512], "layers_pe
 _HALVES = {"encoder.0": "encoder", "encoder.1": "quant_conv", "decoder.0": "post_quant_conv", "decoder.1": "decoder"}
 
 
+@checked
 def convert_vae(
     source: str | Path,
     out_dir: str | Path,

@@ -3,7 +3,7 @@
 from mlx_starflow import load
 
 pipe = load("demo")
-pipe.generate("a slice of pizza", seed=7).images[0].save("pizza.png")
+pipe.generate("a slice of pizza", seed=7).save("pizza.png")
 """
 
 from __future__ import annotations
@@ -12,11 +12,18 @@ import os
 from importlib import import_module
 
 from mlx_starflow import cpu
-from mlx_starflow.errors import StarflowError
+from mlx_starflow.errors import Cancelled, StarflowError
 
 __version__ = "0.1.0"
 __all__ = [
+    "Cancelled",
+    "ClassPipeline",
+    "GenerationResult",
+    "GenerationSettings",
+    "ImagePipeline",
+    "Progress",
     "StarflowError",
+    "VideoPipeline",
     "__version__",
     "denoise",
     "load",
@@ -27,6 +34,12 @@ __all__ = [
 ]
 
 _HOMES = {
+    "ClassPipeline": "pipelines",
+    "GenerationResult": "pipelines",
+    "GenerationSettings": "pipelines",
+    "ImagePipeline": "pipelines",
+    "Progress": "sampling",
+    "VideoPipeline": "pipelines",
     "denoise": "sampling",
     "load": "pipelines",
     "load_class_labels": "pipelines",
@@ -48,3 +61,7 @@ def __getattr__(name: str) -> object:
         cpu.check()
         return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

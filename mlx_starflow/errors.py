@@ -5,6 +5,10 @@ class StarflowError(Exception):
     """A mistake the user can mend. The message is one line that names the mistake and, where possible, the fix."""
 
 
+class Cancelled(StarflowError):
+    """A call was ended by `Progress.cancel`: no mistake, but whoever waits for its result gets none."""
+
+
 class NotFinite(StarflowError):
     """A network made a NaN or an infinity: better an error than a black picture."""
 

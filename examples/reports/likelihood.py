@@ -80,14 +80,13 @@ class Report:
             for split in ("train", "held_out")
         )
         self.folder = pictures
-        self.model.dense_flow()  # from here on, for generating too
         self.statistics = CalibrationStatistics.find(self.model.directory)
 
     def exactness(self) -> None:
         """The surprise map sums to the NLL, and log-dets are those of the Jacobian."""
         x = with_noise(self.model.flow, np.concatenate([self.known.data[:32], self.unseen.data]), 0)
         text = self.model.conditions([*self.known.names[:32], *self.unseen.names])
-        out = self.model.flow(mx.array(x), text)
+        out = self.model.dense_flow()(mx.array(x), text)
         nll = np.array(out.nll()) + 0.5 * math.log(2 * math.pi)
         maps = token_nats(self.model.flow, mx.array(x), text).sum(axis=1)
         gap = np.abs(maps.sum(axis=1) / x[0].size - nll).max()

@@ -19,25 +19,28 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
-from mlx_starflow.editing.maps import cleaned, noise_to_tokens
-from mlx_starflow.editing.masks import check_mask, fill, token_mask
+from mlx_starflow.arguments import checked
+from mlx_starflow.editing.maps import SEQUENTIAL, Inversion, cleaned, noise_to_tokens
+from mlx_starflow.editing.masks import check_mask, fill, read_mask, token_mask
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.likelihood.nll import noise_and_nats, with_noise
-from mlx_starflow.likelihood.protocol import ImageModel
-from mlx_starflow.media.images import to_images
+from mlx_starflow.likelihood.protocol import ImageModel, Prompt
+from mlx_starflow.media.given import ImageSource, open_image
+from mlx_starflow.media.images import save_images, to_images
 from mlx_starflow.media.noise import check_seeds
-from mlx_starflow.media.pixels import crop_image, model_picture, scale_pixels
+from mlx_starflow.media.pixels import crop_image, scale_pixels
 from mlx_starflow.models.flow import Flow
 from mlx_starflow.planning.limits import check_count, check_held
 from mlx_starflow.sampling import GuidedFlow
-from mlx_starflow.sampling.sampler import progress_off
+from mlx_starflow.sampling.methods import Method
+from mlx_starflow.sampling.progress import Callback, Watch, watch
 
 ACCEPT = ("kept", "whole")
 """Whose likelihood ratio decides: that of the kept tokens, or the whole one."""
@@ -83,12 +86,17 @@ class Inpainting:
     trace: Trace
     metadata: list[dict[str, Any]] = field(default_factory=list)
 
+    def save(self, path: str | Path) -> list[Path]:
+        """Write the images with their metadata, see `media.images.save_images`. Raises StarflowError."""
+        return save_images(self.images, path, self.metadata)
 
+
+@checked
 def inpaint(
     model: ImageModel,
-    image: Image.Image,
-    mask: Image.Image,
-    prompt: str = "",
+    image: ImageSource,
+    mask: ImageSource,
+    prompt: Prompt = "",
     *,
     steps: int = 20,
     rounds: int = 3,
@@ -97,14 +105,18 @@ def inpaint(
     images: int = 1,
     seed: int = 0,
     size: tuple[int, int] | None = None,
-    progress: bool | None = False,
+    method: Method | None = None,
+    progress: Watch = False,
+    callback: Callback | None = None,
 ) -> Inpainting:
     """Paint the free part of an image anew.
 
     Args:
         model: a pipeline, or another model.
-        image: it is cut about its middle and resized to `size`, and the mask with it.
-        mask: of the image's size, white where it is free, see `masks.read_mask`.
+        image: a file, a PIL image or an array, see `media.given`; it is cut about its middle and resized to `size`, and
+            the mask with it.
+        mask: a file, a PIL image or an array of the image's size, white (True) where it is free, or such a rectangle,
+            "x,y,w,h", see `masks.read_mask`.
         prompt: of the whole image; "" is none.
         steps: of Metropolis-Hastings in each round; each costs about as much as generating an image.
         rounds: after each, the image is encoded anew, so that the autoencoder's latents of the kept part know what
@@ -114,25 +126,29 @@ def inpaint(
         images: chains, each with an image of its own.
         seed: of the first chain; the others count up. A seed means one image.
         size: (width, height) in pixels; the model's own by default.
-        progress: show a progress bar; None shows it on a terminal only.
+        method: how the noise is made an image again, see `sample`; by default as the model's sampling plan says, and
+            one token after another if it has none.
+        progress: a `Progress`, or whether to show a progress bar; None shows it on a terminal only.
+        callback: is called with the `Progress`, which says how far this is and can cancel it.
 
     Raises:
         StarflowError: a setting is out of range, the mask does not fit, or a likelihood is not finite.
     """
     _check(steps, rounds, strength, accept, images, seed)
-    image = model_picture(image)
-    if mask.size != image.size:
-        raise StarflowError(f"the mask is {mask.size}, the picture {image.size}; they must have the same size")
+    progress = watch(progress, callback)
+    inversion = Inversion(model.inversion(method), progress)
+    image = open_image(image)
+    mask = read_mask(mask, image.size)
     width, height = size or model.size
     check_held(images, 32 * width * height)  # each is painted in float32, and has data and noise of its own
-    free_pixels = np.asarray(crop_image(mask.convert("L"), width, height)) > 127
+    free_pixels = np.asarray(crop_image(mask, width, height)) > 127
     check_mask(free_pixels, "(resized to the model's pictures)")
     original = scale_pixels(np.asarray(model.fit(image, size)))
     painted = np.repeat(fill(original, free_pixels)[None], images, axis=0)
     seeds = range(seed, seed + images)
     rngs = [np.random.Generator(np.random.Philox(each)) for each in seeds]
     condition, noisy, traces = None, None, []
-    with tqdm(total=steps * rounds, desc="inpainting", unit="step", disable=progress_off(progress)) as bar:
+    with progress.counting("inpainting", steps * rounds, "step") as counter:
         for number in range(rounds):
             kept = np.concatenate([model.encode_images(each[None]) for each in painted.astype(np.float32)])
             model.release("vae")
@@ -140,8 +156,8 @@ def inpaint(
                 condition = model.conditions([prompt] * images, kept.shape)
                 model.release("text_encoder")
             free = token_mask(free_pixels, model.grid(kept.shape[1:])).reshape(-1)
-            chain = Chain(model.dense_flow(), kept.shape, condition, free)
-            noisy, data, trace = _round(chain, kept, noisy, seeds, rngs, steps, strength, accept, bar.update)
+            chain = Chain(model.dense_flow(), kept.shape, condition, free, inversion)
+            noisy, data, trace = _round(chain, kept, noisy, seeds, rngs, steps, strength, accept, counter.advance)
             traces.append(trace)
             del chain
             model.release("flow")
@@ -150,7 +166,7 @@ def inpaint(
     about = {
         **model.origin(),
         "made_by": "edit inpaint",
-        "prompts": [prompt],
+        "prompts": [str(prompt)],
         "size": (width, height),
         "steps": steps,
         "rounds": rounds,
@@ -180,7 +196,7 @@ def _round(
     fresh = flow.tokens(mx.array(with_noise(flow, kept, 0, numbers=seeds)))
     start = chain.start(fresh, rngs) if noisy is None else chain.with_kept(fresh, noisy)
     end, trace = chain.run(start, rngs, steps, strength, accept, advance)
-    clean = flow.tokens(cleaned(flow, flow.latents(end, kept.shape), chain.condition))
+    clean = flow.tokens(cleaned(flow, flow.latents(end, kept.shape), chain.condition, chain.inversion.progress))
     tokens = chain.with_kept(flow.tokens(mx.array(kept)), clean)
     return end, np.array(flow.latents(tokens, kept.shape)), trace
 
@@ -188,8 +204,16 @@ def _round(
 class Chain:
     """Metropolis-Hastings over the free tokens of noisy data; a batch is as many independent chains."""
 
-    def __init__(self, flow: Flow, shape: tuple[int, ...], condition: mx.array | None, free: np.ndarray):
+    def __init__(
+        self,
+        flow: Flow,
+        shape: tuple[int, ...],
+        condition: mx.array | None,
+        free: np.ndarray,
+        inversion: Inversion = SEQUENTIAL,
+    ):
         """`shape` `[B, ...]` is the data's, `free` `[N]` says which tokens change."""
+        self.inversion = inversion
         self.flow, self.shape, self.condition = flow, shape, condition
         self.free, self.mask = free, mx.array(free)[None, :, None]
         self.guided = GuidedFlow(flow, shape, condition)
@@ -202,7 +226,7 @@ class Chain:
         """A first state: noise in place of the free tokens, mapped to z, redrawn there, and mapped back."""
         z, _ = self._forward(self.with_kept(kept, self._normal(rngs, kept.shape)))
         z = mx.where(self.mask, self._normal(rngs, z.shape), z)
-        return self.with_kept(kept, noise_to_tokens(self.guided, z))
+        return self.with_kept(kept, noise_to_tokens(self.guided, z, self.inversion))
 
     def run(
         self,
@@ -219,7 +243,7 @@ class Chain:
         nll, accepted = [nats.sum(axis=1)], []
         for _ in range(steps):
             moved = math.sqrt(1 - strength**2) * z + strength * self._normal(rngs, z.shape)
-            moved = noise_to_tokens(self.guided, mx.where(self.mask, moved, z))
+            moved = noise_to_tokens(self.guided, mx.where(self.mask, moved, z), self.inversion)
             proposal = self.with_kept(tokens, moved)
             new_z, new_nats = self._forward(proposal)
             log_ratio = (nats - new_nats)[:, decisive].sum(axis=1)

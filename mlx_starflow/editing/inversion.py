@@ -14,19 +14,24 @@ import numpy as np
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
-from tqdm import tqdm
 
-from mlx_starflow.editing.maps import cleaned, from_noise, regenerated, to_noise
+from mlx_starflow.arguments import checked
+from mlx_starflow.editing.maps import Inversion, cleaned, from_noise, regenerated, to_noise
 from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.likelihood.nll import at_once, unit_of, with_noise
-from mlx_starflow.likelihood.protocol import ImageModel, ImageOrVideo
-from mlx_starflow.media.files import parse_json, replacing
+from mlx_starflow.likelihood.protocol import ImageModel, Prompts, one_or_several
+from mlx_starflow.media.files import expanded, parse_json, replacing
+from mlx_starflow.media.given import Images, one_or_many
 from mlx_starflow.media.noise import KEY, check_finite_noise, digest, read_noise
 from mlx_starflow.models.configs import plain_fields
 from mlx_starflow.sampling import GuidedFlow, SamplingOptions
-from mlx_starflow.sampling.sampler import progress_off
+from mlx_starflow.sampling.methods import Method
+from mlx_starflow.sampling.progress import Callback, Progress, Watch, watch
 
 METADATA_KEY = "mlx-starflow"
+
+Fitted = Image.Image | Iterable[Image.Image]
+"""An image, or the frames of a video."""
 
 SMALLEST = 0.1
 """RMS of data that errors are compared with at least: an image may be all of one grey, which is 0."""
@@ -51,8 +56,9 @@ class Encoded:
     def __post_init__(self) -> None:
         plain_fields(self)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write as safetensors, which `generate --load-noise` reads too. Raises StarflowError."""
+        path = expanded(path)
         check_finite_noise(self.noise, path)
         about = {"version": 1, "prompts": self.prompts, "guidance": self.guidance, "model": self.model}
         with replacing(path) as temporary:
@@ -66,8 +72,9 @@ class Encoded:
         return [{**about, "prompts": [prompt], "noise_sha256": [digest(noise[None])]} for prompt, noise in each]
 
     @classmethod
-    def load(cls, path: Path) -> Encoded:
+    def load(cls, path: str | Path) -> Encoded:
         """Read what `save` wrote. Noise of `generate --save-noise` counts as unprompted. Raises StarflowError."""
+        path = expanded(path)
         noise = read_noise(path)
         try:
             with safe_open(path, framework="numpy") as file:
@@ -104,24 +111,27 @@ class RoundTrip:
         )
 
 
+@checked
 def encode(
     model: ImageModel,
-    images: Iterable[ImageOrVideo],
-    prompts: str | Sequence[str] = "",
+    images: Images,
+    prompts: Prompts = "",
     *,
     guidance: float = 0.0,
     noise_seed: int | None = None,
     size: tuple[int, int] | None = None,
     check: bool = True,
     batch_size: int = 8,
-    progress: bool | None = False,
+    method: Method = "sequential",
+    progress: Watch = False,
+    callback: Callback | None = None,
 ) -> tuple[Encoded, RoundTrip | None]:
     """Images -> the noise that they come from, exactly, given their prompts.
 
     Args:
         model: a pipeline, or another model.
-        images: each is cut about its middle and resized to `size`. For a model of videos also videos of as many frames:
-            the frames of each.
+        images: one or many, see `media.given`; each is cut about its middle and resized to `size`. For a model of
+            videos also videos of as many frames: the frames of each, or its file.
         prompts: one for all or one an image; "" is none.
         guidance: map as a sampler with this guidance does: its maps are affine and autoregressive too.
         noise_seed: add the flow's training noise of this seed first. Then the result is standard normal, as far as the
@@ -129,7 +139,9 @@ def encode(
         size: (width, height) in pixels; the model's own by default.
         check: go the way back too, which takes as long as generating the images.
         batch_size: images, or latent frames of videos, at once.
-        progress: show a progress bar; None shows it on a terminal only.
+        method: of the way back, see `sample`; by default exact. "auto" is the model's sampling plan, if it has one.
+        progress: a `Progress`, or whether to show a progress bar; None shows it on a terminal only.
+        callback: is called with the `Progress`, which says how far this is and can cancel it.
 
     Returns:
         The noise, and the errors of the way back (None without `check`).
@@ -138,21 +150,24 @@ def encode(
         StarflowError: there are no images, or not as many prompts, or the noise is not finite; or, with `check`, the
             way back leads nowhere near an image. Further than a tenth of its data is a warning.
     """
-    fitted = [model.fit(image, size) for image in images]
+    progress = watch(progress, callback)
+    inversion = Inversion(model.inversion(method), progress)
+    fitted = [model.fit(image, size) for image in progress.each("reading", one_or_many(images), "picture")]
     data = model.to_data(fitted, size)
     lost = _lost_levels(model.to_images(data), fitted) if check else 0.0
     model.release("vae")
     if noise_seed is not None:
         data = with_noise(model.exact_flow(), data, 0, noise_seed)
-    prompts = [prompts] * len(data) if isinstance(prompts, str) else list(prompts)
+    prompts = [str(prompts)] * len(data) if isinstance(prompts, str | int) else one_or_several(prompts)
     noise, errors = [], []
     for part, guided, _ in _batches(model, prompts, len(data), data.shape, guidance, batch_size, progress, "encoding"):
         x = mx.array(data[part])
-        z = to_noise(guided, x)
+        z = to_noise(guided, x, inversion)
         noise.append(np.array(z))
         if check:
-            errors.append(np.array(from_noise(guided, z) - x))
+            errors.append(np.array(from_noise(guided, z, inversion) - x))
             _check_way_back(errors[-1], data[part])
+    model.release("flow")
     encoded = Encoded(np.concatenate(noise), prompts, guidance, model.name)
     if not check:
         return encoded, None
@@ -160,13 +175,16 @@ def encode(
     return encoded, RoundTrip(float(np.abs(error).max()), _rms(error), lost)
 
 
+@checked
 def decode(
     model: ImageModel,
     encoded: Encoded,
     *,
     denoise: bool = False,
     batch_size: int = 8,
-    progress: bool | None = False,
+    method: Method = "sequential",
+    progress: Watch = False,
+    callback: Callback | None = None,
 ) -> tuple[list[Image.Image] | list[list[Image.Image]], np.ndarray]:
     """Noise -> images (of videos the frames of each) and their data: the inverse of `encode`.
 
@@ -174,16 +192,19 @@ def decode(
         model: a pipeline, or another model.
         encoded: noise, prompts and guidance.
         denoise: clean the data with one score step: for noise of images that training noise was added to.
+        batch_size, method, progress, callback: as for `encode`.
 
     Raises:
         StarflowError: the noise does not fit the model, or the data are not finite.
     """
+    progress = watch(progress, callback)
+    inversion = Inversion(model.inversion(method), progress)
     noise, shape = encoded.noise, encoded.noise.shape
     data = []
     batches = _batches(model, encoded.prompts, len(noise), shape, encoded.guidance, batch_size, progress, "decoding")
     for part, guided, condition in batches:
-        x = regenerated(guided, mx.array(noise[part]))
-        data.append(np.array(cleaned(model.exact_flow(), x, condition) if denoise else x))
+        x = regenerated(guided, mx.array(noise[part]), inversion)
+        data.append(np.array(cleaned(model.exact_flow(), x, condition, progress) if denoise else x))
     model.release("flow")
     result = np.concatenate(data)
     return model.to_images(result), result
@@ -196,7 +217,7 @@ def _batches(
     shape: tuple[int, ...],
     guidance: float,
     batch_size: int,
-    progress: bool | None,
+    progress: Progress,
     what: str,
 ) -> Iterator[tuple[slice, GuidedFlow, mx.array | None]]:
     """Parts of so many images, each with the flow under their prompts and these prompts' condition."""
@@ -206,14 +227,14 @@ def _batches(
     model.release("text_encoder")
     flow, options = model.exact_flow(), SamplingOptions(guidance)
     batch_size = at_once(batch_size, shape)
-    with tqdm(total=count, desc=what, unit=unit_of(shape), disable=progress_off(progress)) as bar:
+    with progress.counting(what, count, unit_of(shape)) as counter:
         for start in range(0, count, batch_size):
             part = slice(start, min(start + batch_size, count))
             text = null = None
             if conditions is not None:
                 text, null = conditions[part], conditions[-1:]
             yield part, GuidedFlow(flow, (part.stop - start, *shape[1:]), text, null, options), text
-            bar.update(part.stop - start)
+            counter.advance(part.stop - start)
 
 
 def _check_way_back(errors: np.ndarray, data: np.ndarray) -> None:
@@ -227,7 +248,7 @@ def _check_way_back(errors: np.ndarray, data: np.ndarray) -> None:
         warnings.warn(f"{said}: {advice}", stacklevel=3)
 
 
-def _lost_levels(made: Sequence[ImageOrVideo], given: Sequence[ImageOrVideo]) -> float:
+def _lost_levels(made: Sequence[Fitted], given: Sequence[Fitted]) -> float:
     """RMS difference of images, or of frames of videos, of one size."""
     pairs = zip(_frames(made), _frames(given), strict=True)
     return _rms(
@@ -235,7 +256,7 @@ def _lost_levels(made: Sequence[ImageOrVideo], given: Sequence[ImageOrVideo]) ->
     )
 
 
-def _frames(images: Iterable[ImageOrVideo]) -> Iterator[Image.Image]:
+def _frames(images: Iterable[Fitted]) -> Iterator[Image.Image]:
     for each in images:
         yield from [each] if isinstance(each, Image.Image) else each
 

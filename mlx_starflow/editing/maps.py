@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
@@ -14,7 +15,8 @@ from mlx_starflow.sampling.decoder import check_finite
 from mlx_starflow.sampling.denoise import denoise
 from mlx_starflow.sampling.guidance import Guidance, SamplingOptions, guidance_function
 from mlx_starflow.sampling.guided import GuidedFlow
-from mlx_starflow.sampling.methods import SequentialSettings
+from mlx_starflow.sampling.methods import Method, SamplingPlan, block_settings, for_videos
+from mlx_starflow.sampling.progress import Watch, watch
 from mlx_starflow.sampling.sampler import invert_block
 
 WORST = 1.0
@@ -58,57 +60,83 @@ def prior_std(flow: Flow) -> mx.array:
     return mx.sqrt(flow.prior_variance)
 
 
-def tokens_to_noise(guided: GuidedFlow, tokens: mx.array) -> mx.array:
+@dataclass(frozen=True)
+class Inversion:
+    """How noise is made data again.
+
+    Attributes:
+        method: of sampling.
+        progress: is told of each step, and can end it.
+    """
+
+    method: Method = "sequential"
+    progress: Watch = False
+
+
+SEQUENTIAL = Inversion()
+
+
+def tokens_to_noise(guided: GuidedFlow, tokens: mx.array, inversion: Inversion = SEQUENTIAL) -> mx.array:
     """Data tokens `[B, N, C]` -> standard normal tokens, in data order; one parallel pass."""
-    noise = guided.forward(tokens) / prior_std(guided.flow)
+    noise = guided.forward(tokens, inversion.progress) / prior_std(guided.flow)
     check_finite(noise, "the noise")
     return noise
 
 
-def noise_to_tokens(guided: GuidedFlow, noise: mx.array) -> mx.array:
-    """The exact inverse of `tokens_to_noise`."""
-    return _inverted(guided, noise * prior_std(guided.flow))
+def noise_to_tokens(guided: GuidedFlow, noise: mx.array, inversion: Inversion = SEQUENTIAL) -> mx.array:
+    """The inverse of `tokens_to_noise`: exact, or with a method that is not, as exact as that is."""
+    return _inverted(guided, noise * prior_std(guided.flow), inversion)
 
 
-def _inverted(guided: GuidedFlow, tokens: mx.array) -> mx.array:
-    for index in guided.active():
-        tokens = invert_block(guided.decoder(index, *tokens.shape[:2]), tokens, SequentialSettings())
+def _inverted(guided: GuidedFlow, tokens: mx.array, inversion: Inversion) -> mx.array:
+    batch, length, _ = tokens.shape
+    method = for_videos(inversion.method, length // guided.frames) if guided.frames > 1 else inversion.method
+    settings, active = block_settings(method, len(guided.flow.blocks)), list(guided.active())
+    with watch(inversion.progress).counting("flow", length * len(active), "tok", shown=False) as counter:
+        for index in active:
+            counter.block = index
+            decoder = guided.decoder(index, batch, length)
+            tokens = invert_block(decoder, tokens, settings[index], advance=counter.advance)
     check_finite(tokens, "the sample")
     return tokens
 
 
-def to_noise(guided: GuidedFlow, x: mx.array) -> mx.array:
+def to_noise(guided: GuidedFlow, x: mx.array, inversion: Inversion = SEQUENTIAL) -> mx.array:
     """Data `[B, ...]` -> noise, shaped as `sample` takes it."""
     flow = guided.flow
-    noise = tokens_to_noise(guided, flow.tokens(x))
+    noise = tokens_to_noise(guided, flow.tokens(x), inversion)
     return flow.token_noise(noise, x.shape)
 
 
-def from_noise(guided: GuidedFlow, z: mx.array) -> mx.array:
-    """Noise, shaped as `sample` takes it, -> data: the exact inverse of `to_noise`."""
+def from_noise(guided: GuidedFlow, z: mx.array, inversion: Inversion = SEQUENTIAL) -> mx.array:
+    """Noise, shaped as `sample` takes it, -> data: the inverse of `to_noise`, as exact as the method."""
     flow = guided.flow
-    return flow.latents(_inverted(guided, flow.noise_tokens(z)), z.shape)
+    return flow.latents(_inverted(guided, flow.noise_tokens(z), inversion), z.shape)
 
 
-def regenerated(guided: GuidedFlow, z: mx.array) -> mx.array:
+def regenerated(guided: GuidedFlow, z: mx.array, inversion: Inversion = SEQUENTIAL) -> mx.array:
     """`from_noise`, with a warning if the flow, run forwards over the data, does not lead back to the noise.
 
-    A sample that is off by a standard deviation of the noise is another noise's, whatever it looks like.
+    A sample that is off by a standard deviation of the noise is another noise's, whatever it looks like; and one by a
+    sampling plan that is off by more than the plan allows is not what the plan promises.
     """
-    x = from_noise(guided, z)
-    distance = float(np.abs(np.array(to_noise(guided, x) - z)).max())
-    if distance > WORST:
+    x, method = from_noise(guided, z, inversion), inversion.method
+    allowed = min(method.tolerance, WORST) if isinstance(method, SamplingPlan) else WORST
+    distance = float(np.abs(np.array(to_noise(guided, x, inversion) - z)).max())
+    if not distance <= allowed:
+        advice = "try a lower guidance or strength, or weights in float32"
+        if allowed < WORST:
+            advice = f"the sampling plan allows {allowed:.1e}; give the method sequential"
         warnings.warn(
-            f"the result is not what its noise leads to (off by {distance:.1e} standard deviations): try a lower "
-            "guidance or strength, or weights in float32",
+            f"the result is not what its noise leads to (off by {distance:.1e} standard deviations): {advice}",
             stacklevel=3,
         )
     return x
 
 
-def cleaned(flow: Flow, x: mx.array, text: mx.array | None) -> mx.array:
+def cleaned(flow: Flow, x: mx.array, text: mx.array | None, progress: Watch = False) -> mx.array:
     """A sample `[B, ...]` without the Gaussian noise that the flow was trained with, by one score step.
 
     The uniform noise of a dequantized pixel model is below what a pixel can show, and stays.
     """
-    return x if is_dequantized(flow) else denoise(flow, x, text)
+    return x if is_dequantized(flow) else denoise(flow, x, text, progress=progress)

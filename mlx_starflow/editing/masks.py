@@ -10,36 +10,36 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.media.image_files import read_image
+from mlx_starflow.media.given import ImageSource, open_image
 
 _RECTANGLE = re.compile(r"(-?\d+),(-?\d+),(-?\d+),(-?\d+)")
 
 
-def read_mask(mask: str | Path, size: tuple[int, int]) -> Image.Image:
+def read_mask(mask: ImageSource, size: tuple[int, int]) -> Image.Image:
     """A mask for an image of `size` (width, height), mode "L": 255 where it is free, 0 where it is kept.
 
     Args:
-        mask: "x,y,w,h", the free rectangle in pixels, from the upper left; or an image's file, white where the
-            image is free.
+        mask: "x,y,w,h", the free rectangle in pixels, from the upper left; or an image, white where it is free: a
+            file, a PIL image or an array, see `media.given`.
 
     Raises:
         StarflowError: the file cannot be read or has another size, or nothing or everything is free.
     """
-    text = str(mask).replace(" ", "")
-    if match := _RECTANGLE.fullmatch(text):
+    name = str(mask) if isinstance(mask, str | Path) else "that is given"
+    if isinstance(mask, str) and (match := _RECTANGLE.fullmatch(mask.replace(" ", ""))):
         x, y, width, height = map(int, match.groups())
         image = Image.new("L", size, 0)
         if width > 0 and height > 0:
             ImageDraw.Draw(image).rectangle((x, y, x + width - 1, y + height - 1), fill=255)
     else:
-        image = read_image(Path(mask)).convert("L")
+        image = open_image(mask).convert("L")
         if image.size != size:
             raise StarflowError(
-                f"the mask {mask} is {image.width}x{image.height} and the picture {size[0]}x{size[1]}; "
+                f"the mask {name} is {image.width}x{image.height} and the picture {size[0]}x{size[1]}; "
                 "they must have the same size"
             )
         image = image.point(lambda value: 255 if value > 127 else 0)
-    check_mask(np.asarray(image) > 0, str(mask))
+    check_mask(np.asarray(image) > 0, name)
     return image
 
 

@@ -17,12 +17,14 @@ from typing import Any
 
 import numpy as np
 
+from mlx_starflow.arguments import checked
 from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.likelihood.protocol import ImageModel
 from mlx_starflow.likelihood.scores import Score, score_data
 from mlx_starflow.media.files import exists, inside, read_json, replacing
 from mlx_starflow.model_dir.files import STATISTICS_FILE
 from mlx_starflow.model_dir.fingerprint import fingerprint
+from mlx_starflow.sampling.progress import Callback, Watch, watch
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,7 @@ def _deviation(values: np.ndarray, statistics: Statistics, draws: int) -> np.nda
         return np.nan_to_num((values - statistics.mean) / statistics.std(draws), nan=0.0)
 
 
+@checked
 def calibrate(
     model: ImageModel,
     data: np.ndarray,
@@ -176,7 +179,8 @@ def calibrate(
     draws: int = 4,
     seed: int = 0,
     batch_size: int = 16,
-    progress: bool | None = False,
+    progress: Watch = False,
+    callback: Callback | None = None,
 ) -> CalibrationStatistics:
     """Statistics of images that the model should take to be usual.
 
@@ -185,12 +189,14 @@ def calibrate(
         data: the images as `ImageModel.to_data` gives them, `[B, ...]`, 2 or more.
         captions: of each image, if they have any: then there are also statistics for images with their prompt.
         draws: of the training noise, 2 or more.
+        seed, batch_size, progress, callback: as for `score`.
 
     Raises:
         StarflowError: there are too few images or draws, or the likelihood is not finite.
     """
     if len(data) < 2 or draws < 2:
         raise StarflowError(f"statistics need 2 pictures and 2 draws or more, not {len(data)} and {draws}")
+    progress = watch(progress, callback)
     nll, tokens = {}, {}
     for kind, prompts in {"unprompted": "", "prompted": captions}.items():
         if prompts is None:

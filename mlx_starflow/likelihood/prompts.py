@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
-from tqdm import tqdm
 
+from mlx_starflow.arguments import checked
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.likelihood.conditions import ConditionedFlow
 from mlx_starflow.likelihood.nll import at_once, check_draws, with_noise
-from mlx_starflow.likelihood.protocol import ImageModel, ImageOrVideo, one_or_several
-from mlx_starflow.sampling.sampler import progress_off
+from mlx_starflow.likelihood.protocol import ImageModel, Prompts, one_or_several
+from mlx_starflow.media.given import Images, one_or_many
+from mlx_starflow.sampling.progress import Callback, Watch, watch
 
 
 def log_likelihoods(
     model: ImageModel,
     data: np.ndarray,
-    prompts: str | Sequence[str],
+    prompts: Prompts,
     *,
     draws: int = 4,
     seed: int = 0,
     batch_size: int = 16,
     numbers: Sequence[int] | None = None,
-    progress: bool | None = False,
+    progress: Watch = False,
 ) -> np.ndarray:
     """log p(x | prompt) in nats of every image and prompt, for each draw of the noise: `[draws, B, prompts]`.
 
@@ -43,27 +44,29 @@ def log_likelihoods(
     result = np.empty((draws, len(data), len(prompts)))
     flow = model.dense_flow()
     conditioned = ConditionedFlow(flow, conditions, data.shape)
-    hide, batch_size = progress_off(progress), at_once(batch_size, data.shape)
-    with tqdm(total=result.size, desc="scoring", unit="pair", disable=hide) as bar:
+    batch_size = at_once(batch_size, data.shape)
+    with watch(progress).counting("scoring", result.size, "pair") as counter:
         for draw in range(draws):
             noisy = with_noise(flow, data, draw, seed, numbers)
             for start in range(0, len(data), batch_size):
                 part = slice(start, start + batch_size)
                 result[draw, part] = -conditioned.nats(mx.array(noisy[part]), batch_size)
-                bar.update(result[draw, part].size)
+                counter.advance(result[draw, part].size)
     return result
 
 
+@checked
 def prompt_fit(
     model: ImageModel,
-    images: Iterable[ImageOrVideo],
-    prompts: str | Sequence[str],
+    images: Images,
+    prompts: Prompts,
     *,
     draws: int = 4,
     seed: int = 0,
     batch_size: int = 16,
     size: tuple[int, int] | None = None,
-    progress: bool | None = False,
+    progress: Watch = False,
+    callback: Callback | None = None,
 ) -> np.ndarray:
     """log p(x | prompt) - log p(x), in nats: how much better a prompt explains an image than no prompt does.
 
@@ -81,11 +84,13 @@ def prompt_fit(
     Raises:
         StarflowError: there is nothing to score, or the model reads no prompts.
     """
-    data = model.to_data(images, size)
+    progress = watch(progress, callback)
+    data = model.to_data(progress.each("reading", one_or_many(images), "picture"), size)
     model.release("vae")
     nats = log_likelihoods(
         model, data, [*one_or_several(prompts), ""], draws=draws, seed=seed, batch_size=batch_size, progress=progress
     )
+    model.release("flow")
     return nats[:, :, :-1] - nats[:, :, -1:]
 
 
@@ -117,16 +122,18 @@ class Classification:
         return ordered[:, -1] - ordered[:, -2]
 
 
+@checked
 def classify(
     model: ImageModel,
-    images: Iterable[ImageOrVideo],
-    labels: str | Sequence[str],
+    images: Images,
+    labels: Prompts,
     *,
     draws: int = 4,
     seed: int = 0,
     batch_size: int = 16,
     size: tuple[int, int] | None = None,
-    progress: bool | None = False,
+    progress: Watch = False,
+    callback: Callback | None = None,
 ) -> Classification:
     """Bayes' rule with the flow as p(x | label), every label being as probable beforehand.
 
@@ -138,10 +145,12 @@ def classify(
     labels = one_or_several(labels)
     if len(set(labels)) < len(labels):
         raise StarflowError("the labels must differ from one another")
-    data = model.to_data(images, size)
+    progress = watch(progress, callback)
+    data = model.to_data(progress.each("reading", one_or_many(images), "picture"), size)
     model.release("vae")
     nats = log_likelihoods(model, data, labels, draws=draws, seed=seed, batch_size=batch_size, progress=progress).mean(
         axis=0
     )
+    model.release("flow")
     weights = np.exp(nats - nats.max(axis=1, keepdims=True))
     return Classification(labels, nats, weights / weights.sum(axis=1, keepdims=True))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -11,18 +11,27 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
+from mlx_starflow.arguments import call_type
+from mlx_starflow.media.given import ImageOrVideo, Images
 from mlx_starflow.models.flow import Flow
+from mlx_starflow.sampling.methods import Method
 
-ImageOrVideo = Image.Image | Iterable[Image.Image]
-"""An image, or the frames of a video."""
+Prompt = str | int
+"""A text; or, for a model of class labels, the number of a class."""
+
+Prompts = Prompt | Sequence[Prompt]
+"""One for all images, or one for each; or several to choose from."""
+
+call_type(Prompt, "a text", "texts")
+call_type(Prompts, "a text or a list of texts", "lists of texts")
 
 Part = Literal["text_encoder", "flow", "vae"]
 """A network of a model."""
 
 
-def one_or_several(prompts: str | Sequence[str]) -> list[str]:
+def one_or_several(prompts: Prompts) -> list[str]:
     """Prompts, or labels, as a list: a text alone is one prompt, never its letters; numbers of classes become texts."""
-    return [prompts] if isinstance(prompts, str) else [str(prompt) for prompt in prompts]
+    return [str(prompt) for prompt in ([prompts] if isinstance(prompts, str | int) else prompts)]
 
 
 class ImageModel(Protocol):
@@ -55,7 +64,11 @@ class ImageModel(Protocol):
 
     @abstractmethod
     def dense_flow(self) -> Flow:
-        """The flow for repeated evaluation: on a CPU its quantized layers become dense, in place, if memory allows."""
+        """The flow for repeated evaluation: on a CPU, if memory allows, a copy whose quantized layers are dense."""
+
+    @abstractmethod
+    def inversion(self, method: Method | None = None) -> Method:
+        """How the flow is inverted: None or "auto" is the model's sampling plan, or sequentially if there is none."""
 
     @abstractmethod
     def exact_flow(self) -> Flow:
@@ -66,11 +79,11 @@ class ImageModel(Protocol):
         """An image, or each frame of a video, cut about its middle to the shape of `size` and resized to it."""
 
     @abstractmethod
-    def to_data(self, images: Iterable[ImageOrVideo], size: tuple[int, int] | None = None) -> np.ndarray:
+    def to_data(self, images: Images, size: tuple[int, int] | None = None) -> np.ndarray:
         """Images, or videos of one shape -> data, float32 `[B, ...]`: fitted to `size`, then encoded."""
 
     @abstractmethod
-    def to_data_each(self, images: Iterable[ImageOrVideo], size: tuple[int, int] | None = None) -> list[np.ndarray]:
+    def to_data_each(self, images: Images, size: tuple[int, int] | None = None) -> list[np.ndarray]:
         """The data of each image or video, `[...]`; videos may differ in shape."""
 
     @abstractmethod
@@ -86,7 +99,7 @@ class ImageModel(Protocol):
         """The inverse of `encode_images`, up to what the autoencoder loses; about -1..1."""
 
     @abstractmethod
-    def conditions(self, prompts: Sequence[str], shape: Sequence[int] | None = None) -> mx.array | None:
+    def conditions(self, prompts: Prompts, shape: Sequence[int] | None = None) -> mx.array | None:
         """The condition of each prompt, "" meaning none, as the flow takes it; None for a flow that reads none.
 
         `shape` `[B, ...]` is that of the data, or noise, that it is about; that of the model's own images by default.

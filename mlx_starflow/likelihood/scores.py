@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
+from mlx_starflow.arguments import checked
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.likelihood.nll import (
     at_once,
@@ -18,8 +18,9 @@ from mlx_starflow.likelihood.nll import (
     standard_error,
     unit_of,
 )
-from mlx_starflow.likelihood.protocol import ImageModel, ImageOrVideo
-from mlx_starflow.sampling.sampler import progress_off
+from mlx_starflow.likelihood.protocol import ImageModel, Prompts, one_or_several
+from mlx_starflow.media.given import Images, one_or_many
+from mlx_starflow.sampling.progress import Callback, Watch, watch
 
 
 @dataclass(frozen=True)
@@ -97,53 +98,59 @@ class Score:
         return values | ({"bits_per_pixel_dimension": self.bits} if self.dequantized else {})
 
 
+@checked
 def score(
     model: ImageModel,
-    images: Iterable[ImageOrVideo],
-    prompts: str | Sequence[str] = "",
+    images: Images,
+    prompts: Prompts = "",
     *,
     draws: int = 4,
     seed: int = 0,
     batch_size: int = 16,
     size: tuple[int, int] | None = None,
-    progress: bool | None = False,
+    progress: Watch = False,
+    callback: Callback | None = None,
 ) -> list[Score]:
     """Score images: exact likelihood under the model, given a prompt or none.
 
     Args:
         model: a pipeline, or another model.
-        images: each is cut about its middle and resized to `size`. For a model of videos also videos, of any lengths up
-            to the model's: the frames of each.
+        images: one or many, see `media.given`; each is cut about its middle and resized to `size`. For a model of
+            videos also videos, of any lengths up to the model's: the frames of each, or its file.
         prompts: one for all or one an image; "" is no prompt. For a TarFlow: numbers of classes.
         draws: of the training noise, which is added to the image's latents; 1 or more.
         seed: of the noise. An image's noise follows from its number in `images`, the draw and the seed alone.
         batch_size: images, or latent frames of videos, at once.
         size: (width, height) in pixels; the model's own by default.
-        progress: show a progress bar; None shows it on a terminal only.
+        progress: a `Progress`, or whether to show a progress bar; None shows it on a terminal only.
+        callback: is called with the `Progress`, which says how far this is and can cancel it.
 
     Raises:
         StarflowError: there are no images, or not as many prompts, or the likelihood is not finite.
     """
-    data = model.to_data_each(tqdm(images, desc="reading", unit="picture", disable=progress_off(progress)), size)
+    progress = watch(progress, callback)
+    data = model.to_data_each(progress.each("reading", one_or_many(images), "picture"), size)
     model.release("vae")
-    return score_data(model, data, prompts, draws=draws, seed=seed, batch_size=batch_size, progress=progress)
+    scores = score_data(model, data, prompts, draws=draws, seed=seed, batch_size=batch_size, progress=progress)
+    model.release("flow")
+    return scores
 
 
 def score_data(
     model: ImageModel,
     data: np.ndarray | Sequence[np.ndarray],
-    prompts: str | Sequence[str] = "",
+    prompts: Prompts = "",
     *,
     draws: int = 4,
     seed: int = 0,
     batch_size: int = 16,
-    progress: bool | None = False,
+    progress: Watch = False,
 ) -> list[Score]:
     """`score` of data `[B, ...]` without noise, such as `ImageModel.to_data` gives or latents of a sample.
 
     Also of a list of data `[...]` of different shapes.
     """
-    prompts = [prompts] * len(data) if isinstance(prompts, str) else list(prompts)
+    prompts = [str(prompts)] * len(data) if isinstance(prompts, str | int) else one_or_several(prompts)
     if len(prompts) != len(data):
         raise StarflowError(f"there are {len(prompts)} prompts for {len(data)} pictures; give one, or one a picture")
     # Data of one shape are scored together.
@@ -155,7 +162,7 @@ def score_data(
     scores: dict[int, Score] = {}
     flow = model.dense_flow()
     unit = unit_of(data[0][None].shape)
-    with tqdm(total=len(data), desc="scoring", unit=unit, disable=progress_off(progress)) as bar:
+    with watch(progress).counting("scoring", len(data), unit) as counter:
         for (shape, own), text in zip(shapes.items(), texts, strict=True):
             grid, dimensions = model.grid(shape), int(np.prod(shape))
             count = at_once(batch_size, (1, *shape))
@@ -172,7 +179,7 @@ def score_data(
                 for number, each in zip(own[part], nats.swapaxes(0, 1), strict=True):
                     each = each.reshape(*each.shape[:2], *grid)
                     scores[number] = Score(each, dimensions, is_dequantized(flow))
-                bar.update(part.stop - part.start)
+                counter.advance(part.stop - part.start)
     return [scores[number] for number in range(len(data))]
 
 

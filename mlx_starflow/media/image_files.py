@@ -42,15 +42,7 @@ class ImageFile:
     @property
     def is_video(self) -> bool:
         """Whether it is a video, or an animation, in a file that the user named."""
-        if self.path is None or self.path.suffix.lower() not in (*VIDEOS, *ANIMATIONS):
-            return False
-        if self.path.suffix.lower() in VIDEOS:
-            return True
-        try:
-            with no_remarks(), Image.open(self.path) as opened:
-                return getattr(opened, "n_frames", 1) > 1
-        except Exception:  # reading it will tell what is wrong with it
-            return False
+        return self.path is not None and is_video_file(self.path)
 
     def open(self) -> Image.Image:
         """The image: RGB, upright, transparency on white. Raises StarflowError."""
@@ -64,6 +56,19 @@ class ImageFile:
                 return decode_image(self.read())
         except (OSError, ValueError, UnreadableImage) as error:  # a name that is none is a ValueError
             raise StarflowError(f"cannot read the picture {self.name}: {one_line(error)}") from None
+
+
+def is_video_file(path: Path) -> bool:
+    """Whether a file is a video, or an animation."""
+    if path.suffix.lower() not in (*VIDEOS, *ANIMATIONS):
+        return False
+    if path.suffix.lower() in VIDEOS:
+        return True
+    try:
+        with no_remarks(), Image.open(path) as opened:
+            return getattr(opened, "n_frames", 1) > 1
+    except Exception:  # reading it will tell what is wrong with it
+        return False
 
 
 def find_images(paths: Iterable[str | Path], split: str | None = None) -> list[ImageFile]:

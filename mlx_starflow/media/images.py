@@ -12,7 +12,7 @@ from PIL import Image
 
 from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.media.description import describing, description_of
-from mlx_starflow.media.files import exists, is_regular, replacing
+from mlx_starflow.media.files import exists, expanded, is_regular, replacing
 from mlx_starflow.media.formats import ANIMATIONS, FORMATS, UNDESCRIBED
 from mlx_starflow.media.outputs import check_outputs
 from mlx_starflow.media.pixels import no_remarks
@@ -92,6 +92,24 @@ def save_image(
         options["quality"] = QUALITY if quality is None else quality
     with replacing(path) as temporary:
         image.save(temporary, **options)
+
+
+def save_images(images: Sequence[Image.Image], path: str | Path, metadata: Sequence[dict[str, Any]] = ()) -> list[Path]:
+    """Write one image to a file, or several to files with numbers (x-1.png, x-2.png, ... for x.png); `metadata` is each
+    one's, as in `save_image`.
+
+    Returns:
+        The files.
+
+    Raises:
+        StarflowError: a file cannot be written; then none is.
+    """
+    paths = numbered(expanded(path), len(images))
+    for each in paths:
+        check_output(each)
+    for image, each, about in zip(images, paths, metadata or [{}] * len(images), strict=True):
+        save_image(image, each, about or None)
+    return paths
 
 
 def save_animation(

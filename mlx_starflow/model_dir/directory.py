@@ -17,6 +17,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_starflow.arguments import checked
 from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.media.files import exists, inside, is_folder, is_regular, read_bytes
 from mlx_starflow.model_dir.adapters import Strengths, add_adapters
@@ -260,6 +261,7 @@ class ModelDirectory:
         )
 
 
+@checked
 def load_flow(
     path_or_id: str | Path,
     dtype: str | mx.Dtype | None = None,

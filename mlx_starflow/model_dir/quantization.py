@@ -7,8 +7,9 @@ How a network is quantized stands in its `config.json` under `quantization`: wha
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -29,6 +30,8 @@ UNPACK_ROWS = 16
 
 Choice = bool | dict[str, Any]
 """Whether to quantize a layer, or settings of its own."""
+
+Module = TypeVar("Module", bound=nn.Module)
 
 _KEYS = ("group_size", "bits", "mode")
 
@@ -154,17 +157,19 @@ def dequantize_module(module: nn.Module) -> None:
     module.update_modules(tree_unflatten(dense))
 
 
-def dequantize_on_cpu(module: nn.Module, room: int) -> None:
-    """Where MLX computes on a CPU, make a module's quantized layers dense, in place, if that takes less than `room`
-    bytes.
+def dense_on_cpu(module: Module, room: int) -> Module:
+    """Where MLX computes on a CPU, a copy of a module whose quantized layers are dense, if that takes less than `room`
+    bytes; or else the module itself. The copy shares all other weights.
 
     MLX's CPU backend multiplies a few rows by a quantized matrix more slowly than by a dense one: what inverts a flow
     again and again runs two to four times as fast. The numbers differ by rounding.
     """
     layers = quantized_layers(module) if mx.default_device().type == mx.cpu else {}
     if layers and sum(layer.weight.nbytes * 32 // layer.bits for layer in layers.values()) < room:
+        module = deepcopy(module)
         dequantize_module(module)
         mx.eval(module.parameters())
+    return module
 
 
 def _settings(layer: nn.Module) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import numpy as np
 from mlx_starflow.errors import NotFinite
 from mlx_starflow.likelihood.protocol import Part
 from mlx_starflow.model_dir.directory import ModelDirectory, read_text_encoder
-from mlx_starflow.model_dir.quantization import dequantize_on_cpu
+from mlx_starflow.model_dir.quantization import dense_on_cpu
 from mlx_starflow.model_dir.weights import dtype_name
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL
 from mlx_starflow.models.autoencoder_wan import AutoencoderWan
@@ -40,6 +40,7 @@ from mlx_starflow.sampling import (
 )
 from mlx_starflow.sampling.certificate import certify_each
 from mlx_starflow.sampling.methods import METHODS
+from mlx_starflow.sampling.progress import Watch
 
 Array = TypeVar("Array")
 Result = TypeVar("Result")
@@ -106,19 +107,25 @@ class Backend(ABC, Generic[Array]):
         null_text: Array,
         settings: GenerationSettings,
         method: str | SamplingPlan,
-        progress: bool | None,
+        progress: Watch,
         trace: SamplingTrace,
     ) -> Array:
         """Noise -> data, `[B, h, w, C]`, by a method with the settings' guidance; see `sampling.sample`."""
 
     def certify(
-        self, x: Array, z: Array, text: Array, null_text: Array, settings: GenerationSettings
+        self,
+        x: Array,
+        z: Array,
+        text: Array,
+        null_text: Array,
+        settings: GenerationSettings,
+        progress: Watch = False,
     ) -> list[Certificate]:
         """How far the guided flow, run forwards over each sample, is from its noise; see `certificate.certify_each`."""
         raise NotImplementedError
 
     @abstractmethod
-    def denoise(self, x: Array, text: Array) -> Array:
+    def denoise(self, x: Array, text: Array, progress: Watch = False) -> Array:
         """One score step on data `[B, h, w, C]`."""
 
     @abstractmethod
@@ -177,6 +184,7 @@ class MLXBackend(Backend[mx.array]):
         self.quantize = quantize
         self.adapters = [(str(path), float(strength)) for path, strength in adapters]
         self._flow: STARFlow | PixelFlow | None = None
+        self._dense: tuple[STARFlow | PixelFlow, STARFlow | PixelFlow] | None = None
         self._exact: STARFlow | PixelFlow | None = None
         self._text: tuple[T5Encoder, Tokenizer] | None = None
         self._vae: AutoencoderKL | AutoencoderWan | None = None
@@ -225,16 +233,20 @@ class MLXBackend(Backend[mx.array]):
 
     def _drop(self, part: Part) -> None:
         if part == "flow":
-            self._flow = None
+            self._flow = self._dense = None
         elif part == "vae":
             self._vae = None
         else:
             self._text = None
 
     def dense_flow(self) -> STARFlow | PixelFlow:
-        """The flow for repeated evaluation: on a CPU its quantized layers become dense, in place, if memory allows."""
-        dequantize_on_cpu(self.flow, available() // 2)
-        return self.flow
+        """The flow for repeated evaluation: on a CPU, if memory allows, a copy whose quantized layers are dense.
+
+        The copy is kept as long as the flow is.
+        """
+        if self._dense is None or self._dense[0] is not self.flow:
+            self._dense = self.flow, self.flow if self.group else dense_on_cpu(self.flow, available() // 2)
+        return self._dense[1]
 
     def exact_flow(self) -> STARFlow | PixelFlow:
         """The flow for exact inversion: beside `flow`, if that is half precision because nobody chose, it in float32.
@@ -315,7 +327,7 @@ class MLXBackend(Backend[mx.array]):
         null_text: mx.array,
         settings: GenerationSettings,
         method: str | SamplingPlan,
-        progress: bool | None,
+        progress: Watch,
         trace: SamplingTrace,
     ) -> mx.array:
         guidance, attn_temp = settings.guidance, settings.attn_temp
@@ -331,15 +343,23 @@ class MLXBackend(Backend[mx.array]):
         return self.in_range("flow", compute)
 
     def certify(
-        self, x: mx.array, z: mx.array, text: mx.array, null_text: mx.array, settings: GenerationSettings
+        self,
+        x: mx.array,
+        z: mx.array,
+        text: mx.array,
+        null_text: mx.array,
+        settings: GenerationSettings,
+        progress: Watch = False,
     ) -> list[Certificate]:
+        guidance, attn_temp = settings.guidance, settings.attn_temp
+
         def compute() -> list[Certificate]:
-            return certify_each(self.flow, x, z, text, null_text, settings.guidance, attn_temp=settings.attn_temp)
+            return certify_each(self.flow, x, z, text, null_text, guidance, attn_temp=attn_temp, progress=progress)
 
         return self.in_range("flow", compute)
 
-    def denoise(self, x: mx.array, text: mx.array) -> mx.array:
-        return self.in_range("flow", lambda: denoise(self.flow, x, text))
+    def denoise(self, x: mx.array, text: mx.array, progress: Watch = False) -> mx.array:
+        return self.in_range("flow", lambda: denoise(self.flow, x, text, progress=progress))
 
     def encode(self, images: np.ndarray) -> np.ndarray:
         """Images `[B, H, W, 3]` in -1..1 -> normalized latents without noise, float32 `[B, h, w, C]`."""

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import islice
-from typing import Any
+from typing import Any, cast, get_args
 
 import mlx.core as mx
 import numpy as np
 from PIL import Image
 
 from mlx_starflow import __version__, editing, likelihood
+from mlx_starflow.arguments import checked
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.likelihood.protocol import ImageModel, ImageOrVideo, Part
+from mlx_starflow.likelihood.protocol import ImageModel, Part
+from mlx_starflow.media.given import ImageOrVideo, Images, ImageSource, is_image, one_or_many, open_image
 from mlx_starflow.media.images import to_images
 from mlx_starflow.media.noise import check_seeds, digest, draw_seed
-from mlx_starflow.media.pixels import UnreadableImage, crop_image, model_picture, scale_pixels
+from mlx_starflow.media.pixels import crop_image, scale_pixels
 from mlx_starflow.model_dir.directory import ModelDirectory
 from mlx_starflow.models.autoencoder_kl import WHOLE_PIXELS
 from mlx_starflow.models.flow import Flow
@@ -25,7 +28,8 @@ from mlx_starflow.pipelines.backend import Backend, MLXBackend
 from mlx_starflow.pipelines.phases import Phases
 from mlx_starflow.pipelines.results import GenerationSettings
 from mlx_starflow.planning.limits import check_count, check_side
-from mlx_starflow.sampling import Certificate, SamplingPlan
+from mlx_starflow.sampling import Certificate, SamplingPlan, SequentialSettings
+from mlx_starflow.sampling.methods import Method
 
 BATCH = 16
 """Most images that go through the autoencoder at once, and prompts through the text encoder."""
@@ -75,6 +79,13 @@ class Pipeline(ImageModel):
     def dense_flow(self) -> Flow:
         return self._mlx.dense_flow()
 
+    def inversion(self, method: Method | None = None) -> Method:
+        if method is not None and method != "auto":
+            return method
+        if self.plan is None or not self.plan.fits(self.backend.flow_precision):
+            return SequentialSettings.name
+        return self.plan
+
     def exact_flow(self) -> Flow:
         return self._mlx.exact_flow()
 
@@ -84,6 +95,16 @@ class Pipeline(ImageModel):
         if not isinstance(self.backend, MLXBackend):
             raise StarflowError("scoring and editing need the mlx backend: load(name, backend='mlx')")
         return self.backend
+
+    @contextmanager
+    def _unloading(self) -> Iterator[None]:
+        """What fails, or is stopped, inside lets go of the networks that it has read, if memory is short."""
+        try:
+            yield
+        except BaseException:
+            for part in get_args(Part):
+                self.release(part)
+            raise
 
     def release(self, part: Part) -> None:
         """Let go of a network that is not needed for now, if the model is short of memory."""
@@ -124,14 +145,15 @@ class Pipeline(ImageModel):
 
     def fit(self, image: ImageOrVideo, size: tuple[int, int] | None = None) -> Image.Image | list[Image.Image]:
         """An image cut about its middle to the shape of `size`, by default the model's, and resized to it."""
-        if not isinstance(image, Image.Image):
+        if not is_image(image):
             raise StarflowError(f"{self.name} makes images, not videos: give it images")
         self.check_size(size := size or self.size)
-        return fit_image(image, size)
+        return fit_image(cast(ImageSource, image), size)
 
-    def to_data(self, images: Iterable[ImageOrVideo], size: tuple[int, int] | None = None) -> np.ndarray:
-        """Images of any size -> data without noise, float32 `[B, ...]`: fitted to `size`, then encoded."""
-        waiting = iter(images)
+    @checked
+    def to_data(self, images: Images, size: tuple[int, int] | None = None) -> np.ndarray:
+        """Images of any size, one or many -> data without noise, float32 `[B, ...]`: fitted to `size`, then encoded."""
+        waiting = one_or_many(images)
         self.check_size(size := size or self.size)
         count = _at_once(size[0] * size[1])
         parts = []
@@ -142,10 +164,11 @@ class Pipeline(ImageModel):
             raise StarflowError("there are no pictures")
         return np.concatenate(parts)
 
-    def to_data_each(self, images: Iterable[ImageOrVideo], size: tuple[int, int] | None = None) -> list[np.ndarray]:
+    def to_data_each(self, images: Images, size: tuple[int, int] | None = None) -> list[np.ndarray]:
         """`to_data` of each image, `[...]`; videos may differ in shape."""
         return list(self.to_data(images, size))
 
+    @checked
     def to_images(self, data: np.ndarray | mx.array) -> list[Image.Image] | list[list[Image.Image]]:
         """Data `[B, ...]` -> images."""
         data = np.array(data, np.float32)
@@ -202,16 +225,13 @@ class Pipeline(ImageModel):
         return settings.to_dict() | ({"method": method} if isinstance(method, str) else {})
 
 
-def fit_image(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+def fit_image(image: ImageSource, size: tuple[int, int]) -> Image.Image:
     """An image as models see it, cut about its middle to the shape of `size` (width, height) and resized to it.
 
     Raises:
-        StarflowError: it is of floating-point numbers.
+        StarflowError: it cannot be read, or is no image.
     """
-    try:
-        image = model_picture(image)
-    except UnreadableImage as error:
-        raise StarflowError(str(error)) from None
+    image = open_image(image)
     return image if image.size == size else crop_image(image, *size)
 
 

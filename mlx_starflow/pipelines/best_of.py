@@ -13,6 +13,7 @@ from mlx_starflow.errors import StarflowError
 from mlx_starflow.likelihood import ImageModel
 from mlx_starflow.likelihood.prompts import log_likelihoods
 from mlx_starflow.pipelines.results import GeneratedImage, GenerationResult
+from mlx_starflow.sampling.progress import Watch
 
 DRAWS = 4
 """Of the training noise, for the likelihoods that the best is chosen by."""
@@ -36,7 +37,13 @@ class BestOf:
 
 
 def choose_best(
-    model: ImageModel, result: GenerationResult, candidates: int, *, draws: int = DRAWS, weight: float = 0.5
+    model: ImageModel,
+    result: GenerationResult,
+    candidates: int,
+    *,
+    draws: int = DRAWS,
+    weight: float = 0.5,
+    progress: Watch = False,
 ) -> BestOf:
     """Keep one of every so many samples that follow each other in a result; see `ImagePipeline.best_of`.
 
@@ -45,6 +52,7 @@ def choose_best(
         result: `candidates` samples for each image, with the prompt that they share.
         draws: of the training noise; all candidates see the same.
         weight: of log p(x).
+        progress: is told of the scoring, and can end it.
 
     Raises:
         StarflowError: a likelihood is not finite.
@@ -53,7 +61,7 @@ def choose_best(
     nats = np.empty((len(latents), 2))
     for prompt in dict.fromkeys(result.prompts):
         mine = [number for number, each in enumerate(result.prompts) if each == prompt]
-        nats[mine] = _nats(model, latents[mine], prompt, draws)
+        nats[mine] = _nats(model, latents[mine], prompt, draws, progress)
     prompted, unprompted = nats.reshape(-1, candidates, 2).transpose(2, 0, 1)
     scores = prompted - weight * unprompted
     chosen = scores.argmax(axis=1)
@@ -74,12 +82,17 @@ def choose_best(
 
 
 def best_of_each(
-    model: ImageModel, made: Generator[GeneratedImage, None, None], candidates: int, *, weight: float = 0.5
+    model: ImageModel,
+    made: Generator[GeneratedImage, None, None],
+    candidates: int,
+    *,
+    weight: float = 0.5,
+    progress: Watch = False,
 ) -> Generator[GeneratedImage, None, None]:
     """`choose_best` of images that come one by one: of every so many the best, as soon as they are there."""
     while group := list(islice(made, candidates)):
         latents = np.stack([np.array(each.latents, np.float32) for each in group])
-        prompted, unprompted = _nats(model, latents, group[0].prompt, DRAWS).T
+        prompted, unprompted = _nats(model, latents, group[0].prompt, DRAWS, progress).T
         best = int((prompted - weight * unprompted).argmax())
         model.release("flow")
         yield replace(group[best], fit=float(prompted[best] - unprompted[best]))
@@ -93,6 +106,7 @@ def check_candidates(prompts: Sequence[str], candidates: int) -> None:
         raise StarflowError("an empty prompt fits every picture equally: give a prompt, or leave out the best-of")
 
 
-def _nats(model: ImageModel, latents: np.ndarray, prompt: str, draws: int) -> np.ndarray:
+def _nats(model: ImageModel, latents: np.ndarray, prompt: str, draws: int, progress: Watch) -> np.ndarray:
     """log p(x | prompt) and log p(x) of each, with the same training noise for all: `[B, 2]`."""
-    return log_likelihoods(model, latents, [prompt, ""], draws=draws, numbers=[0] * len(latents)).mean(axis=0)
+    numbers = [0] * len(latents)
+    return log_likelihoods(model, latents, [prompt, ""], draws=draws, numbers=numbers, progress=progress).mean(axis=0)

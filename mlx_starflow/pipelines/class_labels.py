@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.likelihood.protocol import one_or_several
+from mlx_starflow.likelihood.protocol import Prompts, one_or_several
 from mlx_starflow.media.files import MOST_YAML, exists, inside, read_text
 from mlx_starflow.media.images import to_images
 from mlx_starflow.media.noise import digest
@@ -24,6 +24,7 @@ from mlx_starflow.pipelines.image import ImageMaker
 from mlx_starflow.pipelines.results import DENOISE_STEPS, ClassSettings, GenerationSettings, GenerationStats
 from mlx_starflow.sampling import Certificate, SamplingPlan, SamplingTrace, certify, denoise, iterate, sample
 from mlx_starflow.sampling.iterate import noise_levels
+from mlx_starflow.sampling.progress import Progress
 
 LUMA = (0.299, 0.587, 0.114)
 """Weights of red, green and blue in grey: Rec. 601, as in Pillow's own conversion."""
@@ -91,7 +92,7 @@ class ClassPipeline(ImageMaker):
         return self.config.img_size, self.config.img_size
 
     def check_size(self, size: tuple[int, int], images: int = 1) -> None:
-        if size != self.size:
+        if tuple(size) != self.size:
             own = "x".join(map(str, self.size))
             raise StarflowError(f"{self.name} knows pictures of {own} pixels alone: leave out the size")
 
@@ -128,7 +129,7 @@ class ClassPipeline(ImageMaker):
         names = ", ".join(self.classes[:10]) + (", ..." if len(self.classes) > 10 else "")
         return f"the name of a class ({names}) or {numbers}"
 
-    def conditions(self, prompts: Sequence[str], shape: Sequence[int] | None = None) -> mx.array | None:
+    def conditions(self, prompts: Prompts, shape: Sequence[int] | None = None) -> mx.array | None:
         numbers = [self.label(prompt) for prompt in one_or_several(prompts)]
         return mx.array(numbers) if self.classes else None
 
@@ -171,7 +172,7 @@ class ClassPipeline(ImageMaker):
         stats: GenerationStats,
         keep_steps: bool,
         verify: bool,
-        progress: bool | None,
+        progress: Progress,
     ) -> tuple[list[Any], list[Certificate]]:
         assert isinstance(settings, ClassSettings)
         backend, trace = self._mlx, SamplingTrace(keep_states=keep_steps)
@@ -193,22 +194,22 @@ class ClassPipeline(ImageMaker):
             mx.eval(x)
             return x
 
-        with self.phases.run(stats, "flow"):
+        with self.phases.run(stats, "flow", progress):
             x = backend.in_range("flow", invert)
         blocks = [self.config.block(index) for index in range(self.config.blocks)]
         stats.count(trace.evaluations, len(noise) * sum(block.num_patches for block in blocks))
         certificates = []
         if verify:
-            with self.phases.run(stats, "verify"):
+            with self.phases.run(stats, "verify", progress):
                 for one in (slice(index, index + 1) for index in range(len(noise))):
                     own = None if labels is None else labels[one]
-                    certificate = self._certify(x[one], z[one], own, settings.guidance, options)
+                    certificate = self._certify(x[one], z[one], own, settings.guidance, options, progress)
                     certificates.append(certificate)
                     self.check_certificate(certificate, self.method(settings))
         stats.certificates += certificates
         previews: list[mx.array] = []
         if steps:
-            with self.phases.run(stats, "denoise"):
+            with self.phases.run(stats, "denoise", progress):
                 x = backend.in_range(
                     "flow", lambda: self._denoise(x, labels, noise, settings, steps, progress, previews)
                 )
@@ -218,10 +219,16 @@ class ClassPipeline(ImageMaker):
         return [flow.latents(flow.noise_tokens(z), x.shape), *trace.states, *previews[:-1], x], certificates
 
     def _certify(
-        self, x: mx.array, z: mx.array, labels: mx.array | None, guidance: float, options: dict[str, Any]
+        self,
+        x: mx.array,
+        z: mx.array,
+        labels: mx.array | None,
+        guidance: float,
+        options: dict[str, Any],
+        progress: Progress,
     ) -> Certificate:
         def compute() -> Certificate:
-            return certify(self._mlx.flow, x, z, labels, None, guidance, **options)
+            return certify(self._mlx.flow, x, z, labels, None, guidance, progress=progress, **options)
 
         return self._mlx.in_range("flow", compute)
 
@@ -232,14 +239,14 @@ class ClassPipeline(ImageMaker):
         noise: np.ndarray,
         settings: ClassSettings,
         steps: int,
-        progress: bool | None,
+        progress: Progress,
         previews: list[mx.array],
     ) -> mx.array:
         """Samples -> clean data; `previews` is filled with what each step takes for them."""
         previews.clear()
         flow = self._mlx.flow
         if not isinstance(flow, ITarFlow):
-            return denoise(flow, x, labels)
+            return denoise(flow, x, labels, progress=progress)
         levels = noise_levels(flow.config.t1, flow.config.t0, steps)
         return iterate(
             flow,
@@ -252,7 +259,7 @@ class ClassPipeline(ImageMaker):
             preview=lambda step, clean: previews.append(clean),
         )
 
-    def _decode(self, data: mx.array) -> list[Image.Image]:
+    def _decode(self, data: mx.array, progress: Progress) -> list[Image.Image]:
         return to_images(self.decode_images(np.array(data)))
 
 

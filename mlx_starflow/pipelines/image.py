@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
+from mlx_starflow.arguments import checked
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.media.images import to_images
 from mlx_starflow.media.noise import draw_noise, draw_seed
@@ -28,7 +28,7 @@ from mlx_starflow.pipelines.results import (
 )
 from mlx_starflow.planning.limits import check_count, check_held
 from mlx_starflow.sampling import Certificate, SamplingTrace
-from mlx_starflow.sampling.sampler import progress_off
+from mlx_starflow.sampling.progress import Callback, Progress, Watch, watch
 
 
 class _Batch(NamedTuple):
@@ -79,7 +79,7 @@ class ImageMaker(Pipeline):
         stats: GenerationStats,
         keep_steps: bool,
         verify: bool,
-        progress: bool | None,
+        progress: Progress,
     ) -> tuple[list[Any], list[Certificate]]:
         """Noise -> data; before them, if asked for, the states on the way: noise, and data after each block.
 
@@ -87,9 +87,15 @@ class ImageMaker(Pipeline):
         """
 
     @abstractmethod
-    def _decode(self, data: Any) -> list[Image.Image]:
+    def _decode(self, data: Any, progress: Progress) -> list[Image.Image]:
         """Data -> images."""
 
+    def _preview(self, data: Any) -> list[Image.Image]:
+        images = self._decode(data, Progress())
+        self.release("vae")
+        return images
+
+    @checked
     def generate(
         self,
         prompts: str | Sequence[str],
@@ -107,7 +113,8 @@ class ImageMaker(Pipeline):
         keep_steps: bool = False,
         batch_size: int = 8,
         verify: bool = True,
-        progress: bool | None = False,
+        progress: Watch = False,
+        callback: Callback | None = None,
     ) -> GenerationResult:
         """Make images.
 
@@ -124,10 +131,13 @@ class ImageMaker(Pipeline):
             batch_size: images sampled at once.
             verify: run the flow forwards over each sample and keep the difference from its noise in the result's
                 `stats.certificates` and in the metadata; about as much work as half of the score step.
-            progress: show progress bars; None shows them on a terminal only.
+            progress: a `Progress`, or whether to show progress bars; None shows them on a terminal only.
+            callback: is called with the `Progress` before each step: it says how far this is, gives previews, and can
+                cancel it.
 
         Raises:
             StarflowError: a setting is out of range, the noise has the wrong shape, or the result is not finite.
+            Cancelled: the callback, or somebody else who has the progress, has cancelled it.
         """
         stream = self.stream(
             prompts,
@@ -146,9 +156,11 @@ class ImageMaker(Pipeline):
             live=False,
             verify=verify,
             progress=progress,
+            callback=callback,
         )
         return stream.collect(list(stream))
 
+    @checked
     def stream(
         self,
         prompts: str | Sequence[str],
@@ -168,7 +180,8 @@ class ImageMaker(Pipeline):
         batch_size: int = 8,
         live: bool = True,
         verify: bool = True,
-        progress: bool | None = False,
+        progress: Watch = False,
+        callback: Callback | None = None,
     ) -> ImageStream:
         """Make images and give each as soon as it is finished, batch by batch.
 
@@ -207,10 +220,11 @@ class ImageMaker(Pipeline):
         if noise is not None and noise.shape != (len(requests), *shape):
             raise StarflowError(f"noise has shape {list(noise.shape)}; needed is {[len(requests), *shape]}")
         stats = GenerationStats()
-        made = self._finished(requests, noise, chosen, stats, keep_steps, batch_size, live, verify, progress)
+        watched = watch(progress, callback)
+        made = self._finished(requests, noise, chosen, stats, keep_steps, batch_size, live, verify, watched)
         if best_of > 1:
-            made = best_of_each(self, made, best_of)
-        return ImageStream(len(requests) // best_of, chosen, stats, made, self.backend.concatenate)
+            made = best_of_each(self, made, best_of, progress=watched)
+        return ImageStream(len(requests) // best_of, chosen, stats, made, self.backend.concatenate, watched)
 
     def _finished(
         self,
@@ -222,24 +236,25 @@ class ImageMaker(Pipeline):
         batch_size: int,
         live: bool,
         verify: bool,
-        progress: bool | None,
+        progress: Progress,
     ) -> Generator[GeneratedImage, None, None]:
         """Images of prompts with their seeds, or with given noise."""
         backend, shape = self.backend, self.noise_shape(settings.size)
         numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompt for prompt, _ in requests))}
         parts = [slice(start, start + batch_size) for start in range(0, len(requests), batch_size)]
-        hide_batches = progress_off(progress) if len(parts) > 1 else True
 
         def batches(texts: Any) -> Iterator[_Batch]:
-            for part in tqdm(parts, desc="batches", disable=hide_batches):
-                mine = requests[part]
-                own = draw_noise([seed or 0 for _, seed in mine], shape) if noise is None else noise[part]
-                text = texts[backend.array(np.array([numbers[prompt] for prompt, _ in mine]))]
-                sampled = self._sample(own, text, texts[-1:], settings, stats, keep_steps, verify, progress)
-                yield _Batch(mine, own, *sampled)
+            with progress.counting("batches", len(parts), "batch", shown=len(parts) > 1) as counter:
+                for part in parts:
+                    mine = requests[part]
+                    own = draw_noise([seed or 0 for _, seed in mine], shape) if noise is None else noise[part]
+                    text = texts[backend.array(np.array([numbers[prompt] for prompt, _ in mine]))]
+                    sampled = self._sample(own, text, texts[-1:], settings, stats, keep_steps, verify, progress)
+                    yield _Batch(mine, own, *sampled)
+                    counter.advance()
 
-        with backend.limits():
-            with self.phases.run(stats, "text"):
+        with backend.limits(), self._unloading(), progress.previewing(self._preview):
+            with self.phases.run(stats, "text", progress):
                 texts = self.prompt_conditions([*numbers, ""], settings.size)
             self.release("text_encoder")
             waiting = batches(texts)
@@ -249,8 +264,8 @@ class ImageMaker(Pipeline):
             for number, batch in enumerate(waiting, 1):
                 if live:
                     self.release("flow")
-                with self.phases.run(stats, "decode"):
-                    decoded = [self._decode(state) for state in batch.states]
+                with self.phases.run(stats, "decode", progress):
+                    decoded = [self._decode(state, progress) for state in batch.states]
                 if live or number == len(parts):
                     self.release("vae")
                 for index, (prompt, seed) in enumerate(batch.requests):
@@ -266,6 +281,7 @@ class ImageMaker(Pipeline):
                         [state[index] for state in decoded] if keep_steps else [],
                     )
 
+    @checked
     def best_of(
         self,
         prompts: str | Sequence[str],
@@ -286,7 +302,8 @@ class ImageMaker(Pipeline):
         keep_steps: bool = False,
         batch_size: int = 8,
         verify: bool = True,
-        progress: bool | None = False,
+        progress: Watch = False,
+        callback: Callback | None = None,
     ) -> BestOf:
         """Sample `candidates` images for each one that is asked for and keep the one that its prompt fits best.
 
@@ -310,6 +327,7 @@ class ImageMaker(Pipeline):
         if not 0 <= weight <= 1:
             raise StarflowError(f"the weight of the unprompted likelihood is a number from 0 to 1, not {weight:g}")
         check_candidates(prompts, candidates)
+        progress = watch(progress, callback)
         result = self.generate(
             prompts,
             seed=draw_seed() if seed is None else seed,
@@ -327,7 +345,7 @@ class ImageMaker(Pipeline):
             verify=verify,
             progress=progress,
         )
-        return choose_best(self, result, candidates, draws=draws, weight=weight)
+        return choose_best(self, result, candidates, draws=draws, weight=weight, progress=progress)
 
     def grid_metadata(self, result: GenerationResult) -> dict[str, Any]:
         """Metadata of a grid of all images of a result."""
@@ -368,11 +386,11 @@ class ImagePipeline(ImageMaker, LatentPipeline):
         stats: GenerationStats,
         keep_steps: bool,
         verify: bool,
-        progress: bool | None,
+        progress: Progress,
     ) -> tuple[list[Any], list[Certificate]]:
         backend, trace = self.backend, SamplingTrace(keep_states=keep_steps)
         z = settings.temperature * backend.array(noise)
-        with self.phases.run(stats, "flow"):
+        with self.phases.run(stats, "flow", progress):
             x = backend.invert(z, text, null_text, settings, self.method(settings), progress, trace)
         blocks = self.config.blocks
         stats.count(
@@ -380,20 +398,23 @@ class ImagePipeline(ImageMaker, LatentPipeline):
         )
         certificates: list[Certificate] = []
         if verify and backend.certifies:
-            with self.phases.run(stats, "verify"):
-                for each in backend.certify(x, z, text, null_text, settings):
+            with self.phases.run(stats, "verify", progress):
+                for each in backend.certify(x, z, text, null_text, settings, progress):
                     certificate = replace(each, noise_floor=trace.noise_floor)
                     certificates.append(certificate)
                     self.check_certificate(certificate, self.method(settings))
         stats.certificates += certificates
         if settings.denoise:
-            with self.phases.run(stats, "denoise"):
-                x = backend.denoise(x, text)
+            with self.phases.run(stats, "denoise", progress):
+                x = backend.denoise(x, text, progress)
         return [z, *trace.states, x] if keep_steps else [x], certificates
 
-    def _decode(self, latents: Any) -> list[Image.Image]:
+    def _decode(self, latents: Any, progress: Progress) -> list[Image.Image]:
         # As many images at once as make up a large one.
         width, height = self.image_size(latents.shape)
         count = max(1, WHOLE_PIXELS // (width * height))
-        parts = (latents[start : start + count] for start in range(0, latents.shape[0], count))
-        return [image for part in parts for image in to_images(self.backend.decode(part))]
+        images: list[Image.Image] = []
+        for start in range(0, latents.shape[0], count):
+            progress.check()
+            images += to_images(self.backend.decode(latents[start : start + count]))
+        return images

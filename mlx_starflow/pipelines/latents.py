@@ -9,8 +9,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_starflow.arguments import checked
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.likelihood.protocol import one_or_several
+from mlx_starflow.likelihood.protocol import Prompts, one_or_several
 from mlx_starflow.media.buckets import RATIOS, bucket_size, closest_ratio
 from mlx_starflow.model_dir.directory import ModelDirectory
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
@@ -32,7 +33,6 @@ class LatentPipeline(Pipeline):
     Attributes:
         config, vae_config: of the flow and of the autoencoder.
         settings: how this model samples unless told otherwise.
-        plan: how method "auto" samples; None is in a rolling window.
     """
 
     dimension = "latent dimension"
@@ -69,6 +69,7 @@ class LatentPipeline(Pipeline):
 
     # ---- prompts
 
+    @checked
     def encode_prompts(
         self, prompts: str | Sequence[str], size: tuple[int, int] | None = None, fps: int = 0
     ) -> mx.array:
@@ -89,7 +90,7 @@ class LatentPipeline(Pipeline):
                 )
         return self.backend.encode_text(ids, mask)
 
-    def conditions(self, prompts: Sequence[str], shape: Sequence[int] | None = None) -> mx.array:
+    def conditions(self, prompts: Prompts, shape: Sequence[int] | None = None) -> mx.array:
         _, prompts = self._mlx, one_or_several(prompts)
         size = self.size if shape is None else self.image_size(shape)
         numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
@@ -110,6 +111,7 @@ class LatentPipeline(Pipeline):
         side = self.config.img_size * self.vae_config.downscale
         return side, side
 
+    @checked
     def latent_shape(self, size: tuple[int, int] | None = None) -> tuple[int, int, int]:
         """(height, width, channels) of the latents of an image of `size` (width, height) in pixels.
 
@@ -135,7 +137,7 @@ class LatentPipeline(Pipeline):
         super().check_size(size, images)
         self.latent_shape(size)  # raises StarflowError if the size does not fit
         self._check_trained(size)
-        asked = (size, images, frames, guidance)
+        asked = (tuple(size), images, frames, guidance)
         if asked in self._fit:
             return
         backend = self.backend

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
 import mlx.core as mx
 
+from mlx_starflow.arguments import checked
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.model_dir import tensor_parallel
+from mlx_starflow.model_dir.adapters import Strengths
 from mlx_starflow.model_dir.directory import ModelDirectory
 from mlx_starflow.model_dir.weights import parse_dtype
 from mlx_starflow.models.tarflow import PixelFlowConfig
@@ -22,6 +23,7 @@ from mlx_starflow.planning.memory import available, plan
 BACKENDS = ("mlx", "torch")
 
 
+@checked
 def load(
     name: str | Path = "demo",
     *,
@@ -29,7 +31,7 @@ def load(
     low_memory: bool | None = None,
     backend: str = "mlx",
     device: str | None = None,
-    adapters: Sequence[tuple[str | Path, float]] = (),
+    adapters: Strengths = (),
     group: mx.distributed.Group | None = None,
     download: bool = True,
     quantize: int | str | None = None,
@@ -99,19 +101,26 @@ def load(
     return cast(ImagePipeline, pipe)
 
 
+@checked
 def open_model(
-    name: str | Path = "demo", *, dtype: str | mx.Dtype | None = None, download: bool = True
+    name: str | Path = "demo",
+    *,
+    dtype: str | mx.Dtype | None = None,
+    low_memory: bool | None = None,
+    adapters: Strengths = (),
+    download: bool = True,
 ) -> ImagePipeline | VideoPipeline | ClassPipeline:
     """`load` of a model of any kind."""
-    return load(name, dtype=dtype, download=download)
+    return load(name, dtype=dtype, low_memory=low_memory, adapters=adapters, download=download)
 
 
+@checked
 def load_video(
     name: str | Path,
     *,
     dtype: str | mx.Dtype | None = None,
     low_memory: bool | None = None,
-    adapters: Sequence[tuple[str | Path, float]] = (),
+    adapters: Strengths = (),
     group: mx.distributed.Group | None = None,
     download: bool = True,
     quantize: int | str | None = None,
@@ -131,6 +140,7 @@ def load_video(
     return pipe
 
 
+@checked
 def load_class_labels(name: str | Path, *, dtype: str | mx.Dtype | None = None) -> ClassPipeline:
     """`load` of a TarFlow, whose prompts are class labels. Raises StarflowError, also if it is none."""
     pipe = open_model(name, dtype=dtype)

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from mlx_starflow.pipelines.backend import Backend
 from mlx_starflow.pipelines.results import GenerationStats
+from mlx_starflow.sampling.progress import Progress
 
 Item = TypeVar("Item")
 
@@ -22,22 +23,23 @@ class Phases:
         self._began = 0.0
 
     @contextmanager
-    def run(self, stats: GenerationStats, name: str) -> Iterator[None]:
-        """What happens inside is charged to this phase, and not to one that it interrupts."""
+    def run(self, stats: GenerationStats, name: str, progress: Progress) -> Iterator[None]:
+        """What happens inside is charged to this phase, and not to one that it interrupts; `progress` is told of it."""
         around, here = self._running, (stats, name)
         self._charge(around)
         self._running = here
         try:
-            yield
+            with progress.running(name):
+                yield
         finally:
             self._charge(here)
             self._running = around
 
-    def each(self, stats: GenerationStats, name: str, items: Iterable[Item]) -> Iterator[Item]:
+    def each(self, stats: GenerationStats, name: str, items: Iterable[Item], progress: Progress) -> Iterator[Item]:
         """The same items; making each of them is charged to a phase."""
         waiting = iter(items)
         while True:
-            with self.run(stats, name):
+            with self.run(stats, name, progress):
                 item = next(waiting, None)
             if item is None:
                 return

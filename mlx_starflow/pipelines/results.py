@@ -11,13 +11,16 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
+from mlx_starflow.arguments import checked_class
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.kernels.affine import GuidanceMode
-from mlx_starflow.media.images import save_image
+from mlx_starflow.media.files import expanded
+from mlx_starflow.media.images import save_image, save_images
 from mlx_starflow.models.configs import PIPELINE, plain_fields
 from mlx_starflow.sampling.certificate import Certificate
 from mlx_starflow.sampling.guidance import SamplingOptions
 from mlx_starflow.sampling.methods import METHODS
+from mlx_starflow.sampling.progress import Progress
 
 DENOISE_STEPS = 16
 """Of an iTARFlow, unless somebody says otherwise."""
@@ -27,6 +30,7 @@ MOST_STEPS = 10_000
 Settings = TypeVar("Settings", bound="GenerationSettings")
 
 
+@checked_class
 @dataclass(frozen=True)
 class GenerationSettings:
     """How images are sampled. A model directory's `config.json` may hold its own defaults under "pipeline".
@@ -49,6 +53,8 @@ class GenerationSettings:
     size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.size, list):
+            object.__setattr__(self, "size", tuple(self.size))
         plain_fields(self)
         SamplingOptions(self.guidance, self.attn_temp)  # its errors
         if self.method not in ("auto", *METHODS):
@@ -94,6 +100,7 @@ class GenerationSettings:
         return {item.name: getattr(self, item.name) for item in fields(self)}
 
 
+@checked_class
 @dataclass(frozen=True)
 class ClassSettings(GenerationSettings):
     """How images of class labels are sampled; what is not said here is as for prompts.
@@ -227,6 +234,17 @@ class GenerationResult:
     settings: GenerationSettings
     stats: GenerationStats
 
+    def save(self, path: str | Path) -> list[Path]:
+        """Write the images with their metadata, several to files with numbers, see `media.images.save_images`.
+
+        Returns:
+            The files.
+
+        Raises:
+            StarflowError: a file cannot be written; then none is.
+        """
+        return save_images(self.images, path, self.metadata)
+
 
 @dataclass(frozen=True)
 class GeneratedImage:
@@ -255,7 +273,7 @@ class GeneratedImage:
 
     def save(self, path: str | Path) -> None:
         """Write the image, with its metadata. Raises StarflowError."""
-        save_image(self.image, Path(path), self.metadata)
+        save_image(self.image, expanded(path), self.metadata)
 
 
 class ImageStream(Iterator[GeneratedImage]):
@@ -265,6 +283,7 @@ class ImageStream(Iterator[GeneratedImage]):
         images: how many will come.
         settings: how they are sampled.
         stats: what the images so far have cost.
+        progress: how far this is; it can be cancelled.
     """
 
     def __init__(
@@ -274,8 +293,9 @@ class ImageStream(Iterator[GeneratedImage]):
         stats: GenerationStats,
         made: Generator[GeneratedImage, None, None],
         concatenate: Callable[[list[Any]], Any],
+        progress: Progress,
     ):
-        self.images, self.settings, self.stats = images, settings, stats
+        self.images, self.settings, self.stats, self.progress = images, settings, stats, progress
         self._made, self._concatenate = made, concatenate
 
     def __next__(self) -> GeneratedImage:

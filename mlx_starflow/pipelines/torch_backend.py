@@ -20,6 +20,7 @@ from mlx_starflow.reference.starflow import STARFlow
 from mlx_starflow.reference.t5 import T5Encoder
 from mlx_starflow.reference.tarflow import PixelFlow
 from mlx_starflow.sampling import SamplingPlan, SamplingTrace
+from mlx_starflow.sampling.progress import Watch
 
 
 class TorchBackend(Backend[Tensor]):
@@ -81,7 +82,7 @@ class TorchBackend(Backend[Tensor]):
         null_text: Tensor,
         settings: GenerationSettings,
         method: str | SamplingPlan,
-        progress: bool | None,
+        progress: Watch,
         trace: SamplingTrace,
     ) -> Tensor:
         # A sampling plan is about MLX's speed.
@@ -91,8 +92,8 @@ class TorchBackend(Backend[Tensor]):
             self.flow, z, text, null_text, guidance, method, attn_temp=attn_temp, progress=progress, trace=trace
         )
 
-    def denoise(self, x: Tensor, text: Tensor) -> Tensor:
-        return denoise(self.flow, x, text)
+    def denoise(self, x: Tensor, text: Tensor, progress: Watch = False) -> Tensor:
+        return denoise(self.flow, x, text, progress=progress)
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> np.ndarray:

@@ -6,14 +6,20 @@ from collections.abc import Generator, Iterable, Sequence
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
+from typing import cast
 
 import mlx.core as mx
 import numpy as np
 from PIL import Image
 
+from mlx_starflow.arguments import checked
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.likelihood.protocol import ImageOrVideo
+from mlx_starflow.likelihood.protocol import Prompts
+from mlx_starflow.media.files import expanded
+from mlx_starflow.media.given import ImageOrVideo, Images, ImageSource, is_image, one_or_many, open_image
+from mlx_starflow.media.image_files import is_video_file
 from mlx_starflow.media.noise import check_seeds
+from mlx_starflow.media.videos import read_video
 from mlx_starflow.model_dir.directory import ModelDirectory
 from mlx_starflow.models.autoencoder_wan import AutoencoderWan, AutoencoderWanConfig
 from mlx_starflow.pipelines.backend import MLXBackend
@@ -23,7 +29,6 @@ from mlx_starflow.pipelines.latents import LatentPipeline
 from mlx_starflow.pipelines.results import GenerationStats
 from mlx_starflow.pipelines.video_frames import decode_frames, encode_frames, one_kind
 from mlx_starflow.pipelines.video_requests import (
-    ImageSource,
     VideoFormat,
     VideoRequest,
     VideoSource,
@@ -34,6 +39,7 @@ from mlx_starflow.pipelines.video_requests import (
 from mlx_starflow.pipelines.video_results import Given, VideoOverrides, VideoResult, VideoSettings, VideoStream
 from mlx_starflow.pipelines.video_stages import VideoStages
 from mlx_starflow.planning.memory import trained_size
+from mlx_starflow.sampling.progress import Callback, Progress, Watch, watch
 
 
 class VideoPipeline(LatentPipeline):
@@ -75,6 +81,7 @@ class VideoPipeline(LatentPipeline):
 
     # ---- making videos
 
+    @checked
     def stream(
         self,
         prompt: str,
@@ -97,7 +104,8 @@ class VideoPipeline(LatentPipeline):
         frames_at_once: int = 1,
         live: bool = True,
         verify: bool = False,
-        progress: bool | None = False,
+        progress: Watch = False,
+        callback: Callback | None = None,
     ) -> VideoStream:
         """Make a video and give its frames, in order, each as soon as it is finished.
 
@@ -124,23 +132,33 @@ class VideoPipeline(LatentPipeline):
                 memory at a time.
             verify: run the flow forwards over the sample and put the difference from its noise into the stream's
                 `stats.certificates` at the end.
-            progress: show a progress bar of tokens; None shows it on a terminal only.
+            progress: a `Progress`, or whether to show a progress bar of tokens; None shows it on a terminal only.
+            callback: is called with the `Progress` before each step: it says how far this is, and can cancel it.
 
         Raises:
             StarflowError: here, an argument does not fit; while frames are made, a frame is not finite.
         """
         asked = VideoOverrides(guidance, temperature, method, attn_temp, denoise, size, frames, fps, context)
+        watched, given = watch(progress, callback), asked.or_else(settings)
         request = self._request(
-            [prompt], seed, 1, noise, asked.or_else(settings), image, video, extend, verify=verify, live=live
+            [prompt], seed, 1, noise, given, image, video, extend, watched, verify=verify, live=live
         )
         if len(request.shape) == 3:
-            images = self._one_image(request, verify, progress)
+            images = self._one_image(request, verify, watched)
         else:
-            images = self._frames(request, self._stages(request, frames_at_once, verify, progress), live)
+            images = self._frames(request, self._stages(request, frames_at_once, verify, watched), live)
         return VideoStream(
-            prompt, request.seeds[0], request.settings, request.metadata[0], request.stats, request.whole_noise, images
+            prompt,
+            request.seeds[0],
+            request.settings,
+            request.metadata[0],
+            request.stats,
+            request.whole_noise,
+            images,
+            watched,
         )
 
+    @checked
     def generate(
         self,
         prompts: str | Sequence[str],
@@ -164,7 +182,8 @@ class VideoPipeline(LatentPipeline):
         frames_at_once: int = 16,
         batch_size: int = 1,
         verify: bool = False,
-        progress: bool | None = False,
+        progress: Watch = False,
+        callback: Callback | None = None,
     ) -> VideoResult:
         """Make videos whole; the frames are those of `stream`, up to rounding.
 
@@ -181,17 +200,18 @@ class VideoPipeline(LatentPipeline):
         if not prompts:
             raise StarflowError("there is no prompt")
         asked = VideoOverrides(guidance, temperature, method, attn_temp, denoise, size, frames, fps, context)
+        watched, given = watch(progress, callback), asked.or_else(settings)
         request = self._request(
-            prompts, seed, videos, noise, asked.or_else(settings), image, video, extend, verify=verify, live=False
+            prompts, seed, videos, noise, given, image, video, extend, watched, verify=verify, live=False
         )
         if len(request.shape) == 3:
-            return self._images(request, batch_size, verify, progress)
-        stages = self._stages(request, frames_at_once, verify, progress)
+            return self._images(request, batch_size, verify, watched)
+        stages = self._stages(request, frames_at_once, verify, watched)
         latents: list[mx.array] = []
         made: list[list[Image.Image]] = []
         parts = [request.part(slice(at, at + batch_size)) for at in range(0, len(request.prompts), batch_size)]
-        with self.backend.limits():
-            texts = [self._texts(part) for part in parts]
+        with self.backend.limits(), self._unloading():
+            texts = [self._texts(part, watched) for part in parts]
             self.release("text_encoder")
             for part, text in zip(parts, texts, strict=True):
                 latents.append(mx.concatenate(list(stages.latents(part, *text)), axis=1))
@@ -222,6 +242,7 @@ class VideoPipeline(LatentPipeline):
         image: ImageSource | None,
         video: VideoSource | None,
         extend: VideoSource | None,
+        progress: Progress,
         *,
         verify: bool,
         live: bool,
@@ -238,13 +259,13 @@ class VideoPipeline(LatentPipeline):
         given: Given | None = None
         if named:
             fps = asked.fps or self.settings.fps
-            with self.backend.limits(), self.phases.run(stats, "encode"):
+            with self.backend.limits(), self.phases.run(stats, "encode", progress):
                 if image is not None:
                     given, asked = read_first_image(image, asked, self.format, self.vae)
                 elif video is not None:
-                    given, asked = read_source_video(video, asked, self.format, self.vae, fps)
+                    given, asked = read_source_video(video, asked, self.format, self.vae, fps, progress)
                 elif extend is not None:
-                    given, asked = read_past_video(extend, asked, self.format, self.vae, fps)
+                    given, asked = read_past_video(extend, asked, self.format, self.vae, fps, progress)
             if not live:
                 self.release("vae")
         settings = asked.apply(self.settings)
@@ -271,7 +292,7 @@ class VideoPipeline(LatentPipeline):
             request.metadata.append(metadata)
         return request
 
-    def _stages(self, request: VideoRequest, frames_at_once: int, verify: bool, progress: bool | None) -> VideoStages:
+    def _stages(self, request: VideoRequest, frames_at_once: int, verify: bool, progress: Progress) -> VideoStages:
         method, window = self.method(request.settings), self.format.window
         return VideoStages(
             self.backend,
@@ -285,19 +306,19 @@ class VideoPipeline(LatentPipeline):
             self.check_certificate,
         )
 
-    def _texts(self, request: VideoRequest) -> tuple[mx.array, mx.array]:
+    def _texts(self, request: VideoRequest, progress: Progress) -> tuple[mx.array, mx.array]:
         """Embeddings of each video's prompt, and of no prompt."""
         prefix = request.given.prefix if request.given else ""
         settings = request.settings
         # A prompt that is none has no prefix either: neither had those that training dropped.
         prompts = [prefix + prompt if prompt else "" for prompt in request.prompts]
-        with self.phases.run(request.stats, "text"):
+        with self.phases.run(request.stats, "text", progress):
             texts = self.encode_prompts([*prompts, ""], settings.size, settings.fps)
         return texts[:-1], texts[-1:]
 
     def _frames(self, request: VideoRequest, stages: VideoStages, live: bool) -> Generator[Image.Image, None, None]:
-        with self.backend.limits():
-            text, null_text = self._texts(request)
+        with self.backend.limits(), self._unloading():
+            text, null_text = self._texts(request, stages.progress)
             self.release("text_encoder")
             latents = stages.latents(request, text, null_text)
             if not live:
@@ -308,7 +329,7 @@ class VideoPipeline(LatentPipeline):
             self.release("flow")
             self.release("vae")
 
-    def _images(self, request: VideoRequest, batch_size: int, verify: bool, progress: bool | None) -> VideoResult:
+    def _images(self, request: VideoRequest, batch_size: int, verify: bool, progress: Progress) -> VideoResult:
         """Videos of one frame."""
         result = self.image_pipeline.generate(
             request.prompts[:: request.videos],
@@ -332,9 +353,7 @@ class VideoPipeline(LatentPipeline):
             stats=request.stats,
         )
 
-    def _one_image(
-        self, request: VideoRequest, verify: bool, progress: bool | None
-    ) -> Generator[Image.Image, None, None]:
+    def _one_image(self, request: VideoRequest, verify: bool, progress: Progress) -> Generator[Image.Image, None, None]:
         yield self._images(request, 1, verify, progress).videos[0][0]
 
     # ---- videos that are there already
@@ -342,7 +361,7 @@ class VideoPipeline(LatentPipeline):
     def _frame_rate(self, shape: Sequence[int] | None) -> int:
         return self.settings.fps if shape is not None and len(shape) == 5 else 0
 
-    def conditions(self, prompts: Sequence[str], shape: Sequence[int] | None = None) -> mx.array:
+    def conditions(self, prompts: Prompts, shape: Sequence[int] | None = None) -> mx.array:
         if shape is not None and len(shape) == 5 and shape[1] > self.format.window:
             raise StarflowError(
                 f"{shape[1]} latent frames are more than the {self.format.window} that {self.name} was trained on: "
@@ -358,11 +377,14 @@ class VideoPipeline(LatentPipeline):
         Raises:
             StarflowError: it has no frames, or more than the model was trained on, or the size does not fit.
         """
-        return super().fit(image, size) if isinstance(image, Image.Image) else self._fit_video(image, size)
+        image = _opened(image)
+        return (
+            super().fit(image, size) if is_image(image) else self._fit_video(cast(Iterable[ImageSource], image), size)
+        )
 
-    def _fit_video(self, video: Iterable[Image.Image], size: tuple[int, int] | None) -> list[Image.Image]:
+    def _fit_video(self, video: Iterable[ImageSource], size: tuple[int, int] | None) -> list[Image.Image]:
         waiting = iter(video)
-        first = next(waiting, None)
+        first = next((open_image(each) for each in waiting), None)
         if first is None:
             raise StarflowError("the video has no frames")
         self.latent_shape(size)  # raises StarflowError if the size does not fit
@@ -377,23 +399,23 @@ class VideoPipeline(LatentPipeline):
             )
         return frames
 
-    def to_data(self, images: Iterable[ImageOrVideo], size: tuple[int, int] | None = None) -> np.ndarray:
+    def to_data(self, images: Images, size: tuple[int, int] | None = None) -> np.ndarray:
         """Images, or videos of one size and length -> data without noise, float32 `[B, ...]`."""
-        images, videos = one_kind(images)
+        each, videos = one_kind(map(_opened, one_or_many(images)))
         if not videos:
-            return super().to_data(images, size)
-        parts = self.to_data_each(images, size)
+            return super().to_data(each, size)
+        parts = self.to_data_each(each, size)
         if len({part.shape for part in parts}) > 1:
             raise StarflowError(
                 "the videos differ in size or in the number of frames: give --size and --frames, or take one at a time"
             )
         return np.stack(parts)
 
-    def to_data_each(self, images: Iterable[ImageOrVideo], size: tuple[int, int] | None = None) -> list[np.ndarray]:
-        images, videos = one_kind(images)
+    def to_data_each(self, images: Images, size: tuple[int, int] | None = None) -> list[np.ndarray]:
+        each, videos = one_kind(map(_opened, one_or_many(images)))
         if not videos:
-            return list(super().to_data(images, size))
-        fitted = (self._fit_video(each, size) for each in images if not isinstance(each, Image.Image))
+            return list(super().to_data(each, size))
+        fitted = (self._fit_video(cast(Iterable[ImageSource], video), size) for video in each)
         return [np.array(encode_frames(self.vae, frames, frames[0].size))[0] for frames in fitted]
 
     def to_images(self, data: np.ndarray | mx.array) -> list[Image.Image] | list[list[Image.Image]]:
@@ -401,3 +423,10 @@ class VideoPipeline(LatentPipeline):
         if data.ndim == 4:
             return super().to_images(data)
         return [list(decode_frames(self.vae, mx.array(video)[None])) for video in data]
+
+
+def _opened(source: ImageOrVideo) -> ImageOrVideo:
+    """The frames of a video's file; everything else as it is."""
+    if isinstance(source, str | Path) and is_video_file(path := expanded(source)):
+        return read_video(path)
+    return source

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.likelihood.protocol import ImageOrVideo
+from mlx_starflow.media.given import ImageOrVideo, is_image
 from mlx_starflow.media.images import to_images
 from mlx_starflow.media.pixels import scale_pixels
 from mlx_starflow.models.autoencoder_wan import AutoencoderWan
@@ -84,11 +84,11 @@ def one_kind(images: Iterable[ImageOrVideo]) -> tuple[Iterator[ImageOrVideo], bo
     """
     waiting = iter(images)
     first = next(waiting, None)
-    videos = first is not None and not isinstance(first, Image.Image)
+    videos = first is not None and not is_image(first)
 
     def alike() -> Iterator[ImageOrVideo]:
         for each in () if first is None else chain([first], waiting):
-            if isinstance(each, Image.Image) == videos:
+            if is_image(each) == videos:
                 raise StarflowError("give pictures or videos, not both together")
             yield each
 

@@ -14,19 +14,20 @@ from PIL import Image
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.media.buckets import RATIOS, bucket_size, closest_ratio
-from mlx_starflow.media.image_files import read_image
+from mlx_starflow.media.files import expanded
+from mlx_starflow.media.given import ImageSource, open_image
 from mlx_starflow.media.noise import VideoNoise, draw_noise, draw_side_noise
-from mlx_starflow.media.pixels import model_picture
 from mlx_starflow.media.videos import read_video
 from mlx_starflow.models.autoencoder_wan import AutoencoderWan, AutoencoderWanConfig
 from mlx_starflow.models.starflow import FlowConfig
 from mlx_starflow.pipelines.results import GenerationStats
 from mlx_starflow.pipelines.video_frames import encode_frames, last_frames
 from mlx_starflow.pipelines.video_results import Given, VideoOverrides, VideoSettings
+from mlx_starflow.sampling.progress import Progress
 from mlx_starflow.sampling.video import default_context
 
-ImageSource = Image.Image | str | Path
-VideoSource = Iterable[Image.Image] | str | Path
+VideoSource = Iterable[ImageSource] | str | Path
+"""The frames of a video, or its file."""
 
 
 @dataclass(frozen=True)
@@ -146,13 +147,18 @@ def read_first_image(
     """An image that is the video's first frame."""
     if asked.frames == 1:
         raise StarflowError("a video that begins with a picture has more than 1 frame")
-    image = read_image(Path(source)) if isinstance(source, str | Path) else model_picture(source)
+    image = open_image(source)
     size = asked.size or video_format.nearest_size(image)
     return Given("image", encode_frames(vae, [image], size), shown=True), replace(asked, size=size)
 
 
 def read_source_video(
-    source: VideoSource, asked: VideoOverrides, video_format: VideoFormat, vae: AutoencoderWan, fps: int
+    source: VideoSource,
+    asked: VideoOverrides,
+    video_format: VideoFormat,
+    vae: AutoencoderWan,
+    fps: int,
+    progress: Progress,
 ) -> tuple[Given, VideoOverrides]:
     """A video that the video is made from, read at `fps` frames a second."""
     # Source and target, of the same length, are one sequence to the flow.
@@ -160,7 +166,7 @@ def read_source_video(
         raise StarflowError(f"from a video at most {video_format.trained} frames are made, not {asked.frames}")
     most = asked.frames or video_format.trained
     video_format.latent_frames(most)
-    images, size = _open_video(source, asked.size, video_format, fps)
+    images, size = _open_video(source, asked.size, video_format, fps, progress)
     latents = encode_frames(vae, images, size, most)
     frames = video_format.vae_config.pixel_frames(latents.shape[1])
     if asked.frames is not None and frames < asked.frames:
@@ -169,13 +175,18 @@ def read_source_video(
 
 
 def read_past_video(
-    source: VideoSource, asked: VideoOverrides, video_format: VideoFormat, vae: AutoencoderWan, fps: int
+    source: VideoSource,
+    asked: VideoOverrides,
+    video_format: VideoFormat,
+    vae: AutoencoderWan,
+    fps: int,
+    progress: Progress,
 ) -> tuple[Given, VideoOverrides]:
     """A video that the video goes on from, read at `fps` frames a second."""
     step, context = video_format.vae_config.temporal_downscale, asked.context or default_context(video_format.window)
     frames = step * (video_format.window - 1) if asked.frames is None else asked.frames
     video_format.latent_frames(frames, new=True)
-    images, size = _open_video(source, asked.size, video_format, fps)
+    images, size = _open_video(source, asked.size, video_format, fps, progress)
     kept = last_frames(images, step, context)
     if len(kept) <= step:
         raise StarflowError(f"the video to go on from has fewer than {1 + step} frames: give a longer one")
@@ -185,11 +196,11 @@ def read_past_video(
 
 
 def _open_video(
-    source: VideoSource, size: tuple[int, int] | None, video_format: VideoFormat, fps: int
+    source: VideoSource, size: tuple[int, int] | None, video_format: VideoFormat, fps: int, progress: Progress
 ) -> tuple[Iterator[Image.Image], tuple[int, int]]:
     """A video's frames at the rate of the one that is made, and the size of that."""
-    images = iter(read_video(source, fps=fps) if isinstance(source, str | Path) else source)
+    images = iter(read_video(expanded(source), fps=fps) if isinstance(source, str | Path) else map(open_image, source))
     first = next(images, None)
     if first is None:
         raise StarflowError("the video that is given has no frames")
-    return chain([first], images), size or video_format.nearest_size(first)
+    return progress.each("encode", chain([first], images), "frame"), size or video_format.nearest_size(first)

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from PIL import Image
 
+from mlx_starflow.arguments import checked_class
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.media.files import expanded
+from mlx_starflow.media.images import numbered
+from mlx_starflow.media.videos import VideoWriter, check_video_output
 from mlx_starflow.pipelines.results import GenerationSettings, GenerationStats
+from mlx_starflow.sampling.progress import Progress
 
 MOST_FRAMES = 1_000_000
 """Of a video: 17 hours at 16 frames a second."""
@@ -20,6 +26,7 @@ MOST_RATE = 1000
 """Frames a second."""
 
 
+@checked_class
 @dataclass(frozen=True, kw_only=True)
 class VideoSettings(GenerationSettings):
     """How videos are sampled; what is not said here is as for images.
@@ -112,6 +119,7 @@ class VideoStream(Iterator[Image.Image]):
         fps, size: frames a second, and (width, height).
         metadata: all that is needed to make it again, for `media.videos.VideoWriter`.
         stats: what the frames so far have cost.
+        progress: how far this is; it can be cancelled.
     """
 
     def __init__(
@@ -123,7 +131,9 @@ class VideoStream(Iterator[Image.Image]):
         stats: GenerationStats,
         noise: Callable[[], np.ndarray],
         images: Generator[Image.Image, None, None],
+        progress: Progress,
     ):
+        self.progress = progress
         self.prompt, self.seed, self.settings, self.metadata, self.stats = prompt, seed, settings, metadata, stats
         self._noise, self._images = noise, images
 
@@ -145,6 +155,15 @@ class VideoStream(Iterator[Image.Image]):
     def noise(self) -> np.ndarray:
         """What the video comes from, before the temperature, `[1, t, h, w, C]`: for `noise.save_noise`."""
         return self._noise()
+
+    def save(self, path: str | Path) -> None:
+        """Write the frames that are still to come, each as soon as it is there, with the metadata.
+
+        `media.videos.VideoWriter` says what may be written. Raises StarflowError.
+        """
+        with VideoWriter(expanded(path), self.fps, metadata=self.metadata) as writer:
+            for frame in self:
+                writer.add(frame)
 
     def close(self) -> None:
         """Make no more frames."""
@@ -172,3 +191,23 @@ class VideoResult:
     metadata: list[dict[str, Any]]
     settings: VideoSettings
     stats: GenerationStats
+
+    def save(self, path: str | Path) -> list[Path]:
+        """Write the videos with their metadata, several to files with numbers: x-1.mp4, x-2.mp4, ... for x.mp4.
+
+        `media.videos.VideoWriter` says what may be written.
+
+        Returns:
+            The files.
+
+        Raises:
+            StarflowError: a video cannot be written.
+        """
+        paths = numbered(expanded(path), len(self.videos))
+        for each in paths:
+            check_video_output(each)
+        for frames, each, metadata in zip(self.videos, paths, self.metadata, strict=True):
+            with VideoWriter(each, self.settings.fps, metadata=metadata) as writer:
+                for frame in frames:
+                    writer.add(frame)
+        return paths

@@ -18,7 +18,7 @@ from mlx_starflow.pipelines.backend import MLXBackend
 from mlx_starflow.pipelines.phases import Phases
 from mlx_starflow.pipelines.video_frames import FrameDecoder
 from mlx_starflow.pipelines.video_requests import VideoRequest
-from mlx_starflow.sampling import Certificate, SamplingPlan, SamplingTrace, denoise_frames, sample_frames
+from mlx_starflow.sampling import Certificate, Progress, SamplingPlan, SamplingTrace, denoise_frames, sample_frames
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class VideoStages:
         method: how the flow is inverted.
         frames_at_once: latent frames that go through the flow's shallow blocks together.
         verify: certify the samples.
-        progress: show a progress bar of tokens; None shows it on a terminal only.
+        progress: is told of each step, and can end it.
         check_certificate: is told each certificate, and the method.
     """
 
@@ -43,7 +43,7 @@ class VideoStages:
     method: str | SamplingPlan
     frames_at_once: int
     verify: bool
-    progress: bool | None
+    progress: Progress
     check_certificate: Callable[[Certificate, str | SamplingPlan], None]
 
     def latents(self, request: VideoRequest, text: mx.array, null_text: mx.array) -> Iterator[mx.array]:
@@ -71,11 +71,11 @@ class VideoStages:
             progress=self.progress,
             trace=trace,
         )
-        noisy = _kept(self.phases.each(stats, "flow", frames), sampled if self.verify else None)
+        noisy = _kept(self.phases.each(stats, "flow", frames, self.progress), sampled if self.verify else None)
         clean = noisy
         if settings.denoise:
             denoised = denoise_frames(self.backend.flow, noisy, text, total, window)
-            clean = self.phases.each(stats, "denoise", denoised)
+            clean = self.phases.each(stats, "denoise", denoised, self.progress)
         done = 0
         for part in clean:
             for index in range(part.shape[1]):
@@ -94,10 +94,12 @@ class VideoStages:
         self, request: VideoRequest, x: mx.array, text: mx.array, null_text: mx.array, noise_floor: float | None
     ) -> None:
         z = mx.array(request.scaled_noise(0)[:, 0 : request.shape[0]])
-        with self.phases.run(request.stats, "verify"):
+        with self.phases.run(request.stats, "verify", self.progress):
             for index in range(len(request.prompts)):
                 one = slice(index, index + 1)
-                (certificate,) = self.backend.certify(x[one], z[one], text[one], null_text, request.settings)
+                (certificate,) = self.backend.certify(
+                    x[one], z[one], text[one], null_text, request.settings, self.progress
+                )
                 certificate = replace(certificate, noise_floor=noise_floor)
                 request.stats.certificates.append(certificate)
                 self.check_certificate(certificate, self.method)
@@ -108,11 +110,11 @@ class VideoStages:
         assert isinstance(vae, AutoencoderWan)
         decoder = FrameDecoder(vae)
         if request.given is not None and request.given.past is not None:
-            with self.phases.run(request.stats, "decode"):
+            with self.phases.run(request.stats, "decode", self.progress):
                 decoder.skip(mx.repeat(request.given.past, len(request.prompts), axis=0))
         for part in latents:
             for index in range(part.shape[1]):
-                with self.phases.run(request.stats, "decode"):
+                with self.phases.run(request.stats, "decode", self.progress):
                     frames = decoder.push(part[:, index : index + 1])
                 yield frames
 

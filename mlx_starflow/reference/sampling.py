@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.kernels.affine import LEAST_SCALE, GuidanceMode, GuidanceTarget
@@ -23,7 +22,7 @@ from mlx_starflow.reference.starflow import STARFlow
 from mlx_starflow.reference.tarflow import PixelFlow
 from mlx_starflow.sampling.guidance import SamplingOptions, guidance_function
 from mlx_starflow.sampling.methods import JacobiSettings, SequentialSettings
-from mlx_starflow.sampling.sampler import progress_off
+from mlx_starflow.sampling.progress import Watch, watch
 
 if TYPE_CHECKING:
     from mlx_starflow.sampling import SamplingTrace
@@ -208,6 +207,7 @@ def invert_jacobi(
             x[:, start:stop] = new
             if still:
                 break
+            advance(0)
         advance(stop - start)
         start = stop
     return x
@@ -246,7 +246,7 @@ def sample(
     guidance_mode: GuidanceMode | None = None,
     guided_blocks: int | None = None,
     noise_level: float | None = None,
-    progress: bool | None = False,
+    progress: Watch = False,
     trace: SamplingTrace | None = None,
 ) -> Tensor:
     """Invert a STARFlow or TarFlow of PyTorch, noise -> data; arguments, result and errors are `mlx_starflow.sample`'s.
@@ -275,9 +275,12 @@ def sample(
         if mode != "starflow":
             combine = partial(tarflow_guidance if mode == "tarflow" else itarflow_guidance, target=guidance_target)
         total = sum(block.length(length) for block in flow.blocks if not block.is_identity)
-        with tqdm(total=total, desc="sampling", unit="tok", disable=progress_off(progress), leave=False) as bar:
-            for block, condition in reversed(list(zip(flow.blocks, conditions.blocks, strict=True))):
+        with watch(progress).counting("flow", total, "tok", label="sampling", leave=False) as counter:
+            for index, (block, condition) in reversed(
+                list(enumerate(zip(flow.blocks, conditions.blocks, strict=True)))
+            ):
                 evaluations = 0
+                counter.block, counter.state = index, partial(flow.latents, tokens, z.shape)
                 if not block.is_identity:
                     weight = Guidance(combine, guidance, annealed_guidance) if condition.guided else None
                     temperature: float | Tensor = attn_temp
@@ -286,7 +289,7 @@ def sample(
                     decoder = BlockDecoder(
                         block, batch, block.length(length), conditions.rope_frequencies, condition, weight, temperature
                     )
-                    tokens = invert_block(decoder, tokens, settings, bar.update)
+                    tokens = invert_block(decoder, tokens, settings, counter.advance)
                     evaluations = decoder.evaluations
                 if trace is not None:
                     trace.evaluations.append(evaluations)
@@ -304,12 +307,19 @@ def null_temperature(attn_temp: float, batch: int, device: torch.device) -> Tens
 
 
 def denoise(
-    flow: STARFlow | PixelFlow, x: Tensor, text: Tensor | None = None, noise_std: float | None = None
+    flow: STARFlow | PixelFlow,
+    x: Tensor,
+    text: Tensor | None = None,
+    noise_std: float | None = None,
+    *,
+    progress: Watch = False,
 ) -> Tensor:
     """One score step (Tweedie's formula): x + noise_std^2 * d log p(x | text) / dx, one sample after another."""
     noise_std = flow.noise_std if noise_std is None else noise_std
     cleaned = []
+    progress = watch(progress)
     for index in range(len(x)):
+        progress.check()
         noisy = x[index : index + 1].detach().float().clone().requires_grad_()
         condition = None if text is None else text[index : index + 1].detach().clone()
         negative_log_likelihood = flow(noisy, condition).nll().sum() * noisy.numel()

@@ -6,6 +6,7 @@ from mlx_starflow.sampling.guidance import SamplingOptions
 from mlx_starflow.sampling.guided import GuidedFlow
 from mlx_starflow.sampling.iterate import iterate, noise_levels
 from mlx_starflow.sampling.methods import JacobiSettings, RollingSettings, SamplingPlan, SequentialSettings
+from mlx_starflow.sampling.progress import Progress
 from mlx_starflow.sampling.sampler import SamplingTrace, sample
 from mlx_starflow.sampling.video import denoise_frames, sample_frames
 
@@ -13,6 +14,7 @@ __all__ = [
     "Certificate",
     "GuidedFlow",
     "JacobiSettings",
+    "Progress",
     "RollingSettings",
     "SamplingOptions",
     "SamplingPlan",

@@ -14,6 +14,7 @@ from mlx_starflow.models.itarflow import at_noise_level
 from mlx_starflow.sampling.denoise import at_once
 from mlx_starflow.sampling.guidance import SamplingOptions
 from mlx_starflow.sampling.guided import GuidedFlow
+from mlx_starflow.sampling.progress import Progress, Watch, watch
 
 
 @dataclass(frozen=True)
@@ -64,14 +65,16 @@ def certify_each(
     guidance_mode: GuidanceMode | None = None,
     guided_blocks: int | None = None,
     noise_level: float | None = None,
+    progress: Watch = False,
 ) -> list[Certificate]:
     """Certify samples x `[B, H, W, C]`, before denoising, of noise z: each by itself, in parallel forward passes.
 
-    The other arguments are those of `sample`, and must be the ones that the samples were made with.
+    The other arguments are those of `sample`, and must be the ones that the samples were made with; a `Progress` can
+    cancel it before each block.
     """
     flow = at_noise_level(flow, noise_level)
     options = SamplingOptions(guidance, attn_temp, annealed_guidance, guidance_target, guidance_mode, guided_blocks)
-    return [Certificate.of(each) for each in _residuals(flow, x, z, text, null_text, options)]
+    return [Certificate.of(each) for each in _residuals(flow, x, z, text, null_text, options, watch(progress))]
 
 
 def certify(
@@ -88,11 +91,12 @@ def certify(
     guidance_mode: GuidanceMode | None = None,
     guided_blocks: int | None = None,
     noise_level: float | None = None,
+    progress: Watch = False,
 ) -> Certificate:
     """The certificate of all samples together, see `certify_each`."""
     flow = at_noise_level(flow, noise_level)
     options = SamplingOptions(guidance, attn_temp, annealed_guidance, guidance_target, guidance_mode, guided_blocks)
-    return Certificate.of(_residuals(flow, x, z, text, null_text, options))
+    return Certificate.of(_residuals(flow, x, z, text, null_text, options, watch(progress)))
 
 
 def _residuals(
@@ -102,6 +106,7 @@ def _residuals(
     text: mx.array | None,
     null_text: mx.array | None,
     options: SamplingOptions,
+    progress: Progress,
 ) -> np.ndarray:
     """f(x) - z, `[B, N, C]`, of as many samples at once as `denoise` takes."""
     tokens, noise, count = flow.tokens(x), flow.noise_tokens(z), at_once(flow, x, text)
@@ -110,5 +115,5 @@ def _residuals(
         part = slice(start, start + count)
         null = null_text if null_text is None or len(null_text) == 1 else null_text[part]
         guided = GuidedFlow(flow, z[part].shape, None if text is None else text[part], null, options)
-        residuals.append(np.array(guided.forward(tokens[part]) - noise[part]))
+        residuals.append(np.array(guided.forward(tokens[part], progress) - noise[part]))
     return np.concatenate(residuals)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from mlx_starflow.arguments import checked
 from mlx_starflow.models.flow import Flow, frame_count
 from mlx_starflow.sampling.decoder import check_finite
+from mlx_starflow.sampling.progress import Watch, watch
 
 PREDICTION_STD = 0.3
 """A learned denoiser predicts noise_std^2 / 0.3 times d(-log p)/dx: the release trains it at noise 0.3 and scales its
@@ -18,11 +20,14 @@ LAYER = 24
 """What a layer holds for its gradient, as a multiple of what it reads: queries, keys, values, the MLP and norms."""
 
 
+@checked
 def denoise(
     flow: Flow,
     x: mx.array,
     text: mx.array | None = None,
     noise_std: float | None = None,
+    *,
+    progress: Watch = False,
 ) -> mx.array:
     """One score step (Tweedie's formula): x + noise_std^2 * d log p(x | text) / dx, which is E[clean | noisy].
 
@@ -32,11 +37,14 @@ def denoise(
         text: its condition, as for `flow(x, text)`.
         noise_std: standard deviation of the training noise; the flow's own by default, which an iTARFlow's level is
             (see `ITarFlow.at`). A learned denoiser knows it.
+        progress: a `Progress`, which is told of each sample, or whether to show a progress bar.
 
     A flow with a learned denoiser predicts the score; in a video, attention is computed frame by frame. Otherwise it is
     a vector-Jacobian product through the whole flow. To save memory every layer is run twice, and large samples go
     through it one at a time.
     """
+    progress = watch(progress)
+    progress.check()
     if (denoiser := flow.denoiser) is not None:
         rope_frequencies = flow.rope_frequencies(x.shape, 0 if text is None else text.shape[1])
         assert rope_frequencies is not None  # of a flow with a denoiser
@@ -50,11 +58,13 @@ def denoise(
 
     score = mx.grad(negative_log_likelihood)
     cleaned, count = [], at_once(flow, x, text)
-    for start in range(0, x.shape[0], count):
-        sample = x[start : start + count].astype(mx.float32)
-        condition = None if text is None else text[start : start + count]
-        cleaned.append(sample - variance * score(sample, condition))
-        mx.eval(cleaned[-1])
+    with progress.counting("denoise", x.shape[0], "sample", leave=False) as counter:
+        for start in range(0, x.shape[0], count):
+            sample = x[start : start + count].astype(mx.float32)
+            condition = None if text is None else text[start : start + count]
+            cleaned.append(sample - variance * score(sample, condition))
+            mx.eval(cleaned[-1])
+            counter.advance(len(sample))
     result = mx.concatenate(cleaned)
     check_finite(result, "the denoised sample")
     return result

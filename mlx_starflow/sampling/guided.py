@@ -10,6 +10,7 @@ from mlx_starflow.kernels.affine import predict
 from mlx_starflow.models.flow import Condition, Flow, frame_count
 from mlx_starflow.sampling.decoder import BlockDecoder, check_finite
 from mlx_starflow.sampling.guidance import Guidance, SamplingOptions
+from mlx_starflow.sampling.progress import Watch, watch
 
 DEFAULT_OPTIONS = SamplingOptions()
 
@@ -71,10 +72,12 @@ class GuidedFlow:
             mu, log_sigma = predict(parameters, block.config.affine)
         return block.unpermute(mu, self.frames), block.unpermute(log_sigma, self.frames)
 
-    def forward(self, x: mx.array) -> mx.array:
+    def forward(self, x: mx.array, progress: Watch = False) -> mx.array:
         """Data tokens `[B, N, C]` -> noise tokens: the guided flow's forward direction."""
+        progress = watch(progress)
         for index, block in enumerate(self.flow.blocks):
             if not block.is_identity:
+                progress.check()
                 mu, log_sigma = self.predict(index, x)
                 x = (x - mu) * mx.exp(-log_sigma)
                 check_finite(x, f"what block {index} made of the sample")

@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import numpy as np
-from tqdm import tqdm
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.models.itarflow import ITarFlow
 from mlx_starflow.sampling.denoise import denoise
+from mlx_starflow.sampling.progress import Watch, watch
 
 
 def noise_levels(highest: float, lowest: float, steps: int) -> list[float]:
@@ -34,7 +34,7 @@ def iterate(
     clip: bool = False,
     *,
     noise: mx.array | None = None,
-    progress: bool | None = False,
+    progress: Watch = False,
     preview: Callable[[int, mx.array], None] = lambda step, clean: None,
 ) -> mx.array:
     """Denoise data of noise level `levels[0]` step by step, at each of the levels and then to 0.
@@ -50,7 +50,7 @@ def iterate(
         clip: limit each x0 to -1..1.
         noise: for the stochastic variant, standard normal `[len(levels) - 1, B, H, W, C]`: with a = (t'/t)^2 the next
             level gets x0 + t' (sqrt(a) v + sqrt(1 - a) noise).
-        progress: show a progress bar; None shows it on a terminal only.
+        progress: a `Progress`, or whether to show a progress bar; None shows it on a terminal only.
         preview: is called after each step with its number, from 1 on, and x0.
 
     Returns:
@@ -68,20 +68,22 @@ def iterate(
     if noise is not None and noise.shape != wanted:
         raise StarflowError(f"noise has shape {list(noise.shape)}; these steps need {list(wanted)}")
     x = x.astype(mx.float32)
-    hide = None if progress is None else not progress
     steps = list(itertools.pairwise([*levels, 0.0]))
-    for step, (level, later) in enumerate(tqdm(steps, desc="denoising", unit="step", disable=hide, leave=False)):
-        clean = denoise(flow.at(level), x, labels)
-        if clip:
-            clean = mx.clip(clean, -1, 1)
-        preview(step + 1, clean)
-        if not later:
-            return clean
-        v = (x - clean) / level
-        if noise is None:
-            x = x - (level - later) * v
-        else:
-            kept = (later / level) ** 2
-            x = clean + later * (math.sqrt(kept) * v + math.sqrt(1 - kept) * noise[step])
-        mx.eval(x)
+    progress = watch(progress)
+    with progress.counting("denoising", len(steps), "step", leave=False) as counter:
+        for step, (level, later) in enumerate(steps):
+            clean = denoise(flow.at(level), x, labels, progress=progress)
+            if clip:
+                clean = mx.clip(clean, -1, 1)
+            preview(step + 1, clean)
+            counter.advance()
+            if not later:
+                return clean
+            v = (x - clean) / level
+            if noise is None:
+                x = x - (level - later) * v
+            else:
+                kept = (later / level) ** 2
+                x = clean + later * (math.sqrt(kept) * v + math.sqrt(1 - kept) * noise[step])
+            mx.eval(x)
     raise AssertionError  # the last level is followed by 0

@@ -29,7 +29,7 @@ def invert(decoder: BlockDecoder, start: int, settings: JacobiSettings) -> Itera
         settings: of the iteration.
 
     Yields:
-        How many tokens are done.
+        How many tokens are done, after each sweep.
     """
     length = decoder.z.shape[1]
     frame = length if decoder.block.config.local else decoder.length // decoder.frames
@@ -40,8 +40,9 @@ def invert(decoder: BlockDecoder, start: int, settings: JacobiSettings) -> Itera
                 decoder.trim(stop - start)
             # The first sweep reads the frame before, the known token at the front included, as in the release.
             change = decoder.sweep(start, stop, lag=frame if start > frame and not sweep else 0)
-            if not change >= settings.threshold:
+            if not change >= settings.threshold or sweep + 1 == settings.max_iterations:
                 break
+            yield start
         start = stop
         yield start
 

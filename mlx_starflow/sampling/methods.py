@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
+from mlx_starflow.arguments import checked_class
 from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.media.files import exists, inside, read_json, replacing
 from mlx_starflow.model_dir.files import PLAN_FILE
@@ -29,6 +30,7 @@ class SequentialSettings:
     name: ClassVar[str] = "sequential"
 
 
+@checked_class
 @dataclass(frozen=True)
 class JacobiSettings:
     """Block-wise Jacobi iteration as in the official release.
@@ -48,6 +50,7 @@ class JacobiSettings:
         _at_least(self, "max_iterations", 1)
 
 
+@checked_class
 @dataclass(frozen=True)
 class RollingSettings:
     """Jacobi iteration in a window that slides past every token whose residual has been measured to be small.

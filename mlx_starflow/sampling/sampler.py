@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
-from tqdm import tqdm
 
+from mlx_starflow.arguments import checked
 from mlx_starflow.kernels.affine import GuidanceMode, GuidanceTarget
 from mlx_starflow.models.flow import Flow, frame_count
 from mlx_starflow.models.itarflow import at_noise_level
@@ -26,6 +27,7 @@ from mlx_starflow.sampling.methods import (
     block_settings,
     for_videos,
 )
+from mlx_starflow.sampling.progress import Watch, watch
 
 
 @dataclass
@@ -57,6 +59,7 @@ class SamplingTrace:
         self.states.clear()
 
 
+@checked
 def sample(
     flow: Flow,
     z: mx.array,
@@ -71,7 +74,7 @@ def sample(
     guidance_mode: GuidanceMode | None = None,
     guided_blocks: int | None = None,
     noise_level: float | None = None,
-    progress: bool | None = False,
+    progress: Watch = False,
     trace: SamplingTrace | None = None,
 ) -> mx.array:
     """Invert the flow: noise -> data, the exact inverse of `flow(x, text).z` at guidance 0.
@@ -95,7 +98,7 @@ def sample(
         guidance_mode: "starflow", "tarflow" or "itarflow", see `kernels.affine`; None: the flow's own.
         guided_blocks: so many blocks are guided, those that are sampled first; None: all that read the condition.
         noise_level: what an iTARFlow makes data of; None: the level that the flow is at, see `ITarFlow.at`.
-        progress: show a progress bar; None shows it on a terminal only.
+        progress: a `Progress`, or whether to show a progress bar; None shows it on a terminal only.
         trace: is filled with what was done.
 
     Returns:
@@ -113,12 +116,13 @@ def sample(
     options = SamplingOptions(guidance, attn_temp, annealed_guidance, guidance_target, guidance_mode, guided_blocks)
     guided = GuidedFlow(flow, z.shape, text, null_text, options)
     total = sum(math.prod(block.sequences(1, length, frames)) for block in flow.blocks if not block.is_identity)
-    with tqdm(total=total, desc="sampling", unit="tok", disable=progress_off(progress), leave=False) as bar:
+    with watch(progress).counting("flow", total, "tok", label="sampling", leave=False) as counter:
         for index in reversed(range(len(flow.blocks))):
             evaluations, noise_floor = 0, 0.0
             if not flow.blocks[index].is_identity:
                 decoder = guided.decoder(index, batch, length)
-                tokens = invert_block(decoder, tokens, settings[index], advance=bar.update)
+                counter.block, counter.state = index, partial(_state, flow, decoder, z.shape)
+                tokens = invert_block(decoder, tokens, settings[index], advance=counter.advance)
                 evaluations, noise_floor = decoder.evaluations, decoder.noise_floor
                 check_finite(tokens, f"what block {index} made of the noise")
             if trace is not None:
@@ -141,7 +145,8 @@ def invert_block(
     Args:
         given: data of the tokens that the block reads first, `[B, P, C]` in the block's order, one or more: they stay
             as they are, and the noise in their place is not used.
-        advance: is called with numbers of tokens as they are done; those of a local block's frames count together.
+        advance: is called before each evaluation, and after the last one, with the number of tokens that are done
+            since the last time; those of a local block's frames count together.
     """
     block, frames = decoder.block, decoder.frames
     parallel = frames if block.config.local else 1
@@ -155,7 +160,7 @@ def invert_block(
 def invert_steps(
     decoder: BlockDecoder, z: mx.array, settings: Settings, given: mx.array | None = None
 ) -> Iterator[int]:
-    """Invert one block step by step, and yield how many tokens of `decoder.data` are done.
+    """Invert one block; before each evaluation, and after the last, yield how many tokens of `decoder.data` are done.
 
     `z` is `[B, N, C]` in the block's order (see `FlowBlock.permute`); `given` as for `invert_block`.
     """
@@ -178,6 +183,7 @@ def invert_steps(
         yield from sequential.invert(decoder, start)
 
 
-def progress_off(progress: bool | None) -> bool | None:
-    """tqdm's `disable`: None hides the bar unless standard error is a terminal."""
-    return None if progress is None else not progress
+def _state(flow: Flow, decoder: BlockDecoder, shape: tuple[int, ...]) -> mx.array:
+    """Data of a sample of which a block is being inverted: what is not done is still the block's noise."""
+    tokens = decoder.block.unpermute(decoder.data(0, decoder.z.shape[1]), decoder.frames)
+    return flow.latents(tokens, shape)

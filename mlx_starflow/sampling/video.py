@@ -8,12 +8,11 @@ last frames again, from position 0 on, and goes on from there (STARFlow-V, arXiv
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
-from tqdm import tqdm
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.models.denoiser import Denoiser
@@ -24,7 +23,8 @@ from mlx_starflow.sampling.denoise import clean, denoise
 from mlx_starflow.sampling.guidance import SamplingOptions
 from mlx_starflow.sampling.guided import GuidedFlow
 from mlx_starflow.sampling.methods import Method, Settings, block_settings, for_videos
-from mlx_starflow.sampling.sampler import SamplingTrace, invert_block, invert_steps, progress_off
+from mlx_starflow.sampling.progress import Counter, Watch, watch
+from mlx_starflow.sampling.sampler import SamplingTrace, invert_block, invert_steps
 
 CONTEXT = 16
 """Latent frames that are read again when a window is full, by default as in the release."""
@@ -82,7 +82,7 @@ def sample_frames(
     context: int | None = None,
     frames_at_once: int = 1,
     attn_temp: float = 1.0,
-    progress: bool | None = False,
+    progress: Watch = False,
     trace: SamplingTrace | None = None,
 ) -> Iterator[mx.array]:
     """Invert a video flow: noise -> data, frames as soon as they are there.
@@ -126,7 +126,7 @@ def sample_frames(
     shape = (batch, parts[0][2], *frame_shape)
     guided = GuidedFlow(flow, shape, text, null_text, SamplingOptions(guidance, attn_temp))
     decoder = None
-    with tqdm(total=unknown, desc="sampling", unit="tok", disable=progress_off(progress), leave=False) as bar:
+    with watch(progress).counting("flow", unknown, "tok", label="sampling", leave=False) as counter:
         if given is not None:
             yield given.astype(mx.float32)
         for first, new, stop in parts:
@@ -143,14 +143,16 @@ def sample_frames(
                     decoder = guided.decoder(deep, batch, frames * size)
                 decoder.rewind()
                 done = [] if read is None else [read]
-                for tokens in _deep_frames(decoder, z, settings[deep], read, frames_at_once, bar.update):
+                counter.block = deep
+                for tokens in _deep_frames(decoder, z, settings[deep], read, frames_at_once, counter):
                     mx.eval(tokens)
                     done.append(tokens)
                     count = tokens.shape[1] // size
                     for index in guided.active():
                         if index < deep:
                             shallow = guided.decoder(index, batch, count * size, count)
-                            tokens = invert_block(shallow, tokens, settings[index], advance=bar.update)
+                            counter.block = index
+                            tokens = invert_block(shallow, tokens, settings[index], advance=counter.advance)
                             evaluations[index] += shallow.evaluations
                             noise_floors[index] = max(noise_floors[index], shallow.noise_floor)
                     check_finite(tokens, "a frame")
@@ -177,7 +179,7 @@ def _deep_frames(
     settings: Settings,
     read: mx.array | None,
     frames_at_once: int,
-    advance: Callable[[int], None],
+    counter: Counter,
 ) -> Iterator[mx.array]:
     """Noise tokens `[B, T * N, C]` -> what the deep block reads of the frames after those of `read`, which it read
     before: tokens of at most `frames_at_once` frames at a time; all in data order."""
@@ -186,8 +188,10 @@ def _deep_frames(
     out = 0 if read is None else read.shape[1] // size
     given = None if read is None else block.permute(read, out)
     before = out * size
+    deep = counter.block
     for done in invert_steps(decoder, block.permute(z, frames), settings, given):
-        advance(done - before)
+        counter.block = deep
+        counter.advance(done - before)
         before = done
         while out < frames and done >= (stop := min(out + frames_at_once, frames)) * size:
             yield block.unpermute(decoder.data(out * size, stop * size), stop - out)

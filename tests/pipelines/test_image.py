@@ -132,7 +132,7 @@ def test_settings_and_overrides(pipe):
     result = pipe.generate("a cat", seed=1, settings=chosen, temperature=0.9, guidance=None)
     assert result.settings == GenerationSettings(guidance=0.5, temperature=0.9, denoise=False)
     assert pipe.generate("a cat", seed=1, guidance=0.0).settings.guidance == 0.0
-    with pytest.raises(TypeError, match="colour"):
+    with pytest.raises(StarflowError, match="no argument 'colour'"):
         pipe.generate("a cat", colour=3)
 
 

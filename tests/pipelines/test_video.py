@@ -18,7 +18,7 @@ from mlx_starflow.pipelines.video_frames import encode_frames, last_frames
 from mlx_starflow.pipelines.video_requests import read_past_video
 from mlx_starflow.pipelines.video_results import VideoOverrides
 from mlx_starflow.planning.memory import plan
-from mlx_starflow.sampling import denoise, sample
+from mlx_starflow.sampling import Progress, denoise, sample
 from mlx_starflow.sampling.video import default_context
 
 
@@ -212,7 +212,7 @@ def test_a_continuation_sees_16_latent_frames_by_default(tmp_path):
     frames = [Image.new("RGB", (16, 16))] * 85
     for chosen, seen in (({}, 16), ({"context": 19}, 19)):
         asked = VideoOverrides(size=(16, 16), **chosen)
-        given, _ = read_past_video(frames, asked, pipe.format, pipe.vae, fps=16)
+        given, _ = read_past_video(frames, asked, pipe.format, pipe.vae, 16, Progress())
         assert given.latents.shape[1] == seen
     assert [default_context(window) for window in (21, 17, 5)] == [16, 16, 4]
 
