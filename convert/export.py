@@ -22,6 +22,7 @@ from mlx_starflow.model_dir.weights import parameters
 from mlx_starflow.models.autoencoder_kl import AutoencoderKLConfig
 from mlx_starflow.models.autoencoder_wan import AutoencoderWanConfig
 from mlx_starflow.models.autoencoder_wan.names import diffusers_tensor
+from mlx_starflow.models.itarflow import ITarFlowConfig
 from mlx_starflow.models.tarflow import TarFlowConfig
 
 
@@ -33,6 +34,7 @@ def export_model(directory: str | Path, path: str | Path) -> Path:
 
     * STARFlow: the weights. Its official programs load with `strict=False` and make the buffers they need themselves.
     * TarFlow: the weights and the blocks' `attn_mask`, without which a strict load fails.
+    * iTARFlow: the same, and the shared layers under each block's name too.
     * Text encoder: what Hugging Face's `T5EncoderModel` calls its tensors.
     * Autoencoder: diffusers' `AutoencoderKL` or, of videos, `AutoencoderKLWan`, convolutions as `[out, in, kh, kw]` or
       `[out, in, kt, kh, kw]`.
@@ -93,6 +95,16 @@ def _tarflow(tensors: dict[str, Tensor], config: TarFlowConfig) -> None:
         tensors[f"blocks.{index}.attn_mask"] = Tensor((length, length), mx.float32, partial(mx.tri, length))
 
 
+def _itarflow(tensors: dict[str, Tensor], config: ITarFlowConfig) -> None:
+    for name in list(tensors):
+        tensors[name.replace(".attn_blocks.", ".head_blocks.")] = tensors.pop(name)
+    shared = {name: tensor for name, tensor in tensors.items() if name.startswith("shared_backbone.")}
+    for index in range(config.blocks):
+        length = config.block(index).num_patches
+        tensors[f"blocks.{index}.attn_mask"] = Tensor((length, length), mx.float32, partial(mx.tri, length))
+        tensors.update({f"blocks.{index}.{name}": tensor for name, tensor in shared.items()})
+
+
 def _autoencoder(tensors: dict[str, Tensor], _: AutoencoderKLConfig) -> None:
     for name, tensor in tensors.items():
         if len(tensor.shape) == 4:
@@ -110,6 +122,7 @@ _Open = Callable[[Path], NetworkDirectory[nn.Module, Any]]
 _LAYOUTS: dict[str, tuple[_Open, Callable[[dict[str, Tensor], Any], None] | None]] = {
     "starflow": (NetworkDirectory.flow, None),
     "tarflow": (NetworkDirectory.flow, _tarflow),
+    "itarflow": (NetworkDirectory.flow, _itarflow),
     "t5": (NetworkDirectory.text_encoder, None),
     "autoencoder_kl": (NetworkDirectory.vae, _autoencoder),
     "autoencoder_wan": (NetworkDirectory.vae, _video_autoencoder),

@@ -1,4 +1,4 @@
-"""Official flow checkpoints (apple/ml-starflow, apple/ml-tarflow) to model directories."""
+"""Official flow checkpoints (apple/ml-starflow, apple/ml-tarflow, apple/ml-itarflow) to model directories."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mlx_starflow.models.configs import official_arguments
 
 if TYPE_CHECKING:
     from mlx_starflow.models.starflow import STARFlow
-    from mlx_starflow.models.tarflow import TarFlow
+    from mlx_starflow.models.tarflow import PixelFlow
 
 _NOTICE = """\
 {license}
@@ -47,17 +47,18 @@ def convert_flow(
     dtype: str | mx.Dtype | None = None,
     arguments: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write an official checkpoint of a STARFlow or a TarFlow as a model directory.
+    """Write an official checkpoint of a STARFlow, a TarFlow or an iTARFlow as a model directory.
 
     Tensors are read, quantized and written one at a time: memory for the largest is enough. Which flow it is shows in
-    its tensors: a TarFlow has learned positions. What the arguments leave open is taken from where it shows: the width
-    of the text embeddings and a TarFlow's architecture from the tensors, a TarFlow's patch size and noise from the
-    official file name, `NAME_model_PATCH_CHANNELS_BLOCKS_LAYERS_NOISE.pth`.
+    its tensors: a TarFlow has learned positions, an iTARFlow embeds the noise level too. What the arguments leave open
+    is taken from where it shows: the width of the text embeddings and the architecture of a flow over pixels from the
+    tensors, a TarFlow's patch size and noise from the official file name,
+    `NAME_model_PATCH_CHANNELS_BLOCKS_LAYERS_NOISE.pth`.
 
     Args:
         checkpoint: the official `.pth`, its tensors as `.safetensors`, or the folder that sharded training wrote
             instead of a file (`torch.distributed.checkpoint`; reading it needs PyTorch).
-        config: the official YAML of its arguments; None for a TarFlow, and for a released checkpoint, whose
+        config: the official YAML of its arguments; None for a flow over pixels, and for a released checkpoint, whose
             arguments are known by its name.
         out_dir: folder to write, made if need be: `config.json`, `model*.safetensors` and `NOTICE`, which names the
             licence of Apple's weights. A flow that it holds is replaced.
@@ -130,17 +131,21 @@ def write_flow(
 
 def open_flow(
     checkpoint: Path, arguments: dict[str, Any], source: str | Path
-) -> tuple[STARFlow | TarFlow, str, dict[str, Tensor]]:
+) -> tuple[STARFlow | PixelFlow, str, dict[str, Tensor]]:
     """The flow of an official checkpoint without its weights, its `model_type`, and its tensors, none of them read yet.
 
     `source` is what error messages call the arguments. Raises StarflowError.
     """
     tensors = open_tensors(checkpoint)
     model_type = "tarflow" if any(name.endswith(".pos_embed") for name in tensors) else "starflow"
+    if any(".time_embed." in name for name in tensors):
+        model_type = "itarflow"
     kind = FLOWS[model_type]
     tensors = kind.sanitize(tensors)
     if model_type == "tarflow":
         arguments = _tarflow_arguments(tensors, arguments, checkpoint)
+    elif model_type == "itarflow":
+        arguments = _itarflow_arguments(tensors, arguments, checkpoint)
     elif not arguments:
         raise StarflowError(
             f"{checkpoint} does not say how it was trained: give the YAML of its arguments (--config YAML), "
@@ -210,6 +215,48 @@ def _tarflow_arguments(tensors: Mapping[str, Tensor], given: Mapping[str, Any], 
             f"{checkpoint} does not say how much noise its training added; give it, such as --noise-std 0.07"
         )
     return arguments
+
+
+def _itarflow_arguments(tensors: Mapping[str, Tensor], given: Mapping[str, Any], checkpoint: Path) -> dict[str, Any]:
+    """An iTARFlow's arguments: those that are given, and the others from its tensors' shapes."""
+    channel_size = _size(given, "channel_size") or 3
+    given = dict(given)
+    if "patch_size" in given:
+        given["patch_sizes"] = given.pop("patch_size")
+    count = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
+    shared = len({name.split(".")[1] for name in tensors if name.startswith("shared_backbone.")})
+    names = [f"blocks.{index}" for index in range(count)]
+    try:
+        lengths, channels = zip(*(tensors[f"{name}.pos_embed"].shape for name in names), strict=True)
+        widths = [tensors[f"{name}.proj_in.weight"].shape[1] for name in names]
+        own = [{n.split(".")[3] for n in tensors if n.startswith(f"{name}.attn_blocks.")} for name in names]
+        labels = tensors.get("blocks.0.class_embed")
+        layer = "shared_backbone.0" if shared else "blocks.0.attn_blocks.0"
+        patches = [math.isqrt(width // channel_size) for width in widths]
+        found = {
+            "img_size": math.isqrt(lengths[0]) * patches[0],
+            "channel_size": channel_size,
+            "patch_sizes": patches,
+            "channels": list(channels),
+            "blocks": count,
+            "layers_per_block": [shared + len(layers) for layers in own],
+            "shared_backbone_layers": shared,
+            "expansion": tensors[f"{layer}.mlp.main.0.weight"].shape[0] // channels[0],
+            "nvp": tensors["blocks.0.proj_out.weight"].shape[0] == 2 * widths[0],
+            "num_classes": labels.shape[0] if labels else 0,
+        }
+    except (KeyError, IndexError, ValueError, ZeroDivisionError):
+        raise StarflowError(f"{checkpoint} is not a whole iTARFlow: some tensors of a block are missing") from None
+    if any(channel_size * patch**2 != width for patch, width in zip(patches, widths, strict=True)):
+        raise StarflowError(
+            f"{checkpoint}: its tokens hold {widths} numbers, which are no square patches of {channel_size} channels; "
+            "give --channel-size"
+        )
+    if "t1" not in given:
+        raise StarflowError(
+            f"{checkpoint} does not say the highest noise level of its training; give it, such as --t1 0.3"
+        )
+    return {**found, **given}
 
 
 def _size(given: Mapping[str, Any], key: str) -> int | None:

@@ -215,6 +215,7 @@ READERS = {
     "flow config": Reader("model/config.json", _network("flow"), "json", 0),
     "video flow config": Reader("video-model/config.json", _network("flow"), "json", 0),
     "TarFlow config": Reader("made/tarflow/config.json", _network("flow"), "json", 0),
+    "iTARFlow config": Reader("made/itarflow/config.json", _network("flow"), "json", 0),
     "T5 config": Reader("model/text_encoder/config.json", _network("text_encoder"), "json", 0),
     "VAE config": Reader("model/vae/config.json", _network("vae"), "json", 0),
     "video VAE config": Reader("video-model/vae/config.json", _network("vae"), "json", 0),
@@ -263,7 +264,7 @@ def make_good(folder: Path) -> None:
 
     shutil.copytree(GOOD, folder, dirs_exist_ok=True)
     made = folder / "made"
-    for name in ("tarflow", "table", "captions"):
+    for name in ("tarflow", "itarflow", "table", "captions"):
         (made / name).mkdir(parents=True)
     weights = mx.load(str(folder / "adapter/adapters.safetensors"))
     mx.save_safetensors(str(made / "a.safetensors"), weights)
@@ -275,6 +276,15 @@ def make_good(folder: Path) -> None:
     official = {**ARGUMENTS["starflow-v_7B_t2v_caus_480p"], "txt_dim": 64, "top_block": {"expansion": 4}}
     lines = [f"- {key}: {json.dumps(value)}\n" for key, value in official.items()]
     (made / "official.yaml").write_text("arguments:\n" + "".join(lines))
+    (made / "itarflow/config.json").write_text(
+        json.dumps(
+            {
+                "model_type": "itarflow", "img_size": 8, "channel_size": 3, "patch_sizes": [2, 4],
+                "channels": [32], "blocks": 2, "layers_per_block": [1, 2], "head_dim": 16, "num_classes": 3,
+                "shared_backbone_layers": 1, "t0": 0.01, "t1": 0.3, "nvp": True, "cfg": 0.0,
+            }
+        )
+    )  # fmt: skip
     (made / "tarflow/config.json").write_text(
         json.dumps(
             {

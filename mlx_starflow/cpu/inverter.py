@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_starflow.cpu.network import NativeNetwork
-from mlx_starflow.kernels.affine import SOFTPLUS_SHIFT, AffineMap, GuidanceMode, GuidanceTarget
+from mlx_starflow.kernels.affine import LEAST_SCALE, SOFTPLUS_SHIFT, AffineMap, GuidanceMode, GuidanceTarget
 
 quietly = np.errstate(over="ignore", divide="ignore", invalid="ignore")
 """Guesses may be far off: a result that is not finite is not for NumPy to report."""
@@ -91,6 +91,8 @@ def predict(
         return mu + (weight - excess) / (1 + excess) * shift, log_sigma - 0.5 * np.log1p(excess)
     if "b" in target:
         mu = mu + weight * shift
-    if "a" in target:
+    if "a" in target and mode == "tarflow":
         log_sigma = log_sigma + weight * widening
+    elif "a" in target:
+        log_sigma = log_sigma + np.log1p(np.maximum(-weight * np.expm1(-widening), LEAST_SCALE - 1))
     return mu, log_sigma

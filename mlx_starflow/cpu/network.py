@@ -110,7 +110,7 @@ class NativeNetwork:
         self.capacity = self.prefix_length + length
         mx.eval(block.parameters())
         self._held: list[Any] = []  # what C++ has addresses of
-        self._layers = (_Layer * config.num_layers)(*(self._layer(layer) for layer in block.attn_blocks))
+        self._layers = (_Layer * config.num_layers)(*(self._layer(layer) for layer in block.layers))
         shape = (batch, config.num_kv_heads, self.capacity, config.head_dim)
         for layer in self._layers:
             layer.keys, layer.values = self._hold(mx.zeros(shape), shape), self._hold(mx.zeros(shape), shape)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from typing import Literal, NamedTuple, cast
 
 import mlx.core as mx
@@ -22,13 +22,16 @@ from mlx_starflow.kernels import Arrays, enabled, with_gradient
 SOFTPLUS_SHIFT = math.log(math.e - 1)
 """softplus(0 + this) = 1: an untrained block is the identity."""
 
-GuidanceMode = Literal["starflow", "tarflow"]
-"""How guidance combines two predictions: by `starflow_guidance` or by `tarflow_guidance`."""
+GuidanceMode = Literal["starflow", "tarflow", "itarflow"]
+"""How guidance combines two predictions: by `starflow_guidance`, `tarflow_guidance` or `itarflow_guidance`."""
 
-GUIDANCE_MODES: tuple[GuidanceMode, ...] = ("starflow", "tarflow")
+GUIDANCE_MODES: tuple[GuidanceMode, ...] = ("starflow", "tarflow", "itarflow")
 
 GuidanceTarget = Literal["ab", "a", "b"]
-"""What the mode "tarflow" guides: the log-scale ("a"), the mean ("b") or both."""
+"""What the modes "tarflow" and "itarflow" guide: the scale ("a"), the mean ("b") or both."""
+
+LEAST_SCALE = 1e-3
+"""Least share of sigma that the mode "itarflow" leaves of it."""
 
 THREADGROUP = 256
 
@@ -79,7 +82,7 @@ def predict(
         affine: the map that the parameters are of.
         mode: of guidance; None: no guidance.
         weight: of guidance, a number or an array that broadcasts to `[B, N, 1]`.
-        target: what the mode "tarflow" guides.
+        target: what the modes "tarflow" and "itarflow" guide.
     """
     if enabled():
         inputs = (parameters, _limit(affine.clip), *_weights(parameters, mode, weight))
@@ -121,8 +124,10 @@ def affine_plain(
     if mode is None:
         return mu, log_sigma
     (mu, mu_null), (log_sigma, log_sigma_null) = mx.split(mu, 2), mx.split(log_sigma, 2)
-    combine = starflow_guidance if mode == "starflow" else partial(tarflow_guidance, target=target)
-    return combine(mu, log_sigma, mu_null, log_sigma_null, weight)
+    if mode == "starflow":
+        return starflow_guidance(mu, log_sigma, mu_null, log_sigma_null, weight)
+    combine = tarflow_guidance if mode == "tarflow" else itarflow_guidance
+    return combine(mu, log_sigma, mu_null, log_sigma_null, weight, target)
 
 
 def starflow_guidance(
@@ -153,6 +158,26 @@ def tarflow_guidance(
         mu = mu + weight * (mu - mu_null)
     if "a" in target:
         log_sigma = log_sigma + weight * (log_sigma - log_sigma_null)
+    return mu, log_sigma
+
+
+def itarflow_guidance(
+    mu: mx.array,
+    log_sigma: mx.array,
+    mu_null: mx.array,
+    log_sigma_null: mx.array,
+    weight: float | mx.array,
+    target: GuidanceTarget = "ab",
+) -> tuple[mx.array, mx.array]:
+    """iTARFlow's guidance (arXiv 2604.20041): mean ("b") and sigma itself ("a") move away from the null's by `weight`.
+
+    Where the null's sigma is so much the larger one that nothing or less would be left, `LEAST_SCALE` of sigma stays.
+    """
+    if "b" in target:
+        mu = mu + weight * (mu - mu_null)
+    if "a" in target:
+        growth = -weight * mx.expm1(log_sigma_null - log_sigma)
+        log_sigma = log_sigma + mx.log1p(mx.maximum(growth, LEAST_SCALE - 1))
     return mu, log_sigma
 
 
@@ -212,7 +237,8 @@ def _fused(
 ) -> Callable[..., Arrays]:
     """A kernel of (parameters, limit of the clip, weights if there is guidance, what the map reads), with gradient."""
     kernel, outputs = _kernel(direction, mode), _MAPS[direction].outputs
-    guidance = [("MEAN", "b" in target), ("SCALE", "a" in target)] if mode == "tarflow" else []
+    targeted = mode in ("tarflow", "itarflow")
+    guidance = [("MEAN", "b" in target), ("SCALE", "a" in target)] if targeted else []
 
     def fused(parameters: mx.array, *others: mx.array) -> Arrays:
         batch, length, width = parameters.shape
@@ -308,5 +334,12 @@ _GUIDANCE: dict[GuidanceMode, str] = {
     "tarflow": """
     mu += MEAN ? weight * (mu - mu_null) : 0.0f;
     log_sigma += SCALE ? weight * (log_sigma - log_sigma_null) : 0.0f;
+""",
+    "itarflow": f"""
+    mu += MEAN ? weight * (mu - mu_null) : 0.0f;
+    const float gap = log_sigma_null - log_sigma;
+    const float growth = -weight * starflow_expm1(gap > 60.0f ? 60.0f : gap);  // which exp can be taken of
+    const float least = {LEAST_SCALE - 1!r}f;
+    log_sigma += SCALE ? starflow_log1p(growth < least ? least : growth) : 0.0f;  // a NaN stays one
 """,
 }

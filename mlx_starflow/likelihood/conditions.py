@@ -9,7 +9,7 @@ import numpy as np
 
 from mlx_starflow.kernels.affine import affine_forward
 from mlx_starflow.likelihood.nll import HALF_LOG_2PI, check_nats, token_nats
-from mlx_starflow.models.flow import Flow, frame_count, run_blocks
+from mlx_starflow.models.flow import Condition, Flow, frame_count, run_blocks
 from mlx_starflow.models.starflow import STARFlow
 
 
@@ -85,7 +85,8 @@ class ConditionedFlow:
         """What the deep block reads, and the nats of the blocks before it."""
         shallow = self.flow.blocks[:-1]
         tokens = self.flow.tokens(x)
-        hidden, log_dets = run_blocks(shallow, tokens, None, self._shallow_frequencies, frames=frame_count(x.shape))
+        nothing, frames = [Condition() for _ in shallow], frame_count(x.shape)
+        hidden, log_dets = run_blocks(shallow, tokens, nothing, self._shallow_frequencies, frames=frames)
         return hidden[-1].astype(mx.float32), _checked(log_dets, 0)
 
     def _deep_nats(self, x: mx.array, prompts: mx.array) -> np.ndarray:

@@ -109,7 +109,7 @@ def with_noise(
     """
     count, shape = len(data), data.shape[1:]
     if not is_dequantized(flow):
-        return data + flow.config.noise_std * training_noise(count, shape, draw, seed, numbers)
+        return data + flow.noise_std * training_noise(count, shape, draw, seed, numbers)
     levels = np.round((data + 1) * (LEVELS - 1) / 2)
     generators = _generators(count, draw, seed, numbers)
     uniform = np.stack([generator.random(shape, np.float32) for generator in generators])

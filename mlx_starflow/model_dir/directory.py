@@ -26,12 +26,13 @@ from mlx_starflow.model_dir.precision import Precision
 from mlx_starflow.model_dir.quantization import quantize_module
 from mlx_starflow.model_dir.tensor_parallel import load_part
 from mlx_starflow.model_dir.weights import automatic_precision, load_module, parse_dtype, place_weights
-from mlx_starflow.models import starflow, tarflow
+from mlx_starflow.models import itarflow, starflow, tarflow
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from mlx_starflow.models.autoencoder_wan import AutoencoderWan, AutoencoderWanConfig
+from mlx_starflow.models.itarflow import ITarFlow, ITarFlowConfig
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
 from mlx_starflow.models.t5 import T5Config, T5Encoder
-from mlx_starflow.models.tarflow import TarFlow, TarFlowConfig
+from mlx_starflow.models.tarflow import PixelFlow, PixelFlowConfig, TarFlow, TarFlowConfig
 from mlx_starflow.models.tokenizer import Tokenizer
 
 Network = TypeVar("Network", bound=nn.Module, covariant=True)
@@ -51,14 +52,15 @@ LICENCES = ("LICENSE", "LICENCE", "NOTICE")
 class FlowKind(NamedTuple):
     """One kind of flow: its network, its config, and what makes the network's tensors of official ones."""
 
-    network: Callable[[Any], STARFlow | TarFlow]
-    config: type[FlowConfig] | type[TarFlowConfig]
+    network: Callable[[Any], STARFlow | PixelFlow]
+    config: type[FlowConfig] | type[PixelFlowConfig]
     sanitize: Callable[[dict[str, Any]], dict[str, Any]]
 
 
 FLOWS = {
     "starflow": FlowKind(STARFlow, FlowConfig, starflow.sanitize),
     "tarflow": FlowKind(TarFlow, TarFlowConfig, tarflow.sanitize),
+    "itarflow": FlowKind(ITarFlow, ITarFlowConfig, itarflow.sanitize),
 }
 """Flows by the `model_type` of their `config.json`."""
 
@@ -76,13 +78,13 @@ class NetworkDirectory(Generic[Network, Config]):
         self._network, self._config = network, config
 
     @classmethod
-    def flow(cls, folder: str | Path) -> NetworkDirectory[STARFlow | TarFlow, FlowConfig | TarFlowConfig]:
+    def flow(cls, folder: str | Path) -> NetworkDirectory[STARFlow | PixelFlow, FlowConfig | PixelFlowConfig]:
         """The flow in a folder. Raises StarflowError if there is none, or it is of an unknown type."""
         stored = StoredConfig(folder)
         model_type = stored.content.get("model_type")
         if not isinstance(model_type, str) or model_type not in FLOWS:
             raise StarflowError(
-                f"{stored.folder / 'config.json'}: model_type {model_type!r} is not a flow's, {' or '.join(FLOWS)}; "
+                f"{stored.folder / 'config.json'}: model_type {model_type!r} is not a flow's, {', '.join(FLOWS)}; "
                 "convert an official checkpoint with: mlx-starflow convert flow CHECKPOINT --config YAML -o DIR"
             )
         return NetworkDirectory(stored, FLOWS[model_type].network, FLOWS[model_type].config)
@@ -240,7 +242,7 @@ class ModelDirectory:
         adapters: Strengths = (),
         group: mx.distributed.Group | None = None,
         quantize: int | str | None = None,
-    ) -> STARFlow | TarFlow:
+    ) -> STARFlow | PixelFlow:
         """`directory.load_flow` of this directory; `quantize` as `quantize_module` takes it."""
         if group is None:
             flow = self.flow.load(dtype)
@@ -263,7 +265,7 @@ def load_flow(
     dtype: str | mx.Dtype | None = None,
     adapters: Strengths = (),
     group: mx.distributed.Group | None = None,
-) -> STARFlow | TarFlow:
+) -> STARFlow | PixelFlow:
     """The flow of a model directory.
 
     Args:

@@ -22,6 +22,9 @@ from mlx_starflow.model_dir.transaction import settle
 
 INDEX_FILE = "model.safetensors.index.json"
 
+CLASSES_FILE = "classes.txt"
+"""Names of the classes that a flow's labels stand for, one a line."""
+
 PLAN_FILE = "sampling_plan.json"
 """Beside a flow, how method "auto" samples it, see `sampling.SamplingPlan`."""
 

@@ -14,7 +14,7 @@ from mlx_starflow.model_dir.directory import ModelDirectory, NetworkDirectory, r
 from mlx_starflow.model_dir.files import ORIGIN_FILE
 from mlx_starflow.model_dir.fingerprint import made_of
 from mlx_starflow.model_dir.quantization import quantize_module
-from mlx_starflow.model_dir.saving import copy_network, read_files, read_licences, save_model
+from mlx_starflow.model_dir.saving import copy_network, read_files, read_notes, save_model
 from mlx_starflow.model_dir.transaction import transaction
 from mlx_starflow.model_dir.weights import parameters
 
@@ -63,7 +63,7 @@ def quantize_model(
             save_model(out / "text_encoder", weights, text_config, files=read_files(folder, "spiece.model"))
         if source.has("vae"):
             copy_network(source.vae, out / "vae")
-        files = {**read_licences(source), ORIGIN_FILE: made_of(source.path, model)}
+        files = {**read_notes(source), ORIGIN_FILE: made_of(source.path, model)}
         return save_model(out, flow_weights, config, files=files)
 
 

@@ -11,9 +11,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_starflow.errors import StarflowError, one_line
-from mlx_starflow.media.files import read_json
+from mlx_starflow.media.files import is_regular, read_json
 from mlx_starflow.model_dir.directory import ModelDirectory, NetworkDirectory
-from mlx_starflow.model_dir.files import INDEX_FILE, Layout, write_safetensors
+from mlx_starflow.model_dir.files import CLASSES_FILE, INDEX_FILE, Layout, write_safetensors
 from mlx_starflow.model_dir.transaction import transaction
 
 
@@ -90,12 +90,13 @@ def copy_parts(source: ModelDirectory, out: Path) -> dict[str, bytes]:
         copy_network(source.text_encoder, out / "text_encoder", "spiece.model")
     if source.has("vae"):
         copy_network(source.vae, out / "vae")
-    return read_licences(source)
+    return read_notes(source)
 
 
-def read_licences(source: ModelDirectory) -> dict[str, bytes]:
-    """The licences beside a flow, by name. Raises StarflowError."""
-    return read_files(source.path, *source.licences)
+def read_notes(source: ModelDirectory) -> dict[str, bytes]:
+    """What is written beside a flow, its licences and the names of its classes, by file name. Raises StarflowError."""
+    classes = [CLASSES_FILE] if is_regular(source.path / CLASSES_FILE) else []
+    return read_files(source.path, *source.licences, *classes)
 
 
 def read_files(directory: Path, *names: str) -> dict[str, bytes]:

@@ -137,7 +137,7 @@ class FlowConfiguration(Protocol):
 
 
 class Flow(Protocol):
-    """What sampling, likelihood, editing and training ask of a flow; `STARFlow` and `TarFlow` have it.
+    """What sampling, likelihood, editing and training ask of a flow; `STARFlow`, `TarFlow` and `ITarFlow` have it.
 
     Data are latents `[B, H, W, C]`, of a video `[B, T, H, W, C]`, or a TarFlow's pixels. `text` is its condition:
     embeddings `[B, L, D]`, or a TarFlow's integer labels `[B]`. Blocks are counted from the data side.
@@ -155,8 +155,12 @@ class Flow(Protocol):
 
     @property
     def noise_type(self) -> str:
-        """What was added to the training's data: "gaussian" noise of `config.noise_std`, or noise that is "uniform"
-        within each of a pixel's 256 levels."""
+        """What was added to the training's data: "gaussian" noise of `noise_std`, or noise that is "uniform" within
+        each of a pixel's 256 levels."""
+
+    @property
+    def noise_std(self) -> float | mx.array:
+        """Standard deviation of the Gaussian noise in the data that the flow reads, or one a sample, `[B]`."""
 
     @property
     def prior_variance(self) -> mx.array:
@@ -185,6 +189,9 @@ class Flow(Protocol):
 
     def block_rope_frequencies(self, shape: tuple[int, ...], text_length: int) -> Sequence[mx.array | None]:
         """Those that each block reads."""
+
+    def block_conditions(self, text: mx.array | None, batch: int) -> Sequence[Condition]:
+        """What each block makes of the condition of `batch` samples."""
 
     def conditions(
         self, shape: tuple[int, ...], text: mx.array | None, null_text: mx.array | None = None, guidance: float = 0.0
@@ -235,7 +242,7 @@ class FlowBlock(nn.Module):
 
     def permute(self, x: mx.array, frames: int = 1) -> mx.array:
         """Tokens `[B, frames * N, C]` in data order -> as this block reads them: the same in its own order, or, if it
-        is local, `[B * frames, N, C]`."""
+        is local, `[B * frames, N, C]`. Of an iTARFlow's block with patches of its own, also other tokens."""
         if self.config.local and frames > 1:
             x, frames = x.reshape(x.shape[0] * frames, -1, x.shape[-1]), 1
         return _flip(x, frames) if self.config.flip else x
@@ -246,6 +253,15 @@ class FlowBlock(nn.Module):
             return _flip(x, frames) if self.config.flip else x
         x = _flip(x, 1) if self.config.flip else x
         return x.reshape(x.shape[0] // frames, -1, x.shape[-1])
+
+    def sequences(self, batch: int, length: int, frames: int = 1) -> tuple[int, int]:
+        """(how many sequences, tokens of each) `permute` makes of `batch` sequences of `length` tokens."""
+        return (batch * frames, length // frames) if self.config.local else (batch, length)
+
+    @property
+    def layers(self) -> list[TransformerLayer]:
+        """The transformer's layers, in their order."""
+        return self.attn_blocks
 
     def rope_frequencies(self, axial: mx.array | None, length: int) -> mx.array | None:
         """Those of this block's sequence of `length`: the last of the flow's axial ones, or one-dimensional ones."""
@@ -266,7 +282,7 @@ class FlowBlock(nn.Module):
 
     def condition(self, text: mx.array | None, batch: int) -> Condition:
         """What this block makes of the condition that the flow is given for `batch` samples."""
-        return Condition(prefix=self.embed_prefix(text))
+        return Condition() if self.is_identity else Condition(prefix=self.embed_prefix(text))
 
     def first_input(self, batch: int) -> mx.array | None:
         """What predicts the first token, `[B, 1, C]`; None if nothing does and it passes unchanged."""
@@ -299,7 +315,7 @@ class FlowBlock(nn.Module):
 
         With `gradient_checkpointing` a gradient computes each layer again instead of keeping what it computed.
         """
-        for index, layer in enumerate(self.attn_blocks):
+        for index, layer in enumerate(self.layers):
             run = checkpointed(layer) if gradient_checkpointing else layer
             h = run(h, rope_frequencies, None if caches is None else caches[index], temperature)
         return h
@@ -351,7 +367,7 @@ class FlowBlock(nn.Module):
     def __call__(
         self,
         x: mx.array,
-        text: mx.array | None,
+        condition: Condition,
         rope_frequencies: mx.array | None,
         context_mask: mx.array | None = None,
         gradient_checkpointing: bool = False,
@@ -359,6 +375,7 @@ class FlowBlock(nn.Module):
     ) -> tuple[mx.array, mx.array]:
         """Tokens `[B, N, C]` in data order -> (z, per-dimension log-det), float32, both in data order.
 
+        `condition` is what the block's own `condition` makes.
         `context_mask` `[B, N]`, in the block's order, hides an input from the network where it is 0: a training aid.
         `gradient_checkpointing`: see `transform`. `frames`: of a video, N / `frames` tokens each.
         """
@@ -366,7 +383,6 @@ class FlowBlock(nn.Module):
         if self.is_identity:
             return x, mx.zeros_like(x)
         x = self.permute(x, frames)
-        condition = self.condition(text, x.shape[0])
         parameters = self.all_affine_parameters(
             x, condition, rope_frequencies, context_mask, gradient_checkpointing=gradient_checkpointing
         )
@@ -380,7 +396,8 @@ def is_layer_weight(name: str) -> bool:
     These are nearly all of the weights. In half precision they alone are half: everything around them, the residual
     stream, norms, projections of tokens and affine parameters, costs next to nothing in float32.
     """
-    return "attn_blocks." in name and not name.rpartition(".")[0].endswith("norm")
+    layer = "attn_blocks." in name or name.startswith("shared_backbone.")
+    return layer and not name.rpartition(".")[0].endswith("norm")
 
 
 def products_in(flow: Flow) -> mx.Dtype:
@@ -391,7 +408,7 @@ def products_in(flow: Flow) -> mx.Dtype:
 
 def block_products_in(block: FlowBlock) -> mx.Dtype:
     """The dtype that one block's transformer layers multiply in."""
-    return (block.attn_blocks and product_dtype(block.attn_blocks[0].attention.qkv)) or mx.float32
+    return (block.layers and product_dtype(block.layers[0].attention.qkv)) or mx.float32
 
 
 def frame_count(shape: tuple[int, ...]) -> int:
@@ -409,7 +426,7 @@ def _flip(x: mx.array, frames: int) -> mx.array:
 def run_blocks(
     blocks: Sequence[FlowBlock],
     tokens: mx.array,
-    text: mx.array | None,
+    conditions: Sequence[Condition],
     rope_frequencies: Sequence[mx.array | None],
     context_mask: mx.array | None = None,
     gradient_checkpointing: bool = False,
@@ -417,9 +434,9 @@ def run_blocks(
 ) -> tuple[list[mx.array], list[mx.array]]:
     """Data -> noise: what each block read and then the noise, and each block's log-det; tokens in data order."""
     hidden, log_dets = [tokens], []
-    for index, (block, frequencies) in enumerate(zip(blocks, rope_frequencies, strict=True)):
+    for index, (block, condition, frequencies) in enumerate(zip(blocks, conditions, rope_frequencies, strict=True)):
         mask = context_mask if index == len(blocks) - 1 else None
-        h, log_det = block(hidden[-1], text, frequencies, mask, gradient_checkpointing, frames)
+        h, log_det = block(hidden[-1], condition, frequencies, mask, gradient_checkpointing, frames)
         hidden.append(h)
         log_dets.append(log_det)
     return hidden, log_dets

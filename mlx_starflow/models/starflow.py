@@ -263,6 +263,11 @@ class STARFlow(nn.Module):
         return "gaussian"
 
     @property
+    def noise_std(self) -> float:
+        """Standard deviation of that noise."""
+        return self.config.noise_std
+
+    @property
     def prior_variance(self) -> mx.array:
         """The prior is standard normal."""
         return mx.array(1.0)
@@ -314,6 +319,10 @@ class STARFlow(nn.Module):
         side, frames = config.pt_seq_len, frame_count(shape)
         return axial_frequencies(config.head_dim, height, width, side, text_length, third, frames)
 
+    def block_conditions(self, text: mx.array | None, batch: int) -> list[Condition]:
+        """What each block makes of text embeddings `[B, L, D]`."""
+        return [block.condition(text, batch) for block in self.blocks]
+
     def _check_text(self, text: mx.array | None, batch: int) -> None:
         if text is None:
             return
@@ -345,7 +354,7 @@ class STARFlow(nn.Module):
         conditions = []
         for block in self.blocks:
             guided = guidance > 0 and block.config.txt_dim > 0
-            condition = Condition() if block.is_identity else block.condition(both if guided else text, batch)
+            condition = block.condition(both if guided else text, batch)
             condition.guided = guided
             conditions.append(condition)
         return Conditions(
@@ -367,8 +376,15 @@ class STARFlow(nn.Module):
         tokens = self.tokens(x)
         self._check_text(text, x.shape[0])
         rope_frequencies = self.block_rope_frequencies(x.shape, 0 if text is None else text.shape[1])
+        conditions = self.block_conditions(text, x.shape[0])
         parts = run_blocks(
-            self.blocks, tokens, text, rope_frequencies, context_mask, gradient_checkpointing, frame_count(x.shape)
+            self.blocks,
+            tokens,
+            conditions,
+            rope_frequencies,
+            context_mask,
+            gradient_checkpointing,
+            frame_count(x.shape),
         )
         hidden, log_dets = ([self.latents(t, x.shape) for t in part] for part in parts)
         total = sum(log_dets[1:], log_dets[0])

@@ -2,12 +2,14 @@
 
 STARFlow's ancestor. Positions are learned, the condition is a class label whose embedding is added to every token,
 and no start token stands before the sequence: the first token of each block passes unchanged.
+
+`PixelFlow` and `PixelFlowConfig` are what TarFlow and iTARFlow (`itarflow.py`) have in common.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.kernels.affine import GuidanceMode
 from mlx_starflow.models.configs import FLOW, MOST_LAYERS, known_arguments, official_arguments, write_config
 from mlx_starflow.models.denoiser import Denoiser
 from mlx_starflow.models.flow import BlockConfig, Condition, Conditions, FlowBlock, FlowOutput, run_blocks
@@ -31,8 +34,66 @@ class TarFlowBlockConfig(BlockConfig):
     use_softplus: bool = False
 
 
+class PixelFlowConfig:
+    """What the configs of flows over pixels have.
+
+    Attributes:
+        img_size, channel_size: of the pictures, which are square.
+        patch_size: side of the patches that the last block's tokens, and so the noise, are made of.
+        blocks: how many there are.
+        nvp: the blocks scale; else they only shift, and the prior's variances are learned.
+        num_classes: of labels; 0: the flow knows none.
+        noise_std, noise_type: of what was added to the training's pixels; "uniform" means uniform noise within each of
+            their 256 levels, "gaussian" noise of `noise_std`.
+        cfg: weight of guidance in the official samples.
+    """
+
+    img_size: int
+    channel_size: int
+    patch_size: int
+    blocks: int
+    nvp: bool
+    num_classes: int
+    noise_std: float
+    noise_type: str
+    cfg: float
+
+    @property
+    def num_patches(self) -> int:
+        """Tokens of the last block."""
+        return (self.img_size // self.patch_size) ** 2
+
+    def block(self, index: int) -> TarFlowBlockConfig:
+        """The block at `index`, counted from the data side; every second one reads its tokens last to first."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> PixelFlowConfig:
+        """Read a model directory's `config.json`; every key must be known, but for `model_type` and its like.
+
+        Raises:
+            StarflowError: a key is missing or unknown, or a value is not usable.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def from_official(cls, config: Mapping[str, Any]) -> PixelFlowConfig:
+        """Read the official arguments: a mapping, or `arguments`, a list of single-key mappings.
+
+        Its training and data arguments are ignored.
+
+        Raises:
+            StarflowError: a value is missing or not usable.
+        """
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `from_dict` reads, without values that are defaults."""
+        raise NotImplementedError
+
+
 @dataclass
-class TarFlowConfig:
+class TarFlowConfig(PixelFlowConfig):
     """The official release's arguments that matter to the network, under their names.
 
     `img_size` counts pixels; `blocks` is how many flow blocks of `layers_per_block` layers there are. Without `nvp`
@@ -65,13 +126,7 @@ class TarFlowConfig:
         FLOW.require(self.num_classes >= 0, f"num_classes must be at least 0, not {self.num_classes!r}")
         FLOW.require(math.isfinite(self.noise_std) and self.noise_std >= 0, "noise_std must be at least 0")
 
-    @property
-    def num_patches(self) -> int:
-        """Tokens in a picture."""
-        return (self.img_size // self.patch_size) ** 2
-
     def block(self, index: int) -> TarFlowBlockConfig:
-        """The block at `index`, counted from the data side; every second one reads its tokens last to first."""
         heads = self.channels // self.head_dim
         return TarFlowBlockConfig(
             in_channels=self.channel_size * self.patch_size**2,
@@ -89,26 +144,13 @@ class TarFlowConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> TarFlowConfig:
-        """Read a model directory's `config.json`; every key must be known, but for `model_type` and its like.
-
-        Raises:
-            StarflowError: a key is missing or unknown, or a value is not usable.
-        """
         return FLOW.read(cls, config)
 
     @classmethod
     def from_official(cls, config: Mapping[str, Any]) -> TarFlowConfig:
-        """Read the official arguments: a mapping, or `arguments`, a list of single-key mappings.
-
-        Its training and data arguments are ignored.
-
-        Raises:
-            StarflowError: a value is missing or not usable.
-        """
         return cls.from_dict(known_arguments(cls, official_arguments(config)))
 
     def to_dict(self) -> dict[str, Any]:
-        """What `from_dict` reads, without values that are defaults."""
         return write_config(self)
 
 
@@ -160,18 +202,24 @@ class TarFlowBlock(FlowBlock):
         return outputs if self.config.nvp else mx.concatenate([mx.zeros_like(outputs), outputs], axis=-1)
 
 
-class TarFlow(nn.Module):
-    """The flow over square pictures `[B, H, W, C]`, channels in -1..1, and integer labels `[B]`.
+class PixelFlow(nn.Module):
+    """A flow over square pictures `[B, H, W, C]`, channels in -1..1, and integer labels `[B]`.
 
     Attributes:
+        config: of the flow.
+        blocks: data side first.
         var: the prior's variances, `[N, C * p * p]`; learned beside the weights where blocks only shift, else 1. No
             gradient reaches it: it is frozen, and stays so.
     """
 
-    def __init__(self, config: TarFlowConfig):
+    config: PixelFlowConfig
+    blocks: Sequence[TarFlowBlock]
+    guidance_mode: GuidanceMode = "tarflow"
+
+    def __init__(self, config: PixelFlowConfig, blocks: Sequence[TarFlowBlock]):
         super().__init__()
         self.config = config
-        self.blocks = [TarFlowBlock(config.block(index)) for index in range(config.blocks)]
+        self.blocks = blocks
         self.var = mx.ones((config.num_patches, config.channel_size * config.patch_size**2))
         self.freeze(recurse=False, keys="var")
 
@@ -182,13 +230,18 @@ class TarFlow(nn.Module):
 
     @property
     def denoiser(self) -> Denoiser | None:
-        """A TarFlow has no learned denoiser."""
+        """A flow over pixels has no learned denoiser."""
         return None
 
     @property
     def noise_type(self) -> str:
-        """What was added to the training's pixels: "gaussian" or "uniform" noise, see `TarFlowConfig`."""
+        """What was added to the training's pixels: "gaussian" or "uniform" noise, see `PixelFlowConfig`."""
         return self.config.noise_type
+
+    @property
+    def noise_std(self) -> float | mx.array:
+        """Standard deviation of the Gaussian noise in the data."""
+        return self.config.noise_std
 
     @property
     def prior_variance(self) -> mx.array:
@@ -201,21 +254,16 @@ class TarFlow(nn.Module):
         Raises:
             StarflowError: the pictures do not have the size that the flow was made for.
         """
-        size, channels, patch = self.config.img_size, self.config.channel_size, self.config.patch_size
+        size, channels = self.config.img_size, self.config.channel_size
         if x.ndim != 4 or x.shape[1:] != (size, size, channels):
             raise StarflowError(
                 f"pictures have shape {tuple(x.shape)}; this flow reads [batch, {size}, {size}, {channels}]"
             )
-        side = size // patch
-        x = x.astype(mx.float32).reshape(-1, side, patch, side, patch, channels)
-        return x.transpose(0, 1, 3, 5, 2, 4).reshape(-1, side * side, channels * patch * patch)
+        return pixel_patches(x.astype(mx.float32), self.config.patch_size)
 
     def latents(self, tokens: mx.array, shape: tuple[int, ...] | None = None) -> mx.array:
-        """Tokens in raster order -> pictures; a TarFlow makes pictures of one shape."""
-        size, channels, patch = self.config.img_size, self.config.channel_size, self.config.patch_size
-        side = size // patch
-        x = tokens.reshape(-1, side, side, channels, patch, patch)
-        return x.transpose(0, 1, 4, 2, 5, 3).reshape(-1, size, size, channels)
+        """Tokens in raster order -> pictures; a flow over pixels makes pictures of one shape."""
+        return pixels_of(tokens, self.config.patch_size, self.config.channel_size)
 
     def noise_tokens(self, z: mx.array) -> mx.array:
         """Standard-normal noise `[B, N, C * p * p]` -> noise of the prior's variances, which the last block makes.
@@ -241,7 +289,7 @@ class TarFlow(nn.Module):
         return z / mx.sqrt(self.prior_variance)
 
     def rope_frequencies(self, shape: tuple[int, ...], text_length: int) -> None:
-        """A TarFlow has no rotary positions."""
+        """A flow over pixels has no rotary positions."""
 
     def block_rope_frequencies(self, shape: tuple[int, ...], text_length: int) -> list[mx.array | None]:
         """None for each block."""
@@ -275,10 +323,14 @@ class TarFlow(nn.Module):
             if text is None:
                 raise StarflowError("guidance needs a class label for each sample")
             text = mx.concatenate([text.astype(mx.int32), null.astype(mx.int32)])
-        conditions = [block.condition(text, batch) for block in self.blocks]
+        conditions = self.block_conditions(text, batch)
         for condition in conditions:
             condition.guided = guided
-        return Conditions(self.block_rope_frequencies(shape, 0), conditions, "tarflow", temper_null_only=True)
+        return Conditions(self.block_rope_frequencies(shape, 0), conditions, self.guidance_mode, temper_null_only=True)
+
+    def block_conditions(self, labels: mx.array | None, batch: int) -> list[Condition]:
+        """What each block makes of the labels of `batch` samples."""
+        return [block.condition(labels, batch) for block in self.blocks]
 
     def _check_labels(self, labels: mx.array | None, batch: int) -> None:
         if labels is None:
@@ -306,9 +358,36 @@ class TarFlow(nn.Module):
         tokens = self.tokens(x)
         self._check_labels(text, x.shape[0])
         frequencies = self.block_rope_frequencies(x.shape, 0)
-        hidden, log_dets = run_blocks(self.blocks, tokens, text, frequencies, context_mask, gradient_checkpointing)
+        conditions = self.block_conditions(text, x.shape[0])
+        hidden, log_dets = run_blocks(
+            self.blocks, tokens, conditions, frequencies, context_mask, gradient_checkpointing
+        )
         log_dets = [self.latents(t) for t in log_dets]
         return FlowOutput(hidden[-1], sum(log_dets[1:], log_dets[0]), log_dets, [self.latents(t) for t in hidden])
+
+
+class TarFlow(PixelFlow):
+    """The flow over square pictures `[B, H, W, C]`, channels in -1..1, and integer labels `[B]`."""
+
+    config: TarFlowConfig
+
+    def __init__(self, config: TarFlowConfig):
+        super().__init__(config, [TarFlowBlock(config.block(index)) for index in range(config.blocks)])
+
+
+def pixel_patches(x: mx.array, patch: int) -> mx.array:
+    """Pictures `[B, S, S, C]` -> tokens `[B, (S / p)^2, C * p * p]` in raster order; within a token channel, row,
+    column."""
+    side, channels = x.shape[1] // patch, x.shape[-1]
+    x = x.reshape(-1, side, patch, side, patch, channels)
+    return x.transpose(0, 1, 3, 5, 2, 4).reshape(-1, side * side, channels * patch * patch)
+
+
+def pixels_of(tokens: mx.array, patch: int, channels: int) -> mx.array:
+    """The inverse of `pixel_patches`."""
+    side = math.isqrt(tokens.shape[1])
+    x = tokens.reshape(-1, side, side, channels, patch, patch)
+    return x.transpose(0, 1, 4, 2, 5, 3).reshape(-1, side * patch, side * patch, channels)
 
 
 def sanitize(weights: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from mlx_starflow.models.autoencoder_kl import AutoencoderKL
 from mlx_starflow.models.autoencoder_wan import AutoencoderWan
 from mlx_starflow.models.starflow import STARFlow
 from mlx_starflow.models.t5 import T5Encoder
-from mlx_starflow.models.tarflow import TarFlow
+from mlx_starflow.models.tarflow import PixelFlow
 from mlx_starflow.models.tokenizer import Tokenizer
 from mlx_starflow.pipelines.results import GenerationSettings
 from mlx_starflow.planning.memory import available, metal_limits
@@ -176,8 +176,8 @@ class MLXBackend(Backend[mx.array]):
         self.model, self.dtype, self.low_memory, self.group = model, dtype, low_memory, group
         self.quantize = quantize
         self.adapters = [(str(path), float(strength)) for path, strength in adapters]
-        self._flow: STARFlow | TarFlow | None = None
-        self._exact: STARFlow | TarFlow | None = None
+        self._flow: STARFlow | PixelFlow | None = None
+        self._exact: STARFlow | PixelFlow | None = None
         self._text: tuple[T5Encoder, Tokenizer] | None = None
         self._vae: AutoencoderKL | AutoencoderWan | None = None
         self._fallen: dict[Part, str] = {}
@@ -185,7 +185,7 @@ class MLXBackend(Backend[mx.array]):
     # ---- networks
 
     @property
-    def flow(self) -> STARFlow | TarFlow:
+    def flow(self) -> STARFlow | PixelFlow:
         if self._flow is None:
             self._flow = self.model.load_flow(self._chosen("flow"), self.adapters, self.group, self.quantize)
         return self._flow
@@ -231,12 +231,12 @@ class MLXBackend(Backend[mx.array]):
         else:
             self._text = None
 
-    def dense_flow(self) -> STARFlow | TarFlow:
+    def dense_flow(self) -> STARFlow | PixelFlow:
         """The flow for repeated evaluation: on a CPU its quantized layers become dense, in place, if memory allows."""
         dequantize_on_cpu(self.flow, available() // 2)
         return self.flow
 
-    def exact_flow(self) -> STARFlow | TarFlow:
+    def exact_flow(self) -> STARFlow | PixelFlow:
         """The flow for exact inversion: beside `flow`, if that is half precision because nobody chose, it in float32.
 
         Where there is no memory for both, `flow` makes room. Where there is none for float32 at all, that is warned

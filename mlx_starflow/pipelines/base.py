@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from itertools import islice
@@ -24,10 +25,14 @@ from mlx_starflow.pipelines.backend import Backend, MLXBackend
 from mlx_starflow.pipelines.phases import Phases
 from mlx_starflow.pipelines.results import GenerationSettings
 from mlx_starflow.planning.limits import check_count, check_side
-from mlx_starflow.sampling import Certificate
+from mlx_starflow.sampling import Certificate, SamplingPlan
 
 BATCH = 16
 """Most images that go through the autoencoder at once, and prompts through the text encoder."""
+
+
+WORST = 1.0
+"""The largest certificate that no plan makes right, in standard deviations of the noise."""
 
 
 class Pipeline(ImageModel):
@@ -41,9 +46,12 @@ class Pipeline(ImageModel):
         model, directory: the model's directory, opened, and its path.
         backend: what computes.
         phases: what the backend's work is charged to.
+        plan: how method "auto" samples; None is in a rolling window.
         temperature: of the noise that samples are made of, unless told otherwise.
         dimension: what the data's dimensions are.
     """
+
+    plan: SamplingPlan | None = None
 
     score = likelihood.score
     prompt_fit = likelihood.prompt_fit
@@ -80,6 +88,29 @@ class Pipeline(ImageModel):
     def release(self, part: Part) -> None:
         """Let go of a network that is not needed for now, if the model is short of memory."""
         self.backend.release(part)
+
+    def method(self, settings: GenerationSettings) -> str | SamplingPlan:
+        """How settings sample: "auto" is the model's sampling plan, or the backend's own choice where there is none.
+
+        That is also what it is where the flow has fallen back to another precision than the plan's.
+        """
+        if settings.method != "auto":
+            return settings.method
+        if self.plan is None or not self.plan.fits(self.backend.flow_precision):
+            return self.backend.automatic_method
+        return self.plan
+
+    def check_certificate(self, certificate: Certificate, method: str | SamplingPlan) -> None:
+        """Warn about a sample that is further from its noise than the plan allows that it was made by.
+
+        Whatever a plan allows, a sample that is off by a standard deviation of the noise is another noise's.
+        """
+        if isinstance(method, SamplingPlan) and not certificate.max <= min(method.tolerance, WORST):
+            warnings.warn(
+                f"{certificate}, which is more than the {min(method.tolerance, WORST):.1e} of the sampling plan of "
+                f"{self.name}: run `mlx-starflow tune` again, or use --method sequential",
+                stacklevel=3,
+            )
 
     # ---- images and data
 
@@ -166,8 +197,9 @@ class Pipeline(ImageModel):
         return {**metadata, "settings": self._recorded(settings)}
 
     def _recorded(self, settings: GenerationSettings) -> dict[str, Any]:
-        """Settings as metadata name them."""
-        return settings.to_dict()
+        """Settings as metadata name them: with the method that "auto" was, unless that is a plan."""
+        method = self.method(settings)
+        return settings.to_dict() | ({"method": method} if isinstance(method, str) else {})
 
 
 def fit_image(image: Image.Image, size: tuple[int, int]) -> Image.Image:

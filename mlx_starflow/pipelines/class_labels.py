@@ -1,38 +1,95 @@
-"""Class labels and pixels: `ClassPipeline`, for TarFlows."""
+"""Class labels to images: `ClassPipeline`, for TarFlows and iTARFlows."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from PIL import Image
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.likelihood.protocol import one_or_several
+from mlx_starflow.media.files import MOST_YAML, exists, inside, read_text
+from mlx_starflow.media.images import to_images
+from mlx_starflow.media.noise import digest
 from mlx_starflow.model_dir.directory import ModelDirectory
-from mlx_starflow.models.tarflow import TarFlowConfig
+from mlx_starflow.model_dir.files import CLASSES_FILE
+from mlx_starflow.models.flow import Flow
+from mlx_starflow.models.itarflow import ITarFlow, ITarFlowConfig, at_noise_level
+from mlx_starflow.models.tarflow import PixelFlowConfig
 from mlx_starflow.pipelines.backend import MLXBackend
-from mlx_starflow.pipelines.base import Pipeline
+from mlx_starflow.pipelines.image import ImageMaker
+from mlx_starflow.pipelines.results import DENOISE_STEPS, ClassSettings, GenerationSettings, GenerationStats
+from mlx_starflow.planning.footprint import MARGIN, there_and_back
+from mlx_starflow.planning.memory import available
+from mlx_starflow.sampling import Certificate, SamplingPlan, SamplingTrace, certify, denoise, iterate, sample
+from mlx_starflow.sampling.iterate import noise_levels
 
 LUMA = (0.299, 0.587, 0.114)
 """Weights of red, green and blue in grey: Rec. 601, as in Pillow's own conversion."""
 
+SHARE = 4
+"""One part in so many of the free memory may be taken by the images that are denoised at once."""
 
-class ClassPipeline(Pipeline):
-    """A TarFlow: a flow over pixels whose prompts are numbers of classes; `load_class_labels` gives one.
+
+class ClassPipeline(ImageMaker):
+    """A TarFlow or an iTARFlow: a flow over pixels whose prompts are classes; `load_class_labels` gives one.
+
+    A prompt is the name of a class, as `classes.txt` in the model's directory has it, or else its number, from 0 on.
 
     Attributes:
         config: of the flow.
+        classes: names of the classes, or their numbers where they have no names.
+        settings: how this model samples unless told otherwise.
     """
 
     dimension = "pixel dimension"
-    temperature = 1.0
+    settings: ClassSettings
 
     def __init__(self, name: str, model: ModelDirectory, backend: MLXBackend):
         super().__init__(name, model, backend)
-        if not isinstance(model.flow.config, TarFlowConfig):
+        if not isinstance(model.flow.config, PixelFlowConfig):
             raise StarflowError(f"{name} does not read class labels: it is no TarFlow")
-        self.config = model.flow.config
+        self.config = config = model.flow.config
+        self.classes = read_classes(model, config.num_classes)
+        self.plan = SamplingPlan.find(model.path, backend.flow_precision)
+        self.settings = ClassSettings.from_dict(
+            {"guidance": config.cfg if config.num_classes else 0.0, **model.pipeline}
+        )
+        self.temperature = self.settings.temperature
+        self._noise_level: float | None = None
+
+    # ---- the flow, at a noise level
+
+    @property
+    def noise_level(self) -> float | None:
+        """What an iTARFlow scores and edits at; None: its highest one, and for a TarFlow.
+
+        Setting it raises StarflowError for a TarFlow, which knows none.
+        """
+        return self._noise_level
+
+    @noise_level.setter
+    def noise_level(self, level: float | None) -> None:
+        if level is not None and not isinstance(self.config, ITarFlowConfig):
+            raise StarflowError(f"{self.name} knows no noise levels: leave the noise level out")
+        if level is not None and not 0 < level < float("inf"):
+            raise StarflowError(f"a noise level must be above 0, not {level:g}")
+        self._noise_level = level
+
+    @property
+    def flow(self) -> Flow:
+        return at_noise_level(self._mlx.flow, self._noise_level)
+
+    def dense_flow(self) -> Flow:
+        return at_noise_level(super().dense_flow(), self._noise_level)
+
+    def exact_flow(self) -> Flow:
+        return at_noise_level(super().exact_flow(), self._noise_level)
+
+    # ---- images and data
 
     @property
     def size(self) -> tuple[int, int]:
@@ -51,16 +108,187 @@ class ClassPipeline(Pipeline):
     def decode_images(self, data: np.ndarray) -> np.ndarray:
         return np.broadcast_to(data, (*data.shape[:-1], 3))
 
-    def conditions(self, prompts: Sequence[str], shape: Sequence[int] | None = None) -> mx.array | None:
-        classes = self.config.num_classes
-        numbers = []
-        for prompt in one_or_several(prompts):
-            text = prompt.strip()
-            if text and not (text.isdecimal() and int(text) < classes):
-                known = f"a number from 0 to {classes - 1}" if classes else "nothing: the model knows no classes"
-                raise StarflowError(f"{self.name} takes no prompt {prompt!r} but {known}")
-            numbers.append(int(text) if text else -1)
-        return mx.array(numbers) if classes else None
-
     def grid(self, shape: Sequence[int]) -> tuple[int, ...]:
         return tuple(side // self.config.patch_size for side in shape[:-1])
+
+    # ---- classes
+
+    def label(self, prompt: str) -> int:
+        """The number of the class that a prompt means, -1 for "". Raises StarflowError if it is none."""
+        text = prompt.strip()
+        if not text:
+            return -1
+        if text in self.classes:
+            return self.classes.index(text)
+        if text.isascii() and text.isdecimal() and len(text) < 9 and int(text) < len(self.classes):
+            return int(text)
+        raise StarflowError(f"{self.name} takes no prompt {prompt!r} but {self._known()}")
+
+    def _known(self) -> str:
+        if not self.classes:
+            return "nothing: the model knows no classes"
+        numbers = f"a number from 0 to {len(self.classes) - 1}"
+        if self.classes == numbered(len(self.classes)):
+            return numbers
+        names = ", ".join(self.classes[:10]) + (", ..." if len(self.classes) > 10 else "")
+        return f"the name of a class ({names}) or {numbers}"
+
+    def conditions(self, prompts: Sequence[str], shape: Sequence[int] | None = None) -> mx.array | None:
+        numbers = [self.label(prompt) for prompt in one_or_several(prompts)]
+        return mx.array(numbers) if self.classes else None
+
+    # ---- making images
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        for prompt in prompts:
+            self.label(prompt)
+
+    def check_images(self, size: tuple[int, int], images: int, guidance: float) -> None:
+        self.check_size(size)
+
+    def noise_shape(self, size: tuple[int, int] | None = None) -> tuple[int, ...]:
+        self.check_size(size or self.size)
+        return self.config.num_patches, self.config.channel_size * self.config.patch_size**2
+
+    def prompt_conditions(self, prompts: Sequence[str], size: tuple[int, int] | None) -> mx.array:
+        return mx.array([self.label(prompt) for prompt in prompts])
+
+    def states(self, settings: GenerationSettings) -> int:
+        assert isinstance(settings, ClassSettings)
+        return 1 + self.config.blocks + self._steps(settings)
+
+    def _steps(self, settings: ClassSettings) -> int:
+        """How many steps of denoising are taken. Raises StarflowError if the flow cannot take as many."""
+        if not settings.denoise:
+            return 0
+        if isinstance(self.config, ITarFlowConfig):
+            return settings.denoise_steps or DENOISE_STEPS
+        if (settings.denoise_steps or 1) > 1 or settings.stochastic or settings.clip:
+            raise StarflowError(f"{self.name} is no iTARFlow, and denoises in one step: leave out the steps and --clip")
+        return 1 if self.config.noise_type == "gaussian" else 0
+
+    def _sample(
+        self,
+        noise: np.ndarray,
+        text: Any,
+        null_text: Any,
+        settings: GenerationSettings,
+        stats: GenerationStats,
+        keep_steps: bool,
+        verify: bool,
+        progress: bool | None,
+    ) -> tuple[list[Any], list[Certificate]]:
+        assert isinstance(settings, ClassSettings)
+        backend, trace = self._mlx, SamplingTrace(keep_states=keep_steps)
+        steps, labels = self._steps(settings), text if self.classes else None
+        z = settings.temperature * mx.array(noise)
+        options: dict[str, Any] = {
+            "attn_temp": settings.attn_temp,
+            "annealed_guidance": settings.annealed_guidance,
+            "guidance_mode": settings.guidance_mode,
+            "guided_blocks": settings.guided_blocks,
+        }
+
+        def invert() -> mx.array:
+            trace.clear()
+            method = self.method(settings)
+            x = sample(
+                backend.flow, z, labels, None, settings.guidance, method, progress=progress, trace=trace, **options
+            )
+            mx.eval(x)
+            return x
+
+        with self.phases.run(stats, "flow"):
+            x = backend.in_range("flow", invert)
+        blocks = [self.config.block(index) for index in range(self.config.blocks)]
+        stats.count(trace.evaluations, len(noise) * sum(block.num_patches for block in blocks))
+        certificates = []
+        if verify:
+            with self.phases.run(stats, "verify"):
+                for one in (slice(index, index + 1) for index in range(len(noise))):
+                    own = None if labels is None else labels[one]
+                    certificate = self._certify(x[one], z[one], own, settings.guidance, options)
+                    certificates.append(certificate)
+                    self.check_certificate(certificate, self.method(settings))
+        stats.certificates += certificates
+        previews: list[mx.array] = []
+        if steps:
+            with self.phases.run(stats, "denoise"):
+                x = backend.in_range(
+                    "flow", lambda: self._denoise(x, labels, noise, settings, steps, progress, previews)
+                )
+        if not keep_steps:
+            return [x], certificates
+        flow = backend.flow
+        return [flow.latents(flow.noise_tokens(z), x.shape), *trace.states, *previews[:-1], x], certificates
+
+    def _certify(
+        self, x: mx.array, z: mx.array, labels: mx.array | None, guidance: float, options: dict[str, Any]
+    ) -> Certificate:
+        def compute() -> Certificate:
+            return certify(self._mlx.flow, x, z, labels, None, guidance, **options)
+
+        return self._mlx.in_range("flow", compute)
+
+    def _denoise(
+        self,
+        x: mx.array,
+        labels: mx.array | None,
+        noise: np.ndarray,
+        settings: ClassSettings,
+        steps: int,
+        progress: bool | None,
+        previews: list[mx.array],
+    ) -> mx.array:
+        """Samples -> clean data; `previews` is filled with what each step takes for them."""
+        previews.clear()
+        flow, batch_size = self._mlx.flow, self._at_once(len(x))
+        if not isinstance(flow, ITarFlow):
+            return denoise(flow, x, labels, batch_size=batch_size)
+        levels = noise_levels(flow.config.t1, flow.config.t0, steps)
+        return iterate(
+            flow,
+            x,
+            labels,
+            levels,
+            settings.clip,
+            noise=fresh_noise(noise, steps - 1, x.shape[1:]) if settings.stochastic else None,
+            batch_size=batch_size,
+            progress=progress,
+            preview=lambda step, clean: previews.append(clean),
+        )
+
+    def _at_once(self, images: int) -> int:
+        """How many images to denoise at once: as many as take little of the memory that is free."""
+        blocks = [self.config.block(index) for index in range(self.config.blocks)]
+        kept, work = there_and_back(blocks, max(block.num_patches for block in blocks), 0)
+        return int(max(1, min(images, available() // SHARE // (4 * (kept + MARGIN * work)))))
+
+    def _decode(self, data: mx.array) -> list[Image.Image]:
+        return to_images(self.decode_images(np.array(data)))
+
+
+def numbered(count: int) -> list[str]:
+    """Numbers of so many classes, which have no names."""
+    return [str(number) for number in range(count)]
+
+
+def read_classes(model: ModelDirectory, count: int) -> list[str]:
+    """Names of a model's classes, or their numbers where there is no `classes.txt`.
+
+    Raises StarflowError if there are not as many names as classes, or a name is there twice.
+    """
+    path = model.path / CLASSES_FILE
+    if not count or not exists(inside(model.path, CLASSES_FILE)):
+        return numbered(count)
+    names = [line.strip() for line in read_text(path, MOST_YAML).splitlines() if line.strip()]
+    if len(names) != count or len(set(names)) < count:
+        raise StarflowError(f"{path} must hold {count} different names, one a line, and holds {len(set(names))}")
+    return names
+
+
+def fresh_noise(noise: np.ndarray, steps: int, shape: Sequence[int]) -> mx.array:
+    """Standard normal `[steps, B, *shape]`, for each sample from the noise `[B, ...]` that it starts from alone."""
+    generators = [np.random.Generator(np.random.Philox(int(digest(one)[:32], 16))) for one in noise]
+    drawn = [generator.standard_normal((steps, *shape), np.float32) for generator in generators]
+    return mx.array(np.stack(drawn, axis=1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from mlx_starflow.errors import StarflowError
 from mlx_starflow.media.images import to_images
 from mlx_starflow.media.noise import draw_noise, draw_seed
 from mlx_starflow.models.autoencoder_kl import WHOLE_PIXELS
+from mlx_starflow.pipelines.base import Pipeline
 from mlx_starflow.pipelines.best_of import BestOf, best_of_each, check_candidates, choose_best
 from mlx_starflow.pipelines.latents import LatentPipeline
 from mlx_starflow.pipelines.results import (
@@ -38,14 +40,55 @@ class _Batch(NamedTuple):
     certificates: list[Certificate]
 
 
-class ImagePipeline(LatentPipeline):
-    """A flow with its text encoder and its autoencoder that makes images of prompts; `load` gives one.
+class ImageMaker(Pipeline):
+    """What makes images, whatever its prompts are and its data.
 
-    Attributes (the networks are read when they are first used):
-        flow, text_encoder, tokenizer, vae: the networks.
-        config, vae_config: of the flow and of the autoencoder.
+    Attributes:
         settings: how this model samples unless told otherwise.
     """
+
+    settings: GenerationSettings
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Raise StarflowError if the model cannot read one of these prompts."""
+        return
+
+    @abstractmethod
+    def check_images(self, size: tuple[int, int], images: int, guidance: float) -> None:
+        """Raise StarflowError if so many images at once, of a size (width, height) in pixels, are too large."""
+
+    @abstractmethod
+    def noise_shape(self, size: tuple[int, int] | None = None) -> tuple[int, ...]:
+        """Shape of the noise of an image of `size` (width, height). Raises StarflowError if the size does not fit."""
+
+    @abstractmethod
+    def prompt_conditions(self, prompts: Sequence[str], size: tuple[int, int] | None) -> Any:
+        """What the flow reads of prompts, an array of the backend's framework, one row a prompt."""
+
+    @abstractmethod
+    def states(self, settings: GenerationSettings) -> int:
+        """How many images of the way there are from noise to an image."""
+
+    @abstractmethod
+    def _sample(
+        self,
+        noise: np.ndarray,
+        text: Any,
+        null_text: Any,
+        settings: GenerationSettings,
+        stats: GenerationStats,
+        keep_steps: bool,
+        verify: bool,
+        progress: bool | None,
+    ) -> tuple[list[Any], list[Certificate]]:
+        """Noise -> data; before them, if asked for, the states on the way: noise, and data after each block.
+
+        And the certificates, if they are asked for.
+        """
+
+    @abstractmethod
+    def _decode(self, data: Any) -> list[Image.Image]:
+        """Data -> images."""
 
     def generate(
         self,
@@ -147,6 +190,7 @@ class ImagePipeline(LatentPipeline):
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
             raise StarflowError("there is no prompt")
+        self.check_prompts(prompts)
         check_candidates(prompts, best_of)
         seeds = self._seeds(seed, images * best_of, noise)
         if len(seeds) % best_of:
@@ -154,12 +198,12 @@ class ImagePipeline(LatentPipeline):
         check_count(len(prompts) * len(seeds))
         requests = [(prompt, each) for prompt in prompts for each in seeds]
         batch_size, size = min(batch_size, len(requests)), chosen.size or self.size
-        self.check_size(size, batch_size, guidance=chosen.guidance)
-        shape = self.latent_shape(size)
+        self.check_images(size, batch_size, chosen.guidance)
+        shape, states = self.noise_shape(size), self.states(chosen)
         if not live:
             # Noise, latents and pixels; with the steps a picture for each of them.
             each_held = 8 * math.prod(shape) + 3 * size[0] * size[1]
-            check_held(len(requests), each_held * (1 + keep_steps * (1 + len(self.config.blocks))))
+            check_held(len(requests), each_held * (1 + keep_steps * states))
         if noise is not None and noise.shape != (len(requests), *shape):
             raise StarflowError(f"noise has shape {list(noise.shape)}; needed is {[len(requests), *shape]}")
         stats = GenerationStats()
@@ -181,7 +225,7 @@ class ImagePipeline(LatentPipeline):
         progress: bool | None,
     ) -> Generator[GeneratedImage, None, None]:
         """Images of prompts with their seeds, or with given noise."""
-        backend, shape = self.backend, self.latent_shape(settings.size)
+        backend, shape = self.backend, self.noise_shape(settings.size)
         numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompt for prompt, _ in requests))}
         parts = [slice(start, start + batch_size) for start in range(0, len(requests), batch_size)]
         hide_batches = progress_off(progress) if len(parts) > 1 else True
@@ -196,7 +240,7 @@ class ImagePipeline(LatentPipeline):
 
         with backend.limits():
             with self.phases.run(stats, "text"):
-                texts = self.encode_prompts([*numbers, ""], settings.size)
+                texts = self.prompt_conditions([*numbers, ""], settings.size)
             self.release("text_encoder")
             waiting = batches(texts)
             if not live:
@@ -291,6 +335,28 @@ class ImagePipeline(LatentPipeline):
         prompts, seeds = result.prompts[::images], result.seeds[:images]
         return self._metadata(prompts, seeds, result.settings, result.noise, result.stats.certificate)
 
+
+class ImagePipeline(ImageMaker, LatentPipeline):
+    """A flow with its text encoder and its autoencoder that makes images of prompts; `load` gives one.
+
+    Attributes (the networks are read when they are first used):
+        flow, text_encoder, tokenizer, vae: the networks.
+        config, vae_config: of the flow and of the autoencoder.
+        settings: how this model samples unless told otherwise.
+    """
+
+    def check_images(self, size: tuple[int, int], images: int, guidance: float) -> None:
+        self.check_size(size, images, guidance=guidance)
+
+    def noise_shape(self, size: tuple[int, int] | None = None) -> tuple[int, ...]:
+        return self.latent_shape(size)
+
+    def prompt_conditions(self, prompts: Sequence[str], size: tuple[int, int] | None) -> Any:
+        return self.encode_prompts(prompts, size)
+
+    def states(self, settings: GenerationSettings) -> int:
+        return 1 + len(self.config.blocks)
+
     # ---- stages; arrays are those of the backend's framework
 
     def _sample(
@@ -304,10 +370,6 @@ class ImagePipeline(LatentPipeline):
         verify: bool,
         progress: bool | None,
     ) -> tuple[list[Any], list[Certificate]]:
-        """Noise -> latents; before them, if asked for, the states on the way: noise, and data after each block.
-
-        And the certificates, if they are asked for.
-        """
         backend, trace = self.backend, SamplingTrace(keep_states=keep_steps)
         z = settings.temperature * backend.array(noise)
         with self.phases.run(stats, "flow"):

@@ -23,10 +23,7 @@ from mlx_starflow.pipelines.base import BATCH, Pipeline
 from mlx_starflow.pipelines.prompts import complete_prompt
 from mlx_starflow.pipelines.results import GenerationSettings
 from mlx_starflow.planning.limits import check_memory
-from mlx_starflow.sampling import Certificate, SamplingPlan
-
-WORST = 1.0
-"""The largest certificate that no plan makes right, in standard deviations of the noise."""
+from mlx_starflow.sampling import SamplingPlan
 
 
 class LatentPipeline(Pipeline):
@@ -69,33 +66,6 @@ class LatentPipeline(Pipeline):
     @property
     def vae(self) -> AutoencoderKL | AutoencoderWan:
         return self.backend.vae
-
-    def method(self, settings: GenerationSettings) -> str | SamplingPlan:
-        """How settings sample: "auto" is the model's sampling plan, or the backend's own choice where there is none.
-
-        That is also what it is where the flow has fallen back to another precision than the plan's.
-        """
-        if settings.method != "auto":
-            return settings.method
-        if self.plan is None or not self.plan.fits(self.backend.flow_precision):
-            return self.backend.automatic_method
-        return self.plan
-
-    def _recorded(self, settings: GenerationSettings) -> dict[str, Any]:
-        method = self.method(settings)
-        return super()._recorded(settings) | ({"method": method} if isinstance(method, str) else {})
-
-    def check_certificate(self, certificate: Certificate, method: str | SamplingPlan) -> None:
-        """Warn about a sample that is further from its noise than the plan allows that it was made by.
-
-        Whatever a plan allows, a sample that is off by a standard deviation of the noise is another noise's.
-        """
-        if isinstance(method, SamplingPlan) and not certificate.max <= min(method.tolerance, WORST):
-            warnings.warn(
-                f"{certificate}, which is more than the {min(method.tolerance, WORST):.1e} of the sampling plan of "
-                f"{self.name}: run `mlx-starflow tune` again, or use --method sequential",
-                stacklevel=3,
-            )
 
     # ---- prompts
 

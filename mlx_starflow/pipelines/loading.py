@@ -12,7 +12,7 @@ from mlx_starflow.errors import StarflowError
 from mlx_starflow.model_dir import tensor_parallel
 from mlx_starflow.model_dir.directory import ModelDirectory
 from mlx_starflow.model_dir.weights import parse_dtype
-from mlx_starflow.models.tarflow import TarFlowConfig
+from mlx_starflow.models.tarflow import PixelFlowConfig
 from mlx_starflow.pipelines.backend import MLXBackend
 from mlx_starflow.pipelines.class_labels import ClassPipeline
 from mlx_starflow.pipelines.image import ImagePipeline
@@ -83,7 +83,7 @@ def load(
     dtype, model = parse_dtype(dtype), ModelDirectory.find(name, download=download)
     networks = MLXBackend(model, dtype=dtype, adapters=adapters, group=group, quantize=quantize)
     config = model.flow.config
-    if isinstance(config, TarFlowConfig):
+    if isinstance(config, PixelFlowConfig):
         labelled = ClassPipeline(str(name), model, networks)
         with tensor_parallel.together(group):
             _ = labelled.flow

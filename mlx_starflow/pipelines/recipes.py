@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.kernels.affine import GUIDANCE_MODES
 from mlx_starflow.media.files import exists, expanded
 from mlx_starflow.media.metadata import read_metadata
 from mlx_starflow.model_dir.adapters import CONFIG_FILE
 from mlx_starflow.model_dir.hub import find_model
+from mlx_starflow.models.configs import MOST_LAYERS
+from mlx_starflow.pipelines.results import MOST_STEPS
 from mlx_starflow.sampling.methods import METHODS, SamplingPlan, SequentialSettings
 
 MOST_PICTURES = 10_000
@@ -81,6 +84,12 @@ _SETTINGS: dict[str, Callable[[object], bool]] = {
     "attn_temp": _number(1e-6, 1e6),
     "denoise": lambda value: isinstance(value, bool),
     "size": _none_or(_SIDES),
+    "annealed_guidance": lambda value: isinstance(value, bool),
+    "guidance_mode": lambda value: value is None or (isinstance(value, str) and value in GUIDANCE_MODES),
+    "guided_blocks": _none_or(_whole(1, MOST_LAYERS)),
+    "denoise_steps": _none_or(_whole(1, MOST_STEPS)),
+    "stochastic": lambda value: isinstance(value, bool),
+    "clip": lambda value: isinstance(value, bool),
     "frames": _whole(1, MOST_FRAMES),
     "fps": _whole(1, 1000),
     "context": _none_or(_whole(1, MOST_FRAMES)),

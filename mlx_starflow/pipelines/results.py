@@ -12,11 +12,17 @@ import numpy as np
 from PIL import Image
 
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.kernels.affine import GuidanceMode
 from mlx_starflow.media.images import save_image
 from mlx_starflow.models.configs import PIPELINE, plain_fields
 from mlx_starflow.sampling.certificate import Certificate
 from mlx_starflow.sampling.guidance import SamplingOptions
 from mlx_starflow.sampling.methods import METHODS
+
+DENOISE_STEPS = 16
+"""Of an iTARFlow, unless somebody says otherwise."""
+
+MOST_STEPS = 10_000
 
 Settings = TypeVar("Settings", bound="GenerationSettings")
 
@@ -86,6 +92,56 @@ class GenerationSettings:
 
     def to_dict(self) -> dict[str, Any]:
         return {item.name: getattr(self, item.name) for item in fields(self)}
+
+
+@dataclass(frozen=True)
+class ClassSettings(GenerationSettings):
+    """How images of class labels are sampled; what is not said here is as for prompts.
+
+    Attributes:
+        annealed_guidance: guidance grows linearly over the sequence.
+        guidance_mode: "starflow", "tarflow" or "itarflow", see `sampling.sample`; None: the flow's own.
+        guided_blocks: so many blocks are guided, those that are sampled first; None: all.
+        denoise_steps: of an iTARFlow, see `sampling.iterate`; None: `DENOISE_STEPS`. A TarFlow takes one.
+        stochastic: these steps add fresh noise, which follows from the noise that the image starts from.
+        clip: limit what each step takes for the clean image to the range of pixels.
+    """
+
+    annealed_guidance: bool = True
+    guidance_mode: GuidanceMode | None = None
+    guided_blocks: int | None = None
+    denoise_steps: int | None = None
+    stochastic: bool = False
+    clip: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        SamplingOptions(guidance_mode=self.guidance_mode, guided_blocks=self.guided_blocks)  # its errors
+        if self.denoise_steps is not None and not 1 <= self.denoise_steps <= MOST_STEPS:
+            raise StarflowError(
+                f"the number of denoising steps must be 1 or more and at most {MOST_STEPS}, not {self.denoise_steps}"
+            )
+
+    def with_classes(
+        self,
+        *,
+        annealed_guidance: bool | None = None,
+        guidance_mode: GuidanceMode | None = None,
+        guided_blocks: int | None = None,
+        denoise_steps: int | None = None,
+        stochastic: bool | None = None,
+        clip: bool | None = None,
+    ) -> ClassSettings:
+        """`updated` for what images of class labels alone have."""
+        values: dict[str, Any] = {
+            "annealed_guidance": annealed_guidance,
+            "guidance_mode": guidance_mode,
+            "guided_blocks": guided_blocks,
+            "denoise_steps": denoise_steps,
+            "stochastic": stochastic,
+            "clip": clip,
+        }
+        return replace(self, **{name: value for name, value in values.items() if value is not None})
 
 
 @dataclass

@@ -18,7 +18,7 @@ from mlx_starflow.reference.loading import load_flow, load_text_encoder, load_va
 from mlx_starflow.reference.sampling import denoise, sample
 from mlx_starflow.reference.starflow import STARFlow
 from mlx_starflow.reference.t5 import T5Encoder
-from mlx_starflow.reference.tarflow import TarFlow
+from mlx_starflow.reference.tarflow import PixelFlow
 from mlx_starflow.sampling import SamplingPlan, SamplingTrace
 
 
@@ -43,7 +43,7 @@ class TorchBackend(Backend[Tensor]):
         self.dtype = parse_dtype(dtype, self.device)
 
     @cached_property
-    def flow(self) -> STARFlow | TarFlow:
+    def flow(self) -> STARFlow | PixelFlow:
         return load_flow(self.directory, self.device, self.dtype)
 
     @cached_property

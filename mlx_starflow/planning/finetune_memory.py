@@ -17,7 +17,7 @@ import mlx.nn as nn
 
 from mlx_starflow.model_dir.quantization import quantized_layers
 from mlx_starflow.models.starflow import FlowConfig
-from mlx_starflow.models.tarflow import TarFlowConfig
+from mlx_starflow.models.tarflow import PixelFlowConfig
 from mlx_starflow.models.trees import flattened
 from mlx_starflow.planning.footprint import MARGIN, there_and_back
 from mlx_starflow.planning.memory import usable
@@ -81,7 +81,7 @@ def training_plan(
         moments: numbers that the optimizer keeps of each weight.
         half: networks compute in half precision, with trained weights in float32.
     """
-    config: FlowConfig | TarFlowConfig = flow.config
+    config: FlowConfig | PixelFlowConfig = flow.config
     stored = sum(array.nbytes for _, array in flattened(flow.parameters()))
     trained = sum(array.nbytes for _, array in flattened(flow.trainable_parameters()))
     tokens = (config.img_size // config.patch_size) ** 2

@@ -97,6 +97,23 @@ class FlowBlock(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.proj_in.weight.dtype
 
+    @property
+    def layers(self) -> Sequence[nn.Module]:
+        """The transformer's layers, in their order."""
+        return [*self.attn_blocks]
+
+    def length(self, tokens: int) -> int:
+        """How many tokens `permute` makes of so many."""
+        return tokens
+
+    def permute(self, x: Tensor) -> Tensor:
+        """Tokens `[B, N, C]` in data order -> as this block reads them."""
+        return x.flip(1) if self.config.flip else x
+
+    def unpermute(self, x: Tensor) -> Tensor:
+        """The inverse of `permute`."""
+        return x.flip(1) if self.config.flip else x
+
     def rope_frequencies(self, rope_frequencies: Tensor | None, length: int) -> Tensor | None:
         """Those of this block's sequence of `length`: the last of the flow's axial ones, or one-dimensional ones."""
         if self.config.hf_style_rope:
@@ -114,7 +131,7 @@ class FlowBlock(nn.Module):
 
     def condition(self, text: Tensor | None, batch: int) -> Condition:
         """What this block makes of the condition that the flow is given for `batch` samples."""
-        return Condition(prefix=self.embed_prefix(text))
+        return Condition() if self.is_identity else Condition(prefix=self.embed_prefix(text))
 
     def first_input(self, batch: int) -> Tensor | None:
         """What predicts the first token, `[B, 1, C]`; None if nothing does and it passes unchanged."""
@@ -136,7 +153,7 @@ class FlowBlock(nn.Module):
     ) -> Tensor:
         """The transformer's layers over `[B, n, channels]`, whose positions have these rope frequencies, `[n, D/2]`."""
         mask = causal_mask(h.shape[1], caches[0].offset if caches else 0, h.device)
-        for index, layer in enumerate(self.attn_blocks):
+        for index, layer in enumerate(self.layers):
             h = layer(h, rope_frequencies, mask, caches[index] if caches else None, temperature)
         return h
 
@@ -160,22 +177,21 @@ class FlowBlock(nn.Module):
         return mu, scale
 
     def forward(
-        self, x: Tensor, text: Tensor | None, rope_frequencies: Tensor | None, context_mask: Tensor | None = None
+        self, x: Tensor, condition: Condition, rope_frequencies: Tensor | None, context_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Tokens `[B, N, C]` in data order -> (z, per-dimension log-det), float32, both in data order.
 
+        `condition` is what the block's own `condition` makes.
         `context_mask` `[B, N]`, in the block's order, hides an input from the network where it is 0: a training aid.
         """
         if self.is_identity:
             return x, torch.zeros_like(x)
-        if self.config.flip:
-            x = x.flip(1)
+        x = self.permute(x)
         batch, length, _ = x.shape
         first = self.first_input(batch)
         inputs = x if first is None else torch.cat([first.to(x.dtype), x[:, :-1]], dim=1)
         if context_mask is not None:
             inputs = inputs * context_mask[..., None]
-        condition = self.condition(text, batch)
         h = self.embed(inputs, 0, condition.offset)
         if condition.prefix is not None:
             h = torch.cat([condition.prefix.to(h.dtype), h], dim=1)
@@ -186,9 +202,7 @@ class FlowBlock(nn.Module):
         else:
             mu, scale = self.affine(h)
         z = (x - mu) * torch.exp(-scale)
-        if self.config.flip:
-            z, scale = z.flip(1), scale.flip(1)
-        return z, -scale
+        return self.unpermute(z), -self.unpermute(scale)
 
 
 class FlowBlocks(nn.ModuleList):
@@ -201,14 +215,14 @@ class FlowBlocks(nn.ModuleList):
 def run_blocks(
     blocks: FlowBlocks,
     tokens: Tensor,
-    text: Tensor | None,
+    conditions: Sequence[Condition],
     rope_frequencies: Tensor | None,
     context_mask: Tensor | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Data -> noise: what each block read and then the noise, and each block's log-det; tokens in data order."""
     hidden, log_dets = [tokens], []
-    for index, block in enumerate(blocks):
-        h, log_det = block(hidden[-1], text, rope_frequencies, context_mask if index == len(blocks) - 1 else None)
+    for index, (block, condition) in enumerate(zip(blocks, conditions, strict=True)):
+        h, log_det = block(hidden[-1], condition, rope_frequencies, context_mask if index == len(blocks) - 1 else None)
         hidden.append(h)
         log_dets.append(log_det)
     return hidden, log_dets

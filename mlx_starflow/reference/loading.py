@@ -24,12 +24,14 @@ from mlx_starflow.model_dir.directory import ModelDirectory, NetworkDirectory, r
 from mlx_starflow.model_dir.precision import AUTO
 from mlx_starflow.model_dir.quantization import dequantize_module
 from mlx_starflow.model_dir.weights import check_shapes, parameters
+from mlx_starflow.models.itarflow import ITarFlowConfig
 from mlx_starflow.models.starflow import FlowConfig
 from mlx_starflow.models.tokenizer import Tokenizer
 from mlx_starflow.reference.autoencoder_kl import AutoencoderKL
+from mlx_starflow.reference.itarflow import ITarFlow
 from mlx_starflow.reference.starflow import STARFlow
 from mlx_starflow.reference.t5 import T5Encoder
-from mlx_starflow.reference.tarflow import TarFlow
+from mlx_starflow.reference.tarflow import PixelFlow, TarFlow
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -67,7 +69,7 @@ def load_flow(
     dtype: str | torch.dtype | mx.Dtype | None = None,
     *,
     config: str | Path | None = None,
-) -> STARFlow | TarFlow:
+) -> STARFlow | PixelFlow:
     """The flow of a model directory or of an official checkpoint, frozen.
 
     Args:
@@ -94,7 +96,9 @@ def load_flow(
         flow_config, tensors = _stored(model.flow)
     if isinstance(flow_config, FlowConfig) and flow_config.vid_size:
         raise StarflowError(f"{path} makes videos, which the PyTorch reference does not know: use --backend mlx")
-    kind: Callable[[Any], STARFlow | TarFlow] = STARFlow if isinstance(flow_config, FlowConfig) else TarFlow
+    kind: Callable[[Any], STARFlow | PixelFlow] = STARFlow if isinstance(flow_config, FlowConfig) else TarFlow
+    if isinstance(flow_config, ITarFlowConfig):
+        kind = ITarFlow
     return _fill(kind, flow_config, tensors, path, device, dtype)
 
 

@@ -5,9 +5,10 @@ Like the MLX code, and unlike the official release, it caches keys after their r
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,10 +16,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.kernels.affine import GuidanceTarget
+from mlx_starflow.kernels.affine import LEAST_SCALE, GuidanceMode, GuidanceTarget
 from mlx_starflow.reference.flow import Condition, FlowBlock
+from mlx_starflow.reference.itarflow import ITarFlow
 from mlx_starflow.reference.starflow import STARFlow
-from mlx_starflow.reference.tarflow import TarFlow
+from mlx_starflow.reference.tarflow import PixelFlow
 from mlx_starflow.sampling.guidance import SamplingOptions, guidance_function
 from mlx_starflow.sampling.methods import JacobiSettings, SequentialSettings
 from mlx_starflow.sampling.sampler import progress_off
@@ -79,6 +81,23 @@ def tarflow_guidance(
     return mu, log_sigma
 
 
+def itarflow_guidance(
+    mu: Tensor,
+    log_sigma: Tensor,
+    mu_null: Tensor,
+    log_sigma_null: Tensor,
+    weight: float | Tensor,
+    target: GuidanceTarget = "ab",
+) -> tuple[Tensor, Tensor]:
+    """iTARFlow's guidance (arXiv 2604.20041): the same with sigma itself; see `kernels.affine.itarflow_guidance`."""
+    if "b" in target:
+        mu = mu + weight * (mu - mu_null)
+    if "a" in target:
+        growth = -weight * torch.expm1(log_sigma_null - log_sigma)
+        log_sigma = log_sigma + torch.log1p(growth.clamp(min=LEAST_SCALE - 1))
+    return mu, log_sigma
+
+
 @dataclass
 class Guidance:
     """How conditional and null predictions are combined. `annealed` grows the weight linearly over the sequence."""
@@ -125,7 +144,7 @@ class BlockDecoder:
         self.rope_frequencies = (
             None if rope_frequencies is None else block.rope_frequencies(rope_frequencies, positions)
         )
-        self.caches = [self.cache_type(positions) for _ in block.attn_blocks]
+        self.caches = [self.cache_type(positions) for _ in block.layers]
         self.evaluations = 0
         if condition.prefix is not None:
             self._transform(condition.prefix)
@@ -201,8 +220,7 @@ def invert_block(
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> Tensor:
     """Invert one block: noise `[B, N, C]` -> data, both in data order."""
-    flip = decoder.block.config.flip
-    z = z.flip(1) if flip else z
+    z = decoder.block.permute(z)
     x, start = z.clone(), decoder.first
     if start:
         mu, log_sigma = decoder.block.unpredicted(z[:, :1])
@@ -211,11 +229,11 @@ def invert_block(
     if isinstance(settings, SequentialSettings):
         settings = JacobiSettings(block_size=1, max_iterations=1)
     x = invert_jacobi(decoder, z, x, start, settings, advance)
-    return x.flip(1) if flip else x
+    return decoder.block.unpermute(x)
 
 
 def sample(
-    flow: STARFlow | TarFlow,
+    flow: STARFlow | PixelFlow,
     z: Tensor,
     text: Tensor | None = None,
     null_text: Tensor | None = None,
@@ -225,6 +243,9 @@ def sample(
     attn_temp: float = 1.0,
     annealed_guidance: bool = False,
     guidance_target: GuidanceTarget = "ab",
+    guidance_mode: GuidanceMode | None = None,
+    guided_blocks: int | None = None,
+    noise_level: float | None = None,
     progress: bool | None = False,
     trace: SamplingTrace | None = None,
 ) -> Tensor:
@@ -232,7 +253,11 @@ def sample(
 
     `method` is "sequential" or "jacobi", or the settings of one of them.
     """
-    SamplingOptions(guidance, attn_temp, annealed_guidance, guidance_target)  # its errors
+    SamplingOptions(guidance, attn_temp, annealed_guidance, guidance_target, guidance_mode, guided_blocks)  # its errors
+    if noise_level is not None:
+        if not isinstance(flow, ITarFlow):
+            raise StarflowError("this flow knows no noise levels; leave the noise level out")
+        flow = flow.at(noise_level)
     settings = METHODS[method]() if isinstance(method, str) and method in METHODS else method
     if not isinstance(settings, SequentialSettings | JacobiSettings):
         raise StarflowError(f"the PyTorch reference samples by {' or '.join(METHODS)}, not by {method!r}")
@@ -240,10 +265,16 @@ def sample(
         tokens = flow.noise_tokens(z)
         batch, length, _ = tokens.shape
         conditions = flow.conditions(z, text, null_text, guidance)
-        guidance_function(conditions.guidance_mode, guidance_target)  # its errors
-        starflow = conditions.guidance_mode == "starflow"
-        combine = starflow_guidance if starflow else partial(tarflow_guidance, target=guidance_target)
-        total = sum(length for block in flow.blocks if not block.is_identity)
+        if guidance > 0 and guided_blocks is not None and guided_blocks < len(conditions.blocks):
+            rest = len(conditions.blocks) - guided_blocks
+            plain = flow.conditions(z, text, None, 0.0).blocks[:rest]
+            conditions.blocks = [*plain, *conditions.blocks[rest:]]
+        mode = guidance_mode or conditions.guidance_mode
+        guidance_function(mode, guidance_target)  # its errors
+        combine: Callable[..., tuple[Tensor, Tensor]] = starflow_guidance
+        if mode != "starflow":
+            combine = partial(tarflow_guidance if mode == "tarflow" else itarflow_guidance, target=guidance_target)
+        total = sum(block.length(length) for block in flow.blocks if not block.is_identity)
         with tqdm(total=total, desc="sampling", unit="tok", disable=progress_off(progress), leave=False) as bar:
             for block, condition in reversed(list(zip(flow.blocks, conditions.blocks, strict=True))):
                 evaluations = 0
@@ -253,7 +284,7 @@ def sample(
                     if conditions.temper_null_only:
                         temperature = null_temperature(attn_temp, batch, z.device) if condition.guided else 1.0
                     decoder = BlockDecoder(
-                        block, batch, length, conditions.rope_frequencies, condition, weight, temperature
+                        block, batch, block.length(length), conditions.rope_frequencies, condition, weight, temperature
                     )
                     tokens = invert_block(decoder, tokens, settings, bar.update)
                     evaluations = decoder.evaluations
@@ -272,9 +303,11 @@ def null_temperature(attn_temp: float, batch: int, device: torch.device) -> Tens
     return torch.tensor([1.0] * batch + [attn_temp] * batch, device=device).reshape(-1, 1, 1, 1)
 
 
-def denoise(flow: STARFlow | TarFlow, x: Tensor, text: Tensor | None = None, noise_std: float | None = None) -> Tensor:
+def denoise(
+    flow: STARFlow | PixelFlow, x: Tensor, text: Tensor | None = None, noise_std: float | None = None
+) -> Tensor:
     """One score step (Tweedie's formula): x + noise_std^2 * d log p(x | text) / dx, one sample after another."""
-    noise_std = flow.config.noise_std if noise_std is None else noise_std
+    noise_std = flow.noise_std if noise_std is None else noise_std
     cleaned = []
     for index in range(len(x)):
         noisy = x[index : index + 1].detach().float().clone().requires_grad_()
@@ -285,6 +318,27 @@ def denoise(flow: STARFlow | TarFlow, x: Tensor, text: Tensor | None = None, noi
     result = torch.cat(cleaned)
     check_finite(result, "the denoised sample")
     return result
+
+
+def iterate(
+    flow: ITarFlow,
+    x: Tensor,
+    labels: Tensor | None,
+    levels: Sequence[float],
+    clip: bool = False,
+    *,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """Denoise data step by step; see `mlx_starflow.sampling.iterate`."""
+    for step, (level, later) in enumerate(pairwise([*levels, 0.0])):
+        clean = denoise(flow.at(level), x, labels)
+        clean = clean.clamp(-1, 1) if clip else clean
+        if noise is None or not later:
+            x = x - (level - later) * (x - clean) / level
+        else:
+            kept = (later / level) ** 2
+            x = clean + later * (kept**0.5 * (x - clean) / level + (1 - kept) ** 0.5 * noise[step])
+    return x
 
 
 def check_finite(x: Tensor, what: str) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.reference.flow import Condition, Conditions, FlowBlock, FlowBlocks, FlowOutput, run_blocks
+from mlx_starflow.reference.flow import Conditions, FlowBlock, FlowBlocks, FlowOutput, run_blocks
 from mlx_starflow.reference.rope import axial_frequencies
 
 if TYPE_CHECKING:
@@ -22,6 +22,11 @@ class STARFlow(nn.Module):
         super().__init__()
         self.config = config
         self.blocks = FlowBlocks([FlowBlock(block) for block in config.blocks])
+
+    @property
+    def noise_std(self) -> float:
+        """Standard deviation of the Gaussian noise in the data."""
+        return self.config.noise_std
 
     def tokens(self, x: Tensor) -> Tensor:
         """Latents -> tokens `[B, N, p * p * C]` in raster order, float32; within a token row, column, channel."""
@@ -61,7 +66,7 @@ class STARFlow(nn.Module):
         conditions = []
         for block in self.blocks:
             guided = guidance > 0 and block.config.txt_dim > 0
-            condition = Condition() if block.is_identity else block.condition(both if guided else text, len(z))
+            condition = block.condition(both if guided else text, len(z))
             condition.guided = guided
             conditions.append(condition)
         return Conditions(self.rope_frequencies(z, 0 if text is None else text.shape[1]), conditions, "starflow")
@@ -69,7 +74,8 @@ class STARFlow(nn.Module):
     def forward(self, x: Tensor, text: Tensor | None = None, context_mask: Tensor | None = None) -> FlowOutput:
         """Latents `[B, H, W, C]` and text embeddings `[B, L, D]` -> noise; `context_mask` goes to the deep block."""
         rope_frequencies = self.rope_frequencies(x, 0 if text is None else text.shape[1])
-        parts = run_blocks(self.blocks, self.tokens(x), text, rope_frequencies, context_mask)
+        conditions = [block.condition(text, len(x)) for block in self.blocks]
+        parts = run_blocks(self.blocks, self.tokens(x), conditions, rope_frequencies, context_mask)
         hidden, log_dets = ([self.latents(t, x.shape) for t in part] for part in parts)
         return FlowOutput(
             hidden[-1], sum(log_dets[1:], log_dets[0]), log_dets, hidden, self.config.latent_norm_regularization

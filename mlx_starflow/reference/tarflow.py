@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +12,8 @@ from mlx_starflow.errors import StarflowError
 from mlx_starflow.reference.flow import Condition, Conditions, FlowBlock, FlowBlocks, FlowOutput, run_blocks
 
 if TYPE_CHECKING:
-    from mlx_starflow.models.tarflow import TarFlowBlockConfig, TarFlowConfig
+    from mlx_starflow.kernels.affine import GuidanceMode
+    from mlx_starflow.models.tarflow import PixelFlowConfig, TarFlowBlockConfig, TarFlowConfig
 
 
 class TarFlowBlock(FlowBlock):
@@ -55,32 +57,34 @@ class TarFlowBlock(FlowBlock):
         return torch.zeros_like(tokens), torch.zeros_like(tokens)
 
 
-class TarFlow(nn.Module):
-    """The flow over square pictures `[B, H, W, C]`, channels in -1..1, and integer labels `[B]`.
+class PixelFlow(nn.Module):
+    """A flow over square pictures `[B, H, W, C]`, channels in -1..1, and integer labels `[B]`.
 
     Attributes:
         var: the prior's variances, `[N, C * p * p]`; learned beside the weights where blocks only shift, else 1.
     """
 
     var: Tensor
+    guidance_mode: GuidanceMode = "tarflow"
 
-    def __init__(self, config: TarFlowConfig):
+    def __init__(self, config: PixelFlowConfig, blocks: list[TarFlowBlock]):
         super().__init__()
         self.config = config
-        self.blocks = FlowBlocks([TarFlowBlock(config.block(index)) for index in range(config.blocks)])
+        self.blocks = FlowBlocks(blocks)
         self.register_buffer("var", torch.ones(config.num_patches, config.channel_size * config.patch_size**2))
 
     def tokens(self, x: Tensor) -> Tensor:
         """Pictures -> tokens `[B, N, C * p * p]` in raster order, float32; within a token channel, row, column."""
-        side, p = self.config.img_size // self.config.patch_size, self.config.patch_size
-        x = x.float().reshape(-1, side, p, side, p, self.config.channel_size)
-        return x.permute(0, 1, 3, 5, 2, 4).reshape(len(x), side * side, -1)
+        return pixel_patches(x.float(), self.config.patch_size)
 
     def latents(self, tokens: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
         """Tokens in raster order -> pictures; a TarFlow makes pictures of one shape."""
-        size, p = self.config.img_size, self.config.patch_size
-        x = tokens.reshape(-1, size // p, size // p, self.config.channel_size, p, p)
-        return x.permute(0, 1, 4, 2, 5, 3).reshape(-1, size, size, self.config.channel_size)
+        return pixels_of(tokens, self.config.patch_size, self.config.channel_size)
+
+    @property
+    def noise_std(self) -> float:
+        """Standard deviation of the Gaussian noise in the data."""
+        return self.config.noise_std
 
     def noise_tokens(self, z: Tensor) -> Tensor:
         """Standard-normal noise `[B, N, C * p * p]` -> noise of the prior's variances, which the last block makes."""
@@ -104,10 +108,14 @@ class TarFlow(nn.Module):
             null = torch.full_like(text, -1) if null_text is None else null_text.expand_as(text)
             text = torch.cat([text, null])
         self._check_labels(text)
-        conditions = [block.condition(text, len(z)) for block in self.blocks]
+        conditions = self.block_conditions(text, len(z))
         for condition in conditions:
             condition.guided = guided
-        return Conditions(None, conditions, "tarflow", temper_null_only=True)
+        return Conditions(None, conditions, self.guidance_mode, temper_null_only=True)
+
+    def block_conditions(self, labels: Tensor | None, batch: int) -> list[Condition]:
+        """What each block makes of the labels of `batch` samples."""
+        return [block.condition(labels, batch) for block in self.blocks]
 
     def _check_labels(self, labels: Tensor | None) -> None:
         if labels is None:
@@ -123,6 +131,27 @@ class TarFlow(nn.Module):
         Neither `z` nor the loss knows of learned variances of the prior, as in training: see `standardize`.
         """
         self._check_labels(text)
-        hidden, log_dets = run_blocks(self.blocks, self.tokens(x), text, None)
+        hidden, log_dets = run_blocks(self.blocks, self.tokens(x), self.block_conditions(text, len(x)), None)
         log_dets = [self.latents(t) for t in log_dets]
         return FlowOutput(hidden[-1], sum(log_dets[1:], log_dets[0]), log_dets, [self.latents(t) for t in hidden])
+
+
+class TarFlow(PixelFlow):
+    """The flow over square pictures `[B, H, W, C]`, channels in -1..1, and integer labels `[B]`."""
+
+    def __init__(self, config: TarFlowConfig):
+        super().__init__(config, [TarFlowBlock(config.block(index)) for index in range(config.blocks)])
+
+
+def pixel_patches(x: Tensor, patch: int) -> Tensor:
+    """Pictures `[B, S, S, C]` -> tokens `[B, (S / p)^2, C * p * p]`, see `models.tarflow.pixel_patches`."""
+    side, channels = x.shape[1] // patch, x.shape[-1]
+    x = x.reshape(-1, side, patch, side, patch, channels)
+    return x.permute(0, 1, 3, 5, 2, 4).reshape(len(x), side * side, -1)
+
+
+def pixels_of(tokens: Tensor, patch: int, channels: int) -> Tensor:
+    """The inverse of `pixel_patches`."""
+    side = math.isqrt(tokens.shape[1])
+    x = tokens.reshape(-1, side, side, channels, patch, patch)
+    return x.permute(0, 1, 4, 2, 5, 3).reshape(-1, side * patch, side * patch, channels)

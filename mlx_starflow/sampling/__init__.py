@@ -4,6 +4,7 @@ from mlx_starflow.sampling.certificate import Certificate, certify
 from mlx_starflow.sampling.denoise import denoise
 from mlx_starflow.sampling.guidance import SamplingOptions
 from mlx_starflow.sampling.guided import GuidedFlow
+from mlx_starflow.sampling.iterate import iterate, noise_levels
 from mlx_starflow.sampling.methods import JacobiSettings, RollingSettings, SamplingPlan, SequentialSettings
 from mlx_starflow.sampling.sampler import SamplingTrace, sample
 from mlx_starflow.sampling.video import denoise_frames, sample_frames
@@ -20,6 +21,8 @@ __all__ = [
     "certify",
     "denoise",
     "denoise_frames",
+    "iterate",
+    "noise_levels",
     "sample",
     "sample_frames",
 ]

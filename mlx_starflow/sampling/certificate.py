@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from mlx_starflow.kernels.affine import GuidanceTarget
+from mlx_starflow.kernels.affine import GuidanceMode, GuidanceTarget
 from mlx_starflow.models.flow import Flow
+from mlx_starflow.models.itarflow import at_noise_level
 from mlx_starflow.sampling.denoise import at_once
 from mlx_starflow.sampling.guidance import SamplingOptions
 from mlx_starflow.sampling.guided import GuidedFlow
@@ -80,9 +81,16 @@ def certify(
     attn_temp: float = 1.0,
     annealed_guidance: bool = False,
     guidance_target: GuidanceTarget = "ab",
+    guidance_mode: GuidanceMode | None = None,
+    guided_blocks: int | None = None,
+    noise_level: float | None = None,
 ) -> Certificate:
-    """The certificate of all samples together, see `certify_each`."""
-    options = SamplingOptions(guidance, attn_temp, annealed_guidance, guidance_target)
+    """The certificate of all samples together, see `certify_each`.
+
+    `noise_level`: of an iTARFlow, see `sample`.
+    """
+    flow = at_noise_level(flow, noise_level)
+    options = SamplingOptions(guidance, attn_temp, annealed_guidance, guidance_target, guidance_mode, guided_blocks)
     return Certificate.of(_residuals(flow, x, z, text, null_text, options))
 
 

@@ -18,14 +18,23 @@ LAYER = 24
 """What a layer holds for its gradient, as a multiple of what it reads: queries, keys, values, the MLP and norms."""
 
 
-def denoise(flow: Flow, x: mx.array, text: mx.array | None = None, noise_std: float | None = None) -> mx.array:
+def denoise(
+    flow: Flow,
+    x: mx.array,
+    text: mx.array | None = None,
+    noise_std: float | None = None,
+    *,
+    batch_size: int | None = None,
+) -> mx.array:
     """One score step (Tweedie's formula): x + noise_std^2 * d log p(x | text) / dx, which is E[clean | noisy].
 
     Args:
         flow: a flow; its weights get no gradient.
         x: noisy data `[B, H, W, C]`, or videos `[B, T, H, W, C]`.
         text: its condition, as for `flow(x, text)`.
-        noise_std: standard deviation of the training noise; the flow's own by default. A learned denoiser knows it.
+        noise_std: standard deviation of the training noise; the flow's own by default, which an iTARFlow's level is
+            (see `ITarFlow.at`). A learned denoiser knows it.
+        batch_size: samples at once; more take less time and more memory. None: what `at_once` says.
 
     A flow with a learned denoiser predicts the score; in a video, attention is computed frame by frame. Otherwise it is
     a vector-Jacobian product through the whole flow. To save memory every layer is run twice, and large samples go
@@ -37,17 +46,17 @@ def denoise(flow: Flow, x: mx.array, text: mx.array | None = None, noise_std: fl
         result = clean(x, flow.latents(denoiser(flow.tokens(x), text, rope_frequencies, frame_count(x.shape)), x.shape))
         check_finite(result, "the denoised sample")
         return result
-    noise_std = flow.config.noise_std if noise_std is None else noise_std
+    variance = (flow.noise_std if noise_std is None else noise_std) ** 2
 
     def negative_log_likelihood(sample: mx.array, condition: mx.array | None) -> mx.array:
-        return flow(sample, condition, gradient_checkpointing=True).nll().sum() * sample[0].size
+        return flow(sample, condition, gradient_checkpointing=True).nll().sum() * (sample.size // sample.shape[0])
 
     score = mx.grad(negative_log_likelihood)
-    cleaned, count = [], at_once(flow, x, text)
+    cleaned, count = [], at_once(flow, x, text) if batch_size is None else batch_size
     for start in range(0, x.shape[0], count):
         sample = x[start : start + count].astype(mx.float32)
         condition = None if text is None else text[start : start + count]
-        cleaned.append(sample - noise_std**2 * score(sample, condition))
+        cleaned.append(sample - variance * score(sample, condition))
         mx.eval(cleaned[-1])
     result = mx.concatenate(cleaned)
     check_finite(result, "the denoised sample")

@@ -11,10 +11,12 @@ import mlx.core as mx
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.kernels.affine import (
+    GUIDANCE_MODES,
     AffineMap,
     GuidanceMode,
     GuidanceTarget,
     affine_inverse,
+    itarflow_guidance,
     predict,
     starflow_guidance,
     tarflow_guidance,
@@ -30,13 +32,15 @@ class SamplingOptions:
     """What a guided flow depends on besides its condition; `sample` explains each.
 
     Raises:
-        StarflowError: the weight or the temperature is out of range.
+        StarflowError: the weight, the temperature or the number of blocks is out of range, or the mode is unknown.
     """
 
     guidance: float = 0.0
     attn_temp: float = 1.0
     annealed_guidance: bool = False
     guidance_target: GuidanceTarget = "ab"
+    guidance_mode: GuidanceMode | None = None
+    guided_blocks: int | None = None
 
     def __post_init__(self) -> None:
         plain_fields(self)
@@ -46,19 +50,25 @@ class SamplingOptions:
             raise StarflowError(f"the attention temperature must be greater than 0, not {self.attn_temp:g}")
         if self.guidance_target not in ("ab", "a", "b"):
             raise StarflowError(f"guidance_target must be ab, a (scale) or b (mean), not {self.guidance_target!r}")
+        if self.guidance_mode not in (None, *GUIDANCE_MODES):
+            raise StarflowError(
+                f"unknown guidance mode {self.guidance_mode!r}; it must be one of {', '.join(GUIDANCE_MODES)}"
+            )
+        if self.guided_blocks is not None and self.guided_blocks < 1:
+            raise StarflowError(f"the number of guided blocks must be 1 or more, not {self.guided_blocks}")
 
 
 def guidance_function(mode: GuidanceMode, target: GuidanceTarget = "ab") -> GuidanceFunction:
-    """The function of a guidance mode; `target` is a choice of the mode "tarflow".
+    """The function of a guidance mode; `target` is a choice of the modes "tarflow" and "itarflow".
 
     Raises:
         StarflowError: the mode does not have this target.
     """
-    if mode == "tarflow":
-        return partial(tarflow_guidance, target=target)
+    if mode != "starflow":
+        return partial(tarflow_guidance if mode == "tarflow" else itarflow_guidance, target=target)
     if target != "ab":
         raise StarflowError(
-            "guidance_target is a choice of TarFlow's guidance; this flow guides mean and scale together"
+            "guidance_target is a choice of TarFlow's guidance; STARFlow's guides mean and scale together"
         )
     return starflow_guidance
 
@@ -71,7 +81,7 @@ class Guidance:
         mode: a guidance mode, which is computed in one pass, or a function.
         weight: of guidance, a number, or an array that broadcasts to `[B, N, 1]`.
         annealed: grow the weight linearly over the sequence.
-        target: what the mode "tarflow" guides.
+        target: what the modes "tarflow" and "itarflow" guide.
     """
 
     mode: GuidanceMode | GuidanceFunction

@@ -28,7 +28,11 @@ class GuidedFlow:
         """`shape` is the noise's; the other arguments are those of `sample`, and so are the errors raised."""
         self.flow, self.attn_temp, self.frames = flow, options.attn_temp, frame_count(shape)
         self.conditions = flow.conditions(shape, text, null_text, options.guidance)
-        mode = self.conditions.guidance_mode
+        if options.guidance > 0 and options.guided_blocks is not None and options.guided_blocks < len(flow.blocks):
+            rest = len(flow.blocks) - options.guided_blocks
+            plain = flow.conditions(shape, text).blocks[:rest]
+            self.conditions.blocks = [*plain, *self.conditions.blocks[rest:]]
+        mode = options.guidance_mode or self.conditions.guidance_mode
         self.guidance = Guidance(mode, options.guidance, options.annealed_guidance, options.guidance_target)
 
     def decoder(self, index: int, batch: int, length: int, frames: int | None = None) -> BlockDecoder:
@@ -39,8 +43,7 @@ class GuidedFlow:
         block, condition, frames = self.flow.blocks[index], self.conditions.blocks[index], frames or self.frames
         guidance = self.guidance if condition.guided else None
         temperature = self.temperature(condition, batch)
-        if block.config.local:
-            batch, length = batch * frames, length // frames
+        batch, length = block.sequences(batch, length, frames)
         rope_frequencies = self.conditions.rope_frequencies[index]
         return BlockDecoder(block, batch, length, rope_frequencies, condition, guidance, temperature, frames)
 

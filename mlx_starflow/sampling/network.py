@@ -74,7 +74,7 @@ class CompiledNetwork:
         self.block, self.offset, self.temperature = block, condition.offset, temperature
         self.rope_frequencies = rope_frequencies
         self.prefix_length = 0 if condition.prefix is None else condition.prefix.shape[1]
-        self.caches = [KVCache(self.prefix_length + length) for _ in block.attn_blocks]
+        self.caches = [KVCache(self.prefix_length + length) for _ in block.layers]
         self.pieces = compiled_pieces(block)
         if condition.prefix is not None:
             self._remember(condition.prefix)
@@ -95,7 +95,7 @@ class CompiledNetwork:
         rope_frequencies = self._rope_frequencies(h)
         begin, *between, end = self.pieces
         q, k, v = begin(h, rope_frequencies)
-        for layer, cache, piece in zip(self.block.attn_blocks, self.caches, [*between, None], strict=True):
+        for layer, cache, piece in zip(self.block.layers, self.caches, [*between, None], strict=True):
             attended = layer.attention.attend(q, *cache.update_and_fetch(k, v), self.temperature)
             if piece is not None:
                 h, q, k, v = piece(h, attended, rope_frequencies)
@@ -123,7 +123,7 @@ def compiled_pieces(block: FlowBlock) -> list[Callable[..., Any]]:
     Compiled, a piece costs Python one call. The first takes (h, rope frequencies) to queries, keys and values; the
     last takes (h, what attention gave) to affine parameters; those between both to (h, queries, keys, values).
     """
-    layers = block.attn_blocks
+    layers = block.layers
 
     def between(before: TransformerLayer, layer: TransformerLayer) -> Callable[..., Any]:
         def piece(h: mx.array, attended: mx.array, rope_frequencies: mx.array | None) -> tuple[mx.array, ...]:

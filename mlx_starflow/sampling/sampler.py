@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import mlx.core as mx
 from tqdm import tqdm
 
-from mlx_starflow.kernels.affine import GuidanceTarget
+from mlx_starflow.kernels.affine import GuidanceMode, GuidanceTarget
 from mlx_starflow.models.flow import Flow, frame_count
+from mlx_starflow.models.itarflow import at_noise_level
 from mlx_starflow.sampling import jacobi, sequential
 from mlx_starflow.sampling.decoder import BlockDecoder, check_finite
 from mlx_starflow.sampling.guidance import SamplingOptions
@@ -66,13 +68,16 @@ def sample(
     attn_temp: float = 1.0,
     annealed_guidance: bool = False,
     guidance_target: GuidanceTarget = "ab",
+    guidance_mode: GuidanceMode | None = None,
+    guided_blocks: int | None = None,
+    noise_level: float | None = None,
     progress: bool | None = False,
     trace: SamplingTrace | None = None,
 ) -> mx.array:
     """Invert the flow: noise -> data, the exact inverse of `flow(x, text).z` at guidance 0.
 
     Args:
-        flow: a STARFlow or a TarFlow.
+        flow: a STARFlow, a TarFlow or an iTARFlow.
         z: noise, standard normal where the flow's likelihood is meant: `[B, H, W, C]`, of a video `[B, T, H, W, C]`
             (see `sample_frames`, which gives frames one by one), or a TarFlow's tokens
             `[B, N, C * p * p]` (a TarFlow with a learned prior scales them first: see `TarFlow.standardize`).
@@ -86,24 +91,28 @@ def sample(
             For videos the names mean what `methods.for_videos` says.
         attn_temp: attention logits are divided by this; in a TarFlow those of guidance's null predictions only.
         annealed_guidance: let the weight grow linearly over the sequence.
-        guidance_target: what a TarFlow's guidance changes: "b" the mean, "a" the log-scale, "ab" both.
+        guidance_target: what a TarFlow's or an iTARFlow's guidance changes: "b" the mean, "a" the scale, "ab" both.
+        guidance_mode: "starflow", "tarflow" or "itarflow", see `kernels.affine`; None: the flow's own.
+        guided_blocks: so many blocks are guided, those that are sampled first; None: all that read the condition.
+        noise_level: what an iTARFlow makes data of; None: the level that the flow is at, see `ITarFlow.at`.
         progress: show a progress bar; None shows it on a terminal only.
         trace: is filled with what was done.
 
     Returns:
-        Data `[B, H, W, C]`, float32, still with the flow's training noise: see `denoise`.
+        Data `[B, H, W, C]`, float32, still with the flow's training noise: see `denoise` and `iterate`.
 
     Raises:
         StarflowError: a wrong argument, or a sample that is not finite.
     """
+    flow = at_noise_level(flow, noise_level)
     tokens = flow.noise_tokens(z)
     batch, length, _ = tokens.shape
     if (frames := frame_count(z.shape)) > 1:
         method = for_videos(method, length // frames)
     settings = block_settings(method, len(flow.blocks))
-    options = SamplingOptions(guidance, attn_temp, annealed_guidance, guidance_target)
+    options = SamplingOptions(guidance, attn_temp, annealed_guidance, guidance_target, guidance_mode, guided_blocks)
     guided = GuidedFlow(flow, z.shape, text, null_text, options)
-    total = sum(length for block in flow.blocks if not block.is_identity)
+    total = sum(math.prod(block.sequences(1, length, frames)) for block in flow.blocks if not block.is_identity)
     with tqdm(total=total, desc="sampling", unit="tok", disable=progress_off(progress), leave=False) as bar:
         for index in reversed(range(len(flow.blocks))):
             evaluations, noise_floor = 0, 0.0

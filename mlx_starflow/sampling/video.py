@@ -166,7 +166,7 @@ def _shallow_forward(flow: Flow, x: mx.array) -> mx.array:
     """What the deep block reads of data `[B, T, H, W, C]`: tokens `[B, T * N, C]`."""
     tokens, frames = flow.tokens(x), x.shape[1]
     for block, frequencies in list(zip(flow.blocks, flow.block_rope_frequencies(x.shape, 0), strict=True))[:-1]:
-        tokens, _ = block(tokens, None, frequencies, frames=frames)
+        tokens, _ = block(tokens, block.condition(None, x.shape[0]), frequencies, frames=frames)
     mx.eval(tokens)
     return tokens
 

@@ -17,6 +17,13 @@ LEARNING_RATES = {"muon": 2e-2, "sinkgd": 2e-2}
 `examples/reports/optimizers.py`."""
 
 
+LEVEL_SAMPLINGS = ("uniform", "square")
+"""How noise levels are drawn, see `TrainingConfig`."""
+
+LEVEL_WEIGHTS = ("1", "t", "t/(t0+t1)", "t^2")
+"""How the loss at a noise level counts, see `TrainingConfig`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """How to train.
@@ -37,6 +44,9 @@ class TrainingConfig:
             None: both are as the weights were.
         checkpoint_layers: gradient checkpointing: compute layers again instead of keeping what they computed.
         noise_std: standard deviation of the noise on the latents.
+        level_sampling: how an iTARFlow's noise levels t are drawn between its lowest and its highest one: "uniform" t,
+            or uniform "square", t^2.
+        level_weight: weight of a sample in an iTARFlow's loss: "1", "t", "t/(t0+t1)" or "t^2".
         caption_dropout: share of samples that are trained without their caption, for guidance.
         context_full, context_partial: see `dropout.context_mask`; the first falls late in training.
         seed: of everything random.
@@ -63,6 +73,8 @@ class TrainingConfig:
     dtype: str | None = None
     checkpoint_layers: bool = False
     noise_std: float = 0.3
+    level_sampling: str = "uniform"
+    level_weight: str = "t"
     caption_dropout: float = 0.1
     context_full: float = 0.5
     context_partial: float = 0.3
@@ -89,6 +101,8 @@ class TrainingConfig:
             self._require(name, "in 0..1", lambda value: 0 <= value <= 1)
         self._require("betas", "two numbers in 0..1, less than 1", lambda b: len(b) == 2 and 0 <= min(b) <= max(b) < 1)
         self._require("optimizer", f"one of {', '.join(OPTIMIZERS)}", OPTIMIZERS.__contains__)
+        for name, known in (("level_sampling", LEVEL_SAMPLINGS), ("level_weight", LEVEL_WEIGHTS)):
+            self._require(name, f"one of {', '.join(known)}", known.__contains__)
         self._require("dtype", f"one of {', '.join(DTYPES)}", lambda value: value is None or value in DTYPES)
         self._require(
             "patience",
@@ -128,6 +142,8 @@ class TrainingOptions:
     dtype: str | None = None
     checkpoint_layers: bool | None = None
     noise_std: float | None = None
+    level_sampling: str | None = None
+    level_weight: str | None = None
     caption_dropout: float | None = None
     context_full: float | None = None
     context_partial: float | None = None

@@ -10,6 +10,7 @@ import pytest
 from helpers.commands import Command
 from helpers.images import write_images
 from helpers.model_directories import write_class_model, write_image_model
+from helpers.precision import bound
 from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 
@@ -162,7 +163,7 @@ def test_generate_reads_the_noise(model, pictures, tmp_path):
     result = generate("a cat", "-m", model, "--load-noise", noise, *settings, "-o", tmp_path / "generated.png")
     assert result.exit_code == 0, result.output
     first, second = (np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int) for name in ("decoded", "generated"))
-    assert np.abs(first - second).max() <= 1
+    assert np.abs(first - second).max() <= bound(1, 12)
 
 
 def test_encode_options(model, pictures, tmp_path):
@@ -235,7 +236,8 @@ def test_best_of(model, tmp_path):
     # The picture says which seed it has, and that makes it again.
     result = generate("--from", tmp_path / "out.png", "-o", tmp_path / "again.png")
     assert result.exit_code == 0, result.output
-    assert np.array_equal(*(np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("out", "again")))
+    first, again = (np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int) for name in ("out", "again"))
+    assert np.abs(first - again).max() <= bound(0, 12)
     result = generate("a cat", "a dog", *words, "--images", 2, "--verify")
     assert result.exit_code == 0, result.output
     assert result.stdout.count("the best of 3") == 4

@@ -22,6 +22,7 @@ from mlx_starflow.errors import StarflowError
 from mlx_starflow.model_dir.directory import load_flow
 from mlx_starflow.model_dir.files import load_weights, read_config
 from mlx_starflow.model_dir.quantization import quantized_layers
+from mlx_starflow.models.itarflow import at_noise_level
 
 CASES = sorted(path.parent.name for path in DATA.glob("*/config.yaml"))
 
@@ -32,7 +33,7 @@ def convert(case: str, out: Path, **options: object) -> Path:
 
 def forward(directory: Path, golden: object, **options: object) -> mx.array:
     x, y = golden.get("x"), golden.get("y")
-    return load_flow(directory, **options)(x, y).z
+    return at_noise_level(load_flow(directory, **options), golden.get("t"))(x, y).z
 
 
 def arguments(case: str) -> dict[str, object]:
@@ -59,7 +60,9 @@ def write_weights(path: Path, case: str = "t2i", change: Callable[[dict], object
 def test_golden_cases(case, tmp_path, golden):
     out = convert(case, tmp_path / "model")
     assert sorted(path.name for path in out.iterdir()) == ["NOTICE", "config.json", "model.safetensors"]
-    assert read_config(out)["model_type"] == ("tarflow" if case.startswith("tarflow") else "starflow")
+    assert read_config(out)["model_type"] == next(
+        (kind for kind in ("tarflow", "itarflow") if case.startswith(kind)), "starflow"
+    )
     assert golden(case).relative_error(forward(out, golden(case), dtype="float32"), "z") < 1e-5
 
 

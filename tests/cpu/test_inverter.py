@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(not cpu.has_fast_networks(), reason="there is no
 
 BATCH, LENGTH, CHANNELS = 2, 9, 3
 SIZES = {"in_channels": CHANNELS, "channels": 32, "head_dim": 16, "num_heads": 2, "num_kv_heads": 2, "num_layers": 2}
-GUIDED = [(None, "ab"), ("starflow", "ab"), ("tarflow", "ab"), ("tarflow", "a"), ("tarflow", "b")]
+GUIDED = [(None, "ab"), ("starflow", "ab"), ("tarflow", "ab"), ("tarflow", "a"), ("tarflow", "b"), ("itarflow", "ab")]
 
 
 def draw(key: int, *shape: int) -> mx.array:

@@ -12,7 +12,7 @@ import yaml
 from helpers.golden_files import golden_case
 from helpers.paths import DATA
 from mlx_starflow.convert.pth import read_checkpoint
-from mlx_starflow.models import starflow, tarflow
+from mlx_starflow.models import itarflow, starflow, tarflow
 from mlx_starflow.sampling import JacobiSettings
 
 EXACT = JacobiSettings(threshold=1e-9)
@@ -35,12 +35,24 @@ TARFLOW: dict[str, dict[str, object]] = {
     "reverse_cfg_attn_temp_0.7": {"guidance": 0.8, "attn_temp": 0.7},
 }
 
+ITARFLOW: dict[str, dict[str, object]] = {
+    "reverse_t0.3": {},
+    "reverse_t0.3_cfg1.5": {"guidance": 1.5},
+    "reverse_t0.3_cfg0.8_attn_temp_0.7": {"guidance": 0.8, "attn_temp": 0.7},
+    "reverse_t0.3_cfg1.5_annealed_top1": {"guidance": 1.5, "annealed_guidance": True, "guided_blocks": 1},
+    "reverse_t0.3_cfg1.5_annealed_starflow": {
+        "guidance": 1.5, "annealed_guidance": True, "guided_blocks": 1, "guidance_mode": "starflow",
+    },
+}  # fmt: skip
+"""The release's code for STARFlow's rule takes, by the shapes of its arrays, the first sample's scales for the means of
+all others; of that array the first sample alone is compared."""
+
 
 @dataclass
 class Golden:
     """One case: the flow with its weights, and the arrays, pictures and latents channels last."""
 
-    flow: starflow.STARFlow | tarflow.TarFlow
+    flow: starflow.STARFlow | tarflow.TarFlow | itarflow.ITarFlow
     arrays: dict[str, np.ndarray]
 
     def __getitem__(self, name: str) -> mx.array:
@@ -68,10 +80,13 @@ def load_golden(case: str, dtype: mx.Dtype = mx.float32) -> Golden:
     config = yaml.safe_load((DATA / case / "config.yaml").read_text())
     checkpoint = read_checkpoint(golden_case(case) / "model.pth")
     weights = {name: checkpoint.mx(name) for name in checkpoint}
-    flow: starflow.STARFlow | tarflow.TarFlow
+    flow: starflow.STARFlow | tarflow.TarFlow | itarflow.ITarFlow
     if case.startswith("tarflow"):
         flow = tarflow.TarFlow(tarflow.TarFlowConfig.from_official(config))
         weights = tarflow.sanitize(weights)
+    elif case.startswith("itarflow"):
+        flow = itarflow.ITarFlow(itarflow.ITarFlowConfig.from_official(config))
+        weights = itarflow.sanitize(weights)
     else:
         flow = starflow.STARFlow(starflow.FlowConfig.from_official(config))
         weights = starflow.sanitize(weights)
@@ -79,6 +94,8 @@ def load_golden(case: str, dtype: mx.Dtype = mx.float32) -> Golden:
     mx.eval(flow.parameters())
     arrays = {name: np.array(value) for name, value in mx.load(str(DATA / case / "golden.safetensors")).items()}
     # The release's latents and pictures are channels first; `output.i` is not.
+    if case.startswith("itarflow") and "y" in arrays:
+        arrays["y"] = arrays["y"].astype(np.int32)
     arrays = {
         name: np.moveaxis(value, -3, -1) if value.ndim > 3 and not ("output" in name or "logdet" in name) else value
         for name, value in arrays.items()

@@ -9,14 +9,19 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
+from mlx_starflow.models.itarflow import ITarFlow, ITarFlowConfig
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
-from mlx_starflow.models.tarflow import TarFlow, TarFlowConfig
+from mlx_starflow.models.tarflow import PixelFlow, TarFlow, TarFlowConfig
 
 _STARFLOW = {
     "img_size": 4, "channel_size": 2, "patch_size": 1, "channels": 32, "layers_per_block": [1, 1, 1], "head_dim": 32,
     "txt_size": 3, "txt_dim": 6,
 }  # fmt: skip
 _TARFLOW = {"img_size": 4, "channel_size": 1, "patch_size": 2, "channels": 32, "blocks": 3, "layers_per_block": 1}
+_ITARFLOW = {
+    "img_size": 4, "channel_size": 1, "patch_sizes": [2], "channels": [32], "blocks": 3, "layers_per_block": [1, 1, 2],
+    "head_dim": 16, "t0": 0.05, "t1": 0.4,
+}  # fmt: skip
 _LANGUAGE_MODEL = {
     "hf_style_rope": True, "use_swiglu": True, "use_qk_norm": True, "use_post_norm": True, "use_final_norm": True,
     "use_bias": False, "norm_type": "rms_norm", "num_heads": 3, "num_kv_heads": 1, "head_dim": 8, "channels": 16,
@@ -46,6 +51,8 @@ FAMILIES: dict[str, dict[str, object]] = {
     },
     "tarflow": {**_TARFLOW, "head_dim": 16, "num_classes": 3},
     "tarflow_vp": {**_TARFLOW, "head_dim": 16, "nvp": False},
+    "itarflow": {**_ITARFLOW, "num_classes": 3, "shared_backbone_layers": 1},
+    "itarflow_patches": {**_ITARFLOW, "patch_sizes": [1, 2, 2], "channels": [32, 32, 48]},
 }  # fmt: skip
 
 _IMAGE = {
@@ -65,6 +72,11 @@ MODELS: dict[str, dict[str, object]] = {
         "txt_size": 72, "cfg": 1.5, "use_final_norm": True, "temporal_causal": 2, "shallow_block_local": True,
         "learnable_self_denoiser": True, "conditional_denoiser": True, "denoiser_window": 3,
     },
+    # An iTARFlow over the same pictures as the next.
+    "levels": {
+        "img_size": 8, "channel_size": 3, "patch_sizes": [2], "channels": [32], "blocks": 2, "layers_per_block": [1],
+        "head_dim": 16, "num_classes": 3, "t0": 0.05, "t1": 0.4,
+    },
     # A TarFlow over pictures of 8x8 in 16 tokens.
     "classes": {
         "img_size": 8, "channel_size": 3, "patch_size": 2, "channels": 32, "blocks": 2, "layers_per_block": 1,
@@ -77,7 +89,7 @@ MODELS: dict[str, dict[str, object]] = {
 class TinyCase:
     """A tiny flow, data for it, and its condition and null condition (None if it has none)."""
 
-    flow: STARFlow | TarFlow
+    flow: STARFlow | PixelFlow
     x: mx.array
     text: mx.array | None
     null_text: mx.array | None
@@ -87,7 +99,7 @@ class TinyCase:
         return self.flow.standardize(z)
 
 
-def tiny_flow(family: str = "image", **changes: object) -> STARFlow | TarFlow:
+def tiny_flow(family: str = "image", **changes: object) -> STARFlow | PixelFlow:
     """A flow of `FAMILIES` or `MODELS` with random weights; `changes` are its config's."""
     flow = _new_flow(family, changes)
     _draw_weights(flow, np.random.default_rng(crc32(family.encode())), 0.3 if family in MODELS else 0.5)
@@ -99,7 +111,7 @@ def tiny_case(family: str, batch: int = 2) -> TinyCase:
     rng = np.random.default_rng(crc32(family.encode()))
     flow = _new_flow(family, {})
     text = null_text = None
-    if isinstance(flow, TarFlow):
+    if isinstance(flow, PixelFlow):
         x = _normal(rng, batch, 4, 4, 1)
         if flow.config.num_classes:
             text = mx.array([2, *[-1] * (batch - 1)])
@@ -112,8 +124,10 @@ def tiny_case(family: str, batch: int = 2) -> TinyCase:
     return TinyCase(flow, x, text, null_text)
 
 
-def _new_flow(family: str, changes: dict[str, object]) -> STARFlow | TarFlow:
+def _new_flow(family: str, changes: dict[str, object]) -> STARFlow | PixelFlow:
     config = {**(FAMILIES | MODELS)[family], **changes}
+    if "patch_sizes" in config:
+        return ITarFlow(ITarFlowConfig.from_dict(config))
     if "blocks" in config:
         return TarFlow(TarFlowConfig.from_dict(config))
     return STARFlow(FlowConfig.from_dict(config))
@@ -123,7 +137,7 @@ def _normal(rng: np.random.Generator, *shape: int) -> mx.array:
     return mx.array(rng.standard_normal(shape).astype(np.float32))
 
 
-def _draw_weights(flow: STARFlow | TarFlow, rng: np.random.Generator, outputs: float) -> None:
+def _draw_weights(flow: STARFlow | PixelFlow, rng: np.random.Generator, outputs: float) -> None:
     """Random weights with which no block is the identity and none is wild; `outputs` scales a block's outputs."""
     config = flow.config
     weights = []

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_starflow.kernels.affine import GUIDANCE_MODES, AffineMap, affine_forward, affine_inverse, predict
+from mlx_starflow.kernels.affine import GUIDANCE_MODES, LEAST_SCALE, AffineMap, affine_forward, affine_inverse, predict
 from mlx_starflow.sampling import guidance
 
 WEIGHT = 1.7
@@ -18,7 +18,7 @@ BOUND = 4e-6 if mx.metal.is_available() else 1e-6
 SHAPES = [(1, 1, 1), (2, 1, 16), (3, 7, 5), (1, 37, 11)]
 DTYPES = [mx.float32, mx.float16, mx.bfloat16]
 PARAMETRIZATIONS = [(0.0, False), (0.0, True), (4.0, False), (4.0, True)]
-GUIDED = [(None, "ab"), ("starflow", "ab"), ("tarflow", "ab"), ("tarflow", "a"), ("tarflow", "b")]
+GUIDED = [(None, "ab"), ("starflow", "ab"), ("tarflow", "ab"), ("tarflow", "a"), ("tarflow", "b"), ("itarflow", "ab")]
 
 
 def normal(key: int, *shape: int) -> mx.array:
@@ -47,12 +47,19 @@ def numpy_map(parameters: mx.array, clip: float, softplus: bool) -> tuple[np.nda
     return mu, np.log(np.log1p(np.exp(scale + math.log(math.e - 1)))) if softplus else scale
 
 
-def sizes(parameters: mx.array, clip: float, softplus: bool, mode: str | None) -> tuple[np.ndarray, np.ndarray]:
+def sizes(
+    parameters: mx.array, clip: float, softplus: bool, mode: str | None, weight: float | mx.array = 0.0
+) -> tuple[np.ndarray, np.ndarray]:
     """How large the terms are that a token's mu and its log sigma are sums of, at least 1."""
-    mu, log_sigma = (np.maximum(np.abs(part), 1) for part in numpy_map(parameters, clip, softplus))
+    exact = numpy_map(parameters, clip, softplus)
+    mu, log_sigma = (np.maximum(np.abs(part), 1) for part in exact)
     if mode is None:
         return mu, log_sigma
     both = [(1 + 3 * WEIGHT) * sum(np.split(part, 2)) for part in (mu, log_sigma)]
+    if mode == "itarflow":  # the logarithm of a difference, which may be small
+        own, null = np.split(exact[1], 2)
+        taken = np.array(weight) * np.exp(null - own)
+        both[1] = both[1] * (1 + taken / np.maximum(1 + np.array(weight) - taken, LEAST_SCALE))
     return both[0], both[1]
 
 
@@ -117,7 +124,7 @@ def test_inverse_kernels_are_the_plain_versions(kernels_on, clip, softplus, mode
             mu, log_sigma = predict(parameters, *arguments)
             x = affine_inverse(parameters, z, *arguments)
         expected = predict(parameters, *arguments)
-        mean, scale = sizes(parameters, clip, softplus, mode)
+        mean, scale = sizes(parameters, clip, softplus, mode, arguments[2])
         check(mu, expected[0], mean)
         check(log_sigma, expected[1], scale)
         sigma = np.exp(np.array(expected[1], np.float64))

@@ -18,7 +18,7 @@ from mlx_starflow.likelihood.nll import (
     training_noise,
     with_noise,
 )
-from mlx_starflow.models.tarflow import TarFlow, TarFlowConfig
+from mlx_starflow.models.tarflow import PixelFlow, TarFlow, TarFlowConfig
 
 
 def log_det(tiny) -> float:
@@ -51,7 +51,7 @@ def test_tokens_sum_to_the_likelihood(tiny):
     nats = token_nats(tiny.flow, tiny.x, tiny.text)
     out = tiny.flow(tiny.x, tiny.text)
     noise = np.array(tiny.noise(out.z), np.float64).reshape(len(tiny.x), -1)
-    variance = np.array(tiny.flow.var, np.float64) if isinstance(tiny.flow, TarFlow) else np.ones(1)
+    variance = np.array(tiny.flow.var, np.float64) if isinstance(tiny.flow, PixelFlow) else np.ones(1)
     jacobian = np.array(out.log_det, np.float64).reshape(len(tiny.x), -1).sum(axis=1) - 0.5 * np.log(variance).sum()
     expected = 0.5 * np.square(noise).sum(axis=1) + noise.shape[1] * HALF_LOG_2PI - jacobian
     np.testing.assert_allclose(nats.sum(axis=(1, 2)), expected, rtol=1e-5, atol=1e-4)
@@ -61,7 +61,7 @@ def test_tokens_sum_to_the_likelihood(tiny):
 def test_noise_and_nats_are_one_pass(tiny):
     z, nats = noise_and_nats(tiny.flow, tiny.x, tiny.text)
     expected = tiny.noise(tiny.flow(tiny.x, tiny.text).z)
-    if not isinstance(tiny.flow, TarFlow):
+    if not isinstance(tiny.flow, PixelFlow):
         expected = tiny.flow.tokens(expected)
     np.testing.assert_array_equal(np.array(z), np.array(expected))
     np.testing.assert_array_equal(nats, token_nats(tiny.flow, tiny.x, tiny.text))

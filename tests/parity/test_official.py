@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers.golden import STARFLOW, TARFLOW
+from helpers.golden import ITARFLOW, STARFLOW, TARFLOW
 from helpers.golden_files import golden_case
 from helpers.paths import DATA
 from helpers.torch_reference import DEVICES, difference, relative
@@ -33,7 +33,7 @@ class Case:
             key: torch.from_numpy(np.array(value.transpose(0, 2, 3, 1) if key in channels_first else value)).to(device)
             for key, value in arrays.items()
         }
-        if "y" in self.arrays and name.startswith("tarflow"):
+        if "y" in self.arrays and name.startswith(("tarflow", "itarflow")):
             self.arrays["y"] = self.arrays["y"].long()
 
     def __getitem__(self, name: str):
@@ -79,3 +79,20 @@ def test_tarflow(name, device):
         dropped = labels.clone()
         dropped[[1, 3]] = -1
         assert relative(case.flow(case["x"], dropped).z, case["z_dropped"]) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["itarflow", "itarflow_patches", "itarflow_shared"])
+def test_itarflow(name, device):
+    from mlx_starflow.reference.sampling import denoise, iterate, sample
+
+    case = Case(name, device)
+    labels, flow = case.arrays.get("y"), case.flow
+    assert relative(flow(case["x"], labels, noise_level=case["t"]).z, case["z"]) < 1e-5
+    for kind in sorted(kind for kind in case.arrays if kind.startswith("reverse")):
+        x = sample(flow, case["noise"], labels, noise_level=0.3, **ITARFLOW[kind])
+        first = slice(0, 1 if kind.endswith("_starflow") else None)  # see ITARFLOW
+        assert difference(x[first], case[kind][first]) < 2e-4, kind
+    assert relative(denoise(flow.at(0.3), case["x"], labels), case["denoised_t0.3"]) < 1e-4
+    levels = np.linspace(0.3, 0.01, 5).tolist()
+    for clip, kind in ((False, "iterated_0.3_to_0.01_in_5"), (True, "iterated_0.3_to_0.01_in_5_clipped")):
+        assert relative(iterate(flow, 0.3 * case["x"], labels, levels, clip), case[kind]) < 1e-4

@@ -81,7 +81,7 @@ def test_files_say_what_auto_was(model):
 
 def test_a_flow_that_has_fallen_back_leaves_its_plan(model, monkeypatch):
     replace(plan(), precision="float32").save(model)
-    pipe = load(model)
+    pipe = load(model, dtype="float32")
     assert pipe.method(pipe.settings) == pipe.plan
     monkeypatch.setitem(pipe.backend._fallen, "flow", "bfloat16")
     assert pipe.method(pipe.settings) == "rolling"

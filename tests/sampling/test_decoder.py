@@ -81,7 +81,8 @@ def test_a_trimmed_decoder_forgets(tiny):
 def test_jacobi_is_exact_after_as_many_sweeps_as_tokens(tiny, size):
     flow = tiny.flow
     noise = tiny.noise(flow(tiny.x, tiny.text).z)
-    tokens = flow.tokens(tiny.x).shape[1]
+    length, frames = flow.tokens(tiny.x).shape[1], frame_count(tiny.x.shape)
+    tokens = max(frames * block.sequences(1, length, frames)[1] for block in flow.blocks if not block.config.local)
     # Blocks of a video grow fourfold after the first frame, and the first sweep reads the frame before.
     sweeps = min(size if frame_count(tiny.x.shape) == 1 else 4 * size + 1, tokens)
     settings = JacobiSettings(block_size=size, threshold=0.0, max_iterations=sweeps)
@@ -126,6 +127,21 @@ def test_starflow_guidance_is_safe_where_the_condition_is_wider():
     guided, log_guided = starflow_guidance(mu, log_sigma, mu_null, log_null, 2.0)
     assert np.abs(np.array(guided - (3 * mu - 2 * mu_null))).max() < 1e-5
     assert np.abs(np.array(log_guided - log_sigma)).max() < 1e-6
+
+
+def test_itarflow_guidance():
+    mu, mu_null = gaussian(0, 2, 5, 3), gaussian(1, 2, 5, 3)
+    log_sigma, log_null = 0.2 * gaussian(2, 2, 5, 3), 0.2 * gaussian(3, 2, 5, 3)
+    guided, log_guided = guidance_function("itarflow")(mu, log_sigma, mu_null, log_null, 0.8)
+    assert np.abs(np.array(guided - (mu + 0.8 * (mu - mu_null)))).max() < 1e-5
+    sigma, null = mx.exp(log_sigma), mx.exp(log_null)
+    assert np.abs(np.array(mx.exp(log_guided) - (sigma + 0.8 * (sigma - null)))).max() < 1e-5
+    assert np.array_equal(
+        np.array(guidance_function("itarflow", "b")(mu, log_sigma, mu_null, log_null, 0.8)[1]), np.array(log_sigma)
+    )
+    # Where it would turn the sign of sigma, a thousandth stays.
+    _, least = guidance_function("itarflow")(mu, log_sigma, mu_null, log_sigma + 3, 0.8)
+    assert np.abs(np.array(least - log_sigma) - np.log(1e-3)).max() < 1e-4
 
 
 def test_tarflow_guidance():

@@ -7,12 +7,14 @@ from pathlib import Path
 import click
 
 from mlx_starflow import cpu
+from mlx_starflow.cli.options.classes import set_noise_level
 from mlx_starflow.cli.options.images import (
     ReadableFiles,
     check_split,
     frames_option,
     images_argument,
     model_options,
+    noise_level_option,
     noise_options,
     table_options,
 )
@@ -29,6 +31,7 @@ from mlx_starflow.cli.options.text import Lines
 @table_options
 @overwrite_option
 @noise_options
+@noise_level_option
 @model_options
 @frames_option
 @option_rules(
@@ -44,6 +47,7 @@ def classify(
     draws: int,
     seed: int,
     batch_size: int,
+    noise_level: float | None,
     model: str,
     size: tuple[int, int] | None,
     frames: int | None,
@@ -68,8 +72,9 @@ def classify(
     claim_outputs([], [csv_file, json_file], inputs=files_read(pictures, found))
     cpu.hint_if_slow()
     pipe = open_model(model, dtype=dtype)
+    set_noise_level(pipe, noise_level)
     if not names and isinstance(pipe, ClassPipeline):
-        names = [str(number) for number in range(pipe.config.num_classes)]
+        names = list(pipe.classes)
     if not names:
         raise click.UsageError('there are no labels: mlx-starflow classify cat.png --labels "cat face,dog face"')
     files = ReadableFiles(pipe, found, size=size, frames=frames)

@@ -120,6 +120,8 @@ def release(
 @click.option("--layers-per-block", type=int, metavar="N", help="Layers of each block.")
 @click.option("--num-classes", type=int, metavar="N", help="Number of class labels; 0 for none.")
 @click.option("--noise-std", type=float, metavar="STD", help="Noise that was added in training.")
+@click.option("--t0", type=float, metavar="STD", help="Lowest noise level of an iTARFlow's training (0.01).")
+@click.option("--t1", type=float, metavar="STD", help="Highest noise level of an iTARFlow's training.")
 @click.option("--nvp/--vp", default=None, help="Whether blocks scale (TarFlow's default) or only shift.")
 def flow(
     checkpoint: Path,
@@ -129,10 +131,11 @@ def flow(
     dtype: str | None,
     **arguments: int | float | bool | None,
 ) -> None:
-    """An official STARFlow or TarFlow CHECKPOINT, .pth or .safetensors.
+    """An official STARFlow, TarFlow or iTARFlow CHECKPOINT, .pth or .safetensors.
 
     A STARFlow needs its YAML, unless it is a released one. A TarFlow is known by its tensors and by its official name,
     such as afhq_model_8_768_8_8_0.07.pth; options of its architecture, from --img-size on, say what these do not.
+    An iTARFlow is known by its tensors, but for the highest noise level of its training, --t1.
     A CHECKPOINT may also be a folder that torch.distributed.checkpoint wrote; that needs PyTorch.
     """
     from mlx_starflow.convert.flow import LICENSE, convert_flow

@@ -9,6 +9,7 @@ import click
 
 from mlx_starflow import cpu
 from mlx_starflow.cli.options import names
+from mlx_starflow.cli.options.classes import ClassOptions, class_options
 from mlx_starflow.cli.options.images import metadata_option
 from mlx_starflow.cli.options.interrupt import resumable
 from mlx_starflow.cli.options.outputs import OUTPUT, claim_outputs, make_folder, overwrite_option
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 @click.argument("prompts", nargs=-1)
 @click.option("-p", "--prompt", "named_prompts", multiple=True, help="The same as PROMPTS; give it again for more.")
 @click.option("--prompt-file", type=Lines(), help="Read prompts from a file, one a line; - is standard input.")
+@class_options
 @click.option("-m", "--model", help="demo, a model directory, or a Hub repository.  [default: demo]")
 @lora_option
 @click.option("-o", "--output", type=OUTPUT, default="out.png", help=f"File to write. {names.HELP}")
@@ -87,8 +89,17 @@ if TYPE_CHECKING:
 @option_rules(
     excludes("--load-noise", "--seed", reason="--load-noise is what --seed would draw: leave one of them out"),
     excludes(
-        "--like", "PROMPTS", "--prompt", "--prompt-file", reason="--like brings its own prompts; leave the others out"
+        "--like",
+        "PROMPTS",
+        "--prompt",
+        "--prompt-file",
+        "--label",
+        "--labels",
+        reason="--like brings its own prompts; leave the others out",
     ),
+    excludes("--denoise-steps", "--no-denoise"),
+    excludes("--stochastic", "--no-denoise"),
+    excludes("--clip", "--no-denoise"),
     excludes("--like", "--best-of", reason="--like makes the same pictures again; leave out --best-of"),
     excludes("--like", "--images", reason="--like makes as many pictures as there were; leave out --images"),
     excludes("--columns", "--separate", reason="--columns is about the grid that --separate does without"),
@@ -100,6 +111,7 @@ def generate(
     prompts: tuple[str, ...],
     named_prompts: tuple[str, ...],
     prompt_file: list[str] | None,
+    labels: ClassOptions,
     model: str | None,
     adapters: tuple[tuple[str, float], ...],
     output: Path,
@@ -138,6 +150,9 @@ def generate(
     mlx-starflow generate "a red apple" "a rocket" --seed 7 --images 4 -o grid.png
     mlx-starflow generate "a cat" --seed 1 --seed 5 -o "{prompt}-{seed}.png"
     mlx-starflow generate --like grid.png -o again.png
+    mlx-starflow generate --model my-tarflow --label 3 --images 8 --guidance 1.5
+
+    A TarFlow's or an iTARFlow's prompts are classes, by their names or numbers: --label 3, or just 3.
 
     An empty prompt ("") gives a picture of anything.
     """
@@ -149,7 +164,7 @@ def generate(
     recipe: Recipe | None = None
     download = model is not None or source is None
     seeds: int | list[int] | None = list(seed) if len(seed) > 1 else next(iter(seed), None)
-    asked = [*prompts, *named_prompts, *(prompt_file or [])]
+    asked = [*prompts, *named_prompts, *(prompt_file or []), *labels.prompts]
     if source is not None:
         from mlx_starflow.pipelines.recipes import Recipe
 
@@ -205,7 +220,8 @@ def generate(
                 claim_outputs(targets, steps, inputs=read)
     seeds = seeds if load_noise else ranks.seed(seeds)
 
-    from mlx_starflow.pipelines import GenerationSettings, ImagePipeline, Pipeline, VideoPipeline, load
+    from mlx_starflow.pipelines import Pipeline, VideoPipeline, load
+    from mlx_starflow.pipelines.image import ImageMaker
 
     if backend == "mlx":
         if ranks.first:
@@ -224,17 +240,18 @@ def generate(
         quantize=quantize,
     )
     pipe = opened.image_pipeline if isinstance(opened, VideoPipeline) else opened
-    if not isinstance(pipe, ImagePipeline):
+    if not isinstance(pipe, ImageMaker):
         raise StarflowError(f"{opened.name} does not read prompts: use load_flow and sample in Python")
-    settings = GenerationSettings.from_dict(
-        {**pipe.settings.to_dict(), **(recipe.settings_with(pipe.plan, pipe.backend.methods) if recipe else {})}
-    ).updated(
+    recorded = recipe.settings_with(pipe.plan, pipe.backend.methods) if recipe else {}
+    chosen = type(pipe.settings).from_dict({**pipe.settings.to_dict(), **recorded})
+    settings = chosen.updated(
         guidance=guidance, temperature=temperature, method=method, attn_temp=attn_temp, denoise=denoise, size=size
     )
+    settings = labels.apply(settings, opened.name)
     given = None
     if load_noise is not None:
         with ranks.together():
-            given = noise.load_noise(load_noise, (len(asked) * images * best_of, *pipe.latent_shape(settings.size)))
+            given = noise.load_noise(load_noise, (len(asked) * images * best_of, *pipe.noise_shape(settings.size)))
         if recipe and recipe.noise_sha256 not in (None, noise.digest(given)):
             raise StarflowError(f"{load_noise} is not the noise that {source} was made from")
     ranks.agree_on_method(settings.method)

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_starflow import cpu
+from mlx_starflow.cli.options.classes import set_noise_level
 from mlx_starflow.cli.options.images import (
     ReadableFiles,
     check_split,
     frames_option,
     images_argument,
     model_options,
+    noise_level_option,
     noise_options,
     table_options,
 )
@@ -31,7 +33,7 @@ REDDEST = 6.0
 
 @click.command()
 @images_argument
-@click.option("-p", "--prompt", default="", help="What is on the pictures; of a TarFlow the number of a class.")
+@click.option("-p", "--prompt", default="", help="What is on the pictures; of a TarFlow the class.")
 @click.option("--captions", is_flag=True, help="Take each picture's own caption from its folder as its prompt.")
 @click.option("--split", help='Of folders with a metadata.jsonl: only lines with this "split".')
 @click.option("--map", "map_dir", type=OUTPUT, metavar="DIR", help="Write heat-maps to this folder.")
@@ -44,6 +46,7 @@ REDDEST = 6.0
 @table_options
 @overwrite_option
 @noise_options
+@noise_level_option
 @model_options
 @frames_option
 @option_rules(
@@ -63,6 +66,7 @@ def score(
     draws: int,
     seed: int,
     batch_size: int,
+    noise_level: float | None,
     model: str,
     size: tuple[int, int] | None,
     dtype: str | None,
@@ -100,8 +104,10 @@ def score(
         make_folder(map_dir)
     cpu.hint_if_slow()
     pipe = open_model(model, dtype=dtype)
+    set_noise_level(pipe, noise_level)
     files = ReadableFiles(pipe, found, size=size, frames=frames)
-    statistics = CalibrationStatistics.find(pipe.directory)
+    # They are of the level that the model scores at unless told otherwise.
+    statistics = CalibrationStatistics.find(pipe.directory) if noise_level is None else None
     if map_of == "typicality" and map_dir is not None and isinstance(pipe, VideoPipeline) and found[0].is_video:
         raise click.UsageError("--map-of typicality is about pictures: a video has maps of surprise")
     if map_of == "typicality" and map_dir is not None and statistics is None:

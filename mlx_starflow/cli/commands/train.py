@@ -22,7 +22,7 @@ from mlx_starflow.training.config import TrainingConfig, TrainingOptions
 @click.argument("data", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=OUTPUT, required=True, help="Model directory to write.")
 @config_option
-@click.option("--preset", default="small", show_default=True, help="Sizes: small, demo, or tarflow for pixels.")
+@click.option("--preset", default="small", show_default=True, help="Sizes: small, demo; of pixels tarflow, itarflow.")
 @click.option("--model-config", type=click.Path(path_type=Path), help="YAML or JSON file of the flow's sizes instead.")
 @click.option("--encoders", default="demo", show_default=True, help="Model whose encoders a flow alone is trained on.")
 @click.option("--validation", type=SHARE, default=0.1, show_default=True, help="Held out, of a flow alone's pictures.")
@@ -61,6 +61,7 @@ def train(
     mlx-starflow train cache -o model --model-config flow.yaml --dry-run
     mlx-starflow train pictures -o model --model-config flow.yaml --encoders my-model      # the same, from pictures
     mlx-starflow train classes -o model --preset tarflow            # a TarFlow, on pixels, with classes
+    mlx-starflow train classes -o model --preset itarflow           # an iTARFlow, which is sampled in many steps
     mlx.launch -n 2 --backend ring -- mlx-starflow train pictures -o model
 
     A flow alone takes its autoencoder and its text encoder from the model ENCODERS. What is left out is the preset's or
@@ -69,22 +70,25 @@ def train(
     """
     from mlx_starflow.training.data.cache.files import is_cache
     from mlx_starflow.training.recipes.new_flow import read_flow_config
-    from mlx_starflow.training.recipes.presets import TARFLOW, preset_flow
+    from mlx_starflow.training.recipes.presets import PIXEL_FLOWS, preset_flow
 
     flow = None
     if model_config is not None:
         flow = read_flow_config(model_config)
-    elif preset == TARFLOW or is_cache(data):
+    elif preset in PIXEL_FLOWS or is_cache(data):
         flow = preset_flow(preset)
     if flow is not None and (autoencoder_steps is not None or text_length is not None):
         raise click.UsageError("a flow alone needs no --autoencoder-steps and no --text-length")
     if flow is None and dry_run:
         raise click.UsageError("--dry-run is for a flow alone: a cache, or --model-config")
-    pixels = flow is not None and flow["model_type"] == TARFLOW
+    pixels = flow is not None and flow["model_type"] in PIXEL_FLOWS
     if flow is None and (given := given_options("--encoders", "--validation")):
         raise click.UsageError(f"{given[0]} is for a flow alone: leave it out, or give a cache, or --model-config")
     if pixels and (given := given_options("--encoders", "--context-full", "--context-partial")):
         raise click.UsageError(f"{given[0]} is for flows that read text, and a TarFlow does not: leave it out")
+    has_levels = flow is not None and flow["model_type"] == "itarflow"
+    if not has_levels and (given := given_options("--level-sampling", "--level-weight")):
+        raise click.UsageError(f"{given[0]} is for an iTARFlow, which knows noise levels: leave it out")
     # Both say themselves that they were stopped and are saved.
     with resumable():
         if flow is not None:

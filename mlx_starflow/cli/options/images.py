@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mlx_starflow.cli.options.outputs import OUTPUT
-from mlx_starflow.cli.options.sampling import Size, dtype_option, with_options
+from mlx_starflow.cli.options.sampling import Number, Size, dtype_option, with_options
 from mlx_starflow.errors import StarflowError
 
 if TYPE_CHECKING:
@@ -44,6 +44,13 @@ noise_options = with_options(
 )
 
 metadata_option = click.option("--metadata/--no-metadata", default=True, help="Say in the file how it was made.")
+
+noise_level_option = click.option(
+    "--noise-level",
+    type=Number(min=0, min_open=True),
+    metavar="T",
+    help="Standard deviation of the noise that an iTARFlow adds and knows of; its highest level by default.",
+)
 
 table_options = with_options(
     click.option("--csv", "csv_file", type=OUTPUT, metavar="FILE", help="Write a table; - prints it."),

@@ -16,7 +16,8 @@ import click
 from mlx_starflow.errors import StarflowError
 
 if TYPE_CHECKING:
-    from mlx_starflow.pipelines import GeneratedImage, ImagePipeline, ImageStream
+    from mlx_starflow.pipelines import GeneratedImage, ImageStream
+    from mlx_starflow.pipelines.image import ImageMaker
 
 SECONDS = 60.0
 """Between two writings of a grid that is not full yet, at least."""
@@ -46,7 +47,7 @@ class Pictures:
         quiet: report on standard error, as standard output is for something else.
     """
 
-    pipe: ImagePipeline
+    pipe: ImageMaker
     stream: ImageStream
     targets: Sequence[Path]
     images: int = 1

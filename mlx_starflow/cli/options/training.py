@@ -11,7 +11,7 @@ import click
 
 from mlx_starflow.cli.options.sampling import with_options
 from mlx_starflow.model_dir.precision import DTYPES
-from mlx_starflow.training.config import OPTIMIZERS, TrainingOptions
+from mlx_starflow.training.config import LEVEL_SAMPLINGS, LEVEL_WEIGHTS, OPTIMIZERS, TrainingOptions
 
 Result = TypeVar("Result")
 
@@ -37,6 +37,10 @@ _options = with_options(
         "--checkpoint-layers/--no-checkpoint-layers", default=None, help="Compute layers twice, to save memory."
     ),
     click.option("--noise-std", type=float, help="Noise on the latents."),
+    click.option(
+        "--level-sampling", type=click.Choice(LEVEL_SAMPLINGS), help="How an iTARFlow's noise levels t are drawn."
+    ),
+    click.option("--level-weight", type=click.Choice(LEVEL_WEIGHTS), help="Weight of a level t in an iTARFlow's loss."),
     click.option("--caption-dropout", type=float, help="Share of pictures trained without caption, for guidance."),
     click.option("--context-full", type=SHARE, help="Share of samples that read the text alone."),
     click.option("--context-partial", type=SHARE, help="Share of samples that read part of the picture."),

@@ -15,7 +15,7 @@ from mlx_starflow.training.data.batches import IndexedData, Order
 
 
 class LabelledImages(IndexedData):
-    """Batches of images for `Trainer` and a TarFlow, with the share `caption_dropout` of labels dropped.
+    """Batches of images for `Trainer` and a TarFlow or an iTARFlow, with the share `caption_dropout` of labels dropped.
 
     Args:
         images: `[N, S, S, 3]`, uint8.
@@ -23,6 +23,7 @@ class LabelledImages(IndexedData):
         classes: all names, in the order of their labels; by default those that occur, sorted. With a single one there
             are no labels.
         flip: half of the images, at random, are mirrored.
+        levels: lowest and highest noise level, for an iTARFlow.
 
     Attributes:
         classes: names of the classes.
@@ -30,9 +31,15 @@ class LabelledImages(IndexedData):
     """
 
     def __init__(
-        self, images: np.ndarray, names: Sequence[str], *, classes: Sequence[str] | None = None, flip: bool = False
+        self,
+        images: np.ndarray,
+        names: Sequence[str],
+        *,
+        classes: Sequence[str] | None = None,
+        flip: bool = False,
+        levels: tuple[float, float] | None = None,
     ):
-        self.images, self.flip = images, flip
+        self.images, self.flip, self.levels = images, flip, levels
         self.classes = list(classes) if classes is not None else sorted(set(names))
         number = {name: label for label, name in enumerate(self.classes)}
         self.labels = np.array([number[name] for name in names], np.int32)
@@ -48,9 +55,11 @@ class LabelledImages(IndexedData):
         return cls.of(ImageFolder.read(data, size=size, splits=("train",)), flip=flip)
 
     @classmethod
-    def of(cls, folder: ImageFolder, *, flip: bool = False) -> LabelledImages:
+    def of(
+        cls, folder: ImageFolder, *, flip: bool = False, levels: tuple[float, float] | None = None
+    ) -> LabelledImages:
         """Images that have been read; the first caption of each is the name of its class."""
-        return cls(folder.images, [captions[0] for captions in folder.captions], flip=flip)
+        return cls(folder.images, [captions[0] for captions in folder.captions], flip=flip, levels=levels)
 
     def split(self, every: int) -> tuple[LabelledImages, LabelledImages]:
         """(The others, each `every`-th image but at least 2): to train on, and to validate with.
@@ -67,14 +76,15 @@ class LabelledImages(IndexedData):
 
         def part(chosen: np.ndarray, flip: bool) -> LabelledImages:
             names = [self.classes[label] for label in self.labels[chosen]]
-            return LabelledImages(self.images[chosen], names, classes=self.classes, flip=flip)
+            return LabelledImages(self.images[chosen], names, classes=self.classes, flip=flip, levels=self.levels)
 
         return part(~held, self.flip), part(held, False)
 
     def arrays(
         self, chosen: np.ndarray, rng: np.random.Generator, config: TrainingConfig, progress: float
     ) -> dict[str, np.ndarray]:
-        """`latents`, which are pixels in -1..1, `noise`, and `text`, their labels, if there are classes."""
+        """`latents`, which are pixels in -1..1, `noise`, `text`, their labels, if there are classes, and, if there are
+        levels, `noise_level` and `weight`."""
         images = self.images[chosen]
         if self.flip:
             images = np.where(rng.random(len(chosen))[:, None, None, None] < 0.5, images[:, :, ::-1], images)
@@ -85,4 +95,24 @@ class LabelledImages(IndexedData):
         if len(self.classes) > 1:
             dropped = rng.random(len(chosen)) < config.caption_dropout
             arrays["text"] = np.where(dropped, -1, self.labels[chosen]).astype(np.int32)
+        if self.levels is not None:
+            levels = draw_levels(rng, len(chosen), *self.levels, config.level_sampling)
+            arrays["noise_level"] = levels
+            arrays["weight"] = level_weights(levels, *self.levels, config.level_weight)
         return arrays
+
+
+def draw_levels(rng: np.random.Generator, count: int, lowest: float, highest: float, sampling: str) -> np.ndarray:
+    """Noise levels t of `count` samples, float32: uniform between two, or with a uniform "square"."""
+    uniform = rng.random(count)
+    if sampling == "uniform":
+        levels = lowest + (highest - lowest) * uniform
+    else:
+        levels = np.sqrt(lowest**2 + (highest**2 - lowest**2) * uniform)
+    return levels.astype(np.float32)
+
+
+def level_weights(levels: np.ndarray, lowest: float, highest: float, weight: str) -> np.ndarray:
+    """Weights of samples at noise levels t in the loss: "1", "t", "t/(t0+t1)" or "t^2"."""
+    factors = {"1": np.ones_like(levels), "t": levels, "t/(t0+t1)": levels / (lowest + highest), "t^2": levels**2}
+    return factors[weight].astype(np.float32)

@@ -59,8 +59,13 @@ def anchor_kl(flow: STARFlow, x: mx.array, text: mx.array | None = None, base: S
             mx.stop_gradient(flow.tokens(a))
             for a in (frozen.hidden[index], frozen.hidden[index + 1], frozen.block_log_dets[index])
         )
-        tuned_z, tuned_log_det = flow.blocks[index](
-            read, text, rope_frequencies[index], gradient_checkpointing=True, frames=frame_count(x.shape)
+        block = flow.blocks[index]
+        tuned_z, tuned_log_det = block(
+            read,
+            block.condition(text, x.shape[0]),
+            rope_frequencies[index],
+            gradient_checkpointing=True,
+            frames=frame_count(x.shape),
         )
         total = total + gaussian_kl(z, log_det, tuned_z, tuned_log_det).mean()
     return total

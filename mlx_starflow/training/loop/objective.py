@@ -7,6 +7,7 @@ import math
 import mlx.core as mx
 
 from mlx_starflow.models.flow import Flow
+from mlx_starflow.models.itarflow import at_noise_level
 
 Batch = dict[str, mx.array]
 Metrics = dict[str, mx.array]
@@ -22,7 +23,8 @@ def noisy(flow: Flow, x: mx.array, noise: mx.array) -> mx.array:
     pixels in -1..1 (dequantization, arXiv 1511.01844): the normal distribution function makes uniform numbers.
     """
     if flow.noise_type != "uniform":
-        return x + flow.config.noise_std * noise
+        std = flow.noise_std
+        return x + (std.reshape(-1, *[1] * (x.ndim - 1)) if isinstance(std, mx.array) else std) * noise
     levels = mx.round((x + 1) * ((LEVELS - 1) / 2))
     uniform = 0.5 * (1 + mx.erf(noise * math.sqrt(0.5)))
     return (levels + uniform) * (2 / LEVELS) - 1
@@ -84,9 +86,10 @@ def batch_loss(flow: Flow, batch: Batch, gradient_checkpointing: bool = False) -
     """`flow_loss` of a batch with the flow's own noise: what `Trainer` trains a flow with.
 
     The batch holds `latents` (or a TarFlow's images) `[B, H, W, C]`, or those of videos `[B, T, H, W, C]`, and
-    standard normal `noise` of their shape, and may hold `text` (embeddings or labels), `context_mask`, `weight` and
-    `probe`, see `noisy_data`.
+    standard normal `noise` of their shape, and may hold `text` (embeddings or labels), `context_mask`, `weight`,
+    `probe`, see `noisy_data`, and for an iTARFlow `noise_level`, that of each sample, `[B]`.
     """
+    flow = at_noise_level(flow, batch.get("noise_level"))
     return flow_loss(
         flow,
         noisy_data(flow, batch),
@@ -100,6 +103,7 @@ def batch_loss(flow: Flow, batch: Batch, gradient_checkpointing: bool = False) -
 
 def batch_nll(flow: Flow, batch: Batch) -> mx.array:
     """Exact NLL of each sample of a batch of `batch_loss`, `[B]`, nats per dimension, without log(2 pi) / 2."""
+    flow = at_noise_level(flow, batch.get("noise_level"))
     return flow(noisy_data(flow, batch), batch.get("text")).nll()
 
 

@@ -50,7 +50,7 @@ def score_target(flow: Flow, batch: Batch, gradient: mx.array) -> tuple[mx.array
     counts = each != 0
     if batch.get("context_mask") is not None:
         counts = counts & (batch["context_mask"].min(axis=1) > 0)
-    factor = gradient.size * flow.config.noise_std**2 / PREDICTION_STD / mx.where(each == 0, 1.0, each)
+    factor = gradient.size * flow.noise_std**2 / PREDICTION_STD / mx.where(each == 0, 1.0, each)
     target = gradient.astype(mx.float32) * factor.reshape(-1, *[1] * (gradient.ndim - 1))
     return mx.stop_gradient(target), counts.astype(mx.float32)
 

@@ -1,4 +1,4 @@
-"""A new flow from a config file: a STARFlow over the latents of a model's encoders, or a TarFlow over pixels."""
+"""A new flow from a config file: a STARFlow over a model's latents, or a TarFlow or an iTARFlow over pixels."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ from mlx_starflow.media.files import MOST_YAML, expanded, parse_yaml, read_text
 from mlx_starflow.media.image_folder import ImageFolder
 from mlx_starflow.media.images import grid, save_image
 from mlx_starflow.media.sources import open_source, write_skips
-from mlx_starflow.model_dir.directory import ModelDirectory, load_vae
+from mlx_starflow.model_dir.directory import FLOWS, ModelDirectory, load_vae
+from mlx_starflow.model_dir.files import CLASSES_FILE
 from mlx_starflow.model_dir.hub import find_model
 from mlx_starflow.model_dir.saving import save_model
 from mlx_starflow.model_dir.transaction import transaction
 from mlx_starflow.model_dir.weights import parameters
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL
 from mlx_starflow.models.configs import FLOW
+from mlx_starflow.models.itarflow import ITarFlow, ITarFlowConfig
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
-from mlx_starflow.models.tarflow import TarFlow, TarFlowConfig
+from mlx_starflow.models.tarflow import PixelFlow, PixelFlowConfig, TarFlow, TarFlowConfig
 from mlx_starflow.planning.finetune_memory import BATCH_SIZES, Choice, Planner
 from mlx_starflow.planning.limits import check_held, check_side
 from mlx_starflow.planning.memory import available
@@ -41,6 +43,7 @@ from mlx_starflow.training.loop.identity import Identity, digest
 from mlx_starflow.training.loop.trainer import Trainer
 from mlx_starflow.training.loop.weights import assign
 from mlx_starflow.training.output import check_model_output, claim_model
+from mlx_starflow.training.recipes.presets import PIXEL_FLOWS
 from mlx_starflow.training.recipes.samples import decode_latents, draw_classes, draw_latents
 
 FROM_ENCODERS = ("img_size", "channel_size", "txt_size", "txt_dim", "mix_aspect")
@@ -76,8 +79,8 @@ def read_flow_config(path: str | Path) -> dict[str, Any]:
     if "arguments" in content:
         content = FlowConfig.from_official(content).to_dict()
     kind = content.setdefault("model_type", "starflow")
-    if kind not in ("starflow", "tarflow"):
-        raise StarflowError(f"{path}: model_type must be starflow or tarflow, not {kind!r}")
+    if kind not in FLOWS:
+        raise StarflowError(f"{path}: model_type must be one of {', '.join(FLOWS)}, not {kind!r}")
     return content
 
 
@@ -87,7 +90,7 @@ class NewFlow:
 
     Args:
         data: for a STARFlow a latent cache, or captioned images, of which one is made in `out/training/cache`; for a
-            TarFlow images, whose captions (or folders) are their classes.
+            TarFlow or an iTARFlow images, whose captions (or folders) are their classes.
         out: the model directory to write; checkpoints and logs are in `out/training`.
         config: as `read_flow_config` gives it. What follows from the data may be left out: a STARFlow's
             `FROM_ENCODERS`, a TarFlow's `num_classes`.
@@ -122,7 +125,11 @@ class NewFlow:
 
     @property
     def is_pixels(self) -> bool:
-        return self.config["model_type"] == "tarflow"
+        return self.config["model_type"] in PIXEL_FLOWS
+
+    @property
+    def _has_levels(self) -> bool:
+        return bool(self.config["model_type"] == "itarflow")
 
     # ---- data
 
@@ -158,7 +165,10 @@ class NewFlow:
     @cached_property
     def images(self) -> LabelledImages:
         """The data's images with their classes."""
-        return LabelledImages.of(self.folder)
+        config = self.config
+        lowest = FLOW.typed("t0", "float", config.get("t0", ITarFlowConfig.t0))
+        highest = FLOW.typed("t1", "float", config.get("t1", ITarFlowConfig.t1))
+        return LabelledImages.of(self.folder, levels=(lowest, highest) if self._has_levels else None)
 
     def _latents(self) -> Prepared:
         chosen, held_out = split_samples(len(self.cache), self.validation, MOST_HELD_OUT, self.seed)
@@ -181,24 +191,26 @@ class NewFlow:
     # ---- what is trained
 
     @cached_property
-    def flow_config(self) -> FlowConfig | TarFlowConfig:
+    def flow_config(self) -> FlowConfig | PixelFlowConfig:
         """The config, with what follows from the data. Raises StarflowError if it does not fit that."""
         values = {key: value for key, value in self.config.items() if key not in ("quantization", "pipeline")}
         if self.is_pixels:
             if self.has_cache:
-                raise StarflowError(f"{self.data} is a cache of latents, and a TarFlow reads pixels: give the pictures")
+                raise StarflowError(f"{self.data} is a cache of latents, and this flow reads pixels: give the pictures")
             classes = len(self.images.classes)
             known: dict[str, Any] = {"num_classes": classes if classes > 1 else 0}
             values = {"img_size": 32, "channel_size": 3, **values}
         else:
             known = self._of_encoders()
         if self.training.noise_std is not None:
+            if self._has_levels:
+                raise StarflowError("an iTARFlow is trained at all levels from t0 to t1 of its config: no --noise-std")
             values["noise_std"] = self.training.noise_std
         for key, value in known.items():
             if values.setdefault(key, value) != value:
                 raise StarflowError(f"the config's {key} is {values[key]}, and the data's is {value}: leave it out")
         if self.is_pixels:
-            return TarFlowConfig.from_dict(values)
+            return (ITarFlowConfig if self._has_levels else TarFlowConfig).from_dict(values)
         config = FlowConfig.from_dict(values)
         if config.vid_size:
             raise StarflowError("the config is one of videos, and a cache holds pictures")
@@ -225,11 +237,16 @@ class NewFlow:
     def seed(self) -> int:
         return self.training.seed or 0
 
-    def new(self) -> STARFlow | TarFlow:
+    def new(self) -> STARFlow | PixelFlow:
         """The flow, with random weights. They are not computed as long as nobody evaluates them."""
         mx.random.seed(self.seed)
         config = self.flow_config
-        return TarFlow(config) if isinstance(config, TarFlowConfig) else STARFlow(config)
+        if isinstance(config, ITarFlowConfig):
+            return ITarFlow(config)
+        if isinstance(config, TarFlowConfig):
+            return TarFlow(config)
+        assert isinstance(config, FlowConfig)
+        return STARFlow(config)
 
     def plan(self, memory: float | None = None) -> tuple[Choice, str]:
         """What a step takes in `memory` bytes (None: this machine's), and what would be chosen on some Macs.
@@ -373,13 +390,13 @@ class NewFlow:
 
         return draw
 
-    def _write(self, flow: STARFlow | TarFlow) -> None:
+    def _write(self, flow: STARFlow | PixelFlow) -> None:
         config = {"model_type": self.config["model_type"], **flow.config.to_dict()}
         if pipeline := self.config.get("pipeline"):
             config["pipeline"] = pipeline
         files: dict[str, bytes] = {}
         if self.is_pixels:
-            files["classes.txt"] = "".join(f"{name}\n" for name in self.images.classes).encode()
+            files[CLASSES_FILE] = "".join(f"{name}\n" for name in self.images.classes).encode()
         else:
             files = copy_parts(ModelDirectory.find(self.encoders), self.out)
         save_model(self.out, parameters(flow), config, files=files)

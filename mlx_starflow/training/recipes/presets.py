@@ -133,16 +133,19 @@ def get_preset(name: str) -> Preset:
     return PRESETS[name]
 
 
-TARFLOW = "tarflow"
-"""Name of the preset of a TarFlow on pixels, which is a flow alone."""
+_PIXELS = {"img_size": 32, "channel_size": 3, "blocks": 4}
 
-_TARFLOW = {"img_size": 32, "channel_size": 3, "patch_size": 4, "channels": 256, "blocks": 4, "layers_per_block": 2}
+PIXEL_FLOWS: dict[str, dict[str, Any]] = {
+    "tarflow": {**_PIXELS, "patch_size": 4, "channels": 256, "layers_per_block": 2},
+    "itarflow": {**_PIXELS, "patch_sizes": [4], "channels": [256], "layers_per_block": [2]},
+}
+"""Presets of flows on pixels, by their `model_type`; each is a flow alone."""
 
 
 def preset_flow(name: str) -> dict[str, Any]:
     """The config of a preset's flow, as `read_flow_config` gives it, for a training of the flow alone."""
-    if name == TARFLOW:
-        return {"model_type": "tarflow", **_TARFLOW}
+    if name in PIXEL_FLOWS:
+        return {"model_type": name, **PIXEL_FLOWS[name]}
     preset = get_preset(name)
     flow = {key: value for key, value in preset.flow.items() if key != "txt_size"}
     return {"model_type": "starflow", **flow, "pipeline": preset.pipeline}

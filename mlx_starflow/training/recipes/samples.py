@@ -10,9 +10,13 @@ from PIL import Image
 
 from mlx_starflow.media.images import to_images
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL
+from mlx_starflow.models.itarflow import ITarFlow
 from mlx_starflow.models.starflow import STARFlow
-from mlx_starflow.models.tarflow import TarFlow
-from mlx_starflow.sampling import denoise, sample
+from mlx_starflow.models.tarflow import PixelFlow
+from mlx_starflow.sampling import denoise, iterate, noise_levels, sample
+
+STEPS = 10
+"""Of denoising the samples of an iTARFlow."""
 
 
 def draw_latents(flow: STARFlow, shape: Sequence[int], text: mx.array) -> mx.array:
@@ -26,13 +30,16 @@ def decode_latents(autoencoder: AutoencoderKL, latents: mx.array) -> list[Image.
     return to_images(np.array(autoencoder.decode(autoencoder.unscale(latents)).astype(mx.float32)))
 
 
-def draw_classes(flow: TarFlow, count: int = 8) -> list[Image.Image]:
+def draw_classes(flow: PixelFlow, count: int = 8) -> list[Image.Image]:
     """An image of each of the first `count` classes, or `count` images if there are none."""
     classes = flow.config.num_classes
     labels = mx.arange(min(count, classes)) if classes else None
     batch = count if labels is None else labels.size
     z = np.random.default_rng(0).standard_normal((batch, *flow.var.shape), dtype=np.float32)
     x = sample(flow, mx.array(z), labels)
-    if flow.noise_type == "gaussian":
+    if isinstance(flow, ITarFlow):
+        levels = noise_levels(flow.config.t1, flow.config.t0, STEPS)
+        x = iterate(flow, x, labels, levels, clip=True, batch_size=batch)
+    elif flow.noise_type == "gaussian":
         x = denoise(flow, x, labels)
     return to_images(np.array(x))

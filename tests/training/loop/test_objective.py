@@ -97,8 +97,9 @@ def test_text_only_samples_ignore_their_tokens():
     tokens = tiny.flow.tokens(tiny.x)
     keep = mx.array(context_mask(np.random.default_rng(0), 2, tokens.shape[1], 1.0, 0.0))
     rope_frequencies = tiny.flow.rope_frequencies(tiny.x.shape, 3)
-    _, log_det = block(tokens, tiny.text, rope_frequencies, keep)
-    _, other = block(tokens + 1, tiny.text, rope_frequencies, keep)
+    condition = block.condition(tiny.text, 2)
+    _, log_det = block(tokens, condition, rope_frequencies, keep)
+    _, other = block(tokens + 1, condition, rope_frequencies, keep)
     assert np.array_equal(np.array(log_det), np.array(other))
 
 

@@ -1,0 +1,74 @@
+"""Official iTARFlow checkpoints to model directories and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from helpers.commands import Command
+from helpers.golden_files import golden_case
+from helpers.paths import DATA
+
+from mlx_starflow import load_flow
+from mlx_starflow.convert import convert_flow, export_model, read_checkpoint
+from mlx_starflow.errors import StarflowError
+from mlx_starflow.models.itarflow import ITarFlow
+
+CASES = ["itarflow", "itarflow_patches", "itarflow_shared"]
+
+
+@pytest.mark.parametrize("with_config", [True, False])
+@pytest.mark.parametrize("case", CASES)
+def test_the_command_makes_the_flow_that_the_golden_arrays_are_of(case, with_config, golden, tmp_path):
+    checkpoint = golden_case(case) / "model.pth"
+    more = ["--config", DATA / case / "config.yaml"] if with_config else ["--t1", "0.3"]
+    done = Command("convert")("flow", checkpoint, "-o", tmp_path / "model", *more)
+    assert done.exit_code == 0, done.output
+    flow, golden = load_flow(tmp_path / "model"), golden(case)
+    assert isinstance(flow, ITarFlow) and flow.config == golden.flow.config
+    z = flow(golden["x"], golden.get("y"), noise_level=golden["t"]).z
+    assert golden.relative_error(z, "z") < 1e-5
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_way_back(case, tmp_path):
+    convert_flow(golden_case(case) / "model.pth", DATA / case / "config.yaml", tmp_path / "model")
+    back = read_checkpoint(export_model(tmp_path / "model", tmp_path / "back.pth"))
+    original = read_checkpoint(golden_case(case) / "model.pth")
+    assert set(back) == set(original)
+    for name in original:
+        assert np.array_equal(np.array(back[name]), np.array(original[name])), name
+
+
+def test_oldest_names(tmp_path):
+    original = read_checkpoint(golden_case("itarflow") / "model.pth")
+    weights = {name.replace("head_blocks", "attn_blocks"): mx.array(original[name]) for name in original}
+    mx.save_safetensors(str(tmp_path / "old.safetensors"), weights)
+    flow = load_flow(convert_flow(tmp_path / "old.safetensors", None, tmp_path / "model", arguments={"t1": 0.5}))
+    assert (flow.config.t0, flow.config.t1, flow.config.layers_per_block) == (0.01, 0.5, [1, 1, 2])
+
+
+def without(tmp_path: Path, *names: str) -> Path:
+    original = read_checkpoint(golden_case("itarflow") / "model.pth")
+    mx.save_safetensors(
+        str(tmp_path / "part.safetensors"), {n: mx.array(original[n]) for n in original if n not in names}
+    )
+    return tmp_path / "part.safetensors"
+
+
+def test_what_a_checkpoint_does_not_say(tmp_path):
+    checkpoint = golden_case("itarflow") / "model.pth"
+    with pytest.raises(StarflowError, match=r"highest noise level of its training; give it, such as --t1 0\.3"):
+        convert_flow(checkpoint, None, tmp_path / "model")
+    with pytest.raises(StarflowError, match="no square patches of 5 channels; give --channel-size"):
+        convert_flow(checkpoint, None, tmp_path / "model", arguments={"t1": 0.3, "channel_size": 5})
+    with pytest.raises(StarflowError, match="noise levels must be 0 < t0 <= t1"):
+        convert_flow(checkpoint, None, tmp_path / "model", arguments={"t1": 0.001})
+    part = without(tmp_path, "blocks.1.proj_in.weight")
+    with pytest.raises(StarflowError, match="not a whole iTARFlow"):
+        convert_flow(part, None, tmp_path / "model", arguments={"t1": 0.3})
+    part = without(tmp_path, "blocks.1.time_embed.mlp.0.bias")
+    with pytest.raises(StarflowError, match=r"lacks the tensor blocks\.1\.time_embed\.mlp\.0\.bias"):
+        convert_flow(part, None, tmp_path / "model", arguments={"t1": 0.3})
