@@ -93,7 +93,7 @@ def certify(
     noise_level: float | None = None,
     progress: Watch = False,
 ) -> Certificate:
-    """The certificate of all samples together, see `certify_each`."""
+    """The certificate of all samples together, see `certify_each`. `noise_level`: of an iTARFlow, see `sample`."""
     flow = at_noise_level(flow, noise_level)
     options = SamplingOptions(guidance, attn_temp, annealed_guidance, guidance_target, guidance_mode, guided_blocks)
     return Certificate.of(_residuals(flow, x, z, text, null_text, options, watch(progress)))

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 from PIL import Image
-from tqdm import tqdm
 
 from mlx_starflow.errors import Cancelled, StarflowError
+from mlx_starflow.sampling.bars import Bar
 
 Item = TypeVar("Item")
 
@@ -161,7 +161,7 @@ class Progress:
             shown: there is a bar at all, where bars are asked for.
         """
         hide = None if self.bar is None else not self.bar
-        with tqdm(total=total, desc=label or name, unit=unit, disable=hide if shown else True, leave=leave) as bar:
+        with Bar(total=total, desc=label or name, unit=unit, disable=hide if shown else True, leave=leave) as bar:
             counter = Counter(self, name, total, unit, bar)
             self._counters.append(counter)
             try:
@@ -198,7 +198,7 @@ class Counter:
         state: gives the state that sampling is in, data `[B, ...]`, if it is known.
     """
 
-    def __init__(self, progress: Progress, name: str, total: int | None, unit: str, bar: tqdm[Any]):
+    def __init__(self, progress: Progress, name: str, total: int | None, unit: str, bar: Bar):
         self.name, self.done, self.total, self.unit = name, 0, total, unit
         self.block: int | None = None
         self.state: Callable[[], Any] | None = None
