@@ -202,7 +202,7 @@ def timed(name: str, run: Run, clock: Clock, certify: Callable[[Any], Certificat
         return
     total = sum(evaluations)
     counts = " + ".join(map(str, evaluations))
-    say(f"| {name} | {seconds:.2f} | {counts} = {total} | {1e3 * seconds / total:.2f} | {certificate} |")
+    say(f"| {name} | {seconds:.3g} | {counts} = {total} | {1e3 * seconds / total:.2f} | {certificate} |")
 
 
 def sides(flow: STARFlow) -> tuple[int, int]:
@@ -255,8 +255,8 @@ def torch_rows(flow: STARFlow, clock: Clock, where: str) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=6.0, help="that all of it may take")
-    parser.add_argument("--tests", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--torch", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--no-tests", action="store_true", help="speed alone")
+    parser.add_argument("--no-torch", action="store_true", help="this code alone")
     parser.add_argument("--small", action="store_true", help="a flow of 64 tokens, on anything")
     args = parser.parse_args(arguments)
     if not 0 < args.minutes < math.inf:
@@ -265,7 +265,7 @@ def main(arguments: list[str] | None = None) -> None:
     if device() == "cpu" and not args.small:
         parser.error("MLX has no GPU here; --small runs on a CPU")
     say(f"{mx.device_info().get('device_name', 'unknown')}, MLX {mx.__version__} on {device()}")
-    if args.tests and (ROOT / "tests/parity").is_dir():
+    if not args.no_tests and (ROOT / "tests/parity").is_dir():
         if cuda:
             run_tests("parity of the PyTorch reference on CUDA, float32", PARITY, SHARE * clock.left)
         if device() != "cpu":
@@ -279,7 +279,7 @@ def main(arguments: list[str] | None = None) -> None:
     say("\n| program, method | seconds | network evaluations | ms each | certificate: max, RMS |")
     say("|---" * 5 + "|")
     own_rows(f"mlx, {dtype_name(products_in(flow))}", flow, clock)
-    if args.torch and (cuda or args.small):
+    if not args.no_torch and (cuda or args.small):
         try:
             torch_rows(flow, clock, "cuda" if cuda else "cpu")
         except ImportError:

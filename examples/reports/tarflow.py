@@ -93,11 +93,11 @@ def samples(flow: PixelFlow, count: int) -> dict[str, np.ndarray]:
     labels = mx.arange(count) % len(SHAPES)
     z = np.random.default_rng(7).standard_normal((count, *flow.var.shape), dtype=np.float32)
     x = sample(flow, mx.array(z), labels)
-    found = {"sampled": x, "1 step": denoise(flow, x, labels, batch_size=64)}
+    found = {"sampled": x, "1 step": denoise(flow, x, labels)}
     if isinstance(flow, ITarFlow):
         for steps in STEPS[1:]:
             levels = noise_levels(HIGHEST, LOWEST, steps)
-            found[f"{steps} steps"] = iterate(flow, x, labels, levels, batch_size=64)
+            found[f"{steps} steps"] = iterate(flow, x, labels, levels)
     return {name: np.stack([np.asarray(image) for image in to_images(np.array(each))]) for name, each in found.items()}
 
 

@@ -18,11 +18,12 @@ import click
 
 from mlx_starflow import __version__, cpu
 from mlx_starflow.cli import commands
+from mlx_starflow.cli.options.groups import Group
 from mlx_starflow.cli.options.interrupt import INTERRUPTED, terminated_as_interrupted
 from mlx_starflow.errors import StarflowError, one_line, printable
 
 
-class Commands(click.Group):
+class Commands(Group):
     """Finds subcommands by looking, and imports one only when it is used."""
 
     def list_commands(self, context: click.Context) -> list[str]:
@@ -119,7 +120,7 @@ class _UserError(click.ClickException):
         super().__init__(printable(" ".join(message.splitlines())))
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(__version__, prog_name="mlx-starflow")
 def main() -> None:
     """STARFlow on your own machine: text to pictures with a normalizing flow, in MLX."""

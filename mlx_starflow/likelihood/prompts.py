@@ -10,7 +10,8 @@ import numpy as np
 from tqdm import tqdm
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.likelihood.nll import at_once, check_draws, check_nats, token_nats, with_noise
+from mlx_starflow.likelihood.conditions import ConditionedFlow
+from mlx_starflow.likelihood.nll import at_once, check_draws, with_noise
 from mlx_starflow.likelihood.protocol import ImageModel, ImageOrVideo, one_or_several
 from mlx_starflow.sampling.sampler import progress_off
 
@@ -39,20 +40,18 @@ def log_likelihoods(
     model.release("text_encoder")
     if conditions is None:
         raise StarflowError(f"{model.name} reads no prompts, so none fits better than another")
-    pairs = np.stack(np.divmod(np.arange(len(data) * len(prompts)), len(prompts)))
-    result = np.empty((draws, pairs.shape[1]))
+    result = np.empty((draws, len(data), len(prompts)))
     flow = model.dense_flow()
+    conditioned = ConditionedFlow(flow, conditions, data.shape)
     hide, batch_size = progress_off(progress), at_once(batch_size, data.shape)
     with tqdm(total=result.size, desc="scoring", unit="pair", disable=hide) as bar:
         for draw in range(draws):
             noisy = with_noise(flow, data, draw, seed, numbers)
-            for start in range(0, pairs.shape[1], batch_size):
-                image, prompt = pairs[:, start : start + batch_size]
-                nats = token_nats(flow, mx.array(noisy[image]), conditions[mx.array(prompt)])
-                check_nats(nats)
-                result[draw, start : start + batch_size] = -nats.sum(axis=(1, 2))
-                bar.update(len(image))
-    return result.reshape(draws, len(data), len(prompts))
+            for start in range(0, len(data), batch_size):
+                part = slice(start, start + batch_size)
+                result[draw, part] = -conditioned.nats(mx.array(noisy[part]), batch_size)
+                bar.update(result[draw, part].size)
+    return result
 
 
 def prompt_fit(

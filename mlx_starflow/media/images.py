@@ -20,6 +20,12 @@ from mlx_starflow.media.pixels import no_remarks
 LONGEST = 100
 """Seconds that a picture of an animation is shown; two of them six times so long, and GIF knows up to 655."""
 
+LOSSY = (".jpg", ".jpeg", ".webp")
+"""Suffixes of images that have a quality."""
+
+QUALITY = 95
+"""Of these, if nobody chooses."""
+
 PICTURES = ("PNG", "JPEG", "WEBP", "GIF")
 """Formats, as Pillow calls them, that `save_image` and `save_animation` write."""
 
@@ -55,17 +61,35 @@ def numbered(path: Path, count: int) -> list[Path]:
     return [path.with_name(f"{path.stem}-{number}{path.suffix}") for number in range(1, count + 1)]
 
 
-def check_output(path: Path, formats: Sequence[str] = FORMATS) -> None:
-    """Raise StarflowError if an image could not be written to `path`: better before the work than after it."""
+def check_output(path: Path, formats: Sequence[str] = FORMATS, *, quality: int | None = None) -> None:
+    """Raise StarflowError if an image could not be written to `path`: better before the work than after it.
+
+    Or if it is of a format that has no `quality`, and one is given.
+    """
     if path.suffix.lower() not in formats:
         raise StarflowError(f"{path}: pictures are written as {', '.join(formats)}; name the file for instance out.png")
+    if quality is not None and path.suffix.lower() not in LOSSY:
+        raise StarflowError(
+            f"{path}: a quality is for {', '.join(LOSSY)}, and other formats lose nothing: leave it out"
+        )
     check_outputs([path])
 
 
-def save_image(image: Image.Image, path: Path, metadata: dict[str, Any] | None = None) -> None:
-    """Write an image and, for `metadata.read_metadata`, how it was made. Raises StarflowError."""
-    check_output(path)
+def save_image(
+    image: Image.Image, path: Path, metadata: dict[str, Any] | None = None, *, quality: int | None = None
+) -> None:
+    """Write an image and, for `metadata.read_metadata`, how it was made.
+
+    Args:
+        quality: of JPEG and WebP, from 1 to 100, the best; None: `QUALITY`.
+
+    Raises:
+        StarflowError: it cannot be written.
+    """
+    check_output(path, quality=quality)
     options = describing(metadata, path)
+    if path.suffix.lower() in LOSSY:
+        options["quality"] = QUALITY if quality is None else quality
     with replacing(path) as temporary:
         image.save(temporary, **options)
 

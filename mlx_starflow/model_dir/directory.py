@@ -23,6 +23,7 @@ from mlx_starflow.model_dir.adapters import Strengths, add_adapters
 from mlx_starflow.model_dir.files import PLAN_FILE, STATISTICS_FILE, StoredConfig, load_weights
 from mlx_starflow.model_dir.hub import find_model
 from mlx_starflow.model_dir.precision import Precision
+from mlx_starflow.model_dir.quantization import quantize_module
 from mlx_starflow.model_dir.tensor_parallel import load_part
 from mlx_starflow.model_dir.weights import automatic_precision, load_module, parse_dtype, place_weights
 from mlx_starflow.models import itarflow, starflow, tarflow
@@ -240,12 +241,18 @@ class ModelDirectory:
         dtype: str | mx.Dtype | None = None,
         adapters: Strengths = (),
         group: mx.distributed.Group | None = None,
+        quantize: int | str | None = None,
     ) -> STARFlow | PixelFlow:
-        """`directory.load_flow` of this directory."""
+        """`directory.load_flow` of this directory; `quantize` as `quantize_module` takes it."""
         if group is None:
             flow = self.flow.load(dtype)
+            if quantize is not None:
+                quantize_module(flow, quantize)
+                mx.eval(flow.parameters())
             add_adapters(flow, adapters, self.path)
             return flow
+        if quantize is not None:
+            raise StarflowError("a flow that is split over ranks is not quantized as it is read: quantize the model")
         if adapters:
             raise StarflowError("adapters cannot be split over ranks: fuse them into the model first")
         return load_part(

@@ -35,10 +35,10 @@ from mlx_starflow.sampling import (
     SamplingPlan,
     SamplingTrace,
     SequentialSettings,
-    certify,
     denoise,
     sample,
 )
+from mlx_starflow.sampling.certificate import certify_each
 from mlx_starflow.sampling.methods import METHODS
 
 Array = TypeVar("Array")
@@ -111,8 +111,10 @@ class Backend(ABC, Generic[Array]):
     ) -> Array:
         """Noise -> data, `[B, h, w, C]`, by a method with the settings' guidance; see `sampling.sample`."""
 
-    def certify(self, x: Array, z: Array, text: Array, null_text: Array, settings: GenerationSettings) -> Certificate:
-        """How far the guided flow, run forwards over samples, is from their noise; see `sampling.certify`."""
+    def certify(
+        self, x: Array, z: Array, text: Array, null_text: Array, settings: GenerationSettings
+    ) -> list[Certificate]:
+        """How far the guided flow, run forwards over each sample, is from its noise; see `certificate.certify_each`."""
         raise NotImplementedError
 
     @abstractmethod
@@ -154,6 +156,7 @@ class MLXBackend(Backend[mx.array]):
         dtype: precision of the networks; None: what `precision.automatic` says. A network then computes in a precision
             of larger range from the time on that it makes a NaN or an infinity.
         group: processes that compute the flow together, or None.
+        quantize: how the flow's weights are quantized as they are read, or None.
     """
 
     certifies = True
@@ -168,8 +171,10 @@ class MLXBackend(Backend[mx.array]):
         low_memory: bool = False,
         adapters: Sequence[tuple[str | Path, float]] = (),
         group: mx.distributed.Group | None = None,
+        quantize: int | str | None = None,
     ):
         self.model, self.dtype, self.low_memory, self.group = model, dtype, low_memory, group
+        self.quantize = quantize
         self.adapters = [(str(path), float(strength)) for path, strength in adapters]
         self._flow: STARFlow | PixelFlow | None = None
         self._exact: STARFlow | PixelFlow | None = None
@@ -182,7 +187,7 @@ class MLXBackend(Backend[mx.array]):
     @property
     def flow(self) -> STARFlow | PixelFlow:
         if self._flow is None:
-            self._flow = self.model.load_flow(self._chosen("flow"), self.adapters, self.group)
+            self._flow = self.model.load_flow(self._chosen("flow"), self.adapters, self.group, self.quantize)
         return self._flow
 
     def _read_text_encoder(self) -> tuple[T5Encoder, Tokenizer]:
@@ -251,7 +256,7 @@ class MLXBackend(Backend[mx.array]):
                 return self.flow
             if 1.5 * size > available():
                 self._drop("flow")
-            self._exact = self.model.load_flow(mx.float32, self.adapters)
+            self._exact = self.model.load_flow(mx.float32, self.adapters, quantize=self.quantize)
         return self._exact
 
     # ---- precision
@@ -327,9 +332,9 @@ class MLXBackend(Backend[mx.array]):
 
     def certify(
         self, x: mx.array, z: mx.array, text: mx.array, null_text: mx.array, settings: GenerationSettings
-    ) -> Certificate:
-        def compute() -> Certificate:
-            return certify(self.flow, x, z, text, null_text, settings.guidance, attn_temp=settings.attn_temp)
+    ) -> list[Certificate]:
+        def compute() -> list[Certificate]:
+            return certify_each(self.flow, x, z, text, null_text, settings.guidance, attn_temp=settings.attn_temp)
 
         return self.in_range("flow", compute)
 

@@ -22,16 +22,11 @@ from mlx_starflow.models.tarflow import PixelFlowConfig
 from mlx_starflow.pipelines.backend import MLXBackend
 from mlx_starflow.pipelines.image import ImageMaker
 from mlx_starflow.pipelines.results import DENOISE_STEPS, ClassSettings, GenerationSettings, GenerationStats
-from mlx_starflow.planning.footprint import MARGIN, there_and_back
-from mlx_starflow.planning.memory import available
 from mlx_starflow.sampling import Certificate, SamplingPlan, SamplingTrace, certify, denoise, iterate, sample
 from mlx_starflow.sampling.iterate import noise_levels
 
 LUMA = (0.299, 0.587, 0.114)
 """Weights of red, green and blue in grey: Rec. 601, as in Pillow's own conversion."""
-
-SHARE = 4
-"""One part in so many of the free memory may be taken by the images that are denoised at once."""
 
 
 class ClassPipeline(ImageMaker):
@@ -242,9 +237,9 @@ class ClassPipeline(ImageMaker):
     ) -> mx.array:
         """Samples -> clean data; `previews` is filled with what each step takes for them."""
         previews.clear()
-        flow, batch_size = self._mlx.flow, self._at_once(len(x))
+        flow = self._mlx.flow
         if not isinstance(flow, ITarFlow):
-            return denoise(flow, x, labels, batch_size=batch_size)
+            return denoise(flow, x, labels)
         levels = noise_levels(flow.config.t1, flow.config.t0, steps)
         return iterate(
             flow,
@@ -253,16 +248,9 @@ class ClassPipeline(ImageMaker):
             levels,
             settings.clip,
             noise=fresh_noise(noise, steps - 1, x.shape[1:]) if settings.stochastic else None,
-            batch_size=batch_size,
             progress=progress,
             preview=lambda step, clean: previews.append(clean),
         )
-
-    def _at_once(self, images: int) -> int:
-        """How many images to denoise at once: as many as take little of the memory that is free."""
-        blocks = [self.config.block(index) for index in range(self.config.blocks)]
-        kept, work = there_and_back(blocks, max(block.num_patches for block in blocks), 0)
-        return int(max(1, min(images, available() // SHARE // (4 * (kept + MARGIN * work)))))
 
     def _decode(self, data: mx.array) -> list[Image.Image]:
         return to_images(self.decode_images(np.array(data)))

@@ -123,7 +123,7 @@ class ImageMaker(Pipeline):
             keep_steps: also decode the state after each flow block.
             batch_size: images sampled at once.
             verify: run the flow forwards over each sample and keep the difference from its noise in the result's
-                `stats.certificates` and in the metadata; about as much work as a third of the score step.
+                `stats.certificates` and in the metadata; about as much work as half of the score step.
             progress: show progress bars; None shows them on a terminal only.
 
         Raises:
@@ -378,12 +378,11 @@ class ImagePipeline(ImageMaker, LatentPipeline):
         stats.count(
             trace.evaluations, sum(block.num_layers > 0 for block in blocks) * noise.size // blocks[0].in_channels
         )
-        certificates = []
+        certificates: list[Certificate] = []
         if verify and backend.certifies:
             with self.phases.run(stats, "verify"):
-                for one in (slice(index, index + 1) for index in range(len(noise))):
-                    certificate = backend.certify(x[one], z[one], text[one], null_text, settings)
-                    certificate = replace(certificate, noise_floor=trace.noise_floor)
+                for each in backend.certify(x, z, text, null_text, settings):
+                    certificate = replace(each, noise_floor=trace.noise_floor)
                     certificates.append(certificate)
                     self.check_certificate(certificate, self.method(settings))
         stats.certificates += certificates

@@ -11,7 +11,7 @@ import numpy as np
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.likelihood.protocol import one_or_several
-from mlx_starflow.media.buckets import closest_ratio
+from mlx_starflow.media.buckets import RATIOS, bucket_size, closest_ratio
 from mlx_starflow.model_dir.directory import ModelDirectory
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from mlx_starflow.models.autoencoder_wan import AutoencoderWan, AutoencoderWanConfig
@@ -50,6 +50,7 @@ class LatentPipeline(Pipeline):
         self.settings = GenerationSettings.from_dict({"guidance": config.cfg, **model.pipeline})
         self.temperature = self.settings.temperature
         self._fit: set[tuple[object, ...]] = set()
+        self._warned: set[tuple[int, int]] = set()
 
     # ---- networks
 
@@ -133,6 +134,7 @@ class LatentPipeline(Pipeline):
         """
         super().check_size(size, images)
         self.latent_shape(size)  # raises StarflowError if the size does not fit
+        self._check_trained(size)
         asked = (size, images, frames, guidance)
         if asked in self._fit:
             return
@@ -147,8 +149,29 @@ class LatentPipeline(Pipeline):
             dtype=here.dtype if here else None,
             low_memory=backend.low_memory,
             ranks=here.group.size() if here and here.group else 1,
+            quantization=here.quantize if here else None,
         )
         self._fit.add(asked)
+
+    @property
+    def trained_sizes(self) -> list[tuple[int, int]]:
+        """(width, height) in pixels of the images, or video frames, that the model was trained on."""
+        scale = self.vae_config.downscale
+        ratios = RATIOS if self.config.mix_aspect else RATIOS[:1]
+        return [bucket_size(each, self.config.img_size * scale, scale * self.config.patch_size) for each in ratios]
+
+    def _check_trained(self, size: tuple[int, int]) -> None:
+        """Warn, once, about a size that the model has never seen."""
+        trained = self.trained_sizes
+        if size in (*trained, self.size, *self._warned):
+            return
+        self._warned.add(size)
+        known = ", ".join(f"{width}x{height}" for width, height in trained)
+        warnings.warn(
+            f"{self.name} was trained at {known}, not at {size[0]}x{size[1]}: it may make nothing of it, and its "
+            "likelihoods mean little there",
+            stacklevel=3,
+        )
 
     def image_size(self, shape: Sequence[int]) -> tuple[int, int]:
         scale = self.vae_config.downscale

@@ -32,6 +32,7 @@ def load(
     adapters: Sequence[tuple[str | Path, float]] = (),
     group: mx.distributed.Group | None = None,
     download: bool = True,
+    quantize: int | str | None = None,
 ) -> ImagePipeline:
     """Load a model: "demo", a model directory, or a Hub repository of one.
 
@@ -47,6 +48,8 @@ def load(
         adapters: folders of adapters for the flow with their strengths, such as [("run/adapter", 1.0)]; they add up.
         group: processes that compute the flow together, each with a part of it; all must load, and then call, the same.
         download: False: a repository must be on this machine already; for names that come from somebody else.
+        quantize: the flow's weights as they are read, to 8, 6 or 4 bits or a format of `convert --quantize`; None: as
+            they are stored.
 
     Raises:
         StarflowError: there is no such model, its files are damaged or of another kind, an adapter does not fit it, the
@@ -61,6 +64,8 @@ def load(
             raise StarflowError("the torch backend does not know adapters: fuse them first, or use --backend mlx")
         if group is not None:
             raise StarflowError("the torch backend cannot split a flow over processes: use --backend mlx")
+        if quantize is not None:
+            raise StarflowError("the torch backend has no quantized weights: leave that out, or use --backend mlx")
         from mlx_starflow.reference.loading import parse_device
 
         # Before the next import: the reference says what to install where there is no PyTorch.
@@ -76,7 +81,7 @@ def load(
     if group is not None:
         tensor_parallel.check_same(name, dtype, group, download=download)
     dtype, model = parse_dtype(dtype), ModelDirectory.find(name, download=download)
-    networks = MLXBackend(model, dtype=dtype, adapters=adapters, group=group)
+    networks = MLXBackend(model, dtype=dtype, adapters=adapters, group=group, quantize=quantize)
     config = model.flow.config
     if isinstance(config, PixelFlowConfig):
         labelled = ClassPipeline(str(name), model, networks)
@@ -85,7 +90,7 @@ def load(
         return cast(ImagePipeline, labelled)
     pipe = (VideoPipeline if config.vid_size else ImagePipeline)(str(name), model, networks)
     if low_memory is None:
-        needed = plan(model, size=pipe.settings.size, dtype=dtype)
+        needed = plan(model, size=pipe.settings.size, dtype=dtype, quantization=quantize)
         low_memory = (needed if group is None else needed.split(group.size())).peak() > available()
     networks.low_memory = low_memory
     with tensor_parallel.together(group):
@@ -109,9 +114,18 @@ def load_video(
     adapters: Sequence[tuple[str | Path, float]] = (),
     group: mx.distributed.Group | None = None,
     download: bool = True,
+    quantize: int | str | None = None,
 ) -> VideoPipeline:
     """`load` of a model that makes videos. Raises StarflowError, also if it makes none."""
-    pipe: object = load(name, dtype=dtype, low_memory=low_memory, adapters=adapters, group=group, download=download)
+    pipe: object = load(
+        name,
+        dtype=dtype,
+        low_memory=low_memory,
+        adapters=adapters,
+        group=group,
+        download=download,
+        quantize=quantize,
+    )
     if not isinstance(pipe, VideoPipeline):
         raise StarflowError(f"{name} makes pictures, not videos: mlx-starflow generate --model {name}")
     return pipe

@@ -1,4 +1,4 @@
-"""What makes an image or a video again, as its own file says: `generate --from` and `video --from`.
+"""What makes an image or a video again, as its own file says: `generate --like` and `video --like`.
 
 Such a file may be somebody else's, so nothing in it is taken as it is: values have types and bounds, and the names of
 models and adapters may stand for what is on this machine already, see `Recipe.check_local`.
@@ -149,14 +149,14 @@ class Recipe:
         if made_by := found.get("made_by"):
             command = f"mlx-starflow {repr(made_by)[1:-1][:50]}"
             raise StarflowError(
-                f"{file} was made by {command}, which --from does not repeat: mlx-starflow info {file} says how"
+                f"{file} was made by {command}, which --like does not repeat: mlx-starflow info {file} says how"
             )
         if is_video and not video:
-            raise StarflowError(f"{file} is a video: mlx-starflow video --from {file}")
+            raise StarflowError(f"{file} is a video: mlx-starflow video --like {file}")
         if missing := [key for key in ("model", "prompts", "seeds", "settings") if key not in found]:
             raise StarflowError(f"{file}: its description lacks {', '.join(missing)}")
         if video and not is_video:
-            raise StarflowError(f"{file} is no video of this program: mlx-starflow generate --from {file}")
+            raise StarflowError(f"{file} is no video of this program: mlx-starflow generate --like {file}")
         known = {key: value for key, value in found.items() if key in _ENTRIES}
         _check(file, known, _ENTRIES)
         _check(file, known["settings"], _SETTINGS)

@@ -97,7 +97,7 @@ class VideoStages:
         with self.phases.run(request.stats, "verify"):
             for index in range(len(request.prompts)):
                 one = slice(index, index + 1)
-                certificate = self.backend.certify(x[one], z[one], text[one], null_text, request.settings)
+                (certificate,) = self.backend.certify(x[one], z[one], text[one], null_text, request.settings)
                 certificate = replace(certificate, noise_floor=noise_floor)
                 request.stats.certificates.append(certificate)
                 self.check_certificate(certificate, self.method)

@@ -38,6 +38,7 @@ def check_memory(
     low_memory: bool = False,
     ranks: int = 1,
     held: int = 0,
+    quantization: int | str | None = None,
 ) -> None:
     """Raise StarflowError, with the figure, if images or videos take more memory than the machine has in all.
 
@@ -49,8 +50,17 @@ def check_memory(
         low_memory: one network is in memory at a time.
         ranks: processes that compute the flow together.
         held: bytes of results besides.
+        quantization: of the flow, as it is read; None: as stored.
     """
-    expected = plan(model, size=size, batch=batch, frames=frames, guidance=guidance, dtype=dtype).split(ranks)
+    expected = plan(
+        model,
+        size=size,
+        batch=batch,
+        frames=frames,
+        guidance=guidance,
+        dtype=dtype,
+        quantization=quantization,
+    ).split(ranks)
     needed, there = expected.peak(low_memory) + held, installed()
     if needed > there:
         what = f"pictures of {size[0]}x{size[1]}" if size else "this"

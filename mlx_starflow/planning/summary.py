@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from mlx_starflow.media.metadata import read_metadata
 from mlx_starflow.model_dir.directory import ModelDirectory, NetworkDirectory
 from mlx_starflow.model_dir.fingerprint import fingerprint, read_made_of
 from mlx_starflow.model_dir.hub import converted_directory, find_model
-from mlx_starflow.model_dir.quantization import dequantize_module
+from mlx_starflow.model_dir.precision import MIXED
+from mlx_starflow.model_dir.quantization import SHALLOW_BITS, dequantize_module
 from mlx_starflow.model_dir.weights import automatic_precision, parameters
 from mlx_starflow.planning.chips import find_chips, time_report
 from mlx_starflow.planning.memory import (
@@ -77,8 +79,9 @@ def summarize(model: str) -> dict[str, str]:
     for title, part in PARTS.items():
         if directory.has(part):
             lines[title] = _size(getattr(directory, part))
-    if quantization := directory.flow.quantization:
-        lines["quantized"] = f"{quantization.get('bits')} bits, groups of {quantization.get('group_size')}"
+    missing = [title for title, part in PARTS.items() if not directory.has(part)]
+    if missing and directory.reads_prompts:
+        lines["lacks"] = f"{' and '.join(missing)}: a flow alone, which makes no pictures of prompts"
     lines |= _precision(directory)
     if origin := read_made_of(directory.path):
         lines["made of"] = _origin(*origin)
@@ -99,7 +102,7 @@ def summarize_file(path: Path) -> dict[str, str]:
             lines[_line(name)] = _line(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
     if "made_by" not in found:
         command = "video" if "frames" in lines else "generate"
-        lines["again"] = f"mlx-starflow {command} --from {_line(str(path))}"
+        lines["again"] = f"mlx-starflow {command} --like {_line(str(path))}"
     return lines
 
 
@@ -247,6 +250,8 @@ def _architecture(flow: Any) -> dict[str, str]:
         text = ", reads text" if getattr(block, "txt_dim", 0) else ""
         lines[f"block {index}"] = f"{kind}, {order}{text}"
     side, each = flow.img_size // flow.patch_size, " a frame" if getattr(flow, "video", None) else ""
+    if not getattr(flow, "txt_size", 0):  # of others the memory report says so
+        lines["pictures"] = f"{flow.img_size}x{flow.img_size} pixels, {flow.channel_size} channels"
     lines["tokens"] = f"{side * side}{each} of {blocks[0].in_channels} numbers, patches of {flow.patch_size}"
     if video := getattr(flow, "video", None):
         lines["videos"] = f"{video[0]} frames, {video[1]} a second, as trained; pictures too"
@@ -265,4 +270,18 @@ def _size(network: NetworkDirectory[nn.Module, Any]) -> str:
     stored = network.lazy()
     size = sum(value.nbytes for value in parameters(stored).values())
     dequantize_module(stored)
-    return f"{parameter_count(stored) / 1e6:.2f} M parameters, {size / 2**20:.1f} MiB"
+    return f"{parameter_count(stored) / 1e6:.2f} M parameters, {size / 2**20:.1f} MiB, {_stored(network)}"
+
+
+def _stored(network: NetworkDirectory[nn.Module, Any]) -> str:
+    """What weights are stored in: a dtype, or how they are quantized, by the name that `--quantize` takes."""
+    if not (quantization := network.quantization):
+        dtypes = {str(value.dtype).removeprefix("mlx.core.") for value in parameters(network.lazy()).values()}
+        return " and ".join(sorted(dtypes))
+    mode, bits, size = (quantization.get(key) for key in ("mode", "bits", "group_size"))
+    others = {own["bits"] for own in quantization.values() if isinstance(own, Mapping) and "bits" in own} - {bits}
+    inner = f", {' and '.join(map(str, sorted(others)))} in some layers" if others else ""
+    if mode in (None, "affine"):
+        name = MIXED if others == {SHALLOW_BITS} and bits == 4 else "quantized"
+        return f"{name}: {bits} bits{inner}, groups of {size}"
+    return f"{mode}: {bits} bits{inner}, groups of {size}"

@@ -11,6 +11,7 @@ import numpy as np
 from mlx_starflow.kernels.affine import GuidanceMode, GuidanceTarget
 from mlx_starflow.models.flow import Flow
 from mlx_starflow.models.itarflow import at_noise_level
+from mlx_starflow.sampling.denoise import at_once
 from mlx_starflow.sampling.guidance import SamplingOptions
 from mlx_starflow.sampling.guided import GuidedFlow
 
@@ -49,6 +50,30 @@ class Certificate:
         return cls(largest, math.sqrt(sum(squares) / len(squares)), max(floors, default=None))
 
 
+def certify_each(
+    flow: Flow,
+    x: mx.array,
+    z: mx.array,
+    text: mx.array | None = None,
+    null_text: mx.array | None = None,
+    guidance: float = 0.0,
+    *,
+    attn_temp: float = 1.0,
+    annealed_guidance: bool = False,
+    guidance_target: GuidanceTarget = "ab",
+    guidance_mode: GuidanceMode | None = None,
+    guided_blocks: int | None = None,
+    noise_level: float | None = None,
+) -> list[Certificate]:
+    """Certify samples x `[B, H, W, C]`, before denoising, of noise z: each by itself, in parallel forward passes.
+
+    The other arguments are those of `sample`, and must be the ones that the samples were made with.
+    """
+    flow = at_noise_level(flow, noise_level)
+    options = SamplingOptions(guidance, attn_temp, annealed_guidance, guidance_target, guidance_mode, guided_blocks)
+    return [Certificate.of(each) for each in _residuals(flow, x, z, text, null_text, options)]
+
+
 def certify(
     flow: Flow,
     x: mx.array,
@@ -64,18 +89,26 @@ def certify(
     guided_blocks: int | None = None,
     noise_level: float | None = None,
 ) -> Certificate:
-    """Certify samples x `[B, H, W, C]`, before denoising, of noise z: one parallel forward pass, sample by sample.
-
-    The other arguments are those of `sample`, and must be the ones that the samples were made with.
-    """
+    """The certificate of all samples together, see `certify_each`."""
     flow = at_noise_level(flow, noise_level)
     options = SamplingOptions(guidance, attn_temp, annealed_guidance, guidance_target, guidance_mode, guided_blocks)
-    tokens, noise = flow.tokens(x), flow.noise_tokens(z)
+    return Certificate.of(_residuals(flow, x, z, text, null_text, options))
+
+
+def _residuals(
+    flow: Flow,
+    x: mx.array,
+    z: mx.array,
+    text: mx.array | None,
+    null_text: mx.array | None,
+    options: SamplingOptions,
+) -> np.ndarray:
+    """f(x) - z, `[B, N, C]`, of as many samples at once as `denoise` takes."""
+    tokens, noise, count = flow.tokens(x), flow.noise_tokens(z), at_once(flow, x, text)
     residuals = []
-    for index in range(len(tokens)):
-        one = slice(index, index + 1)
-        null = null_text if null_text is None or len(null_text) == 1 else null_text[one]
-        condition = None if text is None else text[one]
-        guided = GuidedFlow(flow, z[one].shape, condition, null, options)
-        residuals.append(np.array(guided.forward(tokens[one]) - noise[one]))
-    return Certificate.of(np.concatenate(residuals))
+    for start in range(0, len(tokens), count):
+        part = slice(start, start + count)
+        null = null_text if null_text is None or len(null_text) == 1 else null_text[part]
+        guided = GuidedFlow(flow, z[part].shape, None if text is None else text[part], null, options)
+        residuals.append(np.array(guided.forward(tokens[part]) - noise[part]))
+    return np.concatenate(residuals)

@@ -11,14 +11,18 @@ PREDICTION_STD = 0.3
 """A learned denoiser predicts noise_std^2 / 0.3 times d(-log p)/dx: the release trains it at noise 0.3 and scales its
 target where the noise is another."""
 
+ROOM = 32 * 2**20
+"""Bytes of activations that samples which are computed together may take."""
+
+LAYER = 24
+"""What a layer holds for its gradient, as a multiple of what it reads: queries, keys, values, the MLP and norms."""
+
 
 def denoise(
     flow: Flow,
     x: mx.array,
     text: mx.array | None = None,
     noise_std: float | None = None,
-    *,
-    batch_size: int = 1,
 ) -> mx.array:
     """One score step (Tweedie's formula): x + noise_std^2 * d log p(x | text) / dx, which is E[clean | noisy].
 
@@ -28,11 +32,10 @@ def denoise(
         text: its condition, as for `flow(x, text)`.
         noise_std: standard deviation of the training noise; the flow's own by default, which an iTARFlow's level is
             (see `ITarFlow.at`). A learned denoiser knows it.
-        batch_size: samples at once; more take less time and more memory.
 
     A flow with a learned denoiser predicts the score; in a video, attention is computed frame by frame. Otherwise it is
-    a vector-Jacobian product through the whole flow, computed a few samples at a time and with every layer run twice,
-    to save memory.
+    a vector-Jacobian product through the whole flow. To save memory every layer is run twice, and large samples go
+    through it one at a time.
     """
     if (denoiser := flow.denoiser) is not None:
         rope_frequencies = flow.rope_frequencies(x.shape, 0 if text is None else text.shape[1])
@@ -43,18 +46,29 @@ def denoise(
     variance = (flow.noise_std if noise_std is None else noise_std) ** 2
 
     def negative_log_likelihood(sample: mx.array, condition: mx.array | None) -> mx.array:
-        return flow(sample, condition, gradient_checkpointing=True).nll().sum() * (sample.size // sample.shape[0])
+        return flow(sample, condition, gradient_checkpointing=True).nll().sum() * sample[0].size
 
     score = mx.grad(negative_log_likelihood)
-    cleaned = []
-    for start in range(0, x.shape[0], batch_size):
-        sample = x[start : start + batch_size].astype(mx.float32)
-        condition = None if text is None else text[start : start + batch_size]
+    cleaned, count = [], at_once(flow, x, text)
+    for start in range(0, x.shape[0], count):
+        sample = x[start : start + count].astype(mx.float32)
+        condition = None if text is None else text[start : start + count]
         cleaned.append(sample - variance * score(sample, condition))
         mx.eval(cleaned[-1])
     result = mx.concatenate(cleaned)
     check_finite(result, "the denoised sample")
     return result
+
+
+def at_once(flow: Flow, x: mx.array, text: mx.array | None) -> int:
+    """How many samples go through the flow together: few tokens of a narrow flow do not keep a machine busy.
+
+    So many that what they hold, about, stays within `ROOM`, and at least one: what each layer reads, and all of one.
+    """
+    tokens = flow.tokens(x[:1]).shape[1] + (text.shape[1] if text is not None and text.ndim == 3 else 0)
+    widths = [block.config.channels for block in flow.blocks for _ in range(block.config.num_layers)]
+    numbers = tokens * (sum(widths) + LAYER * max(widths, default=0))
+    return max(1, ROOM // max(1, 4 * numbers))
 
 
 def clean(x: mx.array, prediction: mx.array) -> mx.array:

@@ -34,7 +34,6 @@ def iterate(
     clip: bool = False,
     *,
     noise: mx.array | None = None,
-    batch_size: int = 1,
     progress: bool | None = False,
     preview: Callable[[int, mx.array], None] = lambda step, clean: None,
 ) -> mx.array:
@@ -51,7 +50,6 @@ def iterate(
         clip: limit each x0 to -1..1.
         noise: for the stochastic variant, standard normal `[len(levels) - 1, B, H, W, C]`: with a = (t'/t)^2 the next
             level gets x0 + t' (sqrt(a) v + sqrt(1 - a) noise).
-        batch_size: samples at once, see `denoise`.
         progress: show a progress bar; None shows it on a terminal only.
         preview: is called after each step with its number, from 1 on, and x0.
 
@@ -73,7 +71,7 @@ def iterate(
     hide = None if progress is None else not progress
     steps = list(itertools.pairwise([*levels, 0.0]))
     for step, (level, later) in enumerate(tqdm(steps, desc="denoising", unit="step", disable=hide, leave=False)):
-        clean = denoise(flow.at(level), x, labels, batch_size=batch_size)
+        clean = denoise(flow.at(level), x, labels)
         if clip:
             clean = mx.clip(clean, -1, 1)
         preview(step + 1, clean)

@@ -33,7 +33,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def measured(model):
-    return bench(model, ["a", "b"], rounds=1, size=(8, 16))
+    return bench(model, ["a", "b"], rounds=1, size=(8, 16), dtype="float32")
 
 
 # ---- bytes

@@ -96,6 +96,7 @@ def test_draws(models):
         assert "the noise is drawn 1 to 10,000 times" in message(pipe.classify, pictures, ["a", "b"], draws=draws)
 
 
+@pytest.mark.usefixtures("chosen_here")
 def test_the_figure_is_the_plans(models, monkeypatch):
     pipe = load(models / "image")
     needed = plan(pipe.model, size=(64, 64), batch=8, dtype=mx.float32).peak()

@@ -40,12 +40,25 @@ def ran(result):
 
 
 def test_score(model, folder, tmp_path):
-    tables = ["--csv", tmp_path / "t.csv", "--json", tmp_path / "t.json", "--map", tmp_path / "maps"]
+    tables = ["--csv", tmp_path / "t.csv", "--json", tmp_path / "t.json", "--map", tmp_path / "maps", "--overwrite"]
     result = ran(score(folder, "-m", model, "--captions", "--draws", 1, *tables))
     assert result.stderr.strip() == SKIPPED.format(folder)
     alone = {}
     for name, text in {"1": "a cat", "3": "a dog", "4": "a rat"}.items():
-        ran(score(folder / f"{name}.png", "-m", model, "-p", text, "--draws", 1, "--json", tmp_path / "one.json"))
+        ran(
+            score(
+                folder / f"{name}.png",
+                "-m",
+                model,
+                "-p",
+                text,
+                "--draws",
+                1,
+                "--json",
+                tmp_path / "one.json",
+                "--overwrite",
+            )
+        )
         alone[name] = json.loads((tmp_path / "one.json").read_text())["pictures"][0]
     rows = list(csv.DictReader((tmp_path / "t.csv").open()))
     content = json.loads((tmp_path / "t.json").read_text())
@@ -57,7 +70,7 @@ def test_score(model, folder, tmp_path):
 
 
 def test_classify(model, folder, tmp_path):
-    options = ["-m", model, "-l", "a cat,a dog", "--draws", 1, "--json", tmp_path / "t.json"]
+    options = ["-m", model, "-l", "a cat,a dog", "--draws", 1, "--json", tmp_path / "t.json", "--overwrite"]
     assert ran(classify(folder, *options)).stderr.strip() == SKIPPED.format(folder)
     rows = json.loads((tmp_path / "t.json").read_text())["pictures"]
     assert [row["picture"] for row in rows] == [str(folder / f"{n}.png") for n in (1, 3, 4)]
@@ -79,7 +92,7 @@ def test_encode(model, folder, tmp_path):
     assert result.stderr.strip() == SKIPPED.format(folder)
     noise = load_file(out)["noise"]
     assert len(noise) == 4
-    ran(encode(folder / "4.png", "-m", model, "-p", "a rat", "-o", out))
+    ran(encode(folder / "4.png", "-m", model, "-p", "a rat", "-o", out, "--overwrite"))
     assert np.allclose(noise[2], load_file(out)["noise"][0], atol=1e-5)
 
 

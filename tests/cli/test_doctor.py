@@ -29,6 +29,7 @@ def short(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("chosen_here")
 def test_this_machine(tmp_path):
     """Exit code 0, and every line that applies here verified."""
     result = doctor("--json", tmp_path / "report.json")

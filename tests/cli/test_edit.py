@@ -104,11 +104,11 @@ def test_edits_say_how_they_were_made(model, pictures, tmp_path):
         assert str(one) in found["source"].values()
         assert found | expected == found
         assert found.get("seeds") == ([3, 4] if "-n" in words else None)
-        assert f"was made by mlx-starflow edit {name}" in generate.mistake("--from", out)
+        assert f"was made by mlx-starflow edit {name}" in generate.mistake("--like", out)
         told = Command("info")(out).stdout
-        assert f"made_by        edit {name}" in told and str(one) in told and "--from" not in told
-        assert edit(name, *words, "-m", model, "-o", out, "--no-metadata").exit_code == 0
-        assert "does not say how it was made" in generate.mistake("--from", out)
+        assert f"made_by        edit {name}" in told and str(one) in told and "--like" not in told
+        assert edit(name, *words, "-m", model, "-o", out, "--no-metadata", "--overwrite").exit_code == 0
+        assert "does not say how it was made" in generate.mistake("--like", out)
 
 
 def test_seconds_without_an_animation(model, pictures, tmp_path):
@@ -241,4 +241,4 @@ def test_best_of(model, tmp_path):
     result = generate("a cat", "a dog", *words, "--images", 2, "--verify")
     assert result.exit_code == 0, result.output
     assert result.stdout.count("the best of 3") == 4
-    assert "leave out --best-of" in generate.mistake("--from", tmp_path / "again.png", "--best-of", 2)
+    assert "leave out --best-of" in generate.mistake("--like", tmp_path / "again.png", "--best-of", 2)

@@ -55,7 +55,7 @@ def test_grid_and_separate(run, model, tmp_path):
 @pytest.mark.parametrize("words", [["-n", 1], ["-n", 2, "--guidance", 2.5, "--method", "jacobi", "--size", "16x8"]])
 def test_from_makes_the_picture_again(run, model, words):
     assert run("a cat", "a dog", "-m", model, "--temperature", 0.9, *words, "-o", "a.png").exit_code == 0
-    result = run("--from", "a.png", "-o", "b.png")
+    result = run("--like", "a.png", "-o", "b.png")
     assert result.exit_code == 0, result.output
     assert (pixels("a.png") == pixels("b.png")).all()
     assert read_metadata("a.png") == read_metadata("b.png")
@@ -63,9 +63,9 @@ def test_from_makes_the_picture_again(run, model, words):
 
 def test_from_brings_the_columns_back(run, model):
     assert run("a cat", "a dog", "-m", model, "-n", 2, "--columns", 4, "-o", "row.png").exit_code == 0
-    assert run("--from", "row.png", "-o", "again.jpg").exit_code == 0
+    assert run("--like", "row.png", "-o", "again.jpg").exit_code == 0
     assert pixels("row.png").shape == pixels("again.jpg").shape == (8, 38, 3)
-    assert run("--from", "again.jpg", "-o", "other.webp", "--columns", 1).exit_code == 0
+    assert run("--like", "again.jpg", "-o", "other.webp", "--columns", 1).exit_code == 0
     assert pixels("other.webp").shape == (38, 8, 3)
     assert read_metadata("row.png") == read_metadata("again.jpg") != read_metadata("other.webp")
 
@@ -75,7 +75,7 @@ def test_the_best_of_several_prompts_say_how_they_were_made(run, model):
     assert result.exit_code == 0, result.output
     found = read_metadata("best.png")
     assert found["prompts"] == ["a cat", "a dog"] and len(found["seeds"]) == 2
-    result = run("--from", "best.png")
+    result = run("--like", "best.png")
     assert result.exit_code == 2 and "was made by mlx-starflow generate --best-of" in result.output
 
 
@@ -90,10 +90,10 @@ def test_a_picture_cannot_have_a_model_downloaded(run, monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     metadata = {"model": "some/body", "prompts": ["a cat"], "seeds": [1], "settings": {}}
     save_image(Image.new("RGB", (8, 8)), tmp_path / "evil.png", metadata)
-    result = run("--from", "evil.png")
+    result = run("--like", "evil.png")
     assert result.exit_code == 2 and "--model some/body" in result.output
     assert all(options.get("local_files_only") for options in asked)
-    assert run("--from", "evil.png", "-m", "some/body").exit_code == 2
+    assert run("--like", "evil.png", "-m", "some/body").exit_code == 2
     assert "local_files_only" not in asked[-1]
 
 
@@ -101,9 +101,9 @@ def test_a_picture_cannot_have_a_model_downloaded(run, monkeypatch, tmp_path):
     "words, first, second",
     [
         (["a cat", "--load-noise", "n.safetensors", "--seed", 0], "--load-noise", "--seed"),
-        (["--from", "a.png", "-n", 1], "--from", "--images"),
-        (["--from", "a.png", "--best-of", 1], "--from", "--best-of"),
-        (["--from", "a.png", "a cat"], "--from", "prompts"),
+        (["--like", "a.png", "-n", 1], "--like", "--images"),
+        (["--like", "a.png", "--best-of", 1], "--like", "--best-of"),
+        (["--like", "a.png", "a cat"], "--like", "prompts"),
         (["a cat", "-n", 2, "--separate", "--columns", 2], "--columns", "--separate"),
         (["a cat", "--columns", 2], "--columns", "--images"),
         (["a cat", "--data-parallel", "--steps-dir", "steps"], "--data-parallel", "--steps-dir"),
@@ -118,7 +118,7 @@ def test_contradictions(run, words, first, second):
 
 def test_no_metadata(run, model):
     assert run("a cat", "-m", model, "--no-metadata").exit_code == 0
-    result = run("--from", "out.png")
+    result = run("--like", "out.png")
     assert result.exit_code == 2 and "does not say how it was made" in result.output
 
 
@@ -126,14 +126,14 @@ def test_noise_files(run, model):
     assert run("a cat", "-m", model, "-n", 2, "--save-noise", "n.safetensors", "-o", "a.png").exit_code == 0
     assert run("a cat", "-m", model, "-n", 2, "--load-noise", "n.safetensors", "-o", "b.png").exit_code == 0
     assert (pixels("a.png") == pixels("b.png")).all()
-    result = run("--from", "b.png", "-o", "c.png")
+    result = run("--like", "b.png", "-o", "c.png")
     assert result.exit_code == 2 and "--load-noise" in result.output
-    assert run("--from", "b.png", "-o", "c.png", "--load-noise", "n.safetensors").exit_code == 0
+    assert run("--like", "b.png", "-o", "c.png", "--load-noise", "n.safetensors").exit_code == 0
     assert (pixels("a.png") == pixels("c.png")).all()
     result = run("a cat", "-m", model, "--load-noise", "n.safetensors")
     assert result.exit_code == 2 and "these pictures need [1, 4, 4, 4]" in result.output
     run("a cat", "-m", model, "-n", 2, "--save-noise", "other.safetensors")
-    result = run("--from", "b.png", "--load-noise", "other.safetensors")
+    result = run("--like", "b.png", "--load-noise", "other.safetensors")
     assert result.exit_code == 2 and "is not the noise" in result.output
 
 
@@ -171,13 +171,13 @@ def test_a_long_prompt_warns(run, model):
         (["a cat", "-o", "a.txt"], "are written as"),
         (["a cat", "--size", "huge"], "is not a size"),
         (["a cat", "--size", "9x9"], "multiples of 2 pixels"),
-        (["--from", "missing.png"], "cannot be read as a picture"),
+        (["--like", "missing.png"], "cannot be read as a picture"),
         (["a cat", "--load-noise", "missing.safetensors"], "cannot be read as a noise file"),
         (["a cat", "--seed", "-3"], "--seed"),
     ],
 )
 def test_errors_are_one_line_and_exit_with_2(run, model, words, message):
-    if words and "-m" not in words and "--from" not in words:
+    if words and "-m" not in words and "--like" not in words:
         words = [*words, "-m", model]
     result = run(*words)
     assert result.exit_code == 2

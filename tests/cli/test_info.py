@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 from click.testing import CliRunner
 from helpers.model_directories import write_class_model, write_image_model
@@ -93,3 +95,28 @@ def test_a_tarflow(changes, tmp_path):
     assert result.exit_code == 0, result.output
     assert "(tarflow)" in result.output and "16 of 12 numbers, patches of 2" in result.output
     assert ("classes" in result.output) == (changes != {"num_classes": 0})
+
+
+@pytest.mark.parametrize(
+    "how, line",
+    [
+        ("8", "quantized: 8 bits, groups of 64"),
+        ("mixed", "mixed: 4 bits, 6 in some layers, groups of 64"),
+        ("mxfp4", "mxfp4: 4 bits, groups of 32"),
+        ("nvfp4", "nvfp4: 4 bits, groups of 16"),
+    ],
+)
+def test_how_weights_are_stored(tmp_path, how, line):
+    made = CliRunner().invoke(main, ["quantize", "demo", "-o", str(tmp_path / "q"), "-q", how])
+    assert made.exit_code == 0, made.output
+    lines = info(tmp_path / "q").output.splitlines()
+    assert line in next(each for each in lines if each.startswith("flow"))
+    assert "bfloat16" in next(each for each in lines if each.startswith("autoencoder"))
+
+
+def test_a_flow_alone_says_so(tmp_path):
+    model = write_image_model(tmp_path)
+    assert "lacks" not in info(model).output
+    for part in ("vae", "text_encoder"):
+        shutil.rmtree(model / part)
+    assert "lacks          text encoder and autoencoder: a flow alone" in info(model).output

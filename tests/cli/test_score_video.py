@@ -10,6 +10,7 @@ import pytest
 from helpers.commands import Command
 from helpers.images import smooth_images
 from helpers.model_directories import write_image_model, write_video_model
+from helpers.precision import bound
 from PIL import Image
 
 from mlx_starflow.media.videos import VideoWriter, read_video
@@ -77,10 +78,20 @@ def test_encode_and_decode(model, clips):
     assert "again: 1 videos" in ran(decode("n.safetensors", "-o", "again"))
     frames = [np.stack([np.asarray(each) for each in read_video(clips / "again")])]
     assert frames[0].shape == (13, 32, 48, 3)
-    exact = ["--temperature", 1, "--guidance", 0, "--no-denoise", "--load-noise", "n.safetensors"]
+    exact = [
+        "--temperature",
+        1,
+        "--guidance",
+        0,
+        "--no-denoise",
+        "--load-noise",
+        "n.safetensors",
+        "--method",
+        "sequential",
+    ]
     ran(video("a cat", "-m", model, "--frames", 13, "--size", "48x32", *exact, "-o", "sampled"))
     frames.append(np.stack([np.asarray(each) for each in read_video(clips / "sampled")]))
-    assert np.abs(frames[0].astype(int) - frames[1]).max() <= 1
+    assert np.abs(frames[0].astype(int) - frames[1]).max() <= bound(1, 50)
     ran(encode("a.mp4", "b.webp", "-m", model, "--frames", 5, "-o", "two.safetensors", "--no-check"))
     ran(decode("two.safetensors"))
     assert [len(list(read_video(clips / f"out-{number}.mp4"))) for number in (1, 2)] == [5, 5]

@@ -90,12 +90,16 @@ def test_certificates(model, tmp_path):
     assert result.output.count("|f(x) - z| at most") == 2
     certificate = read_metadata(picture)["certificate"]
     assert 0 < certificate["rms"] < certificate["max"] < 1e-3
-    # Without --verify it is there, but not printed; with --no-verify it is not there.
-    result = generate("a cat", "-m", model, "--seed", 1, "-o", picture)
-    assert "|f(x) - z|" not in result.output
-    assert "certificate" in read_metadata(picture)
-    assert generate("a cat", "-m", model, "--no-verify", "-o", picture).exit_code == 0
-    assert "certificate" not in read_metadata(picture)
+    # Without --verify it is there, but not printed, where sampling is not sequential; with --no-verify it is not.
+    words = ["a cat", "-m", model, "--seed", 1, "-o", picture, "--overwrite"]
+    for more, kept in {
+        "--method jacobi": True,
+        "--method sequential": False,
+        "--method jacobi --no-verify": False,
+    }.items():
+        result = generate(*words, *more.split())
+        assert result.exit_code == 0 and "|f(x) - z|" not in result.output
+        assert ("certificate" in read_metadata(picture)) == kept
     assert json.dumps(certificate)  # plain numbers
 
 

@@ -24,7 +24,7 @@ def run(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def call(*words):
-        result = video(*words) if "--from" in words else video(*words, "-m", model)
+        result = video(*words) if "--like" in words else video(*words, "-m", model)
         assert result.exit_code == 0, result.output
         return result.output
 
@@ -79,35 +79,35 @@ def test_a_killed_stream_can_be_watched(model, tmp_path):
 
 def test_from_makes_the_video_again(run, model):
     run("a cat", "--ratio", "9:16", "--fps", 12, "--frames", 9, "-o", "a.webp")
-    run("--from", "a.webp", "-o", "b.webp")
+    run("--like", "a.webp", "-o", "b.webp")
     assert pixels("a.webp").shape == (9, 48, 32, 3)
     assert (pixels("a.webp") == pixels("b.webp")).all()
     assert read_metadata("a.webp") == read_metadata("b.webp")
     run("a cat", "--no-metadata", "-o", "c.webp", "--frames", 5)
-    assert "does not say how it was made" in video.mistake("--from", "c.webp")
+    assert "does not say how it was made" in video.mistake("--like", "c.webp")
     Command("generate")("a cat", "-m", model, "-o", "still.png")
-    assert "mlx-starflow generate --from still.png" in video.mistake("--from", "still.png")
-    assert "mlx-starflow video --from a.webp" in Command("generate").mistake("--from", "a.webp")
+    assert "mlx-starflow generate --like still.png" in video.mistake("--like", "still.png")
+    assert "mlx-starflow video --like a.webp" in Command("generate").mistake("--like", "a.webp")
 
 
 def test_noise_files(run, model):
     run("a cat", "--frames", 9, "--save-noise", "n.safetensors", "-o", "a")
     assert "noise from n.safetensors" in run("a cat", "--frames", 9, "--load-noise", "n.safetensors", "-o", "b")
     assert (pixels("a") == pixels("b")).all()
-    assert "--load-noise" in video.mistake("--from", "b", "-o", "c")
-    run("--from", "b", "-o", "c", "--load-noise", "n.safetensors")
+    assert "--load-noise" in video.mistake("--like", "b", "-o", "c")
+    run("--like", "b", "-o", "c", "--load-noise", "n.safetensors")
     assert (pixels("a") == pixels("c")).all()
     assert "this video needs" in video.mistake("a cat", "-m", model, "--load-noise", "n.safetensors")
     run("a cat", "--frames", 9, "--save-noise", "other.safetensors", "-o", "d")
-    assert "is not the noise" in video.mistake("--from", "b", "-o", "e", "--load-noise", "other.safetensors")
+    assert "is not the noise" in video.mistake("--like", "b", "-o", "e", "--load-noise", "other.safetensors")
 
 
 def test_image_to_video(run, source):
     Image.new("RGB", (90, 160), "red").save("first.png")
     run("a cat", "--image", "first.png", "--frames", 5, "--seed", 1, "-o", "a")
     assert pixels("a").shape == (5, 48, 32, 3)
-    assert "give it with --image first.png" in video.mistake("--from", "a", "-o", "b")
-    run("--from", "a", "-o", "b", "--image", "first.png")
+    assert "give it with --image first.png" in video.mistake("--like", "a", "-o", "b")
+    run("--like", "a", "-o", "b", "--image", "first.png")
     assert (pixels("a") == pixels("b")).all()
 
 
@@ -125,7 +125,7 @@ def test_continuation(run, source):
 
 def test_from_brings_back_how_it_was_written(run, source):
     run("a cat", "--extend", source, "--frames", 8, "--seed", 1, "-o", "a", "--no-keep-source")
-    run("--from", "a", "--extend", source, "-o", "b")
+    run("--like", "a", "--extend", source, "-o", "b")
     assert len(pixels("a")) == len(pixels("b")) == 8
     assert read_metadata("a") == read_metadata("b")
 
@@ -159,7 +159,7 @@ def test_mistakes_leave_nothing(model, tmp_path, monkeypatch):
     before = sorted(tmp_path.iterdir())
     for words, message in [
         ([], "there is no prompt"),
-        (["a cat", "--from", "a.mp4"], "--from brings its own prompt"),
+        (["a cat", "--like", "a.mp4"], "--like brings its own prompt"),
         (["a cat", "--frames", "16"], "13 or 17, not 16"),
         (["a cat", "--frames", "0"], "--frames"),
         (["a cat", "--size", "48x33"], "multiples of 16 pixels"),
@@ -177,7 +177,7 @@ def test_mistakes_leave_nothing(model, tmp_path, monkeypatch):
         (["a cat", "--guidance", "-1"], "guidance must be 0 or more"),
         (["a cat", "--frames", "21", "--verify"], "leave out the verification"),
     ]:
-        line = video.mistake(*words) if "--from" in words else video.mistake(*words, "-m", model)
+        line = video.mistake(*words) if "--like" in words else video.mistake(*words, "-m", model)
         assert message in line, line
     assert "--model" in video.mistake("a cat")
     assert "makes pictures, not videos" in video.mistake("a cat", "-m", pictures)

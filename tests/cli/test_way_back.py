@@ -12,7 +12,8 @@ encode, decode, edit = Command("encode"), Command("decode"), Command("edit")
 
 def warned(result):
     assert result.exit_code == 0, result.output
-    return [line for line in result.stderr.splitlines() if line.startswith("Warning: ")]
+    lines = [line for line in result.stderr.splitlines() if line.startswith("Warning: ")]
+    return [line for line in lines if "numbers left float16's range" not in line]
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def test_encode(noise, tmp_path):
     # Without a prompt both branches are the same, and the error is that of rounding times the guidance.
     (line,) = warned(encode(PIZZA, "--guidance", 6e5, "-o", out))
     assert "on the way back from the noise the error is 0." in line
-    assert not warned(encode(PIZZA, "-p", "pizza", "--guidance", 1e3, "--no-check", "-o", out))
+    assert not warned(encode(PIZZA, "-p", "pizza", "--guidance", 1e3, "--no-check", "-o", out, "--overwrite"))
 
 
 def test_decode(noise, tmp_path):

@@ -27,6 +27,7 @@ ON_CPU = mx.default_device().type == mx.cpu
 # ---- dtypes
 
 
+@pytest.mark.usefixtures("chosen_here")
 def test_dtypes():
     assert automatic_dtype() == (mx.float32 if ON_CPU else mx.float16)
     assert parse_dtype("auto") is None

@@ -74,7 +74,7 @@ def check(directory: str | Path, low_memory: bool, **how) -> None:
         assert taken <= predicted <= RUN_AHEAD * taken, phase
 
 
-@pytest.mark.usefixtures("in_mlx")
+@pytest.mark.usefixtures("in_mlx", "chosen_here")
 @pytest.mark.parametrize(
     ("name", "batch", "low_memory"),
     [("narrow", 3, False), ("narrow", 3, True), ("wide", 1, True), ("patches", 2, True), ("patches", 1, False)],
@@ -83,7 +83,7 @@ def test_predicted_peaks(tmp_path, name, batch, low_memory):
     check(write_model(tmp_path, name), low_memory, batch=batch)
 
 
-@pytest.mark.usefixtures("in_mlx")
+@pytest.mark.usefixtures("in_mlx", "chosen_here")
 def test_predicted_peaks_of_a_quantized_model():
     check("demo", low_memory=True)
 
@@ -99,7 +99,7 @@ def test_sampling_in_cpp_takes_the_weights_and_the_cache():
     assert taken < predicted.phases(low_memory=True)["flow"]
 
 
-@pytest.mark.usefixtures("in_mlx")
+@pytest.mark.usefixtures("in_mlx", "chosen_here")
 def test_predicted_peaks_of_another_size(tmp_path):
     check(write_model(tmp_path, "narrow"), low_memory=True, size=(96, 48))
 
@@ -121,6 +121,7 @@ def test_predicted_decoding_in_tiles(width):
 # ---- weights
 
 
+@pytest.mark.usefixtures("chosen_here")
 def test_weights_of_a_quantized_model_are_exact():
     pipe = load("demo", low_memory=False)
     networks = {"text encoder": pipe.text_encoder, "flow": pipe.flow, "autoencoder": pipe.vae}

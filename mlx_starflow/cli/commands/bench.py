@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
+from pathlib import Path
 
 import click
 
 from mlx_starflow import cpu
+from mlx_starflow.cli.options.outputs import claim_outputs, overwrite_option
 from mlx_starflow.cli.options.sampling import Size, check_reads_prompts, dtype_option
+from mlx_starflow.cli.options.vocabulary import model_argument, optional_json_option
 
 
 @click.command()
-@click.argument("model", default="demo")
-@click.option("--prompt", "prompts", multiple=True, help="What to make; give it again for more pictures at once.")
+@model_argument()
+@click.option("-p", "--prompt", "prompts", multiple=True, help="What to make; give it again for more pictures at once.")
 @click.option("--guidance", type=click.FloatRange(min=0), help="Its weight; the model's own by default.")
 @click.option("--size", type=Size(), help="Of pictures, in pixels; the size the model was trained at by default.")
-@click.option("--methods", default="sequential,jacobi,rolling,auto", show_default=True, help="What to time.")
-@click.option("--repeats", type=click.IntRange(1, 10_000), default=3, show_default=True, help="Rounds after a first.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the first picture's noise.")
+@click.option("--methods", default="sequential,jacobi,rolling,auto", help="What to time.")
+@click.option("--repeats", type=click.IntRange(1, 10_000), default=3, help="Rounds after a first.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the first picture's noise.")
 @dtype_option("the flow")
 @click.option("--against", type=click.Choice(["torch"]), help="Time PyTorch on the same weights and noise.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, in seconds and bytes.")
+@optional_json_option
+@overwrite_option
 def bench(
     model: str,
     prompts: tuple[str, ...],
@@ -32,7 +35,7 @@ def bench(
     seed: int,
     dtype: str | None,
     against: str | None,
-    as_json: bool,
+    json_file: Path | None,
 ) -> None:
     """Time the ways of inverting MODEL's flow on this machine, in turn, on the same noise.
 
@@ -43,7 +46,10 @@ def bench(
     """
     from mlx_starflow.bench.benchmark import bench as measure
     from mlx_starflow.bench.trials import PROMPTS
+    from mlx_starflow.media.outputs import STDOUT
+    from mlx_starflow.media.tables import write_json
 
+    claim_outputs([], [json_file])
     check_reads_prompts(model, "--prompt", "--size")
     cpu.hint_if_slow()
     result = measure(
@@ -58,4 +64,7 @@ def bench(
         against=against,
         report=partial(click.echo, err=True),
     )
-    click.echo(json.dumps(result.to_dict(), indent=2) if as_json else "\n".join(result.lines()))
+    if json_file is not None:
+        write_json(result.to_dict(), json_file)
+    if json_file != STDOUT:
+        click.echo("\n".join(result.lines()))

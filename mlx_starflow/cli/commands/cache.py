@@ -20,24 +20,23 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("data", metavar="DATA")
 @click.option("-o", "--output", type=OUTPUT, metavar="CACHE", help="Folder to write.")
-@click.option("-m", "--model", default="demo", show_default=True, help="Whose encoders: demo, a folder or a Hub repo.")
+@click.option("-m", "--model", default="demo", help="Whose encoders: demo, a folder or a Hub repo.")
 @click.option("--size", type=int, help="Side of the pictures in pixels; by default the model's.")
 @click.option("--buckets/--square", default=None, help="Nine aspect ratios, or squares; by default as the model.")
-@click.option("--views", type=int, default=1, show_default=True, help="Of each picture: its middle, then random parts.")
+@click.option("--views", type=int, default=1, help="Of each picture: its middle, then random parts.")
 @click.option("--flip", is_flag=True, help="Mirror every second view. Captions may name left and right, or letters.")
 @click.option(
     "--dtype",
     type=click.Choice(DTYPES),
     default="float16",
-    show_default=True,
     help="Of the numbers on disk.",
 )
-@click.option("--batch-size", type=int, default=8, show_default=True, help="Pictures to encode at once.")
-@click.option("--split", default="train", show_default=True, help="Take pictures whose metadata has this split.")
+@click.option("--batch-size", type=int, default=8, help="Pictures to encode at once.")
+@click.option("--split", default="train", help="Take pictures whose metadata has this split.")
 @click.option("--caption-column", metavar="NAME", help="Field of the metadata that holds the caption, such as text.")
+@click.option("--seed", type=int, default=0, help="Of the random views.")
+@click.option("--resume/--no-resume", default=True, help="Go on where an earlier run stopped.")
 @click.option("--caption", metavar="TEXT", help="Of pictures that have none, such as 'a photo of rex the dog'.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the random views.")
-@click.option("--resume/--no-resume", default=True, show_default=True, help="Go on where an earlier run stopped.")
 @click.option("--check", is_flag=True, help="DATA is a cache: compare the checksums of its files.")
 @option_rules(
     excludes(

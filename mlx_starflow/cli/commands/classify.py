@@ -18,7 +18,7 @@ from mlx_starflow.cli.options.images import (
     noise_options,
     table_options,
 )
-from mlx_starflow.cli.options.outputs import files_read
+from mlx_starflow.cli.options.outputs import claim_outputs, files_read, overwrite_option
 from mlx_starflow.cli.options.rules import excludes, option_rules
 from mlx_starflow.cli.options.text import Lines
 
@@ -29,6 +29,7 @@ from mlx_starflow.cli.options.text import Lines
 @click.option("--label-file", type=Lines(), help="Labels from a file, one a line; - is standard input.")
 @click.option("--split", help='Of folders with a metadata.jsonl: only lines with this "split".')
 @table_options
+@overwrite_option
 @noise_options
 @noise_level_option
 @model_options
@@ -61,7 +62,6 @@ def classify(
     follow from it and are nearly always close to 0 or 1.
     """
     from mlx_starflow.media.image_files import find_images
-    from mlx_starflow.media.outputs import check_outputs
     from mlx_starflow.media.tables import write_csv, write_json
     from mlx_starflow.pipelines import ClassPipeline, open_model
 
@@ -69,7 +69,7 @@ def classify(
     names = [name for name in names if name]
     check_split(split, pictures)
     found = find_images(pictures, split)
-    check_outputs([csv_file, json_file], inputs=files_read(pictures, found))
+    claim_outputs([], [csv_file, json_file], inputs=files_read(pictures, found))
     cpu.hint_if_slow()
     pipe = open_model(model, dtype=dtype)
     set_noise_level(pipe, noise_level)
@@ -102,7 +102,8 @@ def classify(
     if csv_file is not None:
         write_csv(rows, csv_file)
     if json_file is not None:
-        write_json({"model": model, "labels": names, "pictures": rows, "skipped": files.skipped()}, json_file)
+        about = {"model": model, "seed": seed, "draws": draws, "labels": names}
+        write_json({**about, "pictures": rows, "skipped": files.skipped()}, json_file)
     if Path("-") not in (csv_file, json_file):
         for row in rows:
             margin = "" if row["margin_nats"] is None else f", {row['margin_nats']:.1f} nats ahead"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from mlx_starflow.cli.options.groups import Group
 from mlx_starflow.cli.options.outputs import OUTPUT
 from mlx_starflow.model_dir.hub import is_repository
 from mlx_starflow.model_dir.precision import DTYPES, QUANTIZATIONS
@@ -20,7 +21,7 @@ _quantize = click.option(
 )
 
 
-class _Group(click.Group):
+class _Group(Group):
     """`convert owner/name` stands for `convert release owner/name`."""
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:

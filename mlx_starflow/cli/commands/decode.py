@@ -9,8 +9,9 @@ import click
 
 from mlx_starflow import cpu
 from mlx_starflow.cli.options.images import metadata_option
-from mlx_starflow.cli.options.outputs import OUTPUT
+from mlx_starflow.cli.options.outputs import OUTPUT, claim_outputs, overwrite_option
 from mlx_starflow.cli.options.sampling import dtype_option, latent_batch_option
+from mlx_starflow.cli.options.vocabulary import json_option, quality_option
 
 
 @click.command()
@@ -22,6 +23,9 @@ from mlx_starflow.cli.options.sampling import dtype_option, latent_batch_option
 @click.option(
     "--separate", is_flag=True, help="One file for each picture (out-1.png, ...), as for videos, instead of a grid."
 )
+@overwrite_option
+@quality_option
+@json_option
 @metadata_option
 @latent_batch_option
 @click.option("-m", "--model", help="The one that the pictures were encoded with by default.")
@@ -33,6 +37,8 @@ def decode(
     guidance: float | None,
     denoise: bool,
     separate: bool,
+    quality: int | None,
+    json_file: Path | None,
     metadata: bool,
     batch_size: int,
     model: str | None,
@@ -50,7 +56,8 @@ def decode(
     from mlx_starflow.editing import Encoded
     from mlx_starflow.media import images as media
     from mlx_starflow.media.metadata import joined
-    from mlx_starflow.media.outputs import check_outputs
+    from mlx_starflow.media.outputs import STDOUT
+    from mlx_starflow.media.tables import write_json
     from mlx_starflow.media.videos import VideoWriter, check_video_output
     from mlx_starflow.pipelines import VideoPipeline, open_model
     from mlx_starflow.pipelines.recipes import check_local_model
@@ -59,9 +66,15 @@ def decode(
     videos = encoded.noise.ndim == 5
     output = output or Path("out.mp4" if videos else "out.png")
     targets = media.numbered(output, len(encoded.noise)) if separate or videos else [output]
+    if quality is not None and videos:
+        raise click.UsageError("--quality is about pictures, and these are videos: leave it out")
     for path in targets:
-        (check_video_output if videos else media.check_output)(path)
-    check_outputs([path for path in targets if path.suffix], inputs=[noise])
+        if videos:
+            check_video_output(path)
+        else:
+            media.check_output(path, quality=quality)
+    free = claim_outputs([path for path in targets if path.suffix], [json_file], inputs=[noise])
+    targets = free or targets
     cpu.hint_if_slow()
     if prompt is not None:
         encoded = replace(encoded, prompts=[prompt] * len(encoded.prompts))
@@ -80,11 +93,16 @@ def decode(
     for path, image, each in zip(targets, made, described, strict=True):
         how = {**each, "source": {"noise": str(noise)}} if metadata else None
         if isinstance(image, Image.Image):
-            media.save_image(image, path, how)
+            media.save_image(image, path, how, quality=quality)
             continue
         assert isinstance(pipe, VideoPipeline)  # others make no videos
         with VideoWriter(path, pipe.settings.fps, metadata=how) as writer:
             for frame in image:
                 writer.add(frame)
+    if json_file is not None:
+        rows = [{"file": str(targets[min(k, len(targets) - 1)]), **each} for k, each in enumerate(described)]
+        write_json({"made": rows}, json_file)
+    if json_file == STDOUT:
+        return
     more = f" and {len(targets) - 1} more" if len(targets) > 1 else ""
     click.echo(f"{targets[0]}{more}: {len(encoded.noise)} {'videos' if videos else 'pictures'}")

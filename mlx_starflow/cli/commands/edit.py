@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_starflow import cpu
+from mlx_starflow.cli.options.groups import Group
 from mlx_starflow.cli.options.images import metadata_option, model_options
-from mlx_starflow.cli.options.outputs import OUTPUT
+from mlx_starflow.cli.options.outputs import OUTPUT, claim_outputs, overwrite_option
 from mlx_starflow.cli.options.rules import excludes, needs, option_rules
 from mlx_starflow.cli.options.sampling import Number, with_options
+from mlx_starflow.cli.options.vocabulary import drawn_seed_option, json_option, quality_option
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -21,21 +23,21 @@ if TYPE_CHECKING:
 
 PICTURE = click.Path(path_type=Path)
 
-output_option = click.option("-o", "--output", type=OUTPUT, default="out.png", show_default=True)
-batch_option = click.option(
-    "--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Pictures at once."
+output_options = with_options(
+    click.option("-o", "--output", type=OUTPUT, default="out.png", help="File to write."),
+    overwrite_option,
+    quality_option,
+    json_option,
 )
-seed_option = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the first one.")
-count_option = click.option(
-    "-n", "--images", type=click.IntRange(min=1), default=1, show_default=True, help="Pictures to make."
-)
+batch_option = click.option("--batch-size", type=click.IntRange(min=1), default=8, help="Pictures at once.")
+count_option = click.option("-n", "--images", type=click.IntRange(min=1), default=1, help="Pictures to make.")
 path_options = with_options(
     click.option("--frames", type=click.IntRange(2, 1_000_000), help="Pictures on the way there; .webp and .gif move."),
     click.option("--seconds", type=Number(0.01, 100), help="Of each frame.  [default: 0.1]"),
 )
 
 
-@click.group()
+@click.group(cls=Group)
 def edit() -> None:
     """Edit a picture by the noise that it comes from.
 
@@ -47,31 +49,28 @@ def edit() -> None:
 @click.argument("picture", type=PICTURE)
 @click.option("--mask", required=True, help="The free part: x,y,w,h in pixels, or a picture that is white there.")
 @click.option("-p", "--prompt", default="", help="What is on the whole picture.")
-@output_option
-@click.option("--steps", type=click.IntRange(min=1), default=20, show_default=True, help="Proposals in each round.")
+@output_options
+@click.option("--steps", type=click.IntRange(min=1), default=20, help="Proposals in each round.")
 @click.option(
     "--rounds",
     type=click.IntRange(min=1),
     default=3,
-    show_default=True,
     help="Between them the picture is encoded anew, with what was painted.",
 )
 @click.option(
     "--strength",
     type=click.FloatRange(min=0, max=1, min_open=True),
     default=0.5,
-    show_default=True,
     help="Of proposals: how much of the noise under the mask is new.",
 )
 @click.option(
     "--accept",
     type=click.Choice(["kept", "whole"]),
     default="kept",
-    show_default=True,
     help="Proposals by the likelihood ratio of the kept tokens, or by the whole one, which seeks likely pictures.",
 )
 @count_option
-@seed_option
+@drawn_seed_option
 @click.option("--trace", type=OUTPUT, metavar="FILE", help="Write acceptance and likelihood of every step as JSON.")
 @metadata_option
 @model_options
@@ -80,12 +79,14 @@ def inpaint(
     mask: str,
     prompt: str,
     output: Path,
+    quality: int | None,
+    json_file: Path | None,
     steps: int,
     rounds: int,
     strength: float,
     accept: str,
     images: int,
-    seed: int,
+    seed: int | None,
     trace: Path | None,
     metadata: bool,
     model: str,
@@ -102,8 +103,8 @@ def inpaint(
 
     image = _read(picture)
     free = read_mask(mask, image.size)
-    _check(output, None, None, [picture, Path(mask)], trace)
-    pipe = _open(model, dtype)
+    output = _check(output, quality, None, None, [picture, Path(mask)], [trace, json_file])
+    pipe, seed = _open(model, dtype), _drawn(seed)
     result = pipe.inpaint(
         image,
         free,
@@ -118,13 +119,15 @@ def inpaint(
         progress=None,
     )
     sources = {"picture": str(picture), "mask": mask}
-    _save(result.images, output, _described(result.metadata, sources) if metadata else None)
+    _save(result.images, output, quality, _described(result.metadata, sources) if metadata else None)
+    _write_json(json_file, output, result.metadata, sources, accepted=result.trace.rate)
     if trace is not None:
         write_json({"accepted": result.trace.accepted.tolist(), "nll": result.trace.nll.tolist()}, trace)
+    quiet = json_file == Path("-")
     for number in range(images):
         nll = result.trace.nll[:, number]
-        click.echo(f"seed {seed + number}: {_thinned(nll)} nats per {pipe.dimension}")
-    click.echo(f"{output}: {result.trace.rate:.0%} of {steps * rounds * images} proposals accepted")
+        click.echo(f"seed {seed + number}: {_thinned(nll)} nats per {pipe.dimension}", err=quiet)
+    click.echo(f"{output}: {result.trace.rate:.0%} of {steps * rounds * images} proposals accepted", err=quiet)
 
 
 @edit.command()
@@ -135,11 +138,10 @@ def inpaint(
     "--strength",
     type=click.FloatRange(min=0),
     default=1.0,
-    show_default=True,
     help="0 gives the picture back, 1 is the new prompt's, more leads further away from the old one.",
 )
 @path_options
-@output_option
+@output_options
 @batch_option
 @metadata_option
 @model_options
@@ -152,6 +154,8 @@ def reprompt(
     frames: int | None,
     seconds: float | None,
     output: Path,
+    quality: int | None,
+    json_file: Path | None,
     batch_size: int,
     metadata: bool,
     model: str,
@@ -165,7 +169,7 @@ def reprompt(
     mlx-starflow edit reprompt dog.png --from "dog face" --to "cat face" --frames 16 -o dog-cat.webp
     """
     image = _read(picture)
-    _check(output, frames, seconds, [picture])
+    output = _check(output, quality, frames, seconds, [picture], [json_file])
     result = _open(model, dtype).reprompt(
         image,
         source,
@@ -175,8 +179,9 @@ def reprompt(
         batch_size=batch_size,
         progress=None,
     )
-    how = _described(result.metadata, {"picture": str(picture)}) if metadata else None
-    _write(result, output, frames, seconds, how)
+    sources = {"picture": str(picture)}
+    _write(result, output, quality, frames, seconds, _described(result.metadata, sources) if metadata else None)
+    _report(result, output, frames, json_file, sources)
 
 
 @edit.command()
@@ -185,15 +190,14 @@ def reprompt(
 @click.option(
     "--strength",
     type=click.FloatRange(min=0, max=1),
-    default=0.3,
-    show_default=True,
+    default=0.7,
     help="0 gives the picture back, 1 has nothing of it.",
 )
 @click.option("--temperature", type=click.FloatRange(min=0), help="Scale of the new noise; the model's own by default.")
 @count_option
-@seed_option
+@drawn_seed_option
 @path_options
-@output_option
+@output_options
 @batch_option
 @metadata_option
 @model_options
@@ -207,10 +211,12 @@ def vary(
     strength: float,
     temperature: float | None,
     images: int,
-    seed: int,
+    seed: int | None,
     frames: int | None,
     seconds: float | None,
     output: Path,
+    quality: int | None,
+    json_file: Path | None,
     batch_size: int,
     metadata: bool,
     model: str,
@@ -220,23 +226,26 @@ def vary(
     """Make pictures like PICTURE.
 
     \b
-    mlx-starflow edit vary tulip.png --prompt tulip --images 4 -o tulips.png
+    mlx-starflow edit vary tulip.png --prompt tulip --temperature 1 --images 4 -o tulips.png
+
+    Below a strength of 0.5 the embedded model's pictures hardly change.
     """
     image = _read(picture)
-    _check(output, frames, seconds, [picture])
+    output = _check(output, quality, frames, seconds, [picture], [json_file])
     result = _open(model, dtype).vary(
         image,
         prompt,
         _places(strength, frames),
         images=images,
         temperature=temperature,
-        seed=seed,
+        seed=_drawn(seed),
         size=size,
         batch_size=batch_size,
         progress=None,
     )
-    how = _described(result.metadata, {"picture": str(picture)}) if metadata else None
-    _write(result, output, frames, seconds, how)
+    sources = {"picture": str(picture)}
+    _write(result, output, quality, frames, seconds, _described(result.metadata, sources) if metadata else None)
+    _report(result, output, frames, json_file, sources)
 
 
 @edit.command()
@@ -245,7 +254,7 @@ def vary(
 @click.option("--from", "source", default="", help="What is on the first picture.")
 @click.option("--to", "target", default="", help="What is on the second picture.")
 @path_options
-@output_option
+@output_options
 @batch_option
 @metadata_option
 @model_options
@@ -257,6 +266,8 @@ def interpolate(
     frames: int | None,
     seconds: float | None,
     output: Path,
+    quality: int | None,
+    json_file: Path | None,
     batch_size: int,
     metadata: bool,
     model: str,
@@ -270,7 +281,7 @@ def interpolate(
     """
     frames = frames or 16
     images = _read(first), _read(second)
-    _check(output, frames, seconds, [first, second])
+    output = _check(output, quality, frames, seconds, [first, second], [json_file])
     result = _open(model, dtype).interpolate(
         *images,
         (source, target),
@@ -279,8 +290,9 @@ def interpolate(
         batch_size=batch_size,
         progress=None,
     )
-    how = _described(result.metadata, {"first": str(first), "second": str(second)}) if metadata else None
-    _write(result, output, frames, seconds, how)
+    sources = {"first": str(first), "second": str(second)}
+    _write(result, output, quality, frames, seconds, _described(result.metadata, sources) if metadata else None)
+    _report(result, output, frames, json_file, sources)
 
 
 # ---- what they share
@@ -303,17 +315,33 @@ def _places(end: float, frames: int | None) -> list[float]:
     return [end] if frames is None else [end * number / (frames - 1) for number in range(frames)]
 
 
+def _drawn(seed: int | None) -> int:
+    from mlx_starflow.media.noise import draw_seed
+
+    return draw_seed() if seed is None else seed
+
+
 def _check(
-    output: Path, frames: int | None, seconds: float | None, inputs: list[Path], trace: Path | None = None
-) -> None:
+    output: Path,
+    quality: int | None,
+    frames: int | None,
+    seconds: float | None,
+    inputs: list[Path],
+    others: list[Path | None],
+) -> Path:
+    """Where the output goes, if that can be written, and the `others` too; see `claim_outputs`."""
     from mlx_starflow.media.formats import ANIMATIONS, FORMATS
     from mlx_starflow.media.images import check_output
-    from mlx_starflow.media.outputs import check_outputs
 
-    check_output(output, FORMATS if frames is None else tuple(dict.fromkeys([*ANIMATIONS, *FORMATS])))
-    check_outputs([output, trace], inputs=inputs)
-    if seconds is not None and frames is not None and output.suffix.lower() not in ANIMATIONS:
+    moves = frames is not None and output.suffix.lower() in ANIMATIONS
+    if quality is not None and moves:
+        raise click.UsageError(f"--quality is about pictures, and {output} will move: leave it out")
+    known = FORMATS if frames is None else tuple(dict.fromkeys([*ANIMATIONS, *FORMATS]))
+    check_output(output, known, quality=quality)
+    (output,) = claim_outputs([output], others, inputs=inputs)
+    if seconds is not None and frames is not None and not moves:
         raise click.UsageError(f"--seconds is about animations, and {output} is none: leave it out, or name a .webp")
+    return output
 
 
 def _described(metadata: list[dict[str, Any]], sources: dict[str, str]) -> dict[str, Any]:
@@ -324,7 +352,12 @@ def _described(metadata: list[dict[str, Any]], sources: dict[str, str]) -> dict[
 
 
 def _write(
-    result: Edit, output: Path, frames: int | None, seconds: float | None, metadata: dict[str, Any] | None
+    result: Edit,
+    output: Path,
+    quality: int | None,
+    frames: int | None,
+    seconds: float | None,
+    metadata: dict[str, Any] | None,
 ) -> None:
     from mlx_starflow.media.formats import ANIMATIONS
     from mlx_starflow.media.images import save_animation
@@ -332,15 +365,37 @@ def _write(
     if frames is not None and output.suffix.lower() in ANIMATIONS:
         save_animation(result.images, output, seconds or 0.1, metadata)
     else:
-        _save(result.images, output, metadata, len(result.images) if frames else None)
+        _save(result.images, output, quality, metadata, len(result.images) if frames else None)
+
+
+def _report(result: Edit, output: Path, frames: int | None, json_file: Path | None, sources: dict[str, str]) -> None:
+    """Say what was made, for people and as JSON."""
+    _write_json(json_file, output, result.metadata, sources, places=result.places)
     where = ", ".join(f"{place:.2g}" for place in result.places)
-    click.echo(f"{output}: {'strength' if frames is None else 'path'} {where}")
+    seeds = [seed for each in result.metadata for seed in each.get("seeds", [])]
+    drawn = f", seed {', '.join(map(str, dict.fromkeys(seeds)))}" if seeds else ""
+    click.echo(f"{output}: {'strength' if frames is None else 'path'} {where}{drawn}", err=json_file == Path("-"))
 
 
-def _save(images: list[Image.Image], output: Path, metadata: dict[str, Any] | None, columns: int | None = None) -> None:
+def _write_json(
+    json_file: Path | None, output: Path, metadata: list[dict[str, Any]], sources: dict[str, str], **more: object
+) -> None:
+    from mlx_starflow.media.tables import write_json
+
+    if json_file is not None:
+        write_json({"file": str(output), "source": sources, **more, "made": metadata}, json_file)
+
+
+def _save(
+    images: list[Image.Image],
+    output: Path,
+    quality: int | None,
+    metadata: dict[str, Any] | None,
+    columns: int | None = None,
+) -> None:
     from mlx_starflow.media.images import grid, save_image
 
-    save_image(images[0] if len(images) == 1 else grid(images, columns), output, metadata)
+    save_image(images[0] if len(images) == 1 else grid(images, columns), output, metadata, quality=quality)
 
 
 def _thinned(values: object, most: int = 8) -> str:

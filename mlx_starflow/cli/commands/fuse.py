@@ -7,10 +7,11 @@ from pathlib import Path
 import click
 
 from mlx_starflow.cli.options.outputs import OUTPUT
+from mlx_starflow.cli.options.vocabulary import model_argument
 
 
 @click.command()
-@click.argument("model")
+@model_argument(default=None)
 @click.option(
     "--lora",
     "adapters",

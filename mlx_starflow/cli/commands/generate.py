@@ -8,16 +8,24 @@ from typing import TYPE_CHECKING
 import click
 
 from mlx_starflow import cpu
+from mlx_starflow.cli.options import names
 from mlx_starflow.cli.options.classes import ClassOptions, class_options
 from mlx_starflow.cli.options.images import metadata_option
 from mlx_starflow.cli.options.interrupt import resumable
-from mlx_starflow.cli.options.outputs import OUTPUT, make_folder
+from mlx_starflow.cli.options.outputs import OUTPUT, claim_outputs, make_folder, overwrite_option
 from mlx_starflow.cli.options.parallel import Ranks, tensor_parallel_option
 from mlx_starflow.cli.options.pictures import Pictures
 from mlx_starflow.cli.options.recorded import chosen_networks
-from mlx_starflow.cli.options.rules import excludes, option_rules
-from mlx_starflow.cli.options.sampling import Size, lora_option, network_options, sampling_options
+from mlx_starflow.cli.options.rules import excludes, given_options, option_rules
+from mlx_starflow.cli.options.sampling import (
+    Size,
+    lora_option,
+    network_options,
+    quantize_option,
+    sampling_options,
+)
 from mlx_starflow.cli.options.text import Lines
+from mlx_starflow.cli.options.vocabulary import Renamed, json_option, quality_option
 from mlx_starflow.errors import StarflowError
 
 if TYPE_CHECKING:
@@ -26,72 +34,88 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("prompts", nargs=-1)
+@click.option("-p", "--prompt", "named_prompts", multiple=True, help="The same as PROMPTS; give it again for more.")
 @click.option("--prompt-file", type=Lines(), help="Read prompts from a file, one a line; - is standard input.")
 @class_options
 @click.option("-m", "--model", help="demo, a model directory, or a Hub repository.  [default: demo]")
 @lora_option
-@click.option("-o", "--output", type=OUTPUT, default="out.png", show_default=True)
+@click.option("-o", "--output", type=OUTPUT, default="out.png", help=f"File to write. {names.HELP}")
+@overwrite_option
 @click.option(
-    "--seed", type=click.IntRange(min=0), help="Of each prompt's first picture; drawn and reported if left out."
+    "--seed",
+    type=click.IntRange(min=0),
+    multiple=True,
+    help="Of each prompt's first picture; give it again for a picture of each seed. Drawn and reported if left out.",
 )
 @click.option("-n", "--images", type=click.IntRange(min=1), help="Pictures a prompt.  [default: 1]")
 @click.option(
     "--best-of",
     type=click.IntRange(min=1),
     default=1,
-    show_default=True,
     help="Sample so many for each picture and keep the one that its prompt fits best, by the flow's likelihoods.",
 )
 @sampling_options
 @click.option("--size", type=Size(), help="In pixels; the size the model was trained at by default.")
 @click.option("--separate", is_flag=True, help="One file for each picture (out-1.png, ...) instead of a grid.")
 @click.option("--columns", type=click.IntRange(min=1), help="Pictures in a row of the grid.")
+@quality_option
 @metadata_option
-@click.option("--from", "source", type=click.Path(path_type=Path), help="Make the pictures of this file again.")
+@click.option(
+    "--like",
+    "source",
+    cls=Renamed,
+    old=("--from",),
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Make the pictures of this file again; what else is given is changed.",
+)
 @click.option("--save-noise", type=OUTPUT, help="Write the noise the pictures came from.")
 @click.option("--load-noise", type=click.Path(path_type=Path), help="Start from saved noise instead of a seed.")
 @click.option("--steps-dir", type=OUTPUT, help="Folder for the picture after each flow block.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Pictures at once.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=8, help="Pictures at once.")
 @network_options
+@quantize_option
 @click.option(
     "--backend",
     type=click.Choice(["mlx", "torch"]),
     default="mlx",
-    show_default=True,
     help="What computes; torch is the PyTorch reference, which makes the same pictures.",
 )
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Where torch computes; cuda if there is one.")
 @click.option("--data-parallel", is_flag=True, help="Share the prompts out over the processes of mlx.launch.")
+@json_option
 @click.option("-v", "--verbose", is_flag=True, help="Say what each phase cost.")
 @tensor_parallel_option
 @option_rules(
     excludes("--load-noise", "--seed", reason="--load-noise is what --seed would draw: leave one of them out"),
     excludes(
-        "--from",
+        "--like",
         "PROMPTS",
+        "--prompt",
         "--prompt-file",
         "--label",
         "--labels",
-        reason="--from brings its own prompts; leave the others out",
+        reason="--like brings its own prompts; leave the others out",
     ),
     excludes("--denoise-steps", "--no-denoise"),
     excludes("--stochastic", "--no-denoise"),
     excludes("--clip", "--no-denoise"),
-    excludes("--from", "--best-of", reason="--from makes the same pictures again; leave out --best-of"),
-    excludes("--from", "--images", reason="--from makes as many pictures as there were; leave out --images"),
+    excludes("--like", "--best-of", reason="--like makes the same pictures again; leave out --best-of"),
+    excludes("--like", "--images", reason="--like makes as many pictures as there were; leave out --images"),
     excludes("--columns", "--separate", reason="--columns is about the grid that --separate does without"),
     excludes("--tensor-parallel", "--data-parallel"),
-    excludes("--data-parallel", "--save-noise", "--load-noise", "--steps-dir"),
+    excludes("--data-parallel", "--save-noise", "--load-noise", "--steps-dir", "--json"),
 )
 def generate(
     ranks: Ranks,
     prompts: tuple[str, ...],
+    named_prompts: tuple[str, ...],
     prompt_file: list[str] | None,
     labels: ClassOptions,
     model: str | None,
     adapters: tuple[tuple[str, float], ...],
     output: Path,
-    seed: int | None,
+    seed: tuple[int, ...],
     images: int | None,
     best_of: int,
     guidance: float | None,
@@ -104,6 +128,7 @@ def generate(
     source: Path | None,
     separate: bool,
     columns: int | None,
+    quality: int | None,
     metadata: bool,
     save_noise: Path | None,
     load_noise: Path | None,
@@ -111,9 +136,11 @@ def generate(
     batch_size: int,
     dtype: str | None,
     low_memory: bool | None,
+    quantize: str | None,
     backend: str,
     device: str | None,
     data_parallel: bool,
+    json_file: Path | None,
     verbose: bool,
 ) -> None:
     """Make pictures of PROMPTS.
@@ -121,7 +148,8 @@ def generate(
     \b
     mlx-starflow generate "a slice of pizza"
     mlx-starflow generate "a red apple" "a rocket" --seed 7 --images 4 -o grid.png
-    mlx-starflow generate --from grid.png -o again.png
+    mlx-starflow generate "a cat" --seed 1 --seed 5 -o "{prompt}-{seed}.png"
+    mlx-starflow generate --like grid.png -o again.png
     mlx-starflow generate --model my-tarflow --label 3 --images 8 --guidance 1.5
 
     A TarFlow's or an iTARFlow's prompts are classes, by their names or numbers: --label 3, or just 3.
@@ -130,12 +158,13 @@ def generate(
     """
     from mlx_starflow.media import images as media
     from mlx_starflow.media import noise
-    from mlx_starflow.media.outputs import check_outputs
+    from mlx_starflow.media.outputs import STDOUT
+    from mlx_starflow.media.tables import write_json
 
     recipe: Recipe | None = None
     download = model is not None or source is None
-    seeds: int | list[int] | None = seed
-    asked = [*prompts, *(prompt_file or []), *labels.prompts]
+    seeds: int | list[int] | None = list(seed) if len(seed) > 1 else next(iter(seed), None)
+    asked = [*prompts, *named_prompts, *(prompt_file or []), *labels.prompts]
     if source is not None:
         from mlx_starflow.pipelines.recipes import Recipe
 
@@ -146,13 +175,31 @@ def generate(
         asked = recipe.prompts
         model, adapters = chosen_networks(recipe, model, adapters, ranks)
         images, columns = len(recipe.seeds), columns or (None if separate else recipe.columns)
-        if seed is None:
+        if seeds is None:
             seeds = recipe.given_seeds
+    if len(seed) > 1:
+        if given_options("--images", "--best-of"):
+            raise click.UsageError("--seed given again makes a picture of each seed: leave out --images and --best-of")
+        images = len(seed)
     images = images or 1
     if not asked:
         raise click.UsageError('there is no prompt: mlx-starflow generate "a red apple"')
-    targets = _targets(output, len(asked) * images, separate)
-    if columns is not None and len(asked) * images == 1:
+    count = len(asked) * images
+    if "seed" in names.fields(output) and not load_noise:
+        if best_of > 1:
+            raise click.UsageError("with --best-of the seed of a picture is known too late for its name: use {index}")
+        if seeds is None and data_parallel:
+            raise click.UsageError("with --data-parallel names with {seed} need --seed")
+        seeds = noise.draw_seed() if seeds is None and ranks.group is None else ranks.seed(seeds)
+    own = seeds if isinstance(seeds, list) else [None if seeds is None else seeds + k for k in range(images)]
+    requests = [(prompt, each) for prompt in asked for each in own]
+    if names.fields(output):
+        if given_options("--columns"):
+            raise click.UsageError(f"--columns is about a grid, and {output} makes a file for each picture")
+        columns, targets = None, names.filled(output, requests)
+    else:
+        targets = _targets(output, count, separate)
+    if columns is not None and count == 1:
         raise click.UsageError("--columns is about a grid of several pictures, such as with --images 4: leave it out")
     if data_parallel:
         asked, targets, seeds = _share(asked, targets, images, seeds)
@@ -161,13 +208,16 @@ def generate(
     with ranks.together():
         if ranks.first:
             for path in targets:
-                media.check_output(path)
+                media.check_output(path, quality=quality)
             read = [path for path in (source, load_noise) if path is not None]
-            check_outputs([*targets, save_noise], folders=[steps_dir], inputs=read)
+            # Processes that share the work out could not agree on a number.
+            free, fixed = ([], targets) if data_parallel else (targets, [])
+            free = claim_outputs(free, [*fixed, save_noise, json_file], folders=[steps_dir], inputs=read)
+            targets = free or fixed
             if steps_dir is not None:
                 make_folder(steps_dir)
-                steps = [steps_dir / f"steps-{number}.png" for number in range(1, len(asked) * images + 1)]
-                check_outputs([*targets, *steps], inputs=read)
+                steps = [steps_dir / f"steps-{number}.png" for number in range(1, count + 1)]
+                claim_outputs(targets, steps, inputs=read)
     seeds = seeds if load_noise else ranks.seed(seeds)
 
     from mlx_starflow.pipelines import Pipeline, VideoPipeline, load
@@ -187,6 +237,7 @@ def generate(
         adapters=adapters,
         group=ranks.group,
         download=download,
+        quantize=quantize,
     )
     pipe = opened.image_pipeline if isinstance(opened, VideoPipeline) else opened
     if not isinstance(pipe, ImageMaker):
@@ -205,7 +256,9 @@ def generate(
             raise StarflowError(f"{load_noise} is not the noise that {source} was made from")
     ranks.agree_on_method(settings.method)
     start = None if given is None else noise.digest(given)
-    keep_steps, certify = steps_dir is not None, verify is not False
+    # What sequential sampling makes is right by construction: its certificate would only say so.
+    certify = pipe.method(settings) != "sequential" if verify is None else verify
+    keep_steps = steps_dir is not None
     options = (settings, seeds, images, best_of, start, keep_steps, batch_size, certify)
     ranks.agree({"prompts": asked, "options": options})
     stream = pipe.stream(
@@ -235,15 +288,19 @@ def generate(
         save_noise=save_noise,
         steps_dir=steps_dir,
         noise_file=load_noise,
+        quality=quality,
+        quiet=json_file == STDOUT,
     )
     with resumable(lambda: f"stopped: {pictures.summary()}"), pictures:
         for made in stream:
             pictures.add(made)
+    if json_file is not None:
+        write_json(pictures.table(), json_file)
     if verify:
         for made in pictures.made:
-            click.echo(f"{made.prompt!r}: {made.certificate}")
+            click.echo(f"{made.prompt!r}: {made.certificate}", err=pictures.quiet)
     if verbose:
-        click.echo(str(stream.stats))
+        click.echo(str(stream.stats), err=pictures.quiet)
 
 
 def _targets(output: Path, count: int, separate: bool) -> list[Path]:

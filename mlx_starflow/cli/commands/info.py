@@ -6,19 +6,28 @@ from pathlib import Path
 
 import click
 
+from mlx_starflow.cli.options.outputs import claim_outputs, overwrite_option
 from mlx_starflow.cli.options.rules import given_options
 from mlx_starflow.cli.options.sampling import Size
+from mlx_starflow.cli.options.vocabulary import json_option, model_argument
 
 
 @click.command()
-@click.argument("model", default="demo")
+@model_argument()
 @click.option("--size", type=Size(), help="Of pictures, in pixels; the size the model was trained at by default.")
-@click.option(
-    "--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Pictures, or videos, at once."
-)
+@click.option("--batch-size", type=click.IntRange(min=1), default=1, help="Pictures, or videos, at once.")
 @click.option("--frames", type=click.IntRange(min=1), help="Of videos; as the model was trained by default.")
 @click.option("--chip", help='Estimate the seconds a picture takes on an Apple chip, such as "M3 Max".')
-def info(model: str, size: tuple[int, int] | None, batch_size: int, frames: int | None, chip: str | None) -> None:
+@json_option
+@overwrite_option
+def info(
+    model: str,
+    size: tuple[int, int] | None,
+    batch_size: int,
+    frames: int | None,
+    chip: str | None,
+    json_file: Path | None,
+) -> None:
     """Say what MODEL is made of, how much memory generating takes, and which Macs have it.
 
     \b
@@ -34,23 +43,30 @@ def info(model: str, size: tuple[int, int] | None, batch_size: int, frames: int 
     from mlx_starflow.media.formats import ANIMATIONS, FORMATS, MOVIES
     from mlx_starflow.planning.summary import memory_report, summarize, summarize_file, time_reports
 
+    claim_outputs([], [json_file])
     given = given_options("--size", "--batch-size", "--frames", "--chip")
     path = Path(model)
     if path.suffix.lower() in {*FORMATS, *ANIMATIONS, *MOVIES} and not path.is_dir():
         if given:
             raise click.UsageError(f"{given[0]} is about models, and {model} is a picture or a video: leave it out")
-        _print(summarize_file(path))
+        _print(summarize_file(path), [], json_file)
         return
     times = time_reports(model, chip, size=size) if chip is not None else []
     report = memory_report(model, size=size, batch=batch_size, frames=frames)
     if given and not report and not times:
         raise click.UsageError(f"{given[0]} is about making pictures of prompts, and {model} makes none: leave it out")
-    _print(summarize(model))
-    for lines in (report, *times):
-        if lines:
-            click.echo("\n" + "\n".join(lines))
+    _print(summarize(model), [lines for lines in (report, *times) if lines], json_file)
 
 
-def _print(lines: dict[str, str]) -> None:
-    for name, value in lines.items():
+def _print(facts: dict[str, str], reports: list[list[str]], json_file: Path | None) -> None:
+    from mlx_starflow.media.outputs import STDOUT
+    from mlx_starflow.media.tables import write_json
+
+    if json_file is not None:
+        write_json({**facts, "reports": reports} if reports else facts, json_file)
+    if json_file == STDOUT:
+        return
+    for name, value in facts.items():
         click.echo(f"{name:<14} {value}")
+    for lines in reports:
+        click.echo("\n" + "\n".join(lines))

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
 from mlx_starflow import cpu
-from mlx_starflow.cli.options.outputs import OUTPUT
+from mlx_starflow.cli.options.outputs import OUTPUT, claim_outputs, overwrite_option
 from mlx_starflow.cli.options.rules import needs, option_rules
+from mlx_starflow.cli.options.vocabulary import model_argument, optional_json_option
 from mlx_starflow.model_dir.precision import MIXED, QUANTIZATIONS
 
 
 @click.command()
-@click.argument("model", metavar="DIR")
+@model_argument(default=None, metavar="DIR")
 @click.option("-o", "--output", type=OUTPUT, required=True, metavar="OUT", help="Folder to write.")
-@click.option("--quantize", "how", type=click.Choice(list(QUANTIZATIONS)), help="Of the flow; left as it is if absent.")
+@click.option(
+    "-q", "--quantize", "how", type=click.Choice(list(QUANTIZATIONS)), help="Of the flow; left as it is if absent."
+)
 @click.option(
     "--text-encoder",
     type=click.Choice([name for name in QUANTIZATIONS if name != MIXED]),
@@ -30,9 +32,10 @@ from mlx_starflow.model_dir.precision import MIXED, QUANTIZATIONS
     metavar="PICTURES",
     help="Say what it costs in exact likelihood on this folder of pictures with a metadata.jsonl.",
 )
-@click.option("--limit", type=click.IntRange(min=2), default=64, show_default=True, help="Pictures to report on.")
-@click.option("--draws", type=click.IntRange(min=1), default=4, show_default=True, help="Of the noise, a picture.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@click.option("--limit", type=click.IntRange(min=2), default=64, help="Pictures to report on.")
+@click.option("--draws", type=click.IntRange(min=1), default=4, help="Of the noise, a picture.")
+@optional_json_option
+@overwrite_option
 @option_rules(
     needs("--json", "--report", reason="--json is the format of the report: give --report PICTURES too"),
     needs("--limit", "--report"),
@@ -47,7 +50,7 @@ def quantize(
     folder: Path | None,
     limit: int,
     draws: int,
-    as_json: bool,
+    json_file: Path | None,
 ) -> None:
     """Quantize the model in DIR: its flow with --quantize, its text encoder with --text-encoder.
 
@@ -59,11 +62,12 @@ def quantize(
     mlx-starflow quantize demo -o small --quantize 4 --report my-pictures
     """
     from mlx_starflow.likelihood.quantization_cost import CaptionedData, Comparison, measure
-    from mlx_starflow.media.outputs import check_outputs
+    from mlx_starflow.media.outputs import STDOUT
+    from mlx_starflow.media.tables import write_json
     from mlx_starflow.model_dir.requantize import quantize_model
     from mlx_starflow.pipelines import load
 
-    check_outputs(folders=[output], inputs=[] if folder is None else [model, folder])
+    claim_outputs([], [json_file], folders=[output], inputs=[] if folder is None else [model, folder])
     data = None if folder is None else CaptionedData.read(load(model, low_memory=True), folder, limit)
     quantize_model(model, output, how, text_encoder=text_encoder, group_size=group_size)
     if data is None:
@@ -73,4 +77,7 @@ def quantize(
     cpu.hint_if_slow()
     before, after = (measure(load(each, low_memory=True), data, draws=draws) for each in (model, output))
     comparison = Comparison(before, after)
-    click.echo(json.dumps(comparison.to_dict(), indent=2) if as_json else comparison)
+    if json_file is not None:
+        write_json(comparison.to_dict(), json_file)
+    if json_file != STDOUT:
+        click.echo(comparison)

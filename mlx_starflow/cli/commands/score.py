@@ -20,7 +20,7 @@ from mlx_starflow.cli.options.images import (
     noise_options,
     table_options,
 )
-from mlx_starflow.cli.options.outputs import OUTPUT, files_read, make_folder
+from mlx_starflow.cli.options.outputs import OUTPUT, claim_outputs, files_read, make_folder, overwrite_option
 from mlx_starflow.cli.options.rules import excludes, needs, option_rules
 
 if TYPE_CHECKING:
@@ -41,10 +41,10 @@ REDDEST = 6.0
     "--map-of",
     type=click.Choice(["surprise", "typicality"]),
     default="surprise",
-    show_default=True,
     help="Nats of each token, or how unusual they are there.",
 )
 @table_options
+@overwrite_option
 @noise_options
 @noise_level_option
 @model_options
@@ -85,20 +85,21 @@ def score(
     averaged over draws of that noise, whose standard error is printed. A low value alone does not make a picture
     usual: see the deviation from the model's own pictures (mlx-starflow calibrate), in standard deviations.
     """
-    from tqdm import tqdm
-
     from mlx_starflow.likelihood import CalibrationStatistics
     from mlx_starflow.likelihood.scores import score_data
     from mlx_starflow.media.image_files import find_images
     from mlx_starflow.media.outputs import check_outputs
     from mlx_starflow.media.tables import write_csv, write_json
     from mlx_starflow.pipelines import VideoPipeline, open_model
+    from mlx_starflow.sampling.bars import Bar
 
     check_split(split, pictures)
     found = find_images(pictures, split)
     names = [] if map_dir is None else [map_dir / f"{Path(each.name).stem}.{map_of}.png" for each in found]
     maps = [path for path in dict.fromkeys(names) if path.exists()]
-    check_outputs([csv_file, json_file, *maps], folders=[map_dir], inputs=files_read(pictures, found))
+    read = [*files_read(pictures, found)]
+    check_outputs([csv_file, json_file, *maps], folders=[map_dir], inputs=read)
+    claim_outputs([], [csv_file, json_file], inputs=read)
     if map_dir is not None:
         make_folder(map_dir)
     cpu.hint_if_slow()
@@ -111,7 +112,7 @@ def score(
         raise click.UsageError("--map-of typicality is about pictures: a video has maps of surprise")
     if map_of == "typicality" and map_dir is not None and statistics is None:
         raise click.UsageError("there are no calibration statistics to compare with: run mlx-starflow calibrate first")
-    data = pipe.to_data_each(tqdm(files, desc="reading", unit="picture", total=len(found), disable=None), size)
+    data = pipe.to_data_each(Bar(files, desc="reading", unit="picture", total=len(found), disable=None), size)
     pipe.release("vae")
     found = files.files
     prompts = [each.caption for each in found] if captions else [prompt] * len(found)
@@ -124,7 +125,9 @@ def score(
         write_csv(_with_frames(rows), csv_file)
     if json_file is not None:
         unit = f"nats per {pipe.dimension}"
-        write_json({"model": model, "unit": unit, "pictures": rows, "skipped": files.skipped()}, json_file)
+        write_json(
+            {"model": model, "seed": seed, "unit": unit, "pictures": rows, "skipped": files.skipped()}, json_file
+        )
     if Path("-") not in (csv_file, json_file):
         _print(rows, pipe.dimension)
 

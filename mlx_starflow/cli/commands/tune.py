@@ -3,34 +3,38 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import click
 
 from mlx_starflow import cpu
+from mlx_starflow.cli.options.outputs import claim_outputs, overwrite_option
 from mlx_starflow.cli.options.sampling import check_reads_prompts, dtype_option
 from mlx_starflow.cli.options.text import Lines
+from mlx_starflow.cli.options.vocabulary import json_option, model_argument
 
 
 @click.command()
-@click.argument("model", default="demo")
+@model_argument()
 @click.option(
     "--tolerance",
     type=click.FloatRange(min=0, min_open=True, max=100),
     default=1e-2,
-    show_default=True,
     help="Largest |f(x) - z| a sample may have, in standard deviations of the noise.",
 )
 @click.option(
     "--least",
     type=click.Choice(["seconds", "evaluations"]),
     default="seconds",
-    show_default=True,
     help="What the plan keeps small: time on this machine, or network evaluations, for one that waits for weights.",
 )
 @click.option("--guidance", type=click.FloatRange(min=0), help="What to tune for; the model's own by default.")
 @click.option("--prompt-file", type=Lines(), help="Prompts to try, one a line; four simple ones by default.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the first prompt's noise.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the first prompt's noise.")
 @dtype_option("the flow")
+@json_option
+@overwrite_option
 @click.option("--dry-run", is_flag=True, help="Only say what would be chosen.")
 def tune(
     model: str,
@@ -40,6 +44,7 @@ def tune(
     prompt_file: list[str] | None,
     seed: int,
     dtype: str | None,
+    json_file: Path | None,
     dry_run: bool,
 ) -> None:
     """Measure on a few prompts how fast each block of MODEL's flow can be inverted, and write a sampling plan.
@@ -49,12 +54,15 @@ def tune(
     of comes back with at most this difference.
     """
     from mlx_starflow.bench.trials import PROMPTS, prepare
+    from mlx_starflow.media.outputs import STDOUT
+    from mlx_starflow.media.tables import write_json
     from mlx_starflow.model_dir.fingerprint import fingerprint
     from mlx_starflow.model_dir.hub import find_model
     from mlx_starflow.model_dir.transaction import locked
     from mlx_starflow.model_dir.weights import parse_dtype
     from mlx_starflow.sampling.tuning import tune as find_plan
 
+    claim_outputs([], [json_file])
     check_reads_prompts(model, "--prompt-file")
     if not dry_run:
         # From the start, so that no measurement is lost to another writer.
@@ -70,8 +78,10 @@ def tune(
         task.guidance,
         tolerance=tolerance,
         least=least,
-        report=click.echo,
+        report=partial(click.echo, err=json_file == STDOUT),
     )
+    plan = replace(plan, fingerprint=fingerprint(trials.directory))
     if not dry_run:
-        tied = replace(plan, fingerprint=fingerprint(trials.directory))
-        click.echo(f"{tied.save(trials.directory)} is written")
+        click.echo(f"{plan.save(trials.directory)} is written", err=json_file == STDOUT)
+    if json_file is not None:
+        write_json({"model": model, "seed": seed, **plan.to_dict()}, json_file)

@@ -10,11 +10,12 @@ import click
 
 from mlx_starflow import cpu
 from mlx_starflow.cli.options.images import metadata_option
-from mlx_starflow.cli.options.outputs import OUTPUT
+from mlx_starflow.cli.options.outputs import OUTPUT, claim_outputs, overwrite_option
 from mlx_starflow.cli.options.parallel import Ranks, tensor_parallel_option
 from mlx_starflow.cli.options.recorded import chosen_networks
 from mlx_starflow.cli.options.rules import excludes, needs, option_rules
-from mlx_starflow.cli.options.sampling import Size, lora_option, network_options, sampling_options
+from mlx_starflow.cli.options.sampling import Size, lora_option, network_options, quantize_option, sampling_options
+from mlx_starflow.cli.options.vocabulary import Renamed, json_option
 from mlx_starflow.errors import StarflowError
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ SOURCES = ("image", "video", "extend")
 
 @click.command()
 @click.argument("prompt", required=False)
+@click.option("-p", "--prompt", "named_prompt", help="The same as PROMPT.")
 @click.option("-m", "--model", help="A model directory, or a Hub repository, of a model that makes videos.")
 @lora_option
 @click.option(
@@ -36,9 +38,9 @@ SOURCES = ("image", "video", "extend")
     "--output",
     type=OUTPUT,
     default="out.mp4",
-    show_default=True,
     help="An .mp4, .mov, .m4v, .webp or .gif file; or, without a suffix, a folder for the frames.",
 )
+@overwrite_option
 @click.option("--image", type=PATH, help="A picture that the video begins with.")
 @click.option("--video", type=PATH, help="A video, or folder of frames, to make this one from.")
 @click.option("--extend", type=PATH, help="A video, or folder of frames, to go on from.")
@@ -66,16 +68,27 @@ SOURCES = ("image", "video", "extend")
 )
 @click.option("--crf", type=click.IntRange(0, 51), help="Quality of H.264, 0 the best.  [default: 18]")
 @metadata_option
-@click.option("--from", "source", type=PATH, help="Make this video again.")
+@click.option(
+    "--like",
+    "source",
+    cls=Renamed,
+    old=("--from",),
+    type=PATH,
+    metavar="FILE",
+    help="Make this video again; what else is given is changed.",
+)
 @click.option("--save-noise", type=OUTPUT, help="Write the noise the video came from.")
 @click.option("--load-noise", type=PATH, help="Start from saved noise instead of a seed.")
 @network_options
+@quantize_option
+@json_option
 @click.option("-v", "--verbose", is_flag=True, help="Say what each phase cost.")
 @tensor_parallel_option
 @option_rules(
     excludes("--size", "--ratio", reason="--size and --ratio both say the shape; leave one of them out"),
     excludes("--load-noise", "--seed", reason="--load-noise is what --seed would draw: leave one of them out"),
-    excludes("--from", "PROMPT", reason="--from brings its own prompt; leave the other out"),
+    excludes("--like", "PROMPT", "--prompt", reason="--like brings its own prompt; leave the other out"),
+    excludes("PROMPT", "--prompt", reason="PROMPT and --prompt are the same: leave one of them out"),
     excludes("--image", "--video", "--extend"),
     excludes("--video", "--extend"),
     needs("--keep-source", "--extend"),
@@ -84,6 +97,7 @@ SOURCES = ("image", "video", "extend")
 def video(
     ranks: Ranks,
     prompt: str | None,
+    named_prompt: str | None,
     model: str | None,
     adapters: tuple[tuple[str, float], ...],
     output: Path,
@@ -111,6 +125,8 @@ def video(
     load_noise: Path | None,
     dtype: str | None,
     low_memory: bool | None,
+    quantize: str | None,
+    json_file: Path | None,
     verbose: bool,
 ) -> None:
     """Make a video of PROMPT.
@@ -123,13 +139,14 @@ def video(
 
     An empty prompt ("") gives a video of anything.
     """
-    from tqdm import tqdm
-
     from mlx_starflow.media import noise
     from mlx_starflow.media.formats import MOVIES
-    from mlx_starflow.media.outputs import check_outputs
+    from mlx_starflow.media.outputs import STDOUT
+    from mlx_starflow.media.tables import write_json
     from mlx_starflow.media.videos import CRF, VideoWriter, check_video_output
+    from mlx_starflow.sampling.bars import Bar
 
+    prompt = named_prompt if prompt is None else prompt
     given = {name: path for name, path in zip(SOURCES, (image, video, extend), strict=True) if path is not None}
     if crf is not None and output.suffix.lower() not in MOVIES:
         raise click.UsageError(f"--crf is about H.264, and {output} is not of it: leave it out, or name an .mp4")
@@ -152,14 +169,21 @@ def video(
         if ranks.first:
             check_video_output(output, stream)
             read = [path for path in (*given.values(), source, load_noise) if path is not None]
-            check_outputs([output if output.suffix else None, save_noise], inputs=read)
+            free = claim_outputs([output] if output.suffix else [], [save_noise, json_file], inputs=read)
+            output = free[0] if free else output
 
     from mlx_starflow.pipelines import VideoSettings, load_video
 
     if ranks.first:
         cpu.hint_if_slow()
     pipe = load_video(
-        model, dtype=dtype, low_memory=low_memory, adapters=adapters, group=ranks.group, download=download
+        model,
+        dtype=dtype,
+        low_memory=low_memory,
+        adapters=adapters,
+        group=ranks.group,
+        download=download,
+        quantize=quantize,
     )
     size = pipe.format.size_of(ratio) if ratio else size
     settings = None
@@ -221,15 +245,20 @@ def video(
         if extend is not None and keep_source:
             for frame in _source_frames(extend, made):
                 writer.add(frame)
-        for frame in tqdm(made, total=made.frames, desc="frames", unit="frame", disable=None):
+        for frame in Bar(made, total=made.frames, desc="frames", unit="frame", disable=None):
             writer.add(frame)
     origin = f"noise from {load_noise}" if made.seed is None else f"seed {made.seed}"
     width, height = made.size
-    click.echo(f"{output}: {prompt!r}, {writer.frames} frames of {width}x{height} at {made.fps} a second, {origin}")
+    quiet, stats = json_file == STDOUT, made.stats
+    if json_file is not None:
+        cost = {"seconds": stats.seconds, "memory": stats.memory, "evaluations": stats.evaluations}
+        write_json({"file": str(output), "frames": writer.frames, "fps": made.fps, **how, **cost}, json_file)
+    shape = f"{writer.frames} frames of {width}x{height} at {made.fps} a second"
+    click.echo(f"{output}: {prompt!r}, {shape}, {origin}", err=quiet)
     if verify:
-        click.echo(f"{prompt!r}: {made.stats.certificate}")
+        click.echo(f"{prompt!r}: {stats.certificate}", err=quiet)
     if verbose:
-        click.echo(str(made.stats))
+        click.echo(str(stats), err=quiet)
 
 
 def _source_frames(path: Path, frames: VideoStream) -> Iterator[Image.Image]:

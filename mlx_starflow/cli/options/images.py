@@ -27,30 +27,23 @@ frames_option = click.option(
 )
 
 model_options = with_options(
-    click.option(
-        "-m", "--model", default="demo", show_default=True, help="demo, a model directory, or a Hub repository."
-    ),
+    click.option("-m", "--model", default="demo", help="demo, a model directory, or a Hub repository."),
     click.option("--size", type=Size(), help="Of the pictures, in pixels; the model's own by default."),
     dtype_option("the networks"),
 )
 
 noise_options = with_options(
-    click.option(
-        "--draws", type=click.IntRange(1, 10_000), default=4, show_default=True, help="Of the training noise."
-    ),
-    click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the training noise."),
+    click.option("--draws", type=click.IntRange(1, 10_000), default=4, help="Of the training noise."),
+    click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the training noise."),
     click.option(
         "--batch-size",
         type=click.IntRange(min=1),
         default=16,
-        show_default=True,
         help="Pictures, or latent frames, at once.",
     ),
 )
 
-metadata_option = click.option(
-    "--metadata/--no-metadata", default=True, help="Say in the file how it was made.  [default: metadata]"
-)
+metadata_option = click.option("--metadata/--no-metadata", default=True, help="Say in the file how it was made.")
 
 noise_level_option = click.option(
     "--noise-level",

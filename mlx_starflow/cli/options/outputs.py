@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,3 +56,71 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StarflowError(f"the folder {folder} cannot be made: {one_line(error)}") from None
+
+
+# ---- files that are there already
+
+_OVERWRITE = "mlx_starflow.overwrite"
+
+
+def _keep_overwrite(context: click.Context, option: click.Parameter, value: bool) -> None:
+    context.meta[_OVERWRITE] = value
+
+
+overwrite_option = click.option(
+    "--overwrite",
+    is_flag=True,
+    expose_value=False,
+    callback=_keep_overwrite,
+    help="Replace files that are there already. Pictures and videos get another number otherwise, and other files are "
+    "refused.",
+)
+"""Of commands that call `claim_outputs`."""
+
+
+def claim_outputs(
+    made: Sequence[Path] = (),
+    files: Iterable[Path | None] = (),
+    *,
+    folders: Iterable[Path | None] = (),
+    inputs: Iterable[str | Path] = (),
+) -> list[Path]:
+    """`media.outputs.check_outputs`, and nothing that is there already is replaced unless `--overwrite` is given.
+
+    Args:
+        made: images or videos that are written.
+        files: tables, noise and other files that are written.
+        folders, inputs: as `check_outputs` takes them.
+
+    Returns:
+        Where the images or videos go: if one of them is there already, all get a number, which is said.
+
+    Raises:
+        StarflowError: as `check_outputs` does, or one of the files is there already.
+    """
+    from mlx_starflow.media.outputs import check_outputs
+
+    others = [path for path in files if path is not None]
+    check_outputs([*made, *others], folders=folders, inputs=inputs)
+    if click.get_current_context().meta.get(_OVERWRITE):
+        return [*made]
+    for path in others:
+        if _is_there(path):
+            raise StarflowError(f"{path} is there already: give --overwrite to replace it, or another name")
+    taken = next((path for path in made if _is_there(path)), None)
+    if taken is None:
+        return [*made]
+    number = 2
+    while any(map(_is_there, free := [_with_number(path, number) for path in made])):
+        number += 1
+    more = " and so on" if len(free) > 1 else ""
+    click.echo(f"{taken} is there already: writing {free[0]}{more} (--overwrite replaces files)", err=True)
+    return free
+
+
+def _with_number(path: Path, number: int) -> Path:
+    return path.with_name(f"{path.stem}-{number}{path.suffix}")
+
+
+def _is_there(path: Path) -> bool:
+    return str(path) != "-" and os.path.lexists(path) and not is_special(path)

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -43,6 +43,8 @@ class Pictures:
         save_noise: file for the noise that they came from.
         steps_dir: folder for the states on the way to them.
         noise_file: where the noise was given, its name.
+        quality: of JPEG and WebP files, see `media.images.save_image`.
+        quiet: report on standard error, as standard output is for something else.
     """
 
     pipe: ImageMaker
@@ -55,6 +57,8 @@ class Pictures:
     save_noise: Path | None = None
     steps_dir: Path | None = None
     noise_file: Path | None = None
+    quality: int | None = None
+    quiet: bool = False
     made: list[GeneratedImage] = field(default_factory=list)
 
     def __enter__(self) -> Pictures:
@@ -70,7 +74,9 @@ class Pictures:
         if self.steps_dir is not None:
             _write_steps(made, number, self.steps_dir)
         if not self._is_grid:
-            save_image(made.image, self.targets[number - 1], made.metadata if self.metadata else None)
+            save_image(
+                made.image, self.targets[number - 1], made.metadata if self.metadata else None, quality=self.quality
+            )
             self._report(made, self.targets[number - 1])
         elif number < len(self.stream) and time.monotonic() - self._written > max(SECONDS, self._cost / SHARE):
             self._write_grid()
@@ -95,6 +101,22 @@ class Pictures:
             if isinstance(error, StarflowError):
                 raise StarflowError(f"{error} ({self.summary()})") from None
 
+    def table(self) -> dict[str, Any]:
+        """What was made, for JSON: a line for each picture, the settings, and what it cost in seconds and bytes."""
+        stats = self.stream.stats
+        rows = [
+            {
+                "file": str(self.targets[0 if self._is_grid else number]),
+                "prompt": made.prompt,
+                "seed": made.seed,
+                "fit": made.fit,
+                "certificate": None if made.certificate is None else asdict(made.certificate),
+            }
+            for number, made in enumerate(self.made)
+        ]
+        cost = {"seconds": stats.seconds, "memory": stats.memory, "evaluations": stats.evaluations}
+        return {**self.pipe.origin(), "pictures": rows, "settings": self.stream.settings.to_dict(), **cost}
+
     @property
     def _is_grid(self) -> bool:
         return len(self.targets) == 1 and len(self.stream) > 1
@@ -115,7 +137,7 @@ class Pictures:
         began = time.monotonic()
         columns = self.columns or (self.images if self.images > 1 else None)
         sheet = grid([made.image for made in self.made], columns and min(columns, len(self.made)))
-        save_image(sheet, self.targets[0], self._grid_metadata() if self.metadata else None)
+        save_image(sheet, self.targets[0], self._grid_metadata() if self.metadata else None, quality=self.quality)
         self._written = time.monotonic()
         self._cost = self._written - began
 
@@ -137,7 +159,7 @@ class Pictures:
         origin = f"noise from {self.noise_file}" if made.seed is None else f"seed {made.seed}"
         fit = "" if made.fit is None else f", prompt fit {made.fit:.0f} nats, the best of {self.best_of}"
         with tqdm.external_write_mode(file=sys.stdout):  # progress bars make way
-            click.echo(f"{path}: {made.prompt!r}, {origin}{fit}")
+            click.echo(f"{path}: {made.prompt!r}, {origin}{fit}", err=self.quiet)
 
 
 def _write_steps(made: GeneratedImage, number: int, folder: Path) -> None:

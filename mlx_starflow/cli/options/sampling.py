@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from mlx_starflow.cli.options.rules import given_options
-from mlx_starflow.model_dir.precision import AUTO, DTYPES
+from mlx_starflow.model_dir.precision import AUTO, DTYPES, QUANTIZATIONS
 
 
 def check_reads_prompts(model: str, *options: str) -> None:
@@ -100,10 +100,16 @@ network_options = with_options(
     ),
 )
 
+quantize_option = click.option(
+    "-q",
+    "--quantize",
+    type=click.Choice(list(QUANTIZATIONS)),
+    help="Quantize the flow as it is read: bits of a weight, or a format of `mlx-starflow quantize`.",
+)
+
 latent_batch_option = click.option(
     "--batch-size",
     type=click.IntRange(min=1),
     default=8,
-    show_default=True,
     help="Pictures, or latent frames, at once.",
 )

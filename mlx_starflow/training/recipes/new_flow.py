@@ -183,7 +183,7 @@ class NewFlow:
         values = {key: value for key, value in self.config.items() if key not in ("quantization", "pipeline")}
         if self.is_pixels:
             if self.has_cache:
-                raise StarflowError(f"{self.data} is a cache of latents, and this flow reads pixels: give the pictures")
+                raise StarflowError(f"{self.data} is a cache of latents, and a TarFlow reads pixels: give the pictures")
             classes = len(self.images.classes)
             known: dict[str, Any] = {"num_classes": classes if classes > 1 else 0}
             values = {"img_size": 32, "channel_size": 3, **values}

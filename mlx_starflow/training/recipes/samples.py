@@ -115,7 +115,7 @@ def draw_classes(flow: PixelFlow, count: int = 8) -> list[Image.Image]:
     x = sample(flow, mx.array(z), labels)
     if isinstance(flow, ITarFlow):
         levels = noise_levels(flow.config.t1, flow.config.t0, STEPS)
-        x = iterate(flow, x, labels, levels, clip=True, batch_size=batch)
+        x = iterate(flow, x, labels, levels, clip=True)
     elif flow.noise_type == "gaussian":
         x = denoise(flow, x, labels)
     return to_images(np.array(x))

@@ -132,6 +132,7 @@ def test_more_memory_than_planned(monkeypatch, phase):
     assert found.failed and f"{phase} " in found.measured
 
 
+@pytest.mark.usefixtures("chosen_here")
 def test_memory_as_planned():
     found = check("memory plan").run()
     assert found.verdict == "ok" and found.values.keys() == {"text", "flow", "verify", "denoise", "decode"}

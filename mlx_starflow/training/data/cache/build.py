@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from tqdm import tqdm
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.media.buckets import RATIOS, bucket_size
@@ -17,6 +16,7 @@ from mlx_starflow.media.files import parse_json
 from mlx_starflow.media.sources import Skip, open_source, repeats_of, skip_report
 from mlx_starflow.planning.limits import check_held, check_side
 from mlx_starflow.planning.memory import metal_limits
+from mlx_starflow.sampling.bars import Bar
 from mlx_starflow.training.data.cache.encode import STEP, Changed, ImageStage, Items, TextStage
 from mlx_starflow.training.data.cache.files import INDEX, SKIPPED, CacheWriter, Progress, check_cache_output
 from mlx_starflow.training.data.cache.model import CacheModel
@@ -182,7 +182,7 @@ def build_cache(
             )
         texts = _texts(rows, bool(network.config.mix_aspect))
         TextStage(texts, writer.settings).run(network, writer, hide)
-        with tqdm(desc="checksums", unit="file", disable=hide) as bar:
+        with Bar(desc="checksums", unit="file", disable=hide) as bar:
             writer.finish(_facts(rows, len(texts), shapes, network, writer), lambda name: bar.update())
         return _summary(writer, finished_before=False)
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from tqdm import tqdm
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.media.buckets import closest_ratio
@@ -29,6 +28,7 @@ from mlx_starflow.model_dir.directory import load_text_encoder, load_vae
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL
 from mlx_starflow.models.t5 import T5Encoder
 from mlx_starflow.pipelines.prompts import complete_prompt
+from mlx_starflow.sampling.bars import Bar
 from mlx_starflow.training.data.cache.files import INDEX, SKIPPED, TEXT, TEXT_INDEX, CacheWriter, Progress, latents_file
 from mlx_starflow.training.data.cache.model import CacheModel
 from mlx_starflow.training.data.cache.numbers import encode_numbers
@@ -105,7 +105,7 @@ class ImageStage:
         assert isinstance(vae, AutoencoderKL)
         with (
             ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool,
-            tqdm(desc="pictures", total=total, initial=items.count, disable=hide) as bar,
+            Bar(desc="pictures", total=total, initial=items.count, disable=hide) as bar,
             no_remarks(),
         ):
             try:
@@ -201,7 +201,7 @@ class TextStage:
         if done == len(self.texts):
             return
         encoder, tokenizer = load_text_encoder(model.directory / "text_encoder")
-        with tqdm(desc="captions", total=len(self.texts), initial=done, disable=hide) as bar:
+        with Bar(desc="captions", total=len(self.texts), initial=done, disable=hide) as bar:
             while part := self.texts[done : done + TEXT_STEP]:
                 prompts = [complete_prompt(text, model.config, ratio=ratio or "1:1") for text, ratio in part]
                 ids, mask, truncated = tokenizer.batch(prompts, model.config.txt_size)
