@@ -50,6 +50,29 @@ def test_oldest_names(tmp_path):
     assert (flow.config.t0, flow.config.t1, flow.config.layers_per_block) == (0.01, 0.5, [1, 1, 2])
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_averages_under_prefixes(case, tmp_path):
+    """The layers that blocks share stand beside the blocks, and each block's copies of them within."""
+    original = read_checkpoint(golden_case(case) / "model.pth")
+    weights = {name: original.mx(name) for name in original}
+    average = {name: array + 1 if array.dtype == mx.float32 else array for name, array in weights.items()}
+    both = {f"module.{n}": a for n, a in weights.items()} | {f"ema.module.{n}": a for n, a in average.items()}
+    path, convert = tmp_path / "mine.safetensors", Command("convert")
+    mx.save_safetensors(str(path), both)
+    done = convert("flow", path, "--t1", "0.3", "-o", tmp_path / "last")
+    assert done.exit_code == 0, done.output
+    assert "module. taken off the tensors' names" in done.stderr and "--ema takes them" in done.stderr
+    done = convert("flow", path, "--t1", "0.3", "-o", tmp_path / "averaged", "--ema")
+    assert done.exit_code == 0, done.output
+    convert_flow(golden_case(case) / "model.pth", None, tmp_path / "plain", arguments={"t1": 0.3})
+    plain, last, averaged = (
+        mx.load(str(tmp_path / name / "model.safetensors")) for name in ("plain", "last", "averaged")
+    )
+    assert plain.keys() == last.keys() == averaged.keys()
+    for name, array in plain.items():
+        assert mx.array_equal(last[name], array) and mx.array_equal(averaged[name], array + 1), name
+
+
 def without(tmp_path: Path, *names: str) -> Path:
     original = read_checkpoint(golden_case("itarflow") / "model.pth")
     mx.save_safetensors(

@@ -53,6 +53,12 @@ def write_class_model(directory: Path, **changes: object) -> Path:
     return save_model(directory, parameters(flow), {"model_type": "tarflow", **flow.config.to_dict()})
 
 
+def write_level_model(directory: Path, **changes: object) -> Path:
+    """An iTARFlow over the same images as `write_class_model`'s; `changes` are its config's."""
+    flow = tiny_flow("levels", **changes)
+    return save_model(directory, parameters(flow), {"model_type": "itarflow", **flow.config.to_dict()})
+
+
 def write_trained_model(directory: Path, images: Path, steps: int = 30) -> Path:
     """As `write_image_model`, with three blocks that have learned the latents of a folder of images."""
     write_image_model(directory)

@@ -9,10 +9,15 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from helpers.commands import Command
-from helpers.images import write_gradients
+from helpers.images import write_gradients, write_images
+from helpers.model_directories import write_level_model
 from helpers.tiny_flows import tiny_case
 
 from mlx_starflow import load_flow
+from mlx_starflow.media.image_folder import ImageFolder
+from mlx_starflow.model_dir.files import read_config
+from mlx_starflow.model_dir.requantize import quantize_model
+from mlx_starflow.model_dir.weights import parameters
 from mlx_starflow.models.itarflow import ITarFlow
 from mlx_starflow.training.config import TrainingConfig
 from mlx_starflow.training.data.labelled_images import LabelledImages, draw_levels, level_weights
@@ -80,3 +85,51 @@ def test_an_itarflow_on_class_folders(pictures, tmp_path):
     assert (tmp_path / "run/samples.png").exists()
     saved = (tmp_path / "run/training/config.yaml").read_text()
     assert "square" in saved
+
+
+@pytest.mark.parametrize("how", [None, 8])
+def test_beginning_with_the_weights_of_another_one(pictures, tmp_path, how):
+    """Its levels, its patches and the layers that its blocks share; with other classes their embeddings are new."""
+    source = write_level_model(
+        tmp_path / "source", num_classes=7, shared_backbone_layers=1, layers_per_block=[2], patch_sizes=[4, 2],
+        channels=[64],
+    )  # fmt: skip
+    before = parameters(load_flow(source, dtype="float32"))
+    if how is not None:
+        source = quantize_model(source, tmp_path / "quantized", how)
+    words = [pictures, "-o", tmp_path / "run", "--init", source, "--batch-size", "2", "--steps", "2", "--lr", "1e-12"]
+    dry = command(*words, "--dry-run")
+    assert dry.exit_code == 0, dry.output
+    assert "a step here" in dry.stdout and not (tmp_path / "run").exists()
+    assert "no --noise-std" in command.mistake(*words, "--noise-std", "0.1")
+    done = command(*words, "--ema", 0, "--level-sampling", "square")
+    assert done.exit_code == 0, done.output
+    flow = load_flow(tmp_path / "run", dtype="float32")
+    assert isinstance(flow, ITarFlow) and "quantization" not in read_config(tmp_path / "run")
+    assert (flow.config.t0, flow.config.t1, flow.config.patch_sizes) == (0.05, 0.4, [4, 2])
+    after = parameters(flow)
+    assert before.keys() == after.keys() and any(name.startswith("shared_backbone.0.") for name in after)
+    for name in before:
+        if name.endswith("class_embed"):
+            assert before[name].shape[0] == 7 and after[name].shape[0] == 4
+        else:
+            # Eight bits of a group of numbers around 0.3 keep each to about a hundredth.
+            assert mx.abs(before[name] - after[name]).max() < (1e-6 if how is None else 2e-2), name
+
+
+def test_repeats_and_levels_go_together(tmp_path):
+    for name in ("3_cat", "1_dog"):
+        write_images(tmp_path / "pictures" / name, 5)
+    folder = ImageFolder.read(tmp_path / "pictures", size=4)
+    data = LabelledImages.of(folder, levels=(0.1, 0.5))
+    assert data.repeats.tolist() == folder.repeats and data.order.length == sum(folder.repeats) > len(data.images)
+    chosen, held_out = data.split(3)
+    assert np.concatenate([chosen.repeats, held_out.repeats]).sum() == data.order.length
+    for part in (data, chosen, held_out):
+        config = TrainingConfig(steps=1, batch_size=part.order.length, caption_dropout=0.0)
+        batch = part.batch(np.random.default_rng(0), config, 0.0)
+        counts = np.bincount(batch["text"], minlength=2)
+        assert counts.tolist() == [part.repeats[part.labels == label].sum() for label in (0, 1)]
+        levels = batch["noise_level"]
+        assert levels.shape == (part.order.length,) and 0.1 <= levels.min() < levels.max() <= 0.5
+        assert (batch["weight"] == level_weights(levels, 0.1, 0.5, config.level_weight)).all()
