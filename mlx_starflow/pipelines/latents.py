@@ -136,7 +136,7 @@ class LatentPipeline(Pipeline):
         """
         super().check_size(size, images)
         self.latent_shape(size)  # raises StarflowError if the size does not fit
-        self._check_trained(size)
+        self._check_trained(tuple(size))
         asked = (tuple(size), images, frames, guidance)
         if asked in self._fit:
             return

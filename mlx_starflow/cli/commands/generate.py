@@ -160,6 +160,7 @@ def generate(
     from mlx_starflow.media import noise
     from mlx_starflow.media.outputs import STDOUT
     from mlx_starflow.media.tables import write_json
+    from mlx_starflow.planning.limits import check_count
 
     recipe: Recipe | None = None
     download = model is not None or source is None
@@ -185,6 +186,7 @@ def generate(
     if not asked:
         raise click.UsageError('there is no prompt: mlx-starflow generate "a red apple"')
     count = len(asked) * images
+    check_count(count * best_of)
     if "seed" in names.fields(output) and not load_noise:
         if best_of > 1:
             raise click.UsageError("with --best-of the seed of a picture is known too late for its name: use {index}")
