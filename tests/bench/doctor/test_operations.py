@@ -61,7 +61,11 @@ def test_every_kernel_of_the_package_is_compared(shim, monkeypatch):
     for name in KERNELS:
         found = line(f"kernel {name}")
         assert found.verdict == "ok" and found.values.keys() == {"bfloat16"}
-    maps = {f"starflow_affine_{way}{mode}" for way in ("inverse", "predict") for mode in ("", "_starflow", "_tarflow")}
+    maps = {
+        f"starflow_affine_{way}{mode}"
+        for way in ("inverse", "predict")
+        for mode in ("", "_starflow", "_tarflow", "_itarflow")
+    }
     assert ran == {"starflow_qkv", "starflow_qkv_norm", "starflow_affine_forward", *maps}
     sources = {path.stem for path in PACKAGE.rglob("*.py") if "fast.metal_kernel(" in path.read_text()}
     assert sources == {"qkv", "affine"}, "another kernel: doctor must compare it too"

@@ -279,7 +279,7 @@ def test_mistakes(cache, model, pictures, flow_file, tmp_path):
     run = [cache, "-o", tmp_path / "run", "--encoders", model]
     other = command.mistake(cache, "-o", tmp_path / "run", "--model-config", flow_file)
     assert "another autoencoder" in other and "or give --encoders" in other
-    assert "this flow reads pixels" in command.mistake(cache, "-o", tmp_path / "run", "--preset", "tarflow")
+    assert "a TarFlow reads pixels" in command.mistake(cache, "-o", tmp_path / "run", "--preset", "tarflow")
 
     def with_config(content: object) -> str:
         path = tmp_path / "wrong.yaml"
