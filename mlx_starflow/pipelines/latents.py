@@ -152,7 +152,7 @@ class LatentPipeline(Pipeline):
             ranks=here.group.size() if here and here.group else 1,
             quantization=here.quantize if here else None,
         )
-        self._check_trained(tuple(size))
+        self._check_trained((size[0], size[1]))
         self._fit.add(asked)
 
     @property

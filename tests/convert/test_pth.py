@@ -250,7 +250,7 @@ def test_agrees_with_torch_bit_for_bit(tmp_path):
         (plain, plain),
         (dict(module.named_parameters()), dict(module.named_parameters())),
         ({"model": plain, "epoch": 3, "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}}}, plain),
-        ({"ema": {"state_dict": plain}}, {f"ema.state_dict.{name}": value for name, value in plain.items()}),
+        ({"ema": {"state_dict": plain}}, plain),
     ]:
         torch.save(saved, path)
         checkpoint = read_checkpoint(path)
