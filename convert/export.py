@@ -10,11 +10,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_starflow.arguments import checked
 from mlx_starflow.convert.archive import check_archive_name, write_archive
 from mlx_starflow.convert.common import as_tensor
 from mlx_starflow.convert.tensor import Tensor
 from mlx_starflow.errors import StarflowError, one_line
+from mlx_starflow.errors.arguments import checked
 from mlx_starflow.media.outputs import check_outputs
 from mlx_starflow.model_dir.directory import NetworkDirectory
 from mlx_starflow.model_dir.files import Spec, read_config

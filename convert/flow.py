@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from mlx_starflow.arguments import checked
 from mlx_starflow.convert.common import check_target, write_module
 from mlx_starflow.convert.official import LICENSE as LICENSE
 from mlx_starflow.convert.official import released_arguments
 from mlx_starflow.convert.prefixes import open_flow_tensors
 from mlx_starflow.convert.tensor import Tensor
 from mlx_starflow.errors import StarflowError, one_line
+from mlx_starflow.errors.arguments import checked
 from mlx_starflow.media.files import read_yaml
 from mlx_starflow.model_dir.directory import FLOWS
 from mlx_starflow.model_dir.weights import parse_dtype

@@ -10,12 +10,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_starflow.arguments import checked
 from mlx_starflow.convert.flow import read_arguments, write_flow
 from mlx_starflow.convert.official import LICENSE, LICENSES, RELEASES, later_scale, released_arguments
 from mlx_starflow.convert.t5 import convert_t5
 from mlx_starflow.convert.vae import convert_vae
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.errors.arguments import checked
 from mlx_starflow.media.files import exists, read_json, replacing
 from mlx_starflow.media.outputs import check_outputs
 from mlx_starflow.model_dir.files import read_index

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_starflow.arguments import checked
 from mlx_starflow.convert.common import check_target, open_tensors, write_module
 from mlx_starflow.convert.tensor import Tensor
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.errors.arguments import checked
 from mlx_starflow.media.files import inside, is_folder, is_regular, read_bytes, read_json
 from mlx_starflow.model_dir.directory import read_tokenizer
 from mlx_starflow.model_dir.files import read_index

@@ -8,12 +8,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_starflow.arguments import checked
 from mlx_starflow.convert.common import check_target, open_tensors, write_module
 from mlx_starflow.convert.distributed import is_distributed
 from mlx_starflow.convert.tensor import Tensor
 from mlx_starflow.convert.wan import WAN_FILE, WAN_VAE, is_official_wan
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.errors.arguments import checked
 from mlx_starflow.media.files import inside, is_folder, is_regular, read_json
 from mlx_starflow.model_dir.weights import parse_dtype
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig

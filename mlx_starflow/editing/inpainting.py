@@ -26,10 +26,10 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from mlx_starflow.arguments import checked
 from mlx_starflow.editing.maps import SEQUENTIAL, Inversion, cleaned, noise_to_tokens
 from mlx_starflow.editing.masks import check_mask, fill, read_mask, token_mask
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.errors.arguments import checked
 from mlx_starflow.likelihood.nll import noise_and_nats, with_noise
 from mlx_starflow.likelihood.protocol import ImageModel, Prompt
 from mlx_starflow.media.given import ImageSource, open_image

@@ -15,9 +15,9 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from mlx_starflow.arguments import checked
 from mlx_starflow.editing.maps import Inversion, cleaned, from_noise, regenerated, to_noise
 from mlx_starflow.errors import StarflowError, one_line
+from mlx_starflow.errors.arguments import checked
 from mlx_starflow.likelihood.nll import at_once, unit_of, with_noise
 from mlx_starflow.likelihood.protocol import ImageModel, Prompts, one_or_several
 from mlx_starflow.media.files import expanded, parse_json, replacing

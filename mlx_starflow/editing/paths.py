@@ -11,9 +11,9 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from mlx_starflow.arguments import checked
 from mlx_starflow.editing.maps import BlendedFlow, Inversion, cleaned, regenerated, to_noise
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.errors.arguments import checked
 from mlx_starflow.likelihood.protocol import ImageModel, Prompt
 from mlx_starflow.media.given import ImageSource, open_image
 from mlx_starflow.media.images import save_images

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from mlx_starflow.arguments import checked
 from mlx_starflow.errors import StarflowError, one_line
+from mlx_starflow.errors.arguments import checked
 from mlx_starflow.likelihood.protocol import ImageModel
 from mlx_starflow.likelihood.scores import Score, score_data
 from mlx_starflow.media.files import exists, inside, read_json, replacing

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from mlx_starflow.arguments import checked
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.errors.arguments import checked
 from mlx_starflow.likelihood.conditions import ConditionedFlow
 from mlx_starflow.likelihood.nll import at_once, check_draws, with_noise
 from mlx_starflow.likelihood.protocol import ImageModel, Prompts, one_or_several

@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from mlx_starflow.arguments import call_type
+from mlx_starflow.errors.arguments import call_type
 from mlx_starflow.media.given import ImageOrVideo, Images
 from mlx_starflow.models.flow import Flow
 from mlx_starflow.sampling.methods import Method

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from mlx_starflow.arguments import checked
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.errors.arguments import checked
 from mlx_starflow.likelihood.nll import (
     at_once,
     bits_per_dimension,

@@ -10,8 +10,8 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from mlx_starflow.arguments import call_type
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.errors.arguments import call_type
 from mlx_starflow.media.files import expanded, is_folder
 from mlx_starflow.media.image_files import find_images, read_image
 from mlx_starflow.media.pixels import UnreadableImage, model_picture

@@ -17,8 +17,8 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_starflow.arguments import checked
 from mlx_starflow.errors import StarflowError, one_line
+from mlx_starflow.errors.arguments import checked
 from mlx_starflow.media.files import exists, inside, is_folder, is_regular, read_bytes
 from mlx_starflow.model_dir.adapters import Strengths, add_adapters
 from mlx_starflow.model_dir.files import PLAN_FILE, STATISTICS_FILE, StoredConfig, load_weights

@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 
 from mlx_starflow import __version__, editing, likelihood
-from mlx_starflow.arguments import checked
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.errors.arguments import checked
 from mlx_starflow.likelihood.protocol import ImageModel, Part
 from mlx_starflow.media.given import ImageOrVideo, Images, ImageSource, is_image, one_or_many, open_image
 from mlx_starflow.media.images import to_images

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from mlx_starflow.arguments import checked
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.errors.arguments import checked
 from mlx_starflow.media.images import to_images
 from mlx_starflow.media.noise import draw_noise, draw_seed
 from mlx_starflow.models.autoencoder_kl import WHOLE_PIXELS

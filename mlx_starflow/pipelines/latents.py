@@ -9,8 +9,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_starflow.arguments import checked
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.errors.arguments import checked
 from mlx_starflow.likelihood.protocol import Prompts, one_or_several
 from mlx_starflow.media.buckets import RATIOS, bucket_size, closest_ratio
 from mlx_starflow.model_dir.directory import ModelDirectory

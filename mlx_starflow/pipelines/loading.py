@@ -7,8 +7,8 @@ from typing import cast
 
 import mlx.core as mx
 
-from mlx_starflow.arguments import checked
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.errors.arguments import checked
 from mlx_starflow.model_dir import tensor_parallel
 from mlx_starflow.model_dir.adapters import Strengths
 from mlx_starflow.model_dir.directory import ModelDirectory

@@ -11,8 +11,8 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from mlx_starflow.arguments import checked_class
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.errors.arguments import checked_class
 from mlx_starflow.kernels.affine import GuidanceMode
 from mlx_starflow.media.files import expanded
 from mlx_starflow.media.images import save_image, save_images

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from mlx_starflow.arguments import checked
+from mlx_starflow.errors.arguments import checked
 from mlx_starflow.models.flow import Flow, frame_count
 from mlx_starflow.sampling.decoder import check_finite
 from mlx_starflow.sampling.progress import Watch, watch

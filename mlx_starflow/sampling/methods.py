@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
-from mlx_starflow.arguments import checked_class
 from mlx_starflow.errors import StarflowError, one_line
+from mlx_starflow.errors.arguments import checked_class
 from mlx_starflow.media.files import exists, inside, read_json, replacing
 from mlx_starflow.model_dir.files import PLAN_FILE
 from mlx_starflow.model_dir.fingerprint import fingerprint

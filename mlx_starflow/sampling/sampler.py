@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_starflow.arguments import checked
+from mlx_starflow.errors.arguments import checked
 from mlx_starflow.kernels.affine import GuidanceMode, GuidanceTarget
 from mlx_starflow.models.flow import Flow, frame_count
 from mlx_starflow.models.itarflow import at_noise_level

@@ -112,3 +112,21 @@ def check_sampling(flow: Any, torch_model: Any, z: Pair, text: Pair, null: Pair,
         if method == "sequential":
             assert traces[0].evaluations == traces[1].evaluations
     assert difference(*samples) < 2e-4
+
+
+def random_pixel_flows(flow: Any, reference: Any, seed: int, device: str) -> tuple[Any, Any]:
+    """The same random flow over pixels twice, far enough from the identity to tell; the prior's variances lie about 1.
+
+    Args:
+        flow: in MLX; gets the weights.
+        reference: the same in PyTorch; gets them too.
+    """
+    rng = np.random.default_rng(seed)
+    weights = []
+    for name, value in tree_flatten(flow.parameters()):
+        noise = rng.standard_normal(value.shape).astype(np.float32)
+        scale = 0.25 if value.ndim == 1 or name.endswith("_embed") else value.shape[-1] ** -0.5
+        scale = 0.05 * scale if "proj_out" in name else scale
+        weights.append((name, mx.exp(0.3 * mx.array(noise)) if name == "var" else value + scale * mx.array(noise)))
+    flow.load_weights(weights)
+    return flow, give_weights(reference, flow, device)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-import mlx.core as mx
 import numpy as np
 import pytest
-from helpers.torch_reference import DEVICES, both, check_forward, check_sampling, give_weights, relative
+from helpers.torch_reference import (
+    DEVICES,
+    both,
+    check_forward,
+    check_sampling,
+    random_pixel_flows,
+    relative,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mlx.utils import tree_flatten
 
 from mlx_starflow.models.itarflow import ITarFlow, ITarFlowConfig
 from mlx_starflow.sampling import denoise, iterate, noise_levels
@@ -50,20 +55,10 @@ SAMPLING = st.fixed_dictionaries(
 
 
 def make_pair(values: dict, seed: int, device: str) -> tuple:
-    """The same random flow twice, far enough from the identity to tell; the prior's variances lie about 1."""
     from mlx_starflow.reference.itarflow import ITarFlow as Reference
 
     config = ITarFlowConfig(**values)
-    flow = ITarFlow(config)
-    rng = np.random.default_rng(seed)
-    weights = []
-    for name, value in tree_flatten(flow.parameters()):
-        noise = rng.standard_normal(value.shape).astype(np.float32)
-        scale = 0.25 if value.ndim == 1 or name.endswith("_embed") else value.shape[-1] ** -0.5
-        scale = 0.05 * scale if "proj_out" in name else scale
-        weights.append((name, mx.exp(0.3 * mx.array(noise)) if name == "var" else value + scale * mx.array(noise)))
-    flow.load_weights(weights)
-    return flow, give_weights(Reference(config), flow, device)
+    return random_pixel_flows(ITarFlow(config), Reference(config), seed, device)
 
 
 @pytest.mark.slow

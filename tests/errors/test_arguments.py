@@ -16,7 +16,7 @@ from PIL import Image
 
 import mlx_starflow
 from mlx_starflow import GenerationSettings, load
-from mlx_starflow.arguments import checked, checked_class
+from mlx_starflow.errors.arguments import checked, checked_class
 from mlx_starflow.sampling import JacobiSettings, RollingSettings
 
 
