@@ -250,11 +250,11 @@ class ITarFlow(PixelFlow):
         """The noise level."""
         return self.noise_level
 
-    def block_conditions(self, labels: mx.array | None, batch: int) -> list[Condition]:
-        """What each block makes of the labels of `batch` samples and of the noise level."""
+    def block_conditions(self, text: mx.array | None, batch: int) -> list[Condition]:
+        """What each block makes of the labels `text` of `batch` samples and of the noise level."""
         level = self.noise_level
         log_level = mx.log(level) if isinstance(level, mx.array) else mx.array([math.log(level)])
-        return [block.condition(labels, batch, log_level) for block in self.blocks]
+        return [block.condition(text, batch, log_level) for block in self.blocks]
 
     def __call__(
         self,

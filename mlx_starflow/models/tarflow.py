@@ -328,9 +328,9 @@ class PixelFlow(nn.Module):
             condition.guided = guided
         return Conditions(self.block_rope_frequencies(shape, 0), conditions, self.guidance_mode, temper_null_only=True)
 
-    def block_conditions(self, labels: mx.array | None, batch: int) -> list[Condition]:
-        """What each block makes of the labels of `batch` samples."""
-        return [block.condition(labels, batch) for block in self.blocks]
+    def block_conditions(self, text: mx.array | None, batch: int) -> list[Condition]:
+        """What each block makes of the labels `text` of `batch` samples."""
+        return [block.condition(text, batch) for block in self.blocks]
 
     def _check_labels(self, labels: mx.array | None, batch: int) -> None:
         if labels is None:

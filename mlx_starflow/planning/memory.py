@@ -344,7 +344,11 @@ def _stored_bytes(configs: ModelConfigs, part: str, dtype: mx.Dtype) -> int | No
 
 
 def _unpacked(configs: ModelConfigs, part: str) -> int:
-    """What the CPU holds of quantized weights in float32, see `quantization.QuantizedLinear`: those of a layer."""
+    """What the CPU holds of quantized weights in float32, see `quantization.QuantizedLinear`: those of two layers.
+
+    They are let go of one after another, but MLX takes memory for as many as ten operations ahead of the one it
+    computes, which is more than a layer has.
+    """
     if mx.default_device() != mx.cpu or part == "autoencoder" or _stored_bytes(configs, part, mx.float32) is None:
         return 0
     text = configs.text_encoder
@@ -355,7 +359,7 @@ def _unpacked(configs: ModelConfigs, part: str) -> int:
         ],
         "text encoder": [text.d_model * (4 * text.num_heads * text.d_kv + 3 * text.d_ff)],
     }
-    return int(footprint.MARGIN * 4 * max(widths[part]))
+    return 2 * 4 * max(widths[part])
 
 
 # ---- Metal

@@ -103,9 +103,9 @@ class ITarFlow(PixelFlow):
         """The noise level, where it is one number."""
         return float(self.noise_level)
 
-    def block_conditions(self, labels: Tensor | None, batch: int) -> list[Condition]:
+    def block_conditions(self, text: Tensor | None, batch: int) -> list[Condition]:
         level = torch.as_tensor(self.noise_level, dtype=torch.float32, device=self.var.device)
-        return [block.condition(labels, batch, level.reshape(-1).log()) for block in self._blocks()]
+        return [block.condition(text, batch, level.reshape(-1).log()) for block in self._blocks()]
 
     def _blocks(self) -> list[ITarFlowBlock]:
         return [block for block in self.blocks if isinstance(block, ITarFlowBlock)]

@@ -113,9 +113,9 @@ class PixelFlow(nn.Module):
             condition.guided = guided
         return Conditions(None, conditions, self.guidance_mode, temper_null_only=True)
 
-    def block_conditions(self, labels: Tensor | None, batch: int) -> list[Condition]:
-        """What each block makes of the labels of `batch` samples."""
-        return [block.condition(labels, batch) for block in self.blocks]
+    def block_conditions(self, text: Tensor | None, batch: int) -> list[Condition]:
+        """What each block makes of the labels `text` of `batch` samples."""
+        return [block.condition(text, batch) for block in self.blocks]
 
     def _check_labels(self, labels: Tensor | None) -> None:
         if labels is None:

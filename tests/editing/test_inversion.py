@@ -13,7 +13,7 @@ from helpers.model_directories import write_class_model, write_video_model
 from helpers.precision import bound
 from safetensors.numpy import save_file
 
-from mlx_starflow.editing import Encoded, decode, encode
+from mlx_starflow.editing import Encoded, decode, encode, inversion
 from mlx_starflow.media.noise import load_noise, save_noise
 from mlx_starflow.pipelines import open_model
 from mlx_starflow.sampling import sample
@@ -98,6 +98,24 @@ def test_damaged_files(tmp_path):
 def test_mistakes(model):
     assert "there are 2 prompts for 3 pictures" in message(encode, model, smooth_images(3), ["1", "2"])
     assert "there are no pictures" in message(encode, model, [])
+
+
+def test_a_way_back_that_misses_the_picture(latent_flow, monkeypatch, recwarn):
+    """By a known share of what the flow models: rounding times a guidance would hang on the processor."""
+
+    def encoded(share):
+        monkeypatch.setattr(inversion, "from_noise", lambda guided, z, how: (1 + share) * from_noise(guided, z, how))
+        recwarn.clear()
+        encode(latent_flow, smooth_images(1))
+        return [str(each.message) for each in recwarn if "way back" in str(each.message)]
+
+    from_noise = inversion.from_noise
+    assert not encoded(0.08)
+    assert encoded(0.5) == [
+        "on the way back from the noise the error is 0.5 of what the flow models (RMS): "
+        "try a lower guidance, or weights in float32"
+    ]
+    assert "this noise is not the picture's; try a lower guidance" in message(encoded, 1.1)
 
 
 def test_learned_variances(tmp_path):
