@@ -234,7 +234,7 @@ def bench(
     }
     if against == "torch":
         contenders += torch_contenders(trials, [contender.method for contender in contenders], dtype)
-        about["torch"] = _describe_torch()
+        about["torch"] = _describe_torch(dtype)
         notes.append(
             "the PyTorch reference samples sequentially or by Jacobi blocks, with weights that are not quantized"
         )
@@ -255,8 +255,13 @@ def _ours(trials: Trials, methods: list[str], model: str) -> tuple[list[Contende
     return contenders, notes
 
 
-def _describe_torch() -> str:
+def _describe_torch(dtype: mx.Dtype | None) -> str:
+    """With the precision, which is not ours where the reference has chosen it: it has no float16."""
     import torch
 
-    device = "CUDA" if torch.cuda.is_available() else f"the CPU, {torch.get_num_threads()} threads"
-    return f"{torch.__version__} on {device}"
+    from mlx_starflow.reference.loading import parse_device
+    from mlx_starflow.reference.loading import parse_dtype as parse_torch_dtype
+
+    where = parse_device(None)
+    device = "CUDA" if where.type == "cuda" else f"the CPU, {torch.get_num_threads()} threads"
+    return f"{torch.__version__} on {device}, {str(parse_torch_dtype(dtype, where)).rpartition('.')[2]}"
