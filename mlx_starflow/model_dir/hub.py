@@ -11,6 +11,7 @@ from typing import Any
 
 from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.media.files import exists, expanded, is_folder, is_regular
+from mlx_starflow.model_dir.files import CLASSES_FILE
 from mlx_starflow.model_dir.transaction import settle
 
 DEMO = Path(__file__).parents[1] / "demo" / "model"
@@ -20,7 +21,7 @@ CACHE_VARIABLE = "MLX_STARFLOW_CACHE"
 
 _OFFICIAL = ("apple/starflow", "apple/starflow-v")
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
-_FILES = ["*.json", "*.safetensors", "*spiece.model"]
+_FILES = ["*.json", "*.safetensors", "*spiece.model", CLASSES_FILE, "LICEN[CS]E*", "NOTICE*"]
 _CHECKPOINTS = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
 
 
@@ -30,7 +31,7 @@ def find_model(name: str | Path, *, download: bool = True) -> Path:
     Args:
         name: "demo"; else a folder, if there is one of this name; else a Hugging Face repository, owner/name: what
             `mlx-starflow convert` made of it (see `converted_directory`), or else its own `.json` and `.safetensors`
-            files and `spiece.model`, which are fetched into Hugging Face's cache.
+            files, `spiece.model`, classes and licences, which are fetched into Hugging Face's cache.
         download: False: of a repository only what is in that cache already.
 
     Raises:
