@@ -11,7 +11,6 @@ from typing import Any
 
 from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.media.files import exists, expanded, is_folder, is_regular
-from mlx_starflow.model_dir.files import CLASSES_FILE
 from mlx_starflow.model_dir.transaction import settle
 
 DEMO = Path(__file__).parents[1] / "demo" / "model"
@@ -21,7 +20,8 @@ CACHE_VARIABLE = "MLX_STARFLOW_CACHE"
 
 _OFFICIAL = ("apple/starflow", "apple/starflow-v")
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
-_FILES = ["*.json", "*.safetensors", "*spiece.model", CLASSES_FILE, "LICEN[CS]E*", "NOTICE*"]
+_FILES = ["*.json", "*.safetensors", "*spiece.model", "classes.txt", "LICEN[CS]E*", "NOTICE*"]
+# `files.CLASSES_FILE` by its name: what `--help` imports loads neither MLX nor NumPy.
 _CHECKPOINTS = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
 
 
