@@ -21,7 +21,8 @@ CACHE_VARIABLE = "MLX_STARFLOW_CACHE"
 _OFFICIAL = ("apple/starflow", "apple/starflow-v")
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _HUB_FILE = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)/((?:[\w-][\w.-]*/)*[\w-][\w.-]*)", re.ASCII)
-_FILES = ["*.json", "*.safetensors", "*spiece.model"]
+_FILES = ["*.json", "*.safetensors", "*spiece.model", "classes.txt", "LICEN[CS]E*", "NOTICE*"]
+# `files.CLASSES_FILE` by its name: what `--help` imports loads neither MLX nor NumPy.
 _CHECKPOINTS = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
 
 
@@ -31,7 +32,7 @@ def find_model(name: str | Path, *, download: bool = True) -> Path:
     Args:
         name: "demo"; else a folder, if there is one of this name; else a Hugging Face repository, owner/name: what
             `mlx-starflow convert` made of it (see `converted_directory`), or else its own `.json` and `.safetensors`
-            files and `spiece.model`, which are fetched into Hugging Face's cache.
+            files, `spiece.model`, classes and licences, which are fetched into Hugging Face's cache.
         download: False: of a repository only what is in that cache already.
 
     Raises:

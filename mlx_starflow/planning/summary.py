@@ -49,6 +49,9 @@ MACS = (8, 16, 24, 32, 64)
 LARGE_MACS = (32, 64, 96, 128, 192)
 """Memory, in GB, of the Macs that `memory_report` speaks of, and of those for models that need more."""
 
+QUICK = 0.05
+"""Seconds in which the CPU's speed is measured, so that `info` does not make anybody wait."""
+
 MOST_SHOWN = 1000
 """Characters of a value in a file's metadata that are shown."""
 
@@ -61,7 +64,7 @@ def summarize(model: str) -> dict[str, str]:
     """
     device = mx.default_device().type.name.upper()
     lines = {"mlx-starflow": f"{__version__}, MLX {MLX_VERSION} on the {device}, Python {platform.python_version()}"}
-    lines["BLAS"] = f"{cpu.describe()}, {cpu.gflops():.1f} GFLOPS on the CPU"
+    lines["BLAS"] = f"{cpu.describe()}, {cpu.gflops(seconds=QUICK):.1f} GFLOPS on the CPU"
     lines["float32"] = (
         "products are TF32 (MLX_ENABLE_TF32): certificates and round trips do not hold"
         if tf32()
@@ -78,10 +81,7 @@ def summarize(model: str) -> dict[str, str]:
         return lines
     directory = ModelDirectory.find(model)
     lines["model"] = f"{model} ({directory.flow.content['model_type']}) in {directory.path}"
-    lines |= _architecture(directory.flow.config) | {"flow": _size(directory.flow)}
-    for title, part in PARTS.items():
-        if directory.has(part):
-            lines[title] = _size(getattr(directory, part))
+    lines |= describe_model(directory)
     missing = [title for title, part in PARTS.items() if not directory.has(part)]
     if missing and directory.reads_prompts:
         lines["lacks"] = f"{' and '.join(missing)}: a flow alone, which makes no pictures of prompts"
@@ -92,6 +92,15 @@ def summarize(model: str) -> dict[str, str]:
         lines[name] = str(value)
     if licences := directory.licences:
         lines["licence"] = f"see {', '.join(licences)} there"
+    return lines
+
+
+def describe_model(directory: ModelDirectory) -> dict[str, str]:
+    """Name -> one line of text about a model's networks: structure and sizes. Raises StarflowError."""
+    lines = _architecture(directory.flow.config) | {"flow": _size(directory.flow)}
+    for title, part in PARTS.items():
+        if directory.has(part):
+            lines[title] = _size(getattr(directory, part))
     return lines
 
 
