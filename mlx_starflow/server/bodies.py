@@ -143,12 +143,19 @@ class Bodies:
 
 
 def _lists(values: dict[str, Any], kind: type[BaseModel]) -> dict[str, Any]:
-    """Fields of a form, those that are lists as lists; a text of them may have commas in between."""
+    """Fields of a form, those that are lists as lists and others alone; a text of a list may have commas in between."""
     made = dict(values)
     for name, value in values.items():
         field = kind.model_fields.get(name)
-        if field is not None and get_origin(field.annotation) is list and not isinstance(value, list):
+        if field is None:
+            continue
+        is_list = get_origin(field.annotation) is list
+        if is_list and not isinstance(value, list):
             made[name] = [part.strip() for part in value.split(",")] if isinstance(value, str) else [value]
+        elif not is_list and isinstance(value, list):
+            if len(value) > 1:
+                raise Refusal(400, f"{name}: there may be one alone, not {len(value)}", param=name)
+            made[name] = value[0]
     return made
 
 

@@ -26,7 +26,7 @@ from PIL import Image
 
 from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.media.description import describing
-from mlx_starflow.media.files import expanded, is_regular, left_behind, read_bytes, replacing, temporary_path
+from mlx_starflow.media.files import expanded, is_regular, left_behind, read_bytes, temporary_path
 from mlx_starflow.media.images import QUALITY, read_image_metadata
 from mlx_starflow.server.refusals import Refusal
 
@@ -122,11 +122,15 @@ class Gallery:
     # ---- writing
 
     def add(self, image: Image.Image, metadata: dict[str, Any]) -> Item:
-        """Keep an image. Raises StarflowError if it cannot be written."""
+        """Keep an image. Raises Refusal if it cannot be written."""
         id = _new_id()
         path, content = self.folder / f"{id}.png", encoded(image, "png", metadata)
-        with replacing(path) as temporary:
-            temporary.write_bytes(content)
+        try:
+            with self.scratch(".png") as temporary:
+                temporary.write_bytes(content)
+                os.replace(temporary, path)
+        except OSError as error:
+            raise Refusal(507, f"the gallery cannot be written: {one_line(error)}", code="gallery") from None
         return self._keep(Item(id, "image", path, image.size, len(content), metadata))
 
     def add_video(self, frames: list[Image.Image], fps: float, metadata: dict[str, Any]) -> Item:

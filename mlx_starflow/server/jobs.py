@@ -81,6 +81,7 @@ class Job:
         state: see above.
         result: what came of it, plain values, of a job that is done.
         error: of one that failed or was cancelled.
+        warnings: what was doubtful, in sentences.
         progress: how far it is, and the way to stop it.
         future: is fulfilled with the result, or the error, at the end.
     """
@@ -98,6 +99,7 @@ class Job:
     finished: float | None = None
     result: Result | None = None
     error: dict[str, Any] | None = None
+    warnings: list[str] = field(default_factory=list)
     future: Future[Result] = field(default_factory=Future)
 
     def __post_init__(self) -> None:
@@ -126,6 +128,7 @@ class Job:
             "finished": self.finished,
             "about": self.about,
             "progress": counted,
+            "warnings": list(self.warnings),
             "error": self.error,
         }
 

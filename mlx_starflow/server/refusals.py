@@ -35,7 +35,8 @@ class Refusal(Exception):
         headers: Mapping[str, str] | None = None,
     ):
         super().__init__(message)
-        self.status, self.message, self.code, self.param = status, printable(message), code, param
+        self.status, self.message, self.code = status, printable(message), code
+        self.param = None if param is None else printable(param)
         self.headers = dict(headers or {})
 
     def body(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import warnings
 from collections.abc import Callable
 
 import uvicorn
@@ -77,7 +78,9 @@ def serve(
     Raises:
         StarflowError: a model cannot be loaded, or the port is taken.
     """
-    with listen(host, port) as listening:
+    with listen(host, port) as listening, warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)  # each job has its own
+        warnings.showwarning = service.warned  # type: ignore[assignment]  # its other arguments are not shown
         service.start()
         app = create_app(service)
         config = uvicorn.Config(

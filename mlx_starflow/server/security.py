@@ -119,7 +119,9 @@ class Security:
     def _is_own(self, host: str) -> bool:
         name = host.lower()
         if name.startswith("["):
-            name, _, port = name[1:].partition("]")
+            name, bracket, port = name[1:].partition("]")
+            if not bracket or (port and not port.startswith(":")):
+                return False
             port = port.removeprefix(":")
         else:
             name, _, port = name.partition(":")

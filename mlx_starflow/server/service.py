@@ -9,6 +9,7 @@ from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from mlx_starflow.server.bodies import Bodies
 from mlx_starflow.server.gallery import Gallery
@@ -96,26 +97,26 @@ class Service:
         """
 
         async def events() -> AsyncIterator[bytes]:
-            try:
-                with job.watch() as watcher:
-                    while True:
-                        try:
-                            event = await asyncio.wait_for(watcher.get(), QUIET)
-                        except (TimeoutError, asyncio.TimeoutError):
-                            yield b": still there\n\n"
-                            continue
-                        if told is None:
-                            yield server_sent(event.name, event.data)
-                        else:
-                            async for part in told(event):
-                                yield part
-                        if event.name in ENDS:
-                            return
-            finally:
-                if cancels and not job.ended:
-                    self.worker.cancel(job)
+            with job.watch() as watcher:
+                while True:
+                    try:
+                        event = await asyncio.wait_for(watcher.get(), QUIET)
+                    except (TimeoutError, asyncio.TimeoutError):
+                        yield b": still there\n\n"
+                        continue
+                    if told is None:
+                        yield server_sent(event.name, event.data)
+                    else:
+                        async for part in told(event):
+                            yield part
+                    if event.name in ENDS:
+                        return
 
-        return StreamingResponse(events(), media_type="text/event-stream", headers=STREAM)
+        def left() -> None:
+            if cancels and not job.ended:
+                self.worker.cancel(job)
+
+        return Events(events(), left)
 
     async def answer(self, job: Job, request: Request, mode: str) -> Response:
         """A job's answer, in the mode that the client wants: "wait", "background" or "stream". Raises Refusal."""
@@ -144,8 +145,27 @@ class Service:
         values |= {"seconds": round(ran, 4), "waited": round(waited, 4)}
         self.log.info("job", **values, **({"reason": job.error["message"]} if job.error else {}))
 
+    def warned(self, message: Warning | str, *_: object) -> None:
+        """A warning, as `warnings.showwarning` is given it: told to whom it concerns."""
+        if not self.worker.warn(str(message)):
+            self.log.info("warning", message=str(message))
+
     def _fault(self, job: Job, text: str) -> None:
         self.log.error("fault", job=job.id, kind=job.kind, trace=text)
+
+
+class Events(StreamingResponse):
+    """Server-sent events; `left` is called when all are sent, or the client has gone, however early."""
+
+    def __init__(self, events: AsyncIterator[bytes], left: Callable[[], None]):
+        super().__init__(events, media_type="text/event-stream", headers=STREAM)
+        self._left = left
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._left()
 
 
 def server_sent(name: str, data: dict[str, Any]) -> bytes:

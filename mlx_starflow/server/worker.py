@@ -18,13 +18,16 @@ from concurrent.futures import Future
 
 import mlx.core as mx
 
-from mlx_starflow.errors import Cancelled, StarflowError
+from mlx_starflow.errors import Cancelled, StarflowError, printable
 from mlx_starflow.server.jobs import Job
 from mlx_starflow.server.models import Models
 from mlx_starflow.server.refusals import Refusal, Stopping, TimedOut
 
 REMEMBERED = 64
 """Jobs that have ended and can still be asked for."""
+
+MOST_WARNING = 500
+"""Characters of a warning, which may quote a prompt."""
 
 OFTEN = 1.0
 """Seconds between two looks at models that nobody uses."""
@@ -139,6 +142,14 @@ class Worker:
         if running is not None and self._thread.is_alive():
             running.progress.cancel()
         self._thread.join(grace + 5)
+
+    def warn(self, text: str) -> bool:
+        """Put a warning down to the job that this thread is running; False if it runs none."""
+        job = self._running
+        if job is None or threading.current_thread() is not self._thread:
+            return False
+        job.warnings.append(printable(text)[:MOST_WARNING])
+        return True
 
     # ---- the thread
 

@@ -10,7 +10,7 @@ from mlx_starflow import cpu
 from mlx_starflow.cli.options.sampling import network_options, quantize_option
 from mlx_starflow.errors import StarflowError
 
-INSTALL = "the server needs packages that are not installed: pip install 'mlx-starflow[serve]'"
+INSTALL = "the server needs packages that are not installed: pip install fastapi uvicorn python-multipart"
 
 
 @click.command()
@@ -88,7 +88,14 @@ def serve(
     try:
         from mlx_starflow.server.run import serve as run
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] in ("fastapi", "starlette", "uvicorn", "pydantic", "h11"):
+        if (error.name or "").partition(".")[0] in (
+            "fastapi",
+            "starlette",
+            "uvicorn",
+            "pydantic",
+            "h11",
+            "python_multipart",
+        ):
             raise StarflowError(INSTALL) from None
         raise
     from mlx_starflow.server.gallery import Gallery
