@@ -60,6 +60,25 @@ def listen(host: str, port: int) -> socket.socket:
     return listening
 
 
+def configured(service: Service) -> uvicorn.Config:
+    """How HTTP is spoken, within the limits."""
+    return uvicorn.Config(
+        create_app(service),
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        http=Protocol,
+        ws="none",
+        loop="asyncio",
+        server_header=False,
+        proxy_headers=False,
+        limit_concurrency=service.limits.connections,
+        timeout_keep_alive=IDLE,
+        timeout_graceful_shutdown=5,
+        h11_max_incomplete_event_size=MOST_HEADERS,
+    )
+
+
 def serve(
     service: Service,
     host: str = "127.0.0.1",
@@ -82,25 +101,9 @@ def serve(
         warnings.simplefilter("always", UserWarning)  # each job has its own
         warnings.showwarning = service.warned  # type: ignore[assignment]  # its other arguments are not shown
         service.start()
-        app = create_app(service)
-        config = uvicorn.Config(
-            app,
-            log_config=None,
-            access_log=False,
-            lifespan="off",
-            http=Protocol,
-            ws="none",
-            loop="asyncio",
-            server_header=False,
-            proxy_headers=False,
-            limit_concurrency=service.limits.connections,
-            timeout_keep_alive=IDLE,
-            timeout_graceful_shutdown=5,
-            h11_max_incomplete_event_size=MOST_HEADERS,
-        )
         name = f"[{host}]" if ":" in host else host
         ready(f"http://{name}:{listening.getsockname()[1]}")
         try:
-            Server(config, service, grace).run(sockets=[listening])
+            Server(configured(service), service, grace).run(sockets=[listening])
         except KeyboardInterrupt:  # the signal that it was ended by, which uvicorn raises again
             return

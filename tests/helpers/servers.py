@@ -10,8 +10,7 @@ import threading
 import httpx
 import uvicorn
 
-from mlx_starflow.server.app import create_app
-from mlx_starflow.server.run import listen
+from mlx_starflow.server.run import configured, listen
 from mlx_starflow.server.service import Service
 
 
@@ -23,8 +22,7 @@ class Running:
         service.start()
         self._socket = listen("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
-        config = uvicorn.Config(create_app(service), log_config=None, lifespan="off", access_log=False)
-        self._server = uvicorn.Server(config)
+        self._server = uvicorn.Server(configured(service))
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._socket]}, daemon=True)
         self._thread.start()
         self.client = httpx.Client(base_url=self.url, timeout=60)

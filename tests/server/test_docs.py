@@ -37,5 +37,5 @@ def test_it_runs(demo, tmp_path, monkeypatch, capsys):
         *["image_generation.partial_image"] * 2,
         "image_generation.completed",
     ]
-    with Image.open("pizza.png") as made:
+    with Image.open("pizza-1.png") as made:
         assert made.size == (64, 64)

@@ -16,6 +16,7 @@ from helpers.commands import message
 from PIL import Image
 from starlette.datastructures import Headers
 
+from mlx_starflow.server import run
 from mlx_starflow.server.refusals import Refusal
 from mlx_starflow.server.security import Security
 
@@ -312,6 +313,15 @@ def test_half_a_body_and_a_client_that_is_gone(server):
         time.sleep(0.05)
     assert not server.service.bodies.reading
     assert server.post("/api/generate", prompt="a cat").status_code == 200
+
+
+def test_headers_that_do_not_come(server, monkeypatch):
+    monkeypatch.setattr(run, "IDLE", 0.2)
+    for said in (b"", b"GET / HTTP/1.1\r\nHost: loc"):
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=5) as connection:
+            connection.sendall(said)
+            assert connection.recv(100) == b""  # closed by the server
 
 
 def test_errors_of_the_page_and_the_paths_are_json(server):
