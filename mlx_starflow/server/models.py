@@ -18,6 +18,7 @@ import mlx.core as mx
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.likelihood import CalibrationStatistics
+from mlx_starflow.model_dir.adapters import Strengths
 from mlx_starflow.model_dir.directory import ModelDirectory
 from mlx_starflow.model_dir.weights import parse_dtype
 from mlx_starflow.models.tarflow import PixelFlowConfig
@@ -63,7 +64,7 @@ class Models:
         names: "demo", model directories or repositories; the first one is what is used where a request names none.
         memory: bytes that they, and what they compute, may take; 0: `planning.memory.available`.
         keep_alive: seconds that a model which nobody uses stays loaded; None: for ever.
-        dtype, low_memory, quantize: as `load` takes them.
+        dtype, low_memory, quantize, adapters: as `load` takes them.
     """
 
     def __init__(
@@ -75,10 +76,16 @@ class Models:
         dtype: str | None = None,
         low_memory: bool | None = None,
         quantize: str | None = None,
+        adapters: Strengths = (),
     ):
         self.names = list(dict.fromkeys(names)) or ["demo"]
         self.memory, self.keep_alive = memory or available(), keep_alive
-        self._options: dict[str, Any] = {"dtype": dtype, "low_memory": low_memory, "quantize": quantize}
+        self._options: dict[str, Any] = {
+            "dtype": dtype,
+            "low_memory": low_memory,
+            "quantize": quantize,
+            "adapters": adapters,
+        }
         self._models: dict[str, Model] = {}
         self._loaded: OrderedDict[str, Model] = OrderedDict()
         self._plan = lru_cache(256)(self._planned)

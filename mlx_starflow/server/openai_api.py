@@ -140,6 +140,7 @@ def router(service: Service) -> APIRouter:
                 steps=None,
                 rounds=None,
                 strength=None,
+                feather=None,
             )
             kind, made = "inpaint", work.inpaint(painted, gallery, limits)
         job = service.submit(kind, asked.model, made, about={"prompt": asked.prompt, "n": asked.n or 1})

@@ -235,6 +235,7 @@ class Inpaint(Edit):
     steps: int | None = Field(default=None, ge=1, le=1000)
     rounds: int | None = Field(default=None, ge=1, le=100)
     strength: float | None = Field(default=None, gt=0, le=1)
+    feather: int | None = Field(default=None, ge=0, le=10_000, description="pixels about the mask that are blended")
 
 
 class Video(Sampling):

@@ -314,7 +314,12 @@ def inpaint(request: requests.Inpaint, gallery: Gallery, limits: Limits) -> Work
         mask: Image.Image | str = request.rectangle or ""
         if request.mask is not None:
             mask = _mask(request.mask)
-        own = {"steps": request.steps, "rounds": request.rounds, "strength": request.strength}
+        own = {
+            "steps": request.steps,
+            "rounds": request.rounds,
+            "strength": request.strength,
+            "feather": request.feather,
+        }
         chosen: dict[str, Any] = {name: value for name, value in own.items() if value is not None}
         made = pipe.inpaint(
             _decoded(request.image),
@@ -330,7 +335,7 @@ def inpaint(request: requests.Inpaint, gallery: Gallery, limits: Limits) -> Work
         result = _edited(
             job, gallery, made.images, made.metadata, [{"seed": request.seed + i} for i in range(request.n)]
         )
-        return result | {"accepted": made.trace.rate}
+        return result | {"nll": made.nll.T.tolist()}
 
     return work
 

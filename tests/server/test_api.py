@@ -113,8 +113,11 @@ def test_edits(server):
     assert [each["seed"] for each in result["pictures"]] == [4, 5]
     result = server.post("/api/interpolate", first=picture, second=b64(png()), shares=[0.5]).json()["result"]
     assert result["pictures"][0]["share"] == 0.5
-    result = server.post("/api/inpaint", image=picture, rectangle="2,2,4,4", steps=1, rounds=1, seed=2)
-    assert result.json()["result"]["pictures"][0]["metadata"]["made_by"] == "edit inpaint"
+    result = server.post("/api/inpaint", image=picture, rectangle="2,2,4,4", steps=1, rounds=2, n=2, seed=2)
+    result = result.json()["result"]
+    assert [each["seed"] for each in result["pictures"]] == [2, 3]
+    assert result["pictures"][0]["metadata"]["made_by"] == "edit inpaint"
+    assert [len(each) for each in result["nll"]] == [3, 3]
 
 
 def test_a_form_is_as_good_as_json(server):

@@ -100,6 +100,8 @@ def test_mistakes_are_one_line(tmp_path, directories):
     gallery = ("--gallery", tmp_path)
     assert "give it a key with --api-key" in serve.mistake("--host", "0.0.0.0", *gallery)
     assert "none-such" in serve.mistake("-m", tmp_path / "none-such", *gallery)
+    said = serve.mistake("-m", "demo", "-m", directories["pictures"], "--lora", "adapter", 1, *gallery)
+    assert "adapters fit one model" in said
     taken = Process("-m", directories["pictures"], *gallery)
     try:
         port = taken.url.rpartition(":")[2]

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from mlx_starflow import cpu
-from mlx_starflow.cli.options.sampling import network_options, quantize_option
+from mlx_starflow.cli.options.sampling import lora_option, network_options, quantize_option
 from mlx_starflow.errors import StarflowError
 
 INSTALL = "the server needs packages that are not installed: pip install fastapi uvicorn python-multipart"
@@ -15,6 +15,7 @@ INSTALL = "the server needs packages that are not installed: pip install fastapi
 
 @click.command()
 @click.option("-m", "--model", "models", multiple=True, help="As of generate; give it again for more.  [default: demo]")
+@lora_option
 @click.option("--host", default="127.0.0.1", help="Where to listen; other machines can reach 0.0.0.0.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, help="0 is any that is free.")
 @click.option(
@@ -56,6 +57,7 @@ INSTALL = "the server needs packages that are not installed: pip install fastapi
 @quantize_option
 def serve(
     models: tuple[str, ...],
+    adapters: tuple[tuple[str, float], ...],
     host: str,
     port: int,
     gallery: Path,
@@ -105,6 +107,8 @@ def serve(
     from mlx_starflow.server.security import Security
     from mlx_starflow.server.service import Service
 
+    if adapters and len(models) > 1:
+        raise click.UsageError("adapters fit one model: with --lora, give one --model alone")
     limits = Limits(
         queue=queue,
         images=max_images,
@@ -124,6 +128,7 @@ def serve(
             dtype=dtype,
             low_memory=low_memory,
             quantize=quantize,
+            adapters=adapters,
         ),
         Gallery(gallery),
         limits,
