@@ -297,15 +297,21 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=40, help="for latency and throughput")
     parser.add_argument("--mixed", type=int, default=300, help="requests that memory is watched over")
     parser.add_argument("--requests", type=int, default=1000, help="of which a third are hostile")
+    parts = ("speed", "memory", "hostile")
+    parser.add_argument("--only", choices=parts, action="append", help="of the parts; all by default")
     args = parser.parse_args()
-    with serving(args.model, "--memory", "4") as url:
-        latency(url, args.model, args.pictures)
-        overhead(url, args.pictures)
-        throughput(url, args.pictures)
-    with serving(args.model, "--memory", "4") as url:
-        memory(url, args.mixed)
-    with serving(args.model, "--memory", "4", "--queue", "64") as url:
-        thousand(url, args.requests)
+    chosen = args.only or parts
+    if "speed" in chosen:
+        with serving(args.model, "--memory", "4") as url:
+            latency(url, args.model, args.pictures)
+            overhead(url, args.pictures)
+            throughput(url, args.pictures)
+    if "memory" in chosen:
+        with serving(args.model, "--memory", "4") as url:
+            memory(url, args.mixed)
+    if "hostile" in chosen:
+        with serving(args.model, "--memory", "4", "--queue", "64") as url:
+            thousand(url, args.requests)
 
 
 if __name__ == "__main__":

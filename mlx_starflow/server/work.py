@@ -222,7 +222,10 @@ def decode(request: requests.Decode, gallery: Gallery, limits: Limits) -> Work:
         pipe = models.get(request.model)
         with gallery.scratch(".safetensors") as path:
             path.write_bytes(request.noise)
-            found = Encoded.load(path)
+            try:
+                found = Encoded.load(path)
+            except StarflowError as error:  # the file's name is nobody's business
+                raise StarflowError(str(error).replace(str(path), "the noise")) from None
         check_count(limits, len(found.noise), "the pictures of a noise file")
         if request.prompt is not None:
             found = replace(found, prompts=[request.prompt] * len(found.noise))

@@ -53,6 +53,13 @@ def test_several_pictures_have_seeds_that_count_up(server):
     assert result["pictures"][0]["certificate"]["max"] < 0.1
 
 
+def test_the_best_of_several(server):
+    result = server.post("/api/generate", prompt="a cat", seed=3, n=2, best_of=3).json()["result"]
+    assert all(each["seed"] in range(low, low + 3) for each, low in zip(result["pictures"], (3, 6), strict=True))
+    assert all(each["fit"] is not None for each in result["pictures"])
+    assert "leave out the best-of" in server.post("/api/generate", prompt="", n=1, best_of=2).text
+
+
 def test_a_stream_tells_previews_and_pictures(server):
     answer = server.client.post("/api/generate?mode=stream", json={"prompt": "a cat", "seed": 1, "previews": True})
     told = events(answer.text)
@@ -107,7 +114,7 @@ def test_classes_are_the_labels_unless_others_are_given(server):
 
 def test_edits(server):
     picture = server.post("/api/generate", prompt="a cat", seed=3).json()["result"]["pictures"][0]["id"]
-    result = server.post("/api/reprompt", image=picture, source="a cat", target="a dog", strengths=[0.0, 1.0])
+    result = server.post("/api/reprompt", image=picture, source="a cat", target="a dog", strengths=[0, 1.0])
     assert [each["strength"] for each in result.json()["result"]["pictures"]] == [0.0, 1.0]
     result = server.post("/api/vary", image=picture, prompt="a cat", n=2, seed=4).json()["result"]
     assert [each["seed"] for each in result["pictures"]] == [4, 5]
