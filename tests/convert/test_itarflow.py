@@ -26,7 +26,7 @@ def test_the_command_makes_the_flow_that_the_golden_arrays_are_of(case, with_con
     more = ["--config", DATA / case / "config.yaml"] if with_config else ["--t1", "0.3"]
     done = Command("convert")("flow", checkpoint, "-o", tmp_path / "model", *more)
     assert done.exit_code == 0, done.output
-    flow, golden = load_flow(tmp_path / "model"), golden(case)
+    flow, golden = load_flow(tmp_path / "model", dtype="float32"), golden(case)
     assert isinstance(flow, ITarFlow) and flow.config == golden.flow.config
     z = flow(golden["x"], golden.get("y"), noise_level=golden["t"]).z
     assert golden.relative_error(z, "z") < 1e-5

@@ -138,6 +138,7 @@ class Trainer:
         )
         self.average, self.optimizer = self._steps.average, self._steps.optimizer
         self.peak_memory = 0
+        self._check_peers: Callable[[], None] = lambda: None
         self._losses = Losses()
         self.validation = None if validation is None else Validation(self.folder, validation, nll, config, self.group)
         if self.writes:
@@ -160,7 +161,8 @@ class Trainer:
             StarflowError: a loss, gradient or weight is not finite, a file cannot be written, or another process of the
                 run has ended.
         """
-        with distributed.peers(self.name, self.group), distributed.run_folder(self.folder):
+        with distributed.peers(self.name, self.group) as check, distributed.run_folder(self.folder):
+            self._check_peers = check
             if self.config.shard and self.group.size() > 1:
                 self._steps.shard()
             return self._run()
@@ -249,6 +251,7 @@ class Trainer:
         weights, average, optimizer = self._steps.whole_state()
         if not self.writes:
             return None
+        self._check_peers()
         if not all_finite([*weights.values(), *average.values()]):
             raise self._diverged("a weight", self.step)
         checkpoint = Checkpoint(
@@ -323,9 +326,15 @@ class Trainer:
     def _validate(self, log: RunLog) -> bool:
         assert self.validation is not None
         with self._averaged():
-            line = self.validation.measure(self.model, self.step, self._steps.whole_weights)
+            line = self.validation.measure(self.model, self.step, self._whole_weights)
         log.write(line)
         return self._finished
+
+    def _whole_weights(self) -> dict[str, mx.array]:
+        weights = self._steps.whole_weights()
+        if self.writes:
+            self._check_peers()
+        return weights
 
     def _watch(self, reporter: Reporter) -> None:
         # A model in shares can be used by all processes together alone.
