@@ -137,7 +137,7 @@ def vary(
     Args:
         model, image, size, batch_size, method, progress, callback: as for `reprompt`.
         prompt: what is on the image; "" if it cannot be said.
-        strengths: one image for each, 0 to 1; 0.3 by default.
+        strengths: one image for each, 0 to 1; 0.7 by default.
         strength: a single one.
         images: paths; each has all strengths.
         temperature: of the other noise; the model's own by default.
@@ -146,7 +146,7 @@ def vary(
     Raises:
         StarflowError: a setting is out of range, or the result is not finite.
     """
-    strengths = _numbers(_either(strength, strengths, 0.3), "strengths", 1.0)
+    strengths = _numbers(_either(strength, strengths, 0.7), "strengths", 1.0)
     progress = watch(progress, callback)
     inversion = Inversion(model.inversion(method), progress)
     temperature = model.temperature if temperature is None else temperature
