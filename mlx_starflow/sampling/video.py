@@ -212,7 +212,7 @@ def _deep_state(flow: Flow, decoder: BlockDecoder, shape: tuple[int, ...], frame
 def _shallow_state(flow: Flow, decoder: BlockDecoder, shape: tuple[int, ...]) -> mx.array:
     """The same of a block that makes several frames at once: of the last of them."""
     tokens = decoder.block.unpermute(decoder.data(0, decoder.z.shape[1]), decoder.frames)
-    return flow.latents(tokens[:, -(decoder.z.shape[1] // decoder.frames) :], shape)
+    return flow.latents(tokens[:, -(tokens.shape[1] // decoder.frames) :], shape)
 
 
 def denoise_frames(
