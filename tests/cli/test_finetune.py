@@ -174,6 +174,11 @@ def test_dry_run(model, pictures, tmp_path):
     assert done.exit_code == 0, done.output
     for word in ("weights", "gradients", "optimizer", "activations", "peak", "16 GB Mac: batch size 16, rank 16"):
         assert word in done.stdout
+    assert re.search(r"^[\d.]+ m?s a step here, \d+ \w+ for 400 steps$", done.stdout, re.MULTILINE)
+    kinds = (["--dora", 2, "--anchor", 0.3, "--dropout", 0.1], ["--full", "--anchor", 0.3], ["--quantize", "8"])
+    for more in kinds:
+        assert "a step here" in command(model, pictures, "-o", tmp_path / "run", "--dry-run", *more).stdout
+    assert "does not exist" in command.mistake(model, tmp_path / "none", "-o", tmp_path / "run", "--dry-run")
     assert not (tmp_path / "run").exists()
 
 

@@ -295,6 +295,5 @@ def test_mistakes(cache, model, pictures, flow_file, tmp_path):
     assert "neither YAML nor JSON" in with_config("a: [")
     assert "cannot read" in command.mistake(*run, "--model-config", tmp_path / "none.yaml")
     assert "needs no --autoencoder-steps" in command.mistake(*run, "--autoencoder-steps", 3)
-    assert "--dry-run is for a flow alone" in command.mistake(pictures, "-o", tmp_path / "run", "--dry-run")
     assert "validation must be in 0..0.5" in command.mistake(*run, "--validation", 0.7)
     assert not (tmp_path / "run/config.json").exists()

@@ -31,8 +31,16 @@ from mlx_starflow.model_dir.weights import automatic_dtype
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL
 from mlx_starflow.models.t5 import T5Encoder
 from mlx_starflow.pipelines.prompts import complete_prompt
-from mlx_starflow.sampling.bars import Bar
-from mlx_starflow.training.data.cache.files import INDEX, SKIPPED, TEXT, TEXT_INDEX, CacheWriter, Progress, latents_file
+from mlx_starflow.sampling.progress import Progress
+from mlx_starflow.training.data.cache.files import (
+    INDEX,
+    SKIPPED,
+    TEXT,
+    TEXT_INDEX,
+    CacheWriter,
+    Committed,
+    latents_file,
+)
 from mlx_starflow.training.data.cache.model import CacheModel
 from mlx_starflow.training.data.cache.numbers import encode_numbers
 
@@ -133,22 +141,25 @@ class ImageStage:
     def __init__(self, settings: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]]):
         self.settings, self.shapes = settings, shapes
 
-    def run(self, items: Items, total: int | None, model: CacheModel, writer: CacheWriter, hide: bool | None) -> None:
-        """Encode what is left of the source and commit it; the last commit says `pictures_done`."""
+    def run(self, items: Items, total: int | None, model: CacheModel, writer: CacheWriter, progress: Progress) -> None:
+        """Encode what is left of the source and commit it; the last commit says `pictures_done`.
+
+        Raises Cancelled after a commit.
+        """
         vae = _Autoencoder(model.directory / "vae")
         with (
             ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool,
-            Bar(desc="pictures", total=total, initial=items.count, disable=hide) as bar,
+            progress.counting("pictures", total, "picture", done=items.count) as counter,
             no_remarks(),
         ):
             try:
                 for prepared, count, digest in self._steps(items, pool):
                     self._encode([future.result() for future in prepared], vae, writer)
-                    writer.commit(Progress(count, digest))
-                    bar.update(count - bar.n)
+                    writer.commit(Committed(count, digest))
+                    counter.advance(count - counter.done)
             finally:
                 pool.shutdown(cancel_futures=True)
-        writer.commit(Progress(items.count, items.digest, pictures_done=True))
+        writer.commit(Committed(items.count, items.digest, pictures_done=True))
 
     def _steps(self, items: Items, pool: ThreadPoolExecutor) -> Iterator[Step]:
         """Steps, each given out when the next one is being decoded already."""
@@ -226,13 +237,16 @@ class TextStage:
     def __init__(self, texts: Sequence[tuple[str, str | None]], settings: Mapping[str, Any]):
         self.texts, self.settings = texts, settings
 
-    def run(self, model: CacheModel, writer: CacheWriter, hide: bool | None) -> None:
-        """Encode what is left of the texts and commit it, with the number of those that were cut."""
+    def run(self, model: CacheModel, writer: CacheWriter, progress: Progress) -> None:
+        """Encode what is left of the texts and commit it, with the number of those that were cut.
+
+        Raises Cancelled after a commit.
+        """
         done, cut = writer.progress.texts, writer.progress.cut
         if done == len(self.texts):
             return
         encoder, tokenizer = load_text_encoder(model.directory / "text_encoder")
-        with Bar(desc="captions", total=len(self.texts), initial=done, disable=hide) as bar:
+        with progress.counting("captions", len(self.texts), "text", done=done) as counter:
             while part := self.texts[done : done + TEXT_STEP]:
                 prompts = [complete_prompt(text, model.config, ratio=ratio or "1:1") for text, ratio in part]
                 ids, mask, truncated = tokenizer.batch(prompts, model.config.txt_size)
@@ -246,7 +260,7 @@ class TextStage:
                     writer.append(TEXT_INDEX, json.dumps(line).encode() + b"\n")
                 done, cut = done + len(part), cut + sum(truncated)
                 writer.commit(replace(writer.progress, texts=done, cut=cut))
-                bar.update(len(part))
+                counter.advance(len(part))
 
 
 def _embeddings(encoder: T5Encoder, ids: np.ndarray, mask: np.ndarray) -> list[np.ndarray]:
