@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from mlx_starflow.editing.maps import BlendedFlow, Inversion, cleaned, regenerated, to_noise
+from mlx_starflow.editing.maps import BlendedFlow, Inversion, cleaned, previews, regenerated, to_noise
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.errors.arguments import checked
 from mlx_starflow.likelihood.protocol import ImageModel, Prompt
@@ -260,7 +260,7 @@ def _regenerated(
 ) -> tuple[list[Image.Image], np.ndarray]:
     """Regenerate the image at every place, so many at once, and decode: images and their data."""
     data = []
-    with progress.counting("editing", len(places), "picture") as counter:
+    with progress.counting("editing", len(places), "picture") as counter, progress.previewing(previews(model)):
         for start in range(0, len(places), batch_size):
             part = places[start : start + batch_size]
             data.append(np.array(regenerate(part)))
