@@ -50,7 +50,7 @@ def test_previews(model):
         if shown := progress.preview():
             seen[progress.phase].append(shown)
 
-    asked = {"steps": 3, "images": 2, "seed": 4}
+    asked = {"steps": 3, "rounds": 1, "images": 2, "seed": 4}
     plain = inpaint(model, image, mask, "1", **asked).images
     watched = inpaint(model, image, mask, "1", callback=look, **asked).images
     assert [each.tobytes() for each in watched] == [each.tobytes() for each in plain]
