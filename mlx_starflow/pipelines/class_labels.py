@@ -56,6 +56,7 @@ class ClassPipeline(ImageMaker):
         self.settings = own_settings(model)
         self.temperature = self.settings.temperature
         self._noise_level: float | None = None
+        self._fit: set[tuple[int, float]] = set()
 
     # ---- the flow, at a noise level
 
@@ -143,6 +144,8 @@ class ClassPipeline(ImageMaker):
 
     def check_images(self, size: tuple[int, int], images: int, guidance: float) -> None:
         self.check_size(size)
+        if (asked := (images, guidance)) in self._fit:
+            return
         backend = self.backend
         here = backend if isinstance(backend, MLXBackend) else None
         check_class_memory(
@@ -153,6 +156,7 @@ class ClassPipeline(ImageMaker):
             ranks=here.group.size() if here and here.group else 1,
             quantization=here.quantize if here else None,
         )
+        self._fit.add(asked)
 
     def noise_shape(self, size: tuple[int, int] | None = None) -> tuple[int, ...]:
         self.check_size(size or self.size)
