@@ -40,7 +40,17 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["mlx_starflow", "mlx_starflow.*"]), "mlx_starflow.convert"],
     package_dir={"mlx_starflow.convert": "convert"},
-    package_data={"mlx_starflow": ["py.typed", "*.pyi", "cpu/*.cpp", "cpu/*.h", "demo/model/*", "demo/model/*/*"]},
+    package_data={
+        "mlx_starflow": [
+            "py.typed",
+            "*.pyi",
+            "cpu/*.cpp",
+            "cpu/*.h",
+            "demo/model/*",
+            "demo/model/*/*",
+            "server/studio/*",
+        ]
+    },
     install_requires=[
         # PyPI's plain mlx has no backend on Linux: the CPU one is an extra there. Earlier versions are wrong in places:
         # causal masks of more than 32,767 positions on an M5 (0.31.1), nvfp4 (0.32.0), large 3-D convolutions (0.30).
@@ -64,6 +74,7 @@ setup(
         "heic": ["pillow-heif"],  # an iPhone's photos
         "tensorboard": ["tensorboardX"],  # --report-to tensorboard, without PyTorch or TensorFlow
         "wandb": ["wandb"],  # --report-to wandb
+        "serve": ["fastapi>=0.110", "uvicorn>=0.30", "python-multipart>=0.0.18"],  # `mlx-starflow serve`
         # What builds and checks wheel, sdist and documentation.
         "release": [
             "build",
@@ -85,6 +96,11 @@ setup(
             "av",
             "pillow-heif",
             "tensorboardX",
+            "fastapi>=0.110",
+            "uvicorn>=0.30",
+            "python-multipart>=0.0.18",
+            "httpx",
+            "openai",  # its client talks to our server
         ],
         "torch": ["torch"],
         "video": ["av"],  # PyAV: MP4 and other video files

@@ -4,6 +4,11 @@
     python examples/reports/text_flow.py text.txt runs/text --only transformer
     python examples/reports/text_flow.py text.txt runs/text
 
+docs/text.md is about the New Testament in the King James Version, whose copyright has expired: in Debian
+
+    apt-get install bible-kjv && bible -l100 mat1:1-rev22:21 > bible.txt
+    python examples/reports/text_flow.py bible.txt runs/text --verses
+
 With --only one of them is trained; Ctrl-C saves, and the same command resumes. Without it what is not trained yet is
 trained, and both are measured on the held-out part of the text: bits per character, and how well they fill gaps, the
 transformer from what stands before a gap and the flow from both sides. OUT gets figures.json and samples.txt;
@@ -15,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import time
 from functools import partial
 from pathlib import Path
@@ -84,6 +90,19 @@ def transformer_loss(model: Transformer, batch: Batch) -> tuple[mx.array, Metric
     return loss, {"bpc": loss / math.log(2)}
 
 
+def verses(printed: str) -> str:
+    """The verses, one a line and without their numbers, of what the program `bible` prints."""
+    found: list[str] = []
+    goes_on = False
+    for line in printed.splitlines():
+        if verse := re.match(r" +\d+ (.*)", line):
+            found.append(verse[1].strip())
+        elif goes_on and line.strip() and not re.fullmatch(r"[\w ]+ \d+", line):
+            found[-1] += " " + line.strip()
+        goes_on = bool(verse) or (goes_on and bool(line.strip()))
+    return "\n".join(found) + "\n"
+
+
 def size_of(model: nn.Module) -> int:
     return sum(weight.size for weight in parameters(model).values())
 
@@ -145,9 +164,8 @@ def load_weights(folder: Path, model: nn.Module) -> None:
     model.load_weights(str(folder / "model.safetensors"))
 
 
-def transformer_bits(model: Transformer, held_out: TextWindows) -> float:
-    """Bits per character of the held-out windows."""
-    windows = held_out.characters[: held_out.order.count * held_out.length].reshape(-1, held_out.length)
+def transformer_bits(model: Transformer, windows: np.ndarray) -> float:
+    """Bits per character of windows `[N, T]`."""
     parts = np.array_split(windows, max(1, len(windows) // BATCH))
     nats = [np.array(transformer_nats(model, {"characters": mx.array(part)})) for part in parts]
     return float(np.concatenate(nats).mean() / math.log(2))
@@ -242,14 +260,15 @@ def sampling_figures(flow: TextFlow) -> dict[str, dict[str, float]]:
 
 def compare(args: argparse.Namespace, flow: TextFlow, transformer: Transformer, held_out: TextWindows) -> None:
     """Measure both, and write figures.json and samples.txt."""
-    score = score_characters(flow, held_out.characters, draws=args.draws)
+    windows = held_out.characters[: held_out.order.count * held_out.length].reshape(-1, held_out.length)
+    windows = windows[np.linspace(0, len(windows) - 1, min(args.windows, len(windows))).astype(int)]
+    score = score_characters(flow, windows.reshape(-1), draws=args.draws)
     figures: dict[str, object] = {
         "weights": {"flow": size_of(flow), "transformer": size_of(transformer)},
         "flow": score.to_dict(),
-        "transformer": {"bits_per_character": transformer_bits(transformer, held_out)},
+        "transformer": {"bits_per_character": transformer_bits(transformer, windows)},
         "sampling": sampling_figures(flow),
     }
-    windows = held_out.characters[: held_out.order.count * held_out.length].reshape(-1, held_out.length)
     figures["gaps"] = {
         length: fill_figures(flow, transformer, windows, length, args.candidates) for length in args.gaps
     }
@@ -273,6 +292,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", type=Path, help="a text file")
     parser.add_argument("out", type=Path, help="folder to write to")
+    parser.add_argument("--verses", action="store_true", help="the file is what the program bible printed")
     parser.add_argument("--only", choices=["flow", "transformer"])
     parser.add_argument("--length", type=int, default=128, help="characters of a window")
     parser.add_argument("--channels", type=int, default=128, help="width of the flow, a multiple of 8")
@@ -283,11 +303,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--ema", type=float, default=0.995)
     parser.add_argument("--draws", type=int, default=64, help="of the codebook's noise, for the bounds")
     parser.add_argument("--gaps", type=int, nargs="+", default=[4, 8, 16], help="characters that are hidden")
-    parser.add_argument("--candidates", type=int, default=16, help="continuations that the transformer chooses from")
+    parser.add_argument("--windows", type=int, default=160, help="held-out ones that both are measured on")
+    parser.add_argument("--candidates", type=int, default=8, help="continuations that the transformer chooses from")
     parser.add_argument("--sample-length", type=int, default=384)
     args = parser.parse_args(arguments)
 
-    text = args.text.read_text()
+    text = verses(args.text.read_text()) if args.verses else args.text.read_text()
     alphabet = "".join(sorted(set(text)))
     flow, transformer = new_models(args, alphabet)
     characters = np.array(flow.characters(text))

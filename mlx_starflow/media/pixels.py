@@ -61,14 +61,42 @@ def decode_image(data: bytes) -> Image.Image:
         UnreadableImage: it is empty, damaged, of an unknown format, of floating-point numbers, or so large that
             Pillow takes it for a decompression bomb (179 million pixels); or it is HEIC, and pillow-heif is missing.
     """
+    with _opened(data) as opened, _room_for(opened.width * opened.height):
+        opened.load()
+        return model_picture(opened)
+
+
+def stored_size(data: bytes) -> tuple[int, int]:
+    """(width, height) of the image in a file's bytes as its header says, before anything is decoded.
+
+    Raises UnreadableImage, as `decode_image`.
+    """
+    with _opened(data) as opened:
+        return opened.size
+
+
+def decode_transparency(data: bytes) -> Image.Image | None:
+    """How opaque the image in a file's bytes is, mode "L", 255 where it is, turned as its EXIF says; None if it all is.
+
+    Raises UnreadableImage, as `decode_image`.
+    """
+    with _opened(data) as opened, _room_for(opened.width * opened.height):
+        opened.load()
+        if not opened.has_transparency_data:
+            return None
+        return _upright(opened.convert("RGBA").getchannel("A"), _orientation(opened))
+
+
+@contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    """The image in a file's bytes, of which the header has been read; whatever is wrong inside is UnreadableImage."""
     if not data:
         raise UnreadableImage("the file is empty")
     if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS and not reads_heif():
         raise UnreadableImage(f"a HEIC picture, which {HEIF_PACKAGE} reads: pip install {HEIF_PACKAGE}")
     try:
-        with Image.open(io.BytesIO(data), formats=_formats()) as opened, _room_for(opened.width * opened.height):
-            opened.load()
-            return model_picture(opened)
+        with Image.open(io.BytesIO(data), formats=_formats()) as opened:
+            yield opened
     except UnreadableImage:
         raise
     except UnidentifiedImageError:

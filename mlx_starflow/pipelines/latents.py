@@ -136,7 +136,7 @@ class LatentPipeline(Pipeline):
         """
         super().check_size(size, images)
         self.latent_shape(size)  # raises StarflowError if the size does not fit
-        asked = (tuple(size), images, frames, guidance)
+        asked = (tuple(size), images, frames, guidance if guidance is None else guidance > 0)
         if asked in self._fit:
             return
         backend = self.backend

@@ -6,6 +6,7 @@ import mlx.core as mx
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.model_dir.directory import ModelDirectory
+from mlx_starflow.planning.class_memory import plan_classes
 from mlx_starflow.planning.memory import installed, plan
 
 MOST_SIDE = 1 << 16
@@ -61,12 +62,28 @@ def check_memory(
         dtype=dtype,
         quantization=quantization,
     ).split(ranks)
-    needed, there = expected.peak(low_memory) + held, installed()
-    if needed > there:
-        what = f"pictures of {size[0]}x{size[1]}" if size else "this"
+    what = f"pictures of {size[0]}x{size[1]}" if size else "this"
+    _check(expected.peak(low_memory) + held, what, "take a smaller size, or fewer pictures")
+
+
+def check_class_memory(
+    model: ModelDirectory,
+    *,
+    batch: int = 1,
+    guidance: float | None = None,
+    dtype: mx.Dtype | None = None,
+    ranks: int = 1,
+    quantization: int | str | None = None,
+) -> None:
+    """`check_memory` of images of classes; arguments as `class_memory.plan_classes` takes them."""
+    expected = plan_classes(model, batch=batch, guidance=guidance, dtype=dtype, quantization=quantization).split(ranks)
+    _check(expected.peak(), f"{batch:,} pictures at once" if batch > 1 else "this", "make fewer pictures at a time")
+
+
+def _check(needed: int, what: str, fix: str) -> None:
+    if needed > (there := installed()):
         raise StarflowError(
-            f"{what} would take {_gigabytes(needed)} GB of memory, and this machine has {_gigabytes(there)}: "
-            "take a smaller size, or fewer pictures"
+            f"{what} would take {_gigabytes(needed)} GB of memory, and this machine has {_gigabytes(there)}: {fix}"
         )
 
 

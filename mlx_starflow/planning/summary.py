@@ -27,7 +27,10 @@ from mlx_starflow.model_dir.hub import converted_directory, find_model
 from mlx_starflow.model_dir.precision import MIXED
 from mlx_starflow.model_dir.quantization import SHALLOW_BITS, dequantize_module
 from mlx_starflow.model_dir.weights import automatic_precision, parameters
+from mlx_starflow.models.itarflow import ITarFlowConfig
+from mlx_starflow.models.tarflow import PixelFlowConfig
 from mlx_starflow.planning.chips import find_chips, time_report
+from mlx_starflow.planning.class_memory import class_plans
 from mlx_starflow.planning.memory import (
     HALF,
     MemoryPlan,
@@ -46,6 +49,9 @@ MACS = (8, 16, 24, 32, 64)
 LARGE_MACS = (32, 64, 96, 128, 192)
 """Memory, in GB, of the Macs that `memory_report` speaks of, and of those for models that need more."""
 
+QUICK = 0.05
+"""Seconds in which the CPU's speed is measured, so that `info` does not make anybody wait."""
+
 MOST_SHOWN = 1000
 """Characters of a value in a file's metadata that are shown."""
 
@@ -58,7 +64,7 @@ def summarize(model: str) -> dict[str, str]:
     """
     device = mx.default_device().type.name.upper()
     lines = {"mlx-starflow": f"{__version__}, MLX {MLX_VERSION} on the {device}, Python {platform.python_version()}"}
-    lines["BLAS"] = f"{cpu.describe()}, {cpu.gflops():.1f} GFLOPS on the CPU"
+    lines["BLAS"] = f"{cpu.describe()}, {cpu.gflops(seconds=QUICK):.1f} GFLOPS on the CPU"
     lines["float32"] = (
         "products are TF32 (MLX_ENABLE_TF32): certificates and round trips do not hold"
         if tf32()
@@ -75,10 +81,7 @@ def summarize(model: str) -> dict[str, str]:
         return lines
     directory = ModelDirectory.find(model)
     lines["model"] = f"{model} ({directory.flow.content['model_type']}) in {directory.path}"
-    lines |= _architecture(directory.flow.config) | {"flow": _size(directory.flow)}
-    for title, part in PARTS.items():
-        if directory.has(part):
-            lines[title] = _size(getattr(directory, part))
+    lines |= describe_model(directory)
     missing = [title for title, part in PARTS.items() if not directory.has(part)]
     if missing and directory.reads_prompts:
         lines["lacks"] = f"{' and '.join(missing)}: a flow alone, which makes no pictures of prompts"
@@ -89,6 +92,15 @@ def summarize(model: str) -> dict[str, str]:
         lines[name] = str(value)
     if licences := directory.licences:
         lines["licence"] = f"see {', '.join(licences)} there"
+    return lines
+
+
+def describe_model(directory: ModelDirectory) -> dict[str, str]:
+    """Name -> one line of text about a model's networks: structure and sizes. Raises StarflowError."""
+    lines = _architecture(directory.flow.config) | {"flow": _size(directory.flow)}
+    for title, part in PARTS.items():
+        if directory.has(part):
+            lines[title] = _size(getattr(directory, part))
     return lines
 
 
@@ -134,19 +146,52 @@ def memory_report(
         frames: of videos; None: as many as the model was trained at.
 
     Returns:
-        Lines of text; none for a model that does not read prompts, or lacks its text encoder or autoencoder.
+        Lines of text; none for a model that reads prompts and lacks its text encoder or autoencoder.
 
     Raises:
-        StarflowError: there is no such model, or a config is not usable.
+        StarflowError: there is no such model, a config is not usable, or the model makes no images of that size.
     """
     configs = model_configs(model)
     if configs is None:
-        return []
+        return _class_report(model, size, batch, frames)
     if frames is not None and not configs.flow.video:
         raise StarflowError(f"--frames is about videos, and {model} makes pictures: leave it out")
     found = plans(configs, size=size, batch=batch, frames=frames)
+    width, height = size or trained_size(configs.flow, configs.vae)
+    images = _images(batch)
+    if configs.flow.video:
+        videos = "one video" if batch == 1 else f"{batch} videos at once"
+        images = f"{videos} of {frames or configs.flow.video[0]} frames"
+    notes = [
+        f"8, 6 and 4 bit: of the flow, which computes in {packed_dtype(configs.flow)}; the other networks are {HALF}."
+    ]
+    return _report(found, f"{images} of {width}x{height}", notes)
+
+
+def _class_report(model: str, size: tuple[int, int] | None, batch: int, frames: int | None) -> list[str]:
+    """`memory_report` of a model of classes; nothing of another one."""
+    directory = ModelDirectory.find(model)
+    config = directory.flow.config
+    if not isinstance(config, PixelFlowConfig):
+        return []
+    own = config.img_size, config.img_size
+    if frames is not None:
+        raise StarflowError(f"--frames is about videos, and {model} makes pictures: leave it out")
+    if size not in (None, own):
+        raise StarflowError(f"{model} knows pictures of {own[0]}x{own[1]} pixels alone: leave out the size")
+    notes = ["8, 6 and 4 bit: weights of the layers; float32 is computed in."]
+    return _report(class_plans(directory, batch=batch), f"{_images(batch)} of {own[0]}x{own[1]}", notes)
+
+
+def _images(batch: int) -> str:
+    return "one picture" if batch == 1 else f"{batch} pictures at once"
+
+
+def _report(found: dict[str, MemoryPlan], images: str, notes: list[str]) -> list[str]:
+    """Plans by precision as a table; of a model of several networks with one of them in memory at a time, too."""
     largest = max(each.peak() for each in found.values())
     unit, name = (2**30, "GiB") if largest >= 2**30 else (2**20, "MiB")
+    parts = list(next(iter(found.values())).weights)
 
     def row(label: str, values: list[str]) -> str:
         return f"{label:<26}" + "".join(f"{value:>14}" for value in values)
@@ -154,27 +199,24 @@ def memory_report(
     def sizes(values: list[int]) -> list[str]:
         return [f"{value / unit:.2f}" for value in values]
 
-    width, height = size or trained_size(configs.flow, configs.vae)
-    images = "one picture" if batch == 1 else f"{batch} pictures at once"
-    if configs.flow.video:
-        videos = "one video" if batch == 1 else f"{batch} videos at once"
-        images = f"{videos} of {frames or configs.flow.video[0]} frames"
     lines = [
-        f"Memory in {name} for {images} of {width}x{height}: computed from the configs, not measured.",
-        f"8, 6 and 4 bit: of the flow, which computes in {packed_dtype(configs.flow)}; the other networks are {HALF}.",
+        f"Memory in {name} for {images}: computed from the configs, not measured.",
+        *notes,
         "",
         row("weights", list(found)),
     ]
-    for part in ("flow", *PARTS):
+    for part in ("flow", *(part for part in PARTS if part in parts)):
         lines.append(row(f"  {part}", sizes([each.weights[part] for each in found.values()])))
-    for title, low_memory in (("peak, all in memory", False), ("peak with --low-memory", True)):
+    several = len(parts) > 1
+    peaks = [("peak, all in memory", False), ("peak with --low-memory", True)] if several else [("peak", False)]
+    for title, low_memory in peaks:
         lines += ["", row(title, list(found))]
         phases = [each.phases(low_memory) for each in found.values()]
         lines += [row(f"  {phase}", sizes([each[phase] for each in phases])) for phase in phases[0]]
     lines += ["", row("Macs", list(found))]
-    smallest = min(each.peak(low_memory=True) for each in found.values())
+    smallest = min(each.peak(low_memory=several) for each in found.values())
     macs = MACS if smallest <= usable(16 * 2**30) else LARGE_MACS
-    lines += [row(f"  {memory} GB", [_verdict(each, memory) for each in found.values()]) for memory in macs]
+    lines += [row(f"  {memory} GB", [_verdict(each, memory, several) for each in found.values()]) for memory in macs]
     shares = ", ".join(f"{usable(memory * 2**30) / 2**30:.1f} of {memory}" for memory in macs)
     return [
         *lines,
@@ -216,10 +258,10 @@ def model_configs(model: str) -> ModelConfigs | None:
     return ModelConfigs.read(directory) if whole else None
 
 
-def _verdict(expected: MemoryPlan, gigabytes: int) -> str:
+def _verdict(expected: MemoryPlan, gigabytes: int, several: bool) -> str:
     if expected.fits(gigabytes):
         return "yes"
-    return "--low-memory" if expected.fits(gigabytes, low_memory=True) else "no"
+    return "--low-memory" if several and expected.fits(gigabytes, low_memory=True) else "no"
 
 
 def _release(model: str) -> ModelConfigs | None:
@@ -249,10 +291,18 @@ def _architecture(flow: Any) -> dict[str, str]:
         order = "backwards" if block.flip else "forwards"
         text = ", reads text" if getattr(block, "txt_dim", 0) else ""
         lines[f"block {index}"] = f"{kind}, {order}{text}"
-    side, each = flow.img_size // flow.patch_size, " a frame" if getattr(flow, "video", None) else ""
+    each = " a frame" if getattr(flow, "video", None) else ""
     if not getattr(flow, "txt_size", 0):  # of others the memory report says so
         lines["pictures"] = f"{flow.img_size}x{flow.img_size} pixels, {flow.channel_size} channels"
-    lines["tokens"] = f"{side * side}{each} of {blocks[0].in_channels} numbers, patches of {flow.patch_size}"
+    patches = {getattr(block, "patch_size", flow.patch_size): block.in_channels for block in blocks}
+    lines["tokens"] = "; ".join(
+        f"{(flow.img_size // patch) ** 2}{each} of {numbers} numbers, patches of {patch}"
+        for patch, numbers in patches.items()
+    )
+    if isinstance(flow, ITarFlowConfig):
+        lines["noise"] = f"levels {flow.t0:g} to {flow.t1:g}"
+    elif isinstance(flow, PixelFlowConfig):
+        lines["noise"] = f"{flow.noise_std:g}" if flow.noise_type == "gaussian" else flow.noise_type
     if video := getattr(flow, "video", None):
         lines["videos"] = f"{video[0]} frames, {video[1]} a second, as trained; pictures too"
     if denoiser := getattr(flow, "denoiser", None):

@@ -14,6 +14,9 @@ from helpers.paths import ROOT
 
 WITH_CODE = [page for page in PAGES if python_blocks(page)]
 
+NEEDS_A_SERVER = "server.md"
+"""The page whose code talks to one: tests/server/test_docs.py runs it."""
+
 
 def code(page: Path) -> str:
     """All Python of a page: a block may use what the blocks before it have made."""
@@ -32,7 +35,9 @@ def test_there_is_code() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [page for page in WITH_CODE if page.name != NEEDS_A_SERVER], ids=lambda page: page.name
+)
 def test_it_runs(page: Path, belongings: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With two training steps instead of as many as a reader would take."""
     monkeypatch.chdir(belongings)

@@ -11,6 +11,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_starflow.model_dir.saving import save_model
 from mlx_starflow.model_dir.weights import parameters
 from mlx_starflow.models.text_flow import TextFlow, TextFlowConfig
+from mlx_starflow.models.text_flow.network import codebook_mixture
 
 CONFIG = {
     "alphabet": "abcdefg ", "length": 12, "channels": 32, "head_dim": 16, "layers_per_block": [2, 1],
@@ -18,8 +19,8 @@ CONFIG = {
 }  # fmt: skip
 
 
-def text_flow(**changes: object) -> TextFlow:
-    """A flow with random weights; `changes` are its config's."""
+def text_flow(std: float = 0.25, **changes: object) -> TextFlow:
+    """A flow with random weights; `std` is about that of its codebook, `changes` are its config's."""
     flow = TextFlow(TextFlowConfig.from_dict({**CONFIG, **changes}))
     rng = np.random.default_rng(0)
     weights = []
@@ -28,15 +29,19 @@ def text_flow(**changes: object) -> TextFlow:
         if name == "codebook.mean":
             noise = 1.5 * noise
         elif name == "codebook.log_std":
-            noise = np.full(value.shape, np.log(0.25)) + 0.1 * noise
+            noise = np.full(value.shape, np.log(std)) + 0.1 * noise
         elif name.endswith("mixture"):
-            noise = 0.3 * noise + np.array(value)
+            noise = 0.3 * noise
         else:
             noise = noise * (value.shape[-1] ** -0.5 if value.ndim == 2 else 0.2)
         if "proj_out" in name:
             noise = 0.3 * noise
         weights.append((name, mx.array(noise.astype(np.float32))))
     flow.update(tree_unflatten(weights))
+    for block in flow.blocks:
+        if "mixture" in block:
+            # Not far from the codebook's numbers, as after training.
+            block.mixture = block.mixture + codebook_mixture(block.config.mixture, flow.codebook)
     return flow
 
 

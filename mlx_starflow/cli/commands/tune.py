@@ -79,6 +79,7 @@ def tune(
         tolerance=tolerance,
         least=least,
         report=partial(click.echo, err=json_file == STDOUT),
+        progress=None,
     )
     plan = replace(plan, fingerprint=fingerprint(trials.directory))
     if not dry_run:

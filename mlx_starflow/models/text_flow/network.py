@@ -157,7 +157,7 @@ class TextBlock(FlowBlock):
             self.proj_out.weight = mx.zeros_like(self.proj_out.weight)
             self.proj_out.bias = mx.zeros_like(self.proj_out.bias)
             if not config.tied:
-                self.mixture = _codebook_mixture(mixture, codebook)
+                self.mixture = codebook_mixture(mixture, codebook)
         self.pos_embed = 0.01 * mx.random.normal((config.positions, config.channels))
         self._set(None, 1.0)
 
@@ -212,7 +212,7 @@ class TextBlock(FlowBlock):
         if mixture is None:
             return outputs
         logits, rest = mx.split(outputs.astype(mx.float32), [mixture.groups * mixture.components], axis=-1)
-        base = _codebook_mixture(mixture, self._codebook) if self.config.tied else self.mixture
+        base = codebook_mixture(mixture, self._codebook) if self.config.tied else self.mixture
         return base + mx.concatenate([logits, OFFSET * rest], axis=-1)
 
     def to_noise(self, parameters: mx.array, x: mx.array) -> tuple[mx.array, mx.array]:
@@ -426,7 +426,7 @@ class TextFlow(nn.Module):
         return FlowOutput(shaped[-1], sum(log_dets[1:], log_dets[0]), log_dets, shaped)
 
 
-def _codebook_mixture(mixture: Mixture, codebook: Codebook) -> mx.array:
+def codebook_mixture(mixture: Mixture, codebook: Codebook) -> mx.array:
     """Parameters of a mixture with equal weights whose components are a codebook, over and over if there are more."""
     places = mx.arange(mixture.components) % codebook.mean.shape[0]
     shape = (mixture.groups, mixture.components, mixture.size)

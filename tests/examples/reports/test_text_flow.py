@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from helpers.examples import run_example
+from helpers.examples import example_module, run_example
 
 
 def test_it_trains_and_compares_both(tmp_path):
@@ -21,3 +21,12 @@ def test_it_trains_and_compares_both(tmp_path):
     assert set(figures["gaps"]["4"]) == {"flow", "transformer", "transformer, best of several"}
     assert figures["sampling"]["sequential"]["evaluations"] == 32
     assert "filled with" in (out / "samples.txt").read_text()
+
+
+def test_verses_of_what_the_program_bible_prints():
+    printed = (
+        "\nMatthew 1\n\n  1 The book of the\ngeneration.\n  2 Abraham begat\n Isaac;\n\n1 John 2\n\n  1 My children.\n"
+    )
+    assert example_module("reports/text_flow.py").verses(printed) == (
+        "The book of the generation.\nAbraham begat Isaac;\nMy children.\n"
+    )
