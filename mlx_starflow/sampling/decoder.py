@@ -7,7 +7,7 @@ import mlx.core as mx
 from mlx_starflow.errors import NotFinite
 from mlx_starflow.models.flow import Condition, FlowBlock, block_products_in
 from mlx_starflow.sampling.guidance import Guidance
-from mlx_starflow.sampling.inverter import Inverter, make_inverter
+from mlx_starflow.sampling.inverter import CouplingInverter, Inverter, make_inverter
 from mlx_starflow.sampling.network import cached_network
 
 
@@ -61,6 +61,9 @@ class BlockDecoder:
     def begin(self, z: mx.array) -> None:
         """Take noise `[B, N, C]`, N at most `length`; the data begin as a copy of it. The cache keeps what it holds."""
         self.z, guidance, first = z, self.guidance, self.first
+        if not self.block.is_affine:
+            self._inverter = CouplingInverter(self.network, z, self.start, self.block)
+            return
         weight = 0.0 if guidance is None else guidance.at(-first, z.shape[1], self.length - first)
         self._inverter = make_inverter(self.network, z, self.start, self.block.config.affine, guidance, weight)
 
@@ -92,6 +95,13 @@ class BlockDecoder:
         """
         self.evaluations += 1
         return self._inverter.predict(start, stop)
+
+    def correct(self, start: int, stop: int) -> tuple[mx.array, mx.array]:
+        """What `invert` would make of tokens `start` to `stop`, and |f(x) - z| of those that are there, each
+        `[B, stop - start, C]`: for a block that is not affine, where `predict` cannot say it."""
+        assert isinstance(self._inverter, CouplingInverter)
+        self.evaluations += 1
+        return self._inverter.correct(start, stop)
 
     def invert(self, start: int, stop: int) -> None:
         """Make tokens `start` to `stop` of the data from their noise as `predict` says."""
