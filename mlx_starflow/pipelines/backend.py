@@ -82,6 +82,9 @@ class Backend(ABC, Generic[Array]):
     automatic_method = SequentialSettings.name
     """How to sample where neither user nor plan says so."""
 
+    quantizes_cache: bool = False
+    """Whether keys and values can be kept in fewer bits."""
+
     @property
     def flow_precision(self) -> str:
         """The precision of a flow that a sampling plan is to be for; "" where that does not matter."""
@@ -169,6 +172,7 @@ class MLXBackend(Backend[mx.array]):
     certifies = True
     methods = tuple(METHODS)
     automatic_method = RollingSettings.name
+    quantizes_cache = True
 
     def __init__(
         self,
@@ -330,12 +334,21 @@ class MLXBackend(Backend[mx.array]):
         progress: Watch,
         trace: SamplingTrace,
     ) -> mx.array:
-        guidance, attn_temp = settings.guidance, settings.attn_temp
+        guidance, attn_temp, kv_bits = settings.guidance, settings.attn_temp, settings.cache_bits or 0
 
         def compute() -> mx.array:
             trace.clear()
             x = sample(
-                self.flow, z, text, null_text, guidance, method, attn_temp=attn_temp, progress=progress, trace=trace
+                self.flow,
+                z,
+                text,
+                null_text,
+                guidance,
+                method,
+                attn_temp=attn_temp,
+                kv_bits=kv_bits,
+                progress=progress,
+                trace=trace,
             )
             mx.eval(x)
             return x

@@ -82,7 +82,7 @@ class Pipeline(ImageModel):
     def inversion(self, method: Method | None = None) -> Method:
         if method is not None and method != "auto":
             return method
-        if self.plan is None or not self.plan.fits(self.backend.flow_precision):
+        if self.plan is None or not self.plan.fits(self.backend.flow_precision, 0):
             return SequentialSettings.name
         return self.plan
 
@@ -113,11 +113,12 @@ class Pipeline(ImageModel):
     def method(self, settings: GenerationSettings) -> str | SamplingPlan:
         """How settings sample: "auto" is the model's sampling plan, or the backend's own choice where there is none.
 
-        That is also what it is where the flow has fallen back to another precision than the plan's.
+        That is also what it is where the flow has fallen back to another precision than the plan's, or keys and values
+        are quantized otherwise.
         """
         if settings.method != "auto":
             return settings.method
-        if self.plan is None or not self.plan.fits(self.backend.flow_precision):
+        if self.plan is None or not self.plan.fits(self.backend.flow_precision, settings.cache_bits):
             return self.backend.automatic_method
         return self.plan
 

@@ -23,6 +23,7 @@ from mlx_starflow.pipelines.backend import MLXBackend
 from mlx_starflow.pipelines.image import ImageMaker
 from mlx_starflow.pipelines.results import DENOISE_STEPS, ClassSettings, GenerationSettings, GenerationStats
 from mlx_starflow.sampling import Certificate, SamplingPlan, SamplingTrace, certify, denoise, iterate, sample
+from mlx_starflow.sampling.cache import check_quantizable
 from mlx_starflow.sampling.iterate import noise_levels
 from mlx_starflow.sampling.progress import Progress
 
@@ -139,8 +140,13 @@ class ClassPipeline(ImageMaker):
         for prompt in prompts:
             self.label(prompt)
 
-    def check_images(self, size: tuple[int, int], images: int, guidance: float) -> None:
+    def checked_images(self, settings: GenerationSettings, size: tuple[int, int], images: int) -> GenerationSettings:
         self.check_size(size)
+        blocks = [self.config.block(index) for index in range(self.config.blocks)]
+        # Nobody has planned a TarFlow's memory: it is small.
+        bits = settings.cache_bits or 0
+        check_quantizable(blocks, bits)
+        return settings.updated(kv_bits=bits)
 
     def noise_shape(self, size: tuple[int, int] | None = None) -> tuple[int, ...]:
         self.check_size(size or self.size)
@@ -189,7 +195,16 @@ class ClassPipeline(ImageMaker):
             trace.clear()
             method = self.method(settings)
             x = sample(
-                backend.flow, z, labels, None, settings.guidance, method, progress=progress, trace=trace, **options
+                backend.flow,
+                z,
+                labels,
+                None,
+                settings.guidance,
+                method,
+                kv_bits=settings.cache_bits or 0,
+                progress=progress,
+                trace=trace,
+                **options,
             )
             mx.eval(x)
             return x

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import mlx.core as mx
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.model_dir.directory import ModelDirectory
-from mlx_starflow.planning.memory import installed, plan
+from mlx_starflow.planning.memory import ModelConfigs, available, installed, plan
+from mlx_starflow.sampling.cache import KV_BITS, can_quantize
 
 MOST_SIDE = 1 << 16
 """Pixels of a side; no picture that Pillow writes as JPEG has more."""
@@ -27,47 +30,71 @@ def check_count(count: int, what: str = "pictures") -> None:
         raise StarflowError(f"{_short(count)} {what} are too many: {MOST_IMAGES:,} are the most at a time")
 
 
-def check_memory(
-    model: ModelDirectory,
-    size: tuple[int, int] | None,
-    *,
-    batch: int = 1,
-    frames: int | None = None,
-    guidance: float | None = None,
-    dtype: mx.Dtype | None = None,
-    low_memory: bool = False,
-    ranks: int = 1,
-    held: int = 0,
-    quantization: int | str | None = None,
-) -> None:
-    """Raise StarflowError, with the figure, if images or videos take more memory than the machine has in all.
+@dataclass(frozen=True)
+class MemoryRequest:
+    """Images or videos, and how they are to be made.
 
-    What takes more than `memory.available` but no more than there is, is tried: the plan is an upper estimate, and
-    some systems make room.
-
-    Args:
+    Attributes:
+        model: the model's directory.
         size, batch, frames, guidance, dtype: as `memory.plan` takes them.
         low_memory: one network is in memory at a time.
         ranks: processes that compute the flow together.
         held: bytes of results besides.
         quantization: of the flow, as it is read; None: as stored.
     """
-    expected = plan(
-        model,
-        size=size,
-        batch=batch,
-        frames=frames,
-        guidance=guidance,
-        dtype=dtype,
-        quantization=quantization,
-    ).split(ranks)
-    needed, there = expected.peak(low_memory) + held, installed()
+
+    model: ModelDirectory
+    size: tuple[int, int] | None
+    batch: int = 1
+    frames: int | None = None
+    guidance: float | None = None
+    dtype: mx.Dtype | None = None
+    low_memory: bool = False
+    ranks: int = 1
+    held: int = 0
+    quantization: int | str | None = None
+
+    def peak(self, kv_bits: int) -> int:
+        """Bytes that it takes in all, with keys and values in so many bits. Raises StarflowError as `plan` does."""
+        expected = plan(
+            self.model,
+            size=self.size,
+            batch=self.batch,
+            frames=self.frames,
+            guidance=self.guidance,
+            dtype=self.dtype,
+            quantization=self.quantization,
+            kv_bits=kv_bits,
+        )
+        return expected.split(self.ranks).peak(self.low_memory) + self.held
+
+
+def check_memory(request: MemoryRequest, kv_bits: int = 0) -> None:
+    """Raise StarflowError, with the figure, if images or videos take more memory than the machine has in all.
+
+    What takes more than `memory.available` but no more than there is, is tried: the plan is an upper estimate, and
+    some systems make room.
+    """
+    needed, there = request.peak(kv_bits), installed()
     if needed > there:
-        what = f"pictures of {size[0]}x{size[1]}" if size else "this"
+        what = f"pictures of {request.size[0]}x{request.size[1]}" if request.size else "this"
         raise StarflowError(
             f"{what} would take {_gigabytes(needed)} GB of memory, and this machine has {_gigabytes(there)}: "
             "take a smaller size, or fewer pictures"
         )
+
+
+def automatic_kv_bits(request: MemoryRequest) -> int:
+    """Of keys and values, the most bits that this machine's networks have memory for; 0: as they are computed.
+
+    Where there is none for any, they have as many as still help.
+    """
+    peaks: dict[int, int] = {}
+    for bits in KV_BITS if can_quantize(ModelConfigs.read(request.model).flow.blocks) else KV_BITS[:1]:
+        peaks[bits] = request.peak(bits)
+        if peaks[bits] <= available():
+            return bits
+    return min(peaks, key=lambda bits: peaks[bits])
 
 
 def check_held(count: int, bytes_each: int, what: str = "pictures") -> None:

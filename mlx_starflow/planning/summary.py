@@ -38,12 +38,13 @@ from mlx_starflow.planning.memory import (
     trained_size,
     usable,
 )
+from mlx_starflow.sampling.cache import KV_BITS, can_quantize, check_quantizable
 
 PARTS = {"text encoder": "text_encoder", "autoencoder": "vae"}
 """The networks beside a flow, and their folders."""
 
 MACS = (8, 16, 24, 32, 64)
-LARGE_MACS = (32, 64, 96, 128, 192)
+LARGE_MACS = (24, 32, 48, 64, 96, 128)
 """Memory, in GB, of the Macs that `memory_report` speaks of, and of those for models that need more."""
 
 MOST_SHOWN = 1000
@@ -123,7 +124,12 @@ def _line(text: str) -> str:
 
 
 def memory_report(
-    model: str, *, size: tuple[int, int] | None = None, batch: int = 1, frames: int | None = None
+    model: str,
+    *,
+    size: tuple[int, int] | None = None,
+    batch: int = 1,
+    frames: int | None = None,
+    kv_bits: int = 0,
 ) -> list[str]:
     """What generating takes at each precision, and the Macs it runs on, computed from the model's configs.
 
@@ -132,6 +138,7 @@ def memory_report(
         size: (width, height) of the images or videos in pixels; None: what the model was trained at.
         batch: images or videos at once.
         frames: of videos; None: as many as the model was trained at.
+        kv_bits: of keys and values in the table; which Macs have the memory is said for all.
 
     Returns:
         Lines of text; none for a model that does not read prompts, or lacks its text encoder or autoencoder.
@@ -144,7 +151,10 @@ def memory_report(
         return []
     if frames is not None and not configs.flow.video:
         raise StarflowError(f"--frames is about videos, and {model} makes pictures: leave it out")
-    found = plans(configs, size=size, batch=batch, frames=frames)
+    check_quantizable(configs.flow.blocks, kv_bits)
+    kinds = KV_BITS if can_quantize(configs.flow.blocks) else KV_BITS[:1]
+    each_kind = {bits: plans(configs, size=size, batch=batch, frames=frames, kv_bits=bits) for bits in kinds}
+    found = each_kind[kv_bits]
     largest = max(each.peak() for each in found.values())
     unit, name = (2**30, "GiB") if largest >= 2**30 else (2**20, "MiB")
 
@@ -162,20 +172,31 @@ def memory_report(
     lines = [
         f"Memory in {name} for {images} of {width}x{height}: computed from the configs, not measured.",
         f"8, 6 and 4 bit: of the flow, which computes in {packed_dtype(configs.flow)}; the other networks are {HALF}.",
+        *([f"Keys and values are in {kv_bits} bits."] if kv_bits else []),
         "",
         row("weights", list(found)),
     ]
     for part in ("flow", *PARTS):
         lines.append(row(f"  {part}", sizes([each.weights[part] for each in found.values()])))
+    lines += ["", row("keys and values", list(found))]
+    for bits, of_kind in each_kind.items():
+        title = f"  in {bits} bits" if bits else "  as computed"
+        lines.append(row(title, sizes([each.kv_cache for each in of_kind.values()])))
     for title, low_memory in (("peak, all in memory", False), ("peak with --low-memory", True)):
         lines += ["", row(title, list(found))]
         phases = [each.phases(low_memory) for each in found.values()]
         lines += [row(f"  {phase}", sizes([each[phase] for each in phases])) for phase in phases[0]]
     lines += ["", row("Macs", list(found))]
-    smallest = min(each.peak(low_memory=True) for each in found.values())
+    reduced = False
+    smallest = min(each.peak(low_memory=True) for each in each_kind[0].values())
     macs = MACS if smallest <= usable(16 * 2**30) else LARGE_MACS
-    lines += [row(f"  {memory} GB", [_verdict(each, memory) for each in found.values()]) for memory in macs]
+    for memory in macs:
+        verdicts = [_verdict({bits: plans[name] for bits, plans in each_kind.items()}, memory) for name in found]
+        lines.append(row(f"  {memory} GB", verdicts))
+        reduced |= any(verdict.startswith("--kv") for verdict in verdicts)
     shares = ", ".join(f"{usable(memory * 2**30) / 2**30:.1f} of {memory}" for memory in macs)
+    if reduced:
+        lines.append("--kv-bits, and --low-memory with it: chosen by itself where memory is short.")
     return [
         *lines,
         f"The GPU is taken to get 70% of memory up to 32 GB, 75% above: {shares}.",
@@ -216,10 +237,14 @@ def model_configs(model: str) -> ModelConfigs | None:
     return ModelConfigs.read(directory) if whole else None
 
 
-def _verdict(expected: MemoryPlan, gigabytes: int) -> str:
-    if expected.fits(gigabytes):
+def _verdict(expected: dict[int, MemoryPlan], gigabytes: int) -> str:
+    """How a Mac of this much memory makes it, by the plans for each number of bits of keys and values."""
+    if expected[0].fits(gigabytes):
         return "yes"
-    return "--low-memory" if expected.fits(gigabytes, low_memory=True) else "no"
+    for bits, each in expected.items():
+        if each.fits(gigabytes, low_memory=True):
+            return f"--kv-bits {bits}" if bits else "--low-memory"
+    return "no"
 
 
 def _release(model: str) -> ModelConfigs | None:

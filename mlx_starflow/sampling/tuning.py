@@ -83,6 +83,7 @@ def tune(
     *,
     tolerance: float = 1e-2,
     least: str = "seconds",
+    kv_bits: int = 0,
     report: Callable[[str], None] = lambda line: None,
 ) -> SamplingPlan:
     """Measure methods on a few samples and choose.
@@ -94,6 +95,7 @@ def tune(
             sequential sampling itself does not reach it, as with half-precision weights, twice what that reaches; and
             no less than what a window in this precision keeps to (see `noise_floor`).
         least: of what the plan shall take the least: "seconds" on this machine, or network "evaluations".
+        kv_bits: of keys and values, see `sample`; the plan is for these.
         report: is told what was measured.
 
     Raises:
@@ -103,7 +105,7 @@ def tune(
         raise StarflowError(f"a plan can take the least {' or '.join(COSTS)}, not {least!r}")
     if not 0 < tolerance <= 100:
         raise StarflowError(f"the tolerance must be greater than 0 and at most 100, not {tolerance:g}")
-    samples = list(_samples(flow, z, text, null_text, guidance))
+    samples = list(_samples(flow, z, text, null_text, SamplingOptions(guidance, kv_bits=kv_bits)))
     exact = max(one.certificate.max for one in samples)
     report(f"sequential: {samples[0].evaluations} evaluations, certificate {exact:.1e}")
     deep = max(samples[0].guided.active())
@@ -122,7 +124,7 @@ def tune(
     measured = dict(plan.measured)
     if floor := max(floors.values()):
         measured["noise_floor"] = floor
-    return replace(plan, measured=measured, precision=dtype_name(products_in(flow)))
+    return replace(plan, measured=measured, precision=dtype_name(products_in(flow)), kv_bits=kv_bits)
 
 
 @dataclass
@@ -133,11 +135,10 @@ class _Sample:
     z: mx.array
     text: mx.array | None
     null_text: mx.array | None
-    guidance: float
+    options: SamplingOptions
 
     def __post_init__(self) -> None:
-        options = SamplingOptions(self.guidance)
-        self.guided = GuidedFlow(self.flow, self.z.shape, self.text, self.null_text, options)
+        self.guided = GuidedFlow(self.flow, self.z.shape, self.text, self.null_text, self.options)
         trace = SamplingTrace(keep_states=True)
         self.certificate = self.certify(self.sample("sequential", trace))
         self.evaluations = trace.evaluations
@@ -161,19 +162,20 @@ class _Sample:
         return float(mx.abs(change).max())
 
     def sample(self, method: Method, trace: SamplingTrace) -> mx.array:
-        return sample(self.flow, self.z, self.text, self.null_text, self.guidance, method, trace=trace)
+        guidance, kv_bits = self.options.guidance, self.options.kv_bits
+        return sample(self.flow, self.z, self.text, self.null_text, guidance, method, kv_bits=kv_bits, trace=trace)
 
     def certify(self, x: mx.array) -> Certificate:
-        return certify(self.flow, x, self.z, self.text, self.null_text, self.guidance)
+        return certify(self.flow, x, self.z, self.text, self.null_text, self.options.guidance)
 
 
 def _samples(
-    flow: Flow, z: mx.array, text: mx.array | None, null_text: mx.array | None, guidance: float
+    flow: Flow, z: mx.array, text: mx.array | None, null_text: mx.array | None, options: SamplingOptions
 ) -> Iterator[_Sample]:
     for index in range(z.shape[0]):
         one = slice(index, index + 1)
         null = null_text if null_text is None or len(null_text) == 1 else null_text[one]
-        yield _Sample(flow, z[one], None if text is None else text[one], null, guidance)
+        yield _Sample(flow, z[one], None if text is None else text[one], null, options)
 
 
 def _try(index: int, samples: list[_Sample], settings: Settings) -> Trial:
