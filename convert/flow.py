@@ -18,7 +18,9 @@ from mlx_starflow.convert.tensor import Tensor
 from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.errors.arguments import checked
 from mlx_starflow.media.files import read_yaml
+from mlx_starflow.media.outputs import check_outputs
 from mlx_starflow.model_dir.directory import FLOWS
+from mlx_starflow.model_dir.hub import find_checkpoint, hub_file
 from mlx_starflow.model_dir.weights import parse_dtype
 from mlx_starflow.models.configs import official_arguments
 
@@ -37,7 +39,9 @@ None of this holds for weights that someone else trained and released under othe
 """
 
 # The official training names its checkpoints so.
-_TARFLOW_NAME = re.compile(r".+_model_(?P<patch>\d+)_\d+_\d+_\d+_(?P<noise>\d+\.\d+)")
+_TARFLOW_NAME = re.compile(
+    r".+_model_(?P<patch>\d+)_(?P<channels>\d+)_(?P<blocks>\d+)_(?P<layers>\d+)_(?P<noise>\d+\.\d+)"
+)
 
 
 @checked
@@ -63,7 +67,8 @@ def convert_flow(
         checkpoint: the official `.pth`, its tensors as `.safetensors`, in one file or in shards (their folder or
             `.index.json`), or the folder that sharded training wrote instead of a file
             (`torch.distributed.checkpoint`; reading it needs PyTorch). What trainers put before the tensors' names is
-            taken off, see `prefixes`.
+            taken off, see `prefixes`. Where there is no such file here, "owner/name/file.pth" is one on the Hugging
+            Face Hub, and is downloaded into its cache.
         config: the official YAML of its arguments; None for a flow over pixels, and for a released checkpoint, whose
             arguments are known by its name.
         out_dir: folder to write, made if need be: `config.json`, `model*.safetensors` and `NOTICE`, which names the
@@ -77,12 +82,16 @@ def convert_flow(
         `out_dir`.
 
     Raises:
-        StarflowError: a file is missing or damaged, an argument is missing, config and checkpoint do not belong
-            together, or `out_dir` cannot be written or holds another kind of model.
+        StarflowError: a file is missing or damaged, or cannot be downloaded, an argument is missing, config and
+            checkpoint do not belong together, or `out_dir` cannot be written or holds another kind of model.
     """
-    checkpoint = Path(checkpoint)
+    out_dir, dtype = Path(out_dir), parse_dtype(dtype)
+    if hub_file(checkpoint):
+        # Before the download.
+        check_outputs(folders=[out_dir])
+    checkpoint = find_checkpoint(checkpoint)
     given = read_arguments(checkpoint, config) | dict(arguments or {})
-    return write_flow(checkpoint, given, Path(out_dir), quantize, parse_dtype(dtype), config or checkpoint, ema=ema)
+    return write_flow(checkpoint, given, out_dir, quantize, dtype, config or checkpoint, ema=ema)
 
 
 def read_arguments(checkpoint: Path, config: str | Path | None) -> dict[str, Any]:
@@ -191,14 +200,11 @@ def _text_width(tensors: Mapping[str, Tensor], arguments: Mapping[str, Any], che
 
 def _tarflow_arguments(tensors: Mapping[str, Tensor], given: Mapping[str, Any], checkpoint: Path) -> dict[str, Any]:
     """A TarFlow's arguments: those that are given, and the others from its tensors' shapes and its file's name."""
-    named = _TARFLOW_NAME.fullmatch(checkpoint.stem)
-    found: dict[str, Any] = {"noise_std": float(named["noise"])} if named else {}
-    patch = _size(given, "patch_size") or (int(named["patch"]) if named else None)
     try:
         length, channels = tensors["blocks.0.pos_embed"].shape
         width = tensors["blocks.0.proj_in.weight"].shape[1]
         labels = tensors.get("blocks.0.class_embed")
-        found |= {
+        found: dict[str, Any] = {
             "channels": channels,
             "blocks": 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")),
             "layers_per_block": 1 + max(int(n.split(".")[3]) for n in tensors if n.startswith("blocks.0.attn_blocks.")),
@@ -210,6 +216,13 @@ def _tarflow_arguments(tensors: Mapping[str, Tensor], given: Mapping[str, Any], 
         raise StarflowError(
             f"{checkpoint} is not a whole TarFlow: some tensors of its first block are missing"
         ) from None
+    named = _TARFLOW_NAME.fullmatch(checkpoint.stem)
+    shapes = tuple(found[key] for key in ("channels", "blocks", "layers_per_block"))
+    others = named is not None and tuple(int(named[key]) for key in ("channels", "blocks", "layers")) != shapes
+    patch = _size(given, "patch_size")
+    if named and not others:
+        found["noise_std"] = float(named["noise"])
+        patch = patch or int(named["patch"])
     channel_size = _size(given, "channel_size") or (width // patch**2 if patch else 3)
     patch = patch or math.isqrt(width // channel_size)
     found |= {"patch_size": patch, "channel_size": channel_size, "img_size": math.isqrt(length) * patch}
@@ -219,6 +232,12 @@ def _tarflow_arguments(tensors: Mapping[str, Tensor], given: Mapping[str, Any], 
             "give --patch-size and --channel-size"
         )
     arguments = {**found, **given}
+    if "noise_std" not in arguments and named:
+        channels, blocks, layers = shapes
+        raise StarflowError(
+            f"{checkpoint} holds {blocks} blocks of {layers} layers, {channels} wide, and so it is not the model "
+            "that its name speaks of: give the noise of its training, such as --noise-std 0.07"
+        )
     if "noise_std" not in arguments:
         raise StarflowError(
             f"{checkpoint} does not say how much noise its training added; give it, such as --noise-std 0.07"

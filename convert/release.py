@@ -71,7 +71,7 @@ def convert_release(
     if (release := RELEASES.get(repository.lower())) is None:
         raise StarflowError(
             f"unknown release {repository!r}: it must be {', '.join(RELEASES)}; "
-            "convert other checkpoints part by part (mlx-starflow convert --help)"
+            f"of others name the file: mlx-starflow convert {repository}/FILE.pth -o DIR (mlx-starflow convert --help)"
         )
     if quantize is not None and str(quantize) not in QUANTIZATIONS:
         raise StarflowError(f"cannot quantize to {quantize!r}; it must be one of {', '.join(QUANTIZATIONS)}")

@@ -17,10 +17,9 @@ pipe = load("demo")
 picture = pipe.generate(prompt, seed=1).images[0]
 
 mask = read_mask("32,0,32,64", picture.size)  # x, y, width, height; or a black-and-white picture
-result = pipe.inpaint(picture, mask, prompt, steps=10, rounds=2, images=2, seed=1)
+result = pipe.inpaint(picture, mask, prompt, images=2, seed=1)
 
 hole = picture.copy()
 hole.paste("lightgrey", mask=mask)
 grid([picture, hole, *result.images], columns=4).save(target)
-nll = result.trace.nll.mean(axis=1)
-print(f"NLL from {nll[0]:.3f} to {nll[-1]:.3f} nats per dimension, {result.trace.rate:.0%} of the proposals accepted")
+print(f"NLL from {result.nll[0].mean():.3f} to {result.nll[-1].mean():.3f} nats per dimension")

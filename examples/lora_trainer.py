@@ -13,6 +13,7 @@ import argparse
 from pathlib import Path
 
 from mlx_starflow import load_flow
+from mlx_starflow.model_dir.weights import training_dtype
 from mlx_starflow.training.config import TrainingConfig
 from mlx_starflow.training.data.cache.reading import CachedLatents, LatentCache
 from mlx_starflow.training.finetuning.adapters import AdapterConfig, attach, save_adapter
@@ -31,7 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
 
     data = CachedLatents(LatentCache(args.cache, args.model))
-    flow = load_flow(args.model)
+    flow = load_flow(args.model, dtype=training_dtype())  # gradients leave the range of float16, a GPU's default
     adapter = AdapterConfig(rank=args.rank)
     attach(flow, adapter)  # freezes the flow: the trainer trains what is not frozen
     config = TrainingConfig(steps=args.steps, batch_size=args.batch_size, lr=2e-3, ema=0.99, context_partial=0.3)

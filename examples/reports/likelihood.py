@@ -26,9 +26,7 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from mlx_starflow.editing import encode, inpaint, interpolate, read_mask, reprompt
-from mlx_starflow.editing.inpainting import Chain
-from mlx_starflow.editing.maps import noise_to_tokens
+from mlx_starflow.editing import encode, interpolate, reprompt
 from mlx_starflow.likelihood import CalibrationStatistics, heat_map, score, standard_error, token_nats, with_noise
 from mlx_starflow.likelihood.prompts import log_likelihoods
 from mlx_starflow.media.image_folder import ImageFolder
@@ -36,7 +34,6 @@ from mlx_starflow.media.images import grid, save_image
 from mlx_starflow.media.pixels import crop_image
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
 from mlx_starflow.pipelines import ImagePipeline, load
-from mlx_starflow.sampling import GuidedFlow
 
 WHEELS = ("scikit-image==0.26.0", "scikit-learn==1.9.1")
 PHOTOGRAPHS = (
@@ -47,8 +44,6 @@ PHOTOGRAPHS = (
     "sklearn/datasets/images/china.jpg",
     "sklearn/datasets/images/flower.jpg",
 )
-SHOWN = "red apple,dog face,automobile,tulip,hamburger,octopus,soccer ball,rocket".split(",")
-
 VIEWS = 8
 """Parts of each photograph."""
 
@@ -208,59 +203,6 @@ class Report:
         nll = ", ".join(f"{each.nll:.3f}" for each in scores)
         print(f"surprise.png: {name}, and with a patch of tulip in it: NLL {nll}")
 
-    def inpainting(self) -> None:
-        """The masked right half of pictures, painted anew."""
-        width, height = self.size
-        mask = read_mask(f"{width // 2},0,{width // 2},{height}", self.size)
-        shown: list[Image.Image] = []
-        for what, pictures, names in (
-            (
-                "training",
-                self.known,
-                SHOWN,
-            ),
-            ("held-out", self.unseen, self.unseen.names[:8]),
-        ):
-            deviations = []
-            for name in names:
-                image = pictures.find(name)
-                result = inpaint(self.model, image, mask, name)
-                scores = score(self.model, [image, result.images[0]], name)
-                deviation = [self.statistics.typicality(each, prompted=True).deviation for each in scores]
-                deviations.append(deviation[1])
-                start, end = result.trace.nll[[0, -1], 0]
-                print(
-                    f"{what} {name:<22} NLL {scores[0].nll:.3f}, inpainted {scores[1].nll:.3f} (deviation "
-                    f"{deviation[0]:+.2f}, {deviation[1]:+.2f}); chain {start:.3f} to {end:.3f}, "
-                    f"{result.trace.rate:.0%} accepted"
-                )
-                hole = image.copy()
-                hole.paste("lightgrey", mask=mask)
-                shown += [image, hole, result.images[0]]
-            within = np.mean(np.abs(deviations) < 3)
-            print(f"{what}: {within:.0%} of {len(names)} within 3 standard deviations of typical, given the caption")
-        save_image(grid(shown, columns=12), self.folder / "inpainting.png")
-
-    def drift(self, chains: int = 64, steps: int = 16) -> None:
-        """Chains that start from the model's own samples must leave their likelihood as it is."""
-        flow = self.model.flow
-        shape = (chains, *self.model.latent_shape())
-        text = self.model.conditions(["red apple", "dog face", "automobile", "tulip"] * (chains // 4))
-        z = np.random.default_rng(0).standard_normal(shape, np.float32)
-        samples = noise_to_tokens(GuidedFlow(flow, shape, text), flow.tokens(mx.array(z)))
-        for what in ("right", "bottom"):
-            free = np.zeros(self.model.grid(shape[1:]), bool)
-            half = slice(free.shape[0] // 2, None)
-            free[(slice(None), half) if what == "right" else half] = True
-            for accept in ("kept", "whole"):
-                rngs = [np.random.Generator(np.random.Philox(number)) for number in range(chains)]
-                _, trace = Chain(flow, shape, text, free.reshape(-1)).run(samples, rngs, steps, 0.2, accept)
-                change = (trace.nll[-1] - trace.nll[0]) * np.prod(shape[1:])
-                print(
-                    f"{what} half free, by the likelihood of the {accept} tokens: {trace.rate:.0%} accepted, NLL of a "
-                    f"sample changes by {change.mean():+.1f} +- {standard_error(change):.1f} nats in {steps} steps"
-                )
-
     def edits(self) -> None:
         """Re-prompting and interpolation, for people to look at."""
         shown: list[Image.Image] = []
@@ -342,7 +284,7 @@ def tiny_flow() -> STARFlow:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parts = ("exactness", "round_trip", "prompt_fit", "best_of_eight", "anomalies", "inpainting", "drift", "edits")
+    parts = ("exactness", "round_trip", "prompt_fit", "best_of_eight", "anomalies", "edits")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="the folder examples/demo_data.py wrote")
     parser.add_argument("pictures", type=Path, help="folder for the pictures")

@@ -1,6 +1,6 @@
 """What exact inversion gives: images to noise and back, inpainting, re-prompting, variations, interpolation."""
 
-from mlx_starflow.editing.inpainting import Inpainting, Trace, inpaint
+from mlx_starflow.editing.inpainting import Inpainting, inpaint
 from mlx_starflow.editing.inversion import Encoded, RoundTrip, decode, encode
 from mlx_starflow.editing.masks import read_mask
 from mlx_starflow.editing.paths import Edit, interpolate, reprompt, vary
@@ -10,7 +10,6 @@ __all__ = [
     "Encoded",
     "Inpainting",
     "RoundTrip",
-    "Trace",
     "decode",
     "encode",
     "inpaint",

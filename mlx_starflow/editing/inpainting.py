@@ -1,23 +1,22 @@
-"""Inpainting by Metropolis-Hastings: part of an image stays, the rest follows the model.
+"""Inpainting by annealed Langevin dynamics: part of an image stays, the rest follows the flow's exact score.
 
-A state is noisy data x whose kept tokens are those of the image. A proposal perturbs the noise z = f(x) under the
-mask,
+A state is noisy data x. One step goes a share s of the way to where a score step (Tweedie's formula) would lead, and
+adds noise,
 
-    z' = sqrt(1 - s^2) z + s e,   e ~ N(0, 1),
+    x' = x + s sigma^2 d log p(x | prompt)/dx + sqrt(2 s t) sigma e,   e ~ N(0, 1),
 
-maps it back, and puts the kept tokens in place again (arXiv 2412.06329, 2506.06276). The perturbation leaves the prior
-as it is: what it does to the likelihood of the free tokens is what the prior asks for already. So, of the likelihood
-ratio, the Metropolis-Hastings ratio p(x') q(x | x') / (p(x) q(x' | x)) is the part of the kept tokens: how much better
-they go with their new surroundings. That is exact for one block that reads the kept tokens all before or all after the
-free ones, and a close approximation for several blocks, which mix tokens (docs/likelihood.md measures it). The whole
-likelihood ratio would be right if the proposal were symmetric; it counts the free tokens twice, and its chains drift
-to images that are more likely than samples are.
+where sigma is the flow's training noise (arXiv 1907.05600, with the score of one noise level; a density with that
+noise added curves by no more than 1 / sigma^2, so that steps up to s = 1 are stable). At temperature t = 1 these are
+Langevin dynamics, which sample; t falls to 0 over the first two thirds of the steps, and the rest go uphill. Before
+each step what is kept is put in place, with fresh noise; along its edge, by a share that grows with the distance. The
+first state is a sample of the model. A step is one vector-Jacobian product through the flow, in parallel over all
+tokens: no step inverts it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,64 +25,40 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from mlx_starflow.editing.maps import SEQUENTIAL, Inversion, cleaned, noise_to_tokens
-from mlx_starflow.editing.masks import check_mask, fill, read_mask, token_mask
+from mlx_starflow.editing.maps import Inversion, cleaned, noise_to_tokens
+from mlx_starflow.editing.masks import check_mask, fill, kept_share, read_mask, soft_mask
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.errors.arguments import checked
-from mlx_starflow.likelihood.nll import noise_and_nats, with_noise
+from mlx_starflow.likelihood.nll import LEVELS, check_nats, is_dequantized, token_nats, training_noise, with_noise
 from mlx_starflow.likelihood.protocol import ImageModel, Prompt
 from mlx_starflow.media.given import ImageSource, open_image
 from mlx_starflow.media.images import save_images, to_images
-from mlx_starflow.media.noise import check_seeds
+from mlx_starflow.media.noise import check_seeds, draw_noise
 from mlx_starflow.media.pixels import crop_image, scale_pixels
 from mlx_starflow.models.flow import Flow
 from mlx_starflow.planning.limits import check_count, check_held
-from mlx_starflow.sampling import GuidedFlow
+from mlx_starflow.sampling import GuidedFlow, denoise
 from mlx_starflow.sampling.methods import Method
 from mlx_starflow.sampling.progress import Callback, Watch, watch
 
-ACCEPT = ("kept", "whole")
-"""Whose likelihood ratio decides: that of the kept tokens, or the whole one."""
-
-
-@dataclass(frozen=True)
-class Trace:
-    """What Metropolis-Hastings did.
-
-    Attributes:
-        accepted: whether each step's proposal was taken, `[steps, B]`.
-        nll: of each state, in nats per dimension, `[1 + steps, B]`.
-    """
-
-    accepted: np.ndarray
-    nll: np.ndarray
-
-    @property
-    def rate(self) -> float:
-        """Share of the proposals that were accepted."""
-        return float(self.accepted.mean())
-
-    @classmethod
-    def joined(cls, traces: Sequence[Trace]) -> Trace:
-        """Of chains one after the other: each begins where the one before it ended."""
-        accepted = np.concatenate([trace.accepted for trace in traces])
-        return cls(accepted, np.concatenate([traces[0].nll[:1], *(trace.nll[1:] for trace in traces)]))
+COOLING = 2 / 3
+"""Share of the steps over which the temperature falls from 1 to 0."""
 
 
 @dataclass(frozen=True)
 class Inpainting:
-    """Images whose free part was painted, one a chain.
+    """Images whose free part was painted, one a seed.
 
     Attributes:
-        images: outside the mask their pixels are those of the original.
+        images: further than the feather from the mask their pixels are those of the original.
         data: of the images, without noise, `[B, ...]`.
-        trace: what the chains did.
+        nll: of the first state and of the last one of each round, exact, in nats per dimension, `[1 + rounds, B]`.
         metadata: how each was made, for `media.images.save_image`.
     """
 
     images: list[Image.Image]
     data: np.ndarray
-    trace: Trace
+    nll: np.ndarray
     metadata: list[dict[str, Any]] = field(default_factory=list)
 
     def save(self, path: str | Path) -> list[Path]:
@@ -98,10 +73,10 @@ def inpaint(
     mask: ImageSource,
     prompt: Prompt = "",
     *,
-    steps: int = 20,
+    steps: int = 10,
     rounds: int = 3,
     strength: float = 0.5,
-    accept: str = "kept",
+    feather: int | None = None,
     images: int = 1,
     seed: int = 0,
     size: tuple[int, int] | None = None,
@@ -118,36 +93,38 @@ def inpaint(
         mask: a file, a PIL image or an array of the image's size, white (True) where it is free, or such a rectangle,
             "x,y,w,h", see `masks.read_mask`.
         prompt: of the whole image; "" is none.
-        steps: of Metropolis-Hastings in each round; each costs about as much as generating an image.
+        steps: in each round; each costs about as much as cleaning a sample.
         rounds: after each, the image is encoded anew, so that the autoencoder's latents of the kept part know what
             is beside it. One is enough for a TarFlow, which has no autoencoder.
-        strength: s of the proposals, above 0 and at most 1, which forgets the noise under the mask at each step.
-        accept: "kept" or "whole": the tokens whose likelihood ratio decides, see above.
-        images: chains, each with an image of its own.
-        seed: of the first chain; the others count up. A seed means one image.
+        strength: s of the steps, above 0 and at most 1.
+        feather: pixels about the mask over which what is kept gives way to what is painted; 0 is a hard edge. By
+            default a sixteenth of the shorter side.
+        images: images of seeds of their own.
+        seed: of the first image; the others count up. A seed means one image.
         size: (width, height) in pixels; the model's own by default.
-        method: how the noise is made an image again, see `sample`; by default as the model's sampling plan says, and
-            one token after another if it has none.
+        method: how the sample that it starts from is made, see `sample`; by default as the model's sampling plan says,
+            and one token after another if it has none.
         progress: a `Progress`, or whether to show a progress bar; None shows it on a terminal only.
         callback: is called with the `Progress`, which says how far this is and can cancel it.
 
     Raises:
         StarflowError: a setting is out of range, the mask does not fit, or a likelihood is not finite.
     """
-    _check(steps, rounds, strength, accept, images, seed)
+    width, height = size or model.size
+    feather = min(width, height) // 16 if feather is None else feather
+    _check(steps, rounds, strength, feather, images, seed)
     progress = watch(progress, callback)
     inversion = Inversion(model.inversion(method), progress)
     image = open_image(image)
     mask = read_mask(mask, image.size)
-    width, height = size or model.size
     check_held(images, 32 * width * height)  # each is painted in float32, and has data and noise of its own
-    free_pixels = np.asarray(crop_image(mask, width, height)) > 127
-    check_mask(free_pixels, "(resized to the model's pictures)")
+    free = np.asarray(crop_image(mask, width, height)) > 127
+    check_mask(free, "(resized to the model's pictures)")
+    alpha = soft_mask(free, feather)
     original = scale_pixels(np.asarray(model.fit(image, size)))
-    painted = np.repeat(fill(original, free_pixels)[None], images, axis=0)
+    painted = np.repeat(fill(original, free)[None], images, axis=0)
     seeds = range(seed, seed + images)
-    rngs = [np.random.Generator(np.random.Philox(each)) for each in seeds]
-    condition, noisy, traces = None, None, []
+    condition, state, nll = None, None, []
     with progress.counting("inpainting", steps * rounds, "step") as counter:
         for number in range(rounds):
             kept = np.concatenate([model.encode_images(each[None]) for each in painted.astype(np.float32)])
@@ -155,14 +132,23 @@ def inpaint(
             if number == 0:
                 condition = model.conditions([prompt] * images, kept.shape)
                 model.release("text_encoder")
-            free = token_mask(free_pixels, model.grid(kept.shape[1:])).reshape(-1)
-            chain = Chain(model.dense_flow(), kept.shape, condition, free, inversion)
-            noisy, data, trace = _round(chain, kept, noisy, seeds, rngs, steps, strength, accept, counter.advance)
-            traces.append(trace)
-            del chain
+            flow, held = model.dense_flow(), kept_share(free, alpha, kept.shape[-3:-1])
+            dynamics = Langevin(flow, condition, held, seeds, strength)
+            if state is None:
+                state = _sample(flow, condition, kept.shape, seeds, model.temperature, inversion)
+                nll.append(dynamics.nll(dynamics.hold(kept, state, 0)))
+            for step in range(number * steps, (number + 1) * steps):
+                progress.check()
+                temperature = max(0.0, 1 - step / (COOLING * steps * rounds))
+                state = dynamics.step(dynamics.hold(kept, state, step), step, temperature)
+                counter.advance(1)
+            state = dynamics.hold(kept, state, steps * rounds)
+            nll.append(dynamics.nll(state))
+            data = dynamics.clean(kept, state, progress)
+            del flow, dynamics
             model.release("flow")
             decoded = np.concatenate([model.decode_images(each[None]) for each in data])
-            painted = np.where(free_pixels[:, :, None], np.clip(decoded, -1, 1), original)
+            painted = original + alpha[..., None] * (np.clip(decoded, -1, 1) - original)
     about = {
         **model.origin(),
         "made_by": "edit inpaint",
@@ -171,105 +157,71 @@ def inpaint(
         "steps": steps,
         "rounds": rounds,
         "strength": strength,
-        "accept": accept,
+        "feather": feather,
     }
     metadata = [{**about, "seeds": [each]} for each in seeds]
-    return Inpainting(to_images(painted), data, Trace.joined(traces), metadata)
+    return Inpainting(to_images(painted), data, np.stack(nll), metadata)
 
 
-def _round(
-    chain: Chain,
-    kept: np.ndarray,
-    noisy: mx.array | None,
-    seeds: Sequence[int],
-    rngs: Sequence[np.random.Generator],
-    steps: int,
-    strength: float,
-    accept: str,
-    advance: Callable[[int], object],
-) -> tuple[mx.array, np.ndarray, Trace]:
-    """One round over data without noise, `[B, ...]`: where its noisy tokens end, the data cleaned, and the trace.
+class Langevin:
+    """Langevin dynamics of noisy data of which a part is held; a batch is as many independent chains.
 
-    `noisy` is where the round before ended; its free tokens go on.
+    Attributes:
+        flow, condition: what they follow.
+        held: how far each cell of the data is held, `[rows, columns, 1]`: 1 stays, 0 is free.
+        seeds: of the chains.
+        strength: s of a step.
+        noise_std: sigma, the standard deviation of the training noise.
     """
-    flow = chain.flow
-    fresh = flow.tokens(mx.array(with_noise(flow, kept, 0, numbers=seeds)))
-    start = chain.start(fresh, rngs) if noisy is None else chain.with_kept(fresh, noisy)
-    end, trace = chain.run(start, rngs, steps, strength, accept, advance)
-    clean = flow.tokens(cleaned(flow, flow.latents(end, kept.shape), chain.condition, chain.inversion.progress))
-    tokens = chain.with_kept(flow.tokens(mx.array(kept)), clean)
-    return end, np.array(flow.latents(tokens, kept.shape)), trace
+
+    def __init__(self, flow: Flow, condition: mx.array | None, held: np.ndarray, seeds: Sequence[int], strength: float):
+        """`held` `[rows, columns]` is `masks.kept_share`."""
+        self.flow, self.condition, self.held = flow, condition, mx.array(held)[..., None]
+        self.seeds, self.strength = seeds, strength
+        # Uniform noise within a level of -1..1, where the flow knows such noise.
+        uniform = 2 / LEVELS / math.sqrt(12)
+        self.noise_std = uniform if is_dequantized(flow) else float(np.asarray(flow.noise_std))
+
+    def hold(self, kept: np.ndarray, x: mx.array, step: int) -> mx.array:
+        """Noisy data x `[B, ...]` with the `kept` data in place, under the training noise of this step."""
+        noisy = mx.array(with_noise(self.flow, kept, 2 * step, numbers=self.seeds))
+        return self.held * noisy + (1 - self.held) * x
+
+    def step(self, x: mx.array, step: int, temperature: float) -> mx.array:
+        """One step from noisy data `[B, ...]`, whose noise follows from the chain's seed and the step's number."""
+        towards = denoise(self.flow, x, self.condition, noise_std=self.noise_std) - x
+        spread = math.sqrt(2 * self.strength * temperature) * self.noise_std
+        noise = mx.array(training_noise(len(self.seeds), x.shape[1:], 2 * step + 1, numbers=self.seeds))
+        x = x + self.strength * towards + spread * noise
+        mx.eval(x)
+        return x
+
+    def nll(self, x: mx.array) -> np.ndarray:
+        """Exact NLL of noisy data, nats per dimension, `[B]`. Raises StarflowError if it is not finite."""
+        nats = token_nats(self.flow, x, self.condition)
+        check_nats(nats)
+        return nats.sum(axis=(1, 2)) / x[0].size
+
+    def clean(self, kept: np.ndarray, x: mx.array, progress: Watch) -> np.ndarray:
+        """Data without noise `[B, ...]`: x cleaned, with the `kept` data in place."""
+        clean = cleaned(self.flow, x, self.condition, progress)
+        return np.array(self.held * mx.array(kept) + (1 - self.held) * clean)
 
 
-class Chain:
-    """Metropolis-Hastings over the free tokens of noisy data; a batch is as many independent chains."""
-
-    def __init__(
-        self,
-        flow: Flow,
-        shape: tuple[int, ...],
-        condition: mx.array | None,
-        free: np.ndarray,
-        inversion: Inversion = SEQUENTIAL,
-    ):
-        """`shape` `[B, ...]` is the data's, `free` `[N]` says which tokens change."""
-        self.inversion = inversion
-        self.flow, self.shape, self.condition = flow, shape, condition
-        self.free, self.mask = free, mx.array(free)[None, :, None]
-        self.guided = GuidedFlow(flow, shape, condition)
-
-    def with_kept(self, kept: mx.array, tokens: mx.array) -> mx.array:
-        """Tokens `[B, N, C]` whose kept ones are those of `kept`."""
-        return mx.where(self.mask, tokens, kept)
-
-    def start(self, kept: mx.array, rngs: Sequence[np.random.Generator]) -> mx.array:
-        """A first state: noise in place of the free tokens, mapped to z, redrawn there, and mapped back."""
-        z, _ = self._forward(self.with_kept(kept, self._normal(rngs, kept.shape)))
-        z = mx.where(self.mask, self._normal(rngs, z.shape), z)
-        return self.with_kept(kept, noise_to_tokens(self.guided, z, self.inversion))
-
-    def run(
-        self,
-        tokens: mx.array,
-        rngs: Sequence[np.random.Generator],
-        steps: int,
-        strength: float,
-        accept: str = "kept",
-        advance: Callable[[int], object] = lambda steps: None,
-    ) -> tuple[mx.array, Trace]:
-        """So many steps from tokens `[B, N, C]`; the generators are those of the chains."""
-        decisive = ~self.free if accept == "kept" else np.ones_like(self.free)
-        z, nats = self._forward(tokens)
-        nll, accepted = [nats.sum(axis=1)], []
-        for _ in range(steps):
-            moved = math.sqrt(1 - strength**2) * z + strength * self._normal(rngs, z.shape)
-            moved = noise_to_tokens(self.guided, mx.where(self.mask, moved, z), self.inversion)
-            proposal = self.with_kept(tokens, moved)
-            new_z, new_nats = self._forward(proposal)
-            log_ratio = (nats - new_nats)[:, decisive].sum(axis=1)
-            take = np.log([rng.random() for rng in rngs]) < log_ratio
-            chosen = mx.array(take)[:, None, None]
-            tokens, z = mx.where(chosen, proposal, tokens), mx.where(chosen, new_z, z)
-            nats = np.where(take[:, None], new_nats, nats)
-            mx.eval(tokens, z)
-            nll.append(nats.sum(axis=1))
-            accepted.append(take)
-            advance(1)
-        return tokens, Trace(np.array(accepted).reshape(steps, -1), np.array(nll) / np.prod(self.shape[1:]))
-
-    def _forward(self, tokens: mx.array) -> tuple[mx.array, np.ndarray]:
-        """Standard normal tokens, and nats of each token, `[B, N]`."""
-        z, nats = noise_and_nats(self.flow, self.flow.latents(tokens, self.shape), self.condition)
-        if not np.isfinite(nats).all():
-            raise StarflowError("the likelihood is not finite: try a smaller strength, or float32")
-        return z, nats.sum(axis=1)
-
-    @staticmethod
-    def _normal(rngs: Sequence[np.random.Generator], shape: tuple[int, ...]) -> mx.array:
-        return mx.array(np.stack([rng.standard_normal(shape[1:], np.float32) for rng in rngs]))
+def _sample(
+    flow: Flow,
+    condition: mx.array | None,
+    shape: tuple[int, ...],
+    seeds: Sequence[int],
+    temperature: float,
+    inversion: Inversion,
+) -> mx.array:
+    """Samples of the flow as data `[B, ...]`, of `shape`."""
+    z = temperature * draw_noise(seeds, flow.tokens(mx.zeros((1, *shape[1:]))).shape[1:])
+    return flow.latents(noise_to_tokens(GuidedFlow(flow, shape, condition), mx.array(z), inversion), shape)
 
 
-def _check(steps: int, rounds: int, strength: float, accept: str, images: int, seed: int) -> None:
+def _check(steps: int, rounds: int, strength: float, feather: int, images: int, seed: int) -> None:
     for name, value in {"steps": steps, "rounds": rounds, "images": images}.items():
         if value < 1:
             raise StarflowError(f"the number of {name} must be 1 or more, not {value}")
@@ -277,6 +229,6 @@ def _check(steps: int, rounds: int, strength: float, accept: str, images: int, s
     check_count(steps * rounds, "steps")
     check_seeds([seed])
     if not 0 < strength <= 1:
-        raise StarflowError(f"the strength of proposals must be above 0 and at most 1, not {strength:g}")
-    if accept not in ACCEPT:
-        raise StarflowError(f"unknown rule {accept!r}; proposals are accepted by {' or '.join(ACCEPT)}")
+        raise StarflowError(f"the strength of steps must be above 0 and at most 1, not {strength:g}")
+    if feather < 0:
+        raise StarflowError(f"the feather must be 0 pixels or more, not {feather}")

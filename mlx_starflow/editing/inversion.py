@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from mlx_starflow.editing.maps import Inversion, cleaned, from_noise, regenerated, to_noise
+from mlx_starflow.editing.maps import Inversion, cleaned, from_noise, previews, regenerated, to_noise
 from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.errors.arguments import checked
 from mlx_starflow.likelihood.nll import at_once, unit_of, with_noise
@@ -227,7 +227,7 @@ def _batches(
     model.release("text_encoder")
     flow, options = model.exact_flow(), SamplingOptions(guidance)
     batch_size = at_once(batch_size, shape)
-    with progress.counting(what, count, unit_of(shape)) as counter:
+    with progress.counting(what, count, unit_of(shape)) as counter, progress.previewing(previews(model)):
         for start in range(0, count, batch_size):
             part = slice(start, min(start + batch_size, count))
             text = null = None

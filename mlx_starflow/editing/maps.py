@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
+from PIL import Image
 
 from mlx_starflow.likelihood.nll import is_dequantized
+from mlx_starflow.likelihood.protocol import ImageModel
 from mlx_starflow.models.flow import Flow
 from mlx_starflow.sampling.decoder import check_finite
 from mlx_starflow.sampling.denoise import denoise
@@ -17,7 +20,7 @@ from mlx_starflow.sampling.guidance import Guidance, SamplingOptions, guidance_f
 from mlx_starflow.sampling.guided import GuidedFlow
 from mlx_starflow.sampling.methods import Method, SamplingPlan, block_settings, for_videos
 from mlx_starflow.sampling.progress import Watch, watch
-from mlx_starflow.sampling.sampler import invert_block
+from mlx_starflow.sampling.sampler import invert_block, state_of
 
 WORST = 1.0
 """The largest distance of a sample from its noise that means anything, in standard deviations of the noise."""
@@ -94,8 +97,9 @@ def _inverted(guided: GuidedFlow, tokens: mx.array, inversion: Inversion) -> mx.
     settings, active = block_settings(method, len(guided.flow.blocks)), list(guided.active())
     with watch(inversion.progress).counting("flow", length * len(active), "tok", shown=False) as counter:
         for index in active:
-            counter.block = index
             decoder = guided.decoder(index, batch, length)
+            counter.block = index
+            counter.state = partial(state_of, guided.flow, decoder, (batch, *guided.shape[1:]))
             tokens = invert_block(decoder, tokens, settings[index], advance=counter.advance)
     check_finite(tokens, "the sample")
     return tokens
@@ -132,6 +136,17 @@ def regenerated(guided: GuidedFlow, z: mx.array, inversion: Inversion = SEQUENTI
             stacklevel=3,
         )
     return x
+
+
+def previews(model: ImageModel) -> Callable[[mx.array], list[Image.Image]]:
+    """What shows states of an edit, data `[B, ...]`: an image of each, of a video its first frame."""
+
+    def decode(data: mx.array) -> list[Image.Image]:
+        images = model.to_images(data)
+        model.release("vae")
+        return [each[0] if isinstance(each, list) else each for each in images]
+
+    return decode
 
 
 def cleaned(flow: Flow, x: mx.array, text: mx.array | None, progress: Watch = False) -> mx.array:

@@ -51,35 +51,55 @@ def check_mask(free: np.ndarray, what: str) -> None:
         raise StarflowError(f"the mask {what} keeps nothing of the picture: generate one instead")
 
 
-def token_mask(free: np.ndarray, grid: Sequence[int]) -> np.ndarray:
-    """Free pixels `[height, width]` -> free tokens, bool `[*grid]`: those that any free pixel touches.
+def soft_mask(free: np.ndarray, feather: int) -> np.ndarray:
+    """Free pixels `[height, width]` -> how much of each is painted, float32: all of the free ones, and of those beside
+    them less and less, down to nothing from `feather` pixels away on."""
+    rows, columns = (np.asarray(each) for each in np.indices(free.shape))
+    away = np.sqrt(_distance(_nearest(free), rows, columns))
+    share = np.clip(1 - away / (feather + 1), 0, 1)
+    return (share * share * (3 - 2 * share)).astype(np.float32)
+
+
+def kept_share(free: np.ndarray, painted: np.ndarray, grid: Sequence[int]) -> np.ndarray:
+    """How far each cell of the data, latents or pixels, is held, float32 `[*grid]`: 0 is free, 1 stays as it is.
+
+    Args:
+        free: pixels `[height, width]`; a cell is free that any free pixel touches.
+        painted: of `soft_mask`, what the others leave.
+        grid: rows and columns of the data.
 
     Raises:
-        StarflowError: no token is left that is kept.
+        StarflowError: no cell is left that is not free.
     """
     rows, columns = grid
     height, width = free.shape
-    tokens = np.asarray(free.reshape(rows, height // rows, columns, width // columns).any(axis=(1, 3)))
-    if tokens.all():
+    cells = (rows, height // rows, columns, width // columns)
+    touched = free.reshape(cells).any(axis=(1, 3))
+    if touched.all():
         raise StarflowError(
-            f"the mask touches every token of the picture (each is {width // columns}x{height // rows} pixels), "
+            f"the mask touches every latent of the picture (each is {width // columns}x{height // rows} pixels), "
             "so nothing of it would be kept; make it smaller"
         )
-    return tokens
+    return np.where(touched, 0, 1 - painted.reshape(cells).mean(axis=(1, 3))).astype(np.float32)
 
 
 def fill(image: np.ndarray, free: np.ndarray) -> np.ndarray:
     """An image `[height, width, C]` whose free pixels have the colour of the nearest pixel that is kept.
 
     What lies there must not reach the autoencoder, whose normalization and attention spread it over the whole image;
-    neither may a hole of one colour, which spreads as well. Nearest pixels are found by jump flooding (Rong and Tan,
-    2006).
+    neither may a hole of one colour, which spreads as well.
     """
-    height, width = free.shape
-    rows, columns = (np.asarray(each) for each in np.indices(free.shape))
+    nearest = _nearest(~free)
+    return image[nearest[..., 0], nearest[..., 1]]
+
+
+def _nearest(marked: np.ndarray) -> np.ndarray:
+    """The nearest marked pixel of each pixel, `[height, width, 2]`, by jump flooding (Rong and Tan, 2006)."""
+    height, width = marked.shape
+    rows, columns = (np.asarray(each) for each in np.indices(marked.shape))
     far = 4 * (height + width)
-    nearest = np.where(free[..., None], -far, np.stack([rows, columns], axis=-1))
-    step = 1 << (max(free.shape) - 1).bit_length() >> 1
+    nearest = np.where(marked[..., None], np.stack([rows, columns], axis=-1), -far)
+    step = 1 << (max(marked.shape) - 1).bit_length() >> 1
     while step:
         for down in (-step, 0, step):
             for right in (-step, 0, step):
@@ -87,7 +107,7 @@ def fill(image: np.ndarray, free: np.ndarray) -> np.ndarray:
                 closer = _distance(shifted, rows, columns) < _distance(nearest, rows, columns)
                 nearest = np.where(closer[..., None], shifted, nearest)
         step //= 2
-    return image[nearest[..., 0], nearest[..., 1]]
+    return nearest
 
 
 def _distance(points: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:

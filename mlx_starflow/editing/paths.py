@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from mlx_starflow.editing.maps import BlendedFlow, Inversion, cleaned, regenerated, to_noise
+from mlx_starflow.editing.maps import BlendedFlow, Inversion, cleaned, previews, regenerated, to_noise
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.errors.arguments import checked
 from mlx_starflow.likelihood.protocol import ImageModel, Prompt
@@ -137,7 +137,7 @@ def vary(
     Args:
         model, image, size, batch_size, method, progress, callback: as for `reprompt`.
         prompt: what is on the image; "" if it cannot be said.
-        strengths: one image for each, 0 to 1; 0.3 by default.
+        strengths: one image for each, 0 to 1; 0.7 by default.
         strength: a single one.
         images: paths; each has all strengths.
         temperature: of the other noise; the model's own by default.
@@ -146,7 +146,7 @@ def vary(
     Raises:
         StarflowError: a setting is out of range, or the result is not finite.
     """
-    strengths = _numbers(_either(strength, strengths, 0.3), "strengths", 1.0)
+    strengths = _numbers(_either(strength, strengths, 0.7), "strengths", 1.0)
     progress = watch(progress, callback)
     inversion = Inversion(model.inversion(method), progress)
     temperature = model.temperature if temperature is None else temperature
@@ -260,7 +260,7 @@ def _regenerated(
 ) -> tuple[list[Image.Image], np.ndarray]:
     """Regenerate the image at every place, so many at once, and decode: images and their data."""
     data = []
-    with progress.counting("editing", len(places), "picture") as counter:
+    with progress.counting("editing", len(places), "picture") as counter, progress.previewing(previews(model)):
         for start in range(0, len(places), batch_size):
             part = places[start : start + batch_size]
             data.append(np.array(regenerate(part)))

@@ -12,6 +12,7 @@ import numpy as np
 from mlx_starflow.errors import NotFinite, StarflowError
 from mlx_starflow.media.noise import check_seeds
 from mlx_starflow.models.flow import Flow, frame_count
+from mlx_starflow.sampling.progress import Watch, watch
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
@@ -167,6 +168,7 @@ def drawn_nats(
     seed: int = 0,
     batch_size: int = 16,
     numbers: Sequence[int] | None = None,
+    progress: Watch = False,
 ) -> np.ndarray:
     """`token_nats` of data with the flow's training noise, for several draws: `[draws, B, 1 + blocks, N]`.
 
@@ -178,6 +180,7 @@ def drawn_nats(
         seed: of the noise.
         batch_size: images at once.
         numbers: of the images, from which their noise follows; 0, 1, 2 by default.
+        progress: counts draws of all images in the phase "scoring".
 
     Raises:
         StarflowError: shapes do not fit the flow, there is nothing to score, or the likelihood is not finite.
@@ -189,11 +192,13 @@ def drawn_nats(
     if text is not None and len(text) != len(data):
         raise StarflowError(f"there are {len(text)} texts for {len(data)} pictures; give one a picture")
     results = []
-    for draw in range(draws):
-        noisy = with_noise(flow, data, draw, seed, numbers)
-        for start in range(0, len(data), batch_size):
-            part = slice(start, min(start + batch_size, len(data)))
-            results.append(token_nats(flow, mx.array(noisy[part]), None if text is None else text[part]))
+    with watch(progress).counting("scoring", draws * len(data), "draw") as counter:
+        for draw in range(draws):
+            noisy = with_noise(flow, data, draw, seed, numbers)
+            for start in range(0, len(data), batch_size):
+                part = slice(start, min(start + batch_size, len(data)))
+                results.append(token_nats(flow, mx.array(noisy[part]), None if text is None else text[part]))
+                counter.advance(part.stop - part.start)
     nats = np.concatenate(results)
     check_nats(nats)
     return nats.reshape(draws, len(data), *nats.shape[1:])
@@ -216,6 +221,7 @@ def exact_nll(
     draws: int = 4,
     seed: int = 0,
     batch_size: int = 16,
+    progress: Watch = False,
 ) -> Nll:
     """Exact NLL of data to which the noise is added that the flow was trained with, averaged over several draws.
 
@@ -223,6 +229,6 @@ def exact_nll(
 
     Arguments and errors are those of `drawn_nats`.
     """
-    nats = drawn_nats(flow, latents, text, draws=draws, seed=seed, batch_size=batch_size)
+    nats = drawn_nats(flow, latents, text, draws=draws, seed=seed, batch_size=batch_size, progress=progress)
     parts = nats.mean(axis=0).sum(axis=-1) / np.prod(latents.shape[1:])
     return Nll(parts[:, 0], parts[:, 1:])

@@ -33,12 +33,14 @@ class ImageFolder:
         return len(self.captions)
 
     @classmethod
-    def read(cls, data: str | Path, *, size: int, splits: tuple[str, ...] | None = None) -> ImageFolder:
+    def read(
+        cls, data: str | Path, *, size: int, splits: tuple[str, ...] | None = None, caption: str | None = None
+    ) -> ImageFolder:
         """Read all images of a source, see `open_source`: the middle of each, resized to `size` x `size`.
 
         `splits` keeps only those whose `split`, "train" if there is none, is among them. Images that cannot be read
         or have no caption are left out, with a warning. In the split "autoencoder" the caption may be missing, and is
-        "" then.
+        "" then. `caption` is that of images that have none.
 
         Raises:
             StarflowError: there is no such data, its metadata is broken, or no image can be used.
@@ -48,7 +50,7 @@ class ImageFolder:
         rows: list[dict[str, Any]] = []
         skipped: list[Skip] = []
         checksums: list[str] = []
-        for sample in open_source(data):
+        for sample in open_source(data, caption=caption):
             if isinstance(sample, Skip):
                 skipped.append(sample)
                 continue

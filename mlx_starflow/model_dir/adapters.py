@@ -29,6 +29,7 @@ from mlx_starflow.errors import StarflowError
 from mlx_starflow.media.files import exists, expanded, inside, is_folder, read_json
 from mlx_starflow.model_dir.files import read_safetensors
 from mlx_starflow.model_dir.fingerprint import fingerprint
+from mlx_starflow.model_dir.hub import fetch, is_repository
 from mlx_starflow.model_dir.quantization import QuantizedLinear
 from mlx_starflow.model_dir.transaction import settle
 from mlx_starflow.model_dir.weights import check_floating
@@ -46,7 +47,7 @@ MOST_SCALE = 1e6
 """Below which an adapter's scale lies; usual ones are about 1 to 20."""
 
 Strengths = Sequence[tuple[str | Path, float]]
-"""Folders of adapters, each with its strength: 1 is as trained, 0 nothing."""
+"""Folders or Hub repositories of adapters, each with its strength: 1 is as trained, 0 nothing."""
 
 
 class AdaptedLinear(nn.Module):
@@ -146,8 +147,13 @@ class Adapter:
 
     @classmethod
     def read(cls, folder: str | Path) -> Adapter:
-        """Read one. Raises StarflowError if it is missing, damaged or of an unknown kind."""
-        folder = expanded(folder)
+        """Read one, a folder's or a Hub repository's.
+
+        Raises StarflowError if it is missing, damaged or of an unknown kind.
+        """
+        name, folder = str(folder), expanded(folder)
+        if not exists(folder) and is_repository(name):
+            folder = fetch(name, [CONFIG_FILE, WEIGHTS_FILE], note=" (there is no folder of that name)")
         settle(folder)
         if not exists(folder / CONFIG_FILE):
             what = "holds no " + CONFIG_FILE if is_folder(folder) else "is not a folder"

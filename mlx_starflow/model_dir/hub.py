@@ -20,7 +20,9 @@ CACHE_VARIABLE = "MLX_STARFLOW_CACHE"
 
 _OFFICIAL = ("apple/starflow", "apple/starflow-v")
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
-_FILES = ["*.json", "*.safetensors", "*spiece.model"]
+_HUB_FILE = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)/((?:[\w-][\w.-]*/)*[\w-][\w.-]*)", re.ASCII)
+_FILES = ["*.json", "*.safetensors", "*spiece.model", "classes.txt", "LICEN[CS]E*", "NOTICE*"]
+# `files.CLASSES_FILE` by its name: what `--help` imports loads neither MLX nor NumPy.
 _CHECKPOINTS = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
 
 
@@ -30,7 +32,7 @@ def find_model(name: str | Path, *, download: bool = True) -> Path:
     Args:
         name: "demo"; else a folder, if there is one of this name; else a Hugging Face repository, owner/name: what
             `mlx-starflow convert` made of it (see `converted_directory`), or else its own `.json` and `.safetensors`
-            files and `spiece.model`, which are fetched into Hugging Face's cache.
+            files, `spiece.model`, classes and licences, which are fetched into Hugging Face's cache.
         download: False: of a repository only what is in that cache already.
 
     Raises:
@@ -73,6 +75,34 @@ def find_model(name: str | Path, *, download: bool = True) -> Path:
 def is_repository(name: str) -> bool:
     """Whether this could be a repository on the Hub, owner/name."""
     return _REPOSITORY.fullmatch(name) is not None and not name.startswith(".")
+
+
+def hub_file(name: str | Path) -> tuple[str, str] | None:
+    """(repository, file in it) where a checkpoint's name, owner/name/file, means one on the Hub; else None.
+
+    What is on this machine wins: where there is such a file, or a folder called as the owner, it is a path.
+    """
+    found = _HUB_FILE.fullmatch(str(name))
+    if found is None or not str(name).endswith(_CHECKPOINTS):
+        return None
+    if exists(Path(name)) or exists(Path(Path(name).parts[0])):
+        return None
+    return found[1], found[2]
+
+
+def find_checkpoint(name: str | Path) -> Path:
+    """A checkpoint's path: its own or, of a file on the Hub (see `hub_file`), where that is downloaded to.
+
+    Raises:
+        StarflowError: it cannot be downloaded.
+    """
+    if (found := hub_file(name)) is None:
+        return Path(name)
+    repository, file = found
+    path = fetch(repository, [file], note=f" (there is no file {name} here)") / file
+    if not is_regular(path):
+        raise StarflowError(f"{repository} on the Hub has no file {file}, and there is no file {name} here")
+    return path
 
 
 def converted_directory(repository: str) -> Path:

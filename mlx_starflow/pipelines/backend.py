@@ -22,6 +22,7 @@ from mlx_starflow.model_dir.quantization import dense_on_cpu
 from mlx_starflow.model_dir.weights import dtype_name
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL
 from mlx_starflow.models.autoencoder_wan import AutoencoderWan
+from mlx_starflow.models.itarflow import ITarFlow
 from mlx_starflow.models.starflow import STARFlow
 from mlx_starflow.models.t5 import T5Encoder
 from mlx_starflow.models.tarflow import PixelFlow
@@ -36,6 +37,7 @@ from mlx_starflow.sampling import (
     SamplingTrace,
     SequentialSettings,
     denoise,
+    iterate,
     sample,
 )
 from mlx_starflow.sampling.certificate import certify_each
@@ -95,6 +97,10 @@ class Backend(ABC, Generic[Array]):
         """Values as an array of the framework, where it computes."""
 
     @abstractmethod
+    def numpy(self, array: Array) -> np.ndarray:
+        """An array's values, float32."""
+
+    @abstractmethod
     def concatenate(self, arrays: list[Array]) -> Array:
         """Along the first axis."""
 
@@ -106,21 +112,24 @@ class Backend(ABC, Generic[Array]):
     def invert(
         self,
         z: Array,
-        text: Array,
-        null_text: Array,
+        text: Array | None,
+        null_text: Array | None,
         settings: GenerationSettings,
         method: str | SamplingPlan,
         progress: Watch,
         trace: SamplingTrace,
     ) -> Array:
-        """Noise -> data, `[B, h, w, C]`, by a method with the settings' guidance; see `sampling.sample`."""
+        """Noise -> data, `[B, h, w, C]`, by a method with the settings' guidance; see `sampling.sample`.
+
+        `text` are embeddings of prompts, or labels of classes.
+        """
 
     def certify(
         self,
         x: Array,
         z: Array,
-        text: Array,
-        null_text: Array,
+        text: Array | None,
+        null_text: Array | None,
         settings: GenerationSettings,
         progress: Watch = False,
     ) -> list[Certificate]:
@@ -128,8 +137,21 @@ class Backend(ABC, Generic[Array]):
         raise NotImplementedError
 
     @abstractmethod
-    def denoise(self, x: Array, text: Array, progress: Watch = False) -> Array:
+    def denoise(self, x: Array, text: Array | None, progress: Watch = False) -> Array:
         """One score step on data `[B, h, w, C]`."""
+
+    @abstractmethod
+    def iterate(
+        self,
+        x: Array,
+        labels: Array | None,
+        levels: Sequence[float],
+        clip: bool,
+        noise: Array | None,
+        progress: Watch,
+        preview: Callable[[int, Array], None],
+    ) -> Array:
+        """Many score steps of an iTARFlow; see `sampling.iterate`."""
 
     @abstractmethod
     def decode(self, latents: Array) -> np.ndarray:
@@ -313,6 +335,9 @@ class MLXBackend(Backend[mx.array]):
     def array(self, values: np.ndarray) -> mx.array:
         return mx.array(values)
 
+    def numpy(self, array: mx.array) -> np.ndarray:
+        return np.array(array.astype(mx.float32))
+
     def concatenate(self, arrays: list[mx.array]) -> mx.array:
         return mx.concatenate(arrays)
 
@@ -327,14 +352,15 @@ class MLXBackend(Backend[mx.array]):
     def invert(
         self,
         z: mx.array,
-        text: mx.array,
-        null_text: mx.array,
+        text: mx.array | None,
+        null_text: mx.array | None,
         settings: GenerationSettings,
         method: str | SamplingPlan,
         progress: Watch,
         trace: SamplingTrace,
     ) -> mx.array:
-        guidance, attn_temp, kv_bits = settings.guidance, settings.attn_temp, settings.cache_bits or 0
+        guidance, options = settings.guidance, settings.options()
+        kv_bits = settings.cache_bits or 0
 
         def compute() -> mx.array:
             trace.clear()
@@ -345,10 +371,10 @@ class MLXBackend(Backend[mx.array]):
                 null_text,
                 guidance,
                 method,
-                attn_temp=attn_temp,
                 kv_bits=kv_bits,
                 progress=progress,
                 trace=trace,
+                **options,
             )
             mx.eval(x)
             return x
@@ -359,20 +385,37 @@ class MLXBackend(Backend[mx.array]):
         self,
         x: mx.array,
         z: mx.array,
-        text: mx.array,
-        null_text: mx.array,
+        text: mx.array | None,
+        null_text: mx.array | None,
         settings: GenerationSettings,
         progress: Watch = False,
     ) -> list[Certificate]:
-        guidance, attn_temp = settings.guidance, settings.attn_temp
+        guidance, options = settings.guidance, settings.options()
 
         def compute() -> list[Certificate]:
-            return certify_each(self.flow, x, z, text, null_text, guidance, attn_temp=attn_temp, progress=progress)
+            return certify_each(self.flow, x, z, text, null_text, guidance, progress=progress, **options)
 
         return self.in_range("flow", compute)
 
-    def denoise(self, x: mx.array, text: mx.array, progress: Watch = False) -> mx.array:
+    def denoise(self, x: mx.array, text: mx.array | None, progress: Watch = False) -> mx.array:
         return self.in_range("flow", lambda: denoise(self.flow, x, text, progress=progress))
+
+    def iterate(
+        self,
+        x: mx.array,
+        labels: mx.array | None,
+        levels: Sequence[float],
+        clip: bool,
+        noise: mx.array | None,
+        progress: Watch,
+        preview: Callable[[int, mx.array], None],
+    ) -> mx.array:
+        def compute() -> mx.array:
+            flow = self.flow
+            assert isinstance(flow, ITarFlow)  # of a model that knows noise levels
+            return iterate(flow, x, labels, levels, clip, noise=noise, progress=progress, preview=preview)
+
+        return self.in_range("flow", compute)
 
     def encode(self, images: np.ndarray) -> np.ndarray:
         """Images `[B, H, W, 3]` in -1..1 -> normalized latents without noise, float32 `[B, h, w, C]`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -17,13 +18,13 @@ from mlx_starflow.media.noise import digest
 from mlx_starflow.model_dir.directory import ModelDirectory
 from mlx_starflow.model_dir.files import CLASSES_FILE
 from mlx_starflow.models.flow import Flow
-from mlx_starflow.models.itarflow import ITarFlow, ITarFlowConfig, at_noise_level
+from mlx_starflow.models.itarflow import ITarFlowConfig, at_noise_level
 from mlx_starflow.models.tarflow import PixelFlowConfig
-from mlx_starflow.pipelines.backend import MLXBackend
+from mlx_starflow.pipelines.backend import Backend, MLXBackend
 from mlx_starflow.pipelines.image import ImageMaker
 from mlx_starflow.pipelines.results import DENOISE_STEPS, ClassSettings, GenerationSettings, GenerationStats
-from mlx_starflow.sampling import Certificate, SamplingPlan, SamplingTrace, certify, denoise, iterate, sample
-from mlx_starflow.sampling.cache import check_quantizable
+from mlx_starflow.planning.limits import ClassRequest, automatic_kv_bits, check_memory
+from mlx_starflow.sampling import Certificate, SamplingPlan, SamplingTrace
 from mlx_starflow.sampling.iterate import noise_levels
 from mlx_starflow.sampling.progress import Progress
 
@@ -45,16 +46,14 @@ class ClassPipeline(ImageMaker):
     dimension = "pixel dimension"
     settings: ClassSettings
 
-    def __init__(self, name: str, model: ModelDirectory, backend: MLXBackend):
+    def __init__(self, name: str, model: ModelDirectory, backend: Backend[Any]):
         super().__init__(name, model, backend)
         if not isinstance(model.flow.config, PixelFlowConfig):
             raise StarflowError(f"{name} does not read class labels: it is no TarFlow")
         self.config = config = model.flow.config
         self.classes = read_classes(model, config.num_classes)
         self.plan = SamplingPlan.find(model.path, backend.flow_precision)
-        self.settings = ClassSettings.from_dict(
-            {"guidance": config.cfg if config.num_classes else 0.0, **model.pipeline}
-        )
+        self.settings = own_settings(model)
         self.temperature = self.settings.temperature
         self._noise_level: float | None = None
 
@@ -70,6 +69,8 @@ class ClassPipeline(ImageMaker):
 
     @noise_level.setter
     def noise_level(self, level: float | None) -> None:
+        if level is not None:
+            _ = self._mlx  # its error
         if level is not None and not isinstance(self.config, ITarFlowConfig):
             raise StarflowError(f"{self.name} knows no noise levels: leave the noise level out")
         if level is not None and not 0 < level < float("inf"):
@@ -78,7 +79,7 @@ class ClassPipeline(ImageMaker):
 
     @property
     def flow(self) -> Flow:
-        return at_noise_level(self._mlx.flow, self._noise_level)
+        return at_noise_level(self.backend.flow, self._noise_level)
 
     def dense_flow(self) -> Flow:
         return at_noise_level(super().dense_flow(), self._noise_level)
@@ -142,18 +143,25 @@ class ClassPipeline(ImageMaker):
 
     def checked_images(self, settings: GenerationSettings, size: tuple[int, int], images: int) -> GenerationSettings:
         self.check_size(size)
-        blocks = [self.config.block(index) for index in range(self.config.blocks)]
-        # Nobody has planned a TarFlow's memory: it is small.
-        bits = settings.cache_bits or 0
-        check_quantizable(blocks, bits)
+        here = self.backend if isinstance(self.backend, MLXBackend) else None
+        request = ClassRequest(
+            self.model,
+            batch=images,
+            guidance=settings.guidance,
+            dtype=here.dtype if here else None,
+            ranks=here.group.size() if here and here.group else 1,
+            quantization=here.quantize if here else None,
+        )
+        bits = self._decided_kv_bits(settings, request.blocks, lambda: automatic_kv_bits(request))
+        check_memory(request, bits)
         return settings.updated(kv_bits=bits)
 
     def noise_shape(self, size: tuple[int, int] | None = None) -> tuple[int, ...]:
         self.check_size(size or self.size)
         return self.config.num_patches, self.config.channel_size * self.config.patch_size**2
 
-    def prompt_conditions(self, prompts: Sequence[str], size: tuple[int, int] | None) -> mx.array:
-        return mx.array([self.label(prompt) for prompt in prompts])
+    def prompt_conditions(self, prompts: Sequence[str], size: tuple[int, int] | None) -> Any:
+        return self.backend.array(np.array([self.label(prompt) for prompt in prompts], np.int32))
 
     def states(self, settings: GenerationSettings) -> int:
         assert isinstance(settings, ClassSettings)
@@ -181,101 +189,62 @@ class ClassPipeline(ImageMaker):
         progress: Progress,
     ) -> tuple[list[Any], list[Certificate]]:
         assert isinstance(settings, ClassSettings)
-        backend, trace = self._mlx, SamplingTrace(keep_states=keep_steps)
+        backend, trace = self.backend, SamplingTrace(keep_states=keep_steps)
         steps, labels = self._steps(settings), text if self.classes else None
-        z = settings.temperature * mx.array(noise)
-        options: dict[str, Any] = {
-            "attn_temp": settings.attn_temp,
-            "annealed_guidance": settings.annealed_guidance,
-            "guidance_mode": settings.guidance_mode,
-            "guided_blocks": settings.guided_blocks,
-        }
-
-        def invert() -> mx.array:
-            trace.clear()
-            method = self.method(settings)
-            x = sample(
-                backend.flow,
-                z,
-                labels,
-                None,
-                settings.guidance,
-                method,
-                kv_bits=settings.cache_bits or 0,
-                progress=progress,
-                trace=trace,
-                **options,
-            )
-            mx.eval(x)
-            return x
-
+        z, null = settings.temperature * backend.array(noise), None if labels is None else null_text
         with self.phases.run(stats, "flow", progress):
-            x = backend.in_range("flow", invert)
+            x = backend.invert(z, labels, null, settings, self.method(settings), progress, trace)
         blocks = [self.config.block(index) for index in range(self.config.blocks)]
         stats.count(trace.evaluations, len(noise) * sum(block.num_patches for block in blocks))
-        certificates = []
-        if verify:
+        certificates: list[Certificate] = []
+        if verify and backend.certifies:
             with self.phases.run(stats, "verify", progress):
-                for one in (slice(index, index + 1) for index in range(len(noise))):
-                    own = None if labels is None else labels[one]
-                    certificate = self._certify(x[one], z[one], own, settings.guidance, options, progress)
+                for each in backend.certify(x, z, labels, null, settings, progress):
+                    certificate = replace(each, noise_floor=trace.noise_floor)
                     certificates.append(certificate)
                     self.check_certificate(certificate, self.method(settings))
         stats.certificates += certificates
-        previews: list[mx.array] = []
+        previews: list[Any] = []
         if steps:
             with self.phases.run(stats, "denoise", progress):
-                x = backend.in_range(
-                    "flow", lambda: self._denoise(x, labels, noise, settings, steps, progress, previews)
-                )
+                x = self._denoise(x, labels, noise, settings, steps, progress, previews)
         if not keep_steps:
             return [x], certificates
         flow = backend.flow
         return [flow.latents(flow.noise_tokens(z), x.shape), *trace.states, *previews[:-1], x], certificates
 
-    def _certify(
-        self,
-        x: mx.array,
-        z: mx.array,
-        labels: mx.array | None,
-        guidance: float,
-        options: dict[str, Any],
-        progress: Progress,
-    ) -> Certificate:
-        def compute() -> Certificate:
-            return certify(self._mlx.flow, x, z, labels, None, guidance, progress=progress, **options)
-
-        return self._mlx.in_range("flow", compute)
-
     def _denoise(
         self,
-        x: mx.array,
-        labels: mx.array | None,
+        x: Any,
+        labels: Any,
         noise: np.ndarray,
         settings: ClassSettings,
         steps: int,
         progress: Progress,
-        previews: list[mx.array],
-    ) -> mx.array:
+        previews: list[Any],
+    ) -> Any:
         """Samples -> clean data; `previews` is filled with what each step takes for them."""
-        previews.clear()
-        flow = self._mlx.flow
-        if not isinstance(flow, ITarFlow):
-            return denoise(flow, x, labels, progress=progress)
-        levels = noise_levels(flow.config.t1, flow.config.t0, steps)
-        return iterate(
-            flow,
-            x,
-            labels,
-            levels,
-            settings.clip,
-            noise=fresh_noise(noise, steps - 1, x.shape[1:]) if settings.stochastic else None,
-            progress=progress,
-            preview=lambda step, clean: previews.append(clean),
-        )
+        backend = self.backend
+        if not isinstance(self.config, ITarFlowConfig):
+            return backend.denoise(x, labels, progress)
 
-    def _decode(self, data: mx.array, progress: Progress) -> list[Image.Image]:
-        return to_images(self.decode_images(np.array(data)))
+        def preview(step: int, clean: Any) -> None:
+            # A step that is taken again, in another precision, replaces what it gave.
+            previews[step - 1 :] = [clean]
+
+        levels = noise_levels(self.config.t1, self.config.t0, steps)
+        fresh = backend.array(fresh_noise(noise, steps - 1, x.shape[1:])) if settings.stochastic else None
+        return backend.iterate(x, labels, levels, settings.clip, fresh, progress, preview)
+
+    def _decode(self, data: Any, progress: Progress) -> list[Image.Image]:
+        return to_images(self.decode_images(self.backend.numpy(data)))
+
+
+def own_settings(model: ModelDirectory) -> ClassSettings:
+    """How a model of classes samples unless told otherwise. Raises StarflowError if its `config.json` is not usable."""
+    config = model.flow.config
+    assert isinstance(config, PixelFlowConfig)
+    return ClassSettings.from_dict({"guidance": config.cfg if config.num_classes else 0.0, **model.pipeline})
 
 
 def numbered(count: int) -> list[str]:
@@ -297,8 +266,8 @@ def read_classes(model: ModelDirectory, count: int) -> list[str]:
     return names
 
 
-def fresh_noise(noise: np.ndarray, steps: int, shape: Sequence[int]) -> mx.array:
+def fresh_noise(noise: np.ndarray, steps: int, shape: Sequence[int]) -> np.ndarray:
     """Standard normal `[steps, B, *shape]`, for each sample from the noise `[B, ...]` that it starts from alone."""
     generators = [np.random.Generator(np.random.Philox(int(digest(one)[:32], 16))) for one in noise]
     drawn = [generator.standard_normal((steps, *shape), np.float32) for generator in generators]
-    return mx.array(np.stack(drawn, axis=1))
+    return np.stack(drawn, axis=1)

@@ -25,7 +25,6 @@ from mlx_starflow.pipelines.prompts import complete_prompt
 from mlx_starflow.pipelines.results import GenerationSettings, Settings
 from mlx_starflow.planning.limits import MemoryRequest, automatic_kv_bits, check_memory
 from mlx_starflow.sampling import SamplingPlan
-from mlx_starflow.sampling.cache import check_quantizable
 
 
 class LatentPipeline(Pipeline):
@@ -160,13 +159,10 @@ class LatentPipeline(Pipeline):
         Raises:
             StarflowError: keys and values cannot be kept so, or all takes more memory than there is; see `check_size`.
         """
-        bits, can = settings.cache_bits, self.backend.quantizes_cache
-        if bits and not can:
-            raise StarflowError("the torch backend keeps keys and values as they are: leave out kv_bits (--kv-bits)")
-        check_quantizable(self.config.blocks, bits or 0)
-        if bits is None:
-            self.latent_shape(size)  # raises StarflowError if the size does not fit
-            bits = self._automatic_kv_bits(size, images, frames, settings.guidance) if can else 0
+        self.latent_shape(size)  # raises StarflowError if the size does not fit
+        bits = self._decided_kv_bits(
+            settings, self.config.blocks, lambda: self._automatic_kv_bits(size, images, frames, settings.guidance)
+        )
         self.check_size(size, images, frames=frames, guidance=settings.guidance, kv_bits=bits)
         return settings.updated(kv_bits=bits)
 

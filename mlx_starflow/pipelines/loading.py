@@ -75,9 +75,14 @@ def load(
         from mlx_starflow.pipelines.torch_backend import TorchBackend
 
         model = ModelDirectory.find(name, download=download)
-        in_torch = ImagePipeline(str(name), model, TorchBackend(model, device=torch_device, dtype=dtype))
-        _ = in_torch.flow, in_torch.text_encoder, in_torch.vae
-        return in_torch
+        in_torch = TorchBackend(model, device=torch_device, dtype=dtype)
+        if isinstance(model.flow.config, PixelFlowConfig):
+            of_classes = ClassPipeline(str(name), model, in_torch)
+            _ = of_classes.flow
+            return cast(ImagePipeline, of_classes)
+        of_prompts = ImagePipeline(str(name), model, in_torch)
+        _ = of_prompts.flow, of_prompts.text_encoder, of_prompts.vae
+        return of_prompts
     if device is not None:
         raise StarflowError(f"device {device} is a choice of the torch backend: leave it out, or add --backend torch")
     if group is not None:

@@ -119,6 +119,10 @@ class GenerationSettings:
     def to_dict(self) -> dict[str, Any]:
         return {item.name: getattr(self, item.name) for item in fields(self)}
 
+    def options(self) -> dict[str, Any]:
+        """What `sampling.sample` and `sampling.certify` take besides the guidance's weight and the method, by name."""
+        return {"attn_temp": self.attn_temp}
+
 
 @checked_class
 @dataclass(frozen=True)
@@ -169,6 +173,14 @@ class ClassSettings(GenerationSettings):
             "clip": clip,
         }
         return replace(self, **{name: value for name, value in values.items() if value is not None})
+
+    def options(self) -> dict[str, Any]:
+        return {
+            **super().options(),
+            "annealed_guidance": self.annealed_guidance,
+            "guidance_mode": self.guidance_mode,
+            "guided_blocks": self.guided_blocks,
+        }
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import mlx.core as mx
@@ -14,8 +15,9 @@ from mlx_starflow.models.tokenizer import Tokenizer
 from mlx_starflow.pipelines.backend import Backend, check_part
 from mlx_starflow.pipelines.results import GenerationSettings
 from mlx_starflow.reference.autoencoder_kl import AutoencoderKL
+from mlx_starflow.reference.itarflow import ITarFlow
 from mlx_starflow.reference.loading import load_flow, load_text_encoder, load_vae, parse_device, parse_dtype
-from mlx_starflow.reference.sampling import denoise, sample
+from mlx_starflow.reference.sampling import denoise, iterate, sample
 from mlx_starflow.reference.starflow import STARFlow
 from mlx_starflow.reference.t5 import T5Encoder
 from mlx_starflow.reference.tarflow import PixelFlow
@@ -66,6 +68,9 @@ class TorchBackend(Backend[Tensor]):
     def array(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(self.device)
 
+    def numpy(self, array: Tensor) -> np.ndarray:
+        return array.float().cpu().numpy()
+
     def concatenate(self, arrays: list[Tensor]) -> Tensor:
         return torch.cat(arrays)
 
@@ -78,8 +83,8 @@ class TorchBackend(Backend[Tensor]):
     def invert(
         self,
         z: Tensor,
-        text: Tensor,
-        null_text: Tensor,
+        text: Tensor | None,
+        null_text: Tensor | None,
         settings: GenerationSettings,
         method: str | SamplingPlan,
         progress: Watch,
@@ -87,13 +92,24 @@ class TorchBackend(Backend[Tensor]):
     ) -> Tensor:
         # A sampling plan is about MLX's speed.
         method = "sequential" if isinstance(method, SamplingPlan) else method
-        guidance, attn_temp = settings.guidance, settings.attn_temp
-        return sample(
-            self.flow, z, text, null_text, guidance, method, attn_temp=attn_temp, progress=progress, trace=trace
-        )
+        guidance, options = settings.guidance, settings.options()
+        return sample(self.flow, z, text, null_text, guidance, method, progress=progress, trace=trace, **options)
 
-    def denoise(self, x: Tensor, text: Tensor, progress: Watch = False) -> Tensor:
+    def denoise(self, x: Tensor, text: Tensor | None, progress: Watch = False) -> Tensor:
         return denoise(self.flow, x, text, progress=progress)
+
+    def iterate(
+        self,
+        x: Tensor,
+        labels: Tensor | None,
+        levels: Sequence[float],
+        clip: bool,
+        noise: Tensor | None,
+        progress: Watch,
+        preview: Callable[[int, Tensor], None],
+    ) -> Tensor:
+        assert isinstance(self.flow, ITarFlow)  # of a model that knows noise levels
+        return iterate(self.flow, x, labels, levels, clip, noise=noise, progress=progress, preview=preview)
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> np.ndarray:

@@ -27,7 +27,7 @@ from mlx_starflow.pipelines.base import fit_image
 from mlx_starflow.pipelines.image import ImagePipeline
 from mlx_starflow.pipelines.latents import LatentPipeline
 from mlx_starflow.pipelines.results import GenerationStats
-from mlx_starflow.pipelines.video_frames import decode_frames, encode_frames, one_kind
+from mlx_starflow.pipelines.video_frames import FrameDecoder, decode_frames, encode_frames, one_kind
 from mlx_starflow.pipelines.video_requests import (
     VideoFormat,
     VideoRequest,
@@ -223,7 +223,7 @@ class VideoPipeline(LatentPipeline):
         latents: list[mx.array] = []
         made: list[list[Image.Image]] = []
         parts = [request.part(slice(at, at + batch_size)) for at in range(0, len(request.prompts), batch_size)]
-        with self.backend.limits(), self._unloading():
+        with self.backend.limits(), self._unloading(), watched.previewing(self._preview):
             texts = [self._texts(part, watched) for part in parts]
             self.release("text_encoder")
             for part, text in zip(parts, texts, strict=True):
@@ -334,7 +334,7 @@ class VideoPipeline(LatentPipeline):
         return texts[:-1], texts[-1:]
 
     def _frames(self, request: VideoRequest, stages: VideoStages, live: bool) -> Generator[Image.Image, None, None]:
-        with self.backend.limits(), self._unloading():
+        with self.backend.limits(), self._unloading(), stages.progress.previewing(self._preview):
             text, null_text = self._texts(request, stages.progress)
             self.release("text_encoder")
             latents = stages.latents(request, text, null_text)
@@ -345,6 +345,12 @@ class VideoPipeline(LatentPipeline):
                 yield from piece[0]
             self.release("flow")
             self.release("vae")
+
+    def _preview(self, latents: mx.array) -> list[Image.Image]:
+        """Of latents `[B, 1, h, w, C]` of one frame of each video."""
+        images = [frames[0] for frames in FrameDecoder(self.vae).push(latents)]
+        self.release("vae")
+        return images
 
     def _images(self, request: VideoRequest, batch_size: int, verify: bool, progress: Progress) -> VideoResult:
         """Videos of one frame."""

@@ -20,6 +20,7 @@ from mlx_starflow.models.autoencoder_wan.config import CHANNELS, PATCH, Autoenco
 from mlx_starflow.models.flow import BlockConfig
 from mlx_starflow.models.starflow import FlowConfig
 from mlx_starflow.models.t5 import T5Config
+from mlx_starflow.models.tarflow import TarFlowBlockConfig
 from mlx_starflow.sampling.cache import MOST_DENSE, RECENT, block_kv_bits, cached_numbers
 from mlx_starflow.sampling.methods import RollingSettings
 
@@ -157,6 +158,32 @@ def there_and_back(blocks: Sequence[BlockConfig], tokens: int, text: int, checkp
         kept += block.num_layers * read if checkpoint else block.num_layers * _block_layer(block, 1, positions)
         work = max(work, _block_layer(block, 1, positions, gradient=True))
     return kept, work
+
+
+def class_sampling(
+    blocks: Sequence[TarFlowBlockConfig], batch: int, guided: bool, item: int, kv_bits: int = 0
+) -> tuple[int, int]:
+    """(KV caches, all activations) of sampling images of classes, as `sampling`: every block is guided, none reads."""
+    copies, largest, peak = batch * (2 if guided else 1), 0, 0.0
+    for block, bits in zip(blocks, block_kv_bits(blocks, kv_bits), strict=True):
+        cache = copies * kv_cache(block, block.num_patches, item, bits)
+        window = MARGIN * STREAM * _window(block, copies, block.num_patches, block.num_patches, item)
+        window += STREAM * _unpacked(block, copies, block.num_patches, bits, item)
+        largest, peak = max(largest, cache), max(peak, cache + window)
+    return largest, int(peak)
+
+
+def class_forward(blocks: Sequence[TarFlowBlockConfig], images: int, guided: bool) -> int:
+    """A forward pass over images of classes, twice if it is guided."""
+    sequences = images * (2 if guided else 1)
+    return int(MARGIN * STREAM * max(_block_layer(block, sequences, block.num_patches) for block in blocks))
+
+
+def class_score(blocks: Sequence[TarFlowBlockConfig], images: int) -> int:
+    """A score step on images of classes, layers computed again on the way back."""
+    kept = sum(block.num_layers * images * block.num_patches * block.channels for block in blocks)
+    work = max(_block_layer(block, images, block.num_patches, gradient=True) for block in blocks)
+    return int(STREAM * (kept + MARGIN * work))
 
 
 def frame_sampling(

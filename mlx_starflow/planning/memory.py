@@ -8,7 +8,7 @@ weights, they are further above.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -30,8 +30,10 @@ from mlx_starflow.model_dir.weights import automatic_dtype, parameters, parse_dt
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from mlx_starflow.models.autoencoder_wan import AutoencoderWan, AutoencoderWanConfig
 from mlx_starflow.models.configs import PIPELINE
+from mlx_starflow.models.flow import BlockConfig
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
 from mlx_starflow.models.t5 import T5Config, T5Encoder
+from mlx_starflow.models.tarflow import PixelFlow
 from mlx_starflow.planning import footprint
 from mlx_starflow.planning.traffic import cast_bytes
 
@@ -93,7 +95,7 @@ class ModelConfigs:
         directory = directory if isinstance(directory, ModelDirectory) else ModelDirectory(directory)
         flow = directory.flow.config
         if not isinstance(flow, FlowConfig):
-            raise StarflowError(f"{directory.path} reads no prompts: memory is planned for models that do")
+            raise StarflowError(f"{directory.path} reads no prompts: its memory is planned by plan_classes")
         guidance = PIPELINE.typed("guidance", "float", directory.pipeline.get("guidance", flow.cfg))
         return cls(flow, directory.text_encoder.config, directory.vae.config, directory, guidance)
 
@@ -331,7 +333,7 @@ def weight_bytes(network: nn.Module, precision: int | str | mx.Dtype, dtype: mx.
         dtype = parse_dtype(precision)
     else:
         quantize_module(network, precision)
-    return _bytes(parameters(network), dtype or mx.bfloat16, isinstance(network, STARFlow))
+    return _bytes(parameters(network), dtype or mx.bfloat16, isinstance(network, STARFlow | PixelFlow))
 
 
 def parameter_count(network: nn.Module) -> int:
@@ -362,14 +364,18 @@ def _unpacked(configs: ModelConfigs, part: str) -> int:
     if mx.default_device() != mx.cpu or part == "autoencoder" or _stored_bytes(configs, part, mx.float32) is None:
         return 0
     text = configs.text_encoder
-    widths = {
-        "flow": [
-            block.channels * (4 * block.num_heads * block.head_dim + 2 * block.channels * block.expansion)
-            for block in configs.flow.blocks
-        ],
-        "text encoder": [text.d_model * (4 * text.num_heads * text.d_kv + 3 * text.d_ff)],
-    }
-    return 2 * 4 * max(widths[part])
+    if part == "flow":
+        return unpacked_layers(configs.flow.blocks)
+    return 2 * 4 * text.d_model * (4 * text.num_heads * text.d_kv + 3 * text.d_ff)
+
+
+def unpacked_layers(blocks: Sequence[BlockConfig]) -> int:
+    """Bytes of the weights of two layers of a flow in float32."""
+    layers = (
+        block.channels * (4 * block.num_heads * block.head_dim + 2 * block.channels * block.expansion)
+        for block in blocks
+    )
+    return 2 * 4 * max(layers)
 
 
 # ---- Metal

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,11 @@ from mlx_starflow.model_dir.hub import converted_directory, find_model
 from mlx_starflow.model_dir.precision import MIXED
 from mlx_starflow.model_dir.quantization import SHALLOW_BITS, dequantize_module
 from mlx_starflow.model_dir.weights import automatic_precision, parameters
+from mlx_starflow.models.flow import BlockConfig
+from mlx_starflow.models.itarflow import ITarFlowConfig
+from mlx_starflow.models.tarflow import PixelFlowConfig
 from mlx_starflow.planning.chips import find_chips, time_report
+from mlx_starflow.planning.class_memory import class_blocks, class_plans
 from mlx_starflow.planning.memory import (
     HALF,
     MemoryPlan,
@@ -47,6 +51,9 @@ MACS = (8, 16, 24, 32, 64)
 LARGE_MACS = (24, 32, 48, 64, 96, 128)
 """Memory, in GB, of the Macs that `memory_report` speaks of, and of those for models that need more."""
 
+QUICK = 0.05
+"""Seconds in which the CPU's speed is measured, so that `info` does not make anybody wait."""
+
 MOST_SHOWN = 1000
 """Characters of a value in a file's metadata that are shown."""
 
@@ -59,7 +66,7 @@ def summarize(model: str) -> dict[str, str]:
     """
     device = mx.default_device().type.name.upper()
     lines = {"mlx-starflow": f"{__version__}, MLX {MLX_VERSION} on the {device}, Python {platform.python_version()}"}
-    lines["BLAS"] = f"{cpu.describe()}, {cpu.gflops():.1f} GFLOPS on the CPU"
+    lines["BLAS"] = f"{cpu.describe()}, {cpu.gflops(seconds=QUICK):.1f} GFLOPS on the CPU"
     lines["float32"] = (
         "products are TF32 (MLX_ENABLE_TF32): certificates and round trips do not hold"
         if tf32()
@@ -76,10 +83,7 @@ def summarize(model: str) -> dict[str, str]:
         return lines
     directory = ModelDirectory.find(model)
     lines["model"] = f"{model} ({directory.flow.content['model_type']}) in {directory.path}"
-    lines |= _architecture(directory.flow.config) | {"flow": _size(directory.flow)}
-    for title, part in PARTS.items():
-        if directory.has(part):
-            lines[title] = _size(getattr(directory, part))
+    lines |= describe_model(directory)
     missing = [title for title, part in PARTS.items() if not directory.has(part)]
     if missing and directory.reads_prompts:
         lines["lacks"] = f"{' and '.join(missing)}: a flow alone, which makes no pictures of prompts"
@@ -90,6 +94,15 @@ def summarize(model: str) -> dict[str, str]:
         lines[name] = str(value)
     if licences := directory.licences:
         lines["licence"] = f"see {', '.join(licences)} there"
+    return lines
+
+
+def describe_model(directory: ModelDirectory) -> dict[str, str]:
+    """Name -> one line of text about a model's networks: structure and sizes. Raises StarflowError."""
+    lines = _architecture(directory.flow.config) | {"flow": _size(directory.flow)}
+    for title, part in PARTS.items():
+        if directory.has(part):
+            lines[title] = _size(getattr(directory, part))
     return lines
 
 
@@ -141,22 +154,65 @@ def memory_report(
         kv_bits: of keys and values in the table; which Macs have the memory is said for all.
 
     Returns:
-        Lines of text; none for a model that does not read prompts, or lacks its text encoder or autoencoder.
+        Lines of text; none for a model that reads prompts and lacks its text encoder or autoencoder.
 
     Raises:
-        StarflowError: there is no such model, or a config is not usable.
+        StarflowError: there is no such model, a config is not usable, or the model makes no images of that size.
     """
     configs = model_configs(model)
     if configs is None:
-        return []
+        return _class_report(model, size, batch, frames, kv_bits)
     if frames is not None and not configs.flow.video:
         raise StarflowError(f"--frames is about videos, and {model} makes pictures: leave it out")
-    check_quantizable(configs.flow.blocks, kv_bits)
-    kinds = KV_BITS if can_quantize(configs.flow.blocks) else KV_BITS[:1]
-    each_kind = {bits: plans(configs, size=size, batch=batch, frames=frames, kv_bits=bits) for bits in kinds}
+    found = _each_kind(
+        configs.flow.blocks, kv_bits, lambda bits: plans(configs, size=size, batch=batch, frames=frames, kv_bits=bits)
+    )
+    width, height = size or trained_size(configs.flow, configs.vae)
+    images = _images(batch)
+    if configs.flow.video:
+        videos = "one video" if batch == 1 else f"{batch} videos at once"
+        images = f"{videos} of {frames or configs.flow.video[0]} frames"
+    notes = [
+        f"8, 6 and 4 bit: of the flow, which computes in {packed_dtype(configs.flow)}; the other networks are {HALF}."
+    ]
+    return _report(found, kv_bits, f"{images} of {width}x{height}", notes)
+
+
+def _class_report(model: str, size: tuple[int, int] | None, batch: int, frames: int | None, kv_bits: int) -> list[str]:
+    """`memory_report` of a model of classes; nothing of another one."""
+    directory = ModelDirectory.find(model)
+    config = directory.flow.config
+    if not isinstance(config, PixelFlowConfig):
+        return []
+    own = config.img_size, config.img_size
+    if frames is not None:
+        raise StarflowError(f"--frames is about videos, and {model} makes pictures: leave it out")
+    if size not in (None, own):
+        raise StarflowError(f"{model} knows pictures of {own[0]}x{own[1]} pixels alone: leave out the size")
+    notes = ["8, 6 and 4 bit: weights of the layers; float32 is computed in."]
+    found = _each_kind(class_blocks(directory), kv_bits, lambda bits: class_plans(directory, batch=batch, kv_bits=bits))
+    return _report(found, kv_bits, f"{_images(batch)} of {own[0]}x{own[1]}", notes)
+
+
+def _each_kind(
+    blocks: Sequence[BlockConfig], kv_bits: int, plans_of: Callable[[int], dict[str, MemoryPlan]]
+) -> dict[int, dict[str, MemoryPlan]]:
+    """The plans for each number of bits that keys and values may have. Raises StarflowError if `kv_bits` is none."""
+    check_quantizable(blocks, kv_bits)
+    return {bits: plans_of(bits) for bits in (KV_BITS if can_quantize(blocks) else KV_BITS[:1])}
+
+
+def _images(batch: int) -> str:
+    return "one picture" if batch == 1 else f"{batch} pictures at once"
+
+
+def _report(each_kind: dict[int, dict[str, MemoryPlan]], kv_bits: int, images: str, notes: list[str]) -> list[str]:
+    """Plans by precision as a table, keys and values in `kv_bits`; of a model of several networks with one of them in
+    memory at a time, too."""
     found = each_kind[kv_bits]
     largest = max(each.peak() for each in found.values())
     unit, name = (2**30, "GiB") if largest >= 2**30 else (2**20, "MiB")
+    parts = list(next(iter(found.values())).weights)
 
     def row(label: str, values: list[str]) -> str:
         return f"{label:<26}" + "".join(f"{value:>14}" for value in values)
@@ -164,39 +220,37 @@ def memory_report(
     def sizes(values: list[int]) -> list[str]:
         return [f"{value / unit:.2f}" for value in values]
 
-    width, height = size or trained_size(configs.flow, configs.vae)
-    images = "one picture" if batch == 1 else f"{batch} pictures at once"
-    if configs.flow.video:
-        videos = "one video" if batch == 1 else f"{batch} videos at once"
-        images = f"{videos} of {frames or configs.flow.video[0]} frames"
     lines = [
-        f"Memory in {name} for {images} of {width}x{height}: computed from the configs, not measured.",
-        f"8, 6 and 4 bit: of the flow, which computes in {packed_dtype(configs.flow)}; the other networks are {HALF}.",
+        f"Memory in {name} for {images}: computed from the configs, not measured.",
+        *notes,
         *([f"Keys and values are in {kv_bits} bits."] if kv_bits else []),
         "",
         row("weights", list(found)),
     ]
-    for part in ("flow", *PARTS):
+    for part in ("flow", *(part for part in PARTS if part in parts)):
         lines.append(row(f"  {part}", sizes([each.weights[part] for each in found.values()])))
     lines += ["", row("keys and values", list(found))]
     for bits, of_kind in each_kind.items():
         title = f"  in {bits} bits" if bits else "  as computed"
         lines.append(row(title, sizes([each.kv_cache for each in of_kind.values()])))
-    for title, low_memory in (("peak, all in memory", False), ("peak with --low-memory", True)):
+    several = len(parts) > 1
+    peaks = [("peak, all in memory", False), ("peak with --low-memory", True)] if several else [("peak", False)]
+    for title, low_memory in peaks:
         lines += ["", row(title, list(found))]
         phases = [each.phases(low_memory) for each in found.values()]
         lines += [row(f"  {phase}", sizes([each[phase] for each in phases])) for phase in phases[0]]
     lines += ["", row("Macs", list(found))]
     reduced = False
-    smallest = min(each.peak(low_memory=True) for each in each_kind[0].values())
+    smallest = min(each.peak(low_memory=several) for each in each_kind[0].values())
     macs = MACS if smallest <= usable(16 * 2**30) else LARGE_MACS
     for memory in macs:
-        verdicts = [_verdict({bits: plans[name] for bits, plans in each_kind.items()}, memory) for name in found]
+        verdicts = [_verdict({bits: kind[name] for bits, kind in each_kind.items()}, memory, several) for name in found]
         lines.append(row(f"  {memory} GB", verdicts))
         reduced |= any(verdict.startswith("--kv") for verdict in verdicts)
     shares = ", ".join(f"{usable(memory * 2**30) / 2**30:.1f} of {memory}" for memory in macs)
     if reduced:
-        lines.append("--kv-bits, and --low-memory with it: chosen by itself where memory is short.")
+        both = ", and --low-memory with it" if several else ""
+        lines.append(f"--kv-bits{both}: chosen by itself where memory is short.")
     return [
         *lines,
         f"The GPU is taken to get 70% of memory up to 32 GB, 75% above: {shares}.",
@@ -237,12 +291,12 @@ def model_configs(model: str) -> ModelConfigs | None:
     return ModelConfigs.read(directory) if whole else None
 
 
-def _verdict(expected: dict[int, MemoryPlan], gigabytes: int) -> str:
+def _verdict(expected: dict[int, MemoryPlan], gigabytes: int, several: bool) -> str:
     """How a Mac of this much memory makes it, by the plans for each number of bits of keys and values."""
     if expected[0].fits(gigabytes):
         return "yes"
     for bits, each in expected.items():
-        if each.fits(gigabytes, low_memory=True):
+        if each.fits(gigabytes, low_memory=several):
             return f"--kv-bits {bits}" if bits else "--low-memory"
     return "no"
 
@@ -274,10 +328,18 @@ def _architecture(flow: Any) -> dict[str, str]:
         order = "backwards" if block.flip else "forwards"
         text = ", reads text" if getattr(block, "txt_dim", 0) else ""
         lines[f"block {index}"] = f"{kind}, {order}{text}"
-    side, each = flow.img_size // flow.patch_size, " a frame" if getattr(flow, "video", None) else ""
+    each = " a frame" if getattr(flow, "video", None) else ""
     if not getattr(flow, "txt_size", 0):  # of others the memory report says so
         lines["pictures"] = f"{flow.img_size}x{flow.img_size} pixels, {flow.channel_size} channels"
-    lines["tokens"] = f"{side * side}{each} of {blocks[0].in_channels} numbers, patches of {flow.patch_size}"
+    patches = {getattr(block, "patch_size", flow.patch_size): block.in_channels for block in blocks}
+    lines["tokens"] = "; ".join(
+        f"{(flow.img_size // patch) ** 2}{each} of {numbers} numbers, patches of {patch}"
+        for patch, numbers in patches.items()
+    )
+    if isinstance(flow, ITarFlowConfig):
+        lines["noise"] = f"levels {flow.t0:g} to {flow.t1:g}"
+    elif isinstance(flow, PixelFlowConfig):
+        lines["noise"] = f"{flow.noise_std:g}" if flow.noise_type == "gaussian" else flow.noise_type
     if video := getattr(flow, "video", None):
         lines["videos"] = f"{video[0]} frames, {video[1]} a second, as trained; pictures too"
     if denoiser := getattr(flow, "denoiser", None):

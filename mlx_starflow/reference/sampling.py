@@ -338,16 +338,22 @@ def iterate(
     clip: bool = False,
     *,
     noise: Tensor | None = None,
+    progress: Watch = False,
+    preview: Callable[[int, Tensor], None] = lambda step, clean: None,
 ) -> Tensor:
     """Denoise data step by step; see `mlx_starflow.sampling.iterate`."""
-    for step, (level, later) in enumerate(pairwise([*levels, 0.0])):
-        clean = denoise(flow.at(level), x, labels)
-        clean = clean.clamp(-1, 1) if clip else clean
-        if noise is None or not later:
-            x = x - (level - later) * (x - clean) / level
-        else:
-            kept = (later / level) ** 2
-            x = clean + later * (kept**0.5 * (x - clean) / level + (1 - kept) ** 0.5 * noise[step])
+    progress = watch(progress)
+    with progress.counting("denoising", len(levels), "step", leave=False) as counter:
+        for step, (level, later) in enumerate(pairwise([*levels, 0.0])):
+            clean = denoise(flow.at(level), x, labels, progress=progress)
+            clean = clean.clamp(-1, 1) if clip else clean
+            preview(step + 1, clean)
+            counter.advance()
+            if noise is None or not later:
+                x = x - (level - later) * (x - clean) / level
+            else:
+                kept = (later / level) ** 2
+                x = clean + later * (kept**0.5 * (x - clean) / level + (1 - kept) ** 0.5 * noise[step])
     return x
 
 

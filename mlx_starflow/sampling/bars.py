@@ -39,14 +39,16 @@ class Bar(tqdm):
             super().clear(nolock)
 
     def line(self) -> str:
-        """How far it is: "sampling: 30 of 64 tok, 01:20 so far, about 01:31 left"."""
+        """How far it is: "sampling: 30 of 64 tok, 01:20 so far, about 01:31 left"; and what is beside the bar."""
         facts = self.format_dict
         done, total, elapsed, speed = facts["n"], facts["total"], facts["elapsed"], facts["rate"]
         since_start = done - facts["initial"]
         speed = speed or (since_start / elapsed if elapsed else 0)
         of = f" of {total}" if total else ""
         left = f", about {self.format_interval((total - done) / speed)} left" if total and speed else ""
-        return f"{facts['prefix'] or 'done'}: {done}{of} {self.unit}, {self.format_interval(elapsed)} so far{left}"
+        beside = f"; {facts['postfix']}" if facts["postfix"] else ""
+        so_far = f"{self.format_interval(elapsed)} so far"
+        return f"{facts['prefix'] or 'done'}: {done}{of} {self.unit}, {so_far}{left}{beside}"
 
     def close(self) -> None:
         if not self._in_lines:

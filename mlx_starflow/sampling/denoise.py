@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import mlx.core as mx
 
 from mlx_starflow.errors.arguments import checked
-from mlx_starflow.models.flow import Flow, frame_count
+from mlx_starflow.models.flow import BlockConfig, Flow, frame_count
 from mlx_starflow.sampling.decoder import check_finite
 from mlx_starflow.sampling.progress import Watch, watch
 
@@ -75,9 +77,15 @@ def at_once(flow: Flow, x: mx.array, text: mx.array | None) -> int:
 
     So many that what they hold, about, stays within `ROOM`, and at least one: what each layer reads, and all of one.
     """
-    tokens = flow.tokens(x[:1]).shape[1] + (text.shape[1] if text is not None and text.ndim == 3 else 0)
-    widths = [block.config.channels for block in flow.blocks for _ in range(block.config.num_layers)]
-    numbers = tokens * (sum(widths) + LAYER * max(widths, default=0))
+    tokens = flow.tokens(x[:1]).shape[1]
+    prefix = text.shape[1] if text is not None and text.ndim == 3 else 0
+    return together((block.config, prefix + block.sequences(1, tokens)[1]) for block in flow.blocks)
+
+
+def together(blocks: Iterable[tuple[BlockConfig, int]]) -> int:
+    """`at_once` of blocks with the positions that each of them sees of a sample."""
+    read = [(config.num_layers, config.channels * positions) for config, positions in blocks if config.num_layers]
+    numbers = sum(layers * each for layers, each in read) + LAYER * max((each for _, each in read), default=0)
     return max(1, ROOM // max(1, 4 * numbers))
 
 

@@ -29,6 +29,7 @@ class GuidedFlow:
     ):
         """`shape` is the noise's; the other arguments are those of `sample`, and so are the errors raised."""
         self.flow, self.attn_temp, self.frames = flow, options.attn_temp, frame_count(shape)
+        self.shape = tuple(shape)
         self.conditions = flow.conditions(shape, text, null_text, options.guidance)
         if options.guidance > 0 and options.guided_blocks is not None and options.guided_blocks < len(flow.blocks):
             rest = len(flow.blocks) - options.guided_blocks

@@ -12,6 +12,9 @@ from mlx_starflow.models.flow import Condition, FlowBlock
 from mlx_starflow.models.transformer import TransformerLayer
 from mlx_starflow.sampling.cache import Cache, make_cache
 
+LAYERS_AHEAD = 4
+"""After so many layers a GPU is given what is built of an evaluation, and computes while Python builds the rest."""
+
 
 class CachedNetwork(Protocol):
     """A network that keeps the keys and values of what it was fed.
@@ -99,11 +102,14 @@ class CompiledNetwork:
         rope_frequencies = self._rope_frequencies(h)
         begin, *between, end = self.pieces
         q, k, v = begin(h, rope_frequencies)
-        for layer, cache, piece in zip(self.block.layers, self.caches, [*between, None], strict=True):
+        for number, (layer, cache) in enumerate(zip(self.block.layers, self.caches, strict=True)):
             keys, values = cache.update_and_fetch(k, v)
             attended = layer.attention.attend(q, keys, values, self.temperature)
-            if piece is not None:
-                h, q, k, v = piece(h, attended, rope_frequencies)
+            if number == len(between):
+                break
+            h, q, k, v = between[number](h, attended, rope_frequencies)
+            if number % LAYERS_AHEAD == LAYERS_AHEAD - 1:
+                mx.async_eval(h, q, k, v)
         return end(h, attended)
 
     def remember(self, tokens: mx.array) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
@@ -28,8 +29,8 @@ class Counted(NamedTuple):
 class Progress:
     """How far a call is, and the way to stop it; one for each call.
 
-    All that samples, scores or edits takes one as `progress`, and gives it to what it calls, down to the steps of
-    sampling. `callback=show` is short for `progress=Progress(show)`.
+    All that samples, scores, edits or trains takes one as `progress`, and gives it to what it calls, down to the steps
+    of sampling. `callback=show` is short for `progress=Progress(show)`.
 
     def show(progress: Progress) -> None:
         print(progress.phase, progress.block, progress.done, progress.total)
@@ -56,7 +57,8 @@ class Progress:
     @property
     def phase(self) -> str:
         """What is being done: one of those that `GenerationStats.seconds` counts ("text", "flow", "verify", "denoise",
-        "decode"), or of scoring and editing "reading", "scoring", "encoding" and so on; "" before and after."""
+        "decode"), of scoring and editing "reading", "scoring", "encoding" and so on, of a training its name, such as
+        "finetune"; "" before and after."""
         # Copies: other threads may ask while the lists change.
         phases, counters = tuple(self._phases), tuple(self._counters)
         return phases[-1] if phases else counters[-1].name if counters else ""
@@ -93,6 +95,12 @@ class Progress:
         return tuple(counter.counted for counter in tuple(self._counters))
 
     @property
+    def note(self) -> str:
+        """What there is to say of the phase besides, such as a training's loss; "" if nothing."""
+        counter = self._counter()
+        return counter.note if counter else ""
+
+    @property
     def seconds(self) -> float:
         """Since this was made."""
         return time.perf_counter() - self._began
@@ -101,8 +109,8 @@ class Progress:
         """What the images of this batch look like so far; to be called from the callback.
 
         That is the state that sampling is in, as `keep_steps` shows it, decoded: noise at first. Decoding takes as long
-        as that of the finished images. Empty outside of the phase "flow", in edits, and where the frames of a
-        video are sampled.
+        as that of the finished images. Of a video it is the frame that is being sampled. Empty outside of the phase
+        "flow", and in trainings.
         """
         counter = self._counter()
         if counter is None or counter.state is None or self._decode is None:
@@ -110,7 +118,7 @@ class Progress:
         return self._decode(counter.state())
 
     def cancel(self) -> None:
-        """End the call at its next step: it raises `Cancelled`. The pipeline can be used again."""
+        """End the call at its next step: it raises `Cancelled`. A pipeline can be used again, and a training saves."""
         self._cancelled.set()
 
     @property
@@ -148,7 +156,15 @@ class Progress:
 
     @contextmanager
     def counting(
-        self, name: str, total: int | None, unit: str, *, label: str = "", leave: bool = True, shown: bool = True
+        self,
+        name: str,
+        total: int | None,
+        unit: str,
+        *,
+        done: int = 0,
+        label: str = "",
+        leave: bool = True,
+        shown: bool = True,
     ) -> Iterator[Counter]:
         """Count what is done inside.
 
@@ -156,13 +172,16 @@ class Progress:
             name: the phase's that it belongs to.
             total: how much there is.
             unit: what is counted.
+            done: what was done before, in an earlier run.
             label: of the bar, if it is not the name.
             leave: the bar stays when it is full.
             shown: there is a bar at all, where bars are asked for.
         """
         hide = None if self.bar is None else not self.bar
-        with Bar(total=total, desc=label or name, unit=unit, disable=hide if shown else True, leave=leave) as bar:
+        hide = hide if shown else True
+        with Bar(total=total, initial=done, desc=label or name, unit=unit, disable=hide, leave=leave) as bar:
             counter = Counter(self, name, total, unit, bar)
+            counter.done = done
             self._counters.append(counter)
             try:
                 yield counter
@@ -196,12 +215,14 @@ class Counter:
     Attributes:
         block: see `Progress.block`.
         state: gives the state that sampling is in, data `[B, ...]`, if it is known.
+        note: see `Progress.note`.
     """
 
     def __init__(self, progress: Progress, name: str, total: int | None, unit: str, bar: Bar):
         self.name, self.done, self.total, self.unit = name, 0, total, unit
         self.block: int | None = None
         self.state: Callable[[], Any] | None = None
+        self.note = ""
         self._progress, self._bar = progress, bar
 
     @property
@@ -213,6 +234,15 @@ class Counter:
         self.done += count
         self._bar.update(count)
         self._progress.tell()
+
+    def remark(self, note: str) -> None:
+        """Say this beside the numbers, until there is something else to say."""
+        self.note = note
+        self._bar.set_postfix_str(note)
+
+    def write(self, line: str) -> None:
+        """Print a line on standard error, for which bars make way."""
+        self._bar.write(line, file=sys.stderr)
 
 
 Watch = Progress | bool | None

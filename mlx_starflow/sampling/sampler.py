@@ -126,7 +126,7 @@ def sample(
             evaluations, noise_floor = 0, 0.0
             if not flow.blocks[index].is_identity:
                 decoder = guided.decoder(index, batch, length)
-                counter.block, counter.state = index, partial(_state, flow, decoder, z.shape)
+                counter.block, counter.state = index, partial(state_of, flow, decoder, z.shape)
                 tokens = invert_block(decoder, tokens, settings[index], advance=counter.advance)
                 evaluations, noise_floor = decoder.evaluations, decoder.noise_floor
                 check_finite(tokens, f"what block {index} made of the noise")
@@ -188,7 +188,7 @@ def invert_steps(
         yield from sequential.invert(decoder, start)
 
 
-def _state(flow: Flow, decoder: BlockDecoder, shape: tuple[int, ...]) -> mx.array:
+def state_of(flow: Flow, decoder: BlockDecoder, shape: tuple[int, ...]) -> mx.array:
     """Data of a sample of which a block is being inverted: what is not done is still the block's noise."""
     tokens = decoder.block.unpermute(decoder.data(0, decoder.z.shape[1]), decoder.frames)
     return flow.latents(tokens, shape)

@@ -8,6 +8,7 @@ measured.
 
 from __future__ import annotations
 
+import math
 import platform
 import statistics
 import time
@@ -32,6 +33,7 @@ from mlx_starflow.sampling.methods import (
     Settings,
 )
 from mlx_starflow.sampling.noise_floor import FACTOR, HALF, moved
+from mlx_starflow.sampling.progress import Callback, Counter, Progress, Watch, watch
 from mlx_starflow.sampling.sampler import SamplingTrace, invert_block, sample
 
 SMALLEST_WINDOW = 8
@@ -85,6 +87,8 @@ def tune(
     least: str = "seconds",
     kv_bits: int = 0,
     report: Callable[[str], None] = lambda line: None,
+    progress: Watch = False,
+    callback: Callback | None = None,
 ) -> SamplingPlan:
     """Measure methods on a few samples and choose.
 
@@ -97,6 +101,8 @@ def tune(
         least: of what the plan shall take the least: "seconds" on this machine, or network "evaluations".
         kv_bits: of keys and values, see `sample`; the plan is for these.
         report: is told what was measured.
+        progress, callback: see `Progress`; its phase is "tuning", and it counts ways that are tried of one block, of
+            which there are at most as many as its total says.
 
     Raises:
         StarflowError: the tolerance is not positive, or an argument is wrong (see `sample`).
@@ -105,7 +111,23 @@ def tune(
         raise StarflowError(f"a plan can take the least {' or '.join(COSTS)}, not {least!r}")
     if not 0 < tolerance <= 100:
         raise StarflowError(f"the tolerance must be greater than 0 and at most 100, not {tolerance:g}")
-    samples = list(_samples(flow, z, text, null_text, SamplingOptions(guidance, kv_bits=kv_bits)))
+    progress = watch(progress, callback)
+    options = SamplingOptions(guidance, kv_bits=kv_bits)
+    with progress.running("tuning"):
+        samples = list(_samples(flow, z, text, null_text, options))
+        plan = _tune(flow, samples, guidance, tolerance, least, report, progress)
+        return replace(plan, kv_bits=kv_bits)
+
+
+def _tune(
+    flow: Flow,
+    samples: list[_Sample],
+    guidance: float,
+    tolerance: float,
+    least: str,
+    report: Callable[[str], None],
+    progress: Progress,
+) -> SamplingPlan:
     exact = max(one.certificate.max for one in samples)
     report(f"sequential: {samples[0].evaluations} evaluations, certificate {exact:.1e}")
     deep = max(samples[0].guided.active())
@@ -115,16 +137,20 @@ def tune(
         tolerance = least_tolerance
         report(f"that is all that this precision gives; the tolerance is now {tolerance:.1e}")
     blocks: list[Settings] = [SequentialSettings()] * len(flow.blocks)
-    for index in samples[0].guided.active():
-        share = DEEP_SHARE if index == deep else OTHERS_SHARE
-        best = _best(index, samples, max(share * tolerance, FACTOR * floors[index]), least, report)
-        report(f"-> {best}")
-        blocks[index] = best.settings
+    active = list(samples[0].guided.active())
+    most = {index: _most_trials(samples[0].noise[index].shape[1]) for index in active}
+    with progress.counting("tuning", sum(most.values()), "way") as counter:
+        for index in active:
+            share, done = DEEP_SHARE if index == deep else OTHERS_SHARE, counter.done
+            best = _best(index, samples, max(share * tolerance, FACTOR * floors[index]), least, report, counter)
+            counter.advance(most[index] - (counter.done - done))
+            report(f"-> {best}")
+            blocks[index] = best.settings
     plan = _tightened(flow, samples, blocks, deep, guidance, tolerance, report)
     measured = dict(plan.measured)
     if floor := max(floors.values()):
         measured["noise_floor"] = floor
-    return replace(plan, measured=measured, precision=dtype_name(products_in(flow)), kv_bits=kv_bits)
+    return replace(plan, measured=measured, precision=dtype_name(products_in(flow)))
 
 
 @dataclass
@@ -178,6 +204,11 @@ def _samples(
         yield _Sample(flow, z[one], None if text is None else text[one], null, options)
 
 
+def _most_trials(length: int) -> int:
+    """Ways that `_best` tries of a block with so many tokens, at most: all windows, and three others."""
+    return 4 + math.ceil(math.log2(max(length / SMALLEST_WINDOW, 1)))
+
+
 def _try(index: int, samples: list[_Sample], settings: Settings) -> Trial:
     evaluations, seconds, residual = 0, 0.0, 0.0
     for one in samples:
@@ -198,18 +229,27 @@ def _try(index: int, samples: list[_Sample], settings: Settings) -> Trial:
     return Trial(index, settings, evaluations, seconds, residual)
 
 
-def _best(index: int, samples: list[_Sample], tolerance: float, least: str, report: Callable[[str], None]) -> Trial:
+def _best(
+    index: int,
+    samples: list[_Sample],
+    tolerance: float,
+    least: str,
+    report: Callable[[str], None],
+    counter: Counter,
+) -> Trial:
     """The method for a block that costs least among those within the tolerance."""
     length = samples[0].noise[index].shape[1]
     _try(index, samples[:1], SequentialSettings())  # to warm up
     trials = [_try(index, samples, SequentialSettings())]
     report(str(trials[0]))
+    counter.advance()
 
     def consider(settings: Settings) -> Trial:
         trial = _try(index, samples, settings)
         report(str(trial) + ("" if trial.residual <= 2 * tolerance else f", but residual {trial.residual:.1e}"))
         if trial.residual <= 2 * tolerance:
             trials.append(trial)
+        counter.advance()
         return trial
 
     consider(JacobiSettings(threshold=tolerance**2))

@@ -8,7 +8,8 @@ last frames again, from position 0 on, and goes on from there (STARFlow-V, arXiv
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Protocol
 
 import mlx.core as mx
@@ -145,7 +146,8 @@ def sample_frames(
                 decoder.rewind()
                 done = [] if read is None else [read]
                 counter.block = deep
-                for tokens in _deep_frames(decoder, z, settings[deep], read, frames_at_once, counter):
+                state = partial(_deep_state, flow, decoder, (batch, 1, *frame_shape))
+                for tokens in _deep_frames(decoder, z, settings[deep], read, frames_at_once, counter, state):
                     mx.eval(tokens)
                     done.append(tokens)
                     count = tokens.shape[1] // size
@@ -153,6 +155,7 @@ def sample_frames(
                         if index < deep:
                             shallow = guided.decoder(index, batch, count * size, count)
                             counter.block = index
+                            counter.state = partial(_shallow_state, flow, shallow, (batch, 1, *frame_shape))
                             tokens = invert_block(shallow, tokens, settings[index], advance=counter.advance)
                             evaluations[index] += shallow.evaluations
                             noise_floors[index] = max(noise_floors[index], shallow.noise_floor)
@@ -181,6 +184,7 @@ def _deep_frames(
     read: mx.array | None,
     frames_at_once: int,
     counter: Counter,
+    state: Callable[[int], mx.array],
 ) -> Iterator[mx.array]:
     """Noise tokens `[B, T * N, C]` -> what the deep block reads of the frames after those of `read`, which it read
     before: tokens of at most `frames_at_once` frames at a time; all in data order."""
@@ -191,12 +195,25 @@ def _deep_frames(
     before = out * size
     deep = counter.block
     for done in invert_steps(decoder, block.permute(z, frames), settings, given):
-        counter.block = deep
+        counter.block, counter.state = deep, partial(state, done // size)
         counter.advance(done - before)
         before = done
         while out < frames and done >= (stop := min(out + frames_at_once, frames)) * size:
             yield block.unpermute(decoder.data(out * size, stop * size), stop - out)
             out = stop
+
+
+def _deep_state(flow: Flow, decoder: BlockDecoder, shape: tuple[int, ...], frame: int) -> mx.array:
+    """Data `[B, 1, H, W, C]` of the latent frame that the deep block makes tokens of."""
+    size = decoder.length // decoder.frames
+    start = min(frame, decoder.z.shape[1] // size - 1) * size
+    return flow.latents(decoder.block.unpermute(decoder.data(start, start + size), 1), shape)
+
+
+def _shallow_state(flow: Flow, decoder: BlockDecoder, shape: tuple[int, ...]) -> mx.array:
+    """The same of a block that makes several frames at once: of the last of them."""
+    tokens = decoder.block.unpermute(decoder.data(0, decoder.z.shape[1]), decoder.frames)
+    return flow.latents(tokens[:, -(decoder.z.shape[1] // decoder.frames) :], shape)
 
 
 def denoise_frames(

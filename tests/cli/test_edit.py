@@ -5,19 +5,30 @@ from __future__ import annotations
 import json
 
 import huggingface_hub
+import mlx.core as mx
 import numpy as np
 import pytest
 from helpers.commands import Command
 from helpers.images import write_images
 from helpers.model_directories import write_class_model, write_image_model
-from helpers.precision import bound
 from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 
+from mlx_starflow import load_flow
 from mlx_starflow.editing import Encoded
 from mlx_starflow.media.metadata import read_metadata
+from mlx_starflow.training.finetuning.adapters import AdapterConfig, adapter_layers, attach, save_adapter
 
 edit, encode, decode, generate = Command("edit"), Command("encode"), Command("decode"), Command("generate")
+
+
+def write_adapter(path, model):
+    """An adapter of a model that changes all that it makes."""
+    flow, config = load_flow(model), AdapterConfig(rank=2)
+    attach(flow, config)
+    for layer in adapter_layers(flow).values():
+        layer.lora_b = 0.05 * mx.ones(layer.lora_b.shape)
+    return save_adapter(path, flow, config)
 
 
 @pytest.fixture(scope="module")
@@ -40,20 +51,18 @@ def size(path) -> tuple[int, int]:
 
 def test_inpaint(model, pictures, tmp_path):
     words = ["--mask", "4,0,4,8", "-m", model, "--steps", 2, "--rounds", 2, "-o", tmp_path / "out.png"]
-    result = edit("inpaint", pictures[0], *words, "--images", 2, "--trace", tmp_path / "trace.json", "--seed", 3)
+    result = edit("inpaint", pictures[0], *words, "--images", 2, "--json", tmp_path / "told.json", "--seed", 3)
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
-    assert [line.split(":")[0] for line in lines[:2]] == ["seed 3", "seed 4"]
-    assert lines[2].endswith("of 8 proposals accepted")
+    assert [line.split(",")[0] for line in lines] == [f"{tmp_path / 'out.png'}: seed {seed}" for seed in (3, 4)]
     assert size(tmp_path / "out.png") == (18, 8)
-    trace = json.loads((tmp_path / "trace.json").read_text())
-    assert np.shape(trace["nll"]) == (5, 2) and np.shape(trace["accepted"]) == (4, 2)
+    assert np.shape(json.loads((tmp_path / "told.json").read_text())["nll"]) == (3, 2)
 
 
 def test_a_mask_from_a_file(model, pictures, tmp_path):
     mask = tmp_path / "mask.png"
     Image.fromarray(np.tile(np.uint8([0] * 4 + [255] * 4), (8, 1))).save(mask)
-    words = ["-m", model, "--steps", 1, "--rounds", 1, "--accept", "whole", "-o", tmp_path / "out.png"]
+    words = ["-m", model, "--steps", 1, "--rounds", 1, "--feather", 0, "-o", tmp_path / "out.png"]
     assert edit("inpaint", pictures[0], "--mask", mask, *words).exit_code == 0
     kept = [np.asarray(Image.open(path))[:, :4] for path in (tmp_path / "out.png", pictures[0])]
     assert np.array_equal(*kept)
@@ -90,7 +99,7 @@ def test_interpolate(model, pictures, tmp_path):
 def test_edits_say_how_they_were_made(model, pictures, tmp_path):
     one, two = pictures
     asked = {
-        "inpaint": ([one, "--mask", "0,0,4,4", "--steps", 1, "--rounds", 1, "-n", 2, "--seed", 3], {"accept": "kept"}),
+        "inpaint": ([one, "--mask", "0,0,4,4", "--steps", 1, "--rounds", 1, "-n", 2, "--seed", 3], {"feather": 0}),
         "reprompt": ([one, "--to", "a dog", "--strength", 0.5], {"prompts": ["", "a dog"], "strength": 0.5}),
         "vary": ([one, "-p", "a cat", "--seed", 3, "-n", 2], {"prompts": ["a cat"], "temperature": 0.8}),
         "interpolate": ([one, two, "--frames", 3], {"share": [0.0, 0.5, 1.0]}),
@@ -111,6 +120,42 @@ def test_edits_say_how_they_were_made(model, pictures, tmp_path):
         assert "does not say how it was made" in generate.mistake("--like", out)
 
 
+def test_edits_and_scores_take_adapters_methods_and_little_memory(model, pictures, tmp_path):
+    one, two = pictures
+    adapter = write_adapter(tmp_path / "adapter", model)
+    asked = {
+        "inpaint": [one, "--mask", "0,0,4,4", "--steps", 1, "--rounds", 1, "--seed", 3],
+        "reprompt": [one, "--to", "a dog", "--strength", 0.5],
+        "vary": [one, "--seed", 3],
+        "interpolate": [one, two, "--frames", 3],
+    }
+
+    def made(name, *words):
+        out = tmp_path / "out.png"
+        result = edit(name, *asked[name], "-m", model, "-o", out, "--overwrite", *words)
+        assert result.exit_code == 0, result.output
+        with Image.open(out) as image:
+            return np.asarray(image).astype(int), read_metadata(out)
+
+    for name in asked:
+        plain, _ = made(name)
+        frugal, _ = made(name, "--low-memory", "--method", "jacobi")
+        assert np.abs(frugal - plain).max() <= 1, name
+        tuned, about = made(name, "--lora", adapter, 1)
+        assert (tuned != plain).any() and about["adapters"] == [[str(adapter), 1.0]], name
+    score = [
+        Command("score")(one, "-m", model, "--low-memory", *words).stdout for words in ([], ["--lora", adapter, 1])
+    ]
+    assert score[0] != score[1]
+    noise = tmp_path / "n.safetensors"
+    for command, words in ((encode, [one, "-o", noise]), (decode, [noise, "-o", tmp_path / "back.png"])):
+        result = command(*words, "-m", model, "--lora", adapter, 1, "--low-memory")
+        assert result.exit_code == 0, result.output
+    assert decode(noise, "-m", model, "-o", tmp_path / "other.png").exit_code == 0
+    with Image.open(tmp_path / "other.png") as other, Image.open(tmp_path / "back.png") as back:
+        assert (np.asarray(other) != np.asarray(back)).any()
+
+
 def test_seconds_without_an_animation(model, pictures, tmp_path):
     one, out = pictures[0], ["-m", model, "-o", tmp_path / "out.png"]
     line = edit.mistake("vary", one, "--seconds", 2, *out)
@@ -123,7 +168,7 @@ def test_seconds_without_an_animation(model, pictures, tmp_path):
 def test_mistakes(model, pictures, tmp_path):
     one, out = pictures[0], ["-m", model, "-o", tmp_path / "out.png"]
     assert "leaves nothing free" in edit.mistake("inpaint", one, "--mask", "0,0,0,0", *out)
-    assert "touches every token" in edit.mistake("inpaint", one, "--mask", "0,0,7,7", *out)
+    assert "touches every latent" in edit.mistake("inpaint", one, "--mask", "0,0,7,7", *out)
     assert "cannot read the picture" in edit.mistake("inpaint", tmp_path / "none.png", "--mask", "0,0,4,4", *out)
     assert "cannot be written" in edit.mistake("vary", one, "-m", model, "-o", tmp_path / "none/out.png")
     assert "pictures are written as" in edit.mistake("vary", one, "-m", model, "-o", tmp_path / "out.gif")
@@ -158,12 +203,13 @@ def test_there_and_back(model, pictures, tmp_path):
 def test_generate_reads_the_noise(model, pictures, tmp_path):
     noise = tmp_path / "noise.safetensors"
     encode(pictures[0], "-m", model, "--prompt", "a cat", "-o", noise)
-    decode(noise, "-o", tmp_path / "decoded.png")
-    settings = ["--guidance", 0, "--temperature", 1, "--no-denoise", "--method", "sequential"]
+    # Both in float32, on a GPU too: a random autoencoder makes much of a rounding.
+    decode(noise, "-o", tmp_path / "decoded.png", "--dtype", "float32")
+    settings = ["--guidance", 0, "--temperature", 1, "--no-denoise", "--method", "sequential", "--dtype", "float32"]
     result = generate("a cat", "-m", model, "--load-noise", noise, *settings, "-o", tmp_path / "generated.png")
     assert result.exit_code == 0, result.output
     first, second = (np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int) for name in ("decoded", "generated"))
-    assert np.abs(first - second).max() <= bound(1, 12)
+    assert np.abs(first - second).max() <= 1
 
 
 def test_encode_options(model, pictures, tmp_path):
@@ -229,15 +275,16 @@ def test_a_noise_file_that_names_a_repository(monkeypatch, tmp_path):
 
 
 def test_best_of(model, tmp_path):
-    words = ["-m", model, "--best-of", 3, "--seed", 10, "--method", "sequential", "-o", tmp_path / "out.png"]
+    words = ["-m", model, "--best-of", 3, "--seed", 10, "--method", "sequential", "--dtype", "float32"]
+    words += ["-o", tmp_path / "out.png"]
     result = generate("a cat", *words)
     assert result.exit_code == 0, result.output
     assert "the best of 3" in result.stdout
     # The picture says which seed it has, and that makes it again.
-    result = generate("--from", tmp_path / "out.png", "-o", tmp_path / "again.png")
+    result = generate("--from", tmp_path / "out.png", "--dtype", "float32", "-o", tmp_path / "again.png")
     assert result.exit_code == 0, result.output
     first, again = (np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int) for name in ("out", "again"))
-    assert np.abs(first - again).max() <= bound(0, 12)
+    assert np.abs(first - again).max() == 0
     result = generate("a cat", "a dog", *words, "--images", 2, "--verify")
     assert result.exit_code == 0, result.output
     assert result.stdout.count("the best of 3") == 4

@@ -37,7 +37,7 @@ from mlx_starflow.training.data.batches import Order, split_samples
 from mlx_starflow.training.data.cache.build import build_cache
 from mlx_starflow.training.data.cache.reading import LatentCache
 from mlx_starflow.training.finetuning.adapters import AdapterConfig, attach
-from mlx_starflow.training.finetuning.base import finetune_planner
+from mlx_starflow.training.finetuning.base import finetune_planner, held_dtype
 from mlx_starflow.training.finetuning.config import FinetuneConfig
 from mlx_starflow.training.finetuning.data import FinetuneData, finetune_loss
 from mlx_starflow.training.finetuning.finetune import finetune
@@ -174,6 +174,11 @@ def test_dry_run(model, pictures, tmp_path):
     assert done.exit_code == 0, done.output
     for word in ("weights", "gradients", "optimizer", "activations", "peak", "16 GB Mac: batch size 16, rank 16"):
         assert word in done.stdout
+    assert re.search(r"^[\d.]+ m?s a step here, \d+ \w+ for 400 steps$", done.stdout, re.MULTILINE)
+    kinds = (["--dora", 2, "--anchor", 0.3, "--dropout", 0.1], ["--full", "--anchor", 0.3], ["--quantize", "8"])
+    for more in kinds:
+        assert "a step here" in command(model, pictures, "-o", tmp_path / "run", "--dry-run", *more).stdout
+    assert "does not exist" in command.mistake(model, tmp_path / "none", "-o", tmp_path / "run", "--dry-run")
     assert not (tmp_path / "run").exists()
 
 
@@ -183,13 +188,15 @@ def full_size() -> FlowConfig:
     return FlowConfig.from_official({**ARGUMENTS["starflow_3B_t2i_256x256"], "txt_dim": 2048})
 
 
-def planner(config: FlowConfig, settings: FinetuneConfig) -> Planner:
+def planner(config: FlowConfig, settings: FinetuneConfig, default: mx.Dtype = mx.bfloat16) -> Planner:
+    """For a machine whose default is bfloat16, as on a GPU, or another."""
+
     def make() -> STARFlow:
         flow = STARFlow(config)
-        flow.set_dtype(mx.bfloat16)
+        flow.set_dtype(held_dtype(settings, default))
         return flow
 
-    return finetune_planner(make, settings)
+    return finetune_planner(make, settings, default)
 
 
 def test_what_is_chosen_for_the_full_size(full_size):
@@ -214,8 +221,11 @@ def test_what_is_said_is_not_chosen(full_size):
     choice = planner(full_size, said).choose(200e9)
     assert (choice.batch_size, choice.rank, choice.quantization, choice.checkpoint) == (4, 3, None, True)
     assert planner(full_size, said).choose(8e9) is None
-    full = planner(full_size, FinetuneConfig(kind="full")).choose(200e9)
-    assert full.rank == 0 and full.plan.optimizer == 3 * full.plan.weights
+    # A full fine-tuning holds float32, its gradient, two moments and an average, and computes in a half copy on a GPU.
+    for default, copies in ((mx.float32, 1), (mx.bfloat16, 1.5)):
+        full = planner(full_size, FinetuneConfig(kind="full"), default).choose(200e9)
+        assert full.rank == 0 and full.plan.weights == copies * full.plan.gradients
+        assert full.plan.optimizer == 3 * full.plan.gradients
     quantized = planner(full_size, FinetuneConfig(quantize="4")).choose(200e9)
     assert quantized.quantization == "4"
 

@@ -48,7 +48,7 @@ UNWRITABLE = [
     ["edit", "vary", "x.png", "-o", "none/out.png"],
     ["edit", "reprompt", "x.png", "--to", "a", "-o", "none/out.png"],
     ["edit", "interpolate", "x.png", "x.png", "-o", "none/out.gif"],
-    ["edit", "inpaint", "x.png", "--mask", "0,0,1,1", "--trace", "none/t.json"],
+    ["edit", "inpaint", "x.png", "--mask", "0,0,1,1", "--json", "none/t.json"],
     ["quantize", "demo", "-o", "x.png", "--quantize", "8", "--report", "."],
     ["fuse", "demo", "--lora", "run", "1", "-o", "x.png"],
     ["export", "demo", "x.png/a.pth"],
@@ -105,7 +105,7 @@ def test_over_what_is_read(words, picture, idle, tmp_path, monkeypatch):
     "words",
     [
         ["score", "x.png", "--csv", "t", "--json", "t"],
-        ["edit", "inpaint", "x.png", "--mask", "0,0,1,1", "-o", "a.png", "--trace", "a.png"],
+        ["edit", "inpaint", "x.png", "--mask", "0,0,1,1", "-o", "a.png", "--json", "a.png"],
         ["generate", "a", "-o", "a.png", "--save-noise", "a.png"],
     ],
     ids=" ".join,

@@ -10,7 +10,6 @@ import pytest
 from helpers.commands import Command
 from helpers.images import smooth_images
 from helpers.model_directories import write_image_model, write_video_model
-from helpers.precision import bound
 from PIL import Image
 
 from mlx_starflow.media.videos import VideoWriter, read_video
@@ -75,7 +74,8 @@ def test_stills(model, clips):
 def test_encode_and_decode(model, clips):
     output = ran(encode("a.mp4", "-m", model, "--prompt", "a cat", "-o", "n.safetensors"))
     assert "noise [1, 4, 2, 3, 4]" in output and "flow: largest error" in output and "autoencoder: RMS" in output
-    assert "again: 1 videos" in ran(decode("n.safetensors", "-o", "again"))
+    # Both in float32, on a GPU too: a random autoencoder makes much of a rounding.
+    assert "again: 1 videos" in ran(decode("n.safetensors", "-o", "again", "--dtype", "float32"))
     frames = [np.stack([np.asarray(each) for each in read_video(clips / "again")])]
     assert frames[0].shape == (13, 32, 48, 3)
     exact = [
@@ -88,10 +88,12 @@ def test_encode_and_decode(model, clips):
         "n.safetensors",
         "--method",
         "sequential",
+        "--dtype",
+        "float32",
     ]
     ran(video("a cat", "-m", model, "--frames", 13, "--size", "48x32", *exact, "-o", "sampled"))
     frames.append(np.stack([np.asarray(each) for each in read_video(clips / "sampled")]))
-    assert np.abs(frames[0].astype(int) - frames[1]).max() <= bound(1, 50)
+    assert np.abs(frames[0].astype(int) - frames[1]).max() <= 1
     ran(encode("a.mp4", "b.webp", "-m", model, "--frames", 5, "-o", "two.safetensors", "--no-check"))
     ran(decode("two.safetensors"))
     assert [len(list(read_video(clips / f"out-{number}.mp4"))) for number in (1, 2)] == [5, 5]

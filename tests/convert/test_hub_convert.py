@@ -20,19 +20,25 @@ from urllib.parse import unquote
 import mlx.core as mx
 import pytest
 import yaml
+from helpers.golden_files import golden_case
 from helpers.model_directories import SPIECE, write_image_model, write_video_model
 from helpers.tiny_flows import tiny_flow
 
 from mlx_starflow.convert import convert_release, export_model
 from mlx_starflow.convert.archive import write_archive
+from mlx_starflow.convert.flow import _tarflow_arguments
 from mlx_starflow.convert.official import RELEASES, later_scale, released_arguments
+from mlx_starflow.convert.tensor import Tensor
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.model_dir.directory import load_flow
 from mlx_starflow.model_dir.files import Spec, load_weights, read_config
 from mlx_starflow.model_dir.hub import find_model
 from mlx_starflow.models.starflow import FlowConfig
+from mlx_starflow.models.tarflow import TarFlowConfig
 
 CHECKPOINT, VIDEO_CHECKPOINT = "starflow_3B_t2i_256x256.pth", "starflow-v_7B_t2v_caus_480p_v3.pth"
 FLOW, TEXT, VAE = "apple/starflow", "google/flan-t5-xl", "stabilityai/sd-vae-ft-ema"
+TARFLOW, AFHQ = "encoreus/Transformer_Autoregressive_Flow", "afhq_model_2_128_3_1_0.07.pth"
 VIDEO, VIDEO_VAE = "apple/starflow-v", "Wan-AI/Wan2.2-TI2V-5B-Diffusers"
 COMMAND = """
 import time
@@ -184,12 +190,16 @@ def write_release(root: Path) -> None:
     del config["model_type"]
     (vae / "config.json").write_text(json.dumps(config))
     write_video_release(root)
+    for name in (AFHQ, f"more/{AFHQ}", "afhq_model_2_768_8_8_0.07.pth"):
+        (root / TARFLOW / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(golden_case("tarflow") / "model.pth", root / TARFLOW / name)
     for folder, name in (
         (root / FLOW, "README.md"),
         (text, "pytorch_model-00001-of-00002.bin"),
         (text, "tf_model.h5"),
         (vae, "diffusion_pytorch_model.bin"),
         (root / VIDEO_VAE, "model_index.json"),
+        (root / TARFLOW, "afhq_256_fid_stats.pth"),
         (root / VIDEO_VAE / "vae", "diffusion_pytorch_model.bin"),
     ):
         (folder / name).write_bytes(b"not to be downloaded")
@@ -260,7 +270,7 @@ def start(hub, tmp_path, released):
             **environment,
         }
         command = [sys.executable, "-c", COMMAND, "convert", *map(str, arguments)]
-        if "--config" not in arguments:
+        if "--config" not in arguments and not any(TARFLOW in str(each) for each in arguments):
             command += ["--config", str(released / "tiny.yaml")]
         return subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -390,6 +400,45 @@ def test_local_parts_need_no_hub(hub, run, released, tmp_path):
     assert str(tmp_path) not in notice
 
 
+@pytest.mark.parametrize(
+    "words", [(f"{TARFLOW}/{AFHQ}",), ("flow", f"{TARFLOW}/more/{AFHQ}"), ("--dtype", "float32", f"{TARFLOW}/{AFHQ}")]
+)
+def test_a_checkpoint_on_the_hub(words, hub, run, tmp_path, golden):
+    """A TarFlow by its official name: that says patches and noise, and the tensors the rest."""
+    code, _, err = run(*words, "-o", tmp_path / "afhq")
+    assert code == 0, err
+    assert hub.downloads() == [next(word for word in words if TARFLOW in word)]
+    flow = load_flow(tmp_path / "afhq", dtype="float32")
+    config = flow.config
+    assert (config.img_size, config.channel_size, config.patch_size, config.noise_std) == (8, 3, 2, 0.07)
+    assert (config.channels, config.blocks, config.layers_per_block, config.num_classes) == (128, 3, 1, 3)
+    z = flow(golden("tarflow")["x"], golden("tarflow")["y"]).z
+    assert golden("tarflow").relative_error(z, "z") < 1e-5
+    assert AFHQ in (tmp_path / "afhq/NOTICE").read_text()
+
+
+def test_a_checkpoint_on_the_hub_that_cannot_be_used(hub, run, tmp_path):
+    def mistake(name: str, *more: str, out: Path = tmp_path / "out", **environment: str) -> str:
+        hub.requests.clear()
+        code, _, err = run(f"{TARFLOW}/{name}", "-o", out, *more, **environment)
+        assert code == 2 and err.splitlines()[-1].startswith("Error: ") and "Traceback" not in err
+        assert not (tmp_path / "out").exists()
+        return err
+
+    assert f"{TARFLOW} on the Hub has no file afhq.pth" in mistake("afhq.pth")
+    assert "afhq_256_fid_stats.pth" in mistake("afhq_256_fid_stats.pth")
+    name = "afhq_model_2_768_8_8_0.07.pth"
+    assert "holds 3 blocks of 1 layers, 128 wide, and so it is not the model that its name speaks of" in mistake(name)
+    code, _, err = run(f"{TARFLOW}/{name}", "-o", tmp_path / "given", "--noise-std", "0.07")
+    assert code == 0, err
+    assert load_flow(tmp_path / "given").config.noise_std == 0.07
+    assert "there is no file" in mistake(AFHQ, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "empty"))
+    # Where it cannot be written, nothing is downloaded.
+    (tmp_path / "file").write_text("")
+    mistake(AFHQ, out=tmp_path / "file")
+    assert not hub.requests
+
+
 # ---- what goes wrong
 
 
@@ -514,3 +563,42 @@ def test_released_arguments():
     assert later_scale(VIDEO_VAE) == 1.0
     networks = [(official["text"], official["vae"]) for official in (arguments, video)]
     assert [(r.text_encoder, r.vae) for r in RELEASES.values()] == networks
+
+
+def shapes(img_size: int, patch: int, channels: int, blocks: int, layers: int, classes: int) -> dict[str, Tensor]:
+    """Some tensors of a TarFlow, by their shapes alone."""
+    width, found = 3 * patch**2, {}
+    for block in (f"blocks.{index}" for index in range(blocks)):
+        found |= {
+            f"{block}.pos_embed": ((img_size // patch) ** 2, channels),
+            f"{block}.proj_in.weight": (channels, width),
+            f"{block}.proj_out.weight": (2 * width, channels),
+            **{f"{block}.attn_blocks.{layer}.mlp.main.0.weight": (4 * channels, channels) for layer in range(layers)},
+        }
+        if classes:
+            found[f"{block}.class_embed"] = (classes, 1, channels)
+    return {name: Tensor(shape, mx.float32, lambda: mx.zeros(1)) for name, shape in found.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "classes", "shape"),
+    [
+        ("afhq_model_8_768_8_8_0.07", 256, 3, (8, 768, 8, 8, 0.07)),
+        ("imagenet_model_4_1024_8_8_0.15", 128, 1000, (4, 1024, 8, 8, 0.15)),
+        ("imagenet64_model_2_768_8_8_0.05", 64, 0, (2, 768, 8, 8, 0.05)),
+        ("imagenet_model_2_768_8_8_0.05", 64, 1000, (2, 768, 8, 8, 0.05)),
+        ("imagenet_model_4_1024_8_8_0.05", 64, 1000, (4, 1024, 8, 8, 0.05)),
+    ],
+)
+def test_the_published_tarflows(name, size, classes, shape):
+    patch, channels, blocks, layers, noise = shape
+    found = _tarflow_arguments(shapes(size, *shape[:4], classes), {}, Path(f"{name}.pth"))
+    config = TarFlowConfig.from_official(found)
+    assert (config.img_size, config.channel_size, config.num_classes, config.nvp) == (size, 3, classes, True)
+    assert (config.patch_size, config.channels, config.blocks, config.layers_per_block) == (
+        patch,
+        channels,
+        blocks,
+        layers,
+    )
+    assert config.noise_std == noise

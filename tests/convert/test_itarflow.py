@@ -15,6 +15,7 @@ from mlx_starflow import load_flow
 from mlx_starflow.convert import convert_flow, export_model, read_checkpoint
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.models.itarflow import ITarFlow
+from mlx_starflow.sampling import denoise, iterate, noise_levels, sample
 
 CASES = ["itarflow", "itarflow_patches", "itarflow_shared"]
 
@@ -26,10 +27,16 @@ def test_the_command_makes_the_flow_that_the_golden_arrays_are_of(case, with_con
     more = ["--config", DATA / case / "config.yaml"] if with_config else ["--t1", "0.3"]
     done = Command("convert")("flow", checkpoint, "-o", tmp_path / "model", *more)
     assert done.exit_code == 0, done.output
-    flow, golden = load_flow(tmp_path / "model"), golden(case)
+    flow, golden = load_flow(tmp_path / "model", dtype="float32"), golden(case)
     assert isinstance(flow, ITarFlow) and flow.config == golden.flow.config
     z = flow(golden["x"], golden.get("y"), noise_level=golden["t"]).z
     assert golden.relative_error(z, "z") < 1e-5
+    labels, levels = golden.get("y"), noise_levels(0.3, 0.01, 5)
+    x = sample(flow, golden["noise"], labels, noise_level=0.3)
+    assert golden.error(x, "reverse_t0.3") < 2e-4
+    assert golden.relative_error(denoise(flow.at(0.3), golden["x"], labels), "denoised_t0.3") < 1e-3
+    clean = iterate(flow, 0.3 * golden["x"], labels, levels, clip=True)
+    assert golden.relative_error(clean, "iterated_0.3_to_0.01_in_5_clipped") < 1e-3
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mlx_starflow.editing import read_mask
-from mlx_starflow.editing.masks import fill, token_mask
+from mlx_starflow.editing.masks import fill, kept_share, soft_mask
 
 
 def free(mask: Image.Image) -> np.ndarray:
@@ -48,13 +48,28 @@ def test_mistakes(tmp_path):
     assert "cannot read the picture" in message(read_mask, "1,2,3", (8, 6))
 
 
-def test_a_token_is_free_if_any_pixel_of_it_is():
+def test_a_cell_is_free_if_any_pixel_of_it_is():
     pixels = np.zeros((8, 8), bool)
     pixels[3, 4] = True
-    tokens = token_mask(pixels, (4, 2))
-    assert tokens.sum() == 1 and tokens[1, 1]
+    kept = kept_share(pixels, pixels.astype(float), (4, 2))
+    assert (kept == 0).sum() == 1 and kept[1, 1] == 0 and kept.max() == 1
     pixels[:, ::3] = True
-    assert "touches every token" in message(token_mask, pixels, (4, 2))
+    assert "touches every latent" in message(kept_share, pixels, pixels.astype(float), (4, 2))
+
+
+def test_a_soft_mask_falls_off_beside_what_is_free():
+    pixels = np.zeros((8, 12), bool)
+    pixels[:, 6:] = True
+    soft = soft_mask(pixels, 3)
+    # 3 t^2 - 2 t^3 of t = 3/4, 2/4 and 1/4.
+    expected = [0, 0, 0, 0.15625, 0.5, 0.84375, 1, 1, 1, 1, 1, 1]
+    np.testing.assert_allclose(soft, np.tile(expected, (8, 1)), atol=1e-6)
+    assert np.array_equal(soft_mask(pixels, 0), pixels)
+    np.testing.assert_allclose(kept_share(pixels, soft, (4, 6))[0], [1, 0.921875, 0.328125, 0, 0, 0], atol=1e-6)
+    corner = np.zeros((8, 8), bool)
+    corner[7, 7] = True
+    away = np.hypot(7.0 - np.arange(8)[:, None], 7.0 - np.arange(8))
+    assert (soft_mask(corner, 3) > 0).sum() == (away < 4).sum()
 
 
 @settings(max_examples=30, deadline=None)

@@ -96,7 +96,7 @@ def test_strength_and_strengths(latent_flow):
         assert edit(image, strength=0.5).places == [0.5]
         assert "give strength, or strengths" in message(edit, image, strength=0.5, strengths=[0.5])
         assert "strengths must be a number or a list of numbers" in message(edit, image, strengths="0.5")
-    assert latent_flow.vary(image).places == [0.3] and latent_flow.reprompt(image, "a", "b").places == [1.0]
+    assert latent_flow.vary(image).places == [0.7] and latent_flow.reprompt(image, "a", "b").places == [1.0]
 
 
 def test_little_memory_and_the_same_edits(latent_flow):

@@ -8,7 +8,7 @@ from helpers.commands import message
 from helpers.images import smooth_images
 from helpers.model_directories import write_class_model
 
-from mlx_starflow.editing import interpolate, reprompt, vary
+from mlx_starflow.editing import decode, encode, interpolate, reprompt, vary
 from mlx_starflow.editing.paths import slerp
 from mlx_starflow.pipelines import open_model
 from mlx_starflow.sampling import denoise, sample
@@ -42,6 +42,30 @@ def test_vary(model):
     assert np.abs(edit.data[1] - edit.data[4]).max() > 1e-3
     alone = vary(model, image, "1", [0.5], seed=4)
     np.testing.assert_allclose(alone.data[0], edit.data[4], atol=1e-3)
+
+
+def test_previews(model):
+    (image,) = smooth_images(1)
+    encoded, _ = encode(model, image, "1")
+    calls = {
+        "vary": lambda **options: vary(model, image, "1", [0.3, 0.9], seed=3, **options).images,
+        "reprompt": lambda **options: reprompt(model, image, "0", "2", [0.5, 1.0], **options).images,
+        "interpolate": lambda **options: interpolate(model, image, image, "0", "2", steps=2, **options).images,
+        "decode": lambda **options: decode(model, encoded, **options)[0],
+    }
+    for name, call in calls.items():
+        seen = []
+
+        def look(progress, seen=seen):
+            if progress.phase == "flow":
+                seen.append(progress.preview())
+            else:
+                assert progress.preview() == []
+
+        plain = call()
+        assert [each.tobytes() for each in call(callback=look)] == [each.tobytes() for each in plain], name
+        assert all(len(images) == len(plain) and images[0].size == plain[0].size for images in seen), name
+        assert len({images[0].tobytes() for images in seen}) > 3, name
 
 
 def test_full_strength_is_a_sample(latent_flow):

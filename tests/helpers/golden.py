@@ -45,7 +45,7 @@ ITARFLOW: dict[str, dict[str, object]] = {
     },
 }  # fmt: skip
 """The release's code for STARFlow's rule takes, by the shapes of its arrays, the first sample's scales for the means of
-all others; of that array the first sample alone is compared."""
+all others; with ours the first sample alone can agree, and test_sampler.py compares the others by that rule."""
 
 
 @dataclass

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from helpers.commands import Command, message
 from helpers.images import smooth_images
-from helpers.model_directories import edit_weights, write_image_model
+from helpers.model_directories import edit_weights, write_class_model, write_image_model
+from helpers.tiny_flows import tiny_flow
 from helpers.torch_reference import DEVICES, difference
 from PIL import Image
 
@@ -17,6 +18,9 @@ from mlx_starflow import load
 from mlx_starflow.editing import Encoded
 from mlx_starflow.media.metadata import read_metadata
 from mlx_starflow.model_dir.files import load_weights
+from mlx_starflow.model_dir.saving import save_model
+from mlx_starflow.model_dir.weights import parameters
+from mlx_starflow.pipelines import ClassPipeline
 
 pytestmark = [pytest.mark.torch, pytest.mark.parametrize("device", DEVICES)]
 
@@ -69,6 +73,50 @@ def test_the_same_pictures(tiny, model, settings, device):
     assert ours.stats.evaluations == theirs.stats.evaluations and ours.stats.tokens == theirs.stats.tokens
     assert ours.stats.seconds.keys() == theirs.stats.seconds.keys() and "network evaluations" in str(theirs.stats)
     assert bool(theirs.stats.memory) == (device == "cuda")
+
+
+@pytest.mark.parametrize("method", ["sequential", "jacobi"])
+@pytest.mark.parametrize("family", ["tarflow", "levels"])
+def test_the_same_pictures_of_classes(family, method, tmp_path, device):
+    if family == "levels":
+        flow = tiny_flow("levels")
+        model = save_model(tmp_path / "m", parameters(flow), {"model_type": "itarflow", **flow.config.to_dict()})
+    else:
+        model = write_class_model(tmp_path / "m")
+    pipes = [load(model, dtype="float32"), load(model, dtype="float32", backend="torch", device=device)]
+    assert all(isinstance(pipe, ClassPipeline) for pipe in pipes)
+    changes = [{}, {"annealed_guidance": False, "guidance_mode": "starflow", "guided_blocks": 1}]
+    if family == "levels":
+        changes += [{"denoise_steps": 3, "clip": True}, {"denoise_steps": 3, "stochastic": True}]
+    for classes in changes:
+        ours, theirs = (
+            pipe.generate(
+                ["2", "", "0"],
+                seed=7,
+                settings=pipe.settings.with_classes(**classes),
+                batch_size=2,
+                keep_steps=True,
+                verify=False,
+                guidance=0.7,
+                method=method,
+            )
+            for pipe in pipes
+        )
+        assert difference(ours.latents, theirs.latents) < 1e-3
+        assert np.abs(pixels(ours.images) - pixels(theirs.images)).max() <= 1
+        for mine, other in zip(ours.steps, theirs.steps, strict=True):
+            assert np.abs(pixels(mine) - pixels(other)).max() <= 1
+        assert ours.metadata == theirs.metadata and ours.stats.evaluations == theirs.stats.evaluations
+        assert ours.stats.seconds.keys() == theirs.stats.seconds.keys()
+    torch = pipes[1]
+    assert "need the mlx backend" in message(torch.score, smooth_images(1), "1")
+    assert "need the mlx backend" in message(setattr, torch, "noise_level", 0.1)
+    assert "takes no prompt 'cow'" in message(torch.generate, "cow")
+    words = ["--label", 1, "-m", model, "--seed", 3, "--dtype", "float32", "--method", method]
+    for name, more in (("mlx", []), ("torch", ["--backend", "torch", "--device", device])):
+        assert generate(*words, *more, "-o", tmp_path / f"{name}.png").exit_code == 0
+    made, other = (np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int) for name in ("mlx", "torch"))
+    assert np.abs(made - other).max() <= 1
 
 
 def test_prompts_and_decoder(tiny, device):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers.model_directories import write_image_model, write_video_model
 from helpers.peaks import one_at_a_time
-from helpers.precision import bound
+from helpers.precision import bound, roundings
 from PIL import Image
 
 from mlx_starflow import load
@@ -136,10 +136,10 @@ def test_given_noise(pipe):
 
 def test_verification(pipe):
     stats = pipe.generate("a cat", seed=3, verify=True, method="sequential").stats
-    assert stats.certificate.max < bound(1e-4, 2e-3) and "verify" in stats.seconds
+    assert stats.certificate.max < bound(1e-4, roundings(4)) and "verify" in stats.seconds
     stream = pipe.stream("a cat", seed=3, verify=True, method="sequential")
     list(stream)
-    assert stream.stats.certificate.max < bound(1e-4, 2e-3)
+    assert stream.stats.certificate.max < bound(1e-4, roundings(4))
     with pytest.raises(StarflowError, match="at most 17 frames"):
         pipe.stream("a cat", verify=True, frames=21)
 
@@ -286,7 +286,7 @@ def test_predicted_memory_with_keys_and_values_in_fewer_bits(tmp_path, kv_bits):
     with warnings.catch_warnings(), one_at_a_time():
         warnings.simplefilter("ignore")
         result = pipe.generate("a", seed=1, kv_bits=kv_bits, method="rolling", frames=9)
-    assert result.settings.kv_bits == kv_bits and result.metadata[0]["settings"]["kv_bits"] == kv_bits
+    assert result.settings.kv_bits == kv_bits and result.metadata[0]["settings"].get("kv_bits", "none") == kv_bits
     expected = plan(pipe.directory, frames=9, kv_bits=result.settings.cache_bits).phases(low_memory=True)
     for phase in ("flow", "denoise"):
         assert expected[phase] == pytest.approx(result.stats.memory[phase] - before, rel=0.15), phase

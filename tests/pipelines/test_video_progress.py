@@ -40,6 +40,26 @@ def test_phases_of_a_video(pipe):
 
 
 @pytest.mark.parametrize("low_memory", [False, True])
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_previews_of_a_video(directory, low_memory, at_once):
+    pipe, seen = load_video(directory, low_memory=low_memory), []
+    asked = {"seed": 1, "frames": 9, "method": "sequential", "videos": 2, "frames_at_once": at_once}
+
+    def look(progress: Progress) -> None:
+        if progress.phase == "flow" and progress.total:
+            seen.append((progress.block, progress.preview()))
+        else:
+            assert progress.preview() == []
+
+    plain = load_video(directory).generate("a dog", **asked)
+    assert pipe.generate("a dog", callback=look, **asked).videos == plain.videos
+    assert {block for block, _ in seen} == {0, 1, 2}
+    for _, images in seen:
+        assert [image.size for image in images] == [plain.videos[0][0].size] * 2
+    assert len({images[0].tobytes() for _, images in seen}) > 5
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
 @pytest.mark.parametrize("phase", ["text", "flow", "denoise", "decode"])
 def test_a_stopped_video_can_be_begun_again(directory, phase, low_memory):
     pipe, asked = load_video(directory, low_memory=low_memory), {"seed": 1, "frames": 9, "method": "sequential"}

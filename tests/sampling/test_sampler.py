@@ -13,7 +13,8 @@ from helpers.tiny_flows import tiny_case
 from mlx.utils import tree_map
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.sampling import JacobiSettings, RollingSettings, SamplingTrace, certify, sample
+from mlx_starflow.sampling import JacobiSettings, RollingSettings, SamplingTrace, certify, guided, sample
+from mlx_starflow.sampling.guidance import Guidance
 
 INVERSES = ["sequential", JacobiSettings(3, threshold=1e-13), *(RollingSettings(n, tolerance=1e-6) for n in (1, 3, 99))]
 
@@ -48,6 +49,7 @@ def test_every_array_is_here():
 
 @pytest.mark.parametrize(("case", "prefix", "kind"), ARRAYS)
 def test_sampling_is_the_official_one(golden, case, prefix, kind):
+    """Every picture of every array, but of `*_starflow` the first alone: the next test compares the others."""
     golden = golden(case)
     x = invert(golden, case, prefix, kind)
     if kind.endswith("_starflow"):  # see ITARFLOW
@@ -56,6 +58,42 @@ def test_sampling_is_the_official_one(golden, case, prefix, kind):
     assert golden.error(x, prefix + kind) < 2e-4
     if kind == "reverse_of_z":
         assert golden.error(x, prefix + "x") < 2e-4
+
+
+def of_the_release(
+    mu: mx.array, log_sigma: mx.array, mu_null: mx.array, log_null: mx.array, weight: float | mx.array
+) -> tuple[mx.array, mx.array]:
+    """STARFlow's guidance as the release's code has it for an iTARFlow: the first sample's scales for all means."""
+    s = mx.minimum(mx.exp(log_sigma - log_null), 1) ** 2
+    guided = ((1 + weight) * mu - weight * s[:1] * mu_null) / (1 + weight - weight * s[:1])
+    return guided, log_sigma - 0.5 * mx.log(1 + weight - weight * s)
+
+
+@pytest.mark.parametrize("case", ["itarflow", "itarflow_shared"])
+def test_the_releases_own_rule_gives_all_of_its_pictures(golden, case, monkeypatch):
+    """All four pictures of `*_starflow`, by the rule that the release recorded them with.
+
+    A picture by itself is the same by that rule and by ours, and then like any other of ours: each is sampled alone
+    by our rule and compared with the batch that our rule makes.
+    """
+    golden, kind = golden(case), "reverse_t0.3_cfg1.5_annealed_starflow"
+    labels, noise = golden["y"], golden["noise"]
+    ours = np.array(invert(golden, case, "", kind))
+    for index in range(4):
+        one = slice(index, index + 1)
+        alone = sample(golden.flow, noise[one], labels[one], noise_level=0.3, **ITARFLOW[kind])
+        assert np.abs(np.array(alone)[0] - ours[index]).max() < 1e-5
+
+    def rule(mode: str, *options) -> Guidance:
+        assert mode == "starflow"
+        return Guidance(of_the_release, *options)
+
+    monkeypatch.setattr(guided, "Guidance", rule)
+    assert golden.error(invert(golden, case, "", kind), kind) < 2e-5
+    for index in range(4):
+        one = slice(index, index + 1)
+        alone = sample(golden.flow, noise[one], labels[one], noise_level=0.3, **ITARFLOW[kind])
+        assert np.abs(np.array(alone)[0] - ours[index]).max() < 1e-5
 
 
 def test_float64_weights(golden):

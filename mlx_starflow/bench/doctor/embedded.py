@@ -19,6 +19,7 @@ from mlx_starflow.pipelines import load
 from mlx_starflow.planning.memory import available, plan
 from mlx_starflow.sampling import Certificate
 from mlx_starflow.sampling.methods import Method
+from mlx_starflow.sampling.noise_floor import HALF
 
 PROMPT, SEED = "a slice of pizza", 7
 
@@ -47,6 +48,16 @@ CERTIFICATE_BOUNDS = {"float32": 1e-4, "float16": 3e-2, "bfloat16": 0.3}
 
 WINDOW_BOUNDS = {"float32": 2e-2, "float16": 5e-2, "bfloat16": 0.5}
 """Of the rolling window's samples: its tolerance at each token, added up over blocks, or the precision's own error."""
+
+FLOOR_ROUNDINGS = 64
+"""Roundings that the noise floor of a half precision may be; the embedded model's is measured as 8 to 60."""
+
+FLOOR_EVALUATIONS = 2
+"""Evaluations of a block, more than in float32, that a window may need in half precision: to notice the floor and to
+measure it. A window that does not know the floor takes a third more than in float32 in bfloat16."""
+
+FLOOR_CERTIFICATE = 8.0
+"""Of a window that the floor held up, over that floor: tokens go at twice that in each of three blocks."""
 
 ROUND_TRIP = 1e-3
 """Of normalized latents, as edits promise."""
@@ -83,6 +94,13 @@ def checks() -> list[Check]:
             "fewer evaluations than tokens, and its certificate",
             "Use --method sequential, and report this line.",
             lambda: window(sampled),
+        ),
+        Check(
+            "noise floor",
+            f"at most {FLOOR_ROUNDINGS} roundings, {FLOOR_EVALUATIONS} evaluations a block more than float32, "
+            f"certificate {FLOOR_CERTIFICATE:g} floors",
+            "Use --method sequential in half precision, and report this line.",
+            lambda: noise_floor(sampled),
         ),
         Check("exact likelihood", at_most(NLL_BOUNDS) + " nats", report, lambda: likelihood(sampled)),
         Check("round trip", f"at most {ROUND_TRIP:g}", "Encode and edit with --dtype float32.", round_trip),
@@ -151,6 +169,21 @@ def window(sampled: Sampler) -> Finding:
         good,
         {"evaluations": float(sum(one.evaluations)), "max": one.certificate.max},
     )
+
+
+def noise_floor(sampled: Sampler) -> Finding:
+    """A window in half precision converges as in float32, down to what it measures that the precision resolves."""
+    whole = sampled(mx.float32, "rolling").evaluations
+    most = sum(whole) + FLOOR_EVALUATIONS * len(whole)
+    parts, values, good = [], {"evaluations_float32": float(sum(whole))}, True
+    for dtype, rounding in HALF.items():
+        name, one = dtype_name(dtype), sampled(dtype, "rolling")
+        floor, count = one.certificate.noise_floor or 0.0, sum(one.evaluations)
+        bound = FLOOR_CERTIFICATE * floor if floor else WINDOW_BOUNDS[name]
+        good &= count <= most and floor <= FLOOR_ROUNDINGS * rounding and one.certificate.max <= bound
+        parts.append(f"{name} {floor:.1e} ({floor / rounding:.0f} roundings, {count} evaluations)")
+        values |= {f"floor_{name}": floor, f"evaluations_{name}": float(count)}
+    return Finding(f"{', '.join(parts)}; {sum(whole)} in float32", good, values)
 
 
 def likelihood(sampled: Sampler) -> Finding:

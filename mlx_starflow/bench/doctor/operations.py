@@ -277,8 +277,8 @@ def quantized_attention(bits: int) -> Finding:
         for heads, queries, mask in ((2, 1, None), (4, 1, None), (2, 8, "causal"), (4, 70, "causal")):
             q = normal(0, 1, heads, queries, 64, dtype=dtype)
             (k, keys), (v, values) = (rows(normal(key, 1, 2, 300, 64, dtype=dtype)) for key in (1, 2))
-            read = (np.repeat(each, heads // 2, axis=1) for each in (keys, values))
-            wanted = softmax_attention(exact(q), *read, 0.125, mask)
+            keys, values = (np.repeat(each, heads // 2, axis=1) for each in (keys, values))
+            wanted = softmax_attention(exact(q), keys, values, 0.125, mask)
             worst = max(worst, relative_error([attention(q, k, v, scale=0.125, mask=mask)], [wanted]))
         return worst
 

@@ -49,9 +49,11 @@ def classify(
     batch_size: int,
     noise_level: float | None,
     model: str,
+    adapters: tuple[tuple[str, float], ...],
     size: tuple[int, int] | None,
     frames: int | None,
     dtype: str | None,
+    low_memory: bool | None,
 ) -> None:
     """Say which of some labels each of PICTURES has, by Bayes' rule with the flow as p(picture | label).
 
@@ -71,7 +73,7 @@ def classify(
     found = find_images(pictures, split)
     claim_outputs([], [csv_file, json_file], inputs=files_read(pictures, found))
     cpu.hint_if_slow()
-    pipe = open_model(model, dtype=dtype)
+    pipe = open_model(model, dtype=dtype, low_memory=low_memory, adapters=adapters)
     set_noise_level(pipe, noise_level)
     if not names and isinstance(pipe, ClassPipeline):
         names = list(pipe.classes)

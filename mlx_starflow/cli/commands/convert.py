@@ -8,7 +8,7 @@ import click
 
 from mlx_starflow.cli.options.groups import Group
 from mlx_starflow.cli.options.outputs import OUTPUT
-from mlx_starflow.model_dir.hub import is_repository
+from mlx_starflow.model_dir.hub import hub_file, is_repository
 from mlx_starflow.model_dir.precision import DTYPES, QUANTIZATIONS
 
 _PATH = click.Path(path_type=Path)
@@ -22,15 +22,17 @@ _quantize = click.option(
 
 
 class _Group(Group):
-    """`convert owner/name` stands for `convert release owner/name`."""
+    """`convert owner/name` is `convert release owner/name`, and `convert owner/name/file.pth` is `convert flow`."""
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
-        if args and (is_repository(args[0]) or (args[0].startswith("-") and any(map(is_repository, args)))):
+        if args and (hub_file(args[0]) or (args[0].startswith("-") and any(map(hub_file, args)))):
+            args = ["flow", *args]
+        elif args and (is_repository(args[0]) or (args[0].startswith("-") and any(map(is_repository, args)))):
             args = ["release", *args]
         return super().parse_args(context, args)
 
 
-@click.group(cls=_Group, subcommand_metavar="REPO | COMMAND [ARGS]...")
+@click.group(cls=_Group, subcommand_metavar="REPO | REPO/FILE | COMMAND [ARGS]...")
 def convert() -> None:
     """Turn PyTorch checkpoints into model directories.
 
@@ -40,6 +42,11 @@ def convert() -> None:
     \b
     mlx-starflow convert apple/starflow --quantize 8
     mlx-starflow generate "a corgi in the snow" --model apple/starflow
+
+    A flow's checkpoint that somebody has on the Hub, downloaded and converted:
+
+    \b
+    mlx-starflow convert encoreus/Transformer_Autoregressive_Flow/afhq_model_8_768_8_8_0.07.pth -o afhq
 
     Other checkpoints, part by part. A complete model is a flow with its text encoder and its autoencoder in folders of
     its directory:
@@ -138,6 +145,7 @@ def flow(
     A STARFlow needs its YAML, unless it is a released one. A TarFlow is known by its tensors and by its official name,
     such as afhq_model_8_768_8_8_0.07.pth; options of its architecture, from --img-size on, say what these do not.
     An iTARFlow is known by its tensors, but for the highest noise level of its training, --t1.
+    Where there is no such file here, owner/name/file.pth is one on the Hugging Face Hub, and is downloaded.
     A CHECKPOINT may also be a folder of .safetensors shards, or one that torch.distributed.checkpoint wrote; the latter
     needs PyTorch. Prefixes of names such as module. and _orig_mod. are taken off.
     """

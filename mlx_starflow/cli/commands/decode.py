@@ -10,7 +10,7 @@ import click
 from mlx_starflow import cpu
 from mlx_starflow.cli.options.images import metadata_option
 from mlx_starflow.cli.options.outputs import OUTPUT, claim_outputs, overwrite_option
-from mlx_starflow.cli.options.sampling import dtype_option, latent_batch_option
+from mlx_starflow.cli.options.sampling import latent_batch_option, lora_option, network_options
 from mlx_starflow.cli.options.vocabulary import json_option, quality_option
 
 
@@ -29,7 +29,8 @@ from mlx_starflow.cli.options.vocabulary import json_option, quality_option
 @metadata_option
 @latent_batch_option
 @click.option("-m", "--model", help="The one that the pictures were encoded with by default.")
-@dtype_option("the networks")
+@lora_option
+@network_options
 def decode(
     noise: Path,
     output: Path | None,
@@ -42,7 +43,9 @@ def decode(
     metadata: bool,
     batch_size: int,
     model: str | None,
+    adapters: tuple[tuple[str, float], ...],
     dtype: str | None,
+    low_memory: bool | None,
 ) -> None:
     """Turn NOISE, a file that mlx-starflow encode wrote, into pictures or videos again.
 
@@ -83,7 +86,8 @@ def decode(
     name = encoded.model or "demo" if model is None else model
     if model is None:
         check_local_model(noise, name)
-    pipe = open_model(name, dtype=dtype, download=model is not None)
+    download = model is not None
+    pipe = open_model(name, dtype=dtype, low_memory=low_memory, adapters=adapters, download=download)
     decoded, _ = pipe.decode(encoded, denoise=denoise, batch_size=batch_size, progress=None)
     made: list[Image.Image | list[Image.Image]] = [*decoded]
     described = encoded.described(pipe, denoise=denoise)

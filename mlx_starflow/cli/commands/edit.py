@@ -9,13 +9,14 @@ import click
 
 from mlx_starflow import cpu
 from mlx_starflow.cli.options.groups import Group
-from mlx_starflow.cli.options.images import metadata_option, model_options
+from mlx_starflow.cli.options.images import inversion_option, metadata_option, model_options
 from mlx_starflow.cli.options.outputs import OUTPUT, claim_outputs, overwrite_option
 from mlx_starflow.cli.options.rules import excludes, needs, option_rules
 from mlx_starflow.cli.options.sampling import Number, with_options
 from mlx_starflow.cli.options.vocabulary import drawn_seed_option, json_option, quality_option
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL import Image
 
     from mlx_starflow.editing import Edit
@@ -50,7 +51,13 @@ def edit() -> None:
 @click.option("--mask", required=True, help="The free part: x,y,w,h in pixels, or a picture that is white there.")
 @click.option("-p", "--prompt", default="", help="What is on the whole picture.")
 @output_options
-@click.option("--steps", type=click.IntRange(min=1), default=20, help="Proposals in each round.")
+@click.option(
+    "--feather",
+    type=click.IntRange(min=0),
+    metavar="PIXELS",
+    help="About the mask, over which what is kept gives way to what is painted.  [default: 1/16 of the shorter side]",
+)
+@click.option("--steps", type=click.IntRange(min=1), default=10, help="In each round.")
 @click.option(
     "--rounds",
     type=click.IntRange(min=1),
@@ -61,18 +68,12 @@ def edit() -> None:
     "--strength",
     type=click.FloatRange(min=0, max=1, min_open=True),
     default=0.5,
-    help="Of proposals: how much of the noise under the mask is new.",
-)
-@click.option(
-    "--accept",
-    type=click.Choice(["kept", "whole"]),
-    default="kept",
-    help="Proposals by the likelihood ratio of the kept tokens, or by the whole one, which seeks likely pictures.",
+    help="Of steps: how far each leads towards a likely picture, and how much noise it adds at first.",
 )
 @count_option
 @drawn_seed_option
-@click.option("--trace", type=OUTPUT, metavar="FILE", help="Write acceptance and likelihood of every step as JSON.")
 @metadata_option
+@inversion_option
 @model_options
 def inpaint(
     picture: Path,
@@ -81,30 +82,31 @@ def inpaint(
     output: Path,
     quality: int | None,
     json_file: Path | None,
+    feather: int | None,
     steps: int,
     rounds: int,
     strength: float,
-    accept: str,
     images: int,
     seed: int | None,
-    trace: Path | None,
     metadata: bool,
+    method: str | None,
     model: str,
+    adapters: tuple[tuple[str, float], ...],
     size: tuple[int, int] | None,
     dtype: str | None,
+    low_memory: bool | None,
 ) -> None:
-    """Paint a part of PICTURE anew, by Metropolis-Hastings.
+    """Paint a part of PICTURE anew, so that it goes with the rest.
 
     \b
     mlx-starflow edit inpaint cat.png --mask 32,0,32,64 --prompt "cat face" -o whole.png
     """
     from mlx_starflow.editing import read_mask
-    from mlx_starflow.media.tables import write_json
 
     image = _read(picture)
     free = read_mask(mask, image.size)
-    output = _check(output, quality, None, None, [picture, Path(mask)], [trace, json_file])
-    pipe, seed = _open(model, dtype), _drawn(seed)
+    output = _check(output, quality, None, None, [picture, Path(mask)], [json_file])
+    pipe, seed = _open(model, adapters, dtype, low_memory), _drawn(seed)
     result = pipe.inpaint(
         image,
         free,
@@ -112,22 +114,19 @@ def inpaint(
         steps=steps,
         rounds=rounds,
         strength=strength,
-        accept=accept,
+        feather=feather,
         images=images,
         seed=seed,
         size=size,
+        method=method,
         progress=None,
     )
     sources = {"picture": str(picture), "mask": mask}
     _save(result.images, output, quality, _described(result.metadata, sources) if metadata else None)
-    _write_json(json_file, output, result.metadata, sources, accepted=result.trace.rate)
-    if trace is not None:
-        write_json({"accepted": result.trace.accepted.tolist(), "nll": result.trace.nll.tolist()}, trace)
-    quiet = json_file == Path("-")
+    _write_json(json_file, output, result.metadata, sources, nll=result.nll.tolist())
     for number in range(images):
-        nll = result.trace.nll[:, number]
-        click.echo(f"seed {seed + number}: {_thinned(nll)} nats per {pipe.dimension}", err=quiet)
-    click.echo(f"{output}: {result.trace.rate:.0%} of {steps * rounds * images} proposals accepted", err=quiet)
+        nll = " ".join(f"{each:.3f}" for each in _thinned(result.nll[:, number]))
+        click.echo(f"{output}: seed {seed + number}, {nll} nats per {pipe.dimension}", err=json_file == Path("-"))
 
 
 @edit.command()
@@ -144,6 +143,7 @@ def inpaint(
 @output_options
 @batch_option
 @metadata_option
+@inversion_option
 @model_options
 @option_rules(needs("--seconds", "--frames"))
 def reprompt(
@@ -158,9 +158,12 @@ def reprompt(
     json_file: Path | None,
     batch_size: int,
     metadata: bool,
+    method: str | None,
     model: str,
+    adapters: tuple[tuple[str, float], ...],
     size: tuple[int, int] | None,
     dtype: str | None,
+    low_memory: bool | None,
 ) -> None:
     """Make of PICTURE what another prompt says.
 
@@ -170,13 +173,14 @@ def reprompt(
     """
     image = _read(picture)
     output = _check(output, quality, frames, seconds, [picture], [json_file])
-    result = _open(model, dtype).reprompt(
+    result = _open(model, adapters, dtype, low_memory).reprompt(
         image,
         source,
         target,
         _places(strength, frames),
         size=size,
         batch_size=batch_size,
+        method=method,
         progress=None,
     )
     sources = {"picture": str(picture)}
@@ -200,6 +204,7 @@ def reprompt(
 @output_options
 @batch_option
 @metadata_option
+@inversion_option
 @model_options
 @option_rules(
     needs("--seconds", "--frames"),
@@ -219,9 +224,12 @@ def vary(
     json_file: Path | None,
     batch_size: int,
     metadata: bool,
+    method: str | None,
     model: str,
+    adapters: tuple[tuple[str, float], ...],
     size: tuple[int, int] | None,
     dtype: str | None,
+    low_memory: bool | None,
 ) -> None:
     """Make pictures like PICTURE.
 
@@ -232,7 +240,7 @@ def vary(
     """
     image = _read(picture)
     output = _check(output, quality, frames, seconds, [picture], [json_file])
-    result = _open(model, dtype).vary(
+    result = _open(model, adapters, dtype, low_memory).vary(
         image,
         prompt,
         _places(strength, frames),
@@ -241,6 +249,7 @@ def vary(
         seed=_drawn(seed),
         size=size,
         batch_size=batch_size,
+        method=method,
         progress=None,
     )
     sources = {"picture": str(picture)}
@@ -257,6 +266,7 @@ def vary(
 @output_options
 @batch_option
 @metadata_option
+@inversion_option
 @model_options
 def interpolate(
     first: Path,
@@ -270,9 +280,12 @@ def interpolate(
     json_file: Path | None,
     batch_size: int,
     metadata: bool,
+    method: str | None,
     model: str,
+    adapters: tuple[tuple[str, float], ...],
     size: tuple[int, int] | None,
     dtype: str | None,
+    low_memory: bool | None,
 ) -> None:
     """Show pictures on the way from FIRST to SECOND; 16 if --frames does not say otherwise.
 
@@ -282,12 +295,13 @@ def interpolate(
     frames = frames or 16
     images = _read(first), _read(second)
     output = _check(output, quality, frames, seconds, [first, second], [json_file])
-    result = _open(model, dtype).interpolate(
+    result = _open(model, adapters, dtype, low_memory).interpolate(
         *images,
         (source, target),
         _places(1.0, frames),
         size=size,
         batch_size=batch_size,
+        method=method,
         progress=None,
     )
     sources = {"first": str(first), "second": str(second)}
@@ -304,11 +318,11 @@ def _read(path: Path) -> Image.Image:
     return read_image(path)
 
 
-def _open(model: str, dtype: str | None) -> Pipeline:
+def _open(model: str, adapters: tuple[tuple[str, float], ...], dtype: str | None, low_memory: bool | None) -> Pipeline:
     from mlx_starflow.pipelines import open_model
 
     cpu.hint_if_slow()
-    return open_model(model, dtype=dtype)
+    return open_model(model, dtype=dtype, low_memory=low_memory, adapters=adapters)
 
 
 def _places(end: float, frames: int | None) -> list[float]:
@@ -398,10 +412,9 @@ def _save(
     save_image(images[0] if len(images) == 1 else grid(images, columns), output, metadata, quality=quality)
 
 
-def _thinned(values: object, most: int = 8) -> str:
+def _thinned(values: np.ndarray, most: int = 8) -> np.ndarray:
     """Some of a long list of numbers, evenly spread, with the first and the last."""
     import numpy as np
 
-    numbers = np.asarray(values)
-    chosen = np.unique(np.linspace(0, len(numbers) - 1, min(most, len(numbers))).round().astype(int))
-    return " ".join(f"{number:.3f}" for number in numbers[chosen])
+    chosen = np.unique(np.linspace(0, len(values) - 1, min(most, len(values))).round().astype(int))
+    return values[chosen]

@@ -43,9 +43,11 @@ def encode(
     check: bool,
     batch_size: int,
     model: str,
+    adapters: tuple[tuple[str, float], ...],
     size: tuple[int, int] | None,
     frames: int | None,
     dtype: str | None,
+    low_memory: bool | None,
 ) -> None:
     """Turn PICTURES, or videos, into the noise that they come from, exactly.
 
@@ -61,7 +63,7 @@ def encode(
     found = find_images(pictures)
     claim_outputs([], [output, json_file], inputs=files_read(pictures, found))
     cpu.hint_if_slow()
-    pipe = open_model(model, dtype=dtype)
+    pipe = open_model(model, dtype=dtype, low_memory=low_memory, adapters=adapters)
     files = ReadableFiles(pipe, found, size=size, frames=frames)
     fitted = list(files)
     encoded, trip = pipe.encode(

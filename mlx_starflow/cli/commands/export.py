@@ -7,11 +7,12 @@ from pathlib import Path
 import click
 
 from mlx_starflow.cli.options.outputs import OUTPUT
+from mlx_starflow.cli.options.vocabulary import model_argument
 
 
 @click.command()
-@click.argument("model", metavar="DIR")
-@click.argument("checkpoint", type=OUTPUT)
+@model_argument(default=None, metavar="DIR", then="checkpoint")
+@click.argument("checkpoint", type=OUTPUT, required=False, metavar="CHECKPOINT")
 def export(model: str, checkpoint: Path) -> None:
     """Write the model in DIR as a PyTorch CHECKPOINT, .pth or .safetensors.
 

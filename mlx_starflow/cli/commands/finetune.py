@@ -12,13 +12,14 @@ from mlx_starflow.cli.options.interrupt import resumable
 from mlx_starflow.cli.options.outputs import OUTPUT
 from mlx_starflow.cli.options.rules import excludes, needs, option_rules
 from mlx_starflow.cli.options.training import EVERY
+from mlx_starflow.cli.options.vocabulary import model_argument
 from mlx_starflow.model_dir.precision import DTYPES
 from mlx_starflow.training.config import OPTIMIZERS, REPORTERS
 
 
 @click.command(context_settings={"show_default": True})
-@click.argument("model")
-@click.argument("data")
+@model_argument(default=None, then="data")
+@click.argument("data", required=False, metavar="DATA")
 @click.option("-o", "--output", type=OUTPUT, required=True, metavar="RUN", help="The run's folder.")
 @config_option
 @click.option("--lora", type=int, metavar="RANK", help="Train a LoRA adapter of this rank; 0: 16, or what fits.")
@@ -58,7 +59,7 @@ from mlx_starflow.training.config import OPTIMIZERS, REPORTERS
 @click.option("--log-every", default=20, help="Steps between lines of the log.")
 @click.option("--report-to", type=click.Choice(REPORTERS), help="Show log and pictures there too.")
 @click.option("--resume/--no-resume", default=True, help="Go on where an earlier run stopped.")
-@click.option("--dry-run", is_flag=True, help="Say what it would take in memory, and do nothing.")
+@click.option("--dry-run", is_flag=True, help="Say what it would take in memory and time, and do nothing.")
 @option_rules(
     *(excludes("--full", name) for name in ("--scale", "--dropout", "--layers", "--blocks")),
     *(needs(name, "--anchor") for name in ("--anchor-weight", "--anchor-data", "--anchor-samples")),
@@ -117,7 +118,8 @@ def finetune(
     mlx-starflow finetune my-model my-pictures -o run --dora 8 --blocks deep --anchor 0.25 --anchor-data old-pictures
 
     What is not said about rank, batch size, the base's precision and computing layers twice is chosen so that it fits
-    into memory: --dry-run prints it, for this machine and for Macs of 16, 32 and 64 GB.
+    into memory: --dry-run prints it, for this machine and for Macs of 16, 32 and 64 GB, and does a few steps with
+    random numbers to say how long one takes here.
 
     RUN/adapter is the adapter (RUN/model the model, with --full), RUN/grid.png shows samples, RUN/report.json the exact
     likelihood of held-out pictures before and after, RUN/config.yaml all settings. RUN/checkpoints has the log and,
@@ -127,7 +129,9 @@ def finetune(
     from mlx_starflow.training.finetuning.adapters import LAYERS
     from mlx_starflow.training.finetuning.base import plan_finetune
     from mlx_starflow.training.finetuning.config import FinetuneConfig
+    from mlx_starflow.training.finetuning.finetune import check_data
     from mlx_starflow.training.finetuning.finetune import finetune as run
+    from mlx_starflow.training.finetuning.timing import finetune_step_time
     from mlx_starflow.training.loop import distributed
 
     if (lora is not None) + (dora is not None) + full > 1:
@@ -168,8 +172,11 @@ def finetune(
         report_to=report_to,
     )
     if dry_run:
+        check_data(data, config)
         choice, macs = plan_finetune(model, config)
         click.echo(f"here: {choice}\n{choice.plan}\n{macs}")
+        cpu.hint_if_slow()
+        click.echo(finetune_step_time(model, config, choice))
         return
     cpu.hint_if_slow()
     with resumable():

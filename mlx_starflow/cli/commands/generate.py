@@ -185,7 +185,7 @@ def generate(
         images = len(seed)
     images = images or 1
     if not asked:
-        raise click.UsageError('there is no prompt: mlx-starflow generate "a red apple"')
+        raise click.UsageError('there is no prompt: mlx-starflow generate "a red apple" (or "", for none)')
     count = len(asked) * images
     check_count(count * best_of)
     if "seed" in names.fields(output) and not load_noise:

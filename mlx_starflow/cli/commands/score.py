@@ -68,8 +68,10 @@ def score(
     batch_size: int,
     noise_level: float | None,
     model: str,
+    adapters: tuple[tuple[str, float], ...],
     size: tuple[int, int] | None,
     dtype: str | None,
+    low_memory: bool | None,
     frames: int | None,
 ) -> None:
     """Score PICTURES, files or folders of them: exact negative log-likelihood in nats per dimension.
@@ -103,7 +105,7 @@ def score(
     if map_dir is not None:
         make_folder(map_dir)
     cpu.hint_if_slow()
-    pipe = open_model(model, dtype=dtype)
+    pipe = open_model(model, dtype=dtype, low_memory=low_memory, adapters=adapters)
     set_noise_level(pipe, noise_level)
     files = ReadableFiles(pipe, found, size=size, frames=frames)
     # They are of the level that the model scores at unless told otherwise.

@@ -19,6 +19,7 @@ from mlx_starflow.training.config import TrainingConfig, TrainingOptions
 
 if TYPE_CHECKING:
     from mlx_starflow.training.recipes.new_flow import NewFlow
+    from mlx_starflow.training.recipes.presets import Preset
 
 
 @click.command()
@@ -36,9 +37,12 @@ if TYPE_CHECKING:
 @click.option(
     "--text-length", type=click.IntRange(min=2), help="Tokens of a caption that the model reads; by default all."
 )
+@click.option("--caption", metavar="TEXT", help="Of pictures that have none, such as 'a photo of rex the dog'.")
 @training_options
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Go on where an earlier run stopped.")
-@click.option("--dry-run", is_flag=True, help="Say what a flow alone would take in memory and time, and train nothing.")
+@click.option(
+    "--dry-run", is_flag=True, help="Say what it would take in time and, of a flow alone, in memory; train nothing."
+)
 @option_rules(
     excludes("--preset", "--model-config"),
     excludes("--init", "--preset", "--model-config", reason="--init says all of the flow: leave its config out"),
@@ -55,6 +59,7 @@ def train(
     validation: float,
     autoencoder_steps: int | None,
     text_length: int | None,
+    caption: str | None,
     training: TrainingOptions,
     resume: bool,
     dry_run: bool,
@@ -82,7 +87,7 @@ def train(
     from mlx_starflow.training.data.cache.files import is_cache
     from mlx_starflow.training.recipes.flow_config import flow_config_of, read_flow_config
     from mlx_starflow.training.recipes.new_flow import NewFlow
-    from mlx_starflow.training.recipes.presets import PIXEL_FLOWS, preset_flow
+    from mlx_starflow.training.recipes.presets import PIXEL_FLOWS, get_preset, preset_flow
 
     flow = None
     if init is not None:
@@ -93,8 +98,6 @@ def train(
         flow = preset_flow(preset)
     if flow is not None and (autoencoder_steps is not None or text_length is not None):
         raise click.UsageError("a flow alone needs no --autoencoder-steps and no --text-length")
-    if flow is None and dry_run:
-        raise click.UsageError("--dry-run is for a flow alone: a cache, --model-config or --init")
     pixels = flow is not None and flow["model_type"] in PIXEL_FLOWS
     if flow is None and (given := given_options("--encoders", "--validation")):
         raise click.UsageError(
@@ -108,10 +111,11 @@ def train(
     # Both say themselves that they were stopped and are saved.
     with resumable():
         if flow is not None:
-            run = NewFlow(data, output, flow, training, encoders, validation, click.echo, init)
+            run = NewFlow(data, output, flow, training, encoders, validation, click.echo, init, caption)
             _train_flow(context, run, resume, dry_run)
         else:
-            _train_model(context, data, output, preset, autoencoder_steps, text_length, training, resume)
+            chosen = get_preset(preset).adjusted(training, autoencoder_steps=autoencoder_steps, text_length=text_length)
+            _train_model(context, data, output, chosen, caption, resume, dry_run)
 
 
 def _train_flow(context: click.Context, run: NewFlow, resume: bool, dry_run: bool) -> None:
@@ -129,22 +133,24 @@ def _train_model(
     context: click.Context,
     data: Path,
     output: Path,
-    preset: str,
-    autoencoder_steps: int | None,
-    text_length: int | None,
-    training: TrainingOptions,
+    preset: Preset,
+    caption: str | None,
     resume: bool,
+    dry_run: bool,
 ) -> None:
-    from mlx_starflow.training.recipes.presets import get_preset
-    from mlx_starflow.training.recipes.text_to_image import train_model
+    from mlx_starflow.media.sources import open_source
+    from mlx_starflow.training.recipes.text_to_image import step_times, train_model
 
-    chosen = get_preset(preset).adjusted(training, autoencoder_steps=autoencoder_steps, text_length=text_length)
-    lengths = {"autoencoder_steps": chosen.autoencoder_training.steps}
+    if dry_run:
+        open_source(data, caption=caption)
+        click.echo("\n".join(step_times(preset)))
+        return
+    lengths = {"autoencoder_steps": preset.autoencoder_training.steps}
 
     def begin() -> None:
-        _save_settings(context, output, chosen.flow_training, lengths)
+        _save_settings(context, output, preset.flow_training, lengths)
 
-    train_model(data, output, chosen, resume=resume, report=click.echo, begin=begin)
+    train_model(data, output, preset, resume=resume, report=click.echo, begin=begin, caption=caption)
 
 
 def _save_settings(context: click.Context, output: Path, training: TrainingConfig, others: Mapping[str, int]) -> None:

@@ -88,6 +88,7 @@ def tune(
         least=least,
         kv_bits=KV_CHOICES[kv_bits] or 0,
         report=partial(click.echo, err=json_file == STDOUT),
+        progress=None,
     )
     plan = replace(plan, fingerprint=fingerprint(trials.directory))
     if not dry_run:

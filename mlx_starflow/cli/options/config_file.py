@@ -42,7 +42,7 @@ def read_options(path: Path, command: click.Command) -> dict[str, object]:
     if not isinstance(content, dict):
         raise StarflowError(f"{path} holds no options: write lines such as steps: 400")
     names: dict[str, str | None] = {}
-    for parameter in command.params:
+    for parameter in sorted(command.params, key=lambda each: isinstance(each, click.Argument)):  # which come first
         spellings = [parameter.name or ""] if isinstance(parameter, click.Argument) else parameter.opts
         names.update({spelling.lstrip("-").replace("-", "_"): parameter.name for spelling in spellings})
     values = {}

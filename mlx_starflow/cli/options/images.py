@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mlx_starflow.cli.options.outputs import OUTPUT
-from mlx_starflow.cli.options.sampling import Number, Size, dtype_option, with_options
+from mlx_starflow.cli.options.sampling import Number, Size, lora_option, network_options, with_options
 from mlx_starflow.errors import StarflowError
 
 if TYPE_CHECKING:
@@ -28,8 +28,15 @@ frames_option = click.option(
 
 model_options = with_options(
     click.option("-m", "--model", default="demo", help="demo, a model directory, or a Hub repository."),
+    lora_option,
     click.option("--size", type=Size(), help="Of the pictures, in pixels; the model's own by default."),
-    dtype_option("the networks"),
+    network_options,
+)
+
+inversion_option = click.option(
+    "--method",
+    type=click.Choice(["auto", "sequential", "jacobi", "rolling"]),
+    help="How noise is made a picture again; auto follows the plan of `mlx-starflow tune`, exactly without one.",
 )
 
 noise_options = with_options(

@@ -7,6 +7,7 @@ from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from mlx_starflow.cli.options.outputs import OUTPUT
 
@@ -31,9 +32,16 @@ class Renamed(click.Option):
 
 
 def model_argument(
-    default: str | None = "demo", metavar: str = "MODEL"
+    default: str | None = "demo", metavar: str = "MODEL", then: str | None = None
 ) -> Callable[[Callable[Arguments, Result]], Callable[..., Result]]:
-    """The argument MODEL, which may be given as `-m` too; the command gets one `model`."""
+    """The argument MODEL, which may be given as `-m` too; the command gets one `model`.
+
+    Args:
+        default: of it; None: it has to be given.
+        metavar: what help calls it.
+        then: name of the command's argument that comes after it, which is the first one where `-m` is given. It is
+            declared with `required=False`, and the command gets no None.
+    """
 
     def decorate(function: Callable[Arguments, Result]) -> Callable[..., Result]:
         @click.argument("model", required=False, metavar=f"[{metavar}]")
@@ -46,6 +54,8 @@ def model_argument(
         )
         @wraps(function)
         def command(model: str | None, named_model: str | None, **options: Any) -> Result:
+            if then is not None:
+                model = _shift(model, named_model, then, options)
             if model is not None and named_model is not None:
                 raise click.UsageError(f"{metavar} and --model are the same: leave one of them out")
             chosen = named_model if model is None else model
@@ -56,6 +66,23 @@ def model_argument(
         return command
 
     return decorate
+
+
+def _shift(model: str | None, named_model: str | None, then: str, options: dict[str, Any]) -> str | None:
+    """What of MODEL and the argument after it is which, where the model may have been named by `-m`.
+
+    `options` gets the argument. Raises UsageError if it is missing.
+    """
+    context = click.get_current_context()
+    words = ParameterSource.COMMANDLINE
+    if named_model is not None and context.get_parameter_source("model") is not words:
+        model = None  # a file of --config has it too
+    elif named_model is not None and context.get_parameter_source(then) is not words:
+        parameter = next(each for each in context.command.params if each.name == then)
+        options[then], model = parameter.type_cast_value(context, model), None
+    if options[then] is None:
+        raise click.UsageError(f"Missing argument '{then.upper()}'.")
+    return model
 
 
 json_option = click.option("--json", "json_file", type=OUTPUT, metavar="FILE", help="Write JSON; - prints it.")

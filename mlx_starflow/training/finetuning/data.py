@@ -12,6 +12,7 @@ from mlx_starflow.likelihood import Nll, exact_nll
 from mlx_starflow.likelihood.nll import HALF_LOG_2PI
 from mlx_starflow.models.starflow import STARFlow
 from mlx_starflow.sampling import sample
+from mlx_starflow.sampling.progress import Watch
 from mlx_starflow.training.config import TrainingConfig
 from mlx_starflow.training.data.cache.reading import CachedLatents, LatentCache
 from mlx_starflow.training.finetuning.adapters import dropout_key
@@ -46,7 +47,9 @@ class AnchorSamples:
     text: np.ndarray
 
     @classmethod
-    def draw(cls, flow: STARFlow, cache: LatentCache, images: np.ndarray, count: int, seed: int) -> AnchorSamples:
+    def draw(
+        cls, flow: STARFlow, cache: LatentCache, images: np.ndarray, count: int, seed: int, progress: Watch = False
+    ) -> AnchorSamples:
         """Sample, without guidance, for captions of some of these images, of the most frequent bucket."""
         rng = np.random.default_rng([seed, 2])
         buckets = cache.buckets[images]
@@ -57,7 +60,8 @@ class AnchorSamples:
         parts = []
         for start in range(0, count, 8):
             part = slice(start, start + 8)
-            parts.append(np.array(sample(flow, mx.array(z[part]), mx.array(text[part])).astype(mx.float32)))
+            x = sample(flow, mx.array(z[part]), mx.array(text[part]), progress=progress)
+            parts.append(np.array(x.astype(mx.float32)))
         return cls(np.concatenate(parts), text)
 
     def batch(self, count: int, rng: np.random.Generator, noise_std: float) -> dict[str, np.ndarray]:
@@ -129,16 +133,26 @@ def finetune_loss(
     return loss, metrics
 
 
-def own_nll(flow: STARFlow, cache: LatentCache, images: np.ndarray, *, count: int, seed: int) -> float:
+def own_nll(
+    flow: STARFlow, cache: LatentCache, images: np.ndarray, *, count: int, seed: int, progress: Watch = False
+) -> float:
     """Mean exact NLL, nats per dimension, of samples that a flow draws for captions of some images of a cache.
 
     What a flow that fits these images would give for them too: the entropy of what it has learned.
     """
-    own = AnchorSamples.draw(flow, cache, images, count, seed)
+    own = AnchorSamples.draw(flow, cache, images, count, seed, progress)
     return float(flow(mx.array(own.x), mx.array(own.text)).nll().mean()) + HALF_LOG_2PI
 
 
-def cached_nll(flow: STARFlow, cache: LatentCache, images: Sequence[int] | np.ndarray, *, draws: int, seed: int) -> Nll:
+def cached_nll(
+    flow: STARFlow,
+    cache: LatentCache,
+    images: Sequence[int] | np.ndarray,
+    *,
+    draws: int,
+    seed: int,
+    progress: Watch = False,
+) -> Nll:
     """Exact NLL of images of a cache, the middle view of each, given their usual captions; see `exact_nll`."""
     images = np.asarray(images)
     parts = []
@@ -146,5 +160,5 @@ def cached_nll(flow: STARFlow, cache: LatentCache, images: Sequence[int] | np.nd
         chosen = images[cache.buckets[images] == bucket]
         latents = cache.latents(chosen, np.zeros(len(chosen), np.int64), np.zeros((), np.float32))
         text = mx.array(cache.text([cache.captions[index][0] for index in chosen], cache.ratios[bucket]))
-        parts.append(exact_nll(flow, latents, text, draws=draws, seed=seed))
+        parts.append(exact_nll(flow, latents, text, draws=draws, seed=seed, progress=progress))
     return Nll(np.concatenate([part.prior for part in parts]), np.concatenate([part.blocks for part in parts]))

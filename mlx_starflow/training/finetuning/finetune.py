@@ -14,6 +14,7 @@ import numpy as np
 import yaml
 
 from mlx_starflow.errors import StarflowError, one_line
+from mlx_starflow.errors.arguments import checked
 from mlx_starflow.likelihood import Nll
 from mlx_starflow.media.files import expanded, replacing
 from mlx_starflow.media.images import grid, save_image
@@ -29,11 +30,12 @@ from mlx_starflow.models.starflow import STARFlow
 from mlx_starflow.pipelines import load
 from mlx_starflow.pipelines.results import GenerationSettings
 from mlx_starflow.planning.finetune_memory import Choice
+from mlx_starflow.sampling.progress import Callback, Progress, Watch, watch
 from mlx_starflow.training.data.batches import split_samples
 from mlx_starflow.training.data.cache.build import CacheSettings, build_cache
 from mlx_starflow.training.data.cache.files import is_cache
 from mlx_starflow.training.data.cache.model import weights_digest
-from mlx_starflow.training.data.cache.reading import CachedLatents, LatentCache
+from mlx_starflow.training.data.cache.reading import CAPTIONED, CachedLatents, LatentCache
 from mlx_starflow.training.finetuning.adapters import save_adapter
 from mlx_starflow.training.finetuning.base import (
     batch_parts,
@@ -104,6 +106,7 @@ def open_cache(
     model: str | Path,
     report: Callable[[str], None],
     settings: CacheSettings | None = None,
+    progress: Watch = None,
 ) -> LatentCache:
     """A cache for this model: `data` itself if it is one, else one made of it in `folder` (or gone on with).
 
@@ -113,13 +116,14 @@ def open_cache(
         return LatentCache(expanded(data), model)
 
     def build() -> None:
-        for line in build_cache(data, folder, model, settings).remarks():
+        for line in build_cache(data, folder, model, settings, progress=progress).remarks():
             report(line)
 
     distributed.first_does(build, "finetune")
     return LatentCache(folder)
 
 
+@checked
 def finetune(
     model: str | Path,
     data: str | Path,
@@ -128,6 +132,8 @@ def finetune(
     *,
     resume: bool = True,
     report: Callable[[str], None] = lambda line: None,
+    progress: Watch = None,
+    callback: Callback | None = None,
 ) -> FinetuneResult:
     """Fine-tune a model's flow; autoencoder and text encoder stay as they are.
 
@@ -140,24 +146,31 @@ def finetune(
         config: see there.
         resume: go on where an earlier run into `out` stopped; else start again.
         report: is told, in a line, what goes on.
+        progress, callback: see `Progress`; its phases are those of `build_cache`, "scoring", "flow" and, for the
+            training itself, "finetune", in whose steps cancelling saves, as Ctrl-C does.
 
     With `mlx.launch` all processes do this together; rank 0 alone writes, reports, and measures.
 
     Raises:
         StarflowError: a mistake in the arguments, or what `build_cache` and `Trainer` raise.
     """
-    config, out = config or FinetuneConfig(), Path(out)
+    config, out, progress = config or FinetuneConfig(), Path(out), watch(progress, callback)
     check_reporter(config.report_to)
     check_outputs(folders=[out], inputs=[data])
-    if not is_cache(expanded(data)):
-        open_source(data, caption=config.caption)
-    elif config.caption is not None:
-        raise StarflowError(f"{data} is a cache, whose captions are encoded already: give it to mlx-starflow cache")
+    check_data(data, config)
     choice, _ = plan_finetune(model, config)
     say = report if distributed.world().rank() == 0 else _nobody
     say(str(choice))
     with distributed.run_folder(out):
-        return _finetune(model, data, out, config, choice, resume, say)
+        return _finetune(model, data, out, config, choice, resume, say, progress)
+
+
+def check_data(data: str | Path, config: FinetuneConfig) -> None:
+    """Raise StarflowError if `finetune` cannot begin with this data."""
+    if not is_cache(expanded(data)):
+        open_source(data, caption=config.caption)
+    elif config.caption is not None:
+        raise StarflowError(CAPTIONED.format(data))
 
 
 def _nobody(line: str) -> None:
@@ -172,9 +185,10 @@ def _finetune(
     choice: Choice,
     resume: bool,
     report: Callable[[str], None],
+    progress: Progress,
 ) -> FinetuneResult:
     first = distributed.world().rank() == 0
-    cache = open_cache(data, out / "cache", model, report, CacheSettings(caption=config.caption))
+    cache = open_cache(data, out / "cache", model, report, CacheSettings(caption=config.caption), progress)
     images, held_out = split_samples(len(cache), config.validation, 100, config.seed)
     identity = _identity(ModelDirectory.find(model), config, choice, cache, held_out)
     begins = not (resume and checkpoint_files(out / "checkpoints"))
@@ -189,15 +203,15 @@ def _finetune(
     flow = load_base(model, choice.quantization, held_dtype(config))
     before = None
     if first and len(held_out):
-        before = cached_nll(flow, cache, held_out, draws=config.draws, seed=config.seed)
+        before = cached_nll(flow, cache, held_out, draws=config.draws, seed=config.seed, progress=progress)
         report(f"before: {before}")
-        if begins and (misfit := _misfit(flow, cache, held_out, before, config.seed)):
+        if begins and (misfit := _misfit(flow, cache, held_out, before, config.seed, progress)):
             report(misfit)
     anchor: AnchorImages | AnchorSamples | None = None
     if config.anchor_data:
-        anchor = AnchorImages(open_cache(config.anchor_data, out / "anchor-cache", model, report))
+        anchor = AnchorImages(open_cache(config.anchor_data, out / "anchor-cache", model, report, progress=progress))
     elif config.anchor:
-        anchor = AnchorSamples.draw(flow, cache, images, config.anchor_samples, config.seed)
+        anchor = AnchorSamples.draw(flow, cache, images, config.anchor_samples, config.seed, progress)
     base = None
     if anchor and config.kind == "full":
         base = load_base(model, None, computed)
@@ -235,24 +249,27 @@ def _finetune(
         identity=identity,
         name="finetune",
         resume=resume,
+        progress=progress,
     )
     assign(flow, trainer.run())
     result = FinetuneResult(out / ("model" if config.kind == "full" else "adapter"), None, None)
 
     def finish() -> None:
         nonlocal result
-        after = cached_nll(flow, cache, held_out, draws=config.draws, seed=config.seed) if before else None
+        after = None
+        if before:
+            after = cached_nll(flow, cache, held_out, draws=config.draws, seed=config.seed, progress=progress)
         result = FinetuneResult(_save(flow, model, out, config, choice), before, after)
         _write(out / "report.json", json.dumps(result.report(), indent=2) + "\n")
-        _draw_grid(model, out, cache, held_out if len(held_out) else images, config, result.folder, report)
+        _draw_grid(model, out, cache, held_out if len(held_out) else images, config, result.folder, report, progress)
 
     distributed.first_does(finish, "finetune")
     return result
 
 
-def _misfit(flow: STARFlow, cache: LatentCache, images: np.ndarray, before: Nll, seed: int) -> str:
+def _misfit(flow: STARFlow, cache: LatentCache, images: np.ndarray, before: Nll, seed: int, progress: Progress) -> str:
     """A line if the base fits the images badly, against samples of its own; "" if it does not."""
-    own = own_nll(flow, cache, images, count=OWN_SAMPLES, seed=seed)
+    own = own_nll(flow, cache, images, count=OWN_SAMPLES, seed=seed, progress=progress)
     if before.mean - own <= MISFIT:
         return ""
     return (
@@ -270,12 +287,13 @@ def _draw_grid(
     config: FinetuneConfig,
     folder: Path,
     report: Callable[[str], None],
+    progress: Progress,
 ) -> None:
     """Samples of the result, as its model makes them, in `out/grid.png`."""
     if config.samples:
         prompts = [cache.captions[index][0] for index in shown[: config.samples]]
         pipe = load(folder) if config.kind == "full" else load(model, adapters=[(folder, 1.0)])
-        made = pipe.generate(prompts, seed=config.seed, verify=False)
+        made = pipe.generate(prompts, seed=config.seed, verify=False, progress=progress)
         save_image(grid(made.images), out / "grid.png", pipe.grid_metadata(made))
         report(f"{out / 'grid.png'}: {', '.join(prompts)}; seed {config.seed}")
 

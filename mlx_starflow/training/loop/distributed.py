@@ -23,6 +23,8 @@ from mlx_starflow.training.loop.weights import Weights
 
 GRACE_SECONDS = 3.0
 """Seconds in which MLX may find out by itself that a process has ended."""
+NOTICE_SECONDS = 0.2
+"""Seconds in which a process that ends is noticed here, while MLX may go on with what it has not received."""
 CONNECT_SECONDS = 10.0
 """Seconds in which processes must have found each other."""
 
@@ -143,19 +145,30 @@ def check_sharding(group: mx.distributed.Group) -> None:
 
 
 @contextmanager
-def peers(name: str, group: mx.distributed.Group, hint: str = "run the same command again to resume") -> Iterator[None]:
+def peers(
+    name: str, group: mx.distributed.Group, hint: str = "run the same command again to resume"
+) -> Iterator[Callable[[], None]]:
     """Makes one clear line of the end of another process; all processes must enter it together.
 
     Args:
         name: of the command, which begins the line.
         hint: what to do then, which ends it.
+
+    Returns:
+        What raises StarflowError with this line if another process has ended. Call it before numbers from all processes
+        are kept: MLX's ring gives wrong ones, and no error, when a connection closes while it receives.
     """
 
     def message(reason: object) -> str:
         return f"{name}: rank {group.rank()} ends because another process of this run has ended ({reason}); {hint}"
 
     links = _links(group) if group.size() > 1 else []
-    over = threading.Event()
+    over, ended = threading.Event(), threading.Event()
+    closed = "it has closed its connection"
+
+    def check() -> None:
+        if links and ended.wait(NOTICE_SECONDS):
+            raise StarflowError(message(closed))
 
     def watch(link: socket.socket) -> None:
         try:
@@ -163,14 +176,19 @@ def peers(name: str, group: mx.distributed.Group, hint: str = "run the same comm
         except OSError:
             alive = b""
         # MLX finds out by itself if it is waiting for that process, and waits for ever if it has only yet to start.
-        if not alive and not over.wait(GRACE_SECONDS):
-            print(f"Error: {message('it has closed its connection')}", file=sys.stderr, flush=True)
-            os._exit(2)
+        if not alive and not over.is_set():
+            ended.set()
+            if not over.wait(GRACE_SECONDS):
+                print(f"Error: {message(closed)}", file=sys.stderr, flush=True)
+                os._exit(2)
 
     for link in links:
         threading.Thread(target=watch, args=(link,), daemon=True).start()
     try:
-        yield
+        yield check
+    except StarflowError:
+        check()  # what was wrong may come of it
+        raise
     except RuntimeError as error:
         if group.size() == 1 or "connection" not in str(error):
             raise

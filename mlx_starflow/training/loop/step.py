@@ -11,6 +11,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from mlx_starflow.errors import StarflowError
 from mlx_starflow.models.gradient_checkpointing import weights_first
 from mlx_starflow.training.config import TrainingConfig
 from mlx_starflow.training.loop import distributed
@@ -60,6 +61,11 @@ class StepMaker:
         if self.dtype is not None:
             assign(model, {name: weight.astype(mx.float32) for name, weight in trainable(model).items()})
         weights = trainable(model)
+        if any(weight.dtype == mx.float16 for weight in weights.values()):
+            raise StarflowError(
+                "the weights to train are float16, whose range gradients leave: load the network with "
+                'dtype="float32", or say dtype="bfloat16" in TrainingConfig'
+            )
         self.average: Weights = dict(weights) if config.ema else {}
         self.optimizer = GroupedOptimizer(
             weights,

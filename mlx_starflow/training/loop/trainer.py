@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -19,10 +19,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
-from mlx_starflow.errors import StarflowError
+from mlx_starflow.errors import Cancelled, StarflowError
 from mlx_starflow.model_dir.transaction import locked
+from mlx_starflow.sampling.progress import Callback, Counter, Watch, watch
 from mlx_starflow.training.config import TrainingConfig
 from mlx_starflow.training.data.batches import IndexedData, TrainingData
 from mlx_starflow.training.loop import distributed
@@ -84,6 +84,8 @@ class Trainer:
             of anything else is refused.
         name: what the progress bar and messages call this.
         resume: go on from the newest checkpoint in `out_dir`; if False, checkpoints and log there are deleted.
+        progress, callback: see `Progress`, whose phase is `name` and which counts steps; on rank 0 alone there is a
+            bar. To cancel it does what Ctrl-C does: the step is finished and saved.
 
     Attributes:
         step: steps done.
@@ -107,7 +109,10 @@ class Trainer:
         identity: Identity | None = None,
         name: str = "training",
         resume: bool = True,
+        progress: Watch = None,
+        callback: Callback | None = None,
     ):
+        self.progress = watch(progress, callback)
         self.model, self.data, self.config = model, data, config
         self.folder, self.name, self.samples, self.publish = Path(out_dir), name, samples, publish
         check_reporter(config.report_to)
@@ -133,6 +138,7 @@ class Trainer:
         )
         self.average, self.optimizer = self._steps.average, self._steps.optimizer
         self.peak_memory = 0
+        self._check_peers: Callable[[], None] = lambda: None
         self._losses = Losses()
         self.validation = None if validation is None else Validation(self.folder, validation, nll, config, self.group)
         if self.writes:
@@ -145,7 +151,7 @@ class Trainer:
     def run(self) -> dict[str, mx.array]:
         """Train up to `config.steps`; `model` holds the last weights then.
 
-        Ctrl-C and SIGTERM finish the step, saves and raises KeyboardInterrupt.
+        Ctrl-C and SIGTERM finish the step, save and raise KeyboardInterrupt; `Progress.cancel` raises Cancelled then.
 
         Returns:
             The weights to use, by name: with validation those that did best, else the averaged ones, or the last ones
@@ -155,7 +161,8 @@ class Trainer:
             StarflowError: a loss, gradient or weight is not finite, a file cannot be written, or another process of the
                 run has ended.
         """
-        with distributed.peers(self.name, self.group), distributed.run_folder(self.folder):
+        with distributed.peers(self.name, self.group) as check, distributed.run_folder(self.folder):
+            self._check_peers = check
             if self.config.shard and self.group.size() > 1:
                 self._steps.shard()
             return self._run()
@@ -176,13 +183,14 @@ class Trainer:
         config = self.config
         saved = began = time.monotonic()
         stopped = self._finished
-        bar = tqdm(total=config.steps, initial=self.step, desc=self.name, disable=None if self.writes else True)
-        with bar, _interrupts() as interrupted:
+        counting = self.progress.counting(self.name, config.steps, "step", done=self.step, shown=self.writes)
+        with counting as counter, _interrupts() as interrupted:
+            self.progress.tell()
             while self.step < config.steps and not stopped:
-                progress = self.step / config.steps
-                batch = self.data.batch(self.rng, config, progress)
+                share = self.step / config.steps
+                batch = self.data.batch(self.rng, config, share)
                 key = int(self.rng.integers(2**32)) if self._steps.random else 0
-                lr = config.lr * cosine(progress, config.warm_up)
+                lr = config.lr * cosine(share, config.warm_up)
                 numbers, applied = self._steps(batch, key, lr, ema_decay(config.ema, self.step + 1))
                 self._check_finite(numbers)
                 self._losses.add(numbers["loss"])
@@ -191,18 +199,19 @@ class Trainer:
                 now = time.monotonic()
                 log.add(numbers, config.batch_size, count_tokens(self.model, batch), now - began)
                 began = now
-                bar.update()
                 last = self.step == config.steps
                 if last or self.step % config.log_every == 0:
-                    bar.set_postfix_str(log.flush(self.step, lr, self.epoch))
+                    counter.remark(log.flush(self.step, lr, self.epoch))
+                _advance(counter)
                 self.peak_memory = mx.get_peak_memory()
                 if self.validation and (last or _due(self.step, config.validate_every)):
                     stopped = self._validate(log)
-                    bar.write(f"{self.name}: {self.validation}", file=sys.stderr) if self.writes else None
+                    if self.writes:
+                        counter.write(f"{self.name}: {self.validation}")
                 if config.watch_every and (last or _due(self.step, config.watch_every)):
                     self._watch(log.reporter)
                 began = time.monotonic()
-                stop = distributed.any_of(interrupted.is_set(), self.group)
+                stop = distributed.any_of(interrupted.is_set() or self.progress.cancelled, self.group)
                 due = began - saved >= config.save_seconds or _due(self.step, config.save_steps)
                 if due or stop or last or stopped:
                     self.save()
@@ -215,8 +224,13 @@ class Trainer:
         if stop:
             if self.writes:
                 _say(f"{self.name} stopped at step {self.step} of {config.steps} and is saved: run it again to resume")
-            raise KeyboardInterrupt
+            raise self._interruption()
         return self._best(self.average or trainable(self.model))
+
+    def _interruption(self) -> BaseException:
+        """The same on all ranks, whichever of them was stopped."""
+        cancelled = distributed.any_of(self.progress.cancelled, self.group)
+        return Cancelled("cancelled") if cancelled else KeyboardInterrupt()
 
     def _best(self, otherwise: Mapping[str, mx.array]) -> dict[str, mx.array]:
         """The weights to use: those that did best in validation or, where there is none, others."""
@@ -237,6 +251,7 @@ class Trainer:
         weights, average, optimizer = self._steps.whole_state()
         if not self.writes:
             return None
+        self._check_peers()
         if not all_finite([*weights.values(), *average.values()]):
             raise self._diverged("a weight", self.step)
         checkpoint = Checkpoint(
@@ -311,9 +326,15 @@ class Trainer:
     def _validate(self, log: RunLog) -> bool:
         assert self.validation is not None
         with self._averaged():
-            line = self.validation.measure(self.model, self.step, self._steps.whole_weights)
+            line = self.validation.measure(self.model, self.step, self._whole_weights)
         log.write(line)
         return self._finished
+
+    def _whole_weights(self) -> dict[str, mx.array]:
+        weights = self._steps.whole_weights()
+        if self.writes:
+            self._check_peers()
+        return weights
 
     def _watch(self, reporter: Reporter) -> None:
         # A model in shares can be used by all processes together alone.
@@ -359,6 +380,12 @@ class Trainer:
         return StarflowError(
             f"{self.name}: {what} is not finite at step {step}; the checkpoint {good} is intact: {advice}"
         )
+
+
+def _advance(counter: Counter, steps: int = 1) -> None:
+    """Count steps; that the training is cancelled is heeded where it can be saved."""
+    with suppress(Cancelled):
+        counter.advance(steps)
 
 
 def _due(step: int, every: int) -> bool:

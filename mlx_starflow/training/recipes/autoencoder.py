@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -10,11 +11,13 @@ import numpy as np
 
 from mlx_starflow.media.pixels import scale_pixels
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from mlx_starflow.sampling.progress import Watch, watch
 from mlx_starflow.training.config import TrainingConfig
 from mlx_starflow.training.data.batches import Order, TrainingData
 from mlx_starflow.training.data.views import augmented_crops
 from mlx_starflow.training.loop.identity import Identity
-from mlx_starflow.training.loop.objective import Metrics
+from mlx_starflow.training.loop.objective import Batch, Metrics
+from mlx_starflow.training.loop.timing import seconds_per_step
 from mlx_starflow.training.loop.trainer import Trainer
 from mlx_starflow.training.loop.weights import assign
 
@@ -95,10 +98,11 @@ def train_autoencoder(
     kl_weight: float = 1e-4,
     identity: Identity | None = None,
     resume: bool = True,
+    progress: Watch = None,
 ) -> AutoencoderKL:
     """Train an autoencoder on random views of uint8 images `[N, S, S, 3]`; returns it with the averaged weights.
 
-    `identity` is what a checkpoint must share besides the config.
+    `identity` is what a checkpoint must share besides the config; `progress` counts steps in the phase "autoencoder".
 
     Raises:
         StarflowError: see `Trainer`.
@@ -110,24 +114,50 @@ def train_autoencoder(
         ImageViews(images, model_config),
         config,
         out_dir,
-        loss=lambda model, batch: autoencoder_loss(model, **batch, kl_weight=kl_weight),
+        loss=partial(_batch_loss, kl_weight=kl_weight),
         identity={"autoencoder": model_config.to_dict(), **(identity or {})},
         name="autoencoder",
         resume=resume,
+        progress=progress,
     )
     assign(model, trainer.run())
     return model
 
 
+def _batch_loss(model: AutoencoderKL, batch: Batch, kl_weight: float = 1e-4) -> tuple[mx.array, Metrics]:
+    return autoencoder_loss(model, **batch, kl_weight=kl_weight)
+
+
+def autoencoder_step_time(model_config: AutoencoderKLConfig, config: TrainingConfig) -> float:
+    """Seconds of a step of `train_autoencoder` on this machine; some are done, on random data."""
+    mx.random.seed(config.seed)
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(256, size=(config.batch_size, *2 * (2 * model_config.sample_size,), 3), dtype=np.uint8)
+    batch = ImageViews(pixels, model_config).batch(rng, config, 0.0)
+    return seconds_per_step(AutoencoderKL(model_config), batch, config, _batch_loss)
+
+
 def encode_views(
-    model: AutoencoderKL, images: np.ndarray, views: int, rng: np.random.Generator, batch_size: int = 32
+    model: AutoencoderKL,
+    images: np.ndarray,
+    views: int,
+    rng: np.random.Generator,
+    batch_size: int = 32,
+    progress: Watch = False,
 ) -> np.ndarray:
-    """Raw latents (the posterior's mean) of random views of uint8 images `[N, S, S, 3]`: `[N, views, h, w, C]`."""
+    """Raw latents (the posterior's mean) of random views of uint8 images `[N, S, S, 3]`: `[N, views, h, w, C]`.
+
+    `progress` counts views of all images in the phase "encoding".
+    """
     latents = []
-    for _ in range(views):
-        # Hardly varied: a token's Gaussian cannot be left and right at once, and blurs what it is shown both ways.
-        crops = augmented_crops(images, model.config.sample_size, rng, zoom=0.04, shift=1, flip=False)
-        parts = [crops[start : start + batch_size] for start in range(0, len(crops), batch_size)]
-        means = [np.array(model.encode(mx.array(scale_pixels(part))).mean) for part in parts]
-        latents.append(np.concatenate(means))
+    with watch(progress).counting("encoding", views * len(images), "view") as counter:
+        for _ in range(views):
+            # Hardly varied: a token's Gaussian cannot be left and right at once, and blurs what it is shown both ways.
+            crops = augmented_crops(images, model.config.sample_size, rng, zoom=0.04, shift=1, flip=False)
+            means = []
+            for start in range(0, len(crops), batch_size):
+                part = crops[start : start + batch_size]
+                means.append(np.array(model.encode(mx.array(scale_pixels(part))).mean))
+                counter.advance(len(part))
+            latents.append(np.concatenate(means))
     return np.stack(latents, axis=1)

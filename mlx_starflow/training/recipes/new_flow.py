@@ -29,17 +29,18 @@ from mlx_starflow.models.tarflow import PixelFlow, PixelFlowConfig, TarFlowConfi
 from mlx_starflow.planning.finetune_memory import BATCH_SIZES, Choice, Planner
 from mlx_starflow.planning.limits import check_held, check_side
 from mlx_starflow.planning.memory import available
+from mlx_starflow.sampling.progress import Callback, Progress, Watch, watch
 from mlx_starflow.training.config import MOMENTS, TrainingConfig, TrainingOptions
 from mlx_starflow.training.data.batches import IndexedData, split_samples
 from mlx_starflow.training.data.cache.build import CacheSettings, build_cache
 from mlx_starflow.training.data.cache.files import is_cache
 from mlx_starflow.training.data.cache.model import CacheModel, check_model, weights_digest
-from mlx_starflow.training.data.cache.reading import CachedLatents, LatentCache
+from mlx_starflow.training.data.cache.reading import CAPTIONED, CachedLatents, LatentCache
 from mlx_starflow.training.data.labelled_images import LabelledImages, level_arrays
 from mlx_starflow.training.loop import distributed
 from mlx_starflow.training.loop.identity import Identity, digest
 from mlx_starflow.training.loop.reporting import check_reporter
-from mlx_starflow.training.loop.timing import describe_steps, seconds_per_step
+from mlx_starflow.training.loop.timing import describe_steps, random_batch, seconds_per_step
 from mlx_starflow.training.loop.trainer import Trainer
 from mlx_starflow.training.loop.watch import SampleSheet
 from mlx_starflow.training.loop.weights import assign
@@ -71,6 +72,7 @@ class NewFlow:
         encoders: the model whose autoencoder and text encoder a STARFlow uses: "demo", a model directory or a Hub
             repository of one; None: those of `init` if it has some, else "demo".
         validation: share of the images that is held out, at most 100 of them.
+        caption: of images that have none.
         report: is told, in a line, what goes on.
         init: the model whose flow's weights it begins with, see `flow_config_of`; None: random ones. A flow over pixels
             with other classes learns their embeddings anew.
@@ -84,6 +86,7 @@ class NewFlow:
     validation: float = 0.1
     report: Callable[[str], None] = field(default=lambda line: None, repr=False)
     init: str | Path | None = None
+    caption: str | None = None
 
     def __post_init__(self) -> None:
         self.data, self.out = expanded(self.data), Path(self.out)
@@ -93,7 +96,10 @@ class NewFlow:
             raise StarflowError(f"train: the seed must be 0 or more and less than 2^63, not {self.seed}")
         if self.training.patience and not self.validation:
             raise StarflowError("train: --patience needs pictures to validate on: leave out --validation 0")
+        if self.caption is not None and self.has_cache:
+            raise StarflowError(CAPTIONED.format(self.data))
         self.group = distributed.world()
+        self._progress: Watch = None
         self._init = None if self.init is None else ModelDirectory.find(self.init)
         check_reporter(self.training.report_to)
 
@@ -130,9 +136,12 @@ class NewFlow:
         if not self.has_cache:
             folder = self.work / "cache"
 
+            watched = self._progress
+
             def build() -> None:
-                open_source(self.data)
-                for line in build_cache(self.data, folder, self.encoder_model, CacheSettings()).remarks():
+                open_source(self.data, caption=self.caption)
+                settings = CacheSettings(caption=self.caption)
+                for line in build_cache(self.data, folder, self.encoder_model, settings, progress=watched).remarks():
                     self.report(line)
 
             distributed.first_does(build, "train")
@@ -146,7 +155,7 @@ class NewFlow:
         size: int = FLOW.typed("img_size", "int", self.config.get("img_size", 32))
         check_side((size, size))
         check_held(2, 3 * size * size)  # two are the least that a training needs
-        return ImageFolder.read(self.data, size=size, splits=("train",))
+        return ImageFolder.read(self.data, size=size, splits=("train",), caption=self.caption)
 
     @cached_property
     def images(self) -> LabelledImages:
@@ -249,18 +258,10 @@ class NewFlow:
     def step_time(self, choice: Choice) -> str:
         """How long a step takes on this machine, and all of them: some are done, with random data, to find out."""
         config, flow = self.training_config(choice), self.new()
-        rng = np.random.default_rng(0)
-        count, side = config.batch_size, self.flow_config.img_size
-        shape = (count, side, side, self.flow_config.channel_size)
-        latents, noise = rng.standard_normal((2, *shape), dtype=np.float32)
-        batch: dict[str, np.ndarray] = {"latents": latents, "noise": noise}
-        if isinstance(self.flow_config, FlowConfig):
-            text = (count, self.flow_config.txt_size, self.flow_config.txt_dim)
-            batch["text"] = rng.standard_normal(text, dtype=np.float32)
-        elif self.flow_config.num_classes:
-            batch["text"] = rng.integers(self.flow_config.num_classes, size=count).astype(np.int32)
+        batch = random_batch(self.flow_config, config.batch_size)
         if isinstance(self.flow_config, ITarFlowConfig):
-            batch |= level_arrays(rng, count, (self.flow_config.t0, self.flow_config.t1), config)
+            levels = (self.flow_config.t0, self.flow_config.t1)
+            batch |= level_arrays(np.random.default_rng(0), config.batch_size, levels, config)
         return describe_steps(seconds_per_step(flow, batch, config), config)
 
     def plan(self, memory: float | None = None) -> tuple[Choice, str]:
@@ -317,19 +318,29 @@ class NewFlow:
         if self.group.rank() == 0:
             check_model_output(self.out, self.config["model_type"], [self.data])
 
-    def run(self, resume: bool = True, begin: Callable[[], None] = lambda: None) -> Path:
+    def run(
+        self,
+        resume: bool = True,
+        begin: Callable[[], None] = lambda: None,
+        *,
+        progress: Watch = None,
+        callback: Callback | None = None,
+    ) -> Path:
         """Train, and write the model directory.
 
-        `begin` is called on rank 0 when all that can be refused has been.
+        `begin` is called on rank 0 when all that can be refused has been. `progress` and `callback`: see `Progress`;
+        its phases are those of `build_cache`, and "train", in whose steps cancelling saves, as Ctrl-C does.
 
         Raises StarflowError if data or config cannot be used, if `out` holds another model, and what `Trainer` raises.
         """
+        progress = watch(progress, callback)
         self.check_output()
         choice, _ = self.plan()
         with distributed.run_folder(self.out):
-            return self._run(choice, resume, begin)
+            return self._run(choice, resume, begin, progress)
 
-    def _run(self, choice: Choice, resume: bool, begin: Callable[[], None]) -> Path:
+    def _run(self, choice: Choice, resume: bool, begin: Callable[[], None], progress: Progress) -> Path:
+        self._progress = progress
         training = self.training_config(choice)
         first = self.group.rank() == 0
         flow = self.new()
@@ -352,6 +363,7 @@ class NewFlow:
             identity=self._identity(data, held_out),
             name="train",
             resume=resume,
+            progress=progress,
         )
         if first:
             begin()

@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.errors.arguments import checked
 from mlx_starflow.media.image_folder import ImageFolder
 from mlx_starflow.media.sources import write_skips
 from mlx_starflow.model_dir.saving import save_model
@@ -24,15 +25,17 @@ from mlx_starflow.models.autoencoder_kl import AutoencoderKL
 from mlx_starflow.models.starflow import STARFlow
 from mlx_starflow.models.t5 import T5Encoder
 from mlx_starflow.models.tokenizer import Tokenizer
+from mlx_starflow.sampling.progress import Callback, Progress, Watch, watch
 from mlx_starflow.training.loop import distributed
 from mlx_starflow.training.loop.checkpoint import check_resume, is_anonymous
 from mlx_starflow.training.loop.identity import digest
 from mlx_starflow.training.loop.reporting import check_reporter
+from mlx_starflow.training.loop.timing import describe_steps, random_batch, seconds_per_step
 from mlx_starflow.training.loop.trainer import Trainer, forget
 from mlx_starflow.training.loop.watch import SampleSheet
 from mlx_starflow.training.loop.weights import assign
 from mlx_starflow.training.output import check_model_output, claim_model
-from mlx_starflow.training.recipes.autoencoder import encode_views, train_autoencoder
+from mlx_starflow.training.recipes.autoencoder import autoencoder_step_time, encode_views, train_autoencoder
 from mlx_starflow.training.recipes.presets import Preset
 from mlx_starflow.training.recipes.samples import caption_sheet, decode_latents, draw_latents
 from mlx_starflow.training.recipes.text import (
@@ -44,6 +47,7 @@ from mlx_starflow.training.recipes.text import (
 )
 
 
+@checked
 def train_model(
     data: str | Path,
     out: str | Path,
@@ -52,6 +56,9 @@ def train_model(
     resume: bool = True,
     report: Callable[[str], None] = lambda line: None,
     begin: Callable[[], None] = lambda: None,
+    caption: str | None = None,
+    progress: Watch = None,
+    callback: Callback | None = None,
 ) -> Path:
     """Train a text-to-image model and write it as a model directory that `mlx_starflow.load` reads.
 
@@ -64,17 +71,21 @@ def train_model(
         resume: go on where an earlier run into `out` stopped; else start again.
         report: is told, in a line, what goes on.
         begin: is called on rank 0 when all that can be refused has been.
+        caption: of images that have none.
+        progress, callback: see `Progress`; its phases are "autoencoder", "encoding" and "flow", and cancelling a
+            training saves it, as Ctrl-C does.
 
     With `mlx.launch` all processes do this together, and rank 0 alone writes and reports.
 
     Raises:
         StarflowError: the data cannot be used, a training diverges, or `out` holds the training of another model.
     """
+    progress = watch(progress, callback)
     check_reporter(preset.flow_training.report_to)
     if distributed.world().rank() == 0:
         check_model_output(Path(out), "starflow", [data])
     with distributed.run_folder(Path(out)):
-        return _train_model(data, Path(out), preset, resume, report, begin)
+        return _train_model(data, Path(out), preset, resume, report, begin, caption, progress)
 
 
 def _train_model(
@@ -84,13 +95,16 @@ def _train_model(
     resume: bool,
     report: Callable[[str], None],
     begin: Callable[[], None],
+    caption: str | None,
+    progress: Progress,
 ) -> Path:
     work = out / "training"
     group = distributed.world()
     first = group.rank() == 0
     say = report if first else lambda line: None
     # Twice the size, so that views are made smaller and not larger.
-    images = ImageFolder.read(data, size=2 * preset.size, splits=("train", "autoencoder", "validation"))
+    splits = ("train", "autoencoder", "validation")
+    images = ImageFolder.read(data, size=2 * preset.size, splits=splits, caption=caption)
     captioned, held_out = images.only("train"), images.only("validation")
     if not held_out and (preset.flow_training.validate_every or preset.flow_training.patience):
         raise StarflowError(
@@ -135,9 +149,10 @@ def _train_model(
         work / "autoencoder",
         identity=pictures,
         resume=resume,
+        progress=progress,
     )
     rng = np.random.default_rng(preset.flow_training.seed)
-    latents = encode_views(autoencoder, captioned.images, preset.views, rng)
+    latents = encode_views(autoencoder, captioned.images, preset.views, rng, progress=progress)
     mean, std = latents.mean(axis=(0, 1, 2, 3), dtype=np.float64), latents.std(axis=(0, 1, 2, 3), dtype=np.float64)
     std = np.maximum(std, 1e-6)  # a channel may be dead
     autoencoder.config = replace(autoencoder.config, latents_mean=tuple(mean.tolist()), latents_std=tuple(std.tolist()))
@@ -156,7 +171,8 @@ def _train_model(
 
     validation = None
     if held_out:
-        views = encode_views(autoencoder, held_out.images, 1, np.random.default_rng(preset.flow_training.seed))
+        rng = np.random.default_rng(preset.flow_training.seed)
+        views = encode_views(autoencoder, held_out.images, 1, rng, progress=progress)
         validation = samples(views, held_out)
     watched = held_out if held_out else captioned
     trainer = Trainer(
@@ -176,6 +192,7 @@ def _train_model(
         identity=identity,
         name="flow",
         resume=resume,
+        progress=progress,
     )
     assign(model, trainer.run())
     if first:
@@ -184,6 +201,21 @@ def _train_model(
         distributed.wait(group)
     say(f"wrote {out}")
     return out
+
+
+def step_times(preset: Preset) -> list[str]:
+    """How long the steps of both trainings take on this machine, a line each; some are done, on random data."""
+    autoencoder = preset.autoencoder_training
+    seconds = autoencoder_step_time(preset.autoencoder_config(), autoencoder)
+    lines = [f"autoencoder: {describe_steps(seconds, autoencoder)}"]
+    flow, training, text = preset.flow_config(), preset.flow_training, preset.text_config(preset.vocab_size)
+    mx.random.seed(training.seed)
+    batch = random_batch(flow, training.batch_size)
+    ids = np.random.default_rng(0).integers(preset.vocab_size, size=batch.pop("text").shape[:2]).astype(np.int32)
+    batch |= {"ids": ids, "mask": np.ones_like(ids)}
+    model = TextFlow(STARFlow(flow), T5Encoder(text))
+    loss = partial(TextFlow.loss, gradient_checkpointing=training.checkpoint_layers)
+    return [*lines, f"flow: {describe_steps(seconds_per_step(model, batch, training, loss), training)}"]
 
 
 def _tokenizer(

@@ -12,6 +12,7 @@ from mlx_starflow import load
 from mlx_starflow.bench.doctor import embedded
 from mlx_starflow.editing.inversion import RoundTrip
 from mlx_starflow.sampling import Certificate
+from mlx_starflow.sampling.noise_floor import NoiseFloor
 
 PRECISIONS = ["float32", "float16", "bfloat16"]
 
@@ -34,7 +35,13 @@ def sampled(monkeypatch, good):
     return kept
 
 
-LINES = ["image of a seed", "rolling window", "exact likelihood", *(f"certificate, {name}" for name in PRECISIONS)]
+LINES = [
+    "image of a seed",
+    "rolling window",
+    "noise floor",
+    "exact likelihood",
+    *(f"certificate, {name}" for name in PRECISIONS),
+]
 
 
 def test_what_float32_gives_is_good(sampled):
@@ -71,6 +78,37 @@ def test_a_wrong_window(sampled, change):
     for name in PRECISIONS:
         sampled[name, "rolling"] = replace(sampled[name, "rolling"], **change)
     assert check("rolling window").run().failed
+
+
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"evaluations": [16, 16, 16]},
+        {"certificate": Certificate(0.7, 0.1)},
+        {"certificate": Certificate(1e-2, 1e-3, noise_floor=1e-3)},
+        {"certificate": Certificate(0.02, 1e-3, noise_floor=0.3)},
+        {"certificate": Certificate(float("nan"), 1e-3, noise_floor=1e-3)},
+    ],
+    ids=["slow", "far without a floor", "far beyond the floor", "a floor of hundreds of roundings", "no number"],
+)
+def test_a_wrong_noise_floor(sampled, precision, change):
+    sampled[precision, "rolling"] = replace(sampled[precision, "rolling"], **change)
+    assert check("noise floor").run().failed
+
+
+def test_windows_that_do_not_know_the_noise_floor(monkeypatch, good):
+    """One that measures it keeps the bounds, one that never does takes more evaluations than they allow."""
+
+    def judged(one):
+        with monkeypatch.context() as patched:
+            patched.setattr(embedded, "_sample", lambda dtype, method: one if dtype == mx.bfloat16 else good[method])
+            return check("noise floor").run()
+
+    found = judged(embedded._sample(mx.bfloat16, "rolling"))
+    assert found.verdict == "ok" and found.values["floor_bfloat16"] > 0
+    monkeypatch.setattr(NoiseFloor, "suspected", lambda self, residuals, done: False)
+    assert judged(embedded._sample(mx.bfloat16, "rolling")).failed
 
 
 def test_a_model_that_computes_wrongly(monkeypatch):

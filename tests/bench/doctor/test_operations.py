@@ -155,8 +155,8 @@ def test_without_a_compiler(compiled, monkeypatch):
 # ---- MLX's operations
 
 
-OPERATIONS = ["attention", "attention to 33,390", "attention, 8-bit keys", "attention, 4-bit keys", "products, 8 bits", "products, 4 bits", "convolution, 2-D",
-              "convolution, 3-D"]  # fmt: skip
+OPERATIONS = ["attention", "attention to 33,390", "attention, 8-bit keys", "attention, 4-bit keys", "products, 8 bits",
+              "products, 4 bits", "convolution, 2-D", "convolution, 3-D"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OPERATIONS)

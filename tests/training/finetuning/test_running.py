@@ -211,7 +211,8 @@ def test_mistakes(model, cache, tmp_path, words, expected):
 def test_two_processes(model, pictures, tmp_path):
     """One writes, and its adapter is that of one process alone; what one refuses, both do; a run goes on."""
     words = ["--lora", 2, "--steps", 3, "--batch-size", 4, "--samples", 2, "--draws", 1, "--validation", 0.34,
-             "--anchor", 0.5, "--anchor-samples", 2, "--validate-every", 2, "--watch-every", 2]  # fmt: skip
+             "--anchor", 0.5, "--anchor-samples", 2, "--validate-every", 2, "--watch-every", 2,
+             "--dtype", "float32"]  # fmt: skip
 
     def start(run: Path, *more: object) -> list[tuple[int, str, str]]:
         line = ["-m", "mlx_starflow", "finetune", model, pictures, "-o", run, *words, *more]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -121,6 +123,14 @@ def test_a_dead_rank_ends_the_others(tmp_path, victim):
     assert f"rank {1 - victim} ends because another process of this run has ended" in words
     assert "run the same command again to resume" in words
     last_checkpoint(tmp_path / "run")
+
+
+@pytest.mark.parametrize("wrong", ["nan", "zeros"])
+def test_wrong_numbers_from_a_dead_rank_are_not_kept(tmp_path, wrong):
+    """Such as MLX's ring makes of what it has not received when a connection closes."""
+    code, words = finish(start(f"dead-{wrong}", tmp_path))[0]
+    assert code == 2 and "rank 0 ends because another process of this run has ended" in words, words
+    assert [file.name for file in checkpoint_files(tmp_path / "run")] == ["checkpoint-00000002.safetensors"]
 
 
 def test_ctrl_c_in_one_stops_all(tmp_path):
@@ -235,6 +245,22 @@ def task(name: str, folder: Path) -> None:
                 return whole(*arguments, **options)
 
         train(folder if rank == 0 else folder / "rank1", 8)
+    elif name.startswith("dead-"):
+        life = os.open(folder / "life", os.O_CREAT | os.O_RDWR)  # locked as long as rank 1 lives
+        if rank == 1:
+            fcntl.flock(life, fcntl.LOCK_EX)
+
+        def lose(batch):
+            if rank == 1:
+                while not checkpoint_files(folder / "run"):
+                    time.sleep(0.01)
+                os._exit(1)
+            fcntl.flock(life, fcntl.LOCK_EX)
+            times = float("nan") if name == "dead-nan" else 0.0
+            mx.distributed.all_sum = lambda x, *, group: x * times
+            nn.average_gradients = lambda gradients, group: [gradient * times for gradient in gradients]
+
+        make_trainer(folder / "run", replace(BATCH, steps=4, save_steps=2), Stops(3, lose)).run()
     elif name == "endless":
         make_trainer(folder / "run", replace(BATCH, steps=100_000, save_steps=2)).run()
     elif name == "spoiled":

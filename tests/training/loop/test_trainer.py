@@ -200,6 +200,16 @@ def test_no_resume_starts_again(tmp_path, uncompiled):
     assert_same(before, last_checkpoint(tmp_path))
 
 
+def test_weights_in_float16_are_refused(tmp_path, uncompiled):
+    """They would overflow within steps; a dtype to compute in holds them in float32."""
+    model = make_model()
+    model.set_dtype(mx.float16)
+    with pytest.raises(StarflowError, match="float16, whose range gradients leave: load the network with dtype"):
+        make_trainer(tmp_path / "half", model=model)
+    weights = make_trainer(tmp_path / "whole", replace(CONFIG, dtype="bfloat16", steps=2), model=model).run()
+    assert {array.dtype for array in weights.values()} == {mx.float32}
+
+
 def test_changed_settings_are_told(tmp_path, capsys, uncompiled):
     make_trainer(tmp_path, replace(CONFIG, steps=2)).run()
     make_trainer(tmp_path, replace(CONFIG, steps=3, lr=1e-3))

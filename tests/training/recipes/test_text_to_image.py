@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from mlx_starflow.training.config import TrainingConfig
 from mlx_starflow.training.loop.checkpoint import checkpoint_files, load_checkpoint, save_checkpoint
 from mlx_starflow.training.loop.trainer import Trainer
 from mlx_starflow.training.recipes.presets import PRESETS, Preset, get_preset
-from mlx_starflow.training.recipes.text_to_image import train_model
+from mlx_starflow.training.recipes.text_to_image import step_times, train_model
 
 TINY = Preset(
     size=8,
@@ -46,6 +47,34 @@ pytestmark = pytest.mark.usefixtures("uncompiled")
 
 def losses(log: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in log.read_text().splitlines()]
+
+
+def test_pictures_without_captions_and_what_is_told(picture_folder, tmp_path):
+    flat, told = tmp_path / "flat", []
+    flat.mkdir()
+    for number, path in enumerate(sorted(picture_folder.glob("*.png"))):
+        (flat / f"{number}.png").write_bytes(path.read_bytes())
+    assert "but no captions" in message(train_model, flat, tmp_path / "model", TINY)
+    quick = TrainingConfig(steps=2, batch_size=2, log_every=1)
+    preset = replace(TINY, autoencoder_training=quick, flow_training=quick)
+
+    def tell(progress):
+        told.append((progress.phase, progress.done, progress.total))
+
+    train_model(flat, tmp_path / "model", preset, caption="rex the dog", callback=tell)
+    assert list(dict.fromkeys(phase for phase, *_ in told if phase)) == ["autoencoder", "encoding", "flow"]
+    assert ("flow", 2, 2) in told and ("encoding", 12, 12) in told
+    assert load(tmp_path / "model").generate("rex the dog", seed=1).images[0].size == (8, 8)
+
+
+def test_a_dry_run(picture_folder, tmp_path):
+    autoencoder, flow = step_times(TINY)
+    assert re.fullmatch(r"autoencoder: [\d.]+ m?s a step here, \d+ s for 30 steps", autoencoder)
+    assert re.fullmatch(r"flow: [\d.]+ m?s a step here, \d+ s for 30 steps", flow)
+    words = ["--dry-run", "--batch-size", "2", "--preset", "small", "--caption", "x"]
+    result = CliRunner().invoke(main, ["train", str(picture_folder), "-o", str(tmp_path / "run"), *words])
+    assert result.exit_code == 0 and result.stdout.count("a step here") == 2, result.output
+    assert not (tmp_path / "run").exists()
 
 
 def test_pictures_to_a_model(picture_folder, tmp_path):

@@ -11,14 +11,15 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.errors.arguments import checked
 from mlx_starflow.media.buckets import RATIOS, bucket_size
 from mlx_starflow.media.files import parse_json
 from mlx_starflow.media.sources import Skip, open_source, repeats_of, skip_report
 from mlx_starflow.planning.limits import check_held, check_side
 from mlx_starflow.planning.memory import metal_limits
-from mlx_starflow.sampling.bars import Bar
+from mlx_starflow.sampling.progress import Callback, Watch, watch
 from mlx_starflow.training.data.cache.encode import STEP, Changed, ImageStage, Items, TextStage
-from mlx_starflow.training.data.cache.files import INDEX, SKIPPED, CacheWriter, Progress, check_cache_output
+from mlx_starflow.training.data.cache.files import INDEX, SKIPPED, CacheWriter, Committed, check_cache_output
 from mlx_starflow.training.data.cache.model import CacheModel
 from mlx_starflow.training.data.cache.numbers import DTYPES
 
@@ -128,6 +129,7 @@ class CacheSummary:
             yield f"{self.cut} captions are longer than the model reads, and were cut"
 
 
+@checked
 def build_cache(
     data: str | Path,
     out: str | Path,
@@ -135,7 +137,8 @@ def build_cache(
     settings: CacheSettings | None = None,
     *,
     resume: bool = True,
-    progress: bool | None = None,
+    progress: Watch = None,
+    callback: Callback | None = None,
 ) -> CacheSummary:
     """Encode all images of a source and their captions into a folder that `LatentCache` opens.
 
@@ -148,7 +151,8 @@ def build_cache(
         model: whose autoencoder and text encoder encode: "demo", a model directory, or a Hub repository.
         settings: see there.
         resume: False: throw away what is in `out`, if it is a cache.
-        progress: show progress bars; None: on a terminal.
+        progress, callback: see `Progress`; its phases are "pictures", "captions" and "checksums", and what was
+            cancelled goes on as what was interrupted does.
 
     Raises:
         StarflowError: data or model cannot be used, no image can, `out` cannot be written or holds something else, or
@@ -158,9 +162,9 @@ def build_cache(
     network, settings = CacheModel(model), settings or CacheSettings()
     shapes = settings.shapes(network)
     source = open_source(data, settings.caption_column, settings.caption)
-    hide = None if progress is None else not progress
+    progress = watch(progress, callback)
     with CacheWriter(Path(out), settings.resolve(network), resume=resume) as writer, metal_limits():
-        done = Progress(writer.finished["items"], writer.finished["source"]) if writer.finished else writer.progress
+        done = Committed(writer.finished["items"], writer.finished["source"]) if writer.finished else writer.progress
         try:
             items = Items(source, done.items, done.source)
             if (writer.finished or done.pictures_done) and next(items, None) is not None:
@@ -171,8 +175,9 @@ def build_cache(
             ) from None
         if writer.finished:
             return _summary(writer, finished_before=True)
+        progress.check()
         if not writer.progress.pictures_done:
-            ImageStage(writer.settings, shapes).run(items, source.total, network, writer, hide)
+            ImageStage(writer.settings, shapes).run(items, source.total, network, writer, progress)
             mx.clear_cache()
         rows = _rows(writer)
         if not rows:
@@ -181,9 +186,9 @@ def build_cache(
                 f"{data} has no usable picture: " + (_skipped(writer) or f"none is of the split {settings.split}")
             )
         texts = _texts(rows, bool(network.config.mix_aspect))
-        TextStage(texts, writer.settings).run(network, writer, hide)
-        with Bar(desc="checksums", unit="file", disable=hide) as bar:
-            writer.finish(_facts(rows, len(texts), shapes, network, writer), lambda name: bar.update())
+        TextStage(texts, writer.settings).run(network, writer, progress)
+        with progress.counting("checksums", None, "file") as counter:
+            writer.finish(_facts(rows, len(texts), shapes, network, writer), lambda name: counter.advance())
         return _summary(writer, finished_before=False)
 
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -25,11 +27,20 @@ from mlx_starflow.media.pixels import UnreadableImage, decode_image, image_views
 from mlx_starflow.media.sources import Sample, Skip, Source
 from mlx_starflow.media.sources.sample import skip_line
 from mlx_starflow.model_dir.directory import load_text_encoder, load_vae
+from mlx_starflow.model_dir.weights import automatic_dtype
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL
 from mlx_starflow.models.t5 import T5Encoder
 from mlx_starflow.pipelines.prompts import complete_prompt
-from mlx_starflow.sampling.bars import Bar
-from mlx_starflow.training.data.cache.files import INDEX, SKIPPED, TEXT, TEXT_INDEX, CacheWriter, Progress, latents_file
+from mlx_starflow.sampling.progress import Progress
+from mlx_starflow.training.data.cache.files import (
+    INDEX,
+    SKIPPED,
+    TEXT,
+    TEXT_INDEX,
+    CacheWriter,
+    Committed,
+    latents_file,
+)
 from mlx_starflow.training.data.cache.model import CacheModel
 from mlx_starflow.training.data.cache.numbers import encode_numbers
 
@@ -88,6 +99,37 @@ class _Image:
     views: np.ndarray
 
 
+class _Autoencoder:
+    """That of a folder, in this machine's precision, and in float32 for images whose numbers leave that one's range."""
+
+    def __init__(self, folder: Path):
+        self._folder, self._vae = folder, _load(folder)
+        self._whole = self._vae if automatic_dtype() == mx.float32 else None
+
+    def moments(self, pixels: mx.array) -> np.ndarray:
+        """Posterior means and standard deviations of images `[B, H, W, 3]`, float32 `[B, 2, h, w, C]`."""
+        moments = _moments(self._vae, pixels)
+        if np.isfinite(moments).all() or self._whole is self._vae:
+            return moments
+        if self._whole is None:
+            warnings.warn("the autoencoder leaves float16's range; images where it does are in float32", stacklevel=2)
+            self._whole = _load(self._folder, "float32")
+        # The next images begin in half precision again, so that a run that was interrupted ends with the same bytes.
+        return _moments(self._whole, pixels)
+
+
+def _load(folder: Path, dtype: str | None = None) -> AutoencoderKL:
+    vae = load_vae(folder, dtype)
+    assert isinstance(vae, AutoencoderKL)
+    return vae
+
+
+def _moments(vae: AutoencoderKL, pixels: mx.array) -> np.ndarray:
+    posterior = vae.encode(pixels)
+    std = mx.exp(0.5 * posterior.logvar.astype(mx.float32))
+    return np.array(mx.stack([posterior.mean.astype(mx.float32), std], axis=1))
+
+
 class ImageStage:
     """Images -> posterior means and standard deviations `[views, 2, h, w, C]`, a file a bucket, and the index.
 
@@ -99,23 +141,25 @@ class ImageStage:
     def __init__(self, settings: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]]):
         self.settings, self.shapes = settings, shapes
 
-    def run(self, items: Items, total: int | None, model: CacheModel, writer: CacheWriter, hide: bool | None) -> None:
-        """Encode what is left of the source and commit it; the last commit says `pictures_done`."""
-        vae = load_vae(model.directory / "vae")
-        assert isinstance(vae, AutoencoderKL)
+    def run(self, items: Items, total: int | None, model: CacheModel, writer: CacheWriter, progress: Progress) -> None:
+        """Encode what is left of the source and commit it; the last commit says `pictures_done`.
+
+        Raises Cancelled after a commit.
+        """
+        vae = _Autoencoder(model.directory / "vae")
         with (
             ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool,
-            Bar(desc="pictures", total=total, initial=items.count, disable=hide) as bar,
+            progress.counting("pictures", total, "picture", done=items.count) as counter,
             no_remarks(),
         ):
             try:
                 for prepared, count, digest in self._steps(items, pool):
                     self._encode([future.result() for future in prepared], vae, writer)
-                    writer.commit(Progress(count, digest))
-                    bar.update(count - bar.n)
+                    writer.commit(Committed(count, digest))
+                    counter.advance(count - counter.done)
             finally:
                 pool.shutdown(cancel_futures=True)
-        writer.commit(Progress(items.count, items.digest, pictures_done=True))
+        writer.commit(Committed(items.count, items.digest, pictures_done=True))
 
     def _steps(self, items: Items, pool: ThreadPoolExecutor) -> Iterator[Step]:
         """Steps, each given out when the next one is being decoded already."""
@@ -160,7 +204,7 @@ class ImageStage:
         }
         return _Image(line, ratio, views)
 
-    def _encode(self, prepared: Sequence[_Image | Skip | None], vae: AutoencoderKL, writer: CacheWriter) -> None:
+    def _encode(self, prepared: Sequence[_Image | Skip | None], vae: _Autoencoder, writer: CacheWriter) -> None:
         for ratio in self.shapes:
             if chosen := [item for item in prepared if isinstance(item, _Image) and item.ratio == ratio]:
                 self._encode_bucket(ratio, chosen, vae, writer)
@@ -170,13 +214,11 @@ class ImageStage:
             elif item is not None:
                 writer.append(INDEX, json.dumps(item.line).encode() + b"\n")
 
-    def _encode_bucket(self, ratio: str, images: Sequence[_Image], vae: AutoencoderKL, writer: CacheWriter) -> None:
+    def _encode_bucket(self, ratio: str, images: Sequence[_Image], vae: _Autoencoder, writer: CacheWriter) -> None:
         views = np.concatenate([image.views for image in images])
         size, parts = self.settings["batch_size"], []
         for start in range(0, len(views), size):
-            posterior = vae.encode(mx.array(scale_pixels(views[start : start + size])))
-            moments = mx.stack([posterior.mean, mx.exp(0.5 * posterior.logvar.astype(mx.float32))], axis=1)
-            parts.append(np.array(moments.astype(mx.float32)))
+            parts.append(vae.moments(mx.array(scale_pixels(views[start : start + size]))))
         rows = np.concatenate(parts).reshape(len(images), -1)
         for image, row in zip(images, rows, strict=True):
             try:
@@ -195,13 +237,16 @@ class TextStage:
     def __init__(self, texts: Sequence[tuple[str, str | None]], settings: Mapping[str, Any]):
         self.texts, self.settings = texts, settings
 
-    def run(self, model: CacheModel, writer: CacheWriter, hide: bool | None) -> None:
-        """Encode what is left of the texts and commit it, with the number of those that were cut."""
+    def run(self, model: CacheModel, writer: CacheWriter, progress: Progress) -> None:
+        """Encode what is left of the texts and commit it, with the number of those that were cut.
+
+        Raises Cancelled after a commit.
+        """
         done, cut = writer.progress.texts, writer.progress.cut
         if done == len(self.texts):
             return
         encoder, tokenizer = load_text_encoder(model.directory / "text_encoder")
-        with Bar(desc="captions", total=len(self.texts), initial=done, disable=hide) as bar:
+        with progress.counting("captions", len(self.texts), "text", done=done) as counter:
             while part := self.texts[done : done + TEXT_STEP]:
                 prompts = [complete_prompt(text, model.config, ratio=ratio or "1:1") for text, ratio in part]
                 ids, mask, truncated = tokenizer.batch(prompts, model.config.txt_size)
@@ -215,7 +260,7 @@ class TextStage:
                     writer.append(TEXT_INDEX, json.dumps(line).encode() + b"\n")
                 done, cut = done + len(part), cut + sum(truncated)
                 writer.commit(replace(writer.progress, texts=done, cut=cut))
-                bar.update(len(part))
+                counter.advance(len(part))
 
 
 def _embeddings(encoder: T5Encoder, ids: np.ndarray, mask: np.ndarray) -> list[np.ndarray]:

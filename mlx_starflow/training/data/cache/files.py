@@ -74,8 +74,8 @@ def damaged_files(folder: Path, manifest: Mapping[str, Any], *, contents: Callab
 
 
 @dataclass(frozen=True)
-class Progress:
-    """How far a cache is.
+class Committed:
+    """How far a cache on disk is.
 
     Attributes:
         items: samples and skips of the source that are done.
@@ -111,7 +111,7 @@ class CacheWriter:
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], *, resume: bool = True):
         self.folder, self.settings = folder, json.loads(json.dumps(settings))
-        self.progress = Progress()
+        self.progress = Committed()
         self.finished: dict[str, Any] | None = None
         self._files: dict[str, BinaryIO] = {}
         with ExitStack() as stack:
@@ -140,10 +140,10 @@ class CacheWriter:
         if sizes:
             raise StarflowError(f"{self.folder} lacks {min(sizes)}; start again with --no-resume")
 
-    def _state(self, found: Mapping[str, Any]) -> tuple[Progress, dict[str, int]]:
+    def _state(self, found: Mapping[str, Any]) -> tuple[Committed, dict[str, int]]:
         """How far an unfinished cache is, and the sizes of its files."""
         try:
-            done, sizes = Progress(**found["progress"]), dict(found["bytes"])
+            done, sizes = Committed(**found["progress"]), dict(found["bytes"])
             counts = [done.items, done.texts, done.cut, *sizes.values()]
             if not all(isinstance(count, int) and count >= 0 for count in counts):
                 raise ValueError
@@ -192,7 +192,7 @@ class CacheWriter:
             while rest:
                 rest = rest[self._files[name].write(rest) :]
 
-    def commit(self, progress: Progress) -> None:
+    def commit(self, progress: Committed) -> None:
         """From here on what was appended counts, and `progress` is where to go on."""
         for name, file in self._files.items():
             with self._writing(self.folder / name):
@@ -201,10 +201,10 @@ class CacheWriter:
 
     def forget(self) -> None:
         """Start from the beginning the next time. Until then the files stay, for a user to look at."""
-        self._save_state(Progress(), {})
+        self._save_state(Committed(), {})
 
-    def _save_state(self, progress: Progress, sizes: dict[str, int]) -> None:
-        done = {} if progress == Progress() else asdict(progress)
+    def _save_state(self, progress: Committed, sizes: dict[str, int]) -> None:
+        done = {} if progress == Committed() else asdict(progress)
         state = {"format": FORMAT, "settings": self.settings, "progress": done, "bytes": sizes}
         self._replace(self.folder / STATE, state)
         self.progress = progress

@@ -24,6 +24,9 @@ Numbers = Sequence[int] | np.ndarray
 MOST_TEXT = 2**16
 """Tokens of a text, of which models read at most a few hundred."""
 
+CAPTIONED = "{} is a cache, whose captions are encoded already: give --caption to mlx-starflow cache"
+"""What to say of a caption for the images of a cache."""
+
 
 class LatentCache:
     """What `build_cache` made. Images are numbered from 0 in the order of their source.
