@@ -37,15 +37,16 @@ class BlockDecoder:
         guidance: Guidance | None,
         temperature: float | mx.array = 1.0,
         frames: int = 1,
+        kv_bits: int = 0,
     ):
         """A decoder of `length` tokens; give `guidance` if, and only if, the condition is guided.
 
         Of a video with `frames` a local block decodes all frames at once: `batch` and `length` are those of
-        `FlowBlock.permute`.
+        `FlowBlock.permute`. `kv_bits`: of keys and values in the cache, see `cache.QuantizedKVCache`; 0: dense.
         """
         self.block, self.length, self.guidance, self.frames = block, length, guidance, frames
         batch *= 2 if guidance else 1
-        self.network = cached_network(block, batch, length, rope_frequencies, condition, temperature)
+        self.network = cached_network(block, batch, length, rope_frequencies, condition, temperature, kv_bits)
         start = block.first_input(batch)
         self.first = 0 if start is not None else 1
         self.start = None if start is None else start.astype(mx.float32)

@@ -9,6 +9,7 @@ import mlx.core as mx
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.kernels.affine import predict
 from mlx_starflow.models.flow import Condition, Flow, frame_count
+from mlx_starflow.sampling.cache import block_kv_bits
 from mlx_starflow.sampling.decoder import BlockDecoder, check_finite
 from mlx_starflow.sampling.guidance import Guidance, SamplingOptions
 from mlx_starflow.sampling.progress import Watch, watch
@@ -35,6 +36,7 @@ class GuidedFlow:
             rest = len(flow.blocks) - options.guided_blocks
             plain = flow.conditions(shape, text).blocks[:rest]
             self.conditions.blocks = [*plain, *self.conditions.blocks[rest:]]
+        self.kv_bits = block_kv_bits([block.config for block in flow.blocks], options.kv_bits)
         mode = options.guidance_mode or self.conditions.guidance_mode
         self.guidance = Guidance(mode, options.guidance, options.annealed_guidance, options.guidance_target)
 
@@ -47,8 +49,8 @@ class GuidedFlow:
         guidance = self.guidance if condition.guided else None
         temperature = self.temperature(condition, batch)
         batch, length = block.sequences(batch, length, frames)
-        rope_frequencies = self.conditions.rope_frequencies[index]
-        return BlockDecoder(block, batch, length, rope_frequencies, condition, guidance, temperature, frames)
+        rope_frequencies, kv_bits = self.conditions.rope_frequencies[index], self.kv_bits[index]
+        return BlockDecoder(block, batch, length, rope_frequencies, condition, guidance, temperature, frames, kv_bits)
 
     def temperature(self, condition: Condition, batch: int) -> float | mx.array:
         """What attention logits of a block are divided by: a number, or one a sample of a guided batch."""

@@ -85,6 +85,7 @@ def tune(
     *,
     tolerance: float = 1e-2,
     least: str = "seconds",
+    kv_bits: int = 0,
     report: Callable[[str], None] = lambda line: None,
     progress: Watch = False,
     callback: Callback | None = None,
@@ -98,6 +99,7 @@ def tune(
             sequential sampling itself does not reach it, as with half-precision weights, twice what that reaches; and
             no less than what a window in this precision keeps to (see `noise_floor`).
         least: of what the plan shall take the least: "seconds" on this machine, or network "evaluations".
+        kv_bits: of keys and values, see `sample`; the plan is for these.
         report: is told what was measured.
         progress, callback: see `Progress`; its phase is "tuning", and it counts ways that are tried of one block, of
             which there are at most as many as its total says.
@@ -110,9 +112,11 @@ def tune(
     if not 0 < tolerance <= 100:
         raise StarflowError(f"the tolerance must be greater than 0 and at most 100, not {tolerance:g}")
     progress = watch(progress, callback)
+    options = SamplingOptions(guidance, kv_bits=kv_bits)
     with progress.running("tuning"):
-        samples = list(_samples(flow, z, text, null_text, guidance))
-        return _tune(flow, samples, guidance, tolerance, least, report, progress)
+        samples = list(_samples(flow, z, text, null_text, options))
+        plan = _tune(flow, samples, guidance, tolerance, least, report, progress)
+        return replace(plan, kv_bits=kv_bits)
 
 
 def _tune(
@@ -166,11 +170,10 @@ class _Sample:
     z: mx.array
     text: mx.array | None
     null_text: mx.array | None
-    guidance: float
+    options: SamplingOptions
 
     def __post_init__(self) -> None:
-        options = SamplingOptions(self.guidance)
-        self.guided = GuidedFlow(self.flow, self.z.shape, self.text, self.null_text, options)
+        self.guided = GuidedFlow(self.flow, self.z.shape, self.text, self.null_text, self.options)
         self.spent = 0
         self.noise: dict[int, mx.array] = {}
         self.data: dict[int, mx.array] = {}
@@ -219,21 +222,22 @@ class _Sample:
         return float(mx.abs(change).max())
 
     def sample(self, method: Method, trace: SamplingTrace) -> mx.array:
-        x = sample(self.flow, self.z, self.text, self.null_text, self.guidance, method, trace=trace)
+        guidance, kv_bits = self.options.guidance, self.options.kv_bits
+        x = sample(self.flow, self.z, self.text, self.null_text, guidance, method, kv_bits=kv_bits, trace=trace)
         self.spent += sum(trace.evaluations)
         return x
 
     def certify(self, x: mx.array) -> Certificate:
-        return certify(self.flow, x, self.z, self.text, self.null_text, self.guidance)
+        return certify(self.flow, x, self.z, self.text, self.null_text, self.options.guidance)
 
 
 def _samples(
-    flow: Flow, z: mx.array, text: mx.array | None, null_text: mx.array | None, guidance: float
+    flow: Flow, z: mx.array, text: mx.array | None, null_text: mx.array | None, options: SamplingOptions
 ) -> Iterator[_Sample]:
     for index in range(z.shape[0]):
         one = slice(index, index + 1)
         null = null_text if null_text is None or len(null_text) == 1 else null_text[one]
-        yield _Sample(flow, z[one], None if text is None else text[one], null, guidance)
+        yield _Sample(flow, z[one], None if text is None else text[one], null, options)
 
 
 def _try(index: int, samples: list[_Sample], settings: Settings) -> Trial:

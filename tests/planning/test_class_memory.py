@@ -90,7 +90,7 @@ def test_too_many_pictures_at_once_are_refused(tmp_path, monkeypatch):
     words = ["--label", 1, "--images", 20, "--guidance", 1, "-m", directory, "-o", tmp_path / "a.png"]
     assert "make fewer pictures at a time" in generate.mistake(*words)
     monkeypatch.setattr(limits, "installed", lambda: needed)
-    pipe.check_images((32, 32), 8, 1.0)
+    pipe.checked_images(pipe.settings.updated(guidance=1.0), (32, 32), 8)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -126,6 +126,7 @@ def generate(
     verify: bool | None,
     attn_temp: float | None,
     denoise: bool | None,
+    kv_bits: str | None,
     size: tuple[int, int] | None,
     source: Path | None,
     separate: bool,
@@ -273,7 +274,13 @@ def generate(
     recorded = recipe.settings_with(pipe.plan, pipe.backend.methods) if recipe else {}
     chosen = type(pipe.settings).from_dict({**pipe.settings.to_dict(), **recorded})
     settings = chosen.updated(
-        guidance=guidance, temperature=temperature, method=method, attn_temp=attn_temp, denoise=denoise, size=size
+        guidance=guidance,
+        temperature=temperature,
+        method=method,
+        attn_temp=attn_temp,
+        denoise=denoise,
+        size=size,
+        kv_bits=kv_bits,
     )
     settings = labels.apply(settings, opened.name)
     given = None
@@ -284,8 +291,9 @@ def generate(
             raise StarflowError(f"{load_noise} is not the noise that {source} was made from")
     ranks.agree_on_method(settings.method)
     start = None if given is None else noise.digest(given)
-    # What sequential sampling makes is right by construction: its certificate would only say so.
-    certify = pipe.method(settings) != "sequential" if verify is None else verify
+    # What is sampled one token after another, with keys and values as they are, is right by construction: its
+    # certificate would only say so.
+    certify = pipe.method(settings) != "sequential" or bool(settings.cache_bits) if verify is None else verify
     keep_steps = steps_dir is not None
     options = (settings, seeds, images, best_of, start, keep_steps, batch_size, certify)
     ranks.agree({"prompts": asked, "options": options})
