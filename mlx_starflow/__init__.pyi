@@ -8,6 +8,8 @@ from mlx_starflow.pipelines.loading import load_class_labels as load_class_label
 from mlx_starflow.pipelines.loading import load_video as load_video
 from mlx_starflow.pipelines.results import GenerationResult as GenerationResult
 from mlx_starflow.pipelines.results import GenerationSettings as GenerationSettings
+from mlx_starflow.pipelines.text import TextPipeline as TextPipeline
+from mlx_starflow.pipelines.text import load_text as load_text
 from mlx_starflow.pipelines.video import VideoPipeline as VideoPipeline
 from mlx_starflow.sampling import Progress as Progress
 from mlx_starflow.sampling import denoise as denoise

@@ -77,12 +77,12 @@ def encode_prompt(folder: Path, prompt: str, length: int, expected: int) -> tupl
 
 
 def begin_sampling(
-    folder: Path, z: mx.array, text: mx.array, null: mx.array, guidance: float, expected: int
+    folder: Path, z: mx.array, text: mx.array, null: mx.array, guidance: float, expected: int, kv_bits: int = 0
 ) -> tuple[STARFlow, int]:
     """Load the flow and sample its first tokens: the flow, and the bytes of the deep block's KV cache."""
     with phase(f"flow: first {TOKENS} tokens of the deep block", expected):
         flow = load_flow(folder)
-        guided = GuidedFlow(flow, z.shape, text, null, SamplingOptions(guidance))
+        guided = GuidedFlow(flow, z.shape, text, null, SamplingOptions(guidance, kv_bits=kv_bits))
         tokens = flow.noise_tokens(z)
         decoder = guided.decoder(len(flow.blocks) - 1, 1, tokens.shape[1])
         decoder.begin(tokens[:, :TOKENS])

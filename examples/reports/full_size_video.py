@@ -2,6 +2,7 @@
 
     python examples/reports/full_size_video.py SCRATCH
     python examples/reports/full_size_video.py SCRATCH --frames 9 --decode-size 128x80
+    python examples/reports/full_size_video.py SCRATCH --frames 9 --kv-bits 8 --flow-only
 
 Writes a model directory of the released sizes into SCRATCH (flow with its denoiser, flan-t5-xl encoder, Wan 2.2
 autoencoder; the first two quantized), opens it as any other is opened, and prints, phase by phase, seconds, the most
@@ -37,6 +38,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--like", type=Path, help="a model directory whose sizes to take instead of the release's")
     parser.add_argument("--size", default="848x480", help="of the video, in pixels")
     parser.add_argument("--frames", type=int, default=81, help="in float32, on a CPU, 81 take 50 GB of KV cache")
+    parser.add_argument("--kv-bits", type=int, choices=(0, 8, 4), default=0, help="of keys and values; 0: as computed")
+    parser.add_argument("--flow-only", action="store_true", help="no denoiser, and no decoding")
     parser.add_argument("--decode-size", help="of the frames to decode; by default those of the video")
     args = parser.parse_args(arguments)
     width, height = map(int, args.size.split("x"))
@@ -48,15 +51,17 @@ def main(arguments: list[str] | None = None) -> None:
             write_random_model(folder, configs, args.quantize, GUIDANCE)
     print(f"{size_on_disk(folder) / 1e9:.2f} GB of weights; {args.frames} frames of {width}x{height}", flush=True)
 
-    expected = plan(folder, size=(width, height), frames=args.frames).phases(low_memory=True)
+    expected = plan(folder, size=(width, height), frames=args.frames, kv_bits=args.kv_bits).phases(low_memory=True)
     length = configs.flow.txt_size
     text, null = encode_prompt(folder, PROMPT, length, expected["text"])
     latents = configs.vae.latent_frames(args.frames)
     shape = (height // configs.vae.downscale, width // configs.vae.downscale, configs.flow.channel_size)
     z = mx.array(draw_noise([0], (latents, *shape)))
-    flow, cache = begin_sampling(folder, z, text, null, GUIDANCE, expected["flow"])
+    flow, cache = begin_sampling(folder, z, text, null, GUIDANCE, expected["flow"], args.kv_bits)
     tokens = flow.noise_tokens(z).shape[1]
-    print(f"KV cache of the deep block: {cache / 2**30:.2f} GiB, for {tokens} tokens and {length} of text")
+    print(f"KV cache of the deep block: {cache / 2**30:.2f} GiB, for {tokens} tokens and {length} of text", flush=True)
+    if args.flow_only:
+        return
 
     pushed = min(latents, 3)
 

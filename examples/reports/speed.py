@@ -247,7 +247,7 @@ def compare(title: str, pictures: Task, rounds: int, equal: bool = False) -> Com
     products = {"mlx": WeightProducts(task.flow, task.rows())}
     products["official"] = products["reference"] = ReferenceProducts(reference.flow, task)
     found = {(one.contender.backend, one.contender.method): one for one in measured}
-    alone = {key: product_seconds(one, products[key[0]], task.length) for key, one in found.items()}
+    alone = {key: product_seconds(one, products[key[0]], task.lengths) for key, one in found.items()}
     comparison = Comparison(found, alone)
 
     layers = " + ".join(str(block.config.num_layers) for block in reversed(task.flow.blocks))

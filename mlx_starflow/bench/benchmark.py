@@ -81,11 +81,12 @@ class Benchmark:
         weights; `product_seconds` what the products of all its evaluations, with as many rows as they have, take by
         themselves. Both are None for other backends, whose products are not measured.
         """
-        length, images, seconds = self.task.length, self.task.images, measured.median
-        tokens = images * length * sum(count > 0 for count in measured.evaluations)
+        lengths, images, seconds = self.task.lengths[::-1], self.task.images, measured.median
+        blocks = list(zip(lengths, measured.evaluations, strict=True))
+        tokens = images * sum(length for length, count in blocks if count)
         bandwidth = measured.weight_bytes / seconds
         ours = measured.contender.backend == "mlx"
-        alone = product_seconds(measured, self.products, length) if ours else None
+        alone = product_seconds(measured, self.products, self.task.lengths) if ours else None
         return {
             "method": measured.contender.method,
             "backend": measured.contender.backend,
@@ -93,7 +94,7 @@ class Benchmark:
             "rounds": measured.seconds,
             "tokens_per_second": tokens / seconds,
             "evaluations": measured.evaluations,
-            "tokens_per_evaluation": [length / count if count else 0.0 for count in measured.evaluations],
+            "tokens_per_evaluation": [length / count if count else 0.0 for length, count in blocks],
             "weight_bytes_per_picture": measured.weight_bytes / images,
             "bandwidth": bandwidth,
             "share": bandwidth / self.products.bandwidth if ours else None,
@@ -234,7 +235,7 @@ def bench(
     }
     if against == "torch":
         contenders += torch_contenders(trials, [contender.method for contender in contenders], dtype)
-        about["torch"] = _describe_torch()
+        about["torch"] = _describe_torch(dtype)
         notes.append(
             "the PyTorch reference samples sequentially or by Jacobi blocks, with weights that are not quantized"
         )
@@ -255,8 +256,13 @@ def _ours(trials: Trials, methods: list[str], model: str) -> tuple[list[Contende
     return contenders, notes
 
 
-def _describe_torch() -> str:
+def _describe_torch(dtype: mx.Dtype | None) -> str:
+    """With the precision, which is not ours where the reference has chosen it: it has no float16."""
     import torch
 
-    device = "CUDA" if torch.cuda.is_available() else f"the CPU, {torch.get_num_threads()} threads"
-    return f"{torch.__version__} on {device}"
+    from mlx_starflow.reference.loading import parse_device
+    from mlx_starflow.reference.loading import parse_dtype as parse_torch_dtype
+
+    where = parse_device(None)
+    device = "CUDA" if where.type == "cuda" else f"the CPU, {torch.get_num_threads()} threads"
+    return f"{torch.__version__} on {device}, {str(parse_torch_dtype(dtype, where)).rpartition('.')[2]}"

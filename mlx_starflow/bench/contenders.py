@@ -104,9 +104,9 @@ def own_contender(name: str, task: Task, method: Method) -> Contender:
     return Contender(name, "mlx", partial(task.sample, method), settings, sizes)
 
 
-def product_seconds(measured: Measurement, products: WeightProducts, length: int) -> float:
-    """What the weight products of a contender's evaluations take by themselves, in MLX."""
-    each = products.seconds([tokens_at_once(settings, length) for settings in measured.contender.settings])
+def product_seconds(measured: Measurement, products: WeightProducts, lengths: Sequence[int]) -> float:
+    """What the weight products of a contender's evaluations take by themselves, in MLX; lengths as `Task.lengths`."""
+    each = products.seconds(list(map(tokens_at_once, measured.contender.settings, lengths)))
     return sum(count * seconds for count, seconds in zip(measured.evaluations[::-1], each, strict=True))
 
 

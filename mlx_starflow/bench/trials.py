@@ -10,12 +10,13 @@ import mlx.core as mx
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.media.noise import draw_noise
-from mlx_starflow.model_dir.directory import load_flow
+from mlx_starflow.model_dir.directory import ModelDirectory, load_flow
 from mlx_starflow.model_dir.hub import find_model
 from mlx_starflow.model_dir.weights import dtype_name
 from mlx_starflow.models.flow import Flow, products_in
 from mlx_starflow.models.starflow import STARFlow
 from mlx_starflow.pipelines import load
+from mlx_starflow.pipelines.class_labels import own_settings
 from mlx_starflow.sampling import Certificate, SamplingPlan, SamplingTrace, certify, sample
 from mlx_starflow.sampling.methods import Method
 
@@ -46,8 +47,13 @@ class Task:
 
     @property
     def length(self) -> int:
-        """Tokens of one sample in each block."""
+        """Tokens of one sample's noise."""
         return self.flow.noise_tokens(self.z).shape[1]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of one sample in each block, data side first: blocks of an iTARFlow may have their own patches."""
+        return [block.sequences(1, self.length)[1] for block in self.flow.blocks]
 
     def rows(self) -> list[int]:
         """Sequences that each block sees at once, data side first: the samples, and twice as many where guided."""
@@ -108,7 +114,8 @@ def prepare(
         config = flow.config
         z = mx.array(draw_noise(seeds, (config.img_size, config.img_size, config.channel_size)))
         return Trials(directory, Task(flow, z, guidance=guidance or 0.0), plan)
-    z = mx.array(draw_noise(seeds, flow.var.shape))
+    settings = own_settings(ModelDirectory(directory))
+    z = settings.temperature * mx.array(draw_noise(seeds, flow.var.shape))
     classes = flow.config.num_classes
     labels = mx.array([index % classes for index in range(len(prompts))]) if classes else None
-    return Trials(directory, Task(flow, z, labels, guidance=guidance or 0.0), plan)
+    return Trials(directory, Task(flow, z, labels, guidance=settings.guidance if guidance is None else guidance), plan)

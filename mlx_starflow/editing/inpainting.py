@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from mlx_starflow.editing.maps import Inversion, cleaned, noise_to_tokens
+from mlx_starflow.editing.maps import Inversion, cleaned, noise_to_tokens, previews
 from mlx_starflow.editing.masks import check_mask, fill, kept_share, read_mask, soft_mask
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.errors.arguments import checked
@@ -125,7 +126,8 @@ def inpaint(
     painted = np.repeat(fill(original, free)[None], images, axis=0)
     seeds = range(seed, seed + images)
     condition, state, nll = None, None, []
-    with progress.counting("inpainting", steps * rounds, "step") as counter:
+    counting = progress.counting("inpainting", steps * rounds, "step")
+    with counting as counter, progress.previewing(previews(model)):
         for number in range(rounds):
             kept = np.concatenate([model.encode_images(each[None]) for each in painted.astype(np.float32)])
             model.release("vae")
@@ -141,6 +143,7 @@ def inpaint(
                 progress.check()
                 temperature = max(0.0, 1 - step / (COOLING * steps * rounds))
                 state = dynamics.step(dynamics.hold(kept, state, step), step, temperature)
+                counter.state = partial(mx.array, state)
                 counter.advance(1)
             state = dynamics.hold(kept, state, steps * rounds)
             nll.append(dynamics.nll(state))

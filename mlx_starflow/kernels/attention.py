@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import cache
 
 import mlx.core as mx
 
 from mlx_starflow.kernels import Arrays, on_cpu, with_gradient
+from mlx_starflow.kernels.quantized_attention import QuantizedRows, quantized_attention
+from mlx_starflow.kernels.softmax import exponential, masked
 
 QUERIES = 64
 """How many are computed at once: their scores then stay in the processor's cache, and causal ones read fewer keys."""
 
-DOUBLINGS = 3
-TERMS = tuple(1 / math.factorial(i) for i in range(11))
-"""e^t = (sum of TERMS[i] (t / 8)^i)^8, within 3e-6 of itself for 0 <= t < 10, beyond which e^-t is next to nothing."""
+
+Rows = mx.array | QuantizedRows
+"""Keys or values `[B, heads, N, D]`."""
 
 
-def attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: str | None) -> mx.array:
+def attention(q: mx.array, k: Rows, v: Rows, *, scale: float, mask: str | None) -> mx.array:
     """`mx.fast.scaled_dot_product_attention` for the masks None and "causal".
 
     MLX's CPU backend computes softmax one number at a time, in 14 ns. For several queries it is computed here of what
     compilers turn into vector instructions, in a fifth of that. The gradient is that of MLX's function.
     """
+    if isinstance(k, QuantizedRows) or isinstance(v, QuantizedRows):
+        assert isinstance(k, QuantizedRows) and isinstance(v, QuantizedRows)
+        return quantized_attention(q, k, v, scale=scale, mask=mask)
     if on_cpu() and q.dtype == mx.float32 and q.shape[2] > 1 and q.shape[1] == k.shape[1]:
         return _plain(scale, mask)(q, k, v)[0]
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
@@ -35,8 +39,8 @@ def _plain(scale: float, mask: str | None) -> Callable[..., Arrays]:
         scores = (q * scale) @ k.swapaxes(-1, -2)
         if mask == "causal":
             queries, keys = scores.shape[-2:]
-            scores = _masked(scores, mx.arange(keys - queries, keys)[:, None], mx.arange(keys))
-        weights = _exponential(scores, scores.max(axis=-1, keepdims=True))
+            scores = masked(scores, mx.arange(keys - queries, keys)[:, None], mx.arange(keys))
+        weights = exponential(scores, scores.max(axis=-1, keepdims=True))
         return (weights @ v) / weights.sum(axis=-1, keepdims=True)
 
     def plain(q: mx.array, k: mx.array, v: mx.array) -> Arrays:
@@ -51,21 +55,3 @@ def _plain(scale: float, mask: str | None) -> Callable[..., Arrays]:
         return (mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask),)
 
     return with_gradient(plain, fast)
-
-
-def _mask(scores: mx.array, position: mx.array, of_key: mx.array) -> mx.array:
-    return mx.where(of_key <= position, scores, -math.inf)
-
-
-def _below(scores: mx.array, highest: mx.array) -> mx.array:
-    """e^(scores - highest)."""
-    t = (highest - scores) * 0.5**DOUBLINGS
-    power = TERMS[-1] * t + TERMS[-2]
-    for term in TERMS[-3::-1]:
-        power = power * t + term
-    for _ in range(DOUBLINGS):
-        power = power * power
-    return 1 / power
-
-
-_masked, _exponential = mx.compile(_mask, shapeless=True), mx.compile(_below, shapeless=True)

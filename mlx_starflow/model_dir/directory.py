@@ -40,6 +40,7 @@ from mlx_starflow.models.itarflow import ITarFlow, ITarFlowConfig
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
 from mlx_starflow.models.t5 import T5Config, T5Encoder
 from mlx_starflow.models.tarflow import PixelFlow, PixelFlowConfig, TarFlow, TarFlowConfig
+from mlx_starflow.models.text_flow import TextFlow, TextFlowConfig
 from mlx_starflow.models.tokenizer import Tokenizer
 
 Network = TypeVar("Network", bound=nn.Module, covariant=True)
@@ -72,6 +73,10 @@ FLOWS = {
 """Flows by the `model_type` of their `config.json`."""
 
 
+TEXT_FLOW = "text_flow"
+"""The `model_type` of flows over text. They are no models of images: `NetworkDirectory.text_flow` opens them."""
+
+
 class NetworkDirectory(Generic[Network, Config]):
     """One network on disk: a folder with `config.json`, read once, and `model*.safetensors`.
 
@@ -89,12 +94,24 @@ class NetworkDirectory(Generic[Network, Config]):
         """The flow in a folder. Raises StarflowError if there is none, or it is of an unknown type."""
         stored = StoredConfig(folder)
         model_type = stored.content.get("model_type")
+        if model_type == TEXT_FLOW:
+            raise StarflowError(
+                f"{stored.folder} is a model of text, which generate, score and load_text take, and nothing else"
+            )
         if not isinstance(model_type, str) or model_type not in FLOWS:
             raise StarflowError(
                 f"{stored.folder / 'config.json'}: model_type {model_type!r} is not a flow's, {', '.join(FLOWS)}; "
                 "convert an official checkpoint with: mlx-starflow convert flow CHECKPOINT --config YAML -o DIR"
             )
         return NetworkDirectory(stored, FLOWS[model_type].network, FLOWS[model_type].config)
+
+    @classmethod
+    def text_flow(cls, folder: str | Path) -> NetworkDirectory[TextFlow, TextFlowConfig]:
+        """The flow over text in a folder. Raises StarflowError if there is none."""
+        stored = StoredConfig(folder)
+        if (found := stored.content.get("model_type")) != TEXT_FLOW:
+            raise StarflowError(f"{stored.folder} is no model of text: its model_type is {found!r}, not {TEXT_FLOW!r}")
+        return NetworkDirectory(stored, TextFlow, TextFlowConfig)
 
     @classmethod
     def text_encoder(cls, folder: str | Path) -> NetworkDirectory[T5Encoder, T5Config]:
@@ -290,6 +307,20 @@ def load_flow(
     """
     parse_dtype(dtype)  # a mistake in it comes before a download
     return ModelDirectory.find(path_or_id).load_flow(dtype, adapters, group)
+
+
+def load_text_flow(path_or_id: str | Path, dtype: str | mx.Dtype | None = None, *, download: bool = True) -> TextFlow:
+    """The flow of a model of text; arguments as for `load_flow`. Raises StarflowError, also if it is another model."""
+    parse_dtype(dtype)
+    return NetworkDirectory.text_flow(find_model(path_or_id, download=download)).load(dtype)
+
+
+def is_text_model(name: str | Path) -> bool:
+    """Whether this is the directory of a model of text; a name of the Hub is, if the model is on this machine."""
+    try:
+        return StoredConfig(find_model(name, download=False)).content.get("model_type") == TEXT_FLOW
+    except StarflowError:
+        return False
 
 
 def load_text_encoder(directory: str | Path, dtype: str | mx.Dtype | None = None) -> tuple[T5Encoder, Tokenizer]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -18,6 +18,7 @@ from mlx_starflow.model_dir.quantization import quantize_as, quantized_layers
 from mlx_starflow.models.flow import is_layer_weight
 from mlx_starflow.models.starflow import STARFlow
 from mlx_starflow.models.tarflow import PixelFlow
+from mlx_starflow.models.text_flow import TextFlow
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -190,7 +191,7 @@ def weight_dtypes(module: nn.Module, dtype: mx.Dtype | None) -> dict[str, mx.Dty
         if not _is_floating(weight):
             dtypes[name] = weight.dtype
         elif (name in scales and _on_cpu()) or (
-            dtype is not None and isinstance(module, STARFlow | PixelFlow) and not is_layer_weight(name)
+            dtype is not None and isinstance(module, STARFlow | PixelFlow | TextFlow) and not is_layer_weight(name)
         ):
             dtypes[name] = mx.float32
         else:
@@ -213,4 +214,4 @@ def forget_draws() -> None:
     MLX's random key is computed lazily, and holds all the keys that it follows from until then: each network that is
     made, only to be looked at or filled from a file, would leave some behind.
     """
-    mx.eval(mx.random.state[0])
+    mx.eval(*cast(Sequence[mx.array], mx.random.state))

@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.kernels.affine import AffineMap, GuidanceMode, affine_forward, predict
+from mlx_starflow.kernels.affine import AffineMap, GuidanceMode, affine_forward, affine_inverse, predict
 from mlx_starflow.models.configs import FLOW
 from mlx_starflow.models.denoiser import Denoiser
 from mlx_starflow.models.gradient_checkpointing import checkpointed
@@ -137,7 +137,8 @@ class FlowConfiguration(Protocol):
 
 
 class Flow(Protocol):
-    """What sampling, likelihood, editing and training ask of a flow; `STARFlow`, `TarFlow` and `ITarFlow` have it.
+    """What sampling, likelihood, editing and training ask of a flow; `STARFlow`, `TarFlow`, `ITarFlow` and
+    `TextFlow` have it.
 
     Data are latents `[B, H, W, C]`, of a video `[B, T, H, W, C]`, or a TarFlow's pixels. `text` is its condition:
     embeddings `[B, L, D]`, or a TarFlow's integer labels `[B]`. Blocks are counted from the data side.
@@ -330,6 +331,19 @@ class FlowBlock(nn.Module):
         """Outputs of the last layer -> affine parameters; here they are the same."""
         return outputs
 
+    @property
+    def is_affine(self) -> bool:
+        """Whether the coupling is affine, by (mu, log sigma); else only `to_noise` and `to_data` know what it is."""
+        return True
+
+    def to_noise(self, parameters: mx.array, x: mx.array) -> tuple[mx.array, mx.array]:
+        """The coupling: tokens `[B, n, C]` and what the network predicts for them -> (z, per-dimension log-det)."""
+        return affine_forward(parameters, x, self.config.affine)
+
+    def to_data(self, parameters: mx.array, z: mx.array) -> mx.array:
+        """The inverse of `to_noise`, for noise `[B, n, C]`."""
+        return affine_inverse(parameters, z, self.config.affine)
+
     def unpredicted(self, tokens: mx.array) -> tuple[mx.array, mx.array]:
         """(mu, log sigma) of tokens that nothing predicts: those of affine parameters 0."""
         return predict(mx.zeros((*tokens.shape[:-1], 2 * tokens.shape[-1])), self.config.affine)
@@ -386,7 +400,7 @@ class FlowBlock(nn.Module):
         parameters = self.all_affine_parameters(
             x, condition, rope_frequencies, context_mask, gradient_checkpointing=gradient_checkpointing
         )
-        z, log_det = affine_forward(parameters, x, self.config.affine)
+        z, log_det = self.to_noise(parameters, x)
         return self.unpermute(z, frames), self.unpermute(log_det, frames)
 
 

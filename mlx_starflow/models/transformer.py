@@ -8,7 +8,7 @@ from typing import Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_starflow.kernels.attention import attention
+from mlx_starflow.kernels.attention import Rows, attention
 from mlx_starflow.kernels.plain import EPSILON, rms_norm
 from mlx_starflow.kernels.qkv import split_rotate
 from mlx_starflow.models.configs import FLOW, MOST_LAYERS
@@ -17,7 +17,7 @@ from mlx_starflow.models.configs import FLOW, MOST_LAYERS
 class Cache(Protocol):
     """Where a layer keeps its keys and values while tokens are fed to it a few at a time."""
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]: ...
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Rows, Rows]: ...
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Attention(nn.Module):
         )
 
     def attend(
-        self, q: mx.array, k: mx.array, v: mx.array, temperature: float | mx.array = 1.0, causal: bool = True
+        self, q: mx.array, k: Rows, v: Rows, temperature: float | mx.array = 1.0, causal: bool = True
     ) -> mx.array:
         """The last N of all positions attend to those up to their own, or to all -> `[B, N, heads * D]`."""
         batch, _, length, _ = q.shape
@@ -188,6 +188,5 @@ class TransformerLayer(nn.Module):
         """`[B, N, channels]` and the rope frequencies of these N positions; attention's logits are divided by
         `temperature`, a number or one number a sample, `[B, 1, 1, 1]`."""
         q, k, v = self.before(x, rope_frequencies)
-        if cache is not None:
-            k, v = cache.update_and_fetch(k, v)
-        return self.after(x, self.attention.attend(q, k, v, temperature))
+        rows: tuple[Rows, Rows] = (k, v) if cache is None else cache.update_and_fetch(k, v)
+        return self.after(x, self.attention.attend(q, *rows, temperature))

@@ -12,6 +12,7 @@ from mlx_starflow.pipelines.results import (
     GenerationStats,
     ImageStream,
 )
+from mlx_starflow.pipelines.text import TextPipeline, TextResult, load_text
 from mlx_starflow.pipelines.video import VideoPipeline
 from mlx_starflow.pipelines.video_results import VideoResult, VideoSettings, VideoStream
 
@@ -25,12 +26,15 @@ __all__ = [
     "ImagePipeline",
     "ImageStream",
     "Pipeline",
+    "TextPipeline",
+    "TextResult",
     "VideoPipeline",
     "VideoResult",
     "VideoSettings",
     "VideoStream",
     "load",
     "load_class_labels",
+    "load_text",
     "load_video",
     "open_model",
 ]

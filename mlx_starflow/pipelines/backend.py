@@ -84,6 +84,9 @@ class Backend(ABC, Generic[Array]):
     automatic_method = SequentialSettings.name
     """How to sample where neither user nor plan says so."""
 
+    quantizes_cache: bool = False
+    """Whether keys and values can be kept in fewer bits."""
+
     @property
     def flow_precision(self) -> str:
         """The precision of a flow that a sampling plan is to be for; "" where that does not matter."""
@@ -191,6 +194,7 @@ class MLXBackend(Backend[mx.array]):
     certifies = True
     methods = tuple(METHODS)
     automatic_method = RollingSettings.name
+    quantizes_cache = True
 
     def __init__(
         self,
@@ -356,10 +360,22 @@ class MLXBackend(Backend[mx.array]):
         trace: SamplingTrace,
     ) -> mx.array:
         guidance, options = settings.guidance, settings.options()
+        kv_bits = settings.cache_bits or 0
 
         def compute() -> mx.array:
             trace.clear()
-            x = sample(self.flow, z, text, null_text, guidance, method, progress=progress, trace=trace, **options)
+            x = sample(
+                self.flow,
+                z,
+                text,
+                null_text,
+                guidance,
+                method,
+                kv_bits=kv_bits,
+                progress=progress,
+                trace=trace,
+                **options,
+            )
             mx.eval(x)
             return x
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import islice
@@ -23,12 +23,13 @@ from mlx_starflow.media.noise import check_seeds, digest, draw_seed
 from mlx_starflow.media.pixels import crop_image, scale_pixels
 from mlx_starflow.model_dir.directory import ModelDirectory
 from mlx_starflow.models.autoencoder_kl import WHOLE_PIXELS
-from mlx_starflow.models.flow import Flow
+from mlx_starflow.models.flow import BlockConfig, Flow
 from mlx_starflow.pipelines.backend import Backend, MLXBackend
 from mlx_starflow.pipelines.phases import Phases
 from mlx_starflow.pipelines.results import GenerationSettings
 from mlx_starflow.planning.limits import check_count, check_side
 from mlx_starflow.sampling import Certificate, SamplingPlan, SequentialSettings
+from mlx_starflow.sampling.cache import check_quantizable
 from mlx_starflow.sampling.methods import Method
 
 BATCH = 16
@@ -82,7 +83,7 @@ class Pipeline(ImageModel):
     def inversion(self, method: Method | None = None) -> Method:
         if method is not None and method != "auto":
             return method
-        if self.plan is None or not self.plan.fits(self.backend.flow_precision):
+        if self.plan is None or not self.plan.fits(self.backend.flow_precision, 0):
             return SequentialSettings.name
         return self.plan
 
@@ -113,13 +114,27 @@ class Pipeline(ImageModel):
     def method(self, settings: GenerationSettings) -> str | SamplingPlan:
         """How settings sample: "auto" is the model's sampling plan, or the backend's own choice where there is none.
 
-        That is also what it is where the flow has fallen back to another precision than the plan's.
+        That is also what it is where the flow has fallen back to another precision than the plan's, or keys and values
+        are quantized otherwise.
         """
         if settings.method != "auto":
             return settings.method
-        if self.plan is None or not self.plan.fits(self.backend.flow_precision):
+        if self.plan is None or not self.plan.fits(self.backend.flow_precision, settings.cache_bits):
             return self.backend.automatic_method
         return self.plan
+
+    def _decided_kv_bits(
+        self, settings: GenerationSettings, blocks: Sequence[BlockConfig], decide: Callable[[], int]
+    ) -> int:
+        """Bits of keys and values of the flow's blocks, 0 for none: the settings', or what `decide` says.
+
+        Raises StarflowError if the backend, or the blocks' heads, cannot have them so.
+        """
+        bits, can = settings.cache_bits, self.backend.quantizes_cache
+        if bits and not can:
+            raise StarflowError("the torch backend keeps keys and values as they are: leave out kv_bits (--kv-bits)")
+        check_quantizable(blocks, bits or 0)
+        return bits if bits is not None else decide() if can else 0
 
     def check_certificate(self, certificate: Certificate, method: str | SamplingPlan) -> None:
         """Warn about a sample that is further from its noise than the plan allows that it was made by.
@@ -220,9 +235,12 @@ class Pipeline(ImageModel):
         return {**metadata, "settings": self._recorded(settings)}
 
     def _recorded(self, settings: GenerationSettings) -> dict[str, Any]:
-        """Settings as metadata name them: with the method that "auto" was, unless that is a plan."""
-        method = self.method(settings)
-        return settings.to_dict() | ({"method": method} if isinstance(method, str) else {})
+        """Settings as metadata name them: with the method that "auto" was, unless that is a plan, and with the bits of
+        keys and values if they were quantized."""
+        method, recorded = self.method(settings), settings.to_dict()
+        if not settings.cache_bits:
+            del recorded["kv_bits"]
+        return recorded | ({"method": method} if isinstance(method, str) else {})
 
 
 def fit_image(image: ImageSource, size: tuple[int, int]) -> Image.Image:

@@ -23,7 +23,7 @@ from mlx_starflow.models.tarflow import PixelFlowConfig
 from mlx_starflow.pipelines.backend import Backend, MLXBackend
 from mlx_starflow.pipelines.image import ImageMaker
 from mlx_starflow.pipelines.results import DENOISE_STEPS, ClassSettings, GenerationSettings, GenerationStats
-from mlx_starflow.planning.limits import check_class_memory
+from mlx_starflow.planning.limits import ClassRequest, automatic_kv_bits, check_memory
 from mlx_starflow.sampling import Certificate, SamplingPlan, SamplingTrace
 from mlx_starflow.sampling.iterate import noise_levels
 from mlx_starflow.sampling.progress import Progress
@@ -56,6 +56,7 @@ class ClassPipeline(ImageMaker):
         self.settings = own_settings(model)
         self.temperature = self.settings.temperature
         self._noise_level: float | None = None
+        self._fit: dict[tuple[object, ...], int] = {}
 
     # ---- the flow, at a noise level
 
@@ -141,18 +142,23 @@ class ClassPipeline(ImageMaker):
         for prompt in prompts:
             self.label(prompt)
 
-    def check_images(self, size: tuple[int, int], images: int, guidance: float) -> None:
+    def checked_images(self, settings: GenerationSettings, size: tuple[int, int], images: int) -> GenerationSettings:
         self.check_size(size)
-        backend = self.backend
-        here = backend if isinstance(backend, MLXBackend) else None
-        check_class_memory(
-            self.model,
-            batch=images,
-            guidance=guidance,
-            dtype=here.dtype if here else None,
-            ranks=here.group.size() if here and here.group else 1,
-            quantization=here.quantize if here else None,
-        )
+        asked = images, settings.guidance > 0, settings.kv_bits
+        if asked not in self._fit:
+            here = self.backend if isinstance(self.backend, MLXBackend) else None
+            request = ClassRequest(
+                self.model,
+                batch=images,
+                guidance=settings.guidance,
+                dtype=here.dtype if here else None,
+                ranks=here.group.size() if here and here.group else 1,
+                quantization=here.quantize if here else None,
+            )
+            bits = self._decided_kv_bits(settings, request.blocks, lambda: automatic_kv_bits(request))
+            check_memory(request, bits)
+            self._fit[asked] = bits
+        return settings.updated(kv_bits=self._fit[asked])
 
     def noise_shape(self, size: tuple[int, int] | None = None) -> tuple[int, ...]:
         self.check_size(size or self.size)

@@ -54,8 +54,11 @@ class ImageMaker(Pipeline):
         return
 
     @abstractmethod
-    def check_images(self, size: tuple[int, int], images: int, guidance: float) -> None:
-        """Raise StarflowError if so many images at once, of a size (width, height) in pixels, are too large."""
+    def checked_images(self, settings: GenerationSettings, size: tuple[int, int], images: int) -> GenerationSettings:
+        """The settings for so many images at once, of a size (width, height) in pixels, with `kv_bits` decided.
+
+        Raises StarflowError if they are too large, or keys and values cannot be kept so.
+        """
 
     @abstractmethod
     def noise_shape(self, size: tuple[int, int] | None = None) -> tuple[int, ...]:
@@ -110,6 +113,7 @@ class ImageMaker(Pipeline):
         attn_temp: float | None = None,
         denoise: bool | None = None,
         size: tuple[int, int] | None = None,
+        kv_bits: int | str | None = None,
         keep_steps: bool = False,
         batch_size: int = 8,
         verify: bool = True,
@@ -125,8 +129,8 @@ class ImageMaker(Pipeline):
             images: images a prompt.
             noise: use this standard normal noise `[prompts * images, h, w, C]` instead of seeds.
             settings: how to sample; the model's own settings by default.
-            guidance, temperature, method, attn_temp, denoise, size: values that differ from these settings, see
-                `GenerationSettings`; None: as in the settings.
+            guidance, temperature, method, attn_temp, denoise, size, kv_bits: values that differ from these settings,
+                see `GenerationSettings`; None: as in the settings.
             keep_steps: also decode the state after each flow block.
             batch_size: images sampled at once.
             verify: run the flow forwards over each sample and keep the difference from its noise in the result's
@@ -151,6 +155,7 @@ class ImageMaker(Pipeline):
             attn_temp=attn_temp,
             denoise=denoise,
             size=size,
+            kv_bits=kv_bits,
             keep_steps=keep_steps,
             batch_size=batch_size,
             live=False,
@@ -176,6 +181,7 @@ class ImageMaker(Pipeline):
         attn_temp: float | None = None,
         denoise: bool | None = None,
         size: tuple[int, int] | None = None,
+        kv_bits: int | str | None = None,
         keep_steps: bool = False,
         batch_size: int = 8,
         live: bool = True,
@@ -198,7 +204,13 @@ class ImageMaker(Pipeline):
         before this returns.
         """
         chosen = (settings or self.settings).updated(
-            guidance=guidance, temperature=temperature, method=method, attn_temp=attn_temp, denoise=denoise, size=size
+            guidance=guidance,
+            temperature=temperature,
+            method=method,
+            attn_temp=attn_temp,
+            denoise=denoise,
+            size=size,
+            kv_bits=kv_bits,
         )
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
@@ -211,7 +223,7 @@ class ImageMaker(Pipeline):
         check_count(len(prompts) * len(seeds))
         requests = [(prompt, each) for prompt in prompts for each in seeds]
         batch_size, size = min(batch_size, len(requests)), chosen.size or self.size
-        self.check_images(size, batch_size, chosen.guidance)
+        chosen = self.checked_images(chosen, size, batch_size)
         shape, states = self.noise_shape(size), self.states(chosen)
         if not live:
             # Noise, latents and pixels; with the steps a picture for each of them.
@@ -299,6 +311,7 @@ class ImageMaker(Pipeline):
         attn_temp: float | None = None,
         denoise: bool | None = None,
         size: tuple[int, int] | None = None,
+        kv_bits: int | str | None = None,
         keep_steps: bool = False,
         batch_size: int = 8,
         verify: bool = True,
@@ -340,6 +353,7 @@ class ImageMaker(Pipeline):
             attn_temp=attn_temp,
             denoise=denoise,
             size=size,
+            kv_bits=kv_bits,
             keep_steps=keep_steps,
             batch_size=batch_size,
             verify=verify,
@@ -363,8 +377,8 @@ class ImagePipeline(ImageMaker, LatentPipeline):
         settings: how this model samples unless told otherwise.
     """
 
-    def check_images(self, size: tuple[int, int], images: int, guidance: float) -> None:
-        self.check_size(size, images, guidance=guidance)
+    def checked_images(self, settings: GenerationSettings, size: tuple[int, int], images: int) -> GenerationSettings:
+        return self.with_kv_bits(settings, size, images)
 
     def noise_shape(self, size: tuple[int, int] | None = None) -> tuple[int, ...]:
         return self.latent_shape(size)

@@ -22,8 +22,8 @@ from mlx_starflow.models.tokenizer import Tokenizer
 from mlx_starflow.pipelines.backend import Backend, MLXBackend
 from mlx_starflow.pipelines.base import BATCH, Pipeline
 from mlx_starflow.pipelines.prompts import complete_prompt
-from mlx_starflow.pipelines.results import GenerationSettings
-from mlx_starflow.planning.limits import check_memory
+from mlx_starflow.pipelines.results import GenerationSettings, Settings
+from mlx_starflow.planning.limits import MemoryRequest, automatic_kv_bits, check_memory
 from mlx_starflow.sampling import SamplingPlan
 
 
@@ -50,6 +50,7 @@ class LatentPipeline(Pipeline):
         self.settings = GenerationSettings.from_dict({"guidance": config.cfg, **model.pipeline})
         self.temperature = self.settings.temperature
         self._fit: set[tuple[object, ...]] = set()
+        self._kv_bits: dict[tuple[object, ...], int] = {}
         self._warned: set[tuple[int, int]] = set()
 
     # ---- networks
@@ -128,20 +129,53 @@ class LatentPipeline(Pipeline):
         return height // scale, width // scale, config.channel_size
 
     def check_size(
-        self, size: tuple[int, int], images: int = 1, *, frames: int = 1, guidance: float | None = None
+        self,
+        size: tuple[int, int],
+        images: int = 1,
+        *,
+        frames: int = 1,
+        guidance: float | None = None,
+        kv_bits: int = 0,
     ) -> None:
         """As of every model; also raises StarflowError, with the figure, if they take more memory than there is.
 
-        `frames` are those of videos, and `guidance` is its weight; None: the model's own.
+        `frames` are those of videos, `guidance` is its weight; None: the model's own; and keys and values have
+        `kv_bits`.
         """
         super().check_size(size, images)
         self.latent_shape(size)  # raises StarflowError if the size does not fit
-        asked = (tuple(size), images, frames, guidance if guidance is None else guidance > 0)
+        asked = (tuple(size), images, frames, guidance if guidance is None else guidance > 0, kv_bits)
         if asked in self._fit:
             return
+        check_memory(self._memory_request(size, images, frames, guidance), kv_bits)
+        self._check_trained((size[0], size[1]))
+        self._fit.add(asked)
+
+    def with_kv_bits(
+        self: LatentPipeline, settings: Settings, size: tuple[int, int], images: int = 1, frames: int = 1
+    ) -> Settings:
+        """The settings with `kv_bits` decided for so many images at once, or for videos of `frames`.
+
+        Raises:
+            StarflowError: keys and values cannot be kept so, or all takes more memory than there is; see `check_size`.
+        """
+        self.latent_shape(size)  # raises StarflowError if the size does not fit
+        bits = self._decided_kv_bits(
+            settings, self.config.blocks, lambda: self._automatic_kv_bits(size, images, frames, settings.guidance)
+        )
+        self.check_size(size, images, frames=frames, guidance=settings.guidance, kv_bits=bits)
+        return settings.updated(kv_bits=bits)
+
+    def _automatic_kv_bits(self, size: tuple[int, int], images: int, frames: int, guidance: float) -> int:
+        asked = (tuple(size), images, frames, guidance)
+        if asked not in self._kv_bits:
+            self._kv_bits[asked] = automatic_kv_bits(self._memory_request(size, images, frames, guidance))
+        return self._kv_bits[asked]
+
+    def _memory_request(self, size: tuple[int, int], images: int, frames: int, guidance: float | None) -> MemoryRequest:
         backend = self.backend
         here = backend if isinstance(backend, MLXBackend) else None
-        check_memory(
+        return MemoryRequest(
             self.model,
             size,
             batch=images,
@@ -152,8 +186,6 @@ class LatentPipeline(Pipeline):
             ranks=here.group.size() if here and here.group else 1,
             quantization=here.quantize if here else None,
         )
-        self._check_trained((size[0], size[1]))
-        self._fit.add(asked)
 
     @property
     def trained_sizes(self) -> list[tuple[int, int]]:

@@ -20,6 +20,7 @@ from mlx_starflow.model_dir.adapters import CONFIG_FILE
 from mlx_starflow.model_dir.hub import find_model
 from mlx_starflow.models.configs import MOST_LAYERS
 from mlx_starflow.pipelines.results import MOST_STEPS
+from mlx_starflow.sampling.cache import KV_CHOICES
 from mlx_starflow.sampling.methods import METHODS, SamplingPlan, SequentialSettings
 
 MOST_PICTURES = 10_000
@@ -84,6 +85,7 @@ _SETTINGS: dict[str, Callable[[object], bool]] = {
     "attn_temp": _number(1e-6, 1e6),
     "denoise": lambda value: isinstance(value, bool),
     "size": _none_or(_SIDES),
+    "kv_bits": lambda value: isinstance(value, str) and value in KV_CHOICES,
     "annealed_guidance": lambda value: isinstance(value, bool),
     "guidance_mode": lambda value: value is None or (isinstance(value, str) and value in GUIDANCE_MODES),
     "guided_blocks": _none_or(_whole(1, MOST_LAYERS)),

@@ -17,6 +17,7 @@ from mlx_starflow.kernels.affine import GuidanceMode
 from mlx_starflow.media.files import expanded
 from mlx_starflow.media.images import save_image, save_images
 from mlx_starflow.models.configs import PIPELINE, plain_fields
+from mlx_starflow.sampling.cache import KV_CHOICES
 from mlx_starflow.sampling.certificate import Certificate
 from mlx_starflow.sampling.guidance import SamplingOptions
 from mlx_starflow.sampling.methods import METHODS
@@ -28,6 +29,14 @@ DENOISE_STEPS = 16
 MOST_STEPS = 10_000
 
 Settings = TypeVar("Settings", bound="GenerationSettings")
+
+
+def named_kv_bits(value: int | str) -> str:
+    """Bits of keys and values as settings name them: 8 is "8", and 0 "none". Raises StarflowError."""
+    name = "none" if value == 0 else str(value)
+    if name not in KV_CHOICES:
+        raise StarflowError(f"keys and values are kept in 8 or 4 bits, or none, or auto, not {name[:50]!r}")
+    return name
 
 
 @checked_class
@@ -43,6 +52,8 @@ class GenerationSettings:
         attn_temp: attention logits are divided by this.
         denoise: take one score step, which removes the noise that the flow was trained with, before decoding.
         size: (width, height) in pixels; None is the size that the model was trained at.
+        kv_bits: keys and values are kept in so many bits, "8" or "4", or "none", as they are computed; "auto": in as
+            many as there is memory for, by the plan of `mlx-starflow info`.
     """
 
     guidance: float = 0.0
@@ -51,11 +62,13 @@ class GenerationSettings:
     attn_temp: float = 1.0
     denoise: bool = True
     size: tuple[int, int] | None = None
+    kv_bits: str = "auto"
 
     def __post_init__(self) -> None:
         if isinstance(self.size, list):
             object.__setattr__(self, "size", tuple(self.size))
         plain_fields(self)
+        object.__setattr__(self, "kv_bits", named_kv_bits(self.kv_bits))
         SamplingOptions(self.guidance, self.attn_temp)  # its errors
         if self.method not in ("auto", *METHODS):
             raise StarflowError(
@@ -73,6 +86,7 @@ class GenerationSettings:
         attn_temp: float | None = None,
         denoise: bool | None = None,
         size: tuple[int, int] | None = None,
+        kv_bits: int | str | None = None,
     ) -> Settings:
         """The same with other values where they are not None. Raises StarflowError if one is out of range."""
         values: dict[str, Any] = {
@@ -82,8 +96,14 @@ class GenerationSettings:
             "attn_temp": attn_temp,
             "denoise": denoise,
             "size": size,
+            "kv_bits": None if kv_bits is None else named_kv_bits(kv_bits),
         }
         return replace(self, **{name: value for name, value in values.items() if value is not None})
+
+    @property
+    def cache_bits(self) -> int | None:
+        """`kv_bits` as a number, 0 for none; None if that is not decided yet."""
+        return KV_CHOICES[self.kv_bits]
 
     @classmethod
     def from_dict(cls: type[Settings], values: dict[str, Any]) -> Settings:

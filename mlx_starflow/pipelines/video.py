@@ -101,6 +101,7 @@ class VideoPipeline(LatentPipeline):
         method: str | None = None,
         attn_temp: float | None = None,
         denoise: bool | None = None,
+        kv_bits: int | str | None = None,
         frames_at_once: int = 1,
         live: bool = True,
         verify: bool = False,
@@ -125,8 +126,8 @@ class VideoPipeline(LatentPipeline):
                 by window. 1 is an image. With `extend` it counts the new frames, a multiple of 4.
             size: (width, height) in pixels; by default 16:9, or the nearest shape to what is given.
             fps: frames a second; by default as the model was trained.
-            context, guidance, temperature, method, attn_temp, denoise: values that differ from the settings, see
-                `VideoSettings`; None: as in the settings.
+            context, guidance, temperature, method, attn_temp, denoise, kv_bits: values that differ from the settings,
+                see `VideoSettings`; None: as in the settings.
             frames_at_once: latent frames that go through the flow's shallow blocks together.
             live: False samples the whole video before the first frame is decoded: with `low_memory`, one network is in
                 memory at a time.
@@ -138,7 +139,7 @@ class VideoPipeline(LatentPipeline):
         Raises:
             StarflowError: here, an argument does not fit; while frames are made, a frame is not finite.
         """
-        asked = VideoOverrides(guidance, temperature, method, attn_temp, denoise, size, frames, fps, context)
+        asked = VideoOverrides(guidance, temperature, method, attn_temp, denoise, size, frames, fps, context, kv_bits)
         watched, given = watch(progress, callback), asked.or_else(settings)
         request = self._request(
             [prompt], seed, 1, noise, given, image, video, extend, watched, verify=verify, live=live
@@ -146,7 +147,7 @@ class VideoPipeline(LatentPipeline):
         if len(request.shape) == 3:
             images = self._one_image(request, verify, watched)
         else:
-            images = self._frames(request, self._stages(request, frames_at_once, verify, watched), live)
+            images = self._frames(request, self._stages(request, frames_at_once, verify, live, watched), live)
         return VideoStream(
             prompt,
             request.seeds[0],
@@ -179,6 +180,7 @@ class VideoPipeline(LatentPipeline):
         method: str | None = None,
         attn_temp: float | None = None,
         denoise: bool | None = None,
+        kv_bits: int | str | None = None,
         frames_at_once: int = 16,
         batch_size: int = 1,
         verify: bool = False,
@@ -199,14 +201,25 @@ class VideoPipeline(LatentPipeline):
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
             raise StarflowError("there is no prompt")
-        asked = VideoOverrides(guidance, temperature, method, attn_temp, denoise, size, frames, fps, context)
+        asked = VideoOverrides(guidance, temperature, method, attn_temp, denoise, size, frames, fps, context, kv_bits)
         watched, given = watch(progress, callback), asked.or_else(settings)
         request = self._request(
-            prompts, seed, videos, noise, given, image, video, extend, watched, verify=verify, live=False
+            prompts,
+            seed,
+            videos,
+            noise,
+            given,
+            image,
+            video,
+            extend,
+            watched,
+            verify=verify,
+            live=False,
+            batch=batch_size,
         )
         if len(request.shape) == 3:
             return self._images(request, batch_size, verify, watched)
-        stages = self._stages(request, frames_at_once, verify, watched)
+        stages = self._stages(request, frames_at_once, verify, False, watched)
         latents: list[mx.array] = []
         made: list[list[Image.Image]] = []
         parts = [request.part(slice(at, at + batch_size)) for at in range(0, len(request.prompts), batch_size)]
@@ -246,6 +259,7 @@ class VideoPipeline(LatentPipeline):
         *,
         verify: bool,
         live: bool,
+        batch: int = 1,
     ) -> VideoRequest:
         """Check what is asked for, and read and encode the image or the video that is given."""
         seeds, stats = self._seeds(seed, videos, noise), GenerationStats()
@@ -274,8 +288,8 @@ class VideoPipeline(LatentPipeline):
             shape = (self.format.latent_frames(settings.frames, new=extend is not None), *shape)
         # A longer video takes no more memory than one of the trained length: it is made window by window.
         frames = self.format.trained if extend is not None else min(settings.frames, self.format.trained)
-        self.check_size(settings.size, frames=frames)
         names = [prompt for prompt in prompts for _ in seeds]
+        settings = self.with_kv_bits(settings, settings.size, min(batch, len(names)), frames)
         if noise is not None and noise.shape != (len(names), *shape):
             raise StarflowError(f"the noise has shape {list(noise.shape)}; this video needs {[len(names), *shape]}")
         if verify and (given is not None or self.format.latent_frames(settings.frames) > self.format.window):
@@ -292,7 +306,9 @@ class VideoPipeline(LatentPipeline):
             request.metadata.append(metadata)
         return request
 
-    def _stages(self, request: VideoRequest, frames_at_once: int, verify: bool, progress: Progress) -> VideoStages:
+    def _stages(
+        self, request: VideoRequest, frames_at_once: int, verify: bool, live: bool, progress: Progress
+    ) -> VideoStages:
         method, window = self.method(request.settings), self.format.window
         return VideoStages(
             self.backend,
@@ -302,6 +318,7 @@ class VideoPipeline(LatentPipeline):
             method,
             frames_at_once,
             verify,
+            live,
             progress,
             self.check_certificate,
         )

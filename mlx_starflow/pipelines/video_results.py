@@ -60,7 +60,9 @@ class VideoSettings(GenerationSettings):
 
     def of_images(self) -> GenerationSettings:
         """The part of the settings that images have."""
-        return GenerationSettings(self.guidance, self.temperature, self.method, self.attn_temp, self.denoise, self.size)
+        return GenerationSettings(
+            self.guidance, self.temperature, self.method, self.attn_temp, self.denoise, self.size, self.kv_bits
+        )
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class VideoOverrides:
     frames: int | None = None
     fps: int | None = None
     context: int | None = None
+    kv_bits: int | str | None = None
 
     def apply(self, settings: VideoSettings) -> VideoSettings:
         """The settings with what is asked for. Raises StarflowError if a value is out of range."""

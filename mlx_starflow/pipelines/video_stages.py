@@ -32,6 +32,8 @@ class VideoStages:
         method: how the flow is inverted.
         frames_at_once: latent frames that go through the flow's shallow blocks together.
         verify: certify the samples.
+        live: clean frames as soon as the flow has made what they depend on; else all at the end, when the flow has let
+            go of its keys and values.
         progress: is told of each step, and can end it.
         check_certificate: is told each certificate, and the method.
     """
@@ -43,6 +45,7 @@ class VideoStages:
     method: str | SamplingPlan
     frames_at_once: int
     verify: bool
+    live: bool
     progress: Progress
     check_certificate: Callable[[Certificate, str | SamplingPlan], None]
 
@@ -68,10 +71,13 @@ class VideoStages:
             context=settings.context,
             frames_at_once=self.frames_at_once,
             attn_temp=settings.attn_temp,
+            kv_bits=settings.cache_bits or 0,
             progress=self.progress,
             trace=trace,
         )
         noisy = _kept(self.phases.each(stats, "flow", frames, self.progress), sampled if self.verify else None)
+        if not self.live:
+            noisy = iter(list(noisy))
         clean = noisy
         if settings.denoise:
             denoised = denoise_frames(self.backend.flow, noisy, text, total, window)

@@ -10,7 +10,7 @@ from mlx_starflow.errors import StarflowError
 from mlx_starflow.model_dir.directory import ModelDirectory
 from mlx_starflow.model_dir.weights import automatic_dtype, parse_dtype
 from mlx_starflow.models.configs import PIPELINE
-from mlx_starflow.models.tarflow import PixelFlowConfig
+from mlx_starflow.models.tarflow import PixelFlowConfig, TarFlowBlockConfig
 from mlx_starflow.planning import footprint
 from mlx_starflow.planning.memory import AS_STORED, PRECISIONS, MemoryPlan, unpacked_layers, weight_bytes
 from mlx_starflow.planning.traffic import cast_bytes
@@ -24,6 +24,7 @@ def plan_classes(
     guidance: float | None = None,
     dtype: str | mx.Dtype | None = None,
     quantization: int | str | None = None,
+    kv_bits: int = 0,
 ) -> MemoryPlan:
     """`memory.plan` of a TarFlow or an iTARFlow, which makes images of one size.
 
@@ -33,13 +34,14 @@ def plan_classes(
         guidance: its weight; None: the model's own.
         dtype: of the flow; None or "auto": what `precision.automatic` says.
         quantization: of the flow, as `convert --quantize` takes it; None: as stored.
+        kv_bits: of keys and values, 8 or 4; 0: as the flow computes them.
 
     Raises:
         StarflowError: the model is none of classes, its config is not usable, or it cannot be quantized so.
     """
     directory = model if isinstance(model, ModelDirectory) else ModelDirectory(model)
     stored = quantization is None and bool(directory.flow.quantization)
-    return _plan(directory, batch, guidance, dtype, quantization, stored)
+    return _plan(directory, batch, guidance, dtype, quantization, stored, kv_bits)
 
 
 def _plan(
@@ -49,6 +51,7 @@ def _plan(
     dtype: str | mx.Dtype | None,
     quantization: int | str | None,
     stored: bool,
+    kv_bits: int,
 ) -> MemoryPlan:
     """`plan_classes`, with quantized weights as they are stored, or else dense or quantized as is said."""
     config = directory.flow.config
@@ -62,9 +65,9 @@ def _plan(
     if guidance is None:
         by_config = config.cfg if config.num_classes else 0.0
         guidance = PIPELINE.typed("guidance", "float", directory.pipeline.get("guidance", by_config))
-    blocks = [config.block(index) for index in range(config.blocks)]
+    blocks = class_blocks(directory)
     count = min(batch, together((block, block.num_patches) for block in blocks))
-    kv_cache, sampling = footprint.class_sampling(blocks, batch, guidance > 0, own.size)
+    kv_cache, sampling = footprint.class_sampling(blocks, batch, guidance > 0, own.size, kv_bits)
     # Noise, samples and states.
     held = 4 * 4 * batch * config.channel_size * config.img_size**2
     activations = {
@@ -78,15 +81,23 @@ def _plan(
     return MemoryPlan({"flow": weights}, kv_cache, activations)
 
 
-def class_plans(model: ModelDirectory, *, batch: int = 1) -> dict[str, MemoryPlan]:
+def class_blocks(model: ModelDirectory) -> list[TarFlowBlockConfig]:
+    """The blocks of a flow of classes. Raises StarflowError if it is none."""
+    config = model.flow.config
+    if not isinstance(config, PixelFlowConfig):
+        raise StarflowError(f"{model.path} reads prompts, not class labels")
+    return [config.block(index) for index in range(config.blocks)]
+
+
+def class_plans(model: ModelDirectory, *, batch: int = 1, kv_bits: int = 0) -> dict[str, MemoryPlan]:
     """The plan of each precision that the flow's layers can be stored in, by the names of `memory.plans`."""
     found = {}
     if model.flow.quantization:
-        found[AS_STORED] = _plan(model, batch, None, "float32", None, True)
+        found[AS_STORED] = _plan(model, batch, None, "float32", None, True, kv_bits)
     for precision in PRECISIONS:
         bits = precision if precision.isdigit() else None
         try:
-            expected = _plan(model, batch, None, "float32" if bits else precision, bits, False)
+            expected = _plan(model, batch, None, "float32" if bits else precision, bits, False, kv_bits)
         except StarflowError:
             if not bits:
                 raise

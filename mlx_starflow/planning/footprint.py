@@ -11,6 +11,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
+import mlx.core as mx
+
+from mlx_starflow.kernels.quantized_attention import PIECE, group_size
 from mlx_starflow.models.autoencoder_kl import WHOLE_PIXELS, AutoencoderKLConfig
 from mlx_starflow.models.autoencoder_kl_tiling import LOGITS
 from mlx_starflow.models.autoencoder_wan.config import CHANNELS, PATCH, AutoencoderWanConfig
@@ -18,6 +21,7 @@ from mlx_starflow.models.flow import BlockConfig
 from mlx_starflow.models.starflow import FlowConfig
 from mlx_starflow.models.t5 import T5Config
 from mlx_starflow.models.tarflow import TarFlowBlockConfig
+from mlx_starflow.sampling.cache import MOST_DENSE, RECENT, block_kv_bits, cached_numbers
 from mlx_starflow.sampling.methods import RollingSettings
 
 STREAM = 4
@@ -58,15 +62,39 @@ def _positions(config: FlowConfig, block: BlockConfig, tokens: int) -> int:
     return tokens + (config.txt_size if block.txt_dim else 0)
 
 
-def _cached(block: BlockConfig) -> int:
-    """Numbers that a block caches of a position: keys and values of each layer."""
-    return 2 * block.num_layers * block.num_kv_heads * block.head_dim
+def kv_cache(block: BlockConfig, positions: int, item: int, bits: int, fed: int = RollingSettings.window) -> int:
+    """Bytes of keys and values of one sequence, see `sampling.cache`.
+
+    With bits, each group of numbers has a scale and a bias of `item` bytes. The last positions are dense: those that
+    wait for others to come after them, and as many as are fed at once.
+    """
+    numbers, size = cached_numbers(block), group_size(block.head_dim)
+    if not bits or size is None or positions <= 2 * RECENT:
+        return positions * numbers * item
+    packed = positions * numbers * (bits * size // 8 + 2 * item) // size
+    return packed + min(positions, 2 * RECENT + min(fed, MOST_DENSE)) * numbers * item
 
 
-def _window(block: BlockConfig, sequences: int, tokens: int, positions: int) -> int:
-    """A layer of one evaluation of a rolling window over `tokens`, which sees `positions` at the end."""
+def _on_cpu(item: int) -> bool:
+    """Whether it is the attention of `kernels.attention` for CPUs that computes: a Mac's holds neither logits nor
+    unpacked keys."""
+    return item == STREAM and mx.default_device() == mx.cpu
+
+
+def _unpacked(block: BlockConfig, sequences: int, positions: int, bits: int, item: int) -> int:
+    """Numbers of quantized keys or values that are unpacked at a time for several queries: MLX begins with a few
+    pieces at once."""
+    at_once = 2 * PIECE if bits and _on_cpu(item) else 0
+    return sequences * block.num_kv_heads * block.head_dim * min(positions, at_once)
+
+
+def _window(block: BlockConfig, sequences: int, tokens: int, positions: int, item: int) -> int:
+    """A layer of one evaluation of a rolling window over `tokens`, which sees `positions` at the end.
+
+    A CPU holds attention's weights and the logits that they are made of.
+    """
     width = min(RollingSettings.window, tokens)
-    logits = sequences * block.num_heads * width * positions
+    logits = sequences * block.num_heads * width * positions * (2 if _on_cpu(item) else 1)
     return layer(sequences * width, block.channels, block.channels * block.expansion, logits)
 
 
@@ -80,19 +108,20 @@ def text(config: T5Config, prompts: int, length: int, item: int) -> int:
     return int(MARGIN * item * 2 * layer(prompts * length, config.d_model, hidden, logits))
 
 
-def sampling(config: FlowConfig, tokens: int, batch: int, guided: bool, item: int) -> tuple[int, int]:
-    """(KV caches, all activations) of sampling images of so many tokens.
+def sampling(config: FlowConfig, tokens: int, batch: int, guided: bool, item: int, kv_bits: int = 0) -> tuple[int, int]:
+    """(KV caches, all activations) of sampling images of so many tokens, keys and values in `kv_bits`.
 
     A block caches keys and values for each image, twice if it is guided. While it reads its text, the cache of the
     block before it is still there. Evaluations are those of a window; a single token's would not count.
     """
     largest = before = 0
     peak = 0.0
-    for block in reversed(config.blocks):
+    for block, bits in reversed(list(zip(config.blocks, block_kv_bits(config.blocks, kv_bits), strict=True))):
         copies = batch * (2 if guided and block.txt_dim else 1)
         positions = _positions(config, block, tokens)
-        cache = copies * positions * _cached(block) * item
-        window = MARGIN * STREAM * _window(block, copies, tokens, positions) if block.num_layers else 0
+        cache = copies * kv_cache(block, positions, item, bits)
+        window = MARGIN * STREAM * _window(block, copies, tokens, positions, item) if block.num_layers else 0
+        window += STREAM * _unpacked(block, copies, positions, bits, item)
         reading = before + MARGIN * STREAM * _block_layer(block, copies, config.txt_size) if block.txt_dim else 0
         largest, peak, before = max(largest, cache), max(peak, cache + max(reading, window)), cache
     return largest, int(peak)
@@ -131,12 +160,15 @@ def there_and_back(blocks: Sequence[BlockConfig], tokens: int, text: int, checkp
     return kept, work
 
 
-def class_sampling(blocks: Sequence[TarFlowBlockConfig], batch: int, guided: bool, item: int) -> tuple[int, int]:
+def class_sampling(
+    blocks: Sequence[TarFlowBlockConfig], batch: int, guided: bool, item: int, kv_bits: int = 0
+) -> tuple[int, int]:
     """(KV caches, all activations) of sampling images of classes, as `sampling`: every block is guided, none reads."""
     copies, largest, peak = batch * (2 if guided else 1), 0, 0.0
-    for block in blocks:
-        cache = copies * block.num_patches * _cached(block) * item
-        window = MARGIN * STREAM * _window(block, copies, block.num_patches, block.num_patches)
+    for block, bits in zip(blocks, block_kv_bits(blocks, kv_bits), strict=True):
+        cache = copies * kv_cache(block, block.num_patches, item, bits)
+        window = MARGIN * STREAM * _window(block, copies, block.num_patches, block.num_patches, item)
+        window += STREAM * _unpacked(block, copies, block.num_patches, bits, item)
         largest, peak = max(largest, cache), max(peak, cache + window)
     return largest, int(peak)
 
@@ -155,7 +187,15 @@ def class_score(blocks: Sequence[TarFlowBlockConfig], images: int) -> int:
 
 
 def frame_sampling(
-    config: FlowConfig, size: int, window: int, batch: int, guided: bool, item: int, *, longer: bool = False
+    config: FlowConfig,
+    size: int,
+    window: int,
+    batch: int,
+    guided: bool,
+    item: int,
+    kv_bits: int = 0,
+    *,
+    longer: bool = False,
 ) -> tuple[int, int]:
     """(the deep block's KV cache, all activations) of sampling videos, frames of `size` tokens in a window.
 
@@ -165,11 +205,16 @@ def frame_sampling(
     """
     deep = config.blocks[-1]
     copies = batch * (2 if guided else 1)
-    cache = copies * (config.txt_size + window * size) * _cached(deep) * item
-    shallow = max((batch * size * _cached(block) * item for block in config.blocks[:-1]), default=0)
-    reading = _block_layer(deep, copies, max(config.txt_size, size) if longer else config.txt_size)
-    rolling = _window(deep, copies, window * size, config.txt_size + window * size)
-    beside = max((_window(block, batch, size, size) for block in config.blocks[:-1] if block.num_layers), default=0)
+    *shallow_bits, bits = block_kv_bits(config.blocks, kv_bits)
+    positions, fed = config.txt_size + window * size, max(config.txt_size, size) if longer else config.txt_size
+    cache = copies * kv_cache(deep, positions, item, bits, fed)
+    each = zip(config.blocks[:-1], shallow_bits, strict=True)
+    shallow = max((batch * kv_cache(block, size, item, own) for block, own in each), default=0)
+    reading = _block_layer(deep, copies, fed)
+    rolling = _window(deep, copies, window * size, positions, item) + _unpacked(deep, copies, positions, bits, item)
+    beside = max(
+        (_window(block, batch, size, size, item) for block in config.blocks[:-1] if block.num_layers), default=0
+    )
     work = MARGIN * STREAM * max(reading, rolling)
     return cache, int(cache + max(shallow + MARGIN * STREAM * beside, work))
 

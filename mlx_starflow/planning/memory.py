@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,8 @@ class MemoryPlan:
         kv_cache: of keys and values, at most; part of the flow phase's activations.
         activations: of each phase ("text", "flow", "verify", "denoise", "decode"), what it takes besides weights;
             videos are not verified.
-        others: of a phase, what others hold meanwhile where all take turns, frame by frame.
+        others: of a phase, what others hold meanwhile where all take turns, as in a video whose frames are shown as
+            they are finished.
     """
 
     weights: dict[str, int]
@@ -206,6 +208,7 @@ def plan(
     dtype: str | mx.Dtype | None = None,
     flow_dtype: str | mx.Dtype | None = None,
     quantization: int | str | Mapping[str, int | str] | None = None,
+    kv_bits: int = 0,
 ) -> MemoryPlan:
     """Predict the memory of generating from a model's configs.
 
@@ -218,6 +221,7 @@ def plan(
         dtype: of the networks; None or "auto": what `precision.automatic` says.
         flow_dtype: of the flow, if it is another one.
         quantization: of the flow, as `convert --quantize` takes it, or of each part by its name; None: as stored.
+        kv_bits: of keys and values, 8 or 4; 0: as the flow computes them.
 
     Raises:
         StarflowError: a config is missing or not usable, a network cannot be quantized so, or the size does not fit.
@@ -254,21 +258,23 @@ def plan(
         trained = vae.latent_frames(flow.video[0])
         window = min(trained, vae.latent_frames(frames or flow.video[0]))
         longer = vae.latent_frames(frames or flow.video[0]) > trained
-        kv_cache, sampling = footprint.frame_sampling(flow, tokens, window, batch, guided, cached, longer=longer)
+        kv_cache, sampling = footprint.frame_sampling(
+            flow, tokens, window, batch, guided, cached, kv_bits, longer=longer
+        )
         kept, cleaning = footprint.cleaning(flow, tokens, window, batch, cached)
         decoding = batch * footprint.decode_video(vae, height // scale, width // scale, item)
         activations = {
             "text": text,
-            "flow": held + sampling + kept,
-            "denoise": held + kv_cache + cleaning,
+            "flow": held + sampling,
+            "denoise": held + cleaning,
             "decode": held + decoding,
         }
         state = batch * footprint.decoder_state(vae, height // scale, width // scale, item)
-        others = {"flow": state, "denoise": state, "decode": kv_cache + kept}
+        others = {"flow": state + kept, "denoise": state + kv_cache, "decode": kv_cache + kept}
     elif not isinstance(vae, AutoencoderKLConfig):
         raise StarflowError("the flow makes images and the autoencoder beside it videos; take another one")
     else:
-        kv_cache, sampling = footprint.sampling(flow, tokens, batch, guided, cached)
+        kv_cache, sampling = footprint.sampling(flow, tokens, batch, guided, cached, kv_bits)
         activations = {
             "text": text,
             "flow": held + sampling,
@@ -284,23 +290,27 @@ def plan(
 
 
 def plans(
-    configs: ModelConfigs, *, size: tuple[int, int] | None = None, batch: int = 1, frames: int | None = None
+    configs: ModelConfigs,
+    *,
+    size: tuple[int, int] | None = None,
+    batch: int = 1,
+    frames: int | None = None,
+    kv_bits: int = 0,
 ) -> dict[str, MemoryPlan]:
     """The plan of each precision that the model's layers can be stored in; arguments and errors as `plan`'s.
 
     Names are dtypes, "8 bit" and the like, and "as stored" of a quantized model.
     """
     found, packed = {}, packed_dtype(configs.flow)
+    expect = partial(plan, size=size, batch=batch, frames=frames, kv_bits=kv_bits)
     if configs.directory is not None and configs.directory.flow.quantization:
-        found[AS_STORED] = plan(configs, size=size, batch=batch, frames=frames, dtype=HALF, flow_dtype=packed)
+        found[AS_STORED] = expect(configs, dtype=HALF, flow_dtype=packed)
     dense = replace(configs, directory=None)
     for precision in PRECISIONS:
         bits = precision if precision.isdigit() else None
         try:
             dtype, own = (HALF, packed) if bits else (precision, precision)
-            expected = plan(
-                dense, size=size, batch=batch, frames=frames, dtype=dtype, flow_dtype=own, quantization=bits
-            )
+            expected = expect(dense, dtype=dtype, flow_dtype=own, quantization=bits)
         except StarflowError:
             if not bits:
                 raise

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,11 @@ from mlx_starflow.model_dir.hub import converted_directory, find_model
 from mlx_starflow.model_dir.precision import MIXED
 from mlx_starflow.model_dir.quantization import SHALLOW_BITS, dequantize_module
 from mlx_starflow.model_dir.weights import automatic_precision, parameters
+from mlx_starflow.models.flow import BlockConfig
 from mlx_starflow.models.itarflow import ITarFlowConfig
 from mlx_starflow.models.tarflow import PixelFlowConfig
 from mlx_starflow.planning.chips import find_chips, time_report
-from mlx_starflow.planning.class_memory import class_plans
+from mlx_starflow.planning.class_memory import class_blocks, class_plans
 from mlx_starflow.planning.memory import (
     HALF,
     MemoryPlan,
@@ -41,12 +42,13 @@ from mlx_starflow.planning.memory import (
     trained_size,
     usable,
 )
+from mlx_starflow.sampling.cache import KV_BITS, can_quantize, check_quantizable
 
 PARTS = {"text encoder": "text_encoder", "autoencoder": "vae"}
 """The networks beside a flow, and their folders."""
 
 MACS = (8, 16, 24, 32, 64)
-LARGE_MACS = (32, 64, 96, 128, 192)
+LARGE_MACS = (24, 32, 48, 64, 96, 128)
 """Memory, in GB, of the Macs that `memory_report` speaks of, and of those for models that need more."""
 
 QUICK = 0.05
@@ -135,7 +137,12 @@ def _line(text: str) -> str:
 
 
 def memory_report(
-    model: str, *, size: tuple[int, int] | None = None, batch: int = 1, frames: int | None = None
+    model: str,
+    *,
+    size: tuple[int, int] | None = None,
+    batch: int = 1,
+    frames: int | None = None,
+    kv_bits: int = 0,
 ) -> list[str]:
     """What generating takes at each precision, and the Macs it runs on, computed from the model's configs.
 
@@ -144,6 +151,7 @@ def memory_report(
         size: (width, height) of the images or videos in pixels; None: what the model was trained at.
         batch: images or videos at once.
         frames: of videos; None: as many as the model was trained at.
+        kv_bits: of keys and values in the table; which Macs have the memory is said for all.
 
     Returns:
         Lines of text; none for a model that reads prompts and lacks its text encoder or autoencoder.
@@ -153,10 +161,12 @@ def memory_report(
     """
     configs = model_configs(model)
     if configs is None:
-        return _class_report(model, size, batch, frames)
+        return _class_report(model, size, batch, frames, kv_bits)
     if frames is not None and not configs.flow.video:
         raise StarflowError(f"--frames is about videos, and {model} makes pictures: leave it out")
-    found = plans(configs, size=size, batch=batch, frames=frames)
+    found = _each_kind(
+        configs.flow.blocks, kv_bits, lambda bits: plans(configs, size=size, batch=batch, frames=frames, kv_bits=bits)
+    )
     width, height = size or trained_size(configs.flow, configs.vae)
     images = _images(batch)
     if configs.flow.video:
@@ -165,10 +175,10 @@ def memory_report(
     notes = [
         f"8, 6 and 4 bit: of the flow, which computes in {packed_dtype(configs.flow)}; the other networks are {HALF}."
     ]
-    return _report(found, f"{images} of {width}x{height}", notes)
+    return _report(found, kv_bits, f"{images} of {width}x{height}", notes)
 
 
-def _class_report(model: str, size: tuple[int, int] | None, batch: int, frames: int | None) -> list[str]:
+def _class_report(model: str, size: tuple[int, int] | None, batch: int, frames: int | None, kv_bits: int) -> list[str]:
     """`memory_report` of a model of classes; nothing of another one."""
     directory = ModelDirectory.find(model)
     config = directory.flow.config
@@ -180,15 +190,26 @@ def _class_report(model: str, size: tuple[int, int] | None, batch: int, frames: 
     if size not in (None, own):
         raise StarflowError(f"{model} knows pictures of {own[0]}x{own[1]} pixels alone: leave out the size")
     notes = ["8, 6 and 4 bit: weights of the layers; float32 is computed in."]
-    return _report(class_plans(directory, batch=batch), f"{_images(batch)} of {own[0]}x{own[1]}", notes)
+    found = _each_kind(class_blocks(directory), kv_bits, lambda bits: class_plans(directory, batch=batch, kv_bits=bits))
+    return _report(found, kv_bits, f"{_images(batch)} of {own[0]}x{own[1]}", notes)
+
+
+def _each_kind(
+    blocks: Sequence[BlockConfig], kv_bits: int, plans_of: Callable[[int], dict[str, MemoryPlan]]
+) -> dict[int, dict[str, MemoryPlan]]:
+    """The plans for each number of bits that keys and values may have. Raises StarflowError if `kv_bits` is none."""
+    check_quantizable(blocks, kv_bits)
+    return {bits: plans_of(bits) for bits in (KV_BITS if can_quantize(blocks) else KV_BITS[:1])}
 
 
 def _images(batch: int) -> str:
     return "one picture" if batch == 1 else f"{batch} pictures at once"
 
 
-def _report(found: dict[str, MemoryPlan], images: str, notes: list[str]) -> list[str]:
-    """Plans by precision as a table; of a model of several networks with one of them in memory at a time, too."""
+def _report(each_kind: dict[int, dict[str, MemoryPlan]], kv_bits: int, images: str, notes: list[str]) -> list[str]:
+    """Plans by precision as a table, keys and values in `kv_bits`; of a model of several networks with one of them in
+    memory at a time, too."""
+    found = each_kind[kv_bits]
     largest = max(each.peak() for each in found.values())
     unit, name = (2**30, "GiB") if largest >= 2**30 else (2**20, "MiB")
     parts = list(next(iter(found.values())).weights)
@@ -202,11 +223,16 @@ def _report(found: dict[str, MemoryPlan], images: str, notes: list[str]) -> list
     lines = [
         f"Memory in {name} for {images}: computed from the configs, not measured.",
         *notes,
+        *([f"Keys and values are in {kv_bits} bits."] if kv_bits else []),
         "",
         row("weights", list(found)),
     ]
     for part in ("flow", *(part for part in PARTS if part in parts)):
         lines.append(row(f"  {part}", sizes([each.weights[part] for each in found.values()])))
+    lines += ["", row("keys and values", list(found))]
+    for bits, of_kind in each_kind.items():
+        title = f"  in {bits} bits" if bits else "  as computed"
+        lines.append(row(title, sizes([each.kv_cache for each in of_kind.values()])))
     several = len(parts) > 1
     peaks = [("peak, all in memory", False), ("peak with --low-memory", True)] if several else [("peak", False)]
     for title, low_memory in peaks:
@@ -214,10 +240,17 @@ def _report(found: dict[str, MemoryPlan], images: str, notes: list[str]) -> list
         phases = [each.phases(low_memory) for each in found.values()]
         lines += [row(f"  {phase}", sizes([each[phase] for each in phases])) for phase in phases[0]]
     lines += ["", row("Macs", list(found))]
-    smallest = min(each.peak(low_memory=several) for each in found.values())
+    reduced = False
+    smallest = min(each.peak(low_memory=several) for each in each_kind[0].values())
     macs = MACS if smallest <= usable(16 * 2**30) else LARGE_MACS
-    lines += [row(f"  {memory} GB", [_verdict(each, memory, several) for each in found.values()]) for memory in macs]
+    for memory in macs:
+        verdicts = [_verdict({bits: kind[name] for bits, kind in each_kind.items()}, memory, several) for name in found]
+        lines.append(row(f"  {memory} GB", verdicts))
+        reduced |= any(verdict.startswith("--kv") for verdict in verdicts)
     shares = ", ".join(f"{usable(memory * 2**30) / 2**30:.1f} of {memory}" for memory in macs)
+    if reduced:
+        both = ", and --low-memory with it" if several else ""
+        lines.append(f"--kv-bits{both}: chosen by itself where memory is short.")
     return [
         *lines,
         f"The GPU is taken to get 70% of memory up to 32 GB, 75% above: {shares}.",
@@ -258,10 +291,14 @@ def model_configs(model: str) -> ModelConfigs | None:
     return ModelConfigs.read(directory) if whole else None
 
 
-def _verdict(expected: MemoryPlan, gigabytes: int, several: bool) -> str:
-    if expected.fits(gigabytes):
+def _verdict(expected: dict[int, MemoryPlan], gigabytes: int, several: bool) -> str:
+    """How a Mac of this much memory makes it, by the plans for each number of bits of keys and values."""
+    if expected[0].fits(gigabytes):
         return "yes"
-    return "--low-memory" if several and expected.fits(gigabytes, low_memory=True) else "no"
+    for bits, each in expected.items():
+        if each.fits(gigabytes, low_memory=several):
+            return f"--kv-bits {bits}" if bits else "--low-memory"
+    return "no"
 
 
 def _release(model: str) -> ModelConfigs | None:

@@ -7,7 +7,7 @@ import mlx.core as mx
 from mlx_starflow.errors import NotFinite
 from mlx_starflow.models.flow import Condition, FlowBlock, block_products_in
 from mlx_starflow.sampling.guidance import Guidance
-from mlx_starflow.sampling.inverter import Inverter, make_inverter
+from mlx_starflow.sampling.inverter import CouplingInverter, Inverter, make_inverter
 from mlx_starflow.sampling.network import cached_network
 
 
@@ -37,15 +37,16 @@ class BlockDecoder:
         guidance: Guidance | None,
         temperature: float | mx.array = 1.0,
         frames: int = 1,
+        kv_bits: int = 0,
     ):
         """A decoder of `length` tokens; give `guidance` if, and only if, the condition is guided.
 
         Of a video with `frames` a local block decodes all frames at once: `batch` and `length` are those of
-        `FlowBlock.permute`.
+        `FlowBlock.permute`. `kv_bits`: of keys and values in the cache, see `cache.QuantizedKVCache`; 0: dense.
         """
         self.block, self.length, self.guidance, self.frames = block, length, guidance, frames
         batch *= 2 if guidance else 1
-        self.network = cached_network(block, batch, length, rope_frequencies, condition, temperature)
+        self.network = cached_network(block, batch, length, rope_frequencies, condition, temperature, kv_bits)
         start = block.first_input(batch)
         self.first = 0 if start is not None else 1
         self.start = None if start is None else start.astype(mx.float32)
@@ -61,6 +62,9 @@ class BlockDecoder:
     def begin(self, z: mx.array) -> None:
         """Take noise `[B, N, C]`, N at most `length`; the data begin as a copy of it. The cache keeps what it holds."""
         self.z, guidance, first = z, self.guidance, self.first
+        if not self.block.is_affine:
+            self._inverter = CouplingInverter(self.network, z, self.start, self.block)
+            return
         weight = 0.0 if guidance is None else guidance.at(-first, z.shape[1], self.length - first)
         self._inverter = make_inverter(self.network, z, self.start, self.block.config.affine, guidance, weight)
 
@@ -92,6 +96,13 @@ class BlockDecoder:
         """
         self.evaluations += 1
         return self._inverter.predict(start, stop)
+
+    def correct(self, start: int, stop: int) -> tuple[mx.array, mx.array]:
+        """What `invert` would make of tokens `start` to `stop`, and |f(x) - z| of those that are there, each
+        `[B, stop - start, C]`: for a block that is not affine, where `predict` cannot say it."""
+        assert isinstance(self._inverter, CouplingInverter)
+        self.evaluations += 1
+        return self._inverter.correct(start, stop)
 
     def invert(self, start: int, stop: int) -> None:
         """Make tokens `start` to `stop` of the data from their noise as `predict` says."""

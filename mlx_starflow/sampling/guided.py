@@ -6,8 +6,10 @@ from collections.abc import Iterator
 
 import mlx.core as mx
 
+from mlx_starflow.errors import StarflowError
 from mlx_starflow.kernels.affine import predict
 from mlx_starflow.models.flow import Condition, Flow, frame_count
+from mlx_starflow.sampling.cache import block_kv_bits
 from mlx_starflow.sampling.decoder import BlockDecoder, check_finite
 from mlx_starflow.sampling.guidance import Guidance, SamplingOptions
 from mlx_starflow.sampling.progress import Watch, watch
@@ -34,6 +36,7 @@ class GuidedFlow:
             rest = len(flow.blocks) - options.guided_blocks
             plain = flow.conditions(shape, text).blocks[:rest]
             self.conditions.blocks = [*plain, *self.conditions.blocks[rest:]]
+        self.kv_bits = block_kv_bits([block.config for block in flow.blocks], options.kv_bits)
         mode = options.guidance_mode or self.conditions.guidance_mode
         self.guidance = Guidance(mode, options.guidance, options.annealed_guidance, options.guidance_target)
 
@@ -46,8 +49,8 @@ class GuidedFlow:
         guidance = self.guidance if condition.guided else None
         temperature = self.temperature(condition, batch)
         batch, length = block.sequences(batch, length, frames)
-        rope_frequencies = self.conditions.rope_frequencies[index]
-        return BlockDecoder(block, batch, length, rope_frequencies, condition, guidance, temperature, frames)
+        rope_frequencies, kv_bits = self.conditions.rope_frequencies[index], self.kv_bits[index]
+        return BlockDecoder(block, batch, length, rope_frequencies, condition, guidance, temperature, frames, kv_bits)
 
     def temperature(self, condition: Condition, batch: int) -> float | mx.array:
         """What attention logits of a block are divided by: a number, or one a sample of a guided batch."""
@@ -58,8 +61,13 @@ class GuidedFlow:
         return mx.array([1.0] * batch + [self.attn_temp] * batch).reshape(-1, 1, 1, 1)
 
     def predict(self, index: int, x: mx.array) -> tuple[mx.array, mx.array]:
-        """(mu, log sigma) of all tokens x `[B, N, C]` of block number `index`, in data order, in one evaluation."""
+        """(mu, log sigma) of all tokens x `[B, N, C]` of block number `index`, in data order, in one evaluation.
+
+        Raises StarflowError if the block is not affine.
+        """
         block, condition = self.flow.blocks[index], self.conditions.blocks[index]
+        if not block.is_affine:
+            raise StarflowError(f"block {index} is not affine: it has no mu and sigma")
         x = block.permute(x, self.frames)
         batch, length, _ = x.shape
         inputs = mx.concatenate([x, x]) if condition.guided else x
@@ -79,10 +87,22 @@ class GuidedFlow:
         for index, block in enumerate(self.flow.blocks):
             if not block.is_identity:
                 progress.check()
-                mu, log_sigma = self.predict(index, x)
-                x = (x - mu) * mx.exp(-log_sigma)
+                x = self._map(index, x)
                 check_finite(x, f"what block {index} made of the sample")
         return x
+
+    def _map(self, index: int, x: mx.array) -> mx.array:
+        """Tokens x in data order -> what block number `index` makes of them."""
+        block, condition = self.flow.blocks[index], self.conditions.blocks[index]
+        if block.is_affine:
+            mu, log_sigma = self.predict(index, x)
+            return (x - mu) * mx.exp(-log_sigma)
+        x = block.permute(x, self.frames)
+        temperature = self.temperature(condition, x.shape[0])
+        parameters = block.all_affine_parameters(
+            x, condition, self.conditions.rope_frequencies[index], temperature=temperature
+        )
+        return block.unpermute(block.to_noise(parameters, x)[0], self.frames)
 
     def active(self) -> Iterator[int]:
         """Numbers of the blocks that do something, in the order of sampling."""

@@ -8,11 +8,14 @@ from typing import Protocol
 import mlx.core as mx
 
 from mlx_starflow import cpu
+from mlx_starflow.errors import StarflowError
 from mlx_starflow.kernels.affine import AffineMap, affine_inverse, predict
+from mlx_starflow.models.flow import FlowBlock
 from mlx_starflow.sampling.guidance import Guidance
 from mlx_starflow.sampling.network import CachedNetwork
 
 Predict = Callable[[mx.array, "float | mx.array"], "tuple[mx.array, mx.array]"]
+Couple = Callable[[mx.array, mx.array], mx.array]
 Invert = Callable[[mx.array, mx.array, "float | mx.array"], mx.array]
 
 
@@ -121,6 +124,33 @@ class MLXInverter:
     def _weight(self, start: int, stop: int) -> float | mx.array:
         weight = self.weight
         return weight[:, start:stop] if isinstance(weight, mx.array) and weight.shape[1] > 1 else weight
+
+
+class CouplingInverter(MLXInverter):
+    """An inverter for a block whose coupling is not affine, and which nothing guides."""
+
+    def __init__(self, network: CachedNetwork, z: mx.array, first_input: mx.array | None, block: FlowBlock):
+        """`block` has the coupling; the other arguments are those of `make_inverter`."""
+        self.network, self.z, self.x, self.first_input, self.weight = network, z, mx.array(z), first_input, 0.0
+        self.copies = 1
+        self._to_noise, self._to_data = coupling_functions(block)
+
+    def predict(self, start: int, stop: int) -> tuple[mx.array, mx.array]:
+        raise StarflowError("a mixture coupling has no mu and sigma; sample without guidance, and do not tune it")
+
+    def invert(self, start: int, stop: int, lag: int = 0) -> None:
+        self.x[:, start:stop] = self._to_data(self.network(self._inputs(start, stop, lag)), self.z[:, start:stop])
+
+    def correct(self, start: int, stop: int) -> tuple[mx.array, mx.array]:
+        """What `invert` would make of tokens `start` to `stop`, and |f(x) - z| of those that are there,
+        each `[B, stop - start, C]`; none is replaced."""
+        parameters, z = self.network(self._inputs(start, stop)), self.z[:, start:stop]
+        return self._to_data(parameters, z), mx.abs(self._to_noise(parameters, self.data(start, stop)) - z)
+
+
+def coupling_functions(block: FlowBlock) -> tuple[Couple, Couple]:
+    """Compiled: (a block's parameters, data) -> noise, and (these, noise) -> data; see `affine_functions`."""
+    return mx.compile(lambda parameters, x: block.to_noise(parameters, x)[0]), mx.compile(block.to_data)
 
 
 def affine_functions(affine: AffineMap, guidance: Guidance | None) -> tuple[Predict, Invert]:

@@ -67,15 +67,19 @@ def roll(decoder: BlockDecoder, start: int, settings: RollingSettings) -> Iterat
         if entered < stop:
             decoder.write(entered, _first_guess(decoder, entered, stop, affine, settings))
             entered = stop
-        mu, log_sigma = decoder.predict(start, stop)
         old, noise = decoder.data(start, stop), decoder.z[:, start:stop]
-        new, done, residuals = _advance(old, noise, mu, log_sigma, mx.array(floor.tolerance))
-        affine = (mu[:, -1:], log_sigma[:, -1:])
-        mx.eval(new, done, residuals, *affine)
-        if floor.suspected(residuals, int(done)):
-            floor.measure(start, stop, int(done), residuals, mu, log_sigma)
-            new, done, _ = _advance(old, noise, mu, log_sigma, mx.array(floor.tolerance))
+        if not decoder.block.is_affine:
+            new, done, _ = _merged(old, noise, *decoder.correct(start, stop), mx.array(settings.tolerance))
             mx.eval(new, done)
+        else:
+            mu, log_sigma = decoder.predict(start, stop)
+            new, done, residuals = _advance(old, noise, mu, log_sigma, mx.array(floor.tolerance))
+            affine = (mu[:, -1:], log_sigma[:, -1:])
+            mx.eval(new, done, residuals, *affine)
+            if floor.suspected(residuals, int(done)):
+                floor.measure(start, stop, int(done), residuals, mu, log_sigma)
+                new, done, _ = _advance(old, noise, mu, log_sigma, mx.array(floor.tolerance))
+                mx.eval(new, done)
         decoder.write(start, new)
         count = min(int(done) + 1, stop - start)
         # The cache keeps the inputs that predicted these tokens; those behind were guesses.
@@ -122,9 +126,15 @@ def _advance(
     """The values of a window's tokens after an evaluation, how many of the first are final as they were, and the
     largest residual of each."""
     residual = mx.abs((old - mu) * mx.exp(-log_sigma) - noise)
+    return _merged(old, noise, noise * mx.exp(log_sigma) + mu, residual, tolerance)
+
+
+def _merged(
+    old: mx.array, noise: mx.array, new: mx.array, residual: mx.array, tolerance: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    """`_advance`, from what the tokens' noise gives now and the residuals of the values that they have."""
     good = (residual <= tolerance).all(axis=(0, 2))
     done = mx.cumprod(good.astype(mx.int32)).sum()
-    new = noise * mx.exp(log_sigma) + mu
     place = mx.arange(old.shape[1])[:, None]
     values = mx.where(place < done, old, mx.where(place == done, new, _bounded(new, noise)))
     return values, done, residual.max(axis=(0, 2))

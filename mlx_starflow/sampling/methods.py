@@ -100,6 +100,7 @@ class SamplingPlan:
         measured: what tuning saw: guidance, certificate, evaluations, machine; for people to read.
         fingerprint: of the weights that it was measured with, see `model_dir.fingerprint`; "" in plans that do not say.
         precision: what the flow multiplied in, such as "float16"; "" in plans that do not say.
+        kv_bits: of keys and values, see `cache.KV_BITS`.
     """
 
     blocks: tuple[Settings, ...]
@@ -107,15 +108,17 @@ class SamplingPlan:
     measured: Mapping[str, Any]
     fingerprint: str = ""
     precision: str = ""
+    kv_bits: int = 0
 
-    def fits(self, precision: str) -> bool:
-        """Whether it is for a flow of this precision; "" is any."""
-        return "" in (self.precision, precision) or self.precision == precision
+    def fits(self, precision: str, kv_bits: int | None = None) -> bool:
+        """Whether it is for a flow of this precision, "" is any, and keys and values in so many bits; None is any."""
+        fits_cache = kv_bits is None or self.kv_bits == kv_bits
+        return fits_cache and ("" in (self.precision, precision) or self.precision == precision)
 
     def to_dict(self) -> dict[str, Any]:
         blocks = [{"method": block.name, **asdict(block)} for block in self.blocks]
         values = {"version": 1, "tolerance": self.tolerance, "blocks": blocks, "measured": dict(self.measured)}
-        marks = {"fingerprint": self.fingerprint, "precision": self.precision}
+        marks = {"fingerprint": self.fingerprint, "precision": self.precision, "kv_bits": self.kv_bits}
         return values | {key: mark for key, mark in marks.items() if mark}
 
     @classmethod
@@ -130,7 +133,8 @@ class SamplingPlan:
             tolerance = _typed("tolerance", "float", values["tolerance"])
             measured = dict(values.get("measured", {}))
             mark, precision = str(values.get("fingerprint", "")), str(values.get("precision", ""))
-            return cls(blocks, float(tolerance), measured, mark, precision)
+            kv_bits = PLAN.typed("kv_bits", "int", values.get("kv_bits", 0), least=0)
+            return cls(blocks, float(tolerance), measured, mark, precision, kv_bits)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise StarflowError(
                 f"{where} is damaged ({one_line(error)[:200]}); run `mlx-starflow tune` again"

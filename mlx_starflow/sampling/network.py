@@ -10,7 +10,7 @@ import mlx.core as mx
 from mlx_starflow import cpu
 from mlx_starflow.models.flow import Condition, FlowBlock
 from mlx_starflow.models.transformer import TransformerLayer
-from mlx_starflow.sampling.cache import KVCache
+from mlx_starflow.sampling.cache import Cache, make_cache
 
 LAYERS_AHEAD = 4
 """After so many layers a GPU is given what is built of an evaluation, and computes while Python builds the rest."""
@@ -50,15 +50,18 @@ def cached_network(
     rope_frequencies: mx.array | None,
     condition: Condition,
     temperature: float | mx.array,
+    kv_bits: int = 0,
 ) -> CachedNetwork:
     """That of a block for up to `length` tokens of `batch` sequences, by the fastest code that knows it.
 
-    The other arguments are those of `FlowBlock.all_affine_parameters`.
+    The C++ network knows no quantized keys and values: with `kv_bits` it is MLX that computes, on CPUs too. The other
+    arguments are those of `FlowBlock.all_affine_parameters`.
     """
     positions = length if condition.prefix is None else condition.prefix.shape[1] + length
     rope_frequencies = None if rope_frequencies is None else block.rope_frequencies(rope_frequencies, positions)
     arguments = (block, batch, length, rope_frequencies, condition, temperature)
-    return cpu.fast_network(*arguments) or CompiledNetwork(*arguments)
+    fast = None if kv_bits else cpu.fast_network(*arguments)
+    return fast or CompiledNetwork(*arguments, kv_bits)
 
 
 class CompiledNetwork:
@@ -72,12 +75,14 @@ class CompiledNetwork:
         rope_frequencies: mx.array | None,
         condition: Condition,
         temperature: float | mx.array,
+        kv_bits: int = 0,
     ):
         """Arguments as for `cached_network`; `rope_frequencies` are those of the block's own positions."""
         self.block, self.offset, self.temperature = block, condition.offset, temperature
         self.rope_frequencies = rope_frequencies
         self.prefix_length = 0 if condition.prefix is None else condition.prefix.shape[1]
-        self.caches = [KVCache(self.prefix_length + length) for _ in block.layers]
+        positions, head_dim = self.prefix_length + length, block.config.head_dim
+        self.caches: list[Cache] = [make_cache(positions, head_dim, kv_bits) for _ in block.layers]
         self.pieces = compiled_pieces(block)
         if condition.prefix is not None:
             self._remember(condition.prefix)
@@ -88,8 +93,7 @@ class CompiledNetwork:
 
     @property
     def cache_bytes(self) -> int:
-        held = (array for cache in self.caches for array in (cache.keys, cache.values))
-        return sum(array.nbytes for array in held if array is not None)
+        return sum(array.nbytes for cache in self.caches for array in cache.arrays)
 
     def __call__(self, tokens: mx.array) -> mx.array:
         # The step that gave these tokens runs, and writes the caches in place, while Python builds the next one.
@@ -99,7 +103,8 @@ class CompiledNetwork:
         begin, *between, end = self.pieces
         q, k, v = begin(h, rope_frequencies)
         for number, (layer, cache) in enumerate(zip(self.block.layers, self.caches, strict=True)):
-            attended = layer.attention.attend(q, *cache.update_and_fetch(k, v), self.temperature)
+            keys, values = cache.update_and_fetch(k, v)
+            attended = layer.attention.attend(q, keys, values, self.temperature)
             if number == len(between):
                 break
             h, q, k, v = between[number](h, attended, rope_frequencies)
@@ -116,7 +121,7 @@ class CompiledNetwork:
 
     def _remember(self, h: mx.array) -> None:
         self.block.transform(h, self._rope_frequencies(h), self.caches, self.temperature)
-        mx.eval([(cache.keys, cache.values) for cache in self.caches])
+        mx.eval([cache.arrays for cache in self.caches])
 
     def _rope_frequencies(self, h: mx.array) -> mx.array | None:
         start = self.caches[0].offset

@@ -109,8 +109,8 @@ class Progress:
         """What the images of this batch look like so far; to be called from the callback.
 
         That is the state that sampling is in, as `keep_steps` shows it, decoded: noise at first. Decoding takes as long
-        as that of the finished images. Of a video it is the frame that is being sampled. Empty outside of the phase
-        "flow", and in trainings.
+        as that of the finished images. Of a video it is the frame that is being sampled. Empty outside of the phases
+        "flow" and "inpainting", and in trainings.
         """
         counter = self._counter()
         if counter is None or counter.state is None or self._decode is None:

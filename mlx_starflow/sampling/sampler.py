@@ -74,6 +74,7 @@ def sample(
     guidance_mode: GuidanceMode | None = None,
     guided_blocks: int | None = None,
     noise_level: float | None = None,
+    kv_bits: int = 0,
     progress: Watch = False,
     trace: SamplingTrace | None = None,
 ) -> mx.array:
@@ -98,6 +99,8 @@ def sample(
         guidance_mode: "starflow", "tarflow" or "itarflow", see `kernels.affine`; None: the flow's own.
         guided_blocks: so many blocks are guided, those that are sampled first; None: all that read the condition.
         noise_level: what an iTARFlow makes data of; None: the level that the flow is at, see `ITarFlow.at`.
+        kv_bits: keep keys and values in 8 or 4 bits where they take most memory (see `cache.block_kv_bits`); 0: as they
+            are.
         progress: a `Progress`, or whether to show a progress bar; None shows it on a terminal only.
         trace: is filled with what was done.
 
@@ -113,7 +116,9 @@ def sample(
     if (frames := frame_count(z.shape)) > 1:
         method = for_videos(method, length // frames)
     settings = block_settings(method, len(flow.blocks))
-    options = SamplingOptions(guidance, attn_temp, annealed_guidance, guidance_target, guidance_mode, guided_blocks)
+    options = SamplingOptions(
+        guidance, attn_temp, annealed_guidance, guidance_target, guidance_mode, guided_blocks, kv_bits
+    )
     guided = GuidedFlow(flow, z.shape, text, null_text, options)
     total = sum(math.prod(block.sequences(1, length, frames)) for block in flow.blocks if not block.is_identity)
     with watch(progress).counting("flow", total, "tok", label="sampling", leave=False) as counter:

@@ -3,12 +3,11 @@
 Or the one with the fewest network evaluations, which is the fastest where these wait for weights and not for
 arithmetic: on most GPUs, one picture at a time. Which blocks converge in a few sweeps and which do not is a property of
 the weights (arXiv 2505.12849, 2505.24791); what an evaluation of n tokens costs is one of the machine. Both are
-measured.
+measured. What the first of these papers ranks blocks by is no help here: see docs/speed.md.
 """
 
 from __future__ import annotations
 
-import math
 import platform
 import statistics
 import time
@@ -20,8 +19,9 @@ import numpy as np
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.model_dir.weights import dtype_name
-from mlx_starflow.models.flow import Flow, block_products_in, products_in
+from mlx_starflow.models.flow import Flow, block_products_in, frame_count, products_in
 from mlx_starflow.sampling.certificate import Certificate, certify
+from mlx_starflow.sampling.decoder import check_finite
 from mlx_starflow.sampling.guidance import SamplingOptions
 from mlx_starflow.sampling.guided import GuidedFlow
 from mlx_starflow.sampling.methods import (
@@ -85,6 +85,7 @@ def tune(
     *,
     tolerance: float = 1e-2,
     least: str = "seconds",
+    kv_bits: int = 0,
     report: Callable[[str], None] = lambda line: None,
     progress: Watch = False,
     callback: Callback | None = None,
@@ -98,6 +99,7 @@ def tune(
             sequential sampling itself does not reach it, as with half-precision weights, twice what that reaches; and
             no less than what a window in this precision keeps to (see `noise_floor`).
         least: of what the plan shall take the least: "seconds" on this machine, or network "evaluations".
+        kv_bits: of keys and values, see `sample`; the plan is for these.
         report: is told what was measured.
         progress, callback: see `Progress`; its phase is "tuning", and it counts ways that are tried of one block, of
             which there are at most as many as its total says.
@@ -110,9 +112,11 @@ def tune(
     if not 0 < tolerance <= 100:
         raise StarflowError(f"the tolerance must be greater than 0 and at most 100, not {tolerance:g}")
     progress = watch(progress, callback)
+    options = SamplingOptions(guidance, kv_bits=kv_bits)
     with progress.running("tuning"):
-        samples = list(_samples(flow, z, text, null_text, guidance))
-        return _tune(flow, samples, guidance, tolerance, least, report, progress)
+        samples = list(_samples(flow, z, text, null_text, options))
+        plan = _tune(flow, samples, guidance, tolerance, least, report, progress)
+        return replace(plan, kv_bits=kv_bits)
 
 
 def _tune(
@@ -134,7 +138,7 @@ def _tune(
         report(f"that is all that this precision gives; the tolerance is now {tolerance:.1e}")
     blocks: list[Settings] = [SequentialSettings()] * len(flow.blocks)
     active = list(samples[0].guided.active())
-    most = {index: _most_trials(samples[0].noise[index].shape[1]) for index in active}
+    most = {index: 3 + len(windows(samples[0].length(index), least)) for index in active}
     with progress.counting("tuning", sum(most.values()), "way") as counter:
         for index in active:
             share, done = DEEP_SHARE if index == deep else OTHERS_SHARE, counter.done
@@ -144,6 +148,8 @@ def _tune(
             blocks[index] = best.settings
     plan = _tightened(flow, samples, blocks, deep, guidance, tolerance, report)
     measured = dict(plan.measured)
+    measured["tuning_evaluations"] = sum(one.spent for one in samples)
+    report(f"tuning took {measured['tuning_evaluations']} evaluations")
     if floor := max(floors.values()):
         measured["noise_floor"] = floor
     return replace(plan, measured=measured, precision=dtype_name(products_in(flow)))
@@ -151,25 +157,56 @@ def _tune(
 
 @dataclass
 class _Sample:
-    """One sample's noise and condition, the exact tokens that each block reads and writes, and its certificate."""
+    """One sample, made sequentially.
+
+    Attributes:
+        noise, data: the exact tokens that each block reads and writes.
+        sequential: evaluations and seconds of each block.
+        spent: network evaluations so far.
+        certificate: of the sample.
+    """
 
     flow: Flow
     z: mx.array
     text: mx.array | None
     null_text: mx.array | None
-    guidance: float
+    options: SamplingOptions
 
     def __post_init__(self) -> None:
-        options = SamplingOptions(self.guidance)
-        self.guided = GuidedFlow(self.flow, self.z.shape, self.text, self.null_text, options)
-        trace = SamplingTrace(keep_states=True)
-        self.certificate = self.certify(self.sample("sequential", trace))
-        self.evaluations = trace.evaluations
-        read = [self.flow.noise_tokens(self.z), *(self.flow.tokens(state) for state in trace.states)]
-        numbers = list(reversed(range(len(self.flow.blocks))))
-        self.noise = dict(zip(numbers, read[:-1], strict=True))
-        self.data = dict(zip(numbers, read[1:], strict=True))
-        mx.eval(self.noise, self.data)
+        self.guided = GuidedFlow(self.flow, self.z.shape, self.text, self.null_text, self.options)
+        self.spent = 0
+        self.noise: dict[int, mx.array] = {}
+        self.data: dict[int, mx.array] = {}
+        self.sequential: dict[int, tuple[int, float]] = {}
+        tokens = self.flow.noise_tokens(self.z)
+        for index in self.guided.active():
+            self.noise[index] = tokens
+            tokens, evaluations, seconds = self.invert(index, SequentialSettings())
+            self.sequential[index] = evaluations, seconds
+            check_finite(tokens, f"what block {index} made of the noise")
+            self.data[index] = tokens
+        self.certificate = self.certify(self.flow.latents(tokens, self.z.shape))
+
+    @property
+    def evaluations(self) -> list[int]:
+        """Of each block, deep block first, when it is sampled sequentially."""
+        return [self.sequential.get(index, (0, 0.0))[0] for index in reversed(range(len(self.flow.blocks)))]
+
+    def length(self, index: int) -> int:
+        """Tokens of a block."""
+        return self.flow.blocks[index].sequences(1, self.noise[index].shape[1], frame_count(self.z.shape))[1]
+
+    def invert(self, index: int, settings: Settings) -> tuple[mx.array, int, float]:
+        """What a block reads -> the tokens that it makes in this way, its evaluations, and the seconds they take."""
+        noise = self.noise[index]
+        decoder = self.guided.decoder(index, *noise.shape[:2])
+        steps = [time.perf_counter()]
+        x = invert_block(decoder, noise, settings, advance=lambda tokens: steps.append(time.perf_counter()))
+        mx.eval(x)
+        steps.append(time.perf_counter())
+        self.spent += decoder.evaluations
+        # The median step, so that a moment in which the machine was busy with something else does not count.
+        return x, decoder.evaluations, statistics.median(np.diff(steps)) * (len(steps) - 1)
 
     def residual(self, index: int, x: mx.array, inputs: mx.array) -> mx.array:
         """Of tokens x of a block, predicted from others in their place."""
@@ -185,44 +222,49 @@ class _Sample:
         return float(mx.abs(change).max())
 
     def sample(self, method: Method, trace: SamplingTrace) -> mx.array:
-        return sample(self.flow, self.z, self.text, self.null_text, self.guidance, method, trace=trace)
+        guidance, kv_bits = self.options.guidance, self.options.kv_bits
+        x = sample(self.flow, self.z, self.text, self.null_text, guidance, method, kv_bits=kv_bits, trace=trace)
+        self.spent += sum(trace.evaluations)
+        return x
 
     def certify(self, x: mx.array) -> Certificate:
-        return certify(self.flow, x, self.z, self.text, self.null_text, self.guidance)
+        return certify(self.flow, x, self.z, self.text, self.null_text, self.options.guidance)
 
 
 def _samples(
-    flow: Flow, z: mx.array, text: mx.array | None, null_text: mx.array | None, guidance: float
+    flow: Flow, z: mx.array, text: mx.array | None, null_text: mx.array | None, options: SamplingOptions
 ) -> Iterator[_Sample]:
     for index in range(z.shape[0]):
         one = slice(index, index + 1)
         null = null_text if null_text is None or len(null_text) == 1 else null_text[one]
-        yield _Sample(flow, z[one], None if text is None else text[one], null, guidance)
-
-
-def _most_trials(length: int) -> int:
-    """Ways that `_best` tries of a block with so many tokens, at most: all windows, and three others."""
-    return 4 + math.ceil(math.log2(max(length / SMALLEST_WINDOW, 1)))
+        yield _Sample(flow, z[one], None if text is None else text[one], null, options)
 
 
 def _try(index: int, samples: list[_Sample], settings: Settings) -> Trial:
     evaluations, seconds, residual = 0, 0.0, 0.0
     for one in samples:
-        noise = one.noise[index]
-        decoder = one.guided.decoder(index, *noise.shape[:2])
-        steps = [time.perf_counter()]
-
-        def advance(tokens: int, steps: list[float] = steps) -> None:
-            steps.append(time.perf_counter())
-
-        x = invert_block(decoder, noise, settings, advance=advance)
-        mx.eval(x)
-        steps.append(time.perf_counter())
-        evaluations += decoder.evaluations
-        # The median step, so that a moment in which the machine was busy with something else does not count.
-        seconds += statistics.median(np.diff(steps)) * (len(steps) - 1)
+        if isinstance(settings, SequentialSettings):
+            # Measured already, when the sample was made.
+            x, (count, took) = one.data[index], one.sequential[index]
+        else:
+            x, count, took = one.invert(index, settings)
+        evaluations += count
+        seconds += took
         residual = max(residual, float(mx.abs(one.residual(index, x, x)).max()))
     return Trial(index, settings, evaluations, seconds, residual)
+
+
+def windows(length: int, least: str) -> list[int]:
+    """The windows that are tried for a block of so many tokens, in their order, until two in a row are no better.
+
+    Evaluations are the fewer the wider the window is, so the widest comes first. What an evaluation takes grows with
+    its tokens, so of seconds the narrowest comes first: a wide one that is slow would be the dearest trial of all.
+    """
+    found = [SMALLEST_WINDOW]
+    while found[-1] < length:
+        found.append(2 * found[-1])
+    found = [min(window, length) for window in found]
+    return found if least == "seconds" else found[::-1]
 
 
 def _best(
@@ -234,8 +276,6 @@ def _best(
     counter: Counter,
 ) -> Trial:
     """The method for a block that costs least among those within the tolerance."""
-    length = samples[0].noise[index].shape[1]
-    _try(index, samples[:1], SequentialSettings())  # to warm up
     trials = [_try(index, samples, SequentialSettings())]
     report(str(trials[0]))
     counter.advance()
@@ -249,13 +289,12 @@ def _best(
         return trial
 
     consider(JacobiSettings(threshold=tolerance**2))
-    window, worse, best = SMALLEST_WINDOW, 0, float("inf")
-    while worse < 2:
-        cost = consider(RollingSettings(min(window, length), tolerance)).cost(least)
+    worse, best = 0, float("inf")
+    for window in windows(samples[0].length(index), least):
+        cost = consider(RollingSettings(window, tolerance)).cost(least)
         worse, best = (0, cost) if cost < best else (worse + 1, best)
-        if window >= length:
+        if worse == 2:
             break
-        window *= 2
     chosen = _cheapest(trials, least)
     if isinstance(chosen.settings, RollingSettings):
         consider(replace(chosen.settings, guess="affine"))

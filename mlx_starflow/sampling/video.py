@@ -83,6 +83,7 @@ def sample_frames(
     context: int | None = None,
     frames_at_once: int = 1,
     attn_temp: float = 1.0,
+    kv_bits: int = 0,
     progress: Watch = False,
     trace: SamplingTrace | None = None,
 ) -> Iterator[mx.array]:
@@ -94,7 +95,7 @@ def sample_frames(
         flow: a STARFlow for videos.
         noise: `[B, T, H, W, C]`: an array, or anything that has this `shape` and gives `noise[:, start:stop]` for one
             range of frames after the other.
-        text, null_text, guidance, attn_temp, progress: as for `sample`.
+        text, null_text, guidance, attn_temp, kv_bits, progress: as for `sample`.
         method: as for `sample`; the names mean what `methods.for_videos` says.
         given: the first frames `[B, P, H, W, C]`, P <= T, with the flow's training noise; they come out as they are,
             and the noise in their place is not used.
@@ -125,7 +126,7 @@ def sample_frames(
     evaluations, noise_floors = [0] * (deep + 1), [0.0] * (deep + 1)
     unknown = (total - known) * size * sum(not block.is_identity for block in flow.blocks)
     shape = (batch, parts[0][2], *frame_shape)
-    guided = GuidedFlow(flow, shape, text, null_text, SamplingOptions(guidance, attn_temp))
+    guided = GuidedFlow(flow, shape, text, null_text, SamplingOptions(guidance, attn_temp, kv_bits=kv_bits))
     decoder = None
     with watch(progress).counting("flow", unknown, "tok", label="sampling", leave=False) as counter:
         if given is not None:
@@ -212,7 +213,7 @@ def _deep_state(flow: Flow, decoder: BlockDecoder, shape: tuple[int, ...], frame
 def _shallow_state(flow: Flow, decoder: BlockDecoder, shape: tuple[int, ...]) -> mx.array:
     """The same of a block that makes several frames at once: of the last of them."""
     tokens = decoder.block.unpermute(decoder.data(0, decoder.z.shape[1]), decoder.frames)
-    return flow.latents(tokens[:, -(decoder.z.shape[1] // decoder.frames) :], shape)
+    return flow.latents(tokens[:, -(tokens.shape[1] // decoder.frames) :], shape)
 
 
 def denoise_frames(

@@ -97,8 +97,9 @@ def _use(package: Package, repository: str) -> Iterator[str]:
     prompt = package.prompts[0] if package.prompts else "a red apple"
     quoted = '"' + prompt.replace("\\", "\\\\").replace('"', '\\"').replace("$", "\\$").replace("`", "\\`") + '"'
     if package.adapter is not None:
-        command = f"mlx-starflow generate {quoted} -m {package.base or 'MODEL'} --lora {repository} 1"
-        python = f'load({package.base or "MODEL"!r}, adapters=[("{repository}", 1.0)])'
+        base = package.base or "MODEL"
+        command = f"mlx-starflow generate {quoted} -m {base} --lora {repository} 1"
+        python = f'load("{base}", adapters=[("{repository}", 1.0)])'
     else:
         tag = _kind(package)[0]
         verb = "video" if tag == "text-to-video" else "generate"

@@ -7,6 +7,7 @@ import pytest
 from helpers.model_directories import write_image_model
 from helpers.tiny_flows import tiny_flow
 
+from mlx_starflow.bench.benchmark import bench
 from mlx_starflow.bench.trials import prepare
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.media.noise import draw_noise
@@ -51,3 +52,23 @@ def test_a_model_of_classes(tmp_path):
     trials = prepare(tmp_path, ["", ""], guidance=1.5)
     assert trials.task.text.tolist() == [0, 1]
     assert trials.task.sample("sequential")[0].shape == (2, 4, 4, 1)
+    assert trials.task.guidance == 1.5
+
+
+def test_a_model_of_classes_has_its_own_guidance_and_temperature(tmp_path):
+    flow = tiny_flow("tarflow", cfg=0.7)
+    config = {"model_type": "tarflow", **flow.config.to_dict(), "pipeline": {"temperature": 0.9}}
+    save_model(tmp_path, parameters(flow), config)
+    trials = prepare(tmp_path, ["", ""], seed=3)
+    assert trials.task.guidance == 0.7
+    assert mx.allclose(trials.task.z, 0.9 * mx.array(draw_noise([3, 4], flow.var.shape)))
+
+
+def test_tokens_of_blocks_with_patches_of_their_own(tmp_path):
+    flow = tiny_flow("itarflow_patches")
+    save_model(tmp_path, parameters(flow), {"model_type": "itarflow", **flow.config.to_dict()})
+    lengths = [block.config.num_patches for block in flow.blocks]
+    assert prepare(tmp_path, [""]).task.lengths == lengths and len(set(lengths)) == 2
+    found = bench(tmp_path, methods=["sequential"], rounds=1).to_dict()["methods"][0]
+    assert found["evaluations"] == [length - 1 for length in reversed(lengths)]
+    assert found["tokens_per_evaluation"] == [length / (length - 1) for length in reversed(lengths)]

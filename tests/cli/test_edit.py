@@ -17,6 +17,7 @@ from PIL import Image
 from mlx_starflow import load_flow
 from mlx_starflow.editing import Encoded
 from mlx_starflow.media.metadata import read_metadata
+from mlx_starflow.pipelines import Pipeline
 from mlx_starflow.training.finetuning.adapters import AdapterConfig, adapter_layers, attach, save_adapter
 
 edit, encode, decode, generate = Command("edit"), Command("encode"), Command("decode"), Command("generate")
@@ -120,8 +121,10 @@ def test_edits_say_how_they_were_made(model, pictures, tmp_path):
         assert "does not say how it was made" in generate.mistake("--like", out)
 
 
-def test_edits_and_scores_take_adapters_methods_and_little_memory(model, pictures, tmp_path):
+def test_edits_and_scores_take_adapters_methods_and_little_memory(model, pictures, tmp_path, monkeypatch):
     one, two = pictures
+    methods, inversion = [], Pipeline.inversion
+    monkeypatch.setattr(Pipeline, "inversion", lambda pipe, method: methods.append(method) or inversion(pipe, method))
     adapter = write_adapter(tmp_path / "adapter", model)
     asked = {
         "inpaint": [one, "--mask", "0,0,4,4", "--steps", 1, "--rounds", 1, "--seed", 3],
@@ -139,8 +142,10 @@ def test_edits_and_scores_take_adapters_methods_and_little_memory(model, picture
 
     for name in asked:
         plain, _ = made(name)
-        frugal, _ = made(name, "--low-memory", "--method", "jacobi")
+        frugal, _ = made(name, "--low-memory", "--method", "sequential")
         assert np.abs(frugal - plain).max() <= 1, name
+        made(name, "--method", "jacobi")
+        assert methods[-3:] == [None, "sequential", "jacobi"], name
         tuned, about = made(name, "--lora", adapter, 1)
         assert (tuned != plain).any() and about["adapters"] == [[str(adapter), 1.0]], name
     score = [

@@ -52,6 +52,17 @@ def test_grid_and_separate(run, model, tmp_path):
     assert read_metadata("p-3.png")["prompts"] == ["a dog"]
 
 
+def test_bits_of_keys_and_values(run, model):
+    """Files say what it was, and are made again with it."""
+    assert run("a cat", "-m", model, "--seed", 1, "-o", "a.png").exit_code == 0
+    assert "kv_bits" not in read_metadata("a.png")["settings"]
+    result = run("a cat", "-m", model, "--seed", 1, "--kv-bits", 4, "--json", "-", "-o", "b.png")
+    assert '"kv_bits": "4"' in result.output
+    assert run("--like", "b.png", "-o", "c.png").exit_code == 0
+    assert read_metadata("c.png")["settings"]["kv_bits"] == "4"
+    assert run("a cat", "-m", model, "--kv-bits", 5).exit_code == 2
+
+
 @pytest.mark.parametrize("words", [["-n", 1], ["-n", 2, "--guidance", 2.5, "--method", "jacobi", "--size", "16x8"]])
 def test_from_makes_the_picture_again(run, model, words):
     assert run("a cat", "a dog", "-m", model, "--temperature", 0.9, *words, "-o", "a.png").exit_code == 0

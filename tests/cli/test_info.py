@@ -71,6 +71,18 @@ def test_size_and_batch(tmp_path):
     assert result.exit_code == 2 and "multiples of 2 pixels" in result.output
 
 
+def test_keys_and_values(tmp_path, monkeypatch):
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    plain, eight = info("apple/starflow-v"), info("apple/starflow-v", "--kv-bits", 8)
+    assert "Keys and values are in 8 bits" in eight.output and "Keys and values are" not in plain.output
+    peaks = [float(table(each.output, "peak with --low-memory")["flow"][-1]) for each in (plain, eight)]
+    sizes = table(plain.output, "keys and values")
+    assert sizes == table(eight.output, "keys and values")
+    saved = float(sizes["as computed"][-1]) - float(sizes["in 8 bits"][-1])
+    assert peaks[0] - peaks[1] == pytest.approx(saved, abs=0.1)
+    assert info("demo", "--kv-bits", 3).exit_code == 2
+
+
 def test_a_flow_alone(tmp_path):
     flow = tiny_flow()
     save_model(tmp_path, parameters(flow), {"model_type": "starflow", **flow.config.to_dict()})

@@ -90,7 +90,6 @@ PICTURE = "0.png"
         (["train", "pictures", "-o", "m", "--preset", "tarflow", "--context-full", 0.5], "--context-full", "TarFlow"),
         (["train", "pictures", "-o", "m", "--preset", "small", "--model-config", "f"], "--preset", "--model-config"),
         (["info", PICTURE, "--size", "8x8"], "--size", "is a picture"),
-        (["info", "classes", "--batch-size", 2], "--batch-size", "prompts"),
         (["info", "demo", "--frames", 5], "--frames", "makes pictures"),
         (["encode", PICTURE, "-m", "classes", "-o", "n.safetensors", "--guidance", 1], "guidance", "no classes"),
         (["tune", "classes", "--prompt-file", "prompts.txt", "--dry-run"], "--prompt-file", "prompts"),

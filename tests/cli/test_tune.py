@@ -44,6 +44,12 @@ def test_a_plan_is_written(model):
     assert load(model).plan == plan
 
 
+def test_a_plan_for_keys_and_values_in_fewer_bits(model):
+    result = tune(model, "--tolerance", 0.02, "--kv-bits", 8)
+    assert result.exit_code == 0, result.output
+    assert SamplingPlan.find(model).kv_bits == 8
+
+
 def test_a_dry_run_writes_nothing(model, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat\n\na dog\n")

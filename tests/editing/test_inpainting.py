@@ -42,6 +42,23 @@ def test_what_is_kept_stays(model):
     assert np.array_equal(np.asarray(hard)[:, :4], before[:, :4])
 
 
+def test_previews(model):
+    (image,) = smooth_images(1)
+    mask, seen = read_mask(RIGHT, (8, 8)), {"flow": [], "inpainting": []}
+
+    def look(progress):
+        if shown := progress.preview():
+            seen[progress.phase].append(shown)
+
+    asked = {"steps": 3, "rounds": 1, "images": 2, "seed": 4}
+    plain = inpaint(model, image, mask, "1", **asked).images
+    watched = inpaint(model, image, mask, "1", callback=look, **asked).images
+    assert [each.tobytes() for each in watched] == [each.tobytes() for each in plain]
+    assert len(seen["inpainting"]) == 3 and len(seen["flow"]) > 3
+    for images in [*seen["inpainting"], *seen["flow"]]:
+        assert [each.size for each in images] == [(8, 8)] * 2
+
+
 def test_a_seed_is_one_picture_in_any_company(model):
     (image,) = smooth_images(1)
     mask = read_mask("0,0,8,3", (8, 8))

@@ -50,7 +50,7 @@ def test_previews(model):
     calls = {
         "vary": lambda **options: vary(model, image, "1", [0.3, 0.9], seed=3, **options).images,
         "reprompt": lambda **options: reprompt(model, image, "0", "2", [0.5, 1.0], **options).images,
-        "interpolate": lambda **options: interpolate(model, image, image, "0", "2", steps=2, **options).images,
+        "interpolate": lambda **options: interpolate(model, image, image, ("0", "2"), 0.5, **options).images,
         "decode": lambda **options: decode(model, encoded, **options)[0],
     }
     for name, call in calls.items():

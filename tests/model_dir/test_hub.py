@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import huggingface_hub
+import mlx.core as mx
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.model_dir import hub
+from mlx_starflow.model_dir.adapters import CONFIG_FILE, WEIGHTS_FILE, Adapter
+from mlx_starflow.model_dir.files import CLASSES_FILE
 from mlx_starflow.model_dir.hub import converted_directory, fetch, find_model
 
 
@@ -135,7 +138,8 @@ def test_repository(download, tmp_path):
     assert find_model("owner/some-model_1.0") == tmp_path
     ((repository, options),) = asked
     assert repository == "owner/some-model_1.0"
-    assert options == {"allow_patterns": ["*.json", "*.safetensors", "*spiece.model"]}
+    wanted = ["*.json", "*.safetensors", "*spiece.model", CLASSES_FILE, "LICEN[CS]E*", "NOTICE*"]
+    assert options == {"allow_patterns": wanted}
 
 
 @pytest.mark.parametrize(
@@ -159,3 +163,14 @@ def test_offline(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     assert "the Hub cannot be reached" in message("owner/no-such-model")
+
+
+def test_what_is_fetched_of_an_adapter(download, tmp_path):
+    asked = download(tmp_path)
+    mx.save_safetensors(str(tmp_path / WEIGHTS_FILE), {"x.lora_a": mx.zeros((2, 1)), "x.lora_b": mx.zeros((1, 2))})
+    (tmp_path / CONFIG_FILE).write_text('{"kind": "lora", "scale": 2.0}')
+    assert list(Adapter.read("jane/adapter").layers) == ["x"]
+    assert asked == [("jane/adapter", {"allow_patterns": [CONFIG_FILE, WEIGHTS_FILE]})]
+    with pytest.raises(StarflowError, match="is not a folder"):
+        Adapter.read(tmp_path / "none")
+    assert len(asked) == 1

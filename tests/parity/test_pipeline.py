@@ -167,6 +167,7 @@ def test_options_that_torch_does_not_have(tiny, tmp_path, device):
     torch = [*words, "--backend", "torch", "--device", device]
     assert "no low-memory mode" in generate.mistake(*torch, "--low-memory")
     assert "float32 or bfloat16, not in float16" in generate.mistake(*torch, "--dtype", "float16")
+    assert "keeps keys and values as they are" in generate.mistake(*torch, "--kv-bits", "8")
     assert "add --backend torch" in generate.mistake(*words, "--device", device)
     if "cuda" not in DEVICES:
         assert "no device cuda" in generate.mistake(*words, "--backend", "torch", "--device", "cuda")

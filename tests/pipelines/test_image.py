@@ -6,6 +6,7 @@ from helpers.precision import bound, roundings
 from mlx_starflow import load
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.pipelines import GenerationSettings
+from mlx_starflow.sampling import cache
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +112,7 @@ def test_a_long_prompt_is_cut_with_a_warning(pipe):
         ({"temperature": -0.1}, "temperature must be 0 or more"),
         ({"method": "magic"}, "unknown sampling method"),
         ({"images": 0}, "images must be 1 or more"),
+        ({"kv_bits": 5}, "kept in 8 or 4 bits, or none, or auto, not '5'"),
         ({"seed": -4}, "seed is a whole number"),
     ],
 )
@@ -130,10 +132,24 @@ def test_settings_and_overrides(pipe):
     """What is given by name comes before the settings, and None leaves them as they are."""
     chosen = GenerationSettings(guidance=0.5, temperature=0.6, denoise=False)
     result = pipe.generate("a cat", seed=1, settings=chosen, temperature=0.9, guidance=None)
-    assert result.settings == GenerationSettings(guidance=0.5, temperature=0.9, denoise=False)
+    assert result.settings == GenerationSettings(guidance=0.5, temperature=0.9, denoise=False, kv_bits="none")
     assert pipe.generate("a cat", seed=1, guidance=0.0).settings.guidance == 0.0
     with pytest.raises(StarflowError, match="no argument 'colour'"):
         pipe.generate("a cat", colour=3)
+
+
+def test_bits_of_keys_and_values(pipe, monkeypatch):
+    """Decided before anything is made, and told: to the result, its files and what makes them again."""
+    monkeypatch.setattr(cache, "RECENT", 2)
+    exact, again = (pipe.generate("a cat", seed=1, method="sequential", kv_bits=each) for each in (None, "none"))
+    assert exact.settings.kv_bits == "none" and exact.images == again.images
+    found = pipe.generate("a cat", seed=1, method="sequential", kv_bits=8)
+    assert found.settings.kv_bits == "8" and found.metadata[0]["settings"]["kv_bits"] == "8"
+    assert 0 < np.abs(np.array(found.latents) - np.array(exact.latents)).max() < 0.3
+    assert exact.stats.certificate.max < found.stats.certificate.max < 0.3
+    monkeypatch.setattr("mlx_starflow.pipelines.latents.automatic_kv_bits", lambda request: 4)
+    short = type(pipe)(pipe.name, pipe.model, pipe.backend)
+    assert short.generate("a cat", seed=1, images=2).settings.kv_bits == "4"
 
 
 def test_a_flow_alone_does_not_generate(directory, tmp_path):

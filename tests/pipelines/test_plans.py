@@ -69,6 +69,19 @@ def test_a_plan_of_another_precision_is_ignored(model):
     assert load(model, dtype="float16").plan == plan()
 
 
+def test_a_plan_is_for_keys_and_values_in_its_bits(model):
+    replace(plan(), kv_bits=8).save(model)
+    pipe = load(model)
+    assert pipe.plan == replace(plan(), kv_bits=8)
+    assert pipe.method(pipe.settings.updated(kv_bits=8)) is pipe.plan
+    assert pipe.method(pipe.settings.updated(kv_bits="none")) == "rolling"
+    assert pipe.inversion() == "sequential"  # editing is exact
+    plan().save(model)
+    assert "kv_bits" not in json.loads((model / "sampling_plan.json").read_text())
+    pipe = load(model)
+    assert pipe.method(pipe.settings.updated(kv_bits=8)) == "rolling" and pipe.inversion() is pipe.plan
+
+
 def test_files_say_what_auto_was(model):
     """Without a plan; with one, the plan is asked again."""
     for method in (None, "rolling"):

@@ -43,7 +43,7 @@ def test_phases_of_a_video(pipe):
 @pytest.mark.parametrize("at_once", [1, 3])
 def test_previews_of_a_video(directory, low_memory, at_once):
     pipe, seen = load_video(directory, low_memory=low_memory), []
-    asked = {"seed": 1, "frames": 9, "method": "sequential", "videos": 2, "frames_at_once": at_once}
+    asked = {"seed": 1, "frames": 9, "method": "sequential", "videos": 2, "batch_size": 2, "frames_at_once": at_once}
 
     def look(progress: Progress) -> None:
         if progress.phase == "flow" and progress.total:

@@ -53,8 +53,9 @@ def test_predicted_peaks(tmp_path, kind, batch, guidance):
     before = mx.get_active_memory()
     pipe = load(directory)
     expected = plan_classes(directory, batch=batch, guidance=guidance).phases()
+    settings = pipe.settings.with_classes(denoise_steps=1).updated(method="rolling", guidance=guidance)
     with one_at_a_time():
-        taken = pipe.generate("1", seed=1, images=batch, guidance=guidance, method="rolling").stats.memory
+        taken = pipe.generate("1", seed=1, images=batch, settings=settings).stats.memory
     for phase, predicted in expected.items():
         assert taken[phase] - before <= predicted <= RUN_AHEAD * (taken[phase] - before), phase
 
@@ -89,7 +90,7 @@ def test_too_many_pictures_at_once_are_refused(tmp_path, monkeypatch):
     words = ["--label", 1, "--images", 20, "--guidance", 1, "-m", directory, "-o", tmp_path / "a.png"]
     assert "make fewer pictures at a time" in generate.mistake(*words)
     monkeypatch.setattr(limits, "installed", lambda: needed)
-    pipe.check_images((32, 32), 8, 1.0)
+    pipe.checked_images(pipe.settings.updated(guidance=1.0), (32, 32), 8)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import resource
 import shutil
 import sys
@@ -18,6 +19,7 @@ from mlx.utils import tree_flatten
 
 from mlx_starflow import cpu, load
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.model_dir.directory import ModelDirectory
 from mlx_starflow.model_dir.hub import DEMO
 from mlx_starflow.model_dir.quantization import quantize_module
 from mlx_starflow.model_dir.saving import save_model
@@ -27,7 +29,9 @@ from mlx_starflow.models.starflow import FlowConfig, STARFlow
 from mlx_starflow.models.t5 import T5Config, T5Encoder
 from mlx_starflow.planning import memory
 from mlx_starflow.planning.footprint import decode
+from mlx_starflow.planning.limits import MemoryRequest, automatic_kv_bits
 from mlx_starflow.planning.memory import ModelConfigs, parameter_count, plan, usable, weight_bytes
+from mlx_starflow.planning.summary import memory_report
 
 PLAIN = T5Config(vocab_size=1000, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4)
 GATED = T5Config(
@@ -69,7 +73,8 @@ def check(directory: str | Path, low_memory: bool, **how) -> None:
     pipe = load(directory, low_memory=low_memory)
     expected = plan(pipe.directory, **how).phases(low_memory)
     with one_at_a_time():
-        memory = pipe.generate("a red cat", seed=1, images=batch, size=size).stats.memory
+        kv_bits = how.get("kv_bits", 0)
+        memory = pipe.generate("a red cat", seed=1, images=batch, size=size, kv_bits=kv_bits).stats.memory
     assert expected.keys() == memory.keys()
     for phase, predicted in expected.items():
         taken = memory[phase] - before
@@ -83,6 +88,12 @@ def check(directory: str | Path, low_memory: bool, **how) -> None:
 )
 def test_predicted_peaks(tmp_path, name, batch, low_memory):
     check(write_model(tmp_path, name), low_memory, batch=batch)
+
+
+@pytest.mark.usefixtures("in_mlx", "chosen_here")
+@pytest.mark.parametrize("kv_bits", [8, 4])
+def test_predicted_peaks_with_quantized_keys_and_values(tmp_path, kv_bits):
+    check(write_model(tmp_path, "narrow"), low_memory=True, batch=3, kv_bits=kv_bits)
 
 
 @pytest.mark.usefixtures("in_mlx", "chosen_here")
@@ -179,6 +190,9 @@ def test_what_makes_it_grow():
     one = plan(configs, dtype="bfloat16")
     assert plan(configs, dtype="bfloat16", guidance=0.0).kv_cache == one.kv_cache // 2
     assert plan(configs, dtype="bfloat16", batch=4).kv_cache == one.kv_cache * 4
+    half, quarter = (plan(configs, dtype="bfloat16", size=(1024, 1024), kv_bits=bits) for bits in (8, 4))
+    whole = plan(configs, dtype="bfloat16", size=(1024, 1024))
+    assert 0.53 < half.kv_cache / whole.kv_cache < 0.55 and 0.28 < quarter.kv_cache / whole.kv_cache < 0.3
     larger = plan(configs, dtype="bfloat16", size=(512, 256))
     assert larger.kv_cache == one.kv_cache * (2048 + 128) // (1024 + 128)
     assert larger.activations["denoise"] > 2 * one.activations["denoise"]
@@ -226,6 +240,33 @@ def test_low_memory_is_chosen_by_the_plan(tmp_path, monkeypatch):
         assert load(directory).backend.low_memory == low_memory
         assert ("flow" in load(directory).backend.held) != low_memory
     assert not load(directory, low_memory=False).backend.low_memory
+
+
+def test_bits_of_keys_and_values_are_chosen_by_the_plan(tmp_path, monkeypatch):
+    """The most that there is memory for; what helps most where there is for none."""
+    directory = ModelDirectory(write_model(tmp_path, "wide"))
+    requests = [MemoryRequest(directory, (256, 256), batch=512, low_memory=True)]
+    peaks = [requests[0].peak(bits) for bits in (0, 8, 4)]
+    assert peaks[0] > peaks[1] > peaks[2]
+    for room, bits in ((peaks[0], 0), (peaks[0] - 1, 8), (peaks[1] - 1, 4), (peaks[2] - 1, 4)):
+        monkeypatch.setattr("mlx_starflow.planning.limits.available", lambda room=room: room)
+        assert automatic_kv_bits(requests[0]) == bits
+    small = MemoryRequest(directory, (16, 16))  # nothing of it would be quantized
+    assert automatic_kv_bits(small) == 0
+
+
+def test_the_released_video_model_on_a_mac_of_32_gb():
+    """81 frames of 848x480: weights in 8 bits, or 4, and keys and values in 8."""
+    configs = ModelConfigs.of_release("apple/starflow-v")
+    for weights in (8, 4):
+        dense, eight = (
+            plan(configs, dtype="float16", flow_dtype="float16", quantization=weights, kv_bits=bits) for bits in (0, 8)
+        )
+        assert not dense.fits(32, low_memory=True) and eight.fits(32, low_memory=True)
+        assert eight.kv_cache <= 0.55 * dense.kv_cache
+    report = "\n".join(memory_report("apple/starflow-v"))
+    assert re.search(r"32 GB +no +--kv-bits 4( +--kv-bits 8){3}\n", report)
+    assert "chosen by itself where memory is short" in report
 
 
 def test_a_cuda_gpu_has_its_own_memory(monkeypatch):

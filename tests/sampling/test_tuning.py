@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+
 import mlx.core as mx
 import pytest
 from helpers.tiny_flows import tiny_case
@@ -9,7 +11,7 @@ from mlx.utils import tree_map
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.sampling import SamplingTrace, SequentialSettings, certify, sample
-from mlx_starflow.sampling.tuning import ALIKE, Trial, _cheapest, tune
+from mlx_starflow.sampling.tuning import ALIKE, Trial, _cheapest, tune, windows
 
 
 @pytest.mark.parametrize("family", ["softplus", "shifted", "identity_block", "no_text", "tarflow"])
@@ -77,6 +79,41 @@ def test_the_other_cost_decides_between_what_costs_alike():
     trials = [Trial(0, SequentialSettings(), evaluations, seconds, 0.0) for evaluations, seconds in costs]
     assert _cheapest(trials, "seconds").evaluations == 50
     assert _cheapest(trials, "evaluations").evaluations == 46
+
+
+def test_windows_in_the_order_of_what_they_are_likely_to_cost():
+    assert windows(256, "seconds") == [8, 16, 32, 64, 128, 256]
+    assert windows(100, "evaluations") == [100, 64, 32, 16, 8]
+    assert windows(5, "seconds") == windows(5, "evaluations") == [5]
+
+
+@pytest.mark.parametrize("least", ["seconds", "evaluations"])
+def test_what_tuning_takes(least):
+    """Each block is sampled sequentially once, whatever is tried after that; and the plan says what all of it took."""
+    tiny = tiny_case("tarflow")
+    z = mx.random.normal(tiny.noise(tiny.flow(tiny.x, tiny.text).z).shape, key=mx.random.key(0))
+    lines: list[str] = []
+    plan = tune(tiny.flow, z, tiny.text, least=least, report=lines.append)
+    trials = [line for line in lines if line.startswith("block ")]
+    together = [line for line in lines if line.startswith("together: ")]
+    sequential = [line for line in trials if ": sequential:" in line]
+    assert len(sequential) == len(tiny.flow.blocks)
+    spent = sum(int(line.split(": ")[2].split()[0]) for line in trials)
+    spent += sum(sum(ast.literal_eval(line[len("together: ") : line.index("]") + 1])) for line in together)
+    assert plan.measured["tuning_evaluations"] == spent
+    assert lines[-1] == f"tuning took {spent} evaluations"
+
+
+def test_windows_of_a_block_with_patches_of_its_own():
+    """A block's windows go up to its own tokens, of which it may have more than the noise."""
+    tiny = tiny_case("itarflow_patches")
+    z = mx.random.normal(tiny.noise(tiny.flow(tiny.x).z).shape, key=mx.random.key(0))
+    lengths = [block.config.num_patches for block in tiny.flow.blocks]
+    assert len(set(lengths)) > 1
+    lines: list[str] = []
+    tune(tiny.flow, z, least="evaluations", report=lines.append)
+    for index, length in enumerate(lengths):
+        assert any(line.startswith(f"block {index}: rolling window of {length},") for line in lines)
 
 
 def test_arguments_are_checked():

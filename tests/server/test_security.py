@@ -264,7 +264,8 @@ def test_uploads_write_nothing_but_the_gallery(server, tmp_path, monkeypatch):
     before = sorted(path.name for path in server.service.gallery.folder.iterdir())
     assert server.client.post("/api/score", files=files, data={"draws": "1"}).status_code == 200
     assert sorted(path.name for path in server.service.gallery.folder.iterdir()) == before
-    assert list(tmp_path.iterdir()) == []
+    # MLX's CPU backend compiles in a folder of its own there, in half precision.
+    assert [path.name for path in tmp_path.iterdir() if path.name != "mlx"] == []
 
 
 def raw(server, data: bytes, wait: float = 1.0) -> bytes:

@@ -17,6 +17,7 @@ from mlx_starflow.kernels.affine import GUIDANCE_MODES, AffineMap, affine_forwar
 from mlx_starflow.kernels.attention import attention
 from mlx_starflow.kernels.devices import backend
 from mlx_starflow.kernels.qkv import split_rotate
+from mlx_starflow.kernels.quantized_attention import QuantizedRows
 from mlx_starflow.model_dir.quantization import QuantizedLinear, quantize_module
 from mlx_starflow.model_dir.weights import MLX_DTYPES, cast_weights
 from mlx_starflow.models.flow import BlockConfig, Condition, FlowBlock
@@ -70,6 +71,8 @@ def checks() -> list[Check]:
             for name, look in (
                 ("attention", short_attention),
                 (f"attention to {LONG:,}", long_attention),
+                ("attention, 8-bit keys", lambda: quantized_attention(8)),
+                ("attention, 4-bit keys", lambda: quantized_attention(4)),
                 ("products, 8 bits", lambda: quantized_products(8)),
                 ("products, 4 bits", lambda: quantized_products(4)),
                 ("convolution, 2-D", lambda: convolution(2)),
@@ -256,6 +259,30 @@ def short_attention() -> Finding:
 def long_attention() -> Finding:
     shapes = ((1, LONG, None), (4, LONG, "causal"), (16, LONG, "causal"))
     return each_dtype(lambda dtype: max(attention_error(dtype, *shape) for shape in shapes))
+
+
+def quantized_attention(bits: int) -> Finding:
+    """To keys and values of which the last ones are dense, for one query and several, with as many heads and fewer."""
+
+    def rows(a: mx.array) -> tuple[QuantizedRows, np.ndarray]:
+        size, most = 64, a.shape[2] - 40
+        words, scales, biases = mx.quantize(a[:, :, :most], group_size=size, bits=bits)
+        unpacked = mx.dequantize(words, scales, biases, group_size=size, bits=bits, stream=mx.cpu)
+        dense = a[:, :, most:]
+        read = np.concatenate([exact(unpacked), exact(dense)], axis=2)
+        return QuantizedRows((words, scales, biases), dense, size, bits), read
+
+    def error(dtype: mx.Dtype) -> float:
+        worst = 0.0
+        for heads, queries, mask in ((2, 1, None), (4, 1, None), (2, 8, "causal"), (4, 70, "causal")):
+            q = normal(0, 1, heads, queries, 64, dtype=dtype)
+            (k, keys), (v, values) = (rows(normal(key, 1, 2, 300, 64, dtype=dtype)) for key in (1, 2))
+            keys, values = (np.repeat(each, heads // 2, axis=1) for each in (keys, values))
+            wanted = softmax_attention(exact(q), keys, values, 0.125, mask)
+            worst = max(worst, relative_error([attention(q, k, v, scale=0.125, mask=mask)], [wanted]))
+        return worst
+
+    return each_dtype(error)
 
 
 def quantized_products(bits: int) -> Finding:

@@ -25,6 +25,7 @@ from mlx_starflow.cli.options.sampling import (
     sampling_options,
 )
 from mlx_starflow.cli.options.text import Lines
+from mlx_starflow.cli.options.texts import check_not_text, text_options, write_texts
 from mlx_starflow.cli.options.vocabulary import Renamed, json_option, quality_option
 from mlx_starflow.errors import StarflowError
 
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
 @click.option("--size", type=Size(), help="In pixels; the size the model was trained at by default.")
 @click.option("--separate", is_flag=True, help="One file for each picture (out-1.png, ...) instead of a grid.")
 @click.option("--columns", type=click.IntRange(min=1), help="Pictures in a row of the grid.")
+@text_options
 @quality_option
 @metadata_option
 @click.option(
@@ -124,10 +126,13 @@ def generate(
     verify: bool | None,
     attn_temp: float | None,
     denoise: bool | None,
+    kv_bits: str | None,
     size: tuple[int, int] | None,
     source: Path | None,
     separate: bool,
     columns: int | None,
+    length: int | None,
+    fill: bool,
     quality: int | None,
     metadata: bool,
     save_noise: Path | None,
@@ -143,7 +148,7 @@ def generate(
     json_file: Path | None,
     verbose: bool,
 ) -> None:
-    """Make pictures of PROMPTS.
+    """Make pictures of PROMPTS, or, with a model of text, go on after them.
 
     \b
     mlx-starflow generate "a slice of pizza"
@@ -151,11 +156,33 @@ def generate(
     mlx-starflow generate "a cat" --seed 1 --seed 5 -o "{prompt}-{seed}.png"
     mlx-starflow generate --like grid.png -o again.png
     mlx-starflow generate --model my-tarflow --label 3 --images 8 --guidance 1.5
+    mlx-starflow generate --model my-text-flow "In the beginning" --length 400 --temperature 0.8
+    mlx-starflow generate --model my-text-flow "And it came to ____ in those days" --fill
 
     A TarFlow's or an iTARFlow's prompts are classes, by their names or numbers: --label 3, or just 3.
 
     An empty prompt ("") gives a picture of anything.
     """
+    from mlx_starflow.model_dir.directory import is_text_model
+
+    if model is not None and is_text_model(model):
+        write_texts(
+            [*prompts, *named_prompts, *(prompt_file or [])] or [""],
+            model=model,
+            output=output if given_options("--output") else None,
+            json_file=json_file,
+            seeds=seed,
+            texts=images or 1,
+            length=length,
+            fill=fill,
+            temperature=temperature,
+            method=method,
+            verify=bool(verify),
+            dtype=dtype,
+            verbose=verbose,
+        )
+        return
+    check_not_text(model or "demo")
     from mlx_starflow.media import images as media
     from mlx_starflow.media import noise
     from mlx_starflow.media.outputs import STDOUT
@@ -247,7 +274,13 @@ def generate(
     recorded = recipe.settings_with(pipe.plan, pipe.backend.methods) if recipe else {}
     chosen = type(pipe.settings).from_dict({**pipe.settings.to_dict(), **recorded})
     settings = chosen.updated(
-        guidance=guidance, temperature=temperature, method=method, attn_temp=attn_temp, denoise=denoise, size=size
+        guidance=guidance,
+        temperature=temperature,
+        method=method,
+        attn_temp=attn_temp,
+        denoise=denoise,
+        size=size,
+        kv_bits=kv_bits,
     )
     settings = labels.apply(settings, opened.name)
     given = None
@@ -258,8 +291,9 @@ def generate(
             raise StarflowError(f"{load_noise} is not the noise that {source} was made from")
     ranks.agree_on_method(settings.method)
     start = None if given is None else noise.digest(given)
-    # What sequential sampling makes is right by construction: its certificate would only say so.
-    certify = pipe.method(settings) != "sequential" if verify is None else verify
+    # What is sampled one token after another, with keys and values as they are, is right by construction: its
+    # certificate would only say so.
+    certify = pipe.method(settings) != "sequential" or bool(settings.cache_bits) if verify is None else verify
     keep_steps = steps_dir is not None
     options = (settings, seeds, images, best_of, start, keep_steps, batch_size, certify)
     ranks.agree({"prompts": asked, "options": options})

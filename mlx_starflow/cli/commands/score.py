@@ -21,7 +21,8 @@ from mlx_starflow.cli.options.images import (
     table_options,
 )
 from mlx_starflow.cli.options.outputs import OUTPUT, claim_outputs, files_read, make_folder, overwrite_option
-from mlx_starflow.cli.options.rules import excludes, needs, option_rules
+from mlx_starflow.cli.options.rules import excludes, given_options, needs, option_rules
+from mlx_starflow.cli.options.texts import score_texts
 
 if TYPE_CHECKING:
     from mlx_starflow.likelihood import CalibrationStatistics, ImageModel, ImageOrVideo, Score
@@ -76,10 +77,13 @@ def score(
 ) -> None:
     """Score PICTURES, files or folders of them: exact negative log-likelihood in nats per dimension.
 
+    With a model of text, score text files: bits per character.
+
     \b
     mlx-starflow score cat.png --prompt "cat face"
     mlx-starflow score photos --map maps --csv scores.csv
     mlx-starflow score street.mp4 -m my-video-model --map maps
+    mlx-starflow score book.txt -m my-text-flow
 
     A model that makes videos scores videos too, with each latent frame given those before it; pictures are stills.
 
@@ -87,6 +91,19 @@ def score(
     averaged over draws of that noise, whose standard error is printed. A low value alone does not make a picture
     usual: see the deviation from the model's own pictures (mlx-starflow calibrate), in standard deviations.
     """
+    from mlx_starflow.model_dir.directory import is_text_model
+
+    if is_text_model(model):
+        score_texts(
+            pictures,
+            model=model,
+            draws=draws if given_options("--draws") else None,
+            seed=seed,
+            csv_file=csv_file,
+            json_file=json_file,
+            dtype=dtype,
+        )
+        return
     from mlx_starflow.likelihood import CalibrationStatistics
     from mlx_starflow.likelihood.scores import score_data
     from mlx_starflow.media.image_files import find_images

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @click.argument("data", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=OUTPUT, required=True, help="Model directory to write.")
 @config_option
-@click.option("--preset", default="small", show_default=True, help="Sizes: small, demo; of pixels tarflow, itarflow.")
+@click.option("--preset", default="small", show_default=True, help="Sizes: small, demo; tarflow, itarflow; text.")
 @click.option("--model-config", type=click.Path(path_type=Path), help="YAML or JSON file of the flow's sizes instead.")
 @click.option("--init", metavar="MODEL", help="Begin with the weights of this model's flow, and train it alone.")
 @click.option(
@@ -78,6 +78,7 @@ def train(
     mlx-starflow train pictures -o model --init my-model            # begins with the weights of my-model's flow
     mlx-starflow train classes -o model --preset tarflow            # a TarFlow, on pixels, with classes
     mlx-starflow train classes -o model --preset itarflow           # an iTARFlow, which is sampled in many steps
+    mlx-starflow train book.txt -o model --preset text              # a flow over the characters of a text
     mlx.launch -n 2 --backend ring -- mlx-starflow train pictures -o model
 
     A flow alone takes its autoencoder and its text encoder from the model ENCODERS. What is left out is the preset's or
@@ -88,14 +89,20 @@ def train(
     from mlx_starflow.training.recipes.flow_config import flow_config_of, read_flow_config
     from mlx_starflow.training.recipes.new_flow import NewFlow
     from mlx_starflow.training.recipes.presets import PIXEL_FLOWS, get_preset, preset_flow
+    from mlx_starflow.training.recipes.text_flow import TEXT_FLOW, TEXT_PRESET
 
     flow = None
     if init is not None:
         flow = flow_config_of(init)
     elif model_config is not None:
         flow = read_flow_config(model_config)
+    elif preset == "text":
+        flow = TEXT_PRESET
     elif preset in PIXEL_FLOWS or is_cache(data):
         flow = preset_flow(preset)
+    if flow is not None and flow["model_type"] == TEXT_FLOW:
+        _train_text(context, data, output, flow, validation, training, resume)
+        return
     if flow is not None and (autoencoder_steps is not None or text_length is not None):
         raise click.UsageError("a flow alone needs no --autoencoder-steps and no --text-length")
     pixels = flow is not None and flow["model_type"] in PIXEL_FLOWS
@@ -127,6 +134,32 @@ def _train_flow(context: click.Context, run: NewFlow, resume: bool, dry_run: boo
         click.echo(run.step_time(choice))
         return
     run.run(resume, lambda: _save_settings(context, run.out, run.training_config(choice), {}))
+
+
+NOT_OF_TEXT = (
+    "--encoders", "--autoencoder-steps", "--text-length", "--caption", "--dry-run", "--noise-std", "--caption-dropout",
+    "--context-full", "--context-partial", "--level-sampling", "--level-weight", "--checkpoint-layers", "--watch-every",
+)  # fmt: skip
+"""Options that are about pictures."""
+
+
+def _train_text(
+    context: click.Context,
+    data: Path,
+    output: Path,
+    flow: Mapping[str, Any],
+    validation: float,
+    training: TrainingOptions,
+    resume: bool,
+) -> None:
+    from mlx_starflow.training.recipes.text_flow import NewTextFlow
+
+    if given := given_options(*NOT_OF_TEXT):
+        raise click.UsageError(f"{given[0]} is for pictures, and this is a flow over text: leave it out")
+    share = validation if given_options("--validation") else NewTextFlow.validation
+    run = NewTextFlow(data, output, flow, training, share, click.echo)
+    with resumable():
+        run.run(resume, lambda: _save_settings(context, run.out, run.training_config(), {}))
 
 
 def _train_model(

@@ -33,6 +33,12 @@ from mlx_starflow.cli.options.vocabulary import json_option, model_argument
 @click.option("--prompt-file", type=Lines(), help="Prompts to try, one a line; four simple ones by default.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the first prompt's noise.")
 @dtype_option("the flow")
+@click.option(
+    "--kv-bits",
+    type=click.Choice(["none", "8", "4"]),
+    default="none",
+    help="Tune for keys and values in so many bits; the plan is used with these alone.",
+)
 @json_option
 @overwrite_option
 @click.option("--dry-run", is_flag=True, help="Only say what would be chosen.")
@@ -44,6 +50,7 @@ def tune(
     prompt_file: list[str] | None,
     seed: int,
     dtype: str | None,
+    kv_bits: str,
     json_file: Path | None,
     dry_run: bool,
 ) -> None:
@@ -60,6 +67,7 @@ def tune(
     from mlx_starflow.model_dir.hub import find_model
     from mlx_starflow.model_dir.transaction import locked
     from mlx_starflow.model_dir.weights import parse_dtype
+    from mlx_starflow.sampling.cache import KV_CHOICES
     from mlx_starflow.sampling.tuning import tune as find_plan
 
     claim_outputs([], [json_file])
@@ -78,6 +86,7 @@ def tune(
         task.guidance,
         tolerance=tolerance,
         least=least,
+        kv_bits=KV_CHOICES[kv_bits] or 0,
         report=partial(click.echo, err=json_file == STDOUT),
         progress=None,
     )

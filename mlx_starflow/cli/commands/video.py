@@ -116,6 +116,7 @@ def video(
     verify: bool | None,
     attn_temp: float | None,
     denoise: bool | None,
+    kv_bits: str | None,
     stream: bool,
     keep_source: bool | None,
     crf: int | None,
@@ -207,7 +208,7 @@ def video(
             raise StarflowError(f"{load_noise} is not the noise that {source} was made from")
     ranks.agree_on_method(method or (settings or pipe.settings).method)
     ranks.agree_on_files(given)
-    options = (guidance, temperature, method, attn_temp, denoise, size, frames, fps, context, settings)
+    options = (guidance, temperature, method, attn_temp, denoise, size, frames, fps, context, kv_bits, settings)
     ranks.agree({"prompt": prompt, "options": (options, None if loaded is None else noise.digest(loaded))})
     made = pipe.stream(
         prompt,
@@ -226,6 +227,7 @@ def video(
         method=method,
         attn_temp=attn_temp,
         denoise=denoise,
+        kv_bits=kv_bits,
         live=stream,
         frames_at_once=1 if stream else 16,
         verify=bool(verify),

@@ -82,6 +82,21 @@ def given_options(*names: str) -> list[str]:
     return [name for name in names if _is_given(context, name)]
 
 
+def given_besides(*names: str) -> list[str]:
+    """What else the user of the current command has given: the names of parameters other than these."""
+    command = click.get_current_context().command
+    taken = {id(find_parameter(command, name)) for name in names}
+    others = [parameter for parameter in command.params if id(parameter) not in taken]
+    return given_options(*(spelling for other in others for spelling in _spellings(other)))
+
+
+def _spellings(parameter: click.Parameter) -> list[str]:
+    """What a user calls a parameter: both names of a switch that has two."""
+    if isinstance(parameter, click.Argument):
+        return [str(parameter.name).upper()]
+    return [max(names, key=len) for names in (parameter.opts, parameter.secondary_opts) if names]
+
+
 def find_parameter(command: click.Command, name: str) -> click.Parameter:
     """The parameter that a rule calls so; raises KeyError if a command has none."""
     name = name.split(" ")[0]

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.errors.arguments import checked_class
 from mlx_starflow.model_dir.precision import DTYPES, QUANTIZATIONS
 from mlx_starflow.training.config import LEARNING_RATES, TrainingConfig
 from mlx_starflow.training.finetuning.adapters import LAYERS, AdapterConfig
 
 
+@checked_class
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
     """How to fine-tune.

@@ -76,6 +76,7 @@ class Trainer:
         validation: held-out data.
         nll: `nll(model, batch)` -> `[B]`, nats per dimension without log(2 pi) / 2, for validation; `batch_nll` by
             default.
+        unit: what validation calls that, with the constant.
         samples: images that the model, with its averaged weights, makes every `config.watch_every` steps; a
             `SampleSheet` says what they show.
         publish: is given, on rank 0 and whenever a checkpoint has been written, the weights that `run` would return if
@@ -104,6 +105,7 @@ class Trainer:
         extra_loss: ExtraLoss | None = None,
         validation: IndexedData | None = None,
         nll: Callable[[Any, Batch], mx.array] = batch_nll,
+        unit: str = "nats/dim",
         samples: Callable[[Any], Sequence[Image.Image] | SampleSheet] | None = None,
         publish: Callable[[Mapping[str, mx.array]], None] | None = None,
         identity: Identity | None = None,
@@ -140,7 +142,9 @@ class Trainer:
         self.peak_memory = 0
         self._check_peers: Callable[[], None] = lambda: None
         self._losses = Losses()
-        self.validation = None if validation is None else Validation(self.folder, validation, nll, config, self.group)
+        self.validation = (
+            None if validation is None else Validation(self.folder, validation, nll, config, self.group, unit)
+        )
         if self.writes:
             if resume:
                 self._resume()

@@ -39,8 +39,9 @@ class Validation:
         nll: Callable[[Any, Batch], mx.array],
         config: TrainingConfig,
         group: mx.distributed.Group,
+        unit: str = "nats/dim",
     ):
-        self.folder, self.data, self.nll, self.group = folder, data, nll, group
+        self.folder, self.data, self.nll, self.group, self.unit = folder, data, nll, group, unit
         self.config = replace(config, caption_dropout=0.0, context_full=0.0, context_partial=0.0)
         self.state: dict[str, Any] = {"best": None, "step": 0, "worse": 0}
         self._last = ""
@@ -94,7 +95,7 @@ class Validation:
         else:
             self.state = {**self.state, "worse": self.state["worse"] + 1}
         spread = f" +- {error:.4f}" if math.isfinite(error) else ""  # one sample has none
-        self._last = f"step {step}, validation {mean:.4f}{spread} nats/dim" + (
+        self._last = f"step {step}, validation {mean:.4f}{spread} {self.unit}" + (
             " (best)" if better else f" (best: {self.state['best']:.4f} at step {self.state['step']})"
         )
         if self.exhausted:

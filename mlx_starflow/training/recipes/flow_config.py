@@ -7,7 +7,7 @@ from typing import Any
 
 from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.media.files import MOST_YAML, parse_yaml, read_text
-from mlx_starflow.model_dir.directory import FLOWS, ModelDirectory
+from mlx_starflow.model_dir.directory import FLOWS, TEXT_FLOW, ModelDirectory
 from mlx_starflow.models.starflow import FlowConfig
 
 FROM_ENCODERS = ("img_size", "channel_size", "txt_size", "txt_dim", "mix_aspect")
@@ -31,8 +31,9 @@ def read_flow_config(path: str | Path) -> dict[str, Any]:
     if "arguments" in content:
         content = FlowConfig.from_official(content).to_dict()
     kind = content.setdefault("model_type", "starflow")
-    if kind not in FLOWS:
-        raise StarflowError(f"{path}: model_type must be one of {', '.join(FLOWS)}, not {kind!r}")
+    known = (*FLOWS, TEXT_FLOW)
+    if kind not in known:
+        raise StarflowError(f"{path}: model_type must be one of {', '.join(known)}, not {kind!r}")
     return content
 
 

@@ -15,6 +15,7 @@ from mlx_starflow.bench.doctor import operations
 from mlx_starflow.bench.doctor.operations import QuantizedLinear
 from mlx_starflow.kernels import affine, qkv
 from mlx_starflow.kernels.devices import multiplies_quantized
+from mlx_starflow.kernels.quantized_attention import QuantizedRows
 
 KERNELS = ["qkv", "qkv, norms", "affine_forward", "affine_inverse", "predict", "gradients"]
 
@@ -154,8 +155,8 @@ def test_without_a_compiler(compiled, monkeypatch):
 # ---- MLX's operations
 
 
-OPERATIONS = ["attention", "attention to 33,390", "products, 8 bits", "products, 4 bits", "convolution, 2-D",
-              "convolution, 3-D"]  # fmt: skip
+OPERATIONS = ["attention", "attention to 33,390", "attention, 8-bit keys", "attention, 4-bit keys", "products, 8 bits",
+              "products, 4 bits", "convolution, 2-D", "convolution, 3-D"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -185,6 +186,12 @@ def test_positions_in_16_bits(monkeypatch):
     )
     assert line("attention").verdict == "ok"
     assert line("attention to 33,390").failed
+
+
+def test_quantized_keys_that_are_read_wrongly(monkeypatch):
+    weighted = QuantizedRows.weighted
+    monkeypatch.setattr(QuantizedRows, "weighted", lambda rows, weights: 1.05 * weighted(rows, weights))
+    assert line("attention, 8-bit keys").failed and line("attention").verdict == "ok"
 
 
 @pytest.mark.parametrize("bits", [8, 4])
