@@ -87,10 +87,10 @@ def latency(url: str, model: str, pictures: int) -> None:
                 bare.append(between - began)
                 served.append(ended - between)
     added = [1e3 * (after - before) for before, after in zip(bare, served, strict=True)]
-    print(f"latency of a picture, {pictures} in turns (median):")
-    print(f"  pipe.generate           {1e3 * statistics.median(bare):8.1f} ms")
-    print(f"  /v1/images/generations  {1e3 * statistics.median(served):8.1f} ms")
-    print(f"  added                   {statistics.median(added):8.1f} ms")
+    print(f"latency of a picture, {pictures} in turns: median, and the fastest")
+    print(f"  pipe.generate           {1e3 * statistics.median(bare):8.1f} ms {1e3 * min(bare):8.1f} ms")
+    print(f"  /v1/images/generations  {1e3 * statistics.median(served):8.1f} ms {1e3 * min(served):8.1f} ms")
+    print(f"  added                   {statistics.median(added):8.1f} ms {1e3 * (min(served) - min(bare)):8.1f} ms")
 
 
 def overhead(url: str, count: int) -> None:

@@ -26,7 +26,13 @@ from mlx_starflow.model_dir.hub import find_model
 from mlx_starflow.model_dir.precision import Precision
 from mlx_starflow.model_dir.quantization import quantize_module
 from mlx_starflow.model_dir.tensor_parallel import load_part
-from mlx_starflow.model_dir.weights import automatic_precision, load_module, parse_dtype, place_weights
+from mlx_starflow.model_dir.weights import (
+    automatic_precision,
+    forget_draws,
+    load_module,
+    parse_dtype,
+    place_weights,
+)
 from mlx_starflow.models import itarflow, starflow, tarflow
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from mlx_starflow.models.autoencoder_wan import AutoencoderWan, AutoencoderWanConfig
@@ -146,7 +152,9 @@ class NetworkDirectory(Generic[Network, Config]):
         """The network without its weights. Raises StarflowError if `config.json` does not hold a config."""
         config = self.config
         with self._naming():
-            return self._network(config)
+            network = self._network(config)
+        forget_draws()
+        return network
 
     def lazy(self) -> Network:
         """The network with weights that are read when they are evaluated, as they are stored. Raises StarflowError."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -206,3 +206,12 @@ def _is_floating(array: mx.array) -> bool:
 def dtype_name(dtype: mx.Dtype) -> str:
     """A dtype's name without MLX's module: "float32", for instance."""
     return str(dtype).rpartition(".")[2]
+
+
+def forget_draws() -> None:
+    """Let go of what a network's first weights would have been drawn with, if they are not drawn.
+
+    MLX's random key is computed lazily, and holds all the keys that it follows from until then: each network that is
+    made, only to be looked at or filled from a file, would leave some behind.
+    """
+    mx.eval(*cast(Sequence[mx.array], mx.random.state))

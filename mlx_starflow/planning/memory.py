@@ -26,7 +26,7 @@ from mlx_starflow.kernels.devices import backend
 from mlx_starflow.media.buckets import VIDEO_RATIO, bucket_size
 from mlx_starflow.model_dir.directory import ModelDirectory
 from mlx_starflow.model_dir.quantization import quantize_module
-from mlx_starflow.model_dir.weights import automatic_dtype, parameters, parse_dtype
+from mlx_starflow.model_dir.weights import automatic_dtype, forget_draws, parameters, parse_dtype
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from mlx_starflow.models.autoencoder_wan import AutoencoderWan, AutoencoderWanConfig
 from mlx_starflow.models.configs import PIPELINE
@@ -115,11 +115,13 @@ class ModelConfigs:
     def networks(self) -> dict[str, nn.Module]:
         """The networks by part, newly made; nothing of them is computed, so they take no memory."""
         vae = self.vae
-        return {
+        made = {
             "text encoder": T5Encoder(self.text_encoder),
             "flow": STARFlow(self.flow),
             "autoencoder": AutoencoderKL(vae) if isinstance(vae, AutoencoderKLConfig) else AutoencoderWan(vae),
         }
+        forget_draws()
+        return made
 
 
 @dataclass(frozen=True)

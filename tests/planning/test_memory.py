@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import re
+import resource
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -300,3 +302,19 @@ def test_metal_limits_come_back(monkeypatch):
         assert limits == {"cache": 100, "wired": 800}
         raise KeyError
     assert limits == {"cache": 7, "wired": 0}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_planning_keeps_nothing(tmp_path):
+    """Networks that are made only to be looked at draw no weights, and leave no keys of those draws behind."""
+    model = write_image_model(tmp_path / "model")
+
+    def resident() -> int:
+        gc.collect()
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    plan(model)
+    before = resident()
+    for side in range(8, 88, 2):
+        plan(model, size=(side, 8))
+    assert resident() - before < 2 * 2**20  # a plan's keys alone are 170 KiB
