@@ -77,7 +77,7 @@ def context(address: str) -> Iterator[Any]:
     names = ("chromium", "chromium-browser", "google-chrome")
     with sync_api.sync_playwright() as playwright:
         found = next(filter(None, map(shutil.which, names)), None)
-        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-dev-shm-usage"])
         context = browser.new_context(viewport={"width": WIDTHS["make"], "height": HEIGHT}, base_url=address)
         context.set_default_timeout(60_000)
         page = context.new_page()
