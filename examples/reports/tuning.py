@@ -27,7 +27,7 @@ from mlx_starflow.model_dir.directory import load_flow
 from mlx_starflow.model_dir.quantization import dequantize_module
 from mlx_starflow.models.starflow import STARFlow
 from mlx_starflow.pipelines import load
-from mlx_starflow.sampling import JacobiSettings, RollingSettings, SequentialSettings
+from mlx_starflow.sampling import JacobiSettings, RollingSettings, SamplingOptions, SequentialSettings
 from mlx_starflow.sampling.tuning import (
     COSTS,
     DEEP_SHARE,
@@ -101,7 +101,7 @@ def search(samples: list[_Sample], index: int, tolerance: float, least: str, wid
 
 def report(model: str, count: int) -> None:
     made = task(model, count)
-    samples = list(_samples(made.flow, made.z, made.text, made.null_text, made.guidance))
+    samples = list(_samples(made.flow, made.z, made.text, made.null_text, SamplingOptions(made.guidance)))
     active = list(samples[0].guided.active())
     for index in active:  # to warm up
         _try(index, samples[:1], RollingSettings(8, TOLERANCE))
