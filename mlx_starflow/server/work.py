@@ -385,7 +385,9 @@ def _mask(content: bytes) -> Image.Image:
             opacity = decode_transparency(content)
     except UnreadableImage as error:
         raise StarflowError(f"the mask cannot be read: {error}") from None
-    return _decoded(content) if opacity is None else opacity.point(lambda value: 255 - value)
+    if opacity is None or opacity.getextrema() == (255, 255):  # such as every canvas of a browser makes
+        return _decoded(content)
+    return opacity.point(lambda value: 255 - value)
 
 
 def _edited(

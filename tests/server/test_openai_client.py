@@ -27,12 +27,14 @@ def picture(size: tuple[int, int] = (8, 8)) -> bytes:
     return target.getvalue()
 
 
-def mask(alpha: bool = True) -> bytes:
-    """The lower half is free: transparent or, without an alpha channel, white."""
+def mask(kind: str = "transparent") -> bytes:
+    """The lower half is free: transparent or, where nothing is, white; with an alpha channel or without one."""
     image = Image.new("RGBA", (8, 8), (90, 90, 90, 255))
     image.paste((90, 90, 90, 0), (0, 4, 8, 8))
-    if not alpha:
+    if kind != "transparent":
         image = image.getchannel("A").point(lambda value: 255 - value)
+    if kind == "opaque":
+        image = image.convert("RGBA")
     target = io.BytesIO()
     image.save(target, "PNG")
     return target.getvalue()
@@ -93,10 +95,10 @@ def test_a_stream_has_as_many_partial_images_as_there_are_blocks_for(client, cou
     assert {image_of(event.b64_json).size for event in events} == {(8, 8)}
 
 
-@pytest.mark.parametrize("alpha", [True, False])
-def test_edits_paint_what_the_mask_leaves_free(client, alpha):
+@pytest.mark.parametrize("kind", ["transparent", "white", "opaque"])
+def test_edits_paint_what_the_mask_leaves_free(client, kind):
     original = picture()
-    result = client.images.edit(image=original, mask=mask(alpha), prompt="a cat", extra_body={"seed": 2})
+    result = client.images.edit(image=original, mask=mask(kind), prompt="a cat", extra_body={"seed": 2})
     before, after = (
         image.convert("RGB").tobytes()
         for image in (Image.open(io.BytesIO(original)), image_of(result.data[0].b64_json))
