@@ -75,6 +75,7 @@ setup(
         "tensorboard": ["tensorboardX"],  # --report-to tensorboard, without PyTorch or TensorFlow
         "wandb": ["wandb"],  # --report-to wandb
         "serve": ["fastapi>=0.110", "uvicorn>=0.30", "python-multipart>=0.0.18"],  # `mlx-starflow serve`
+        "browser": ["playwright"],  # drives the studio in tests; the browser itself is Debian's chromium
         # What builds and checks wheel, sdist and documentation.
         "release": [
             "build",

@@ -32,6 +32,9 @@ MEDIA = {
 }
 """Media types of the page's files by their suffixes; no others are served."""
 
+ROUTINE = ("/api/jobs", "/studio/{name}")
+"""Routes that an open page asks for all the time: they are counted, and logged only where something is wrong."""
+
 
 def create_app(service: Service) -> FastAPI:
     """The application of a service, whose worker has been started."""
@@ -128,12 +131,13 @@ class Watch:
         finally:
             route = getattr(scope.get("route"), "path", "other")
             self.service.metrics.count("requests", route=route, status=str(status))
-            client = scope.get("client")
-            self.service.log.info(
-                "request",
-                method=scope["method"],
-                path=scope["path"][:200],
-                status=status,
-                seconds=round(time.perf_counter() - began, 4),
-                client=client[0] if client else "",
-            )
+            if status != 200 or route not in ROUTINE:
+                client = scope.get("client")
+                self.service.log.info(
+                    "request",
+                    method=scope["method"],
+                    path=scope["path"][:200],
+                    status=status,
+                    seconds=round(time.perf_counter() - began, 4),
+                    client=client[0] if client else "",
+                )

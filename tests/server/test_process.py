@@ -72,6 +72,8 @@ def test_sigterm_ends_it_when_the_job_that_runs_is_done(start):
     assert "was trained at 8x8" in answers[0].text + answers[1].text + answers[2].text  # told to whom it concerns
     assert all({"time", "level", "event"} <= set(line) for line in lines)
     assert "a cat" not in said  # prompts are nobody's business
+    paths = [line.get("path") for line in lines]
+    assert "/api/generate" in paths and "/api/jobs" not in paths  # nor are all the looks at the queue
 
 
 def test_a_job_that_takes_too_long_is_cancelled_at_the_end(start):

@@ -159,6 +159,7 @@ class TextBlock(FlowBlock):
             if not config.tied:
                 self.mixture = codebook_mixture(mixture, codebook)
         self.pos_embed = 0.01 * mx.random.normal((config.positions, config.channels))
+        self.jump_embed = 0.3 * mx.random.normal((config.channels,))
         self._set(None, 1.0)
 
     def _set(self, order: mx.array | None, temperature: float) -> None:
@@ -190,20 +191,34 @@ class TextBlock(FlowBlock):
         return super().unpermute(x, frames) if self._order is None else x[:, mx.argsort(self._order)]
 
     def rope_frequencies(self, rope_frequencies: mx.array | None, length: int) -> mx.array | None:
-        """Of what is read: of the start, number 0 of the flow's line, and of the places in the block's order."""
+        """Of what is read: of the start, number 0 of the flow's line, and of the places in the block's order.
+
+        What the block reads before it goes back to fill a gap stands where the gap's neighbour does: what it predicts
+        is near to that.
+        """
         if rope_frequencies is None:
             return None
-        order = self.order(length)
-        return rope_frequencies[mx.concatenate([mx.zeros((1,), order.dtype), order[:-1] + 1])]
+        order, step = self.order(length), -1 if self.config.flip else 1
+        read, predicted = order[:-1], order[1:]
+        read = mx.where((predicted - read) * step < 0, predicted - step, read)
+        places = mx.concatenate([mx.zeros((1,), order.dtype), read + 1])
+        return rope_frequencies[mx.minimum(places, self.config.positions)]
+
+    def jumps(self, length: int) -> mx.array:
+        """Whether what is predicted is another place than the next one after what is read, `[length]`."""
+        order, step = self.order(length), -1 if self.config.flip else 1
+        first = length - 1 if self.config.flip else 0
+        return mx.concatenate([order[:1] != first, order[1:] - order[:-1] != step])
 
     def added(self, start: int, stop: int, offset: mx.array | None) -> mx.array:
-        """Learned positions, those of what inputs `start` to `stop` predict; `offset` holds them in order."""
+        """Learned positions of what inputs `start` to `stop` predict, from the condition's `offset`."""
         assert offset is not None
         return offset[:, start:stop]
 
     def condition(self, text: mx.array | None, batch: int, length: int = 0) -> Condition:
-        """The positions that a text of `length` tokens predicts."""
-        return Condition(offset=self.pos_embed[self.order(length)][None])
+        """The learned positions of what is predicted of a text of `length` tokens, and where the order jumps."""
+        positions = self.pos_embed[self.order(length)]
+        return Condition(offset=mx.where(self.jumps(length)[:, None], positions + self.jump_embed, positions)[None])
 
     def complete(self, outputs: mx.array) -> mx.array:
         """A mixture, the codebook's or the block's own, to whose parameters the network adds: to log-weights what it

@@ -8,10 +8,10 @@ from mlx_starflow.errors import StarflowError
 from mlx_starflow.training.config import TrainingConfig
 from mlx_starflow.training.data.batches import IndexedData, Order
 
-GAPS = 0.5
+GAPS = 0.6
 """Share of the steps in which the blocks read a gap after everything else."""
 
-LONGEST_GAP = 0.25
+LONGEST_GAP = 0.4
 """Share of a window that a gap has at most."""
 
 

@@ -126,6 +126,20 @@ def test_orders_of_a_gap():
     assert backward.tolist() == [4, 3, 0, 2, 1]
 
 
+def test_a_block_sees_where_its_order_jumps():
+    """Before it fills a gap, what it reads stands beside the gap, and it is told; without a gap there is no jump."""
+    flow = text_flow()
+    assert not any(block.jumps(12).any() for block in flow.blocks)
+    forward, backward = flow.filling([3 <= place < 6 for place in range(12)]).blocks
+    assert np.flatnonzero(np.array(forward.jumps(12))).tolist() == [3, 9]
+    assert np.flatnonzero(np.array(backward.jumps(12))).tolist() == [6, 9]
+    line = mx.arange(13)
+    assert forward.rope_frequencies(line, 12).tolist() == [0, 1, 2, 3, 7, 8, 9, 10, 11, 3, 4, 5]
+    assert backward.rope_frequencies(line, 12).tolist() == [0, 12, 11, 10, 9, 8, 7, 3, 2, 7, 6, 5]
+    ends = flow.filling([place in (0, 11) for place in range(12)]).blocks
+    assert [int(block.jumps(12)[0]) for block in ends] == [1, 1]
+
+
 def test_temperature_sharpens_choices_and_stays_a_flow():
     flow = text_flow()
     _, noise = draws(flow, 8)

@@ -36,7 +36,7 @@ def test_orders_read_a_gap_last(patch):
         gap = count - 1 - falls[0] if len(falls) else 0
         gaps.append(gap)
         assert (forward[count - gap :][::-1] == backward[count - gap :]).all()
-    assert max(gaps) == LONGEST_GAP * count and 0.2 < np.mean(np.array(gaps) == 0) < 0.7
+    assert max(gaps) == int(LONGEST_GAP * count) and 0.2 < np.mean(np.array(gaps) == 0) < 0.7
 
 
 def test_validation_reads_each_window_once_where_it_is():
