@@ -61,7 +61,9 @@ def router(service: Service) -> APIRouter:
             asked = await service.bodies.read(request, kind)
             told = {name: getattr(asked, name) for name in about}
             previews = ALL if getattr(asked, "previews", False) else 0
-            made = service.submit(path, asked.model, make(asked), previews=previews, about=told)
+            made = service.submit(
+                path, asked.model, make(asked), previews=previews, about=told, streamed=mode == "stream"
+            )
             return await service.answer(made, request, mode)
 
         api.add_api_route(

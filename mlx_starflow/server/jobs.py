@@ -107,6 +107,7 @@ class Job:
         self.timed_out = False
         self._lock = threading.Lock()
         self._watchers: list[Watcher] = []
+        self._first: Watcher | None = None
         self._shown: dict[tuple[str, int], Event] = {}
         self._told, self._at, self._blocks, self._previewed = 0.0, ("", -1), 0, 0
         self._deadline = float("inf")
@@ -132,9 +133,11 @@ class Job:
             "error": self.error,
         }
 
-    @contextmanager
-    def watch(self) -> Iterator[Watcher]:
-        """Events from now on, after those that tell what there is already."""
+    def attend(self) -> None:
+        """Whoever watches first, later on, is told all from now on, however fast it goes."""
+        self._first = self._attached()
+
+    def _attached(self) -> Watcher:
         watcher = Watcher()
         with self._lock:
             watcher.put(Event("state", {"job": self.describe()}))
@@ -144,6 +147,13 @@ class Job:
                 watcher.put(self._end())
             else:
                 self._watchers.append(watcher)
+        return watcher
+
+    @contextmanager
+    def watch(self) -> Iterator[Watcher]:
+        """Events from now on, after those that tell what there is already."""
+        first, self._first = self._first, None
+        watcher = first or self._attached()
         try:
             yield watcher
         finally:

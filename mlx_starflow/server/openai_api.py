@@ -109,6 +109,7 @@ def router(service: Service) -> APIRouter:
             work.generate(own, gallery, limits),
             previews=(asked.partial_images or 0) if asked.stream else 0,
             about=about,
+            streamed=bool(asked.stream),
         )
         return await _answer(service, request, job, asked, "image_generation")
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import socket
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -19,6 +21,13 @@ MOST_HEADERS = 32 * 1024
 
 IDLE = 30
 """Seconds that a connection may do nothing between two requests."""
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Of glibc's mallopt."""
+
+LARGE = 1 << 22
+"""Bytes of an array that has pages of its own; with a sixteenth of that, a picture takes a sixth longer."""
 
 
 class Protocol(H11Protocol):
@@ -80,6 +89,18 @@ def configured(service: Service) -> uvicorn.Config:
     )
 
 
+def give_memory_back() -> None:
+    """Have glibc give large arrays pages of their own, which go back when they are freed.
+
+    By itself it learns to keep ever larger ones in its heap, where small objects lie between them: the process then has
+    a tenth more memory at one time than at another. Elsewhere nothing happens.
+    """
+    with suppress(OSError, AttributeError, TypeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, LARGE)
+        libc.mallopt(M_TRIM_THRESHOLD, 2 * LARGE)
+
+
 def serve(
     service: Service,
     host: str = "127.0.0.1",
@@ -101,6 +122,7 @@ def serve(
     with listen(host, port) as listening, warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)  # each job has its own
         warnings.showwarning = service.warned  # type: ignore[assignment]  # its other arguments are not shown
+        give_memory_back()
         service.start()
         name = f"[{host}]" if ":" in host else host
         ready(f"http://{name}:{listening.getsockname()[1]}")

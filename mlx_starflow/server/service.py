@@ -59,11 +59,20 @@ class Service:
     # ---- jobs
 
     def submit(
-        self, kind: str, model: str | None, work: Work, *, previews: int = 0, about: dict[str, Any] | None = None
+        self,
+        kind: str,
+        model: str | None,
+        work: Work,
+        *,
+        previews: int = 0,
+        about: dict[str, Any] | None = None,
+        streamed: bool = False,
     ) -> Job:
-        """Put work into the queue. Raises Refusal."""
+        """Put work into the queue; `streamed` jobs are watched from their beginning. Raises Refusal."""
         found = self.models.find(model)
         job = Job(kind, found.id, work, previews, self.limits.timeout, about or {})
+        if streamed:
+            job.attend()
         return self.worker.submit(job)
 
     def describe(self, job: Job) -> dict[str, Any]:

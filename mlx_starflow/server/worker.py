@@ -8,7 +8,6 @@ begins.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import threading
 import time
@@ -16,7 +15,6 @@ import traceback
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import suppress
 
 import mlx.core as mx
 
@@ -30,9 +28,6 @@ REMEMBERED = 64
 
 MOST_WARNING = 500
 """Characters of a warning, which may quote a prompt."""
-
-JOBS = 16
-"""Between two times that memory is given back."""
 
 OFTEN = 1.0
 """Seconds between two looks at models that nobody uses."""
@@ -64,7 +59,6 @@ class Worker:
         self._changed = threading.Condition()
         self._stopping = False
         self._seconds = 1.0  # of a job, lately
-        self._since = 0  # jobs, since memory was given back
 
     # ---- for everybody
 
@@ -176,7 +170,6 @@ class Worker:
                 job = self._running = self._waiting.popleft() if self._waiting else None
             if job is None:
                 self.models.rest()
-                self._give_back()
                 continue
             self._do(job)
             with self._changed:
@@ -210,15 +203,6 @@ class Worker:
             gc.collect()
             mx.clear_cache()
         self._ended(job)
-        self._since += 1
-        if self._since >= JOBS:
-            self._give_back()
-
-    def _give_back(self) -> None:
-        """What lies free in the heap goes back to the system, if there was a job since the last time."""
-        if self._since:
-            self._since = 0
-            trim()
 
     def _count(self, began: float) -> None:
         self._seconds = 0.7 * self._seconds + 0.3 * (time.monotonic() - began)
@@ -227,15 +211,6 @@ class Worker:
         ended = [id for id, job in self._jobs.items() if job.ended]
         for id in ended[: max(0, len(ended) - REMEMBERED)]:
             del self._jobs[id]
-
-
-def trim() -> None:
-    """Have glibc give back what is free in its heap; by itself it keeps what small objects lie between.
-
-    A process then has a tenth more memory at one time than at another. Elsewhere nothing happens.
-    """
-    with suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _bare(error: Exception) -> Exception:
