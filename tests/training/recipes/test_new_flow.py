@@ -289,7 +289,9 @@ def test_mistakes(cache, model, pictures, flow_file, tmp_path):
     assert "txt_dim is 7, and the data's is 32" in with_config({**FLOW, "txt_dim": 7})
     assert "unknown key depth" in with_config({**FLOW, "depth": 7})
     assert "missing key channels" in with_config({"patch_size": 1, "layers_per_block": [1, 1]})
-    assert "must be one of starflow, tarflow, itarflow, text_flow, not 'gan'" in with_config({**FLOW, "model_type": "gan"})
+    assert "must be one of starflow, tarflow, itarflow, text_flow, not 'gan'" in with_config(
+        {**FLOW, "model_type": "gan"}
+    )
     assert "patch_size 3 does not divide" in with_config({**FLOW, "patch_size": 3})
     assert "must hold a flow's config" in with_config("flow")
     assert "neither YAML nor JSON" in with_config("a: [")
