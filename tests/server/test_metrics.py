@@ -12,7 +12,7 @@ def test_the_format(server):
     server.client.get("/nope")
     answer = server.client.get("/metrics")
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
-    line = re.compile(r'[a-z_]+(\{[a-z]+="[^"]*"(,[a-z]+="[^"]*")*\})? [0-9.e+]+')
+    line = re.compile(r'[a-z_]+(\{[a-z]+="[^"]*"(,[a-z]+="[^"]*")*\})? [0-9.]+(e[+-][0-9]+)?')
     lines = [each for each in answer.text.splitlines() if not each.startswith("#")]
     assert all(line.fullmatch(each) for each in lines)
     values = dict(each.rsplit(" ", 1) for each in lines)

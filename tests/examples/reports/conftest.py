@@ -1,0 +1,13 @@
+"""Reports are long scripts, and what they print changes with them alone: they are run by their marker."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.reports)
