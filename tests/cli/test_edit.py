@@ -156,7 +156,8 @@ def test_edits_and_scores_take_adapters_methods_and_little_memory(model, picture
     for command, words in ((encode, [one, "-o", noise]), (decode, [noise, "-o", tmp_path / "back.png"])):
         result = command(*words, "-m", model, "--lora", adapter, 1, "--low-memory")
         assert result.exit_code == 0, result.output
-    assert decode(noise, "-m", model, "-o", tmp_path / "other.png").exit_code == 0
+    assert decode(noise, "-m", model, "-o", tmp_path / "other.png", "--method", "rolling").exit_code == 0
+    assert methods[-2:] == ["sequential", "rolling"]
     with Image.open(tmp_path / "other.png") as other, Image.open(tmp_path / "back.png") as back:
         assert (np.asarray(other) != np.asarray(back)).any()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from mlx_starflow import cpu
-from mlx_starflow.cli.options.images import metadata_option
+from mlx_starflow.cli.options.images import exact_inversion_option, metadata_option
 from mlx_starflow.cli.options.outputs import OUTPUT, claim_outputs, overwrite_option
 from mlx_starflow.cli.options.sampling import latent_batch_option, lora_option, network_options
 from mlx_starflow.cli.options.vocabulary import json_option, quality_option
@@ -27,6 +27,7 @@ from mlx_starflow.cli.options.vocabulary import json_option, quality_option
 @quality_option
 @json_option
 @metadata_option
+@exact_inversion_option
 @latent_batch_option
 @click.option("-m", "--model", help="The one that the pictures were encoded with by default.")
 @lora_option
@@ -41,6 +42,7 @@ def decode(
     quality: int | None,
     json_file: Path | None,
     metadata: bool,
+    method: str,
     batch_size: int,
     model: str | None,
     adapters: tuple[tuple[str, float], ...],
@@ -88,7 +90,7 @@ def decode(
         check_local_model(noise, name)
     download = model is not None
     pipe = open_model(name, dtype=dtype, low_memory=low_memory, adapters=adapters, download=download)
-    decoded, _ = pipe.decode(encoded, denoise=denoise, batch_size=batch_size, progress=None)
+    decoded, _ = pipe.decode(encoded, denoise=denoise, method=method, batch_size=batch_size, progress=None)
     made: list[Image.Image | list[Image.Image]] = [*decoded]
     described = encoded.described(pipe, denoise=denoise)
     if len(targets) < len(made):

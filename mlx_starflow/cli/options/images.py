@@ -33,11 +33,11 @@ model_options = with_options(
     network_options,
 )
 
-inversion_option = click.option(
-    "--method",
-    type=click.Choice(["auto", "sequential", "jacobi", "rolling"]),
-    help="How noise is made a picture again; auto follows the plan of `mlx-starflow tune`, exactly without one.",
-)
+INVERSIONS = click.Choice(["auto", "sequential", "jacobi", "rolling"])
+HOW = "How noise is made a picture again; auto follows the plan of `mlx-starflow tune`, exactly without one."
+
+inversion_option = click.option("--method", type=INVERSIONS, help=HOW)
+exact_inversion_option = click.option("--method", type=INVERSIONS, default="sequential", help=HOW)
 
 noise_options = with_options(
     click.option("--draws", type=click.IntRange(1, 10_000), default=4, help="Of the training noise."),
