@@ -118,6 +118,7 @@ def test_a_video_by_command_from_a_seed_that_is_drawn(models, tmp_path):
     assert Image.open(tmp_path / "two.gif").n_frames == 5
 
 
+@pytest.mark.slow
 def test_a_mistake_ends_both(models, tmp_path):
     """One line each and exit code 2, whichever rank finds it."""
     out = ["-o", tmp_path / "out.png"]

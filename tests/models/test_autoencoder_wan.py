@@ -154,6 +154,7 @@ def test_videos_of_a_batch_do_not_mix():
     assert error(alone, vae.decode(z)) < 1e-5
 
 
+@pytest.mark.slow
 def test_memory_grows_neither_with_the_length_nor_with_the_height():
     vae = tiny_vae()
     mx.eval(vae.parameters())

@@ -275,6 +275,7 @@ def test_predicted_memory(tmp_path):
         assert held <= expected[phase] <= 2 * held, phase
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_mlx", "chosen_here")
 @pytest.mark.parametrize("kv_bits", ["8", "4"])
 def test_predicted_memory_with_keys_and_values_in_fewer_bits(tmp_path, kv_bits):

@@ -91,6 +91,7 @@ def test_the_embedded_model_takes_as_many_evaluations_as_in_float32(embedded, dt
         assert certificate.max < 8 * max(floors)
 
 
+@pytest.mark.slow
 def test_a_trained_flow(trained):
     """Without a plan, a window takes half the evaluations of the official blocks and is closer, as in float32."""
     whole = sampled(trained, "float32", RollingSettings())[0]

@@ -208,6 +208,7 @@ def test_mistakes(model, cache, tmp_path, words, expected):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_two_processes(model, pictures, tmp_path):
     """One writes, and its adapter is that of one process alone; what one refuses, both do; a run goes on."""
     words = ["--lora", 2, "--steps", 3, "--batch-size", 4, "--samples", 2, "--draws", 1, "--validation", 0.34,

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+import pytest
 from helpers.paths import TESTS
 from training.loop.test_trainer import CONFIG, assert_same, last_checkpoint, make_trainer
 
@@ -22,6 +23,7 @@ KILLS, SAVE = 20, 3
 ENDLESS = replace(CONFIG, steps=100_000, save_steps=SAVE, log_every=1)
 
 
+@pytest.mark.slow
 def test_kill_9_twenty_times(tmp_path):
     rng = np.random.default_rng(0)
     before = done = 0
