@@ -88,6 +88,8 @@ class ModelConfigs:
     vae: AutoencoderKLConfig | AutoencoderWanConfig
     directory: ModelDirectory | None = None
     guidance: float = 0.0
+    sizes: dict[tuple[object, ...], int] = field(default_factory=dict, compare=False, repr=False)
+    """Bytes of weights that have been counted, which takes most of the time of a plan."""
 
     @classmethod
     def read(cls, directory: str | Path | ModelDirectory) -> ModelConfigs:
@@ -122,6 +124,22 @@ class ModelConfigs:
         }
         forget_draws()
         return made
+
+    def weights(self, chosen: Mapping[str, int | str], dtypes: Mapping[str, mx.Dtype]) -> dict[str, int]:
+        """Bytes of each part's weights in its dtype, quantized where it is `chosen`, else as they are stored.
+
+        Raises StarflowError if a network cannot be quantized so.
+        """
+        keys = {part: (part, chosen.get(part), dtypes[part], self.directory is not None) for part in PARTS}
+        if missing := [part for part in PARTS if keys[part] not in self.sizes]:
+            networks = self.networks()
+            for part in missing:
+                dtype = dtypes[part]
+                counted = None if part in chosen else _stored_bytes(self, part, dtype)
+                if counted is None:
+                    counted = weight_bytes(networks[part], chosen.get(part) or dtype, dtype)
+                self.sizes[keys[part]] = counted
+        return {part: self.sizes[key] for part, key in keys.items()}
 
 
 @dataclass(frozen=True)
@@ -236,11 +254,7 @@ def plan(
     own = parse_dtype(flow_dtype) or parse_dtype(dtype)
     own = own or automatic_dtype(quantized_flow=packed and not configs.flow.video)
     others_dtype = parse_dtype(dtype) or automatic_dtype()
-    weights = {}
-    for part, network in configs.networks().items():
-        each = own if part == "flow" else others_dtype
-        stored = None if part in chosen else _stored_bytes(configs, part, each)
-        weights[part] = weight_bytes(network, chosen.get(part) or each, each) if stored is None else stored
+    weights = configs.weights(chosen, {part: own if part == "flow" else others_dtype for part in PARTS})
     item, cached = others_dtype.size, own.size
     flow, vae = configs.flow, configs.vae
     scale = vae.downscale
