@@ -22,6 +22,7 @@ from mlx_starflow.models.starflow import FlowConfig
 from mlx_starflow.models.t5 import T5Config
 from mlx_starflow.models.tarflow import TarFlowBlockConfig
 from mlx_starflow.sampling.cache import MOST_DENSE, RECENT, block_kv_bits, cached_numbers
+from mlx_starflow.sampling.denoise import together
 from mlx_starflow.sampling.methods import RollingSettings
 
 STREAM = 4
@@ -127,19 +128,26 @@ def sampling(config: FlowConfig, tokens: int, batch: int, guided: bool, item: in
     return largest, int(peak)
 
 
-def forward(config: FlowConfig, tokens: int, guided: bool) -> int:
-    """A forward pass over one image, twice if it is guided."""
+def samples_together(config: FlowConfig, tokens: int, batch: int) -> int:
+    """How many of `batch` samples go through the flow at once where that is a pass for each, see `denoise.at_once`."""
+    return min(batch, together((block, _positions(config, block, tokens)) for block in config.blocks))
+
+
+def forward(config: FlowConfig, tokens: int, batch: int, guided: bool) -> int:
+    """A forward pass over as many images as go together, twice if it is guided."""
+    count = samples_together(config, tokens, batch)
     layers = (
         _block_layer(block, 2 if guided and block.txt_dim else 1, _positions(config, block, tokens))
         for block in config.blocks
     )
-    return int(MARGIN * STREAM * max(layers))
+    return int((count + MARGIN - 1) * STREAM * max(layers))
 
 
-def score(config: FlowConfig, tokens: int) -> int:
-    """The score step, one image at a time, layers computed again on the way back."""
+def score(config: FlowConfig, tokens: int, batch: int) -> int:
+    """The score step of as many images as go together, layers computed again on the way back."""
     kept, work = there_and_back(config.blocks, tokens, config.txt_size)
-    return int(STREAM * (kept + MARGIN * work))
+    count = samples_together(config, tokens, batch)
+    return int(STREAM * (count * kept + (count + MARGIN - 1) * work))
 
 
 def there_and_back(blocks: Sequence[BlockConfig], tokens: int, text: int, checkpoint: bool = True) -> tuple[int, int]:

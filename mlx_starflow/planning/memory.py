@@ -292,8 +292,8 @@ def plan(
         activations = {
             "text": text,
             "flow": held + sampling,
-            "verify": held + footprint.forward(flow, tokens, guided),
-            "denoise": held + footprint.score(flow, tokens),
+            "verify": held + footprint.forward(flow, tokens, batch, guided),
+            "denoise": held + footprint.score(flow, tokens, batch),
             "decode": held + footprint.decode(vae, height // scale, width // scale, batch, item),
         }
     for phase, part in PHASES.items():
