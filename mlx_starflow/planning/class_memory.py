@@ -12,7 +12,7 @@ from mlx_starflow.model_dir.weights import automatic_dtype, parse_dtype
 from mlx_starflow.models.configs import PIPELINE
 from mlx_starflow.models.tarflow import PixelFlowConfig, TarFlowBlockConfig
 from mlx_starflow.planning import footprint
-from mlx_starflow.planning.memory import AS_STORED, PRECISIONS, MemoryPlan, unpacked_layers, weight_bytes
+from mlx_starflow.planning.memory import AS_STORED, MemoryPlan, each_precision, unpacked_layers, weight_bytes
 from mlx_starflow.planning.traffic import cast_bytes
 from mlx_starflow.sampling.denoise import together
 
@@ -91,16 +91,9 @@ def class_blocks(model: ModelDirectory) -> list[TarFlowBlockConfig]:
 
 def class_plans(model: ModelDirectory, *, batch: int = 1, kv_bits: int = 0) -> dict[str, MemoryPlan]:
     """The plan of each precision that the flow's layers can be stored in, by the names of `memory.plans`."""
-    found = {}
+    stored = {}
     if model.flow.quantization:
-        found[AS_STORED] = _plan(model, batch, None, "float32", None, True, kv_bits)
-    for precision in PRECISIONS:
-        bits = precision if precision.isdigit() else None
-        try:
-            expected = _plan(model, batch, None, "float32" if bits else precision, bits, False, kv_bits)
-        except StarflowError:
-            if not bits:
-                raise
-            continue
-        found[f"{bits} bit" if bits else precision] = expected
-    return found
+        stored[AS_STORED] = _plan(model, batch, None, "float32", None, True, kv_bits)
+    return stored | each_precision(
+        lambda precision, bits: _plan(model, batch, None, "float32" if bits else precision, bits, False, kv_bits)
+    )

@@ -140,13 +140,20 @@ def forward(config: FlowConfig, tokens: int, batch: int, guided: bool) -> int:
         _block_layer(block, 2 if guided and block.txt_dim else 1, _positions(config, block, tokens))
         for block in config.blocks
     )
-    return int((count + MARGIN - 1) * STREAM * max(layers))
+    return _together(count, max(layers))
 
 
 def score(config: FlowConfig, tokens: int, batch: int) -> int:
     """The score step of as many images as go together, layers computed again on the way back."""
     kept, work = there_and_back(config.blocks, tokens, config.txt_size)
-    count = samples_together(config, tokens, batch)
+    return _together(samples_together(config, tokens, batch), work, kept)
+
+
+def _together(count: int, work: int, kept: int = 0) -> int:
+    """Bytes of what one layer makes of `count` images, and of what is kept of each, from the numbers of one.
+
+    The margin is one image's: layers of several are estimated high enough without.
+    """
     return int(STREAM * (count * kept + (count + MARGIN - 1) * work))
 
 
@@ -183,15 +190,14 @@ def class_sampling(
 
 def class_forward(blocks: Sequence[TarFlowBlockConfig], images: int, guided: bool) -> int:
     """A forward pass over images of classes, twice if it is guided."""
-    sequences = images * (2 if guided else 1)
-    return int(MARGIN * STREAM * max(_block_layer(block, sequences, block.num_patches) for block in blocks))
+    copies = 2 if guided else 1
+    return _together(images, max(_block_layer(block, copies, block.num_patches) for block in blocks))
 
 
 def class_score(blocks: Sequence[TarFlowBlockConfig], images: int) -> int:
     """A score step on images of classes, layers computed again on the way back."""
-    kept = sum(block.num_layers * images * block.num_patches * block.channels for block in blocks)
-    work = max(_block_layer(block, images, block.num_patches, gradient=True) for block in blocks)
-    return int(STREAM * (kept + MARGIN * work))
+    parts = [there_and_back([block], block.num_patches, 0) for block in blocks]
+    return _together(images, max(work for _, work in parts), sum(kept for kept, _ in parts))
 
 
 def frame_sampling(

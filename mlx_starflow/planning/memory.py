@@ -8,7 +8,7 @@ weights, they are further above.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -315,21 +315,34 @@ def plans(
 
     Names are dtypes, "8 bit" and the like, and "as stored" of a quantized model.
     """
-    found, packed = {}, packed_dtype(configs.flow)
+    packed = packed_dtype(configs.flow)
     expect = partial(plan, size=size, batch=batch, frames=frames, kv_bits=kv_bits)
-    if configs.directory is not None and configs.directory.flow.quantization:
-        found[AS_STORED] = expect(configs, dtype=HALF, flow_dtype=packed)
     dense = replace(configs, directory=None)
+
+    def at(precision: str, bits: str | None) -> MemoryPlan:
+        if bits:
+            return expect(dense, dtype=HALF, flow_dtype=packed, quantization=bits)
+        return expect(dense, dtype=precision, flow_dtype=precision)
+
+    stored = {}
+    if configs.directory is not None and configs.directory.flow.quantization:
+        stored[AS_STORED] = expect(configs, dtype=HALF, flow_dtype=packed)
+    return stored | each_precision(at)
+
+
+def each_precision(expect: Callable[[str, str | None], MemoryPlan]) -> dict[str, MemoryPlan]:
+    """Plans by the names of `plans`, from a precision and, if it is a quantized one, its bits.
+
+    Raises StarflowError if one that is not quantized fails; quantized ones that a network does not have are left out.
+    """
+    found = {}
     for precision in PRECISIONS:
         bits = precision if precision.isdigit() else None
         try:
-            dtype, own = (HALF, packed) if bits else (precision, precision)
-            expected = expect(dense, dtype=dtype, flow_dtype=own, quantization=bits)
+            found[f"{bits} bit" if bits else precision] = expect(precision, bits)
         except StarflowError:
             if not bits:
                 raise
-            continue
-        found[f"{bits} bit" if bits else precision] = expected
     return found
 
 
