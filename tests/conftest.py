@@ -20,6 +20,7 @@ from helpers.tiny_flows import FAMILIES, TinyCase, tiny_case
 from mlx_starflow import cpu
 from mlx_starflow.model_dir import weights
 from mlx_starflow.pipelines import ClassPipeline, ImagePipeline, Pipeline, load, load_class_labels
+from mlx_starflow.sampling.decoder import BlockDecoder
 
 MOST_WORKERS = 4
 
@@ -100,6 +101,18 @@ def uncompiled() -> Iterator[None]:
 def in_mlx(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sampling computes in MLX, as on a Mac, even where there is C++ for it."""
     monkeypatch.setattr(cpu, "has_fast_networks", lambda: False)
+
+
+@pytest.fixture
+def evaluations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """How the network is evaluated, by the names of `BlockDecoder`'s methods, as it happens."""
+    made: list[str] = []
+    for name in ("invert", "sweep", "predict"):
+        whole = getattr(BlockDecoder, name)
+        monkeypatch.setattr(
+            BlockDecoder, name, lambda *args, n=name, whole=whole, **options: made.append(n) or whole(*args, **options)
+        )
+    return made
 
 
 @pytest.fixture(scope="session")

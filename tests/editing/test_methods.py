@@ -13,7 +13,6 @@ from helpers.images import smooth_images
 from mlx_starflow import load, load_flow
 from mlx_starflow.pipelines import open_model
 from mlx_starflow.sampling import JacobiSettings, RollingSettings, SamplingPlan, SequentialSettings
-from mlx_starflow.sampling.decoder import BlockDecoder
 from mlx_starflow.training.finetuning.adapters import AdapterConfig, adapter_layers, attach, save_adapter
 
 WAYS = {
@@ -24,17 +23,6 @@ WAYS = {
     "interpolate": lambda model, image, **options: model.interpolate(image, image, shares=0.3, **options).data,
     "inpaint": lambda model, image, **options: model.inpaint(image, "4,0,4,8", steps=1, rounds=1, **options).data,
 }
-
-
-@pytest.fixture
-def evaluations(monkeypatch):
-    made = []
-    for name in ("invert", "sweep", "predict"):
-        whole = getattr(BlockDecoder, name)
-        monkeypatch.setattr(
-            BlockDecoder, name, lambda *args, n=name, whole=whole, **options: made.append(n) or whole(*args, **options)
-        )
-    return made
 
 
 def plan(model, settings, tolerance=1e-2):

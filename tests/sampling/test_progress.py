@@ -12,7 +12,6 @@ from helpers.tiny_flows import tiny_case
 
 from mlx_starflow import Cancelled, StarflowError
 from mlx_starflow.sampling import JacobiSettings, Progress, RollingSettings, certify, denoise, iterate, sample
-from mlx_starflow.sampling.decoder import BlockDecoder
 from mlx_starflow.sampling.progress import watch
 
 METHODS = ["sequential", JacobiSettings(block_size=3, threshold=0.0, max_iterations=3), RollingSettings(window=3)]
@@ -20,18 +19,6 @@ METHODS = ["sequential", JacobiSettings(block_size=3, threshold=0.0, max_iterati
 
 def noise(tiny):
     return tiny.flow(tiny.x, tiny.text).z
-
-
-@pytest.fixture
-def evaluations(monkeypatch):
-    """The evaluations of the network, as they are made."""
-    made = []
-    for name in ("invert", "sweep", "predict"):
-        whole = getattr(BlockDecoder, name)
-        monkeypatch.setattr(
-            BlockDecoder, name, lambda *args, whole=whole, **options: made.append(None) or whole(*args, **options)
-        )
-    return made
 
 
 @pytest.mark.parametrize("method", METHODS, ids=["sequential", "jacobi", "rolling"])
