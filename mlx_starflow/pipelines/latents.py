@@ -167,7 +167,7 @@ class LatentPipeline(Pipeline):
         return settings.updated(kv_bits=bits)
 
     def _automatic_kv_bits(self, size: tuple[int, int], images: int, frames: int, guidance: float) -> int:
-        asked = (tuple(size), images, frames, guidance)
+        asked = (tuple(size), images, frames, guidance > 0)
         if asked not in self._kv_bits:
             self._kv_bits[asked] = automatic_kv_bits(self._memory_request(size, images, frames, guidance))
         return self._kv_bits[asked]
