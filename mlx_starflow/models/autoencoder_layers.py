@@ -14,7 +14,7 @@ from mlx_starflow.kernels import on_cpu
 _NORM_EPS = 1e-6
 
 elementwise = partial(mx.compile, shapeless=True)
-"""Compiled for all shapes at once: MLX keeps what it traced as long as the process lives, and pictures have any size."""
+"""Compiled for all shapes at once: MLX keeps what it traced as long as the function lives, and sizes are many."""
 
 
 # Compiled apart from the means: those divide by sizes, and a constant of each size would be a kernel to build.
