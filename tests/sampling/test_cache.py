@@ -212,3 +212,11 @@ def test_decoders_say_what_they_hold(trained):
         held.append(decoder.network.cache_bytes)
         decoder.rewind()
     assert held[0] == held[1]
+
+
+def test_guidance_of_a_part_of_the_tokens(kv_cache, trained):
+    """Of all it is guidance, of none it is none."""
+    noise = mx.array(draw_noise(range(2000, 2000 + len(trained.data)), trained.data.shape[1:]))
+    none = sample(trained.flow, noise, trained.data_text)
+    for share, expected in ((1.0, trained.guided_data), (0.0, none)):
+        assert mx.abs(kv_cache.partly_guided(trained, share) - expected).mean().item() < 5e-3
