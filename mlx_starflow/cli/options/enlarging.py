@@ -54,6 +54,7 @@ class EnlargedPictures:
         names = [_name_in(path, each.name, FORMATS) for each, path in found]
         if quality is not None and not any(name.suffix.lower() in LOSSY for name in names):
             raise click.UsageError("--quality is of JPEG and WebP files, and there are none: leave it out")
+        claim_outputs([], [json_file], folders=[output], inputs=read)
         work = [(each, output / name) for (each, _), name in zip(found, names, strict=True)]
         there = {target for _, target in work if target.exists() and not overwrites()}
         if there:
