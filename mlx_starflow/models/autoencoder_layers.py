@@ -86,12 +86,15 @@ class PointwiseConv(nn.Conv2d):
 class Conv3x3(nn.Conv2d):
     """A 3x3 convolution that keeps the picture's size."""
 
+    large = 64 * 64
+    """Positions of a map from which on a CPU computes it tap by tap."""
+
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, kernel_size=3, padding=1)
 
     def __call__(self, x: mx.array) -> mx.array:
         _, H, W, C = x.shape
-        if on_cpu() and x.dtype == mx.float32 and C >= 32 and H * W >= 64 * 64:
+        if on_cpu() and x.dtype == mx.float32 and C >= 32 and self.large <= H * W:
             return self._sum_of_products(x)
         return super().__call__(x)
 

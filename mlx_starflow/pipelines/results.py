@@ -17,11 +17,12 @@ from mlx_starflow.kernels.affine import GuidanceMode
 from mlx_starflow.media.files import expanded
 from mlx_starflow.media.images import save_image, save_images
 from mlx_starflow.models.configs import PIPELINE, plain_fields
+from mlx_starflow.pipelines.upscaling import Upscaler
 from mlx_starflow.sampling.cache import KV_BITS, KV_CHOICES, KVBits, kv_name
 from mlx_starflow.sampling.certificate import Certificate
 from mlx_starflow.sampling.guidance import SamplingOptions
 from mlx_starflow.sampling.methods import METHODS
-from mlx_starflow.sampling.progress import Progress
+from mlx_starflow.sampling.progress import Progress, Watch
 
 DENOISE_STEPS = 16
 """Of an iTARFlow, unless somebody says otherwise."""
@@ -273,6 +274,11 @@ class GenerationResult:
     settings: GenerationSettings
     stats: GenerationStats
 
+    def upscaled(self, upscaler: Upscaler, *, progress: Watch = False) -> GenerationResult:
+        """The same with enlarged images, and with metadata that say so. Raises StarflowError."""
+        images = upscaler(self.images, progress=progress)
+        return replace(self, images=images, metadata=[upscaler.upscaled(each) for each in self.metadata])
+
     def save(self, path: str | Path) -> list[Path]:
         """Write the images with their metadata, several to files with numbers, see `media.images.save_images`.
 
@@ -309,6 +315,11 @@ class GeneratedImage:
     certificate: Certificate | None = None
     steps: list[Image.Image] = field(default_factory=list)
     fit: float | None = None
+
+    def upscaled(self, upscaler: Upscaler, *, progress: Watch = False) -> GeneratedImage:
+        """The same with an enlarged image, and with metadata that say so. Raises StarflowError."""
+        (image,) = upscaler(self.image, progress=progress)
+        return replace(self, image=image, metadata=upscaler.upscaled(self.metadata))
 
     def save(self, path: str | Path) -> None:
         """Write the image, with its metadata. Raises StarflowError."""

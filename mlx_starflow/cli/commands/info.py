@@ -38,12 +38,15 @@ def info(
     mlx-starflow info model --size 512x512
     mlx-starflow info apple/starflow --chip "M3 Max"
     mlx-starflow info out.png
+    mlx-starflow info RealESRGAN_x4plus.pth
 
     An official release, apple/starflow, need not have been downloaded. Of a picture or a video that mlx-starflow has
-    made, say how.
+    made, say how. Of an upscaler's file, say which network it is of, and the memory that it takes.
     """
+    from mlx_starflow.convert.upscalers import is_upscaler
     from mlx_starflow.media.formats import ANIMATIONS, FORMATS, MOVIES
     from mlx_starflow.planning.summary import memory_report, summarize, summarize_file, time_reports
+    from mlx_starflow.planning.upscaling import describe_upscaler
     from mlx_starflow.sampling.cache import KV_CHOICES
 
     claim_outputs([], [json_file])
@@ -53,6 +56,12 @@ def info(
         if given:
             raise click.UsageError(f"{given[0]} is about models, and {model} is a picture or a video: leave it out")
         _print(summarize_file(path), [], json_file)
+        return
+    if is_upscaler(path):
+        if given:
+            raise click.UsageError(f"{given[0]} is about models, and {model} is a file of weights: leave it out")
+        facts, lines = describe_upscaler(path)
+        _print(facts, [lines], json_file)
         return
     times = time_reports(model, chip, size=size) if chip is not None else []
     report = memory_report(
