@@ -18,6 +18,7 @@ from mlx_starflow.media.images import numbered
 from mlx_starflow.media.videos import VideoWriter, check_video_output
 from mlx_starflow.pipelines.results import GenerationSettings, GenerationStats
 from mlx_starflow.pipelines.upscaling import Upscaler
+from mlx_starflow.sampling.cache import KVBits
 from mlx_starflow.sampling.progress import Progress, Watch
 
 MOST_FRAMES = 1_000_000
@@ -79,7 +80,7 @@ class VideoOverrides:
     frames: int | None = None
     fps: int | None = None
     context: int | None = None
-    kv_bits: int | str | None = None
+    kv_bits: KVBits | str | None = None
 
     def apply(self, settings: VideoSettings) -> VideoSettings:
         """The settings with what is asked for. Raises StarflowError if a value is out of range."""
