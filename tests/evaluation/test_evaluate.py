@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from helpers.commands import message
 from helpers.images import smooth_images, write_images
+from helpers.precision import bound
 
 from mlx_starflow.errors import Cancelled
 from mlx_starflow.evaluation import (
@@ -77,7 +78,7 @@ def test_samples_are_those_of_generate(model, files) -> None:
     real = features(np.stack([np.asarray(model.fit(each.open())) for each in files[0]]))
     made = features(np.stack([np.asarray(image) for image in images]))
     expected = frechet_distance(Gaussian.of(real), Gaussian.of(made))
-    assert found["samples"]["frechet"] == pytest.approx(expected, rel=1e-3)
+    assert found["samples"]["frechet"] == pytest.approx(expected, rel=bound(1e-3, 0.1))
 
 
 def test_stopped_anywhere_and_gone_on_with(model, files, tmp_path) -> None:
