@@ -20,6 +20,7 @@ import numpy as np
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.model_dir.weights import dtype_name
 from mlx_starflow.models.flow import Flow, block_products_in, frame_count, products_in
+from mlx_starflow.sampling.cache import KVBits
 from mlx_starflow.sampling.certificate import Certificate, certify
 from mlx_starflow.sampling.decoder import check_finite
 from mlx_starflow.sampling.guidance import SamplingOptions
@@ -85,7 +86,7 @@ def tune(
     *,
     tolerance: float = 1e-2,
     least: str = "seconds",
-    kv_bits: int = 0,
+    kv_bits: KVBits = 0,
     report: Callable[[str], None] = lambda line: None,
     progress: Watch = False,
     callback: Callback | None = None,

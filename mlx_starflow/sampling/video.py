@@ -16,11 +16,9 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.models.denoiser import Denoiser
 from mlx_starflow.models.flow import Flow
-from mlx_starflow.models.transformer import TransformerLayer
+from mlx_starflow.sampling.cache import KVBits
 from mlx_starflow.sampling.decoder import BlockDecoder, check_finite
-from mlx_starflow.sampling.denoise import clean, denoise
 from mlx_starflow.sampling.guidance import SamplingOptions
 from mlx_starflow.sampling.guided import GuidedFlow
 from mlx_starflow.sampling.methods import Method, Settings, block_settings, for_videos
@@ -83,7 +81,7 @@ def sample_frames(
     context: int | None = None,
     frames_at_once: int = 1,
     attn_temp: float = 1.0,
-    kv_bits: int = 0,
+    kv_bits: KVBits = 0,
     progress: Watch = False,
     trace: SamplingTrace | None = None,
 ) -> Iterator[mx.array]:
@@ -214,129 +212,3 @@ def _shallow_state(flow: Flow, decoder: BlockDecoder, shape: tuple[int, ...]) ->
     """The same of a block that makes several frames at once: of the last of them."""
     tokens = decoder.block.unpermute(decoder.data(0, decoder.z.shape[1]), decoder.frames)
     return flow.latents(tokens[:, -(tokens.shape[1] // decoder.frames) :], shape)
-
-
-def denoise_frames(
-    flow: Flow,
-    frames: Iterator[mx.array],
-    text: mx.array | None,
-    total: int,
-    window: int | None = None,
-) -> Iterator[mx.array]:
-    """Clean noisy frames as they come.
-
-    With a learned denoiser a frame is clean as soon as the frames are there that its prediction depends on: the next
-    `num_layers * look_ahead`, or the rest of its window. Without one, the score step cleans a window as a whole. All
-    frames together are what `denoise` makes of the video, as long as one window holds them; in a longer one each
-    window begins with frames that are clean already, as in the release.
-
-    Args:
-        flow: a STARFlow for videos.
-        frames: `[B, k, H, W, C]`, in order, as `sample_frames` yields them.
-        text: embeddings `[B, L, D]`.
-        total: frames there will be.
-        window: frames that the denoiser reads at most; None: all.
-
-    Yields:
-        Clean frames `[B, 1, H, W, C]` in order.
-    """
-    learned = flow.denoiser
-    overlap = None if learned is None or window is None else learned.config.window
-    if overlap is not None and window is not None:
-        overlap = min(overlap, window - 1)
-    single = (part[:, index : index + 1] for part in frames for index in range(part.shape[1]))
-    recent: list[mx.array] = []
-    for first, new, stop in windows(total, window, overlap):
-        begin = recent[len(recent) - (new - first) :]
-        recent = []
-        fresh = (next(single) for _ in range(stop - new))
-        if learned is None:
-            cleaned = _score_steps(flow, begin, fresh, text, stop - first)
-        else:
-            cleaned = _denoise_window(flow, learned, begin, fresh, text, stop - first)
-        for index, frame in enumerate(cleaned):
-            check_finite(frame, "a denoised frame")
-            recent.append(frame if index >= new - first else begin[index])
-            if index >= new - first:
-                yield frame
-
-
-def _score_steps(
-    flow: Flow, clean_frames: list[mx.array], noisy: Iterator[mx.array], text: mx.array | None, frames: int
-) -> Iterator[mx.array]:
-    x = denoise(flow, mx.concatenate([*clean_frames, *noisy], axis=1), text)
-    return (x[:, index : index + 1] for index in range(frames))
-
-
-def _denoise_window(
-    flow: Flow,
-    denoiser: Denoiser,
-    clean_frames: list[mx.array],
-    noisy: Iterator[mx.array],
-    text: mx.array | None,
-    frames: int,
-) -> Iterator[mx.array]:
-    """All frames of a window, each when the denoiser has seen enough of what follows."""
-    prefix = denoiser.embed_text(text)
-    start = 0 if prefix is None else prefix.shape[1]
-    waiting: list[mx.array] = []
-    layers: list[_StreamedLayer] = []
-    for x in (frame for source in (clean_frames, noisy) for frame in source):
-        if not layers:
-            shape = (x.shape[0], frames, *x.shape[2:])
-            frequencies = flow.rope_frequencies(shape, start)
-            assert frequencies is not None  # of a flow with a denoiser
-            layers = [_StreamedLayer(layer, denoiser, start, frames, frequencies) for layer in denoiser.attn_blocks]
-        h = denoiser.embed(flow.tokens(x))
-        if prefix is not None and not layers[0].pushed:
-            h = mx.concatenate([prefix, h], axis=1)
-        waiting.append(x)
-        done = [h]
-        for layer in layers:
-            done = [out for h in done for out in layer.push(h)]
-        for h in done:
-            x = waiting.pop(0)
-            tokens = denoiser.predict(h[:, -flow.tokens(x).shape[1] :])
-            yield clean(x, flow.latents(tokens, x.shape))
-
-
-class _StreamedLayer:
-    """A layer of the denoiser, fed frame by frame; it keeps the keys and values of the frames that are still seen."""
-
-    def __init__(
-        self, layer: TransformerLayer, denoiser: Denoiser, start: int, frames: int, rope_frequencies: mx.array
-    ):
-        self.layer, self.config, self.start, self.frames = layer, denoiser.config, start, frames
-        self.rope_frequencies = rope_frequencies
-        self.size = (rope_frequencies.shape[0] - start) // frames
-        self.pushed = self.done = 0
-        self.text: tuple[mx.array, ...] = ()
-        self.seen: dict[int, tuple[mx.array, mx.array]] = {}
-        self.waiting: list[tuple[mx.array, mx.array]] = []
-
-    def push(self, h: mx.array) -> list[mx.array]:
-        """The input of the next frame (of the text and the first frame) -> outputs of the frames that it completes."""
-        begin = self.start + self.pushed * self.size if self.pushed else 0
-        q, k, v = self.layer.before(h, self.rope_frequencies[begin : begin + h.shape[1]])
-        if not self.pushed:
-            self.text = (k[:, :, : self.start], v[:, :, : self.start])
-            k, v = k[:, :, self.start :], v[:, :, self.start :]
-        self.seen[self.pushed] = k, v
-        self.waiting.append((h, q))
-        self.pushed += 1
-        outputs = []
-        while self.waiting:
-            first, stop = self.config.seen(self.done, self.frames)
-            if stop > self.pushed:
-                break
-            for old in [frame for frame in self.seen if frame < first]:
-                del self.seen[old]
-            h, q = self.waiting.pop(0)
-            k, v = (
-                mx.concatenate([self.text[part], *(self.seen[frame][part] for frame in range(first, stop))], axis=2)
-                for part in (0, 1)
-            )
-            outputs.append(self.layer.after(h, self.layer.attention.attend(q, k, v, causal=False)))
-            self.done += 1
-        mx.eval(outputs, list(self.seen.values()), self.waiting)
-        return outputs

@@ -181,6 +181,17 @@ def test_memory_grows_neither_with_the_length_nor_with_the_height():
 # ---- shapes and scales
 
 
+def test_norms_of_many_sizes_are_traced_once(monkeypatch):
+    traced, rsqrt = [], mx.rsqrt
+    monkeypatch.setattr(mx, "rsqrt", lambda x: traced.append(x.shape) or rsqrt(x))
+    norm = layers.RMSNorm(4)
+    for height in range(1, 13):
+        x = mx.random.normal((1, 1 + height % 3, height, 2 * height, 4))
+        expected = x / mx.sqrt(mx.square(x).mean(axis=-1, keepdims=True))
+        assert mx.abs(norm(x) - expected).max().item() < 1e-5
+    assert len(traced) <= 1
+
+
 def test_numbers_of_frames():
     config = AutoencoderWanConfig.from_dict(CONFIG)
     assert (config.downscale, config.temporal_downscale, config.latent_channels) == (16, 4, 48)
@@ -249,6 +260,22 @@ def test_other_backends_convolve_likewise(vae, monkeypatch):
     monkeypatch.setattr(layers, "on_cpu", lambda: False)
     assert error(vae.decode(vae.unscale(GOLDEN["latents"])), GOLDEN["decoded"]) < 1e-5
     assert error(vae.scale(vae.encode(GOLDEN["video"]).mean), GOLDEN["video_mean_normalized"]) < 1e-5
+
+
+@pytest.mark.skipif(not layers.on_cpu(), reason="a GPU has convolutions of its own")
+@pytest.mark.parametrize("rows", [None, 3])
+def test_large_frames_take_fewer_products(vae, monkeypatch, rows):
+    monkeypatch.setattr(layers, "_is_large", lambda x, weight: weight.shape[2:4] == (3, 3))
+    assert error(vae.decode(vae.unscale(GOLDEN["latents"]), rows), GOLDEN["decoded"]) < 1e-5
+    assert error(vae.scale(vae.encode(GOLDEN["video"], rows).mean), GOLDEN["video_mean_normalized"]) < 1e-5
+
+
+def test_which_frames_are_large():
+    kernels = mx.zeros((32, 3, 3, 3, 32))
+    assert layers._is_large(mx.zeros((1, 6, 18, 10, 32)), kernels)
+    assert not layers._is_large(mx.zeros((1, 6, 17, 10, 32)), kernels)
+    assert not layers._is_large(mx.zeros((1, 6, 18, 10, 12)), kernels[..., :12])
+    assert not layers._is_large(mx.zeros((1, 6, 18, 10, 32)), kernels[:, :, :1, :1])
 
 
 def test_tiles_of_every_height():

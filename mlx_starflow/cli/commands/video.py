@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,14 +17,17 @@ from mlx_starflow.cli.options.parallel import Ranks, tensor_parallel_option
 from mlx_starflow.cli.options.recorded import chosen_networks
 from mlx_starflow.cli.options.rules import excludes, needs, option_rules
 from mlx_starflow.cli.options.sampling import Size, lora_option, network_options, quantize_option, sampling_options
+from mlx_starflow.cli.options.upscaling import UPSCALE_RULE, chosen_upscaler, upscale_options
 from mlx_starflow.cli.options.vocabulary import Renamed, json_option
 from mlx_starflow.errors import StarflowError
 
 if TYPE_CHECKING:
     from PIL import Image
 
+    from mlx_starflow.media.videos import VideoWriter
     from mlx_starflow.pipelines import VideoStream
     from mlx_starflow.pipelines.recipes import Recipe
+    from mlx_starflow.sampling.progress import Progress
 
 PATH = click.Path(path_type=Path)
 SOURCES = ("image", "video", "extend")
@@ -62,11 +67,18 @@ SOURCES = ("image", "video", "extend")
 @sampling_options
 @click.option("--stream", is_flag=True, help="Write each frame as soon as it is finished, to be watched meanwhile.")
 @click.option(
+    "--preview",
+    is_flag=True,
+    help="With --stream, write a picture of each latent frame at once, cleaned without those after it, to a video "
+    "beside: out-preview.mp4 for out.mp4. The video itself stays the same.",
+)
+@click.option(
     "--keep-source/--no-keep-source",
     default=None,
     help="With --extend, begin the file with the video it goes on from.  [default: keep-source]",
 )
 @click.option("--crf", type=click.IntRange(0, 51), help="Quality of H.264, 0 the best.  [default: 18]")
+@upscale_options
 @metadata_option
 @click.option(
     "--like",
@@ -85,12 +97,14 @@ SOURCES = ("image", "video", "extend")
 @click.option("-v", "--verbose", is_flag=True, help="Say what each phase cost.")
 @tensor_parallel_option
 @option_rules(
+    UPSCALE_RULE,
     excludes("--size", "--ratio", reason="--size and --ratio both say the shape; leave one of them out"),
     excludes("--load-noise", "--seed", reason="--load-noise is what --seed would draw: leave one of them out"),
     excludes("--like", "PROMPT", "--prompt", reason="--like brings its own prompt; leave the other out"),
     excludes("PROMPT", "--prompt", reason="PROMPT and --prompt are the same: leave one of them out"),
     excludes("--image", "--video", "--extend"),
     excludes("--video", "--extend"),
+    needs("--preview", "--stream"),
     needs("--keep-source", "--extend"),
     needs("--no-keep-source", "--extend"),
 )
@@ -118,8 +132,11 @@ def video(
     denoise: bool | None,
     kv_bits: str | None,
     stream: bool,
+    preview: bool,
     keep_source: bool | None,
     crf: int | None,
+    upscale: str | None,
+    upscale_model: str | None,
     metadata: bool,
     source: Path | None,
     save_noise: Path | None,
@@ -146,6 +163,7 @@ def video(
     from mlx_starflow.media.tables import write_json
     from mlx_starflow.media.videos import CRF, VideoWriter, check_video_output
     from mlx_starflow.sampling.bars import Bar
+    from mlx_starflow.sampling.progress import Progress
 
     prompt = named_prompt if prompt is None else prompt
     given = {name: path for name, path in zip(SOURCES, (image, video, extend), strict=True) if path is not None}
@@ -166,12 +184,16 @@ def video(
         raise click.UsageError('there is no prompt: mlx-starflow video "waves at a beach" -m MODEL')
     if model is None:
         raise click.UsageError("give a model that makes videos: --model DIR")
+    upscaler = None
     with ranks.together():
         if ranks.first:
-            check_video_output(output, stream)
+            upscaler = chosen_upscaler(upscale, upscale_model, recipe)
+            written = [output, output.with_name(f"{output.stem}-preview{output.suffix}")] if preview else [output]
+            for each in written:
+                check_video_output(each, stream)
             read = [path for path in (*given.values(), source, load_noise) if path is not None]
-            free = claim_outputs([output] if output.suffix else [], [save_noise, json_file], inputs=read)
-            output = free[0] if free else output
+            free = claim_outputs(written if output.suffix else [], [save_noise, json_file], inputs=read)
+            output, *beside = free or written
 
     from mlx_starflow.pipelines import VideoSettings, load_video
 
@@ -210,6 +232,8 @@ def video(
     ranks.agree_on_files(given)
     options = (guidance, temperature, method, attn_temp, denoise, size, frames, fps, context, kv_bits, settings)
     ranks.agree({"prompt": prompt, "options": (options, None if loaded is None else noise.digest(loaded))})
+    previews = _Previews()
+    progress = Progress(previews if preview and ranks.first else None, bar=None)
     made = pipe.stream(
         prompt,
         seed=seed if loaded is not None else ranks.seed(seed),
@@ -230,8 +254,9 @@ def video(
         kv_bits=kv_bits,
         live=stream,
         frames_at_once=1 if stream else 16,
+        previews=preview,
         verify=bool(verify),
-        progress=None,
+        progress=progress,
     )
     if not ranks.first:
         for _ in made:
@@ -242,25 +267,54 @@ def video(
     how = made.metadata | ({} if crf is None else {"crf": crf})
     if extend is not None and not keep_source:
         how["keep_source"] = False
+    as_made = how
+    shown: Iterable[Image.Image] = made
+    total: int | None = made.frames
+    if extend is not None and keep_source:
+        shown, total = chain(_source_frames(extend, made), made), None
+    width, height = made.size
+    if upscaler is not None:
+        # A frame that is to be watched does not wait for others.
+        shown = upscaler.frames(shown, at_once=1 if stream else None)
+        how, width, height = upscaler.upscaled(how), upscaler.scale * width, upscaler.scale * height
     quality = CRF if crf is None else crf
-    with VideoWriter(output, made.fps, crf=quality, metadata=how if metadata else None, live=stream) as writer:
-        if extend is not None and keep_source:
-            for frame in _source_frames(extend, made):
-                writer.add(frame)
-        for frame in Bar(made, total=made.frames, desc="frames", unit="frame", disable=None):
+    with ExitStack() as files:
+        for path in beside:
+            rate, told = made.fps / pipe.vae_config.temporal_downscale, as_made | {"preview": True}
+            previews.writer = files.enter_context(
+                VideoWriter(path, rate, crf=quality, metadata=told if metadata else None, live=True)
+            )
+        writer = files.enter_context(
+            VideoWriter(output, made.fps, crf=quality, metadata=how if metadata else None, live=stream)
+        )
+        for frame in Bar(shown, total=total, desc="frames", unit="frame", disable=None):
             writer.add(frame)
     origin = f"noise from {load_noise}" if made.seed is None else f"seed {made.seed}"
-    width, height = made.size
     quiet, stats = json_file == STDOUT, made.stats
     if json_file is not None:
         cost = {"seconds": stats.seconds, "memory": stats.memory, "evaluations": stats.evaluations}
+        how |= {"preview": str(beside[0])} if beside else {}
         write_json({"file": str(output), "frames": writer.frames, "fps": made.fps, **how, **cost}, json_file)
     shape = f"{writer.frames} frames of {width}x{height} at {made.fps} a second"
-    click.echo(f"{output}: {prompt!r}, {shape}, {origin}", err=quiet)
+    large = "" if upscaler is None else f", enlarged by {upscaler}"
+    click.echo(f"{output}: {prompt!r}, {shape}, {origin}{large}", err=quiet)
+    for path in beside:
+        click.echo(f"{path}: previews, one of each latent frame", err=quiet)
     if verify:
         click.echo(f"{prompt!r}: {stats.certificate}", err=quiet)
     if verbose:
         click.echo(str(stats), err=quiet)
+
+
+class _Previews:
+    """A callback that writes the previews of a video."""
+
+    writer: VideoWriter | None = None
+
+    def __call__(self, progress: Progress) -> None:
+        if progress.phase == "preview" and self.writer is not None:
+            for image in progress.preview():
+                self.writer.add(image)
 
 
 def _source_frames(path: Path, frames: VideoStream) -> Iterator[Image.Image]:
