@@ -218,6 +218,7 @@ def best_continued(model: Transformer, texts: np.ndarray, gap: slice, candidates
 
 def mean_of(values: np.ndarray) -> tuple[float, float]:
     """The mean of one value a text, and its standard error."""
+    values = values.astype(np.float64)
     return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values)))
 
 

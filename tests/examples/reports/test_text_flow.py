@@ -11,7 +11,7 @@ def test_it_trains_and_compares_both(tmp_path):
     text = tmp_path / "book.txt"
     text.write_text("the cat sat on the mat, and the dog sat on the cat.\n" * 60)
     out = tmp_path / "out"
-    arguments = [text, out, "--steps", 2, "--batch-size", 2, "--length", 16, "--channels", 32, "--draws", 2]
+    arguments = [text, out, "--steps", 2, "--batch-size", 2, "--length", 16, "--channels", 64, "--draws", 2]
     arguments += ["--gaps", 4, "--candidates", 2, "--sample-length", 20, "--gap-draws", 2]
     run_example("reports/text_flow.py", *arguments, "--only", "flow")
     run_example("reports/text_flow.py", *arguments)
