@@ -131,8 +131,8 @@ class VideoPipeline(LatentPipeline):
             frames_at_once: latent frames that go through the flow's shallow blocks together.
             live: False samples the whole video before the first frame is decoded: with `low_memory`, one network is in
                 memory at a time.
-            verify: run the flow forwards over the sample and put the difference from its noise into the stream's
-                `stats.certificates` at the end.
+            verify: run the flow forwards over the sample, window by window, and put the difference from its noise into
+                the stream's `stats.certificates` and `metadata` at the end; what was given is read, not certified.
             progress: a `Progress`, or whether to show a progress bar of tokens; None shows it on a terminal only.
             callback: is called with the `Progress` before each step: it says how far this is, and can cancel it.
 
@@ -141,9 +141,7 @@ class VideoPipeline(LatentPipeline):
         """
         asked = VideoOverrides(guidance, temperature, method, attn_temp, denoise, size, frames, fps, context, kv_bits)
         watched, given = watch(progress, callback), asked.or_else(settings)
-        request = self._request(
-            [prompt], seed, 1, noise, given, image, video, extend, watched, verify=verify, live=live
-        )
+        request = self._request([prompt], seed, 1, noise, given, image, video, extend, watched, live=live)
         if len(request.shape) == 3:
             images = self._one_image(request, verify, watched)
         else:
@@ -213,7 +211,6 @@ class VideoPipeline(LatentPipeline):
             video,
             extend,
             watched,
-            verify=verify,
             live=False,
             batch=batch_size,
         )
@@ -257,7 +254,6 @@ class VideoPipeline(LatentPipeline):
         extend: VideoSource | None,
         progress: Progress,
         *,
-        verify: bool,
         live: bool,
         batch: int = 1,
     ) -> VideoRequest:
@@ -292,11 +288,6 @@ class VideoPipeline(LatentPipeline):
         settings = self.with_kv_bits(settings, settings.size, min(batch, len(names)), frames)
         if noise is not None and noise.shape != (len(names), *shape):
             raise StarflowError(f"the noise has shape {list(noise.shape)}; this video needs {[len(names), *shape]}")
-        if verify and (given is not None or self.format.latent_frames(settings.frames) > self.format.window):
-            raise StarflowError(
-                f"certificates are for videos of at most {self.format.trained} frames that are made from a prompt "
-                "alone: leave out the verification"
-            )
         request = VideoRequest(names, seeds * len(prompts), settings, shape, noise, given, stats, len(seeds))
         for index, (prompt, each) in enumerate(zip(request.prompts, request.seeds, strict=True)):
             own = np.empty(0) if noise is None else noise[index : index + 1]
@@ -365,6 +356,8 @@ class VideoPipeline(LatentPipeline):
             progress=progress,
         )
         request.stats.add(result.stats)
+        for metadata, certificate in zip(request.metadata, result.stats.certificates, strict=False):
+            metadata["certificate"] = certificate.to_dict()
         return VideoResult(
             videos=[[image] for image in result.images],
             latents=result.latents,

@@ -19,11 +19,13 @@ from mlx_starflow.sampling.decoder import BlockDecoder, check_finite
 from mlx_starflow.sampling.guidance import SamplingOptions
 from mlx_starflow.sampling.guided import GuidedFlow
 from mlx_starflow.sampling.methods import (
+    FramewiseSettings,
     JacobiSettings,
     Method,
     RollingSettings,
     SequentialSettings,
     Settings,
+    Uniform,
     block_settings,
     for_videos,
 )
@@ -179,13 +181,26 @@ def invert_steps(
         mu, log_sigma = decoder.block.unpredicted(z[:, :1])
         decoder.write(0, z[:, :1] * mx.exp(log_sigma) + mu)
     yield start
+    length = z.shape[1]
+    if not isinstance(settings, FramewiseSettings):
+        yield from _steps(decoder, start, length, settings)
+        return
+    frame = length if decoder.block.config.local else min(decoder.length // decoder.frames, length)
+    if start < frame:
+        yield from _steps(decoder, start, frame, settings.first)
+    if frame < length:
+        yield from _steps(decoder, max(start, frame), length, settings.later)
+
+
+def _steps(decoder: BlockDecoder, start: int, length: int, settings: Uniform) -> Iterator[int]:
+    """Tokens `start` to `length`."""
     if isinstance(settings, RollingSettings):
-        yield from jacobi.roll(decoder, start, settings)
+        yield from jacobi.roll(decoder, start, length, settings)
     elif isinstance(settings, JacobiSettings):
-        yield from jacobi.invert(decoder, start, settings)
+        yield from jacobi.invert(decoder, start, length, settings)
     else:
         assert isinstance(settings, SequentialSettings)
-        yield from sequential.invert(decoder, start)
+        yield from sequential.invert(decoder, start, length)
 
 
 def state_of(flow: Flow, decoder: BlockDecoder, shape: tuple[int, ...]) -> mx.array:

@@ -12,7 +12,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 import numpy as np
@@ -25,16 +25,19 @@ from mlx_starflow.sampling.decoder import check_finite
 from mlx_starflow.sampling.guidance import SamplingOptions
 from mlx_starflow.sampling.guided import GuidedFlow
 from mlx_starflow.sampling.methods import (
+    FRAME_GUESSES,
+    FramewiseSettings,
     JacobiSettings,
     Method,
     RollingSettings,
     SamplingPlan,
     SequentialSettings,
     Settings,
+    for_videos,
 )
 from mlx_starflow.sampling.noise_floor import FACTOR, HALF, moved
 from mlx_starflow.sampling.progress import Callback, Counter, Progress, Watch, watch
-from mlx_starflow.sampling.sampler import SamplingTrace, invert_block, sample
+from mlx_starflow.sampling.sampler import SamplingTrace, invert_steps, sample
 
 SMALLEST_WINDOW = 8
 DEEP_SHARE = 0.9
@@ -69,6 +72,8 @@ class Trial:
 
 def describe(settings: Settings) -> str:
     """A few words for people."""
+    if isinstance(settings, FramewiseSettings):
+        return f"first frame {describe(settings.first)}; later frames {describe(settings.later)}"
     if isinstance(settings, RollingSettings):
         return f"rolling window of {settings.window}, first guess {settings.guess}"
     if isinstance(settings, JacobiSettings):
@@ -94,7 +99,9 @@ def tune(
 
     Args:
         z, text, null_text, guidance: noise and conditions of the samples, as for `sample`; each is tried by itself,
-            since that is how a picture at a time is made.
+            since that is how a picture at a time is made. Videos are `[B, T, H, W, C]`; of them the blocks that see
+            all frames may make the first one in a way of its own, try windows of whole frames, and take their first
+            guesses from the frames before.
         tolerance: largest certificate (|f(x) - z|, standard deviations of the noise) that a sample may have. Where
             sequential sampling itself does not reach it, as with half-precision weights, twice what that reaches; and
             no less than what a window in this precision keeps to (see `noise_floor`).
@@ -116,7 +123,7 @@ def tune(
     with progress.running("tuning"):
         samples = list(_samples(flow, z, text, null_text, options))
         plan = _tune(flow, samples, guidance, tolerance, least, report, progress)
-        return replace(plan, kv_bits=kv_bits)
+        return replace(plan, kv_bits=kv_bits, frame=samples[0].frame if samples[0].frames > 1 else 0)
 
 
 def _tune(
@@ -130,6 +137,8 @@ def _tune(
 ) -> SamplingPlan:
     exact = max(one.certificate.max for one in samples)
     report(f"sequential: {samples[0].evaluations} evaluations, certificate {exact:.1e}")
+    if samples[0].frames > 1:
+        report(f"{samples[0].frames} latent frames of {samples[0].frame} tokens")
     deep = max(samples[0].guided.active())
     floors = {index: max(one.noise_floor(index) for one in samples) for index in samples[0].guided.active()}
     least_tolerance = max(2 * exact, FACTOR * floors[deep] / DEEP_SHARE)
@@ -138,7 +147,7 @@ def _tune(
         report(f"that is all that this precision gives; the tolerance is now {tolerance:.1e}")
     blocks: list[Settings] = [SequentialSettings()] * len(flow.blocks)
     active = list(samples[0].guided.active())
-    most = {index: 3 + len(windows(samples[0].length(index), least)) for index in active}
+    most = {index: samples[0].most_trials(index, least) for index in active}
     with progress.counting("tuning", sum(most.values()), "way") as counter:
         for index in active:
             share, done = DEEP_SHARE if index == deep else OTHERS_SHARE, counter.done
@@ -194,14 +203,48 @@ class _Sample:
 
     def length(self, index: int) -> int:
         """Tokens of a block."""
-        return self.flow.blocks[index].sequences(1, self.noise[index].shape[1], frame_count(self.z.shape))[1]
+        return self.flow.blocks[index].sequences(1, self.noise[index].shape[1], self.frames)[1]
 
-    def invert(self, index: int, settings: Settings) -> tuple[mx.array, int, float]:
-        """What a block reads -> the tokens that it makes in this way, its evaluations, and the seconds they take."""
-        noise = self.noise[index]
+    @property
+    def frames(self) -> int:
+        """Of a video; 1 of a picture."""
+        return frame_count(self.z.shape)
+
+    @property
+    def frame(self) -> int:
+        """Tokens of a frame, of the flow's noise."""
+        return self.flow.noise_tokens(self.z).shape[1] // self.frames
+
+    def sees_frames(self, index: int) -> bool:
+        """Whether a block goes on from one frame of a video to the next."""
+        return self.frames > 1 and not self.flow.blocks[index].config.local
+
+    def most_trials(self, index: int, least: str) -> int:
+        """Ways of inverting a block that are tried at most."""
+        found = 3 + len(windows(self.length(index), least, self.frame if self.sees_frames(index) else 0))
+        return found + len(FRAME_GUESSES) + 4 + len(windows(self.frame, least)) if self.sees_frames(index) else found
+
+    def jacobi(self, threshold: float) -> JacobiSettings:
+        """The official blocks of pictures, or of videos, with a threshold."""
+        settings = for_videos(JacobiSettings.name, self.frame) if self.frames > 1 else JacobiSettings()
+        assert isinstance(settings, JacobiSettings)
+        return replace(settings, threshold=threshold)
+
+    def invert(self, index: int, settings: Settings, first_frame: bool = False) -> tuple[mx.array, int, float]:
+        """What a block reads -> the tokens that it makes in this way, its evaluations, and the seconds they take.
+
+        With `first_frame` it makes that alone, and the others are there.
+        """
+        block, noise = self.flow.blocks[index], self.noise[index]
         decoder = self.guided.decoder(index, *noise.shape[:2])
+        z = block.permute(noise, self.frames)
         steps = [time.perf_counter()]
-        x = invert_block(decoder, noise, settings, advance=lambda tokens: steps.append(time.perf_counter()))
+        for _ in invert_steps(decoder, z[:, : self.frame] if first_frame else z, settings):
+            steps.append(time.perf_counter())
+        x = decoder.data(0, decoder.z.shape[1])
+        if first_frame:
+            x = mx.concatenate([x, block.permute(self.data[index], self.frames)[:, self.frame :]], axis=1)
+        x = block.unpermute(x, self.frames)
         mx.eval(x)
         steps.append(time.perf_counter())
         self.spent += decoder.evaluations
@@ -240,29 +283,34 @@ def _samples(
         yield _Sample(flow, z[one], None if text is None else text[one], null, options)
 
 
-def _try(index: int, samples: list[_Sample], settings: Settings) -> Trial:
+def _try(index: int, samples: list[_Sample], settings: Settings, first_frame: bool = False) -> Trial:
     evaluations, seconds, residual = 0, 0.0, 0.0
     for one in samples:
         if isinstance(settings, SequentialSettings):
             # Measured already, when the sample was made.
             x, (count, took) = one.data[index], one.sequential[index]
+            if first_frame:
+                count, took = count // one.frames, took / one.frames
         else:
-            x, count, took = one.invert(index, settings)
+            x, count, took = one.invert(index, settings, first_frame)
         evaluations += count
         seconds += took
         residual = max(residual, float(mx.abs(one.residual(index, x, x)).max()))
     return Trial(index, settings, evaluations, seconds, residual)
 
 
-def windows(length: int, least: str) -> list[int]:
+def windows(length: int, least: str, frame: int = 0) -> list[int]:
     """The windows that are tried for a block of so many tokens, in their order, until two in a row are no better.
+
+    In a video with frames of `frame` tokens the larger ones are whole frames.
 
     Evaluations are the fewer the wider the window is, so the widest comes first. What an evaluation takes grows with
     its tokens, so of seconds the narrowest comes first: a wide one that is slow would be the dearest trial of all.
     """
-    found = [SMALLEST_WINDOW]
+    found = [-(-SMALLEST_WINDOW // frame) * frame if 0 < frame < SMALLEST_WINDOW else SMALLEST_WINDOW]
     while found[-1] < length:
-        found.append(2 * found[-1])
+        # The last one below a frame is followed by a frame.
+        found.append(frame if found[-1] < frame <= 2 * found[-1] else 2 * found[-1])
     found = [min(window, length) for window in found]
     return found if least == "seconds" else found[::-1]
 
@@ -276,29 +324,69 @@ def _best(
     counter: Counter,
 ) -> Trial:
     """The method for a block that costs least among those within the tolerance."""
-    trials = [_try(index, samples, SequentialSettings())]
-    report(str(trials[0]))
-    counter.advance()
+    frame = samples[0].frame if samples[0].sees_frames(index) else 0
+    search = _Search(index, samples, tolerance, least, report, counter)
+    best = search.best(windows(samples[0].length(index), least, frame), frame)
+    if not frame or isinstance(best.settings, SequentialSettings):
+        return best
+    report(f"block {index}: first frame alone")
+    first = replace(search, first_frame=True, trials=[]).best(windows(frame, least), 0).settings
+    later = best.settings
+    assert not isinstance(first, FramewiseSettings) and not isinstance(later, FramewiseSettings)
+    if first != later:
+        search.consider(FramewiseSettings(first, later))
+    return search.cheapest()
 
-    def consider(settings: Settings) -> Trial:
-        trial = _try(index, samples, settings)
-        report(str(trial) + ("" if trial.residual <= 2 * tolerance else f", but residual {trial.residual:.1e}"))
-        if trial.residual <= 2 * tolerance:
-            trials.append(trial)
-        counter.advance()
+
+@dataclass
+class _Search:
+    """Ways of inverting one block, or with `first_frame` its first frame, that were tried.
+
+    Attributes:
+        trials: those within the tolerance.
+    """
+
+    index: int
+    samples: list[_Sample]
+    tolerance: float
+    least: str
+    report: Callable[[str], None]
+    counter: Counter
+    first_frame: bool = False
+    trials: list[Trial] = field(default_factory=list)
+
+    def best(self, widths: list[int], frame: int) -> Trial:
+        """The cheapest of sequential sampling, the official blocks, and windows with all first guesses; those of the
+        frames before, of so many tokens, if there are any."""
+        tolerance = self.tolerance
+        self.consider(SequentialSettings())
+        self.consider(self.samples[0].jacobi(tolerance**2))
+        worse, lowest = 0, float("inf")
+        for window in widths:
+            cost = self.consider(RollingSettings(window, tolerance)).cost(self.least)
+            worse, lowest = (0, cost) if cost < lowest else (worse + 1, lowest)
+            if worse == 2:
+                break
+        chosen = self.cheapest().settings
+        if isinstance(chosen, RollingSettings):
+            self.consider(replace(chosen, guess="affine"))
+            # A window of the whole block guesses all of its tokens before it knows one.
+            if frame and chosen.window < self.samples[0].length(self.index):
+                for guess in FRAME_GUESSES:
+                    self.consider(replace(chosen, guess=guess, lag=frame))
+        return self.cheapest()
+
+    def consider(self, settings: Settings) -> Trial:
+        trial = _try(self.index, self.samples, settings, self.first_frame)
+        good = isinstance(settings, SequentialSettings) or trial.residual <= 2 * self.tolerance
+        self.report(str(trial) + ("" if good else f", but residual {trial.residual:.1e}"))
+        if good:
+            self.trials.append(trial)
+        self.counter.advance()
         return trial
 
-    consider(JacobiSettings(threshold=tolerance**2))
-    worse, best = 0, float("inf")
-    for window in windows(samples[0].length(index), least):
-        cost = consider(RollingSettings(window, tolerance)).cost(least)
-        worse, best = (0, cost) if cost < best else (worse + 1, best)
-        if worse == 2:
-            break
-    chosen = _cheapest(trials, least)
-    if isinstance(chosen.settings, RollingSettings):
-        consider(replace(chosen.settings, guess="affine"))
-    return _cheapest(trials, least)
+    def cheapest(self) -> Trial:
+        return _cheapest(self.trials, self.least)
 
 
 def _cheapest(trials: list[Trial], least: str) -> Trial:
@@ -325,15 +413,27 @@ def _tightened(
             "machine": platform.processor() or platform.machine(),
         }
         plan = SamplingPlan(tuple(blocks), tolerance, measured)
-        evaluations, certificates = np.zeros(len(flow.blocks), int), []
+        evaluations, certificates, seconds = np.zeros(len(flow.blocks), int), [], 0.0
         for one in samples:
-            trace = SamplingTrace()
+            trace, began = SamplingTrace(), time.perf_counter()
             x = one.sample(plan, trace)
+            mx.eval(x)
+            seconds += time.perf_counter() - began
             evaluations += np.array(trace.evaluations)
             certificates.append(one.certify(x))
         certificate = Certificate.worst(certificates)
         report(f"together: {evaluations.tolist()} evaluations for {len(samples)} samples, {certificate}")
+        frames = len(samples) * samples[0].frames
+        each, took = float(evaluations.sum()) / frames, seconds / frames
+        if samples[0].frames > 1:
+            report(f"{each:.2f} evaluations and {took:.3f} s a latent frame")
         if certificate.max <= tolerance:
+            if samples[0].frames > 1:
+                measured |= {
+                    "frames": samples[0].frames,
+                    "evaluations_per_frame": round(each, 2),
+                    "seconds_per_frame": round(took, 4),
+                }
             measured["certificate"] = certificate.max
             measured["evaluations"] = [round(float(count) / len(samples), 1) for count in evaluations]
             return plan
@@ -343,6 +443,10 @@ def _tightened(
 
 
 def _stricter(settings: Settings, factor: float) -> Settings:
+    if isinstance(settings, FramewiseSettings):
+        first, later = (_stricter(each, factor) for each in (settings.first, settings.later))
+        assert not isinstance(first, FramewiseSettings) and not isinstance(later, FramewiseSettings)
+        return FramewiseSettings(first, later)
     if isinstance(settings, RollingSettings):
         return replace(settings, tolerance=settings.tolerance * factor)
     if isinstance(settings, JacobiSettings):

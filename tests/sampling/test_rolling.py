@@ -8,6 +8,7 @@ import pytest
 from helpers.tiny_flows import tiny_case
 
 from mlx_starflow.sampling import (
+    FramewiseSettings,
     GuidedFlow,
     JacobiSettings,
     RollingSettings,
@@ -16,6 +17,7 @@ from mlx_starflow.sampling import (
     SequentialSettings,
     sample,
 )
+from mlx_starflow.sampling.first_guesses import FirstGuesses
 from mlx_starflow.sampling.sampler import invert_block
 
 EVERY = [
@@ -24,6 +26,11 @@ EVERY = [
     RollingSettings(window=2, tolerance=1e-6),
     RollingSettings(window=99, tolerance=1e-6, guess="affine"),
     RollingSettings(window=3, tolerance=1e-6, guess="previous", lag=2),
+    RollingSettings(window=5, tolerance=1e-6, guess="motion", lag=2),
+    RollingSettings(window=2, tolerance=1e-6, guess="previous-affine", lag=1),
+    RollingSettings(window=4, tolerance=1e-6, guess="motion-affine", lag=1),
+    FramewiseSettings(SequentialSettings(), RollingSettings(4, 1e-6, "motion-affine", 2)),
+    FramewiseSettings(RollingSettings(3, 1e-6), JacobiSettings(block_size=2, threshold=1e-13)),
 ]
 
 
@@ -126,3 +133,62 @@ def test_a_batch_is_within_the_tolerance_of_single_samples():
         one = slice(index, index + 1)
         alone = sample(tiny.flow, z[one], tiny.text[one], tiny.null_text, 1.0, settings)
         assert np.abs(np.array(alone - together[one])).max() < 1e-4
+
+
+class Written:
+    """A decoder of which first guesses read tokens 0, 1, 4, 9, 16 and so on, of noise 1."""
+
+    z = mx.ones((1, 40, 1))
+
+    def data(self, start, stop):
+        return mx.square(mx.arange(start, stop, dtype=mx.float32))[None, :, None]
+
+
+def guesses(guess, lag, start, stop, known=()):
+    """Of tokens `start` to `stop`, after evaluations of (first token, numbers)."""
+    found = FirstGuesses(Written(), RollingSettings(window=8, guess=guess, lag=lag))
+    for first, count in known:
+        numbers = mx.square(mx.arange(first, first + count, dtype=mx.float32))[None, :, None]
+        found.learn(first, numbers, mx.zeros_like(numbers))
+    return found.of(start, stop).flatten().tolist()
+
+
+def test_first_guesses_from_the_frames_before():
+    assert guesses("previous", 3, 2, 4) == [1, 1]  # there is no frame before
+    assert guesses("previous", 3, 3, 8) == [0, 1, 4, 0, 1]
+    assert guesses("motion", 3, 3, 5) == [0, 1]  # nor any motion yet
+    # 9, 16, 25 were 0, 1, 4 before: so much again, and twice as much another frame on.
+    assert guesses("motion", 3, 6, 11) == [18, 31, 46, 27, 46]
+
+
+def test_first_guesses_from_what_the_frames_before_were_mapped_by():
+    assert guesses("previous-affine", 3, 6, 8) == [9, 16]  # no evaluation yet: the data
+    # mu is n squared, log sigma 0, and the noise 1.
+    assert guesses("previous-affine", 3, 6, 8, [(0, 6)]) == [10, 17]
+    assert guesses("motion-affine", 3, 6, 8, [(0, 6)]) == [19, 32]
+    assert guesses("motion-affine", 3, 6, 8, [(3, 3)]) == [10, 17]  # one frame is known
+    # What is older than two frames is forgotten, and what a wider window has seen is kept.
+    assert guesses("motion-affine", 3, 18, 19, [(start, 8) for start in range(0, 11)]) == [2 * 225 - 144 + 1]
+    assert guesses("motion-affine", 3, 8, 9, [(0, 8), (4, 1)]) == [2 * 25 - 4 + 1]
+
+
+def test_first_guesses_stay_numbers():
+    found = FirstGuesses(Written(), RollingSettings(guess="motion-affine", lag=1))
+    for log_sigma, expected in ((20.0, 1e4), (100.0, 1.0)):  # twice that
+        found.learn(0, mx.zeros((1, 2, 1)), mx.array([0.0, log_sigma])[None, :, None])
+        assert found.of(2, 3).item() == expected
+
+
+def test_a_steady_scene_is_guessed():
+    """Where every frame is mapped alike, a window that is given the last one's map is right at once."""
+    tiny = tiny_case("frames")
+    deep = tiny.flow.blocks[-1]
+    deep.proj_out.update({"weight": 0 * deep.proj_out.weight})  # the same mu and sigma everywhere
+    z = mx.random.normal((1, 4, 2, 3, 2), key=mx.random.key(0))
+    counts = {}
+    for guess in ("noise", "previous", "previous-affine", "motion-affine"):
+        trace = SamplingTrace()
+        sample(tiny.flow, z, tiny.text[:1], method=RollingSettings(6, 1e-4, guess, 6), trace=trace)
+        counts[guess] = trace.evaluations[0]
+    # Two for the first frame, and one each for the others.
+    assert counts["previous-affine"] == counts["motion-affine"] < counts["noise"] == counts["previous"]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -239,6 +240,10 @@ def video(
         return
     if save_noise is not None:
         noise.save_noise(made.noise(), save_noise)
+    waiting: Iterator[Image.Image] = made
+    if verify and not stream:
+        # The whole video is sampled before its first frame is there, and then the metadata have the certificate.
+        waiting = chain([next(made)], made)
     how = made.metadata | ({} if crf is None else {"crf": crf})
     if extend is not None and not keep_source:
         how["keep_source"] = False
@@ -247,13 +252,15 @@ def video(
         if extend is not None and keep_source:
             for frame in _source_frames(extend, made):
                 writer.add(frame)
-        for frame in Bar(made, total=made.frames, desc="frames", unit="frame", disable=None):
+        for frame in Bar(waiting, total=made.frames, desc="frames", unit="frame", disable=None):
             writer.add(frame)
     origin = f"noise from {load_noise}" if made.seed is None else f"seed {made.seed}"
     width, height = made.size
     quiet, stats = json_file == STDOUT, made.stats
     if json_file is not None:
-        cost = {"seconds": stats.seconds, "memory": stats.memory, "evaluations": stats.evaluations}
+        cost: dict[str, Any] = {"seconds": stats.seconds, "memory": stats.memory, "evaluations": stats.evaluations}
+        if stats.certificate is not None:
+            cost["certificate"] = stats.certificate.to_dict()
         write_json({"file": str(output), "frames": writer.frames, "fps": made.fps, **how, **cost}, json_file)
     shape = f"{writer.frames} frames of {width}x{height} at {made.fps} a second"
     click.echo(f"{output}: {prompt!r}, {shape}, {origin}", err=quiet)
