@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import mlx.core as mx
 
 from mlx_starflow.sampling.decoder import BlockDecoder
-from mlx_starflow.sampling.first_guesses import FirstGuesses, bounded
+from mlx_starflow.sampling.first_guesses import FirstGuesses, FramePast, bounded
 from mlx_starflow.sampling.methods import JacobiSettings, RollingSettings
 from mlx_starflow.sampling.noise_floor import NoiseFloor
 
@@ -45,8 +45,11 @@ def invert(decoder: BlockDecoder, start: int, length: int, settings: JacobiSetti
         yield start
 
 
-def roll(decoder: BlockDecoder, start: int, length: int, settings: RollingSettings) -> Iterator[int]:
-    """A window that slides past every token whose residual has been measured; arguments as for `invert`.
+def roll(
+    decoder: BlockDecoder, start: int, length: int, settings: RollingSettings, past: FramePast | None = None
+) -> Iterator[int]:
+    """A window that slides past every token whose residual has been measured; arguments as for `invert`; `past` see
+    `FirstGuesses`.
 
     An evaluation measures the residual |(x_n - mu_n) / sigma_n - z_n| of every token in the window with the values its
     inputs have now. The leading tokens within the tolerance are final as they are: nothing that their residual depends
@@ -57,7 +60,7 @@ def roll(decoder: BlockDecoder, start: int, length: int, settings: RollingSettin
     advances all the same, tokens are done one by one for a while, which takes less time.
     """
     entered = start  # tokens before this one have been given their first guess
-    guesses = FirstGuesses(decoder, settings)
+    guesses = FirstGuesses(decoder, settings, past)
     floor, pace = NoiseFloor(decoder, settings.tolerance), _Pace(settings.window)
     while start < length:
         stop = min(start + pace.width, length)
@@ -84,6 +87,7 @@ def roll(decoder: BlockDecoder, start: int, length: int, settings: RollingSettin
         start += count
         pace.count(count)
         yield start
+    guesses.finish()
 
 
 STRETCH = 32

@@ -21,7 +21,8 @@ from mlx_starflow.errors import StarflowError
 from mlx_starflow.model_dir.weights import dtype_name
 from mlx_starflow.models.flow import Flow, block_products_in, frame_count, products_in
 from mlx_starflow.sampling.certificate import Certificate, certify
-from mlx_starflow.sampling.decoder import check_finite
+from mlx_starflow.sampling.decoder import BlockDecoder, check_finite
+from mlx_starflow.sampling.first_guesses import FramePast
 from mlx_starflow.sampling.guidance import SamplingOptions
 from mlx_starflow.sampling.guided import GuidedFlow
 from mlx_starflow.sampling.methods import (
@@ -44,6 +45,9 @@ DEEP_SHARE = 0.9
 """How much of the tolerance the deep block, whose residual is the certificate's own, is given at first."""
 OTHERS_SHARE = 0.1
 """And the others, whose residuals the blocks after them enlarge."""
+
+WHOLE, FIRST, SINGLY = "whole", "first frame alone", "frame by frame"
+"""What a trial makes of a video: all of it at once, its first frame, or each frame by itself, as a stream does."""
 
 COSTS = ("seconds", "evaluations")
 """What a plan may keep small."""
@@ -222,7 +226,9 @@ class _Sample:
     def most_trials(self, index: int, least: str) -> int:
         """Ways of inverting a block that are tried at most."""
         found = 3 + len(windows(self.length(index), least, self.frame if self.sees_frames(index) else 0))
-        return found + len(FRAME_GUESSES) + 4 + len(windows(self.frame, least)) if self.sees_frames(index) else found
+        if self.sees_frames(index):
+            return found + len(FRAME_GUESSES) + 4 + len(windows(self.frame, least))
+        return found + (1 + len(FRAME_GUESSES) if self.frames > 1 else 0)
 
     def jacobi(self, threshold: float) -> JacobiSettings:
         """The official blocks of pictures, or of videos, with a threshold."""
@@ -230,26 +236,38 @@ class _Sample:
         assert isinstance(settings, JacobiSettings)
         return replace(settings, threshold=threshold)
 
-    def invert(self, index: int, settings: Settings, first_frame: bool = False) -> tuple[mx.array, int, float]:
+    def invert(self, index: int, settings: Settings, part: str = WHOLE) -> tuple[mx.array, int, float]:
         """What a block reads -> the tokens that it makes in this way, its evaluations, and the seconds they take.
 
-        With `first_frame` it makes that alone, and the others are there.
+        Of a video it may make `FIRST` alone, the others being there, or `SINGLY` one frame after the other.
         """
         block, noise = self.flow.blocks[index], self.noise[index]
-        decoder = self.guided.decoder(index, *noise.shape[:2])
-        z = block.permute(noise, self.frames)
-        steps = [time.perf_counter()]
-        for _ in invert_steps(decoder, z[:, : self.frame] if first_frame else z, settings):
-            steps.append(time.perf_counter())
-        x = decoder.data(0, decoder.z.shape[1])
-        if first_frame:
-            x = mx.concatenate([x, block.permute(self.data[index], self.frames)[:, self.frame :]], axis=1)
-        x = block.unpermute(x, self.frames)
+        steps, evaluations = [time.perf_counter()], 0
+
+        def made(decoder: BlockDecoder, z: mx.array, past: FramePast | None = None) -> mx.array:
+            nonlocal evaluations
+            for _ in invert_steps(decoder, z, settings, past=past):
+                steps.append(time.perf_counter())
+            evaluations += decoder.evaluations
+            return decoder.data(0, decoder.z.shape[1])
+
+        if part == SINGLY:
+            past, parts = FramePast(), []
+            for start in range(0, noise.shape[1], self.frame):
+                z = block.permute(noise[:, start : start + self.frame])
+                parts.append(block.unpermute(made(self.guided.decoder(index, 1, self.frame, 1), z, past)))
+            x = mx.concatenate(parts, axis=1)
+        else:
+            z, decoder = block.permute(noise, self.frames), self.guided.decoder(index, *noise.shape[:2])
+            x = made(decoder, z[:, : self.frame] if part == FIRST else z)
+            if part == FIRST:
+                x = mx.concatenate([x, block.permute(self.data[index], self.frames)[:, self.frame :]], axis=1)
+            x = block.unpermute(x, self.frames)
         mx.eval(x)
         steps.append(time.perf_counter())
-        self.spent += decoder.evaluations
+        self.spent += evaluations
         # The median step, so that a moment in which the machine was busy with something else does not count.
-        return x, decoder.evaluations, statistics.median(np.diff(steps)) * (len(steps) - 1)
+        return x, evaluations, statistics.median(np.diff(steps)) * (len(steps) - 1)
 
     def residual(self, index: int, x: mx.array, inputs: mx.array) -> mx.array:
         """Of tokens x of a block, predicted from others in their place."""
@@ -283,16 +301,16 @@ def _samples(
         yield _Sample(flow, z[one], None if text is None else text[one], null, options)
 
 
-def _try(index: int, samples: list[_Sample], settings: Settings, first_frame: bool = False) -> Trial:
+def _try(index: int, samples: list[_Sample], settings: Settings, part: str = WHOLE) -> Trial:
     evaluations, seconds, residual = 0, 0.0, 0.0
     for one in samples:
         if isinstance(settings, SequentialSettings):
             # Measured already, when the sample was made.
             x, (count, took) = one.data[index], one.sequential[index]
-            if first_frame:
+            if part == FIRST:
                 count, took = count // one.frames, took / one.frames
         else:
-            x, count, took = one.invert(index, settings, first_frame)
+            x, count, took = one.invert(index, settings, part)
         evaluations += count
         seconds += took
         residual = max(residual, float(mx.abs(one.residual(index, x, x)).max()))
@@ -327,10 +345,12 @@ def _best(
     frame = samples[0].frame if samples[0].sees_frames(index) else 0
     search = _Search(index, samples, tolerance, least, report, counter)
     best = search.best(windows(samples[0].length(index), least, frame), frame)
-    if not frame or isinstance(best.settings, SequentialSettings):
+    if not frame:
+        return search.with_guess_of_streams(best) if samples[0].frames > 1 else best
+    if isinstance(best.settings, SequentialSettings):
         return best
-    report(f"block {index}: first frame alone")
-    first = replace(search, first_frame=True, trials=[]).best(windows(frame, least), 0).settings
+    report(f"block {index}: {FIRST}")
+    first = replace(search, part=FIRST, trials=[]).best(windows(frame, least), 0).settings
     later = best.settings
     assert not isinstance(first, FramewiseSettings) and not isinstance(later, FramewiseSettings)
     if first != later:
@@ -340,7 +360,7 @@ def _best(
 
 @dataclass
 class _Search:
-    """Ways of inverting one block, or with `first_frame` its first frame, that were tried.
+    """Ways of inverting one block, or a part of a video in it, that were tried.
 
     Attributes:
         trials: those within the tolerance.
@@ -352,7 +372,7 @@ class _Search:
     least: str
     report: Callable[[str], None]
     counter: Counter
-    first_frame: bool = False
+    part: str = WHOLE
     trials: list[Trial] = field(default_factory=list)
 
     def best(self, widths: list[int], frame: int) -> Trial:
@@ -376,8 +396,21 @@ class _Search:
                     self.consider(replace(chosen, guess=guess, lag=frame))
         return self.cheapest()
 
+    def with_guess_of_streams(self, best: Trial) -> Trial:
+        """A window of a block that reads each frame by itself, with the first guess that is best frame by frame.
+
+        All frames at once have none before them, and there these guesses are the plain ones.
+        """
+        if not isinstance(best.settings, RollingSettings):
+            return best
+        self.report(f"block {self.index}: {SINGLY}")
+        search, lag = replace(self, part=SINGLY, trials=[]), self.samples[0].frame
+        for guess in (best.settings.guess, *FRAME_GUESSES):
+            search.consider(replace(best.settings, guess=guess, lag=lag if guess in FRAME_GUESSES else 0))
+        return replace(best, settings=search.cheapest().settings) if search.trials else best
+
     def consider(self, settings: Settings) -> Trial:
-        trial = _try(self.index, self.samples, settings, self.first_frame)
+        trial = _try(self.index, self.samples, settings, self.part)
         good = isinstance(settings, SequentialSettings) or trial.residual <= 2 * self.tolerance
         self.report(str(trial) + ("" if good else f", but residual {trial.residual:.1e}"))
         if good:

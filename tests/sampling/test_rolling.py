@@ -16,8 +16,9 @@ from mlx_starflow.sampling import (
     SamplingTrace,
     SequentialSettings,
     sample,
+    sample_frames,
 )
-from mlx_starflow.sampling.first_guesses import FirstGuesses
+from mlx_starflow.sampling.first_guesses import FirstGuesses, FramePast
 from mlx_starflow.sampling.sampler import invert_block
 
 EVERY = [
@@ -139,6 +140,7 @@ class Written:
     """A decoder of which first guesses read tokens 0, 1, 4, 9, 16 and so on, of noise 1."""
 
     z = mx.ones((1, 40, 1))
+    block = tiny_case("softplus").flow.blocks[0]
 
     def data(self, start, stop):
         return mx.square(mx.arange(start, stop, dtype=mx.float32))[None, :, None]
@@ -172,6 +174,18 @@ def test_first_guesses_from_what_the_frames_before_were_mapped_by():
     assert guesses("motion-affine", 3, 8, 9, [(0, 8), (4, 1)]) == [2 * 25 - 4 + 1]
 
 
+def test_what_is_remembered_of_frames():
+    past = FramePast()
+    past.remember([mx.array([[[1.0]], [[2.0]], [[10.0]], [[20.0]]])], 2, False)  # two samples, two frames each
+    assert [value.flatten().tolist() for value in past.next(1, False)] == [[2, 20]]
+    assert [value.flatten().tolist() for value in past.next(1, True)] == [[3, 30]]
+    assert past.next(3, True)[0].flatten().tolist() == [2, 2, 2, 20, 20, 20]  # more frames at once are not moved
+    past.remember([mx.array([[[5.0]], [[50.0]]])], 1, False)
+    assert past.next(1, True)[0].flatten().tolist() == [8, 80]
+    past.remember([mx.zeros((2, 1, 1)), mx.ones((2, 1, 1))], 1, True)  # something else
+    assert [value.flatten().tolist() for value in past.next(1, True)] == [[0, 0], [1, 1]]
+
+
 def test_first_guesses_stay_numbers():
     found = FirstGuesses(Written(), RollingSettings(guess="motion-affine", lag=1))
     for log_sigma, expected in ((20.0, 1e4), (100.0, 1.0)):  # twice that
@@ -192,3 +206,26 @@ def test_a_steady_scene_is_guessed():
         counts[guess] = trace.evaluations[0]
     # Two for the first frame, and one each for the others.
     assert counts["previous-affine"] == counts["motion-affine"] < counts["noise"] == counts["previous"]
+
+
+@pytest.mark.parametrize("guess", ["previous", "motion", "previous-affine", "motion-affine"])
+def test_blocks_of_single_frames_remember_the_last_ones(guess):
+    """In a stream: they make the same frames, and a steady scene in as many evaluations as frames."""
+    tiny = tiny_case("frames")
+    z = mx.random.normal((2, 5, 2, 3, 2), key=mx.random.key(0))
+    exact = sample(tiny.flow, z, tiny.text, tiny.null_text, 0.7)
+    settings = RollingSettings(6, 1e-6, guess, 6)
+    for count in (1, 2, 9):
+        frames = sample_frames(tiny.flow, z, tiny.text, tiny.null_text, 0.7, settings, frames_at_once=count)
+        assert mx.abs(mx.concatenate(list(frames), axis=1) - exact).max().item() < 1e-3
+    for block in tiny.flow.blocks:
+        block.proj_out.update({"weight": 0 * block.proj_out.weight})
+    trace = SamplingTrace()
+    list(sample_frames(tiny.flow, z, tiny.text, method=settings, trace=trace))
+    first = trace.evaluations[1] - 4
+    assert (1 < first <= 3) if guess.endswith("affine") else trace.evaluations[1] > 9
+    # A scene that does not move at all.
+    trace = SamplingTrace()
+    still = mx.repeat(z[:, :1], 5, axis=1)
+    list(sample_frames(tiny.flow, still, tiny.text, method=settings, trace=trace))
+    assert trace.evaluations[1] - 4 == first if guess.endswith("affine") else trace.evaluations[1] <= 7
