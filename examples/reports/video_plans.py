@@ -40,7 +40,8 @@ from mlx_starflow.sampling import (
 )
 from mlx_starflow.sampling.methods import GUESSES, Method, SequentialSettings
 from mlx_starflow.sampling.sampler import invert_block
-from mlx_starflow.sampling.tuning import COSTS, describe, tune
+from mlx_starflow.sampling.trials import COSTS, describe
+from mlx_starflow.sampling.tuning import tune
 
 GUIDANCE = 1.0
 AIM = 0.5

@@ -19,7 +19,8 @@ from mlx_starflow.sampling import (
     sample,
 )
 from mlx_starflow.sampling.methods import FRAME_GUESSES
-from mlx_starflow.sampling.tuning import ALIKE, Trial, _cheapest, tune, windows
+from mlx_starflow.sampling.trials import ALIKE, Trial, cheapest, windows
+from mlx_starflow.sampling.tuning import tune
 
 
 @pytest.mark.parametrize("family", ["softplus", "shifted", "identity_block", "no_text", "tarflow"])
@@ -85,8 +86,8 @@ def test_fewest_evaluations():
 def test_the_other_cost_decides_between_what_costs_alike():
     costs = [(100, 1.0), (50, 1.1), (46, 2.0), (40, 5.0)]
     trials = [Trial(0, SequentialSettings(), evaluations, seconds, 0.0) for evaluations, seconds in costs]
-    assert _cheapest(trials, "seconds").evaluations == 50
-    assert _cheapest(trials, "evaluations").evaluations == 46
+    assert cheapest(trials, "seconds").evaluations == 50
+    assert cheapest(trials, "evaluations").evaluations == 46
 
 
 @pytest.mark.parametrize("least", ["seconds", "evaluations"])
