@@ -12,6 +12,7 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
 
 import mlx.core as mx
 import pytest
+from helpers.asked import AskedPrecision
 from helpers.golden import Golden, load_golden
 from helpers.images import write_gradients
 from helpers.model_directories import write_class_model, write_image_model, write_trained_model
@@ -55,6 +56,8 @@ def pytest_configure(config: pytest.Config) -> None:
         weights.device, weights.chip_generation = lambda: "metal", lambda: 1
     elif config.option.dtype == "float32" and own_device() != "cpu":
         weights.device = lambda: "cpu"
+    if config.pluginmanager.hasplugin("cacheprovider"):
+        config.pluginmanager.register(AskedPrecision(config))
 
 
 @pytest.fixture

@@ -1,9 +1,11 @@
 """How much memory videos of several lengths take, with a small random model, streamed into MP4 files.
 
     python examples/reports/video_memory.py SCRATCH
+    python examples/reports/video_memory.py SCRATCH --lengths 81 --previews
 
 Each length runs in a process of its own, which prints the most that MLX held in each phase, and the most that the
 process held in all. The model is trained, so to speak, on 81 frames: longer videos are made window by window.
+With --previews each latent frame is also shown before it is finished, and the share of the seconds is printed.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from pathlib import Path
 import mlx.core as mx
 from full_size_run import write_random_model
 
-from mlx_starflow import load_video
+from mlx_starflow import Progress, load_video
 from mlx_starflow.media.videos import VideoWriter
 from mlx_starflow.models.autoencoder_wan import AutoencoderWanConfig
 from mlx_starflow.models.starflow import FlowConfig
@@ -47,34 +49,45 @@ def small_model() -> ModelConfigs:
     return ModelConfigs(flow, text_encoder, vae)
 
 
-def run(folder: Path, frames: int) -> None:
+def run(folder: Path, frames: int, previews: bool) -> None:
     """Make one video and print what it took, as JSON."""
     pipe = load_video(folder)
     before = mx.get_active_memory()
     began = time.perf_counter()
-    stream = pipe.stream("a cat on a sofa", seed=1, frames=frames)
+    shown: list[int] = []
+
+    def show(progress: Progress) -> None:
+        if progress.phase == "preview":
+            shown.append(len(progress.preview()))
+
+    stream = pipe.stream("a cat on a sofa", seed=1, frames=frames, previews=previews, callback=show)
     with VideoWriter(folder / f"{frames}.mp4", stream.fps, live=True) as writer:
         for frame in stream:
             writer.add(frame)
     phases = {name: peak - before for name, peak in stream.stats.memory.items()}
     process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    print(json.dumps({"seconds": time.perf_counter() - began, "phases": phases, "process": process}))
+    seconds = time.perf_counter() - began
+    spent = {"count": len(shown), "share": stream.stats.seconds.get("preview", 0.0) / seconds}
+    print(json.dumps({"seconds": seconds, "phases": phases, "process": process, "previews": spent}))
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scratch", type=Path)
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="in frames, 1 + multiples of 4")
+    parser.add_argument("--previews", action="store_true", help="show each latent frame before it is finished, too")
     parser.add_argument("--frames", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if args.frames:
-        run(args.scratch, args.frames)
+        run(args.scratch, args.frames, args.previews)
         return
     print(f"machine: {platform.platform()}, MLX {mx.__version__} on the {mx.default_device().type.name}", flush=True)
     write_random_model(args.scratch, small_model(), "8", 2.0)
     shortest = None
     for frames in args.lengths:
-        command = [sys.executable, __file__, str(args.scratch), "--frames", str(frames)]
+        command = [sys.executable, __file__, str(args.scratch), "--frames", str(frames)] + [
+            "--previews"
+        ] * args.previews
         found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
         peak = max(found["phases"].values())
         shortest = shortest or (peak, found["process"])
@@ -85,6 +98,8 @@ def main(arguments: list[str] | None = None) -> None:
             f"process {found['process'] / 2**20:.0f} MiB, {found['process'] / shortest[1]:.3f} times",
             flush=True,
         )
+        if args.previews:
+            print(f"{found['previews']['count']} previews, {found['previews']['share']:.1%} of the seconds", flush=True)
 
 
 if __name__ == "__main__":

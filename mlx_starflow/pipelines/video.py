@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import cast
@@ -18,6 +18,7 @@ from mlx_starflow.likelihood.protocol import Prompts
 from mlx_starflow.media.files import expanded
 from mlx_starflow.media.given import ImageOrVideo, Images, ImageSource, is_image, one_or_many, open_image
 from mlx_starflow.media.image_files import is_video_file
+from mlx_starflow.media.images import to_images
 from mlx_starflow.media.noise import check_seeds
 from mlx_starflow.media.videos import read_video
 from mlx_starflow.model_dir.directory import ModelDirectory
@@ -27,7 +28,7 @@ from mlx_starflow.pipelines.base import fit_image
 from mlx_starflow.pipelines.image import ImagePipeline
 from mlx_starflow.pipelines.latents import LatentPipeline
 from mlx_starflow.pipelines.results import GenerationStats
-from mlx_starflow.pipelines.video_frames import FrameDecoder, decode_frames, encode_frames, one_kind
+from mlx_starflow.pipelines.video_frames import decode_frames, encode_frames, one_kind
 from mlx_starflow.pipelines.video_requests import (
     VideoFormat,
     VideoRequest,
@@ -104,6 +105,7 @@ class VideoPipeline(LatentPipeline):
         kv_bits: int | str | None = None,
         frames_at_once: int = 1,
         live: bool = True,
+        previews: bool = False,
         verify: bool = False,
         progress: Watch = False,
         callback: Callback | None = None,
@@ -131,6 +133,10 @@ class VideoPipeline(LatentPipeline):
             frames_at_once: latent frames that go through the flow's shallow blocks together.
             live: False samples the whole video before the first frame is decoded: with `low_memory`, one network is in
                 memory at a time.
+            previews: show each latent frame as soon as it is sampled: the callback is called in the phase "preview",
+                where `progress.done` is its number and `progress.preview()` what the denoiser makes of it without the
+                frames after it, a single image. The frames of the stream are the same as without. Each preview costs
+                what the denoiser's work on a frame does, and if it is asked for a first frame's decoding.
             verify: run the flow forwards over the sample, window by window, and put the difference from its noise into
                 the stream's `stats.certificates` and `metadata` at the end; what was given is read, not certified.
             progress: a `Progress`, or whether to show a progress bar of tokens; None shows it on a terminal only.
@@ -142,10 +148,13 @@ class VideoPipeline(LatentPipeline):
         asked = VideoOverrides(guidance, temperature, method, attn_temp, denoise, size, frames, fps, context, kv_bits)
         watched, given = watch(progress, callback), asked.or_else(settings)
         request = self._request([prompt], seed, 1, noise, given, image, video, extend, watched, live=live)
+        if previews:
+            _check_previews(request, live)
         if len(request.shape) == 3:
             images = self._one_image(request, verify, watched)
         else:
-            images = self._frames(request, self._stages(request, frames_at_once, verify, live, watched), live)
+            stages = self._stages(request, frames_at_once, verify, live, watched, previews)
+            images = self._frames(request, stages, live)
         return VideoStream(
             prompt,
             request.seeds[0],
@@ -298,7 +307,13 @@ class VideoPipeline(LatentPipeline):
         return request
 
     def _stages(
-        self, request: VideoRequest, frames_at_once: int, verify: bool, live: bool, progress: Progress
+        self,
+        request: VideoRequest,
+        frames_at_once: int,
+        verify: bool,
+        live: bool,
+        progress: Progress,
+        previews: bool = False,
     ) -> VideoStages:
         method, window = self.method(request.settings), self.format.window
         return VideoStages(
@@ -311,6 +326,8 @@ class VideoPipeline(LatentPipeline):
             verify,
             live,
             progress,
+            previews,
+            self.vae_config.later_scale,
             self.check_certificate,
         )
 
@@ -325,7 +342,8 @@ class VideoPipeline(LatentPipeline):
         return texts[:-1], texts[-1:]
 
     def _frames(self, request: VideoRequest, stages: VideoStages, live: bool) -> Generator[Image.Image, None, None]:
-        with self.backend.limits(), self._unloading(), stages.progress.previewing(self._preview):
+        preview = partial(self._preview, keep=live)
+        with self.backend.limits(), self._unloading(), stages.progress.previewing(preview):
             text, null_text = self._texts(request, stages.progress)
             self.release("text_encoder")
             latents = stages.latents(request, text, null_text)
@@ -337,10 +355,11 @@ class VideoPipeline(LatentPipeline):
             self.release("flow")
             self.release("vae")
 
-    def _preview(self, latents: mx.array) -> list[Image.Image]:
-        """Of latents `[B, 1, h, w, C]` of one frame of each video."""
-        images = [frames[0] for frames in FrameDecoder(self.vae).push(latents)]
-        self.release("vae")
+    def _preview(self, latents: mx.array, keep: bool = False) -> list[Image.Image]:
+        """Of latents `[B, 1, h, w, C]` of one frame of each video; `keep`: the autoencoder is needed all the time."""
+        images = to_images(np.array(self.vae.decode(self.vae.unscale(latents[:, 0])).astype(mx.float32)))
+        if not keep:
+            self.release("vae")
         return images
 
     def _images(self, request: VideoRequest, batch_size: int, verify: bool, progress: Progress) -> VideoResult:
@@ -439,6 +458,16 @@ class VideoPipeline(LatentPipeline):
         if data.ndim == 4:
             return super().to_images(data)
         return [list(decode_frames(self.vae, mx.array(video)[None])) for video in data]
+
+
+def _check_previews(request: VideoRequest, live: bool) -> None:
+    """Raise StarflowError if there would be no previews."""
+    if not live:
+        raise StarflowError("previews are of frames that are shown while a video is made: leave out live=False")
+    if len(request.shape) == 3:
+        raise StarflowError("previews are of videos, and this is a picture: leave them out, or make 5 frames or more")
+    if not request.settings.denoise:
+        raise StarflowError("without denoising each frame is finished at once: leave out the previews")
 
 
 def _opened(source: ImageOrVideo) -> ImageOrVideo:

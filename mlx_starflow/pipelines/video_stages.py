@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 
 import mlx.core as mx
 from PIL import Image
@@ -38,6 +38,9 @@ class VideoStages:
         live: clean frames as soon as the flow has made what they depend on; else all at the end, when the flow has let
             go of its keys and values.
         progress: is told of each step, and can end it.
+        previews: tell it also of each latent frame that is sampled and waits for those after it, in the phase
+            "preview".
+        later_scale: see `AutoencoderWanConfig`.
         check_certificate: is told each certificate, and the method.
     """
 
@@ -50,6 +53,8 @@ class VideoStages:
     verify: bool
     live: bool
     progress: Progress
+    previews: bool
+    later_scale: float
     check_certificate: Callable[[Certificate, str | SamplingPlan], None]
 
     def latents(self, request: VideoRequest, text: mx.array, null_text: mx.array) -> Iterator[mx.array]:
@@ -96,7 +101,8 @@ class VideoStages:
             noisy = self._seen(noisy, certifier, stats)
         clean = noisy
         if settings.denoise:
-            denoised = denoise_frames(self.backend.flow, noisy, text, total, window)
+            glance = partial(self._preview, request, hidden) if self.previews else None
+            denoised = denoise_frames(self.backend.flow, noisy, text, total, window, glance)
             clean = self.phases.each(stats, "denoise", denoised, self.progress)
         done = 0
         for part in clean:
@@ -117,6 +123,20 @@ class VideoStages:
                 stats.certificates.append(certificate)
                 metadata["certificate"] = certificate.to_dict()
                 self.check_certificate(certificate, self.method)
+
+    def _preview(self, request: VideoRequest, hidden: int, number: int, look: Callable[[], mx.array]) -> None:
+        """Tell the progress of a latent frame that is not clean yet; `hidden` of those before it are not shown."""
+        index, stats = number - hidden, request.stats
+        if index < 0:
+            look()
+            return
+        # A preview is decoded as a picture of its own, whose latents have no factor.
+        later = index > 0 or (request.given is not None and request.given.past is not None)
+        scale = self.later_scale if later else 1.0
+        with self.progress.counting("preview", request.shape[0], "frame", done=index, shown=False) as counter:
+            counter.state = state = cache(lambda: look() / scale)
+            with self.phases.run(stats, "preview", self.progress):
+                state()
 
     def _seen(
         self, frames: Iterator[mx.array], certifier: FrameCertifier, stats: GenerationStats

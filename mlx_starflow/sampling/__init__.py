@@ -14,7 +14,8 @@ from mlx_starflow.sampling.methods import (
 )
 from mlx_starflow.sampling.progress import Progress
 from mlx_starflow.sampling.sampler import SamplingTrace, sample
-from mlx_starflow.sampling.video import denoise_frames, sample_frames
+from mlx_starflow.sampling.video import sample_frames
+from mlx_starflow.sampling.video_denoising import denoise_frames
 
 __all__ = [
     "Certificate",

@@ -70,17 +70,21 @@ def roll(
         old, noise = decoder.data(start, stop), decoder.z[:, start:stop]
         if not decoder.block.is_affine:
             new, done, _ = _merged(old, noise, *decoder.correct(start, stop), mx.array(settings.tolerance))
-            mx.eval(new, done)
+            mx.async_eval(new, done)
+            decoder.write(start, new)
         else:
             mu, log_sigma = decoder.predict(start, stop)
             new, done, residuals = _advance(old, noise, mu, log_sigma, mx.array(floor.tolerance))
             guesses.learn(start, mu, log_sigma)
-            mx.eval(new, done, residuals, guesses.arrays)
+            # Until it is known how many tokens are done a GPU waits for nothing but this loop: what does not depend on
+            # it is built before.
+            mx.async_eval(new, done, residuals, *guesses.arrays)
+            decoder.write(start, new)
             if floor.suspected(residuals, int(done)):
-                floor.measure(start, stop, int(done), residuals, mu, log_sigma)
+                floor.measure(start, stop, int(done), old, residuals, mu, log_sigma)
                 new, done, _ = _advance(old, noise, mu, log_sigma, mx.array(floor.tolerance))
                 mx.eval(new, done)
-        decoder.write(start, new)
+                decoder.write(start, new)
         count = min(int(done) + 1, stop - start)
         # The cache keeps the inputs that predicted these tokens; those behind were guesses.
         decoder.trim(stop - start - count)

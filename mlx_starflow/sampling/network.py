@@ -13,7 +13,8 @@ from mlx_starflow.models.transformer import TransformerLayer
 from mlx_starflow.sampling.cache import Cache, make_cache
 
 LAYERS_AHEAD = 4
-"""After so many layers a GPU is given what is built of an evaluation, and computes while Python builds the rest."""
+"""A GPU is given the first layer of an evaluation as soon as it is built, and from then on so many at a time: it
+computes while Python builds the rest."""
 
 
 class CachedNetwork(Protocol):
@@ -108,7 +109,7 @@ class CompiledNetwork:
             if number == len(between):
                 break
             h, q, k, v = between[number](h, attended, rope_frequencies)
-            if number % LAYERS_AHEAD == LAYERS_AHEAD - 1:
+            if number % LAYERS_AHEAD == 0:
                 mx.async_eval(h, q, k, v)
         return end(h, attended)
 

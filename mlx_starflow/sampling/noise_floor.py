@@ -64,13 +64,22 @@ class NoiseFloor:
         self._waited = self._waited + 1 if held_up else 0
         return self._waited >= self._patience
 
-    def measure(self, start: int, stop: int, done: int, residuals: mx.array, mu: mx.array, log_sigma: mx.array) -> None:
-        """Raise the tolerance to what the window `start` to `stop` resolves; arguments as an evaluation gave them.
+    def measure(
+        self,
+        start: int,
+        stop: int,
+        done: int,
+        old: mx.array,
+        residuals: mx.array,
+        mu: mx.array,
+        log_sigma: mx.array,
+    ) -> None:
+        """Raise the tolerance to what the window `start` to `stop` resolves.
 
-        The window's data change; the cache keeps what predicted its first `done` + 1 tokens.
+        `old` are the tokens that it was evaluated with; the other arguments are as that evaluation gave them. The
+        window's data change; the cache keeps what predicted its first `done` + 1 tokens.
         """
         decoder = self._decoder
-        old = decoder.data(start, stop)
         decoder.trim(stop - start)
         # The tokens that are done, and with them what the cache keeps of them, stay as they are.
         decoder.write(start + done, moved(old[:, done:], decoder.products))

@@ -57,8 +57,8 @@ class Progress:
     @property
     def phase(self) -> str:
         """What is being done: one of those that `GenerationStats.seconds` counts ("text", "flow", "verify", "denoise",
-        "decode"), of scoring and editing "reading", "scoring", "encoding" and so on, of a training its name, such as
-        "finetune"; "" before and after."""
+        "preview", "decode"), of scoring and editing "reading", "scoring", "encoding" and so on, of a training its name,
+        such as "finetune"; "" before and after."""
         # Copies: other threads may ask while the lists change.
         phases, counters = tuple(self._phases), tuple(self._counters)
         return phases[-1] if phases else counters[-1].name if counters else ""
@@ -109,8 +109,9 @@ class Progress:
         """What the images of this batch look like so far; to be called from the callback.
 
         That is the state that sampling is in, as `keep_steps` shows it, decoded: noise at first. Decoding takes as long
-        as that of the finished images. Of a video it is the frame that is being sampled. Empty outside of the phases
-        "flow" and "inpainting", and in trainings.
+        as that of the finished images. Of a video it is the frame that is being sampled, and in the phase "preview" of
+        `VideoPipeline.stream(previews=True)` the one that has been, cleaned without those after it. Empty outside of
+        the phases "flow", "preview" and "inpainting", and in trainings.
         """
         counter = self._counter()
         if counter is None or counter.state is None or self._decode is None:

@@ -76,7 +76,8 @@ class Job:
         kind: "generate", "score" and so on.
         model: id of the model that it needs.
         work: computes the result; it gets the models and this job, and hands `progress` down.
-        previews: so many times, after blocks, the images are decoded as they are then, and told.
+        previews: so many times, after blocks, the images are decoded as they are then, and told; of a video, if it is
+            not 0, each latent frame that is sampled.
         id: of the job, not to be guessed.
         state: see above.
         result: what came of it, plain values, of a job that is done.
@@ -225,11 +226,20 @@ class Job:
             return
         place = progress.phase, -1 if progress.block is None else progress.block
         before, self._at = self._at, place
-        if self.previews and place != before and place[0] == before[0] == "flow" and before[1] > place[1] >= 0:
+        if self.previews and place[0] == "preview":
+            self._preview_frame(progress.done)
+        elif self.previews and self.kind != "video" and before[0] == place[0] == "flow" and before[1] > place[1] >= 0:
             self._preview(before[1])
         if place != before or now - self._told > SECONDS:
             self._told = now
             self.publish(Event("progress", self._counted()))
+
+    def _preview_frame(self, number: int) -> None:
+        """A latent frame of a video has been sampled: tell what it looks like so far."""
+        for image in self.progress.preview():
+            shown: dict[str, Any] = {"index": 0, "latent_frame": number, "latent_frames": self.progress.total}
+            shown |= {"width": image.width, "height": image.height, "image": data_url(encoded(image))}
+            self.publish(Event("preview", shown), keep=0)
 
     def _preview(self, block: int) -> None:
         """Block `block` has been inverted: tell what there is, if this is one of those that are told about."""

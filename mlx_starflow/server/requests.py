@@ -247,6 +247,9 @@ class Video(Sampling):
     frames: int | None = Field(default=None, ge=1, description="1 + a multiple of 4")
     size: Size = None
     fps: int | None = Field(default=None, ge=1, le=1000)
+    previews: bool = Field(
+        default=False, description="tell a preview of each latent frame, before those after it are there, as an event"
+    )
 
 
 class Session(BaseModel):

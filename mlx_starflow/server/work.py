@@ -110,6 +110,7 @@ def video(request: requests.Video, gallery: Gallery, limits: Limits) -> Work:
             method=request.method,
             attn_temp=request.attn_temp,
             denoise=request.denoise,
+            previews=request.previews,
             progress=job.progress,
         )
         made = []

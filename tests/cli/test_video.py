@@ -73,6 +73,20 @@ def test_streamed_is_the_same_video(run):
     assert len(pixels("streamed.mp4")) == 9
 
 
+def test_previews_lie_beside_the_same_video(run):
+    run("a cat", "--seed", 7, "-o", "plain.mp4", "--stream")
+    output = run("a cat", "--seed", 7, "-o", "cat.mp4", "--stream", "--preview", "--json", "cat.json")
+    assert "cat-preview.mp4: previews" in output
+    assert np.array_equal(pixels("cat.mp4"), pixels("plain.mp4"))
+    assert pixels("cat-preview.mp4").shape == (5, 32, 48, 3)
+    assert read_metadata("cat-preview.mp4") == read_metadata("cat.mp4") | {"preview": True}
+    assert json.loads(Path("cat.json").read_text())["preview"] == "cat-preview.mp4"
+    # Neither is replaced.
+    assert "cat-preview-2.mp4" in run("a cat", "--seed", 7, "-o", "cat.mp4", "--stream", "--preview")
+    run("a cat", "--seed", 7, "-o", "frames", "--stream", "--preview")
+    assert len(pixels("frames-preview")) == 5
+
+
 def test_a_killed_stream_can_be_watched(model, tmp_path):
     path = tmp_path / "long.mp4"
     words = ["video", "a cat", "-m", model, "--frames", "4001", "--context", "1", "--stream", "-o", str(path)]
@@ -144,6 +158,7 @@ def test_contradictions(run, model, source):
         (["a cat", "--load-noise", "n", "--seed", 0], "--load-noise", "--seed"),
         (["a cat", "--no-keep-source"], "--no-keep-source", "--extend"),
         (["a cat", "--keep-source"], "--keep-source", "--extend"),
+        (["a cat", "--preview"], "--preview", "--stream"),
         (["a cat", "--crf", 20, "-o", "a.webp"], "--crf", "a.webp"),
         (["a cat", "--context", 2], "--context", "--extend"),
         (["a cat", "--image", "a.png", "--video", source], "--image", "--video"),
@@ -179,6 +194,8 @@ def test_mistakes_leave_nothing(model, tmp_path, monkeypatch):
         (["a cat", "-o", "a.avi"], "written as .mp4"),
         (["a cat", "-o", "no/a.mp4"], "does not exist"),
         (["a cat", "-o", "a.gif", "--stream"], "watched while it grows"),
+        (["a cat", "--stream", "--preview", "--no-denoise"], "leave out the previews"),
+        (["a cat", "--stream", "--preview", "--frames", "1"], "this is a picture"),
         (["a cat", "--image", "no.png"], "cannot read the picture no.png"),
         (["a cat", "--extend", "no.mp4"], "no.mp4 does not exist"),
         (["a cat", "--video", "."], "holds no frames"),

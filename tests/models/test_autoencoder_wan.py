@@ -251,6 +251,22 @@ def test_other_backends_convolve_likewise(vae, monkeypatch):
     assert error(vae.scale(vae.encode(GOLDEN["video"]).mean), GOLDEN["video_mean_normalized"]) < 1e-5
 
 
+@pytest.mark.skipif(not layers.on_cpu(), reason="a GPU has convolutions of its own")
+@pytest.mark.parametrize("rows", [None, 3])
+def test_large_frames_take_fewer_products(vae, monkeypatch, rows):
+    monkeypatch.setattr(layers, "_is_large", lambda x, weight: weight.shape[2:4] == (3, 3))
+    assert error(vae.decode(vae.unscale(GOLDEN["latents"]), rows), GOLDEN["decoded"]) < 1e-5
+    assert error(vae.scale(vae.encode(GOLDEN["video"], rows).mean), GOLDEN["video_mean_normalized"]) < 1e-5
+
+
+def test_which_frames_are_large():
+    kernels = mx.zeros((32, 3, 3, 3, 32))
+    assert layers._is_large(mx.zeros((1, 6, 18, 10, 32)), kernels)
+    assert not layers._is_large(mx.zeros((1, 6, 17, 10, 32)), kernels)
+    assert not layers._is_large(mx.zeros((1, 6, 18, 10, 12)), kernels[..., :12])
+    assert not layers._is_large(mx.zeros((1, 6, 18, 10, 32)), kernels[:, :, :1, :1])
+
+
 def test_tiles_of_every_height():
     x = mx.random.normal((1, 1, 11, 2, 1))
     for rows in range(1, 13):

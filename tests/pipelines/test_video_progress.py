@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import mlx.core as mx
 import numpy as np
 import pytest
 from helpers.commands import message
@@ -11,6 +14,7 @@ from helpers.model_directories import write_video_model
 from mlx_starflow import Cancelled, Progress, load_video
 from mlx_starflow.media.metadata import read_metadata
 from mlx_starflow.media.videos import read_video
+from mlx_starflow.pipelines.video_frames import FrameDecoder
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +64,93 @@ def test_previews_of_a_video(directory, low_memory, at_once):
 
 
 @pytest.mark.parametrize("low_memory", [False, True])
-@pytest.mark.parametrize("phase", ["text", "flow", "denoise", "decode"])
+def test_previews_before_frames_are_finished(directory, low_memory):
+    """The first one comes before the second latent frame is sampled; what comes out is the same."""
+    pipe, seen = load_video(directory, low_memory=low_memory), []
+    asked = {"seed": 1, "frames": 17, "method": "sequential"}
+
+    def look(progress: Progress) -> None:
+        seen.append((progress.phase, progress.done, progress.total))
+        if progress.phase == "preview":
+            images.extend(progress.preview())
+
+    images: list = []
+    plain = list(load_video(directory).stream("a dog", **asked))
+    stream = pipe.stream("a dog", previews=True, callback=look, **asked)
+    assert list(stream) == plain
+    assert [done for phase, done, _ in seen if phase == "preview"] == [0, 1, 2, 3, 4]
+    assert {total for phase, _, total in seen if phase == "preview"} == {5}
+    assert [image.size for image in images] == [plain[0].size] * 5
+    sampled = max(total for phase, _, total in seen if phase == "flow" and total)
+    before = seen[: next(at for at, (phase, _, _) in enumerate(seen) if phase == "preview")]
+    assert max(done for phase, done, total in before if phase == "flow" and total) == sampled // 5
+    assert "decode" not in {phase for phase, _, _ in before}
+    assert stream.stats.seconds["preview"] > 0
+    # Those that nobody asks for cost no decoding, and nothing else changes.
+    assert list(pipe.stream("a dog", previews=True, **asked)) == plain
+
+
+def test_previews_of_what_is_given_and_of_long_videos(pipe):
+    def numbers(**asked):
+        found = []
+
+        def look(progress: Progress) -> None:
+            if progress.phase == "preview":
+                found.append((progress.done, len(progress.preview())))
+
+        plain = list(pipe.stream("a dog", seed=1, method="sequential", **asked))
+        assert list(pipe.stream("a dog", seed=1, method="sequential", previews=True, callback=look, **asked)) == plain
+        return [number for number, count in found if count == 1]
+
+    first = smooth_images(1)[0]
+    assert numbers(frames=9, image=first) == [0, 1, 2]
+    assert numbers(frames=29, context=2) == list(range(8))
+    past = pipe.generate("a dog", seed=1, frames=9).videos[0]
+    assert numbers(frames=8, extend=past) == [0, 1]
+    assert numbers(frames=9, video=past) == [0, 1, 2]
+
+
+def test_a_preview_of_the_only_layer_that_looks_ahead_is_in_the_frames_colours(pipe, monkeypatch):
+    """Later latent frames have a factor, which a picture's have not."""
+    denoiser = pipe.flow.denoiser
+    monkeypatch.setattr(denoiser, "config", replace(denoiser.config, look_ahead=0))
+    decoded, shown, decode = [], [], pipe.vae.decode
+
+    def record(latents, *rest):
+        shown.append(latents)
+        return decode(latents, *rest)
+
+    monkeypatch.setattr(type(pipe.vae), "decode", lambda vae, latents, *rest: record(latents, *rest))
+    push = FrameDecoder._push
+
+    def keep(decoder, latents):
+        decoded.append(decoder._vae.unscale(latents, decoder._number))
+        return push(decoder, latents)
+
+    monkeypatch.setattr(FrameDecoder, "_push", keep)
+    list(
+        pipe.stream(
+            "a dog",
+            seed=1,
+            frames=9,
+            previews=True,
+            callback=lambda progress: progress.phase == "preview" and progress.preview(),
+        )
+    )
+    assert len(shown) == len(decoded) == 3
+    for picture, frame in zip(shown, decoded, strict=True):
+        assert mx.allclose(picture, frame[:, 0], atol=1e-4)
+
+
+def test_previews_that_there_cannot_be(pipe):
+    asked = {"seed": 1, "previews": True}
+    assert "live=False" in message(pipe.stream, "a dog", live=False, **asked)
+    assert "without denoising" in message(pipe.stream, "a dog", denoise=False, **asked)
+    assert "this is a picture" in message(pipe.stream, "a dog", frames=1, **asked)
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+@pytest.mark.parametrize("phase", ["text", "flow", "preview", "denoise", "decode"])
 def test_a_stopped_video_can_be_begun_again(directory, phase, low_memory):
     pipe, asked = load_video(directory, low_memory=low_memory), {"seed": 1, "frames": 9, "method": "sequential"}
 
@@ -69,9 +159,10 @@ def test_a_stopped_video_can_be_begun_again(directory, phase, low_memory):
             progress.cancel()
 
     with pytest.raises(Cancelled):
-        list(pipe.stream("a dog", callback=stop, **asked))
-    with pytest.raises(Cancelled):
-        pipe.generate("a dog", callback=stop, **asked)
+        list(pipe.stream("a dog", callback=stop, previews=phase == "preview", **asked))
+    if phase != "preview":
+        with pytest.raises(Cancelled):
+            pipe.generate("a dog", callback=stop, **asked)
     if low_memory:
         assert pipe.backend.held == set()
     stream = pipe.stream("a dog", **asked)

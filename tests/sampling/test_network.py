@@ -46,5 +46,5 @@ def test_layers_are_launched_before_the_last_is_built(evaluations, monkeypatch):
     launched, launch = [], mx.async_eval
     monkeypatch.setattr(mx, "async_eval", lambda *arrays: (launched.append(len(arrays)), launch(*arrays)))
     evaluations()
-    # Each evaluation: its tokens, then what layers 4 and 8 leave for the next.
-    assert launched == [1, 4, 4] * 4
+    # Each evaluation: its tokens, then what the first layer leaves for the next, then what layers 5 and 9 do.
+    assert launched == [1, 4, 4, 4] * 4

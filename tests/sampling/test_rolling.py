@@ -18,7 +18,9 @@ from mlx_starflow.sampling import (
     sample,
     sample_frames,
 )
+from mlx_starflow.sampling.decoder import BlockDecoder
 from mlx_starflow.sampling.first_guesses import FirstGuesses, FramePast
+from mlx_starflow.sampling.noise_floor import NoiseFloor
 from mlx_starflow.sampling.sampler import invert_block
 
 EVERY = [
@@ -134,6 +136,18 @@ def test_a_batch_is_within_the_tolerance_of_single_samples():
         one = slice(index, index + 1)
         alone = sample(tiny.flow, z[one], tiny.text[one], tiny.null_text, 1.0, settings)
         assert np.abs(np.array(alone - together[one])).max() < 1e-4
+
+
+def test_values_are_built_before_it_is_known_how_many_are_done(tiny, monkeypatch):
+    """Between the two a GPU has nothing to do."""
+    flow, z, happened = guided(tiny), block_noise(tiny), []
+    for kind, name in ((BlockDecoder, "predict"), (BlockDecoder, "write"), (NoiseFloor, "suspected")):
+        whole = getattr(kind, name)
+        monkeypatch.setattr(kind, name, lambda *args, name=name, whole=whole: happened.append(name) or whole(*args))
+    index = max(flow.active())
+    invert_block(flow.decoder(index, *z.shape[:2]), z, RollingSettings(window=4))
+    read = [number for number, name in enumerate(happened) if name == "suspected"]
+    assert read and all(happened[number - 2 : number] == ["predict", "write"] for number in read)
 
 
 class Written:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -135,6 +137,72 @@ def test_long_videos_are_cleaned_window_by_window(golden):
         expected[:, new:stop] = np.array(window)[:, new - start :]
     cleaned = whole(denoise_frames(case.flow, iter([noisy[:, :3], noisy[:, 3:]]), case["y"], 8, window=5))
     assert np.abs(np.array(cleaned) - expected).max() < 1e-5
+
+
+def glances(flow, x, text, **options):
+    """What is yielded, and the glances by their frames' numbers, with the frames that had been asked for."""
+    taken, found = [], []
+
+    def frames():
+        for index in range(x.shape[1]):
+            taken.append(index)
+            yield x[:, index : index + 1]
+
+    cleaned = whole(
+        denoise_frames(
+            flow,
+            frames(),
+            text,
+            x.shape[1],
+            glance=lambda number, look: found.append((number, look(), taken[-1])),
+            **options,
+        )
+    )
+    return cleaned, found
+
+
+def test_a_glance_at_the_first_frame_is_it_alone(golden):
+    case = golden("t2v")
+    x = mx.concatenate([case["x"], case["x"][:, ::-1], case["x"][:, :2]], axis=1)
+    cleaned, found = glances(case.flow, x, case["y"])
+    assert mx.array_equal(cleaned, whole(denoise_frames(case.flow, iter([x]), case["y"], 12)))
+    assert [(number, taken) for number, _, taken in found] == [(n, n) for n in range(12)]
+    assert distance(found[0][1], denoise(case.flow, x[:, :1], case["y"])) < 1e-5
+    errors = [distance(glance, cleaned[:, n : n + 1]) for n, glance, _ in found]
+    assert max(errors) > 1e-3  # they are previews
+    assert max(errors) < 0.5 * mx.abs(cleaned).max().item()
+
+
+def test_a_glance_without_anything_to_look_ahead_to_is_exact():
+    tiny = tiny_case("frames")
+    tiny.flow.denoiser.config = replace(tiny.flow.denoiser.config, look_ahead=0)
+    cleaned, found = glances(tiny.flow, tiny.x, tiny.text)
+    assert distance(whole(glance for _, glance, _ in found), cleaned) < 1e-5
+
+
+def test_a_glance_in_one_layer_is_the_end_of_a_video():
+    tiny = tiny_case("frames")
+    tiny.flow.denoiser.attn_blocks = tiny.flow.denoiser.attn_blocks[:1]
+    _, found = glances(tiny.flow, tiny.x, tiny.text)
+    for number, glance, _ in found:
+        ended = denoise(tiny.flow, tiny.x[:, : number + 1], tiny.text)
+        assert distance(glance, ended[:, -1:]) < 1e-5
+
+
+def test_glances_in_windows(golden):
+    case = golden("t2v")
+    cleaned, found = glances(case.flow, case["long_noise"], case["y"], window=5)
+    assert [number for number, _, _ in found] == list(range(8))
+    plain = whole(denoise_frames(case.flow, iter([case["long_noise"]]), case["y"], 8, window=5))
+    assert mx.array_equal(cleaned, plain)
+
+
+def test_a_glance_without_a_learned_denoiser_is_the_noisy_frame():
+    tiny = tiny_case("frames")
+    tiny.flow.pop("learnable_self_denoiser")
+    cleaned, found = glances(tiny.flow, tiny.x, tiny.text)
+    assert mx.array_equal(whole(glance for _, glance, _ in found), tiny.x)
+    assert distance(cleaned, denoise(tiny.flow, tiny.x, tiny.text)) < 1e-5
 
 
 def test_without_a_learned_denoiser_the_score_cleans():

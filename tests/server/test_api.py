@@ -147,6 +147,20 @@ def test_frames_of_a_video_are_told_as_they_come(server):
         assert video.n_frames == 17
 
 
+def test_previews_of_a_video_come_before_its_frames(server):
+    asked = {"prompt": "waves", "seed": 1, "model": "movies", "previews": True}
+    told = events(server.client.post("/api/video?mode=stream", json=asked).text)
+    names = [name for name, _ in told if name in ("preview", "frame")]
+    assert names[:2] == ["preview", "preview"] and names.count("preview") == 5
+    previews = [data for name, data in told if name == "preview"]
+    assert [(each["latent_frame"], each["latent_frames"]) for each in previews] == [(n, 5) for n in range(5)]
+    assert previews[0]["image"].startswith("data:image/png;base64,")
+    plain = events(server.client.post("/api/video?mode=stream", json=asked | {"previews": False}).text)
+    assert "preview" not in [name for name, _ in plain]
+    frames = [[data["image"] for name, data in each if name == "frame"] for each in (told, plain)]
+    assert frames[0] == frames[1]
+
+
 def test_the_description_has_every_endpoint_and_examples(server):
     told = server.client.get("/openapi.json").json()
     paths = {"generate", "score", "classify", "encode", "decode", "reprompt", "vary", "interpolate", "inpaint", "video"}

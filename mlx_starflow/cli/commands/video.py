@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,8 +23,10 @@ from mlx_starflow.errors import StarflowError
 if TYPE_CHECKING:
     from PIL import Image
 
+    from mlx_starflow.media.videos import VideoWriter
     from mlx_starflow.pipelines import VideoStream
     from mlx_starflow.pipelines.recipes import Recipe
+    from mlx_starflow.sampling.progress import Progress
 
 PATH = click.Path(path_type=Path)
 SOURCES = ("image", "video", "extend")
@@ -63,6 +66,12 @@ SOURCES = ("image", "video", "extend")
 @sampling_options
 @click.option("--stream", is_flag=True, help="Write each frame as soon as it is finished, to be watched meanwhile.")
 @click.option(
+    "--preview",
+    is_flag=True,
+    help="With --stream, write a picture of each latent frame at once, cleaned without those after it, to a video "
+    "beside: out-preview.mp4 for out.mp4. The video itself stays the same.",
+)
+@click.option(
     "--keep-source/--no-keep-source",
     default=None,
     help="With --extend, begin the file with the video it goes on from.  [default: keep-source]",
@@ -92,6 +101,7 @@ SOURCES = ("image", "video", "extend")
     excludes("PROMPT", "--prompt", reason="PROMPT and --prompt are the same: leave one of them out"),
     excludes("--image", "--video", "--extend"),
     excludes("--video", "--extend"),
+    needs("--preview", "--stream"),
     needs("--keep-source", "--extend"),
     needs("--no-keep-source", "--extend"),
 )
@@ -119,6 +129,7 @@ def video(
     denoise: bool | None,
     kv_bits: str | None,
     stream: bool,
+    preview: bool,
     keep_source: bool | None,
     crf: int | None,
     metadata: bool,
@@ -147,6 +158,7 @@ def video(
     from mlx_starflow.media.tables import write_json
     from mlx_starflow.media.videos import CRF, VideoWriter, check_video_output
     from mlx_starflow.sampling.bars import Bar
+    from mlx_starflow.sampling.progress import Progress
 
     prompt = named_prompt if prompt is None else prompt
     given = {name: path for name, path in zip(SOURCES, (image, video, extend), strict=True) if path is not None}
@@ -169,10 +181,12 @@ def video(
         raise click.UsageError("give a model that makes videos: --model DIR")
     with ranks.together():
         if ranks.first:
-            check_video_output(output, stream)
+            written = [output, output.with_name(f"{output.stem}-preview{output.suffix}")] if preview else [output]
+            for each in written:
+                check_video_output(each, stream)
             read = [path for path in (*given.values(), source, load_noise) if path is not None]
-            free = claim_outputs([output] if output.suffix else [], [save_noise, json_file], inputs=read)
-            output = free[0] if free else output
+            free = claim_outputs(written if output.suffix else [], [save_noise, json_file], inputs=read)
+            output, *beside = free or written
 
     from mlx_starflow.pipelines import VideoSettings, load_video
 
@@ -211,6 +225,8 @@ def video(
     ranks.agree_on_files(given)
     options = (guidance, temperature, method, attn_temp, denoise, size, frames, fps, context, kv_bits, settings)
     ranks.agree({"prompt": prompt, "options": (options, None if loaded is None else noise.digest(loaded))})
+    previews = _Previews()
+    progress = Progress(previews if preview and ranks.first else None, bar=None)
     made = pipe.stream(
         prompt,
         seed=seed if loaded is not None else ranks.seed(seed),
@@ -231,8 +247,9 @@ def video(
         kv_bits=kv_bits,
         live=stream,
         frames_at_once=1 if stream else 16,
+        previews=preview,
         verify=bool(verify),
-        progress=None,
+        progress=progress,
     )
     if not ranks.first:
         for _ in made:
@@ -248,7 +265,15 @@ def video(
     if extend is not None and not keep_source:
         how["keep_source"] = False
     quality = CRF if crf is None else crf
-    with VideoWriter(output, made.fps, crf=quality, metadata=how if metadata else None, live=stream) as writer:
+    with ExitStack() as files:
+        for path in beside:
+            rate, told = made.fps / pipe.vae_config.temporal_downscale, how | {"preview": True}
+            previews.writer = files.enter_context(
+                VideoWriter(path, rate, crf=quality, metadata=told if metadata else None, live=True)
+            )
+        writer = files.enter_context(
+            VideoWriter(output, made.fps, crf=quality, metadata=how if metadata else None, live=stream)
+        )
         if extend is not None and keep_source:
             for frame in _source_frames(extend, made):
                 writer.add(frame)
@@ -261,13 +286,27 @@ def video(
         cost: dict[str, Any] = {"seconds": stats.seconds, "memory": stats.memory, "evaluations": stats.evaluations}
         if stats.certificate is not None:
             cost["certificate"] = stats.certificate.to_dict()
+        how |= {"preview": str(beside[0])} if beside else {}
         write_json({"file": str(output), "frames": writer.frames, "fps": made.fps, **how, **cost}, json_file)
     shape = f"{writer.frames} frames of {width}x{height} at {made.fps} a second"
     click.echo(f"{output}: {prompt!r}, {shape}, {origin}", err=quiet)
+    for path in beside:
+        click.echo(f"{path}: previews, one of each latent frame", err=quiet)
     if verify:
         click.echo(f"{prompt!r}: {stats.certificate}", err=quiet)
     if verbose:
         click.echo(str(stats), err=quiet)
+
+
+class _Previews:
+    """A callback that writes the previews of a video."""
+
+    writer: VideoWriter | None = None
+
+    def __call__(self, progress: Progress) -> None:
+        if progress.phase == "preview" and self.writer is not None:
+            for image in progress.preview():
+                self.writer.add(image)
 
 
 def _source_frames(path: Path, frames: VideoStream) -> Iterator[Image.Image]:

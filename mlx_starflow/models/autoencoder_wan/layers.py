@@ -9,9 +9,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_starflow.kernels import on_cpu
+from mlx_starflow.kernels.silu import silu as activated
 from mlx_starflow.models.autoencoder_kl_tiling import LOGITS
 from mlx_starflow.models.autoencoder_layers import PointwiseConv
 from mlx_starflow.models.autoencoder_wan.tiling import RowQueue, StreamState, Tiles, joined, kept, resplit, whole
+from mlx_starflow.models.minimal_filtering import correlate_3x3, correlate_doubled
 
 _NORM_EPS = 1e-24
 
@@ -28,7 +30,7 @@ def _square(x: mx.array) -> mx.array:
 @mx.compile
 def _normalize(x: mx.array, mean_square: mx.array, gamma: mx.array, silu: bool) -> mx.array:
     y = x.astype(mx.float32) * mx.rsqrt(mean_square + _NORM_EPS) * gamma
-    return (y * mx.sigmoid(y) if silu else y).astype(x.dtype)
+    return (activated(y) if silu else y).astype(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -48,15 +50,28 @@ class RMSNorm(nn.Module):
 def correlate(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
     """`[B, T, H, W, C]` with kernels `[O, t, h, w, C]`, nowhere padded.
 
-    On the CPU it is one matrix product for each tap of the kernel, as in `autoencoder_layers.Conv3x3` and for the same
-    reason: MLX's convolution would gather a copy of the input for each. It is done in float32 there.
+    On the CPU it is a sum of matrix products, in float32: MLX's convolution would gather a copy of the input for each
+    tap of the kernel. Large frames take `minimal_filtering`, which has fewer products.
     """
     if on_cpu():
-        return mx.concatenate([_sum_of_products(x[i : i + 1], weight, bias) for i in range(x.shape[0])])
+        frames = [x[i : i + 1] for i in range(x.shape[0])]
+        if _is_large(x, weight):
+            return mx.stack([correlate_3x3(each[0], weight, bias) for each in frames])
+        return mx.concatenate([_sum_of_products(each, weight, bias) for each in frames])
     if weight.shape[1] == 1:
         y = mx.conv2d(x.flatten(0, 1), weight[:, 0])
         return y.reshape(*x.shape[:2], *y.shape[1:]) + bias
     return mx.conv3d(x, weight) + bias
+
+
+LARGE = 512
+"""Positions that a convolution makes at least for `minimal_filtering` to pay: its kernels are combined first."""
+
+
+def _is_large(x: mx.array, weight: mx.array) -> bool:
+    _, T, H, W, C = x.shape
+    positions = (T - weight.shape[1] + 1) * (H - 2) * (W - 2)
+    return weight.shape[2:4] == (3, 3) and positions >= LARGE and min(C, weight.shape[0]) >= 32
 
 
 def _sum_of_products(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
@@ -216,9 +231,12 @@ class Upsample(_RowConv):
 
     def compute(self, x: mx.array) -> mx.array:
         B, T, n, W, C = x.shape
+        weight, bias = self.resample.weight[:, None], self.resample.bias
+        if on_cpu():
+            return mx.stack([correlate_doubled(x[i], weight, bias) for i in range(B)])
         x = mx.broadcast_to(x[:, :, :, None, :, None], (B, T, n, 2, W, 2, C)).reshape(B, T, 2 * n, 2 * W, C)
         # Of the window's borders, one of the two rows and columns that they have become is enough.
-        return correlate(x[:, :, 1:-1, 1:-1], self.resample.weight[:, None], self.resample.bias)
+        return correlate(x[:, :, 1:-1, 1:-1], weight, bias)
 
     def _more_frames(self, tiles: Tiles, state: StreamState) -> Tiles:
         for index, tile in enumerate(map(list[Any], tiles)):

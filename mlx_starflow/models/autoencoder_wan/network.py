@@ -96,9 +96,9 @@ def _pixels(x: mx.array) -> mx.array:
 class EncoderStream:
     """Encodes a video piece by piece; see `AutoencoderWan.encoder_stream`."""
 
-    def __init__(self, vae: AutoencoderWan, tile_rows: int | None = None):
+    def __init__(self, vae: AutoencoderWan, tile_rows: int | None = None, picture: bool = False):
         self._vae = vae
-        self._rows = tile_rows
+        self._rows, self._picture = tile_rows, picture
         self._state: StreamState | None = None
 
     def push(self, frames: mx.array) -> Posterior:
@@ -114,7 +114,9 @@ class EncoderStream:
         first = self._state is None
         vae.check_frames(frames, first)
         if self._state is None:
-            self._state = StreamState(_rows(self._rows, config, frames.shape[3] // config.downscale))
+            self._state = StreamState(
+                _rows(self._rows, config, frames.shape[3] // config.downscale), forgets=self._picture
+            )
         step = config.temporal_downscale
         moments, start = [], 0
         while start < frames.shape[1]:
@@ -131,9 +133,9 @@ class EncoderStream:
 class DecoderStream:
     """Decodes a video piece by piece; see `AutoencoderWan.decoder_stream`."""
 
-    def __init__(self, vae: AutoencoderWan, tile_rows: int | None = None):
+    def __init__(self, vae: AutoencoderWan, tile_rows: int | None = None, picture: bool = False):
         self._vae = vae
-        self._rows = tile_rows
+        self._rows, self._picture = tile_rows, picture
         self._state: StreamState | None = None
 
     def push(self, latents: mx.array) -> mx.array:
@@ -152,7 +154,7 @@ class DecoderStream:
         vae = self._vae
         vae.check_latents(latents)
         if self._state is None:
-            self._state = StreamState(_rows(self._rows, vae.config, latents.shape[3]))
+            self._state = StreamState(_rows(self._rows, vae.config, latents.shape[3]), forgets=self._picture)
         z = vae.post_quant_conv(latents.astype(vae.post_quant_conv.weight.dtype))
         for index in range(z.shape[1]):
             x = vae.decoder(z[:, index : index + 1], self._state)
@@ -208,7 +210,7 @@ class AutoencoderWan(nn.Module):
             StarflowError: `video` has another shape, or `tile_rows` is negative.
         """
         picture = video.ndim == 4
-        posterior = self.encoder_stream(tile_rows).push(video[:, None] if picture else video)
+        posterior = EncoderStream(self, tile_rows, picture).push(video[:, None] if picture else video)
         if picture:
             posterior = Posterior(posterior.mean[:, 0], posterior.logvar[:, 0])
         return posterior
@@ -222,7 +224,7 @@ class AutoencoderWan(nn.Module):
             StarflowError: `latents` has another shape, or `tile_rows` is negative.
         """
         picture = latents.ndim == 4
-        frames = self.decoder_stream(tile_rows).push(latents[:, None] if picture else latents)
+        frames = DecoderStream(self, tile_rows, picture).push(latents[:, None] if picture else latents)
         return frames[:, 0] if picture else frames
 
     def encoder_stream(self, tile_rows: int | None = None) -> EncoderStream:

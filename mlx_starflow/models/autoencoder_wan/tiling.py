@@ -29,11 +29,12 @@ class StreamState:
     Attributes:
         first: whether the frames under way are a video's first ones; they are a single latent frame.
         rows: of a tile, at every resolution.
+        forgets: nothing is kept, since nothing comes after what is under way.
     """
 
-    def __init__(self, rows: int):
+    def __init__(self, rows: int, forgets: bool = False):
         self.first = True
-        self.rows = rows
+        self.rows, self.forgets = rows, forgets
         self._tails: dict[tuple[int, int], mx.array] = {}
 
     def continued(self, layer: nn.Module, index: int, x: mx.array, frames: int) -> mx.array:
@@ -51,6 +52,8 @@ class StreamState:
         return x if alone else joint
 
     def remember(self, layer: nn.Module, index: int, tail: mx.array) -> None:
+        if self.forgets:
+            return
         tail = kept(tail)
         mx.eval(tail)
         self._tails[id(layer), index] = tail

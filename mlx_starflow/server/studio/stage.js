@@ -33,7 +33,7 @@ export function startStage(stage, { count = 1, samples = 1, prompt = "" }, own =
     preview: (preview) => {
       // Indices are those of the samples of a batch, and those of earlier batches are finished.
       const growing = places.filter((each) => !each.finished);
-      if (preview.index % samples === 0) growing[preview.index / samples]?.grow(preview, `after block ${preview.block}`);
+      if (preview.index % samples === 0) growing[preview.index / samples]?.grow(preview, previewWords(preview));
     },
     frame: (frame) => {
       places[0].grow(frame, `frame ${frame.index + 1} of ${frame.frames}`);
@@ -60,6 +60,11 @@ export function startStage(stage, { count = 1, samples = 1, prompt = "" }, own =
   function leave() {
     if (!places.some((each) => each.finished)) board?.remove();
   }
+}
+
+/** What a preview shows. */
+function previewWords({ block, latent_frame: frame, latent_frames: frames }) {
+  return frame === undefined ? `after block ${block}` : `preview of latent frame ${frame + 1} of ${frames}`;
 }
 
 /** Where one picture grows: the newest state large, the earlier ones in a row below. */

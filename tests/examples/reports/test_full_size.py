@@ -30,6 +30,9 @@ def test_lengths_of_videos(tmp_path):
     pytest.importorskip("av")
     printed = run_example("reports/video_memory.py", tmp_path, "--lengths", 5, 9)
     assert "5 frames of 96x96" in printed and "9 frames of 96x96" in printed
+    assert "previews" not in printed
+    printed = run_example("reports/video_memory.py", tmp_path, "--lengths", 9, "--previews")
+    assert "3 previews, " in printed
     assert (tmp_path / "9.mp4").stat().st_size > 0
 
 

@@ -33,9 +33,16 @@ def test_a_layer(operations, metal, tokens):
     assert found == {name: LAYER.get(name, 0) + ROTARY[metal].get(name, 0) for name in {**LAYER, **ROTARY[metal]}}
 
 
+@pytest.mark.parametrize("layers", [2, 6])
+def test_the_time_of_python(operations, layers):
+    first, whole = operations.python_time(layers, 2)
+    assert 0 < first < whole < 1e6
+
+
 def test_the_table():
     lines = run_example("reports/operations.py").splitlines()
     rows = {cells[0]: cells[1:] for cells in ([c.strip() for c in line.strip("|").split("|")] for line in lines)}
     assert rows["operations of a layer"] == ["Metal", "CUDA"]
     assert rows["together"] == ["15", "17"]
     assert rows["24 layers, and around them"] == ["363", "411"]
+    assert lines[-1].startswith("Python, from the number of finished tokens on: ")
