@@ -28,6 +28,7 @@ from mlx_starflow.pipelines.results import (
 )
 from mlx_starflow.planning.limits import check_count, check_held
 from mlx_starflow.sampling import Certificate, SamplingTrace
+from mlx_starflow.sampling.cache import KVBits
 from mlx_starflow.sampling.progress import Callback, Progress, Watch, watch
 
 
@@ -113,7 +114,7 @@ class ImageMaker(Pipeline):
         attn_temp: float | None = None,
         denoise: bool | None = None,
         size: tuple[int, int] | None = None,
-        kv_bits: int | str | None = None,
+        kv_bits: KVBits | str | None = None,
         keep_steps: bool = False,
         batch_size: int = 8,
         verify: bool = True,
@@ -181,7 +182,7 @@ class ImageMaker(Pipeline):
         attn_temp: float | None = None,
         denoise: bool | None = None,
         size: tuple[int, int] | None = None,
-        kv_bits: int | str | None = None,
+        kv_bits: KVBits | str | None = None,
         keep_steps: bool = False,
         batch_size: int = 8,
         live: bool = True,
@@ -311,7 +312,7 @@ class ImageMaker(Pipeline):
         attn_temp: float | None = None,
         denoise: bool | None = None,
         size: tuple[int, int] | None = None,
-        kv_bits: int | str | None = None,
+        kv_bits: KVBits | str | None = None,
         keep_steps: bool = False,
         batch_size: int = 8,
         verify: bool = True,

@@ -19,6 +19,7 @@ import numpy as np
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.model_dir.weights import dtype_name
 from mlx_starflow.models.flow import Flow, products_in
+from mlx_starflow.sampling.cache import KVBits
 from mlx_starflow.sampling.certificate import Certificate
 from mlx_starflow.sampling.guidance import SamplingOptions
 from mlx_starflow.sampling.methods import (
@@ -61,7 +62,7 @@ def tune(
     *,
     tolerance: float = 1e-2,
     least: str = "seconds",
-    kv_bits: int = 0,
+    kv_bits: KVBits = 0,
     report: Callable[[str], None] = lambda line: None,
     progress: Watch = False,
     callback: Callback | None = None,

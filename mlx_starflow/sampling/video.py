@@ -17,6 +17,7 @@ import numpy as np
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.models.flow import Flow
+from mlx_starflow.sampling.cache import KVBits
 from mlx_starflow.sampling.decoder import BlockDecoder, check_finite
 from mlx_starflow.sampling.first_guesses import FramePast
 from mlx_starflow.sampling.guidance import SamplingOptions
@@ -81,7 +82,7 @@ def sample_frames(
     context: int | None = None,
     frames_at_once: int = 1,
     attn_temp: float = 1.0,
-    kv_bits: int = 0,
+    kv_bits: KVBits = 0,
     progress: Watch = False,
     trace: SamplingTrace | None = None,
 ) -> Iterator[mx.array]:
