@@ -55,7 +55,8 @@ from mlx_starflow.sampling import (
     SequentialSettings,
 )
 from mlx_starflow.sampling.decoder import BlockDecoder
-from mlx_starflow.sampling.tuning import describe, tune
+from mlx_starflow.sampling.trials import describe
+from mlx_starflow.sampling.tuning import tune
 
 GUIDANCE = 2.5
 TORCH_METHODS = {"sequential": SequentialSettings(), "jacobi": JacobiSettings()}

@@ -28,17 +28,8 @@ from mlx_starflow.model_dir.quantization import dequantize_module
 from mlx_starflow.models.starflow import STARFlow
 from mlx_starflow.pipelines import load
 from mlx_starflow.sampling import JacobiSettings, RollingSettings, SamplingOptions, SequentialSettings
-from mlx_starflow.sampling.tuning import (
-    COSTS,
-    DEEP_SHARE,
-    OTHERS_SHARE,
-    Trial,
-    _cheapest,
-    _Sample,
-    _samples,
-    _try,
-    windows,
-)
+from mlx_starflow.sampling.trials import COSTS, Trial, TunedSample, attempt, cheapest, tuned_samples, windows
+from mlx_starflow.sampling.tuning import DEEP_SHARE, OTHERS_SHARE
 
 TOLERANCE = 1e-2
 EASY = 0.5
@@ -58,7 +49,7 @@ def task(model: str, samples: int) -> Task:
     return Task(flow, mx.array(z), texts[:-1], texts[-1:], config.cfg or 2.5)
 
 
-def measures(samples: list[_Sample], index: int) -> dict[str, float]:
+def measures(samples: list[TunedSample], index: int) -> dict[str, float]:
     """CRM, IGM and what one sweep leaves, of one block."""
     scaled, left = [], []
     off: dict[str, list[mx.array]] = {"IGM, noise": [], "IGM, zeros": []}
@@ -85,13 +76,13 @@ def measures(samples: list[_Sample], index: int) -> dict[str, float]:
     return {"CRM": crm, **{name: norm(each) for name, each in off.items()}, "sweep": float(np.mean(left))}
 
 
-def search(samples: list[_Sample], index: int, tolerance: float, least: str, widest_first: bool) -> list[Trial]:
+def search(samples: list[TunedSample], index: int, tolerance: float, least: str, widest_first: bool) -> list[Trial]:
     """The windows that tuning tries in one order."""
     order = windows(samples[0].length(index), "evaluations" if widest_first else "seconds")
     trials: list[Trial] = []
     worse, best = 0, float("inf")
     for window in order:
-        trials.append(_try(index, samples, RollingSettings(window, tolerance)))
+        trials.append(attempt(index, samples, RollingSettings(window, tolerance)))
         cost = trials[-1].cost(least)
         worse, best = (0, cost) if cost < best else (worse + 1, best)
         if worse == 2:
@@ -101,16 +92,16 @@ def search(samples: list[_Sample], index: int, tolerance: float, least: str, wid
 
 def report(model: str, count: int) -> None:
     made = task(model, count)
-    samples = list(_samples(made.flow, made.z, made.text, made.null_text, SamplingOptions(made.guidance)))
+    samples = list(tuned_samples(made.flow, made.z, made.text, made.null_text, SamplingOptions(made.guidance)))
     active = list(samples[0].guided.active())
     for index in active:  # to warm up
-        _try(index, samples[:1], RollingSettings(8, TOLERANCE))
+        attempt(index, samples[:1], RollingSettings(8, TOLERANCE))
     found = {index: measures(samples, index) for index in active}
     print(f"\n## {model}: {count} samples, guidance {made.guidance:g}\n")
     print("| block | tokens | CRM | IGM, noise | IGM, zeros | left by a sweep | evaluations, all tokens at once |")
     print("|---|---|---|---|---|---|---|")
     for index, own in found.items():
-        whole = _try(index, samples, RollingSettings(samples[0].length(index), TOLERANCE / 10))
+        whole = attempt(index, samples, RollingSettings(samples[0].length(index), TOLERANCE / 10))
         figures = [f"{own[name]:.1f}" for name in ("CRM", "IGM, noise", "IGM, zeros")] + [f"{own['sweep']:.2f}"]
         print(f"| {index} | {samples[0].length(index)} | {' | '.join(figures)} | {whole.evaluations / count:.1f} |")
     mean = np.mean([own["CRM"] for own in found.values()])
@@ -124,14 +115,16 @@ def report(model: str, count: int) -> None:
         rows: dict[str, list[float]] = {}
         for index in active:
             tolerance = (DEEP_SHARE if index == max(active) else OTHERS_SHARE) * TOLERANCE
-            others = [_try(index, samples, s) for s in (SequentialSettings(), JacobiSettings(threshold=tolerance**2))]
+            others = [
+                attempt(index, samples, s) for s in (SequentialSettings(), JacobiSettings(threshold=tolerance**2))
+            ]
             both = [search(samples, index, tolerance, least, widest_first) for widest_first in (False, True)]
             orders = {"narrowest first": 0, "widest first": 1}
             orders |= {name: int(index not in blocks) for name, blocks in tough.items()}
             for name, which in orders.items():
                 trials = both[which]
                 right = [each for each in (*others, *trials) if each.residual <= 2 * tolerance]
-                best = _cheapest(right, least)
+                best = cheapest(right, least)
                 spent = [sum(trial.evaluations for trial in trials), sum(trial.seconds for trial in trials)]
                 row = [*spent, best.evaluations, best.seconds]
                 rows[name] = [a + b for a, b in zip(rows.get(name, [0] * 4), row, strict=True)]

@@ -94,6 +94,8 @@ class Benchmark:
             "rounds": measured.seconds,
             "tokens_per_second": tokens / seconds,
             "evaluations": measured.evaluations,
+            "evaluations_per_frame": sum(measured.evaluations) / self.task.frames,
+            "seconds_per_frame": seconds / (images * self.task.frames),
             "tokens_per_evaluation": [length / count if count else 0.0 for length, count in blocks],
             "weight_bytes_per_picture": measured.weight_bytes / images,
             "bandwidth": bandwidth,
@@ -136,6 +138,11 @@ class Benchmark:
         for one in everything["methods"]:
             counts = zip(one["evaluations"], one["tokens_per_evaluation"], strict=True)
             lines.append(_name(one) + "  " + ", ".join(f"{count} ({tokens:.1f})" for count, tokens in counts))
+        if self.task.frames > 1:
+            lines += ["", f"a latent frame, of which a video has {self.task.frames}:"]
+            for one in everything["methods"]:
+                took = f"{one['evaluations_per_frame']:.2f} evaluations, {one['seconds_per_frame']:.3f} s"
+                lines.append(f"{_name(one)}  {took}")
         for backend, ratios in everything["ratios"].items():
             faster = ", ".join(f"{method} {ratio:.2f}" for method, ratio in ratios.items())
             lines += ["", f"times as fast as {backend} (where it has no such method, as its sequential one): {faster}"]
@@ -189,6 +196,7 @@ def bench(
     guidance: float | None = None,
     seed: int = 0,
     size: tuple[int, int] | None = None,
+    frames: int | None = None,
     dtype: str | mx.Dtype | None = None,
     rounds: int = 3,
     against: str | None = None,
@@ -203,6 +211,7 @@ def bench(
         guidance: its weight; None: the model's own.
         seed: of the first image's noise; the others' count up.
         size: (width, height) of the images in pixels; None: the size the model was trained at.
+        frames: of videos, 1 for a picture; None: as many as a model of videos was trained on.
         dtype: of the flow; None or "auto": what `precision.automatic` says.
         rounds: how often each method is timed.
         against: "torch": time the PyTorch reference too, with CUDA if there is one.
@@ -220,7 +229,7 @@ def bench(
     if not 1 <= rounds <= MOST_ROUNDS:
         raise StarflowError(f"there must be at least one round and at most {MOST_ROUNDS:,}, not {rounds}")
     dtype = parse_dtype(dtype)
-    trials = prepare(model, prompts, guidance=guidance, seed=seed, dtype=dtype, size=size)
+    trials = prepare(model, prompts, guidance=guidance, seed=seed, dtype=dtype, size=size, frames=frames)
     task = trials.task
     contenders, notes = _ours(trials, list(dict.fromkeys(methods)), str(model))
     about = {
@@ -230,6 +239,7 @@ def bench(
         "dtype": dtype_name(products_in(task.flow)),
         "pictures": task.images,
         "tokens": task.length,
+        "frames": task.frames,
         "guidance": task.guidance,
         "seed": seed,
     }

@@ -16,7 +16,7 @@ from mlx_starflow.bench.products import WeightProducts
 from mlx_starflow.bench.trials import Task, Trials
 from mlx_starflow.planning.traffic import READ_ONCE, evaluation_bytes, tokens_at_once
 from mlx_starflow.sampling import Certificate, SamplingTrace
-from mlx_starflow.sampling.methods import Method, Settings, block_settings
+from mlx_starflow.sampling.methods import Method, Settings, block_settings, for_videos
 
 Run = Callable[[], tuple[mx.array, list[int]]]
 """Samples once: gives the sample and the network evaluations of each block, deep block first."""
@@ -100,6 +100,8 @@ def measure(
 def own_contender(name: str, task: Task, method: Method) -> Contender:
     """This code's, by `method`, called `name`."""
     blocks = task.flow.blocks
+    if task.frames > 1:
+        method = for_videos(method, task.length // task.frames)
     settings, sizes = block_settings(method, len(blocks)), [evaluation_bytes(block) for block in blocks]
     return Contender(name, "mlx", partial(task.sample, method), settings, sizes)
 

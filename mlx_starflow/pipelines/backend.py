@@ -132,8 +132,10 @@ class Backend(ABC, Generic[Array]):
         null_text: Array | None,
         settings: GenerationSettings,
         progress: Watch = False,
+        given: int = 0,
     ) -> list[Certificate]:
-        """How far the guided flow, run forwards over each sample, is from its noise; see `certificate.certify_each`."""
+        """How far the guided flow, run forwards over each sample, is from its noise, but for so many given first
+        frames of a video; see `certificate.certify_each`."""
         raise NotImplementedError
 
     @abstractmethod
@@ -389,11 +391,12 @@ class MLXBackend(Backend[mx.array]):
         null_text: mx.array | None,
         settings: GenerationSettings,
         progress: Watch = False,
+        given: int = 0,
     ) -> list[Certificate]:
         guidance, options = settings.guidance, settings.options()
 
         def compute() -> list[Certificate]:
-            return certify_each(self.flow, x, z, text, null_text, guidance, progress=progress, **options)
+            return certify_each(self.flow, x, z, text, null_text, guidance, given=given, progress=progress, **options)
 
         return self.in_range("flow", compute)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from itertools import islice
 from typing import Any, cast, get_args
 
@@ -230,8 +229,7 @@ class Pipeline(ImageModel):
         if None in seeds:
             metadata["noise_sha256"] = digest(noise)
         if certificate is not None:
-            known = asdict(certificate).items()
-            metadata["certificate"] = {key: value for key, value in known if value is not None}
+            metadata["certificate"] = certificate.to_dict()
         return {**metadata, "settings": self._recorded(settings)}
 
     def _recorded(self, settings: GenerationSettings) -> dict[str, Any]:

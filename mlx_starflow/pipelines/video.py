@@ -138,8 +138,8 @@ class VideoPipeline(LatentPipeline):
                 where `progress.done` is its number and `progress.preview()` what the denoiser makes of it without the
                 frames after it, a single image. The frames of the stream are the same as without. Each preview costs
                 what the denoiser's work on a frame does, and if it is asked for a first frame's decoding.
-            verify: run the flow forwards over the sample and put the difference from its noise into the stream's
-                `stats.certificates` at the end.
+            verify: run the flow forwards over the sample, window by window, and put the difference from its noise into
+                the stream's `stats.certificates` and `metadata` at the end; what was given is read, not certified.
             progress: a `Progress`, or whether to show a progress bar of tokens; None shows it on a terminal only.
             callback: is called with the `Progress` before each step: it says how far this is, and can cancel it.
 
@@ -148,9 +148,7 @@ class VideoPipeline(LatentPipeline):
         """
         asked = VideoOverrides(guidance, temperature, method, attn_temp, denoise, size, frames, fps, context, kv_bits)
         watched, given = watch(progress, callback), asked.or_else(settings)
-        request = self._request(
-            [prompt], seed, 1, noise, given, image, video, extend, watched, verify=verify, live=live
-        )
+        request = self._request([prompt], seed, 1, noise, given, image, video, extend, watched, live=live)
         if previews:
             _check_previews(request, live)
         if len(request.shape) == 3:
@@ -223,7 +221,6 @@ class VideoPipeline(LatentPipeline):
             video,
             extend,
             watched,
-            verify=verify,
             live=False,
             batch=batch_size,
         )
@@ -267,7 +264,6 @@ class VideoPipeline(LatentPipeline):
         extend: VideoSource | None,
         progress: Progress,
         *,
-        verify: bool,
         live: bool,
         batch: int = 1,
     ) -> VideoRequest:
@@ -302,11 +298,6 @@ class VideoPipeline(LatentPipeline):
         settings = self.with_kv_bits(settings, settings.size, min(batch, len(names)), frames)
         if noise is not None and noise.shape != (len(names), *shape):
             raise StarflowError(f"the noise has shape {list(noise.shape)}; this video needs {[len(names), *shape]}")
-        if verify and (given is not None or self.format.latent_frames(settings.frames) > self.format.window):
-            raise StarflowError(
-                f"certificates are for videos of at most {self.format.trained} frames that are made from a prompt "
-                "alone: leave out the verification"
-            )
         request = VideoRequest(names, seeds * len(prompts), settings, shape, noise, given, stats, len(seeds))
         for index, (prompt, each) in enumerate(zip(request.prompts, request.seeds, strict=True)):
             own = np.empty(0) if noise is None else noise[index : index + 1]
@@ -385,6 +376,8 @@ class VideoPipeline(LatentPipeline):
             progress=progress,
         )
         request.stats.add(result.stats)
+        for metadata, certificate in zip(request.metadata, result.stats.certificates, strict=False):
+            metadata["certificate"] = certificate.to_dict()
         return VideoResult(
             videos=[[image] for image in result.images],
             latents=result.latents,

@@ -112,7 +112,13 @@ class VideoRequest:
     def part(self, chosen: slice) -> VideoRequest:
         """Some of the videos; their cost is added to the whole request's."""
         noise = None if self.noise is None else self.noise[chosen]
-        return replace(self, prompts=self.prompts[chosen], seeds=self.seeds[chosen], noise=noise)
+        return replace(
+            self,
+            prompts=self.prompts[chosen],
+            seeds=self.seeds[chosen],
+            noise=noise,
+            metadata=self.metadata[chosen],
+        )
 
     @property
     def drawn_seeds(self) -> list[int]:

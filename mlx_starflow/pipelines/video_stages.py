@@ -17,9 +17,11 @@ from mlx_starflow.models.autoencoder_wan import AutoencoderWan
 from mlx_starflow.models.starflow import FlowConfig
 from mlx_starflow.pipelines.backend import MLXBackend
 from mlx_starflow.pipelines.phases import Phases
+from mlx_starflow.pipelines.results import GenerationStats
 from mlx_starflow.pipelines.video_frames import FrameDecoder
 from mlx_starflow.pipelines.video_requests import VideoRequest
 from mlx_starflow.sampling import Certificate, Progress, SamplingPlan, SamplingTrace, denoise_frames, sample_frames
+from mlx_starflow.sampling.certificate import FrameCertifier
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,18 @@ class VideoStages:
         # A video made from another one sees all of it.
         window = None if total <= self.window or (given and given.kind == "video") else self.window
         trace = SamplingTrace()
-        sampled: list[mx.array] = []
+        known = 0 if given is None else given.latents.shape[1]
+        certifier = None
+        if self.verify:
+            certify = partial(self._certify_window, request, text, null_text)
+            certifier = FrameCertifier(
+                total,
+                request.scaled_noise(hidden),
+                certify,
+                given=known,
+                window=window,
+                context=settings.context,
+            )
         stats.spend("flow", 0.0, None)  # comes first, though the denoiser asks for frames before there are any
         frames = sample_frames(
             self.backend.flow,
@@ -81,9 +94,11 @@ class VideoStages:
             progress=self.progress,
             trace=trace,
         )
-        noisy = _kept(self.phases.each(stats, "flow", frames, self.progress), sampled if self.verify else None)
+        noisy = self.phases.each(stats, "flow", frames, self.progress)
         if not self.live:
             noisy = iter(list(noisy))
+        if certifier is not None:
+            noisy = self._seen(noisy, certifier, stats)
         clean = noisy
         if settings.denoise:
             glance = partial(self._preview, request, hidden) if self.previews else None
@@ -100,8 +115,14 @@ class VideoStages:
         made = request.shape[0] - (1 if given is not None and given.shown else 0)
         tokens = len(request.prompts) * made * math.prod(request.shape[1:-1]) // self.config.patch_size**2
         stats.count(trace.evaluations, sum(block.num_layers > 0 for block in self.config.blocks) * tokens)
-        if self.verify:
-            self._certify(request, mx.concatenate(sampled, axis=1), text, null_text, trace.noise_floor)
+        if certifier is not None:
+            with self.phases.run(stats, "verify", self.progress):
+                found = certifier.certificates()
+            for certificate, metadata in zip(found, request.metadata, strict=True):
+                certificate = replace(certificate, noise_floor=trace.noise_floor)
+                stats.certificates.append(certificate)
+                metadata["certificate"] = certificate.to_dict()
+                self.check_certificate(certificate, self.method)
 
     def _preview(self, request: VideoRequest, hidden: int, number: int, look: Callable[[], mx.array]) -> None:
         """Tell the progress of a latent frame that is not clean yet; `hidden` of those before it are not shown."""
@@ -117,19 +138,25 @@ class VideoStages:
             with self.phases.run(stats, "preview", self.progress):
                 state()
 
-    def _certify(
-        self, request: VideoRequest, x: mx.array, text: mx.array, null_text: mx.array, noise_floor: float | None
-    ) -> None:
-        z = mx.array(request.scaled_noise(0)[:, 0 : request.shape[0]])
-        with self.phases.run(request.stats, "verify", self.progress):
-            for index in range(len(request.prompts)):
-                one = slice(index, index + 1)
-                (certificate,) = self.backend.certify(
-                    x[one], z[one], text[one], null_text, request.settings, self.progress
-                )
-                certificate = replace(certificate, noise_floor=noise_floor)
-                request.stats.certificates.append(certificate)
-                self.check_certificate(certificate, self.method)
+    def _seen(
+        self, frames: Iterator[mx.array], certifier: FrameCertifier, stats: GenerationStats
+    ) -> Iterator[mx.array]:
+        for part in frames:
+            with self.phases.run(stats, "verify", self.progress):
+                certifier.push(part)
+            yield part
+
+    def _certify_window(
+        self, request: VideoRequest, text: mx.array, null_text: mx.array, x: mx.array, z: mx.array, given: int
+    ) -> list[Certificate]:
+        """Of each video by itself, so that a batch takes no more memory than one."""
+        found = []
+        for index in range(len(request.prompts)):
+            one = slice(index, index + 1)
+            found += self.backend.certify(
+                x[one], z[one], text[one], null_text, request.settings, self.progress, given=given
+            )
+        return found
 
     def images(self, request: VideoRequest, latents: Iterator[mx.array]) -> Iterator[list[list[Image.Image]]]:
         """Clean latents -> for each latent frame the frames of each video."""
@@ -144,10 +171,3 @@ class VideoStages:
                 with self.phases.run(request.stats, "decode", self.progress):
                     frames = decoder.push(part[:, index : index + 1])
                 yield frames
-
-
-def _kept(frames: Iterator[mx.array], into: list[mx.array] | None) -> Iterator[mx.array]:
-    for part in frames:
-        if into is not None:
-            into.append(part)
-        yield part

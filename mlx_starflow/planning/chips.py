@@ -121,9 +121,9 @@ class Sampling:
 
     @classmethod
     def of_plan(cls, found: SamplingPlan, length: int) -> Sampling | None:
-        """What tuning measured; None if the plan does not say."""
+        """What tuning measured; None if the plan does not say, or was measured with videos."""
         counts = found.measured.get("evaluations")
-        if not isinstance(counts, list) or len(counts) != len(found.blocks):
+        if found.frame or not isinstance(counts, list) or len(counts) != len(found.blocks):
             return None
         return cls([float(count) for count in counts[::-1]], [tokens_at_once(each, length) for each in found.blocks])
 

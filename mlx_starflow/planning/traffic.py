@@ -6,7 +6,7 @@ import mlx.core as mx
 
 from mlx_starflow.model_dir.weights import parameters
 from mlx_starflow.models.flow import BlockConfig, FlowBlock, is_layer_weight
-from mlx_starflow.sampling.methods import JacobiSettings, RollingSettings, Settings
+from mlx_starflow.sampling.methods import FramewiseSettings, JacobiSettings, RollingSettings, Settings
 
 READ_ONCE = ("sos_embed", "proj_txt", "pos_embed", "class_embed")
 """Weights of a block that make its condition or its first input, or of which an evaluation reads single rows."""
@@ -47,6 +47,8 @@ def cache_bytes(config: BlockConfig, prefix: int, tokens: int, copies: int, item
 
 def tokens_at_once(settings: Settings, length: int) -> int:
     """How many tokens an evaluation predicts; the last ones of a sequence may be fewer."""
+    if isinstance(settings, FramewiseSettings):
+        settings = settings.later
     if isinstance(settings, JacobiSettings):
         return min(settings.block_size, length)
     if isinstance(settings, RollingSettings):

@@ -5,7 +5,13 @@ from mlx_starflow.sampling.denoise import denoise
 from mlx_starflow.sampling.guidance import SamplingOptions
 from mlx_starflow.sampling.guided import GuidedFlow
 from mlx_starflow.sampling.iterate import iterate, noise_levels
-from mlx_starflow.sampling.methods import JacobiSettings, RollingSettings, SamplingPlan, SequentialSettings
+from mlx_starflow.sampling.methods import (
+    FramewiseSettings,
+    JacobiSettings,
+    RollingSettings,
+    SamplingPlan,
+    SequentialSettings,
+)
 from mlx_starflow.sampling.progress import Progress
 from mlx_starflow.sampling.sampler import SamplingTrace, sample
 from mlx_starflow.sampling.video import sample_frames
@@ -13,6 +19,7 @@ from mlx_starflow.sampling.video_denoising import denoise_frames
 
 __all__ = [
     "Certificate",
+    "FramewiseSettings",
     "GuidedFlow",
     "JacobiSettings",
     "Progress",

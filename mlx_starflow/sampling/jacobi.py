@@ -12,14 +12,12 @@ from functools import partial
 import mlx.core as mx
 
 from mlx_starflow.sampling.decoder import BlockDecoder
+from mlx_starflow.sampling.first_guesses import FirstGuesses, FramePast, bounded
 from mlx_starflow.sampling.methods import JacobiSettings, RollingSettings
 from mlx_starflow.sampling.noise_floor import NoiseFloor
 
-BOUND = 1e4
-"""Guesses are kept within this: an infinite one would reach, as NaN, tokens that attention masks it from."""
 
-
-def invert(decoder: BlockDecoder, start: int, settings: JacobiSettings) -> Iterator[int]:
+def invert(decoder: BlockDecoder, start: int, length: int, settings: JacobiSettings) -> Iterator[int]:
     """Block after block, each iterated until it stands still, starting from its noise or from the frame before it.
 
     In a video, blocks after the first frame are four times as long, as in the release.
@@ -27,13 +25,13 @@ def invert(decoder: BlockDecoder, start: int, settings: JacobiSettings) -> Itera
     Args:
         decoder: has the noise, and data whose first `start` tokens are known; the others are still the noise.
         start: how many are known.
+        length: how many are to be.
         settings: of the iteration.
 
     Yields:
         How many tokens are done, after each sweep.
     """
-    length = decoder.z.shape[1]
-    frame = length if decoder.block.config.local else decoder.length // decoder.frames
+    frame = decoder.z.shape[1] if decoder.block.config.local else decoder.length // decoder.frames
     while start < length:
         stop = min(start + settings.block_size * (1 if start <= frame else 4), length)
         for sweep in range(settings.max_iterations):
@@ -48,8 +46,11 @@ def invert(decoder: BlockDecoder, start: int, settings: JacobiSettings) -> Itera
         yield start
 
 
-def roll(decoder: BlockDecoder, start: int, settings: RollingSettings) -> Iterator[int]:
-    """A window that slides past every token whose residual has been measured; arguments as for `invert`.
+def roll(
+    decoder: BlockDecoder, start: int, length: int, settings: RollingSettings, past: FramePast | None = None
+) -> Iterator[int]:
+    """A window that slides past every token whose residual has been measured; arguments as for `invert`; `past` see
+    `FirstGuesses`.
 
     An evaluation measures the residual |(x_n - mu_n) / sigma_n - z_n| of every token in the window with the values its
     inputs have now. The leading tokens within the tolerance are final as they are: nothing that their residual depends
@@ -59,14 +60,13 @@ def roll(decoder: BlockDecoder, start: int, settings: RollingSettings) -> Iterat
     In half precision the tolerance is at least what the precision resolves (see `noise_floor`). Where the window hardly
     advances all the same, tokens are done one by one for a while, which takes less time.
     """
-    length = decoder.z.shape[1]
     entered = start  # tokens before this one have been given their first guess
-    affine = None
+    guesses = FirstGuesses(decoder, settings, past)
     floor, pace = NoiseFloor(decoder, settings.tolerance), _Pace(settings.window)
     while start < length:
         stop = min(start + pace.width, length)
         if entered < stop:
-            decoder.write(entered, _first_guess(decoder, entered, stop, affine, settings))
+            decoder.write(entered, guesses.of(entered, stop))
             entered = stop
         old, noise, place = decoder.data(start, stop), decoder.z[:, start:stop], mx.arange(stop - start)[:, None]
         if not decoder.block.is_affine:
@@ -76,10 +76,10 @@ def roll(decoder: BlockDecoder, start: int, settings: RollingSettings) -> Iterat
         else:
             mu, log_sigma = decoder.predict(start, stop)
             new, done, residuals = _advance(old, noise, mu, log_sigma, mx.array(floor.tolerance), place)
-            affine = (mu[:, -1:], log_sigma[:, -1:])
+            guesses.learn(start, mu, log_sigma)
             # Until it is known how many tokens are done a GPU waits for nothing but this loop: what does not depend on
             # it is built before.
-            mx.async_eval(new, done, residuals, *affine)
+            mx.async_eval(new, done, residuals, *guesses.arrays)
             decoder.write(start, new)
             if floor.suspected(residuals, int(done)):
                 floor.measure(start, stop, int(done), old, residuals, mu, log_sigma)
@@ -92,6 +92,7 @@ def roll(decoder: BlockDecoder, start: int, settings: RollingSettings) -> Iterat
         start += count
         pace.count(count)
         yield start
+    guesses.finish()
 
 
 STRETCH = 32
@@ -141,26 +142,5 @@ def _merged(
     """`_advance`, from what the tokens' noise gives now and the residuals of the values that they have."""
     good = (residual <= tolerance).all(axis=(0, 2))
     done = mx.cumprod(good.astype(mx.int32)).sum()
-    values = mx.where(place < done, old, mx.where(place == done, new, _bounded(new, noise)))
+    values = mx.where(place < done, old, mx.where(place == done, new, bounded(new, noise)))
     return values, done, residual.max(axis=(0, 2))
-
-
-def _bounded(guess: mx.array, noise: mx.array) -> mx.array:
-    return mx.clip(mx.where(mx.isfinite(guess), guess, noise), -BOUND, BOUND)
-
-
-def _first_guess(
-    decoder: BlockDecoder,
-    start: int,
-    stop: int,
-    affine: tuple[mx.array, mx.array] | None,
-    settings: RollingSettings,
-) -> mx.array:
-    noise = decoder.z[:, start:stop]
-    if settings.guess == "affine" and affine is not None:
-        mu, log_sigma = affine
-        return _bounded(noise * mx.exp(log_sigma) + mu, noise)
-    if settings.guess == "previous" and start >= settings.lag:
-        # Guesses that are themselves copies of tokens this far back: a window may be longer than the lag.
-        return decoder.data(start - settings.lag, start)[:, mx.arange(stop - start) % settings.lag]
-    return noise

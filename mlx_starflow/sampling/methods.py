@@ -6,7 +6,7 @@ import json
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,7 +20,8 @@ from mlx_starflow.sampling.cache import KV_BITS, KVBits, kv_name
 
 PLAN = ConfigKind("sampling plan")
 
-GUESSES = ("noise", "affine", "previous")
+FRAME_GUESSES = ("previous", "motion", "previous-affine", "motion-affine")
+GUESSES = ("noise", "affine", *FRAME_GUESSES)
 """First guesses of a token in a rolling window: see `RollingSettings.guess`."""
 
 
@@ -77,12 +78,28 @@ class RollingSettings:
         _at_least(self, "lag", 0)
         if self.guess not in GUESSES:
             raise StarflowError(f"unknown first guess {self.guess!r}; it must be one of {', '.join(GUESSES)}")
-        if self.guess == "previous" and not self.lag:
-            raise StarflowError('the first guess "previous" needs a lag: tokens of a row or of a frame')
+        if self.guess in FRAME_GUESSES and not self.lag:
+            raise StarflowError(f'the first guess "{self.guess}" needs a lag: tokens of a row or of a frame')
 
 
-Settings = SequentialSettings | JacobiSettings | RollingSettings
-METHODS: dict[str, type[Settings]] = {kind.name: kind for kind in (SequentialSettings, JacobiSettings, RollingSettings)}
+Uniform = SequentialSettings | JacobiSettings | RollingSettings
+METHODS: dict[str, type[Uniform]] = {kind.name: kind for kind in (SequentialSettings, JacobiSettings, RollingSettings)}
+
+
+@checked_class
+@dataclass(frozen=True)
+class FramewiseSettings:
+    """A video's first frame in one way, and the later ones, which have a frame before them, in another.
+
+    A block that reads each frame by itself, and a picture, are first frames throughout.
+    """
+
+    name: ClassVar[str] = "framewise"
+    first: Uniform
+    later: Uniform
+
+
+Settings = Uniform | FramewiseSettings
 
 
 def _at_least(settings: Any, key: str, least: int) -> None:
@@ -102,6 +119,7 @@ class SamplingPlan:
         fingerprint: of the weights that it was measured with, see `model_dir.fingerprint`; "" in plans that do not say.
         precision: what the flow multiplied in, such as "float16"; "" in plans that do not say.
         kv_bits: of keys and values, see `cache.KV_BITS`.
+        frame: tokens of a frame of the videos that it was measured with; 0: these were pictures.
     """
 
     blocks: tuple[Settings, ...]
@@ -110,6 +128,7 @@ class SamplingPlan:
     fingerprint: str = ""
     precision: str = ""
     kv_bits: KVBits = 0
+    frame: int = 0
 
     def fits(self, precision: str, kv_bits: KVBits | None = None) -> bool:
         """Whether it is for a flow of this precision, "" is any, and keys and values in so many bits; None is any."""
@@ -117,9 +136,10 @@ class SamplingPlan:
         return fits_cache and ("" in (self.precision, precision) or self.precision == precision)
 
     def to_dict(self) -> dict[str, Any]:
-        blocks = [{"method": block.name, **asdict(block)} for block in self.blocks]
+        blocks = [_named(block) for block in self.blocks]
         values = {"version": 1, "tolerance": self.tolerance, "blocks": blocks, "measured": dict(self.measured)}
-        marks = {"fingerprint": self.fingerprint, "precision": self.precision, "kv_bits": _kept(self.kv_bits)}
+        marks: dict[str, Any] = {"fingerprint": self.fingerprint, "precision": self.precision}
+        marks |= {"kv_bits": _kept(self.kv_bits), "frame": self.frame}
         return values | {key: mark for key, mark in marks.items() if mark}
 
     @classmethod
@@ -135,7 +155,8 @@ class SamplingPlan:
             measured = dict(values.get("measured", {}))
             mark, precision = str(values.get("fingerprint", "")), str(values.get("precision", ""))
             kv_bits = _kv_bits(values.get("kv_bits", 0))
-            return cls(blocks, float(tolerance), measured, mark, precision, kv_bits)
+            frame = PLAN.typed("frame", "int", values.get("frame", 0), least=0)
+            return cls(blocks, float(tolerance), measured, mark, precision, kv_bits, frame)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise StarflowError(
                 f"{where} is damaged ({one_line(error)[:200]}); run `mlx-starflow tune` again"
@@ -187,7 +208,21 @@ def _kv_bits(value: object) -> KVBits:
     return both or PLAN.typed("kv_bits", "int", value, least=0)
 
 
+def _named(settings: Settings) -> dict[str, Any]:
+    if isinstance(settings, FramewiseSettings):
+        return {"method": settings.name, "first": _named(settings.first), "later": _named(settings.later)}
+    return {"method": settings.name, **asdict(settings)}
+
+
 def _settings(values: Mapping[str, Any]) -> Settings:
+    values = dict(values)
+    name = values.pop("method")
+    if name == FramewiseSettings.name:
+        return FramewiseSettings(_uniform(values.pop("first")), _uniform(values.pop("later")))
+    return _uniform({"method": name, **values})
+
+
+def _uniform(values: Mapping[str, Any]) -> Uniform:
     values = dict(values)
     name = values.pop("method")
     if not isinstance(name, str) or name not in METHODS:
@@ -214,13 +249,32 @@ def for_videos(method: Method, size: int) -> Method:
     """What the name of a method means for videos with frames of `size` tokens.
 
     "jacobi" has blocks of 32 tokens, as the release has (four times as long after the first frame), and "rolling" takes
-    the frame before for its first guess.
+    the frame before for its first guess. A plan that was measured with frames of another size has windows of as many
+    frames of this one.
     """
+    if isinstance(method, SamplingPlan) and method.frame not in (0, size):
+        return replace(method, blocks=tuple(_resized(block, method.frame, size) for block in method.blocks), frame=size)
     if method == JacobiSettings.name:
         return JacobiSettings(block_size=32)
     if method == RollingSettings.name:
         return RollingSettings(guess="previous", lag=size)
     return method
+
+
+def _resized(settings: Settings, frame: int, size: int) -> Settings:
+    """Settings for frames of `frame` tokens, for those of `size`."""
+    if isinstance(settings, FramewiseSettings):
+        return FramewiseSettings(
+            _resized_uniform(settings.first, frame, size), _resized_uniform(settings.later, frame, size)
+        )
+    return _resized_uniform(settings, frame, size)
+
+
+def _resized_uniform(settings: Uniform, frame: int, size: int) -> Uniform:
+    if not isinstance(settings, RollingSettings):
+        return settings
+    window = settings.window if settings.window < frame else max(1, settings.window * size // frame)
+    return replace(settings, window=window, lag=size if settings.lag else 0)
 
 
 def block_settings(method: Method, blocks: int) -> Sequence[Settings]:

@@ -17,14 +17,17 @@ from mlx_starflow.models.itarflow import at_noise_level
 from mlx_starflow.sampling import jacobi, sequential
 from mlx_starflow.sampling.cache import KVBits
 from mlx_starflow.sampling.decoder import BlockDecoder, check_finite
+from mlx_starflow.sampling.first_guesses import FramePast
 from mlx_starflow.sampling.guidance import SamplingOptions
 from mlx_starflow.sampling.guided import GuidedFlow
 from mlx_starflow.sampling.methods import (
+    FramewiseSettings,
     JacobiSettings,
     Method,
     RollingSettings,
     SequentialSettings,
     Settings,
+    Uniform,
     block_settings,
     for_videos,
 )
@@ -145,6 +148,7 @@ def invert_block(
     settings: Settings,
     given: mx.array | None = None,
     advance: Callable[[int], None] = lambda tokens: None,
+    past: FramePast | None = None,
 ) -> mx.array:
     """Invert one block: noise `[B, N, C]` -> data, both in data order.
 
@@ -153,22 +157,28 @@ def invert_block(
             as they are, and the noise in their place is not used.
         advance: is called before each evaluation, and after the last one, with the number of tokens that are done
             since the last time; those of a local block's frames count together.
+        past: of a local block, what it has made of the frames before; this is added to it.
     """
     block, frames = decoder.block, decoder.frames
     parallel = frames if block.config.local else 1
     before = 0
-    for done in invert_steps(decoder, block.permute(z, frames), settings, given):
+    for done in invert_steps(decoder, block.permute(z, frames), settings, given, past):
         advance(parallel * (done - before))
         before = done
     return block.unpermute(decoder.data(0, decoder.z.shape[1]), frames)
 
 
 def invert_steps(
-    decoder: BlockDecoder, z: mx.array, settings: Settings, given: mx.array | None = None
+    decoder: BlockDecoder,
+    z: mx.array,
+    settings: Settings,
+    given: mx.array | None = None,
+    past: FramePast | None = None,
 ) -> Iterator[int]:
     """Invert one block; before each evaluation, and after the last, yield how many tokens of `decoder.data` are done.
 
-    `z` is `[B, N, C]` in the block's order (see `FlowBlock.permute`); `given` as for `invert_block`.
+    `z` is `[B, N, C]` in the block's order (see `FlowBlock.permute`); `given` and `past` as for
+    `invert_block`.
     """
     decoder.begin(z)
     start = decoder.first
@@ -180,13 +190,26 @@ def invert_steps(
         mu, log_sigma = decoder.block.unpredicted(z[:, :1])
         decoder.write(0, z[:, :1] * mx.exp(log_sigma) + mu)
     yield start
+    length = z.shape[1]
+    if not isinstance(settings, FramewiseSettings):
+        yield from _steps(decoder, start, length, settings, past)
+        return
+    frame = length if decoder.block.config.local else min(decoder.length // decoder.frames, length)
+    if start < frame:
+        yield from _steps(decoder, start, frame, settings.first, past)
+    if frame < length:
+        yield from _steps(decoder, max(start, frame), length, settings.later, past)
+
+
+def _steps(decoder: BlockDecoder, start: int, length: int, settings: Uniform, past: FramePast | None) -> Iterator[int]:
+    """Tokens `start` to `length`."""
     if isinstance(settings, RollingSettings):
-        yield from jacobi.roll(decoder, start, settings)
+        yield from jacobi.roll(decoder, start, length, settings, past)
     elif isinstance(settings, JacobiSettings):
-        yield from jacobi.invert(decoder, start, settings)
+        yield from jacobi.invert(decoder, start, length, settings)
     else:
         assert isinstance(settings, SequentialSettings)
-        yield from sequential.invert(decoder, start)
+        yield from sequential.invert(decoder, start, length)
 
 
 def state_of(flow: Flow, decoder: BlockDecoder, shape: tuple[int, ...]) -> mx.array:

@@ -9,72 +9,48 @@ measured. What the first of these papers ranks blocks by is no help here: see do
 from __future__ import annotations
 
 import platform
-import statistics
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.model_dir.weights import dtype_name
-from mlx_starflow.models.flow import Flow, block_products_in, frame_count, products_in
+from mlx_starflow.models.flow import Flow, products_in
 from mlx_starflow.sampling.cache import KVBits
-from mlx_starflow.sampling.certificate import Certificate, certify
-from mlx_starflow.sampling.decoder import check_finite
+from mlx_starflow.sampling.certificate import Certificate
 from mlx_starflow.sampling.guidance import SamplingOptions
-from mlx_starflow.sampling.guided import GuidedFlow
 from mlx_starflow.sampling.methods import (
+    FRAME_GUESSES,
+    FramewiseSettings,
     JacobiSettings,
-    Method,
     RollingSettings,
     SamplingPlan,
     SequentialSettings,
     Settings,
 )
-from mlx_starflow.sampling.noise_floor import FACTOR, HALF, moved
+from mlx_starflow.sampling.noise_floor import FACTOR
 from mlx_starflow.sampling.progress import Callback, Counter, Progress, Watch, watch
-from mlx_starflow.sampling.sampler import SamplingTrace, invert_block, sample
+from mlx_starflow.sampling.sampler import SamplingTrace
+from mlx_starflow.sampling.trials import (
+    COSTS,
+    FIRST,
+    SINGLY,
+    WHOLE,
+    Trial,
+    TunedSample,
+    attempt,
+    cheapest,
+    tuned_samples,
+    windows,
+)
 
-SMALLEST_WINDOW = 8
 DEEP_SHARE = 0.9
 """How much of the tolerance the deep block, whose residual is the certificate's own, is given at first."""
 OTHERS_SHARE = 0.1
 """And the others, whose residuals the blocks after them enlarge."""
-
-COSTS = ("seconds", "evaluations")
-"""What a plan may keep small."""
-
-ALIKE = 1.2
-"""Costs that differ by less than this factor count as equal. Repeated measurements of seconds do not agree better; and
-an evaluation is not saved at any price."""
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One way of inverting one block: evaluations and seconds for all samples, each sampled by itself."""
-
-    block: int
-    settings: Settings
-    evaluations: int
-    seconds: float
-    residual: float
-
-    def __str__(self) -> str:
-        return f"block {self.block}: {describe(self.settings)}: {self.evaluations} evaluations, {self.seconds:.2f} s"
-
-    def cost(self, least: str) -> float:
-        return self.seconds if least == "seconds" else self.evaluations
-
-
-def describe(settings: Settings) -> str:
-    """A few words for people."""
-    if isinstance(settings, RollingSettings):
-        return f"rolling window of {settings.window}, first guess {settings.guess}"
-    if isinstance(settings, JacobiSettings):
-        return f"blocks of {settings.block_size}"
-    return settings.name
 
 
 def tune(
@@ -95,7 +71,9 @@ def tune(
 
     Args:
         z, text, null_text, guidance: noise and conditions of the samples, as for `sample`; each is tried by itself,
-            since that is how a picture at a time is made.
+            since that is how a picture at a time is made. Videos are `[B, T, H, W, C]`; of them the blocks that see
+            all frames may make the first one in a way of its own, try windows of whole frames, and take their first
+            guesses from the frames before.
         tolerance: largest certificate (|f(x) - z|, standard deviations of the noise) that a sample may have. Where
             sequential sampling itself does not reach it, as with half-precision weights, twice what that reaches; and
             no less than what a window in this precision keeps to (see `noise_floor`).
@@ -115,14 +93,14 @@ def tune(
     progress = watch(progress, callback)
     options = SamplingOptions(guidance, kv_bits=kv_bits)
     with progress.running("tuning"):
-        samples = list(_samples(flow, z, text, null_text, options))
+        samples = list(tuned_samples(flow, z, text, null_text, options))
         plan = _tune(flow, samples, guidance, tolerance, least, report, progress)
-        return replace(plan, kv_bits=kv_bits)
+        return replace(plan, kv_bits=kv_bits, frame=samples[0].frame if samples[0].frames > 1 else 0)
 
 
 def _tune(
     flow: Flow,
-    samples: list[_Sample],
+    samples: list[TunedSample],
     guidance: float,
     tolerance: float,
     least: str,
@@ -131,6 +109,8 @@ def _tune(
 ) -> SamplingPlan:
     exact = max(one.certificate.max for one in samples)
     report(f"sequential: {samples[0].evaluations} evaluations, certificate {exact:.1e}")
+    if samples[0].frames > 1:
+        report(f"{samples[0].frames} latent frames of {samples[0].frame} tokens")
     deep = max(samples[0].guided.active())
     floors = {index: max(one.noise_floor(index) for one in samples) for index in samples[0].guided.active()}
     least_tolerance = max(2 * exact, FACTOR * floors[deep] / DEEP_SHARE)
@@ -139,7 +119,7 @@ def _tune(
         report(f"that is all that this precision gives; the tolerance is now {tolerance:.1e}")
     blocks: list[Settings] = [SequentialSettings()] * len(flow.blocks)
     active = list(samples[0].guided.active())
-    most = {index: 3 + len(windows(samples[0].length(index), least)) for index in active}
+    most = {index: samples[0].most_trials(index, least) for index in active}
     with progress.counting("tuning", sum(most.values()), "way") as counter:
         for index in active:
             share, done = DEEP_SHARE if index == deep else OTHERS_SHARE, counter.done
@@ -156,162 +136,98 @@ def _tune(
     return replace(plan, measured=measured, precision=dtype_name(products_in(flow)))
 
 
-@dataclass
-class _Sample:
-    """One sample, made sequentially.
-
-    Attributes:
-        noise, data: the exact tokens that each block reads and writes.
-        sequential: evaluations and seconds of each block.
-        spent: network evaluations so far.
-        certificate: of the sample.
-    """
-
-    flow: Flow
-    z: mx.array
-    text: mx.array | None
-    null_text: mx.array | None
-    options: SamplingOptions
-
-    def __post_init__(self) -> None:
-        self.guided = GuidedFlow(self.flow, self.z.shape, self.text, self.null_text, self.options)
-        self.spent = 0
-        self.noise: dict[int, mx.array] = {}
-        self.data: dict[int, mx.array] = {}
-        self.sequential: dict[int, tuple[int, float]] = {}
-        tokens = self.flow.noise_tokens(self.z)
-        for index in self.guided.active():
-            self.noise[index] = tokens
-            tokens, evaluations, seconds = self.invert(index, SequentialSettings())
-            self.sequential[index] = evaluations, seconds
-            check_finite(tokens, f"what block {index} made of the noise")
-            self.data[index] = tokens
-        self.certificate = self.certify(self.flow.latents(tokens, self.z.shape))
-
-    @property
-    def evaluations(self) -> list[int]:
-        """Of each block, deep block first, when it is sampled sequentially."""
-        return [self.sequential.get(index, (0, 0.0))[0] for index in reversed(range(len(self.flow.blocks)))]
-
-    def length(self, index: int) -> int:
-        """Tokens of a block."""
-        return self.flow.blocks[index].sequences(1, self.noise[index].shape[1], frame_count(self.z.shape))[1]
-
-    def invert(self, index: int, settings: Settings) -> tuple[mx.array, int, float]:
-        """What a block reads -> the tokens that it makes in this way, its evaluations, and the seconds they take."""
-        noise = self.noise[index]
-        decoder = self.guided.decoder(index, *noise.shape[:2])
-        steps = [time.perf_counter()]
-        x = invert_block(decoder, noise, settings, advance=lambda tokens: steps.append(time.perf_counter()))
-        mx.eval(x)
-        steps.append(time.perf_counter())
-        self.spent += decoder.evaluations
-        # The median step, so that a moment in which the machine was busy with something else does not count.
-        return x, decoder.evaluations, statistics.median(np.diff(steps)) * (len(steps) - 1)
-
-    def residual(self, index: int, x: mx.array, inputs: mx.array) -> mx.array:
-        """Of tokens x of a block, predicted from others in their place."""
-        mu, log_sigma = self.guided.predict(index, inputs)
-        return (x - mu) * mx.exp(-log_sigma) - self.noise[index]
-
-    def noise_floor(self, index: int) -> float:
-        """What this sample's precision resolves in a block; 0 in float32, where it does not matter."""
-        products, x = block_products_in(self.flow.blocks[index]), self.data[index]
-        if products not in HALF:
-            return 0.0
-        change = self.residual(index, x, moved(x, products)) - self.residual(index, x, x)
-        return float(mx.abs(change).max())
-
-    def sample(self, method: Method, trace: SamplingTrace) -> mx.array:
-        guidance, kv_bits = self.options.guidance, self.options.kv_bits
-        x = sample(self.flow, self.z, self.text, self.null_text, guidance, method, kv_bits=kv_bits, trace=trace)
-        self.spent += sum(trace.evaluations)
-        return x
-
-    def certify(self, x: mx.array) -> Certificate:
-        return certify(self.flow, x, self.z, self.text, self.null_text, self.options.guidance)
-
-
-def _samples(
-    flow: Flow, z: mx.array, text: mx.array | None, null_text: mx.array | None, options: SamplingOptions
-) -> Iterator[_Sample]:
-    for index in range(z.shape[0]):
-        one = slice(index, index + 1)
-        null = null_text if null_text is None or len(null_text) == 1 else null_text[one]
-        yield _Sample(flow, z[one], None if text is None else text[one], null, options)
-
-
-def _try(index: int, samples: list[_Sample], settings: Settings) -> Trial:
-    evaluations, seconds, residual = 0, 0.0, 0.0
-    for one in samples:
-        if isinstance(settings, SequentialSettings):
-            # Measured already, when the sample was made.
-            x, (count, took) = one.data[index], one.sequential[index]
-        else:
-            x, count, took = one.invert(index, settings)
-        evaluations += count
-        seconds += took
-        residual = max(residual, float(mx.abs(one.residual(index, x, x)).max()))
-    return Trial(index, settings, evaluations, seconds, residual)
-
-
-def windows(length: int, least: str) -> list[int]:
-    """The windows that are tried for a block of so many tokens, in their order, until two in a row are no better.
-
-    Evaluations are the fewer the wider the window is, so the widest comes first. What an evaluation takes grows with
-    its tokens, so of seconds the narrowest comes first: a wide one that is slow would be the dearest trial of all.
-    """
-    found = [SMALLEST_WINDOW]
-    while found[-1] < length:
-        found.append(2 * found[-1])
-    found = [min(window, length) for window in found]
-    return found if least == "seconds" else found[::-1]
-
-
 def _best(
     index: int,
-    samples: list[_Sample],
+    samples: list[TunedSample],
     tolerance: float,
     least: str,
     report: Callable[[str], None],
     counter: Counter,
 ) -> Trial:
     """The method for a block that costs least among those within the tolerance."""
-    trials = [_try(index, samples, SequentialSettings())]
-    report(str(trials[0]))
-    counter.advance()
+    frame = samples[0].frame if samples[0].sees_frames(index) else 0
+    search = _Search(index, samples, tolerance, least, report, counter)
+    best = search.best(windows(samples[0].length(index), least, frame), frame)
+    if not frame:
+        return search.with_guess_of_streams(best) if samples[0].frames > 1 else best
+    if isinstance(best.settings, SequentialSettings):
+        return best
+    report(f"block {index}: {FIRST}")
+    first = replace(search, part=FIRST, trials=[]).best(windows(frame, least), 0).settings
+    later = best.settings
+    assert not isinstance(first, FramewiseSettings) and not isinstance(later, FramewiseSettings)
+    if first != later:
+        search.consider(FramewiseSettings(first, later))
+    return search.cheapest()
 
-    def consider(settings: Settings) -> Trial:
-        trial = _try(index, samples, settings)
-        report(str(trial) + ("" if trial.residual <= 2 * tolerance else f", but residual {trial.residual:.1e}"))
-        if trial.residual <= 2 * tolerance:
-            trials.append(trial)
-        counter.advance()
+
+@dataclass
+class _Search:
+    """Ways of inverting one block, or a part of a video in it, that were tried.
+
+    Attributes:
+        trials: those within the tolerance.
+    """
+
+    index: int
+    samples: list[TunedSample]
+    tolerance: float
+    least: str
+    report: Callable[[str], None]
+    counter: Counter
+    part: str = WHOLE
+    trials: list[Trial] = field(default_factory=list)
+
+    def best(self, widths: list[int], frame: int) -> Trial:
+        """The cheapest of sequential sampling, the official blocks, and windows with all first guesses; those of the
+        frames before, of so many tokens, if there are any."""
+        tolerance = self.tolerance
+        self.consider(SequentialSettings())
+        self.consider(self.samples[0].jacobi(tolerance**2))
+        worse, lowest = 0, float("inf")
+        for window in widths:
+            cost = self.consider(RollingSettings(window, tolerance)).cost(self.least)
+            worse, lowest = (0, cost) if cost < lowest else (worse + 1, lowest)
+            if worse == 2:
+                break
+        chosen = self.cheapest().settings
+        if isinstance(chosen, RollingSettings):
+            self.consider(replace(chosen, guess="affine"))
+            # A window of the whole block guesses all of its tokens before it knows one.
+            if frame and chosen.window < self.samples[0].length(self.index):
+                for guess in FRAME_GUESSES:
+                    self.consider(replace(chosen, guess=guess, lag=frame))
+        return self.cheapest()
+
+    def with_guess_of_streams(self, best: Trial) -> Trial:
+        """A window of a block that reads each frame by itself, with the first guess that is best frame by frame.
+
+        All frames at once have none before them, and there these guesses are the plain ones.
+        """
+        if not isinstance(best.settings, RollingSettings):
+            return best
+        self.report(f"block {self.index}: {SINGLY}")
+        search, lag = replace(self, part=SINGLY, trials=[]), self.samples[0].frame
+        for guess in (best.settings.guess, *FRAME_GUESSES):
+            search.consider(replace(best.settings, guess=guess, lag=lag if guess in FRAME_GUESSES else 0))
+        return replace(best, settings=search.cheapest().settings) if search.trials else best
+
+    def consider(self, settings: Settings) -> Trial:
+        trial = attempt(self.index, self.samples, settings, self.part)
+        good = isinstance(settings, SequentialSettings) or trial.residual <= 2 * self.tolerance
+        self.report(str(trial) + ("" if good else f", but residual {trial.residual:.1e}"))
+        if good:
+            self.trials.append(trial)
+        self.counter.advance()
         return trial
 
-    consider(JacobiSettings(threshold=tolerance**2))
-    worse, best = 0, float("inf")
-    for window in windows(samples[0].length(index), least):
-        cost = consider(RollingSettings(window, tolerance)).cost(least)
-        worse, best = (0, cost) if cost < best else (worse + 1, best)
-        if worse == 2:
-            break
-    chosen = _cheapest(trials, least)
-    if isinstance(chosen.settings, RollingSettings):
-        consider(replace(chosen.settings, guess="affine"))
-    return _cheapest(trials, least)
-
-
-def _cheapest(trials: list[Trial], least: str) -> Trial:
-    """Among the trials that cost about as little as any, the one that is better by the other measure."""
-    bound = ALIKE * min(trial.cost(least) for trial in trials)
-    (other,) = (cost for cost in COSTS if cost != least)
-    return min((trial for trial in trials if trial.cost(least) <= bound), key=lambda trial: trial.cost(other))
+    def cheapest(self) -> Trial:
+        return cheapest(self.trials, self.least)
 
 
 def _tightened(
     flow: Flow,
-    samples: list[_Sample],
+    samples: list[TunedSample],
     blocks: list[Settings],
     deep: int,
     guidance: float,
@@ -326,15 +242,27 @@ def _tightened(
             "machine": platform.processor() or platform.machine(),
         }
         plan = SamplingPlan(tuple(blocks), tolerance, measured)
-        evaluations, certificates = np.zeros(len(flow.blocks), int), []
+        evaluations, certificates, seconds = np.zeros(len(flow.blocks), int), [], 0.0
         for one in samples:
-            trace = SamplingTrace()
+            trace, began = SamplingTrace(), time.perf_counter()
             x = one.sample(plan, trace)
+            mx.eval(x)
+            seconds += time.perf_counter() - began
             evaluations += np.array(trace.evaluations)
             certificates.append(one.certify(x))
         certificate = Certificate.worst(certificates)
         report(f"together: {evaluations.tolist()} evaluations for {len(samples)} samples, {certificate}")
+        frames = len(samples) * samples[0].frames
+        each, took = float(evaluations.sum()) / frames, seconds / frames
+        if samples[0].frames > 1:
+            report(f"{each:.2f} evaluations and {took:.3f} s a latent frame")
         if certificate.max <= tolerance:
+            if samples[0].frames > 1:
+                measured |= {
+                    "frames": samples[0].frames,
+                    "evaluations_per_frame": round(each, 2),
+                    "seconds_per_frame": round(took, 4),
+                }
             measured["certificate"] = certificate.max
             measured["evaluations"] = [round(float(count) / len(samples), 1) for count in evaluations]
             return plan
@@ -344,6 +272,10 @@ def _tightened(
 
 
 def _stricter(settings: Settings, factor: float) -> Settings:
+    if isinstance(settings, FramewiseSettings):
+        first, later = (_stricter(each, factor) for each in (settings.first, settings.later))
+        assert not isinstance(first, FramewiseSettings) and not isinstance(later, FramewiseSettings)
+        return FramewiseSettings(first, later)
     if isinstance(settings, RollingSettings):
         return replace(settings, tolerance=settings.tolerance * factor)
     if isinstance(settings, JacobiSettings):

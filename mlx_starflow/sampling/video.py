@@ -19,6 +19,7 @@ from mlx_starflow.errors import StarflowError
 from mlx_starflow.models.flow import Flow
 from mlx_starflow.sampling.cache import KVBits
 from mlx_starflow.sampling.decoder import BlockDecoder, check_finite
+from mlx_starflow.sampling.first_guesses import FramePast
 from mlx_starflow.sampling.guidance import SamplingOptions
 from mlx_starflow.sampling.guided import GuidedFlow
 from mlx_starflow.sampling.methods import Method, Settings, block_settings, for_videos
@@ -126,6 +127,7 @@ def sample_frames(
     shape = (batch, parts[0][2], *frame_shape)
     guided = GuidedFlow(flow, shape, text, null_text, SamplingOptions(guidance, attn_temp, kv_bits=kv_bits))
     decoder = None
+    pasts = [FramePast() for _ in flow.blocks]
     with watch(progress).counting("flow", unknown, "tok", label="sampling", leave=False) as counter:
         if given is not None:
             yield given.astype(mx.float32)
@@ -154,7 +156,9 @@ def sample_frames(
                             shallow = guided.decoder(index, batch, count * size, count)
                             counter.block = index
                             counter.state = partial(_shallow_state, flow, shallow, (batch, 1, *frame_shape))
-                            tokens = invert_block(shallow, tokens, settings[index], advance=counter.advance)
+                            tokens = invert_block(
+                                shallow, tokens, settings[index], advance=counter.advance, past=pasts[index]
+                            )
                             evaluations[index] += shallow.evaluations
                             noise_floors[index] = max(noise_floors[index], shallow.noise_floor)
                     check_finite(tokens, "a frame")

@@ -8,7 +8,7 @@ import shutil
 import mlx.core as mx
 import pytest
 from helpers.commands import Command
-from helpers.model_directories import write_image_model
+from helpers.model_directories import write_image_model, write_video_model
 from helpers.tiny_flows import tiny_flow
 
 from mlx_starflow import load
@@ -49,6 +49,27 @@ def test_a_plan_for_keys_and_values_in_fewer_bits(model, name, bits):
     result = tune(model, "--tolerance", 0.02, "--kv-bits", name)
     assert result.exit_code == 0, result.output
     assert SamplingPlan.find(model).kv_bits == bits
+
+
+def test_a_plan_for_videos(tmp_path):
+    model = write_video_model(tmp_path / "model")
+    result = tune(model, "--tolerance", 0.02, "--frames", 9, "--size", "32x32", "--json", tmp_path / "plan.json")
+    assert result.exit_code == 0, result.output
+    assert "s a latent frame" in result.output
+    found = SamplingPlan.find(model)
+    assert found.frame == 4 and found.measured["frames"] == 3 and found.measured["certificate"] <= 0.02
+    total = sum(found.measured["evaluations"])
+    assert found.measured["evaluations_per_frame"] == pytest.approx(total / 3, abs=0.01)
+    assert found.measured["seconds_per_frame"] > 0 and found.precision == "float32"
+    assert json.loads((tmp_path / "plan.json").read_text())["frame"] == 4
+    # It is what videos are made by, of this and of other sizes, and pictures of the model too.
+    pipe = load(model)
+    assert pipe.plan == found
+    for options in ({"size": (32, 32), "frames": 9}, {}, {"frames": 33, "context": 1}):
+        made = pipe.generate("a cat", seed=1, verify=True, **options)
+        assert made.settings.method == "auto" and made.stats.certificate.max <= 0.1
+    assert pipe.generate("a cat", seed=1, frames=1, verify=True).stats.certificate.max <= 0.1
+    assert "at most 17, as it was trained on" in tune.mistake(model, "--frames", 21)
 
 
 def test_a_dry_run_writes_nothing(model, tmp_path):

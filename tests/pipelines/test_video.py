@@ -140,8 +140,33 @@ def test_verification(pipe):
     stream = pipe.stream("a cat", seed=3, verify=True, method="sequential")
     list(stream)
     assert stream.stats.certificate.max < bound(1e-4, roundings(4))
-    with pytest.raises(StarflowError, match="at most 17 frames"):
-        pipe.stream("a cat", verify=True, frames=21)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"frames": 33, "context": 2}, {"image": 0}, {"image": 0, "frames": 29}, {"video": 1}, {"extend": 1, "frames": 20}],
+    ids=str,
+)
+@pytest.mark.parametrize("live", [True, False])
+def test_verification_of_long_and_of_given_videos(pipe, source, options, live):
+    """What was sampled is certified, window by window, and what was given is not."""
+    given = {
+        kind: source if value else source[0] for kind, value in options.items() if kind not in ("frames", "context")
+    }
+    options = {key: value for key, value in options.items() if key not in given} | given
+    stream = pipe.stream("a cat", seed=3, verify=True, method="sequential", live=live, **options)
+    plain = pipe.stream("a cat", seed=3, method="sequential", live=live, **options)
+    assert differs(list(stream), list(plain)) == 0
+    assert stream.stats.certificate.max < bound(1e-3, roundings(6)) and "verify" in stream.stats.seconds
+    assert stream.metadata["certificate"] == stream.stats.certificate.to_dict()
+
+
+def test_each_video_has_its_own_certificate(pipe):
+    made = pipe.generate(["a cat", "a dog"], seed=3, frames=21, batch_size=2, verify=True, method="jacobi")
+    assert [how["certificate"]["max"] for how in made.metadata] == [each.max for each in made.stats.certificates]
+    assert len(made.stats.certificates) == 2 and made.stats.certificate.max > 0
+    picture = pipe.generate("a cat", seed=3, frames=1, verify=True)
+    assert picture.metadata[0]["certificate"]["max"] == picture.stats.certificate.max
 
 
 def test_prompts_say_what_the_model_was_trained_with(pipe, seen):

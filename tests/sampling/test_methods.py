@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from helpers.tiny_flows import tiny_case
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.sampling import JacobiSettings, RollingSettings, SamplingPlan, SequentialSettings, sample
-from mlx_starflow.sampling.methods import block_settings
+from mlx_starflow.sampling import (
+    FramewiseSettings,
+    JacobiSettings,
+    RollingSettings,
+    SamplingPlan,
+    SequentialSettings,
+    sample,
+)
+from mlx_starflow.sampling.methods import block_settings, for_videos
 
 PLAN = SamplingPlan(
     (SequentialSettings(), JacobiSettings(8, 1e-5), RollingSettings(32, 1e-2, "previous", 16)),
@@ -45,6 +53,33 @@ def test_damaged_plans(tmp_path, change, message):
         SamplingPlan.find(tmp_path)
 
 
+def test_a_plan_of_videos_comes_back(tmp_path):
+    later = RollingSettings(32, 1e-2, "motion-affine", 16)
+    plan = replace(PLAN, blocks=(SequentialSettings(), FramewiseSettings(JacobiSettings(8), later)), frame=16)
+    plan.save(tmp_path)
+    assert SamplingPlan.find(tmp_path) == plan
+    values = plan.to_dict()
+    values["blocks"][1]["later"]["method"] = "framewise"
+    with pytest.raises(StarflowError, match=r"is damaged.*unknown method framewise"):
+        SamplingPlan.from_dict(values)
+    del values["blocks"][1]["later"]
+    with pytest.raises(StarflowError, match=r"is damaged.*later"):
+        SamplingPlan.from_dict(values)
+
+
+def test_a_plan_for_frames_of_another_size():
+    later = RollingSettings(32, 1e-2, "motion-affine", 16)
+    blocks = (RollingSettings(8), FramewiseSettings(JacobiSettings(8), later), SequentialSettings())
+    plan = replace(PLAN, blocks=blocks, frame=16)
+    assert for_videos(plan, 16) is plan and for_videos(PLAN, 99) is PLAN
+    larger = for_videos(plan, 24)
+    assert larger.frame == 24 and larger.blocks == (
+        RollingSettings(8),
+        FramewiseSettings(JacobiSettings(8), RollingSettings(48, 1e-2, "motion-affine", 24)),
+        SequentialSettings(),
+    )
+
+
 def test_a_truncated_plan(tmp_path):
     (tmp_path / "sampling_plan.json").write_text('{"version": 1, "blo')
     with pytest.raises(StarflowError, match=r"sampling_plan.json is damaged.*mlx-starflow tune"):
@@ -68,7 +103,8 @@ def test_a_plan_that_cannot_be_written(tmp_path):
             lambda: RollingSettings(guess="luck"),
             "unknown first guess 'luck'; it must be one of noise, affine, previous",
         ),
-        (lambda: RollingSettings(guess="previous"), "needs a lag"),
+        (lambda: RollingSettings(guess="previous"), 'first guess "previous" needs a lag'),
+        (lambda: RollingSettings(guess="motion-affine"), 'first guess "motion-affine" needs a lag'),
     ],
 )
 def test_settings_are_checked(make, message):

@@ -8,6 +8,7 @@ import pytest
 from helpers.tiny_flows import tiny_case
 
 from mlx_starflow.sampling import (
+    FramewiseSettings,
     GuidedFlow,
     JacobiSettings,
     RollingSettings,
@@ -15,8 +16,10 @@ from mlx_starflow.sampling import (
     SamplingTrace,
     SequentialSettings,
     sample,
+    sample_frames,
 )
 from mlx_starflow.sampling.decoder import BlockDecoder
+from mlx_starflow.sampling.first_guesses import FirstGuesses, FramePast
 from mlx_starflow.sampling.noise_floor import NoiseFloor
 from mlx_starflow.sampling.sampler import invert_block
 
@@ -26,6 +29,11 @@ EVERY = [
     RollingSettings(window=2, tolerance=1e-6),
     RollingSettings(window=99, tolerance=1e-6, guess="affine"),
     RollingSettings(window=3, tolerance=1e-6, guess="previous", lag=2),
+    RollingSettings(window=5, tolerance=1e-6, guess="motion", lag=2),
+    RollingSettings(window=2, tolerance=1e-6, guess="previous-affine", lag=1),
+    RollingSettings(window=4, tolerance=1e-6, guess="motion-affine", lag=1),
+    FramewiseSettings(SequentialSettings(), RollingSettings(4, 1e-6, "motion-affine", 2)),
+    FramewiseSettings(RollingSettings(3, 1e-6), JacobiSettings(block_size=2, threshold=1e-13)),
 ]
 
 
@@ -152,3 +160,98 @@ def test_values_are_built_before_it_is_known_how_many_are_done(tiny, monkeypatch
     invert_block(flow.decoder(index, *z.shape[:2]), z, RollingSettings(window=4))
     read = [number for number, name in enumerate(happened) if name == "suspected"]
     assert read and all(happened[number - 2 : number] == ["predict", "write"] for number in read)
+
+
+class Written:
+    """A decoder of which first guesses read tokens 0, 1, 4, 9, 16 and so on, of noise 1."""
+
+    z = mx.ones((1, 40, 1))
+    block = tiny_case("softplus").flow.blocks[0]
+
+    def data(self, start, stop):
+        return mx.square(mx.arange(start, stop, dtype=mx.float32))[None, :, None]
+
+
+def guesses(guess, lag, start, stop, known=()):
+    """Of tokens `start` to `stop`, after evaluations of (first token, numbers)."""
+    found = FirstGuesses(Written(), RollingSettings(window=8, guess=guess, lag=lag))
+    for first, count in known:
+        numbers = mx.square(mx.arange(first, first + count, dtype=mx.float32))[None, :, None]
+        found.learn(first, numbers, mx.zeros_like(numbers))
+    return found.of(start, stop).flatten().tolist()
+
+
+def test_first_guesses_from_the_frames_before():
+    assert guesses("previous", 3, 2, 4) == [1, 1]  # there is no frame before
+    assert guesses("previous", 3, 3, 8) == [0, 1, 4, 0, 1]
+    assert guesses("motion", 3, 3, 5) == [0, 1]  # nor any motion yet
+    # 9, 16, 25 were 0, 1, 4 before: so much again, and twice as much another frame on.
+    assert guesses("motion", 3, 6, 11) == [18, 31, 46, 27, 46]
+
+
+def test_first_guesses_from_what_the_frames_before_were_mapped_by():
+    assert guesses("previous-affine", 3, 6, 8) == [9, 16]  # no evaluation yet: the data
+    # mu is n squared, log sigma 0, and the noise 1.
+    assert guesses("previous-affine", 3, 6, 8, [(0, 6)]) == [10, 17]
+    assert guesses("motion-affine", 3, 6, 8, [(0, 6)]) == [19, 32]
+    assert guesses("motion-affine", 3, 6, 8, [(3, 3)]) == [10, 17]  # one frame is known
+    # What is older than two frames is forgotten, and what a wider window has seen is kept.
+    assert guesses("motion-affine", 3, 18, 19, [(start, 8) for start in range(0, 11)]) == [2 * 225 - 144 + 1]
+    assert guesses("motion-affine", 3, 8, 9, [(0, 8), (4, 1)]) == [2 * 25 - 4 + 1]
+
+
+def test_what_is_remembered_of_frames():
+    past = FramePast()
+    past.remember([mx.array([[[1.0]], [[2.0]], [[10.0]], [[20.0]]])], 2, False)  # two samples, two frames each
+    assert [value.flatten().tolist() for value in past.next(1, False)] == [[2, 20]]
+    assert [value.flatten().tolist() for value in past.next(1, True)] == [[3, 30]]
+    assert past.next(3, True)[0].flatten().tolist() == [2, 2, 2, 20, 20, 20]  # more frames at once are not moved
+    past.remember([mx.array([[[5.0]], [[50.0]]])], 1, False)
+    assert past.next(1, True)[0].flatten().tolist() == [8, 80]
+    past.remember([mx.zeros((2, 1, 1)), mx.ones((2, 1, 1))], 1, True)  # something else
+    assert [value.flatten().tolist() for value in past.next(1, True)] == [[0, 0], [1, 1]]
+
+
+def test_first_guesses_stay_numbers():
+    found = FirstGuesses(Written(), RollingSettings(guess="motion-affine", lag=1))
+    for log_sigma, expected in ((20.0, 1e4), (100.0, 1.0)):  # twice that
+        found.learn(0, mx.zeros((1, 2, 1)), mx.array([0.0, log_sigma])[None, :, None])
+        assert found.of(2, 3).item() == expected
+
+
+def test_a_steady_scene_is_guessed():
+    """Where every frame is mapped alike, a window that is given the last one's map is right at once."""
+    tiny = tiny_case("frames")
+    deep = tiny.flow.blocks[-1]
+    deep.proj_out.update({"weight": 0 * deep.proj_out.weight})  # the same mu and sigma everywhere
+    z = mx.random.normal((1, 4, 2, 3, 2), key=mx.random.key(0))
+    counts = {}
+    for guess in ("noise", "previous", "previous-affine", "motion-affine"):
+        trace = SamplingTrace()
+        sample(tiny.flow, z, tiny.text[:1], method=RollingSettings(6, 1e-4, guess, 6), trace=trace)
+        counts[guess] = trace.evaluations[0]
+    # Two for the first frame, and one each for the others.
+    assert counts["previous-affine"] == counts["motion-affine"] < counts["noise"] == counts["previous"]
+
+
+@pytest.mark.parametrize("guess", ["previous", "motion", "previous-affine", "motion-affine"])
+def test_blocks_of_single_frames_remember_the_last_ones(guess):
+    """In a stream: they make the same frames, and a steady scene in as many evaluations as frames."""
+    tiny = tiny_case("frames")
+    z = mx.random.normal((2, 5, 2, 3, 2), key=mx.random.key(0))
+    exact = sample(tiny.flow, z, tiny.text, tiny.null_text, 0.7)
+    settings = RollingSettings(6, 1e-6, guess, 6)
+    for count in (1, 2, 9):
+        frames = sample_frames(tiny.flow, z, tiny.text, tiny.null_text, 0.7, settings, frames_at_once=count)
+        assert mx.abs(mx.concatenate(list(frames), axis=1) - exact).max().item() < 1e-3
+    for block in tiny.flow.blocks:
+        block.proj_out.update({"weight": 0 * block.proj_out.weight})
+    trace = SamplingTrace()
+    list(sample_frames(tiny.flow, z, tiny.text, method=settings, trace=trace))
+    first = trace.evaluations[1] - 4
+    assert (1 < first <= 3) if guess.endswith("affine") else trace.evaluations[1] > 9
+    # A scene that does not move at all.
+    trace = SamplingTrace()
+    still = mx.repeat(z[:, :1], 5, axis=1)
+    list(sample_frames(tiny.flow, still, tiny.text, method=settings, trace=trace))
+    assert trace.evaluations[1] - 4 == first if guess.endswith("affine") else trace.evaluations[1] <= 7

@@ -10,8 +10,17 @@ from helpers.tiny_flows import tiny_case
 from mlx.utils import tree_map
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.sampling import SamplingTrace, SequentialSettings, certify, sample
-from mlx_starflow.sampling.tuning import ALIKE, Trial, _cheapest, tune, windows
+from mlx_starflow.sampling import (
+    FramewiseSettings,
+    RollingSettings,
+    SamplingTrace,
+    SequentialSettings,
+    certify,
+    sample,
+)
+from mlx_starflow.sampling.methods import FRAME_GUESSES
+from mlx_starflow.sampling.trials import ALIKE, Trial, cheapest, windows
+from mlx_starflow.sampling.tuning import tune
 
 
 @pytest.mark.parametrize("family", ["softplus", "shifted", "identity_block", "no_text", "tarflow"])
@@ -77,8 +86,58 @@ def test_fewest_evaluations():
 def test_the_other_cost_decides_between_what_costs_alike():
     costs = [(100, 1.0), (50, 1.1), (46, 2.0), (40, 5.0)]
     trials = [Trial(0, SequentialSettings(), evaluations, seconds, 0.0) for evaluations, seconds in costs]
-    assert _cheapest(trials, "seconds").evaluations == 50
-    assert _cheapest(trials, "evaluations").evaluations == 46
+    assert cheapest(trials, "seconds").evaluations == 50
+    assert cheapest(trials, "evaluations").evaluations == 46
+
+
+@pytest.mark.parametrize("least", ["seconds", "evaluations"])
+def test_a_plan_of_videos_holds_its_certificate(least):
+    tiny = tiny_case("frames")
+    z = mx.random.normal((2, 4, 2, 3, 2), key=mx.random.key(0))
+    lines: list[str] = []
+    args = (tiny.text, tiny.null_text, 0.5)
+    plan = tune(tiny.flow, z, *args, tolerance=5e-3, least=least, report=lines.append)
+    assert plan.frame == 6 and plan.measured["frames"] == 4 and plan.measured["certificate"] <= 5e-3
+    assert "4 latent frames of 6 tokens" in lines and any("blocks of 32" in line for line in lines)
+    count = sum(plan.measured["evaluations"])
+    assert plan.measured["evaluations_per_frame"] == pytest.approx(count / 4, abs=0.02)
+    for index in range(2):
+        one = [None if value is None else value[index : index + 1] for value in (z, tiny.text)]
+        x = sample(tiny.flow, *one, tiny.null_text, 0.5, plan)
+        assert certify(tiny.flow, x, *one, tiny.null_text, 0.5).max <= 5e-3
+
+
+def test_what_is_tried_for_videos(monkeypatch):
+    """Windows of whole frames, first guesses from the frames before, and the first frame in a way of its own."""
+
+    def cost(trial, least):
+        settings = trial.settings.later if isinstance(trial.settings, FramewiseSettings) else trial.settings
+        dear = not isinstance(settings, RollingSettings) or settings.window > 12
+        return trial.evaluations + (1000 if dear else 0)
+
+    monkeypatch.setattr(Trial, "cost", cost)
+    tiny = tiny_case("frames")
+    lines: list[str] = []
+    plan = tune(tiny.flow, mx.random.normal((1, 4, 2, 3, 2)), tiny.text[:1], tolerance=5e-3, report=lines.append)
+    deep = [line.split(": ")[1] for line in lines if line.startswith("block 2: ")]
+    assert {f"rolling window of {width}, first guess noise" for width in (12, 24, 6)} < set(deep)
+    assert {f"rolling window of 12, first guess {guess}" for guess in ("affine", *FRAME_GUESSES)} < set(deep)
+    assert "first frame alone" in deep and deep[-1].startswith("first frame rolling window of 6, first guess ")
+    assert all(isinstance(block, FramewiseSettings | RollingSettings) for block in plan.blocks)
+    # Blocks that read each frame by itself have frames before them where these come one by one.
+    shallow = [line.split(": ")[1] for line in lines if line.startswith("block 0: ")]
+    assert shallow[shallow.index("frame by frame") + 2 :] == [
+        f"rolling window of 6, first guess {guess}" for guess in FRAME_GUESSES
+    ]
+    assert not any(guess in line for guess in ("previous", "motion") for line in shallow[: -len(FRAME_GUESSES)])
+
+
+def test_windows_of_whole_frames():
+    assert windows(128, "seconds", 16) == [8, 16, 32, 64, 128]
+    assert windows(96, "evaluations", 24) == [96, 48, 24, 16, 8]
+    assert windows(20, "seconds", 5) == [10, 20]
+    assert windows(24, "seconds", 12) == [8, 12, 24]
+    assert windows(30, "seconds", 10) == [8, 10, 20, 30]
 
 
 def test_windows_in_the_order_of_what_they_are_likely_to_cost():

@@ -11,6 +11,7 @@ from helpers.tiny_flows import tiny_case
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.sampling import (
+    Certificate,
     JacobiSettings,
     RollingSettings,
     SamplingTrace,
@@ -20,6 +21,7 @@ from mlx_starflow.sampling import (
     sample,
     sample_frames,
 )
+from mlx_starflow.sampling.certificate import FrameCertifier, certify_each
 from mlx_starflow.sampling.methods import for_videos
 from mlx_starflow.sampling.video import windows
 
@@ -243,6 +245,78 @@ def test_methods_by_name(golden, method):
     at_once = sample(case.flow, case["noise"], case["y"], case["y_null"], 2.0, settings)
     assert distance(sample(case.flow, case["noise"], case["y"], case["y_null"], 2.0, method), at_once) == 0
     assert settings in (JacobiSettings(block_size=32), RollingSettings(guess="previous", lag=24))
+
+
+# ---- certificates
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 5, "context": 2}, {"window": 3, "context": 1}], ids=str)
+@pytest.mark.parametrize("given", [0, 1, 3])
+def test_certificates_of_long_and_of_given_videos(golden, options, given):
+    """What was sampled is certified, wherever it is; what was given is read, and what its noise would be is not."""
+    case = golden("t2v")
+    z, condition = case["long_noise"], (case["y"], case["y_null"], 2.0)
+    start = case["x"][:, :given] if given else None
+    x = whole(sample_frames(case.flow, z, *condition, given=start, **options))
+    found = certify_each(case.flow, x, z, *condition, given=given, **options)
+    assert len(found) == x.shape[0] and max(each.max for each in found) < 1e-3
+    total = certify(case.flow, x, z, *condition, given=given, **options)
+    assert total.max == max(each.max for each in found)
+    for frame in (given, 7):
+        wrong = mx.array(z)
+        wrong[0, frame] += 0.25
+        changed = certify_each(case.flow, x, wrong, *condition, given=given, **options)
+        assert changed[0].max == pytest.approx(0.25, abs=1e-3) and changed[1:] == found[1:]
+        count = x.shape[1] - given
+        assert changed[0].rms == pytest.approx(0.25 / count**0.5, abs=1e-3)
+    if given:
+        other = mx.array(z)
+        other[:, :given] += 7
+        assert certify_each(case.flow, x, other, *condition, given=given, **options) == found
+
+
+def test_a_long_video_has_no_certificate_in_one_window(golden):
+    case = golden("t2v")
+    condition = (case["y"], case["y_null"], 2.0)
+    x = whole(sample_frames(case.flow, case["long_noise"], *condition, window=5, context=2))
+    assert certify(case.flow, x, case["long_noise"], *condition).max > 1e-2
+    official = certify(case.flow, case["long_jacobi_cfg"], case["long_noise"], *condition, window=5, context=2)
+    assert official.max < 1e-3
+
+
+def test_certifying_frames_as_they_come():
+    """It takes the frames and the noise of one window, and the last one is certified when it is asked for."""
+    asked, certified = [], []
+
+    class Noise:
+        shape = (1, 12, 1, 1, 1)
+
+        def __getitem__(self, index):
+            asked.append(index[1])
+            return mx.zeros((1, index[1].stop - index[1].start, 1, 1, 1))
+
+    def part(x, z, given):
+        assert x.shape == z.shape
+        certified.append((x.flatten().tolist(), given))
+        return [Certificate(float(len(certified)), 1.0 / len(certified))]
+
+    certifier = FrameCertifier(12, Noise(), part, given=6, window=5, context=2)
+    for frame in range(12):
+        certifier.push(mx.full((1, 1, 1, 1, 1), frame))
+    assert certified == [([3, 4, 5, 6, 7], 3), ([6, 7, 8, 9, 10], 2)]
+    (found,) = certifier.certificates()
+    assert certified[2:] == [([9, 10, 11], 2)]
+    assert asked == [slice(6, 8), slice(8, 11), slice(11, 12)]
+    assert found == Certificate(3.0, pytest.approx(((2 * 1 + 3 / 4 + 1 / 9) / 6) ** 0.5))
+
+
+def test_mistakes_of_certificates():
+    tiny = tiny_case("frames")
+    for x, z, given in ((tiny.x, tiny.x[:, :1], 0), (tiny.x, tiny.x, tiny.x.shape[1]), (tiny.x, tiny.x, -1)):
+        with pytest.raises(StarflowError, match="noise of as many frames, and one that was not given"):
+            certify(tiny.flow, x, z, tiny.text, given=given)
+    with pytest.raises(StarflowError, match="context must be 1 to 0"):
+        certify(tiny.flow, tiny.x, tiny.x, tiny.text, window=1)
 
 
 def test_windows():

@@ -10,7 +10,7 @@ import click
 
 from mlx_starflow import cpu
 from mlx_starflow.cli.options.outputs import claim_outputs, overwrite_option
-from mlx_starflow.cli.options.sampling import check_reads_prompts, dtype_option
+from mlx_starflow.cli.options.sampling import Size, check_reads_prompts, dtype_option, frames_option
 from mlx_starflow.cli.options.text import Lines
 from mlx_starflow.cli.options.vocabulary import json_option, model_argument
 
@@ -30,7 +30,11 @@ from mlx_starflow.cli.options.vocabulary import json_option, model_argument
     help="What the plan keeps small: time on this machine, or network evaluations, for one that waits for weights.",
 )
 @click.option("--guidance", type=click.FloatRange(min=0), help="What to tune for; the model's own by default.")
-@click.option("--prompt-file", type=Lines(), help="Prompts to try, one a line; four simple ones by default.")
+@click.option("--size", type=Size(), help="In pixels; the size the model was trained at by default.")
+@frames_option
+@click.option(
+    "--prompt-file", type=Lines(), help="Prompts to try, one a line; four simple ones by default, one for videos."
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the first prompt's noise.")
 @dtype_option("the flow")
 @click.option(
@@ -47,6 +51,8 @@ def tune(
     tolerance: float,
     least: str,
     guidance: float | None,
+    size: tuple[int, int] | None,
+    frames: int | None,
     prompt_file: list[str] | None,
     seed: int,
     dtype: str | None,
@@ -58,9 +64,10 @@ def tune(
 
     The plan, sampling_plan.json in the model's directory, is what --method auto follows, which is the default. Its
     samples are those of sequential sampling up to the tolerance: run the flow over them, and the noise they were made
-    of comes back with at most this difference.
+    of comes back with at most this difference. A model of videos is tuned on videos: how to make the first frame, and
+    how the later ones, which have frames before them.
     """
-    from mlx_starflow.bench.trials import PROMPTS, prepare
+    from mlx_starflow.bench.trials import prepare
     from mlx_starflow.media.outputs import STDOUT
     from mlx_starflow.media.tables import write_json
     from mlx_starflow.model_dir.fingerprint import fingerprint
@@ -71,12 +78,14 @@ def tune(
     from mlx_starflow.sampling.tuning import tune as find_plan
 
     claim_outputs([], [json_file])
-    check_reads_prompts(model, "--prompt-file")
+    check_reads_prompts(model, "--prompt-file", "--size", "--frames")
     if not dry_run:
         # From the start, so that no measurement is lost to another writer.
         click.get_current_context().with_resource(locked(find_model(model)))
     cpu.hint_if_slow()
-    trials = prepare(model, prompt_file or PROMPTS, guidance=guidance, seed=seed, dtype=parse_dtype(dtype))
+    trials = prepare(
+        model, prompt_file, guidance=guidance, seed=seed, dtype=parse_dtype(dtype), size=size, frames=frames
+    )
     task = trials.task
     plan = find_plan(
         task.flow,

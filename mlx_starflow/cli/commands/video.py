@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -264,14 +264,17 @@ def video(
         return
     if save_noise is not None:
         noise.save_noise(made.noise(), save_noise)
+    shown: Iterable[Image.Image] = made
+    if verify and not stream:
+        # The whole video is sampled before its first frame is there, and then the metadata have the certificate.
+        shown = chain([next(made)], made)
     how = made.metadata | ({} if crf is None else {"crf": crf})
     if extend is not None and not keep_source:
         how["keep_source"] = False
     as_made = how
-    shown: Iterable[Image.Image] = made
     total: int | None = made.frames
     if extend is not None and keep_source:
-        shown, total = chain(_source_frames(extend, made), made), None
+        shown, total = chain(_source_frames(extend, made), shown), None
     width, height = made.size
     if upscaler is not None:
         # A frame that is to be watched does not wait for others.
@@ -292,7 +295,9 @@ def video(
     origin = f"noise from {load_noise}" if made.seed is None else f"seed {made.seed}"
     quiet, stats = json_file == STDOUT, made.stats
     if json_file is not None:
-        cost = {"seconds": stats.seconds, "memory": stats.memory, "evaluations": stats.evaluations}
+        cost: dict[str, Any] = {"seconds": stats.seconds, "memory": stats.memory, "evaluations": stats.evaluations}
+        if stats.certificate is not None:
+            cost["certificate"] = stats.certificate.to_dict()
         how |= {"preview": str(beside[0])} if beside else {}
         write_json({"file": str(output), "frames": writer.frames, "fps": made.fps, **how, **cost}, json_file)
     shape = f"{writer.frames} frames of {width}x{height} at {made.fps} a second"

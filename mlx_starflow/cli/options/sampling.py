@@ -63,6 +63,12 @@ def dtype_option(of: str) -> Callable[[Any], Any]:
     )
 
 
+frames_option = click.option(
+    "--frames",
+    type=click.IntRange(min=1),
+    help="Of videos, 1 for a picture; by default as many as a model of videos was trained on.",
+)
+
 lora_option = click.option(
     "--lora",
     "adapters",
