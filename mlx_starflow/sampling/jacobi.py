@@ -10,8 +10,9 @@ from collections.abc import Iterator
 
 import mlx.core as mx
 
+from mlx_starflow.errors import StarflowError
 from mlx_starflow.sampling.decoder import BlockDecoder
-from mlx_starflow.sampling.methods import JacobiSettings, RollingSettings
+from mlx_starflow.sampling.methods import DRAFT, JacobiSettings, RollingSettings
 from mlx_starflow.sampling.noise_floor import NoiseFloor
 
 BOUND = 1e4
@@ -58,6 +59,8 @@ def roll(decoder: BlockDecoder, start: int, settings: RollingSettings) -> Iterat
     In half precision the tolerance is at least what the precision resolves (see `noise_floor`). Where the window hardly
     advances all the same, tokens are done one by one for a while, which takes less time.
     """
+    if settings.guess == DRAFT and decoder.draft is None:
+        raise StarflowError("drafts are a student's: give a student, or sample by another method")
     length = decoder.z.shape[1]
     entered = start  # tokens before this one have been given their first guess
     affine = None
@@ -156,6 +159,8 @@ def _first_guess(
     settings: RollingSettings,
 ) -> mx.array:
     noise = decoder.z[:, start:stop]
+    if settings.guess == DRAFT and decoder.draft is not None:
+        return _bounded(decoder.draft[:, start:stop], noise)
     if settings.guess == "affine" and affine is not None:
         mu, log_sigma = affine
         return _bounded(noise * mx.exp(log_sigma) + mu, noise)

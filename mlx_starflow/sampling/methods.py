@@ -6,7 +6,7 @@ import json
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,7 +19,10 @@ from mlx_starflow.models.configs import ConfigKind
 
 PLAN = ConfigKind("sampling plan")
 
-GUESSES = ("noise", "affine", "previous")
+DRAFT = "draft"
+"""The method that is a rolling window whose first guesses are a student's."""
+
+GUESSES = ("noise", "affine", "previous", DRAFT)
 """First guesses of a token in a rolling window: see `RollingSettings.guess`."""
 
 
@@ -60,7 +63,8 @@ class RollingSettings:
         tolerance: largest residual |(x - mu) / sigma - z| of a token, in standard deviations of the noise. In half
             precision it is raised to twice what that resolves, if the window is held up by it (see `noise_floor`).
         guess: what a token is taken to be when it enters the window: "noise" its z, "affine" its z mapped as the last
-            token in the window was, "previous" what the token `lag` before it is (where there is one).
+            token in the window was, "previous" what the token `lag` before it is (where there is one), "draft" what a
+            student guesses of the whole block (see `sampling.student`).
         lag: distance for "previous": a row of an image, a frame of a video.
     """
 
@@ -114,6 +118,21 @@ class SamplingPlan:
         """Whether it is for a flow of this precision, "" is any, and keys and values in so many bits; None is any."""
         fits_cache = kv_bits is None or self.kv_bits == kv_bits
         return fits_cache and ("" in (self.precision, precision) or self.precision == precision)
+
+    @property
+    def drafts(self) -> bool:
+        """Whether a student gives first guesses."""
+        return any(isinstance(each, RollingSettings) and each.guess == DRAFT for each in self.blocks)
+
+    def without_drafts(self) -> SamplingPlan:
+        """The same for a flow without its student: windows that begin with the noise, and keep to the tolerances."""
+        if not self.drafts:
+            return self
+        blocks = [
+            replace(each, guess="noise") if isinstance(each, RollingSettings) and each.guess == DRAFT else each
+            for each in self.blocks
+        ]
+        return replace(self, blocks=tuple(blocks))
 
     def to_dict(self) -> dict[str, Any]:
         blocks = [{"method": block.name, **asdict(block)} for block in self.blocks]
@@ -225,6 +244,8 @@ def block_settings(method: Method, blocks: int) -> Sequence[Settings]:
                 "run `mlx-starflow tune` again"
             )
         return method.blocks
+    if method == DRAFT:
+        method = RollingSettings(guess=DRAFT)
     if isinstance(method, str):
         if method not in METHODS:
             raise StarflowError(f"unknown sampling method {method!r}; it must be one of {', '.join(METHODS)}")

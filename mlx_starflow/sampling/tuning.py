@@ -20,11 +20,13 @@ import numpy as np
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.model_dir.weights import dtype_name
 from mlx_starflow.models.flow import Flow, block_products_in, frame_count, products_in
+from mlx_starflow.models.student import Student
 from mlx_starflow.sampling.certificate import Certificate, certify
 from mlx_starflow.sampling.decoder import check_finite
 from mlx_starflow.sampling.guidance import SamplingOptions
 from mlx_starflow.sampling.guided import GuidedFlow
 from mlx_starflow.sampling.methods import (
+    DRAFT,
     JacobiSettings,
     Method,
     RollingSettings,
@@ -35,6 +37,7 @@ from mlx_starflow.sampling.methods import (
 from mlx_starflow.sampling.noise_floor import FACTOR, HALF, moved
 from mlx_starflow.sampling.progress import Callback, Counter, Progress, Watch, watch
 from mlx_starflow.sampling.sampler import SamplingTrace, invert_block, sample
+from mlx_starflow.sampling.student import drafts
 
 SMALLEST_WINDOW = 8
 DEEP_SHARE = 0.9
@@ -86,6 +89,7 @@ def tune(
     tolerance: float = 1e-2,
     least: str = "seconds",
     kv_bits: int = 0,
+    student: Student | None = None,
     report: Callable[[str], None] = lambda line: None,
     progress: Watch = False,
     callback: Callback | None = None,
@@ -100,6 +104,8 @@ def tune(
             no less than what a window in this precision keeps to (see `noise_floor`).
         least: of what the plan shall take the least: "seconds" on this machine, or network "evaluations".
         kv_bits: of keys and values, see `sample`; the plan is for these.
+        student: an inverse student of the flow; its guesses are tried too as the first ones of the windows, and are
+            part of the plan where they save more than its evaluation costs.
         report: is told what was measured.
         progress, callback: see `Progress`; its phase is "tuning", and it counts ways that are tried of one block, of
             which there are at most as many as its total says.
@@ -115,6 +121,8 @@ def tune(
     options = SamplingOptions(guidance, kv_bits=kv_bits)
     with progress.running("tuning"):
         samples = list(_samples(flow, z, text, null_text, options))
+        for one in samples:
+            one.draft(student)
         plan = _tune(flow, samples, guidance, tolerance, least, report, progress)
         return replace(plan, kv_bits=kv_bits)
 
@@ -138,14 +146,24 @@ def _tune(
         report(f"that is all that this precision gives; the tolerance is now {tolerance:.1e}")
     blocks: list[Settings] = [SequentialSettings()] * len(flow.blocks)
     active = list(samples[0].guided.active())
-    most = {index: 3 + len(windows(samples[0].length(index), least)) for index in active}
+    most = {index: 3 + bool(samples[0].drafts) + len(windows(samples[0].length(index), least)) for index in active}
+    drafted: dict[int, tuple[Trial, float]] = {}
     with progress.counting("tuning", sum(most.values()), "way") as counter:
         for index in active:
             share, done = DEEP_SHARE if index == deep else OTHERS_SHARE, counter.done
-            best = _best(index, samples, max(share * tolerance, FACTOR * floors[index]), least, report, counter)
-            counter.advance(most[index] - (counter.done - done))
+            allowed = max(share * tolerance, FACTOR * floors[index])
+            best = _best(index, samples, allowed, least, report, counter)
             report(f"-> {best}")
             blocks[index] = best.settings
+            if samples[0].drafts and (trial := _drafted(index, samples, best, allowed, report)):
+                drafted[index] = trial, best.cost(least) - trial.cost(least)
+            counter.advance(most[index] - (counter.done - done))
+    spent = sum(one.student_cost(least) for one in samples)
+    if sum(saved for _, saved in drafted.values() if saved > 0) > spent:
+        for index, (trial, saved) in drafted.items():
+            if saved > 0:
+                report(f"-> {trial}")
+                blocks[index] = trial.settings
     plan = _tightened(flow, samples, blocks, deep, guidance, tolerance, report)
     measured = dict(plan.measured)
     measured["tuning_evaluations"] = sum(one.spent for one in samples)
@@ -163,6 +181,7 @@ class _Sample:
         noise, data: the exact tokens that each block reads and writes.
         sequential: evaluations and seconds of each block.
         spent: network evaluations so far.
+        drafts: what a student guesses of each block, if there is one.
         certificate: of the sample.
     """
 
@@ -175,6 +194,9 @@ class _Sample:
     def __post_init__(self) -> None:
         self.guided = GuidedFlow(self.flow, self.z.shape, self.text, self.null_text, self.options)
         self.spent = 0
+        self.student: Student | None = None
+        self.drafts: dict[int, mx.array] = {}
+        self._student_seconds = 0.0
         self.noise: dict[int, mx.array] = {}
         self.data: dict[int, mx.array] = {}
         self.sequential: dict[int, tuple[int, float]] = {}
@@ -186,6 +208,22 @@ class _Sample:
             check_finite(tokens, f"what block {index} made of the noise")
             self.data[index] = tokens
         self.certificate = self.certify(self.flow.latents(tokens, self.z.shape))
+
+    def draft(self, student: Student | None) -> None:
+        """Take a student's guesses; raises StarflowError if it is of another flow."""
+        if student is None:
+            return
+        self.student = student
+        for _ in range(2):  # the first one compiles
+            began = time.perf_counter()
+            self.drafts = drafts(student, self.flow, self.z, self.text)
+            mx.eval(self.drafts)
+            self._student_seconds = time.perf_counter() - began
+        self.spent += 2
+
+    def student_cost(self, least: str) -> float:
+        """What the student's evaluation costs."""
+        return (self._student_seconds if least == "seconds" else 1.0) if self.drafts else 0.0
 
     @property
     def evaluations(self) -> list[int]:
@@ -200,6 +238,8 @@ class _Sample:
         """What a block reads -> the tokens that it makes in this way, its evaluations, and the seconds they take."""
         noise = self.noise[index]
         decoder = self.guided.decoder(index, *noise.shape[:2])
+        if index in self.drafts:
+            decoder.draft = decoder.block.permute(self.drafts[index], decoder.frames)
         steps = [time.perf_counter()]
         x = invert_block(decoder, noise, settings, advance=lambda tokens: steps.append(time.perf_counter()))
         mx.eval(x)
@@ -223,8 +263,18 @@ class _Sample:
 
     def sample(self, method: Method, trace: SamplingTrace) -> mx.array:
         guidance, kv_bits = self.options.guidance, self.options.kv_bits
-        x = sample(self.flow, self.z, self.text, self.null_text, guidance, method, kv_bits=kv_bits, trace=trace)
-        self.spent += sum(trace.evaluations)
+        x = sample(
+            self.flow,
+            self.z,
+            self.text,
+            self.null_text,
+            guidance,
+            method,
+            kv_bits=kv_bits,
+            student=self.student,
+            trace=trace,
+        )
+        self.spent += sum(trace.evaluations) + trace.student_evaluations
         return x
 
     def certify(self, x: mx.array) -> Certificate:
@@ -299,6 +349,16 @@ def _best(
     if isinstance(chosen.settings, RollingSettings):
         consider(replace(chosen.settings, guess="affine"))
     return _cheapest(trials, least)
+
+
+def _drafted(
+    index: int, samples: list[_Sample], best: Trial, tolerance: float, report: Callable[[str], None]
+) -> Trial | None:
+    """A window that begins with the student's guesses, if it is within the tolerance; as wide as the best one is."""
+    width = best.settings.window if isinstance(best.settings, RollingSettings) else samples[0].length(index)
+    trial = _try(index, samples, RollingSettings(width, tolerance, guess=DRAFT))
+    report(str(trial))
+    return trial if trial.residual <= 2 * tolerance else None
 
 
 def _cheapest(trials: list[Trial], least: str) -> Trial:

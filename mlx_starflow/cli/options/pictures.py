@@ -114,7 +114,12 @@ class Pictures:
             }
             for number, made in enumerate(self.made)
         ]
-        cost = {"seconds": stats.seconds, "memory": stats.memory, "evaluations": stats.evaluations}
+        cost = {
+            "seconds": stats.seconds,
+            "memory": stats.memory,
+            "evaluations": stats.evaluations,
+            "student_evaluations": stats.student_evaluations,
+        }
         return {**self.pipe.origin(), "pictures": rows, "settings": self.stream.settings.to_dict(), **cost}
 
     @property
