@@ -10,6 +10,7 @@ from mlx_starflow.pipelines.results import GenerationResult as GenerationResult
 from mlx_starflow.pipelines.results import GenerationSettings as GenerationSettings
 from mlx_starflow.pipelines.text import TextPipeline as TextPipeline
 from mlx_starflow.pipelines.text import load_text as load_text
+from mlx_starflow.pipelines.upscaling import Upscaler as Upscaler
 from mlx_starflow.pipelines.video import VideoPipeline as VideoPipeline
 from mlx_starflow.sampling import Progress as Progress
 from mlx_starflow.sampling import denoise as denoise

@@ -29,6 +29,7 @@ from mlx_starflow.model_dir.weights import parameters
 from mlx_starflow.models.starflow import STARFlow
 from mlx_starflow.planning.memory import ModelConfigs, plan
 from mlx_starflow.sampling import GuidedFlow, SamplingOptions, sequential
+from mlx_starflow.sampling.cache import KVBits
 from mlx_starflow.training.recipes.text import train_tokenizer
 
 PROMPT = "a corgi in the snow"
@@ -77,7 +78,7 @@ def encode_prompt(folder: Path, prompt: str, length: int, expected: int) -> tupl
 
 
 def begin_sampling(
-    folder: Path, z: mx.array, text: mx.array, null: mx.array, guidance: float, expected: int, kv_bits: int = 0
+    folder: Path, z: mx.array, text: mx.array, null: mx.array, guidance: float, expected: int, kv_bits: KVBits = 0
 ) -> tuple[STARFlow, int]:
     """Load the flow and sample its first tokens: the flow, and the bytes of the deep block's KV cache."""
     with phase(f"flow: first {TOKENS} tokens of the deep block", expected):

@@ -25,6 +25,7 @@ from mlx_starflow.media.noise import draw_noise
 from mlx_starflow.model_dir.directory import load_vae
 from mlx_starflow.planning.memory import ModelConfigs, plan
 from mlx_starflow.sampling import denoise_frames
+from mlx_starflow.sampling.cache import KV_BITS, KV_CHOICES, kv_name
 
 RELEASE = "apple/starflow-v"
 PROMPT = "a corgi runs through the snow"
@@ -38,11 +39,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--like", type=Path, help="a model directory whose sizes to take instead of the release's")
     parser.add_argument("--size", default="848x480", help="of the video, in pixels")
     parser.add_argument("--frames", type=int, default=81, help="in float32, on a CPU, 81 take 50 GB of KV cache")
-    parser.add_argument("--kv-bits", type=int, choices=(0, 8, 4), default=0, help="of keys and values; 0: as computed")
+    parser.add_argument("--kv-bits", choices=[*map(kv_name, KV_BITS)], default="none", help="of keys and values")
     parser.add_argument("--flow-only", action="store_true", help="no denoiser, and no decoding")
     parser.add_argument("--decode-size", help="of the frames to decode; by default those of the video")
     args = parser.parse_args(arguments)
     width, height = map(int, args.size.split("x"))
+    kv_bits = KV_CHOICES[args.kv_bits] or 0
     print(f"machine: {platform.platform()}, MLX {mx.__version__} on the {mx.default_device().type.name}", flush=True)
     folder = args.scratch / f"video-{args.quantize}"
     configs = ModelConfigs.read(args.like) if args.like else ModelConfigs.of_release(RELEASE)
@@ -51,13 +53,13 @@ def main(arguments: list[str] | None = None) -> None:
             write_random_model(folder, configs, args.quantize, GUIDANCE)
     print(f"{size_on_disk(folder) / 1e9:.2f} GB of weights; {args.frames} frames of {width}x{height}", flush=True)
 
-    expected = plan(folder, size=(width, height), frames=args.frames, kv_bits=args.kv_bits).phases(low_memory=True)
+    expected = plan(folder, size=(width, height), frames=args.frames, kv_bits=kv_bits).phases(low_memory=True)
     length = configs.flow.txt_size
     text, null = encode_prompt(folder, PROMPT, length, expected["text"])
     latents = configs.vae.latent_frames(args.frames)
     shape = (height // configs.vae.downscale, width // configs.vae.downscale, configs.flow.channel_size)
     z = mx.array(draw_noise([0], (latents, *shape)))
-    flow, cache = begin_sampling(folder, z, text, null, GUIDANCE, expected["flow"], args.kv_bits)
+    flow, cache = begin_sampling(folder, z, text, null, GUIDANCE, expected["flow"], kv_bits)
     tokens = flow.noise_tokens(z).shape[1]
     print(f"KV cache of the deep block: {cache / 2**30:.2f} GiB, for {tokens} tokens and {length} of text", flush=True)
     if args.flow_only:

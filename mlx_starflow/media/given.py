@@ -14,7 +14,7 @@ from mlx_starflow.errors import StarflowError
 from mlx_starflow.errors.arguments import call_type
 from mlx_starflow.media.files import expanded, is_folder
 from mlx_starflow.media.image_files import find_images, read_image
-from mlx_starflow.media.pixels import UnreadableImage, model_picture
+from mlx_starflow.media.pixels import UnreadableImage, model_picture, visible_picture
 
 ImageSource = str | Path | Image.Image | np.ndarray | mx.array
 """An image: a file, a PIL image, or an array `[H, W]` or `[H, W, C]`, C 1 (grey), 3 or 4 (with transparency), of
@@ -30,26 +30,29 @@ call_type(ImageSource, "a file, a PIL image or an array", "files, PIL images or 
 call_type(Images, "a file, a PIL image, an array, or a list of them", "lists of files, PIL images or arrays")
 
 
-def open_image(source: ImageSource) -> Image.Image:
-    """An image as models see it, of whatever it is given as: RGB, upright, transparency on white.
+def open_image(source: ImageSource, *, transparency: bool = False) -> Image.Image:
+    """An image as models see it, of whatever it is given as: RGB, upright, transparency on white or, if asked for, as
+    `pixels.visible_picture` has it.
 
     Raises:
         StarflowError: it cannot be read, or is no image.
     """
     if isinstance(source, str | Path):
-        return read_image(expanded(source))
+        return read_image(expanded(source), transparency=transparency)
+    seen = visible_picture if transparency else model_picture
     try:
         if isinstance(source, Image.Image):
-            return model_picture(source)
+            return seen(source)
         if isinstance(source, np.ndarray | mx.array):
-            return model_picture(_from_array(source))
+            return seen(_from_array(source))
     except UnreadableImage as error:
         raise StarflowError(str(error)) from None
     raise StarflowError(f"a picture is a file, a PIL image or an array, not {type(source).__name__}")
 
 
-def one_or_many(images: Images) -> Iterator[ImageOrVideo]:
-    """Each of the images, or videos, that are given; those in folders are read, all others are as they were."""
+def one_or_many(images: Images, *, transparency: bool = False) -> Iterator[ImageOrVideo]:
+    """Each of the images, or videos, that are given; those in folders are read (with their transparency, if asked for),
+    all others are as they were."""
     if is_image(images):
         images = [cast(ImageSource, images)]
     if not isinstance(images, Iterable):
@@ -58,7 +61,7 @@ def one_or_many(images: Images) -> Iterator[ImageOrVideo]:
         )
     for each in images:
         if isinstance(each, str | Path) and is_folder(expanded(each)):
-            yield from (file.open() for file in find_images([expanded(each)]))
+            yield from (file.open(transparency=transparency) for file in find_images([expanded(each)]))
         else:
             yield each
 

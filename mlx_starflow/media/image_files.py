@@ -13,7 +13,7 @@ from PIL import Image
 from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.media.files import is_folder, is_regular
 from mlx_starflow.media.formats import ANIMATIONS, MOVIES
-from mlx_starflow.media.pixels import UnreadableImage, decode_image, no_remarks
+from mlx_starflow.media.pixels import UnreadableImage, decode_image, decode_with_transparency, no_remarks
 from mlx_starflow.media.sources import Skip, open_source, skip_report
 from mlx_starflow.media.sources.folders import METADATA, SPLITS, Listing, list_images
 from mlx_starflow.media.sources.hub import SAVED
@@ -44,8 +44,11 @@ class ImageFile:
         """Whether it is a video, or an animation, in a file that the user named."""
         return self.path is not None and is_video_file(self.path)
 
-    def open(self) -> Image.Image:
-        """The image: RGB, upright, transparency on white. Raises StarflowError."""
+    def open(self, *, transparency: bool = False) -> Image.Image:
+        """The image: RGB, upright, transparency on white or, if asked for, as `pixels.visible_picture` has it.
+
+        Raises StarflowError.
+        """
         if Path(self.name).suffix.lower() in VIDEOS:
             raise StarflowError(
                 f"{self.name} is a video, and this takes pictures: score, classify and encode take videos, with a "
@@ -53,7 +56,7 @@ class ImageFile:
             )
         try:
             with no_remarks():
-                return decode_image(self.read())
+                return (decode_with_transparency if transparency else decode_image)(self.read())
         except (OSError, ValueError, UnreadableImage) as error:  # a name that is none is a ValueError
             raise StarflowError(f"cannot read the picture {self.name}: {one_line(error)}") from None
 
@@ -136,6 +139,6 @@ def _metadata(names: Iterable[str]) -> set[str]:
     return {f"{folder}/{name}" for folder in folders for name in METADATA}
 
 
-def read_image(path: Path) -> Image.Image:
-    """One image file: RGB, upright, transparency on white. Raises StarflowError."""
-    return ImageFile(str(path), "", partial(read_inside, path, None)).open()
+def read_image(path: Path, *, transparency: bool = False) -> Image.Image:
+    """One image file, as `ImageFile.open` gives it. Raises StarflowError."""
+    return ImageFile(str(path), "", partial(read_inside, path, None)).open(transparency=transparency)

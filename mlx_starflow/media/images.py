@@ -78,7 +78,7 @@ def check_output(path: Path, formats: Sequence[str] = FORMATS, *, quality: int |
 def save_image(
     image: Image.Image, path: Path, metadata: dict[str, Any] | None = None, *, quality: int | None = None
 ) -> None:
-    """Write an image and, for `metadata.read_metadata`, how it was made.
+    """Write an image with its colour profile, if it has one, and, for `metadata.read_metadata`, how it was made.
 
     Args:
         quality: of JPEG and WebP, from 1 to 100, the best; None: `QUALITY`.
@@ -90,6 +90,8 @@ def save_image(
     options = describing(metadata, path)
     if path.suffix.lower() in LOSSY:
         options["quality"] = QUALITY if quality is None else quality
+    if profile := image.info.get("icc_profile"):
+        options["icc_profile"] = profile
     with replacing(path) as temporary:
         image.save(temporary, **options)
 

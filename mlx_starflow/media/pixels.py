@@ -66,6 +66,27 @@ def decode_image(data: bytes) -> Image.Image:
         return model_picture(opened)
 
 
+def decode_with_transparency(data: bytes) -> Image.Image:
+    """The image in a file's bytes as it is: `visible_picture`. Raises UnreadableImage, as `decode_image`."""
+    with _opened(data) as opened, _room_for(opened.width * opened.height):
+        opened.load()
+        return visible_picture(opened)
+
+
+def visible_picture(image: Image.Image) -> Image.Image:
+    """An image with its transparency: RGBA if it has some, else RGB, turned as its EXIF says; with its colour profile.
+
+    Raises:
+        UnreadableImage: it is of floating-point numbers.
+    """
+    orientation, profile = _orientation(image), image.info.get("icc_profile")
+    transparent = image.has_transparency_data and not image.mode.startswith("I")
+    made = _upright(image.convert("RGBA") if transparent else _rgb(image), orientation)
+    # Profiles of greys and of inks mean nothing to RGB.
+    made.info = {"icc_profile": profile} if profile and image.mode in ("RGB", "RGBA", "P") else {}
+    return made
+
+
 def stored_size(data: bytes) -> tuple[int, int]:
     """(width, height) of the image in a file's bytes as its header says, before anything is decoded.
 

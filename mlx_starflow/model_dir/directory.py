@@ -33,6 +33,7 @@ from mlx_starflow.model_dir.weights import (
     load_module,
     parse_dtype,
     place_weights,
+    read_weights,
 )
 from mlx_starflow.models import itarflow, starflow, tarflow
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
@@ -292,7 +293,7 @@ class ModelDirectory:
             flow = self.flow.load(dtype)
             if quantize is not None:
                 quantize_module(flow, quantize)
-                mx.eval(flow.parameters())
+                read_weights(flow)
             add_adapters(flow, adapters, self.path)
             return flow
         if quantize is not None:

@@ -111,8 +111,20 @@ def converted_directory(repository: str) -> Path:
     Raises:
         StarflowError: the user has no home folder, and the environment variable names none either.
     """
-    cache = os.environ.get(CACHE_VARIABLE) or "~/.cache/mlx-starflow"
-    return expanded(cache) / repository.lower().replace("/", "--")
+    return _cache() / repository.lower().replace("/", "--")
+
+
+def upscaler_folder() -> Path:
+    """Where files of upscalers are looked for: `upscalers` in the folder of converted releases.
+
+    Raises:
+        StarflowError: as `converted_directory`.
+    """
+    return _cache() / "upscalers"
+
+
+def _cache() -> Path:
+    return expanded(os.environ.get(CACHE_VARIABLE) or "~/.cache/mlx-starflow")
 
 
 def fetch(

@@ -167,10 +167,26 @@ def load_module(
     place_weights(module, weights, what, quantization=quantization)
     cast_weights(module, dtype)
     try:
-        mx.eval(module.parameters())
+        read_weights(module)
     except RuntimeError as error:
         raise StarflowError(f"cannot read {what}: {one_line(error)}") from error
     return module
+
+
+READ_AT_ONCE = 2**28
+"""Bytes."""
+
+
+def read_weights(module: nn.Module) -> None:
+    """Evaluate a module's weights, some of them at a time: a GPU's work on those that are cast waits for the disk, and
+    macOS ends what takes seconds."""
+    group: list[mx.array] = []
+    for weight in parameters(module).values():
+        group.append(weight)
+        if sum(each.nbytes for each in group) >= READ_AT_ONCE:
+            mx.eval(group)
+            group = []
+    mx.eval(group)
 
 
 def cast_weights(module: nn.Module, dtype: mx.Dtype | None) -> None:

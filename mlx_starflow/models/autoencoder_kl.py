@@ -158,11 +158,16 @@ class Encoder(nn.Module):
         self.conv_norm_out = GroupNorm(groups, widths[-1])
         self.conv_out = Conv3x3(widths[-1], 2 * config.latent_channels)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        x = self.conv_in(x)
+    def stages(self, x: mx.array) -> list[mx.array]:
+        """What pictures become after each resolution, and last after the middle block: each `[B, h, w, width]`."""
+        x, found = self.conv_in(x), []
         for block in self.down_blocks:
             x = block(x)
-        return self.conv_out(self.conv_norm_out(self.mid_block(x), silu=True))
+            found.append(x)
+        return [*found, self.mid_block(x)]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.conv_out(self.conv_norm_out(self.stages(x)[-1], silu=True))
 
 
 class Decoder(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,14 +13,17 @@ from mlx_starflow.kernels import on_cpu
 
 _NORM_EPS = 1e-6
 
+elementwise = partial(mx.compile, shapeless=True)
+"""Compiled for all shapes at once: MLX keeps what it traced as long as the function lives, and sizes are many."""
+
 
 # Compiled apart from the means: those divide by sizes, and a constant of each size would be a kernel to build.
-@mx.compile
+@elementwise
 def _squared_distance(x: mx.array, mean: mx.array) -> mx.array:
     return mx.square(x.astype(mx.float32) - mean)
 
 
-@mx.compile
+@elementwise
 def _normalize(x: mx.array, mean: mx.array, scale: mx.array, bias: mx.array, silu: bool) -> mx.array:
     y = (x.astype(mx.float32) - mean) * scale + bias
     return (y * mx.sigmoid(y) if silu else y).astype(x.dtype)
@@ -82,12 +86,15 @@ class PointwiseConv(nn.Conv2d):
 class Conv3x3(nn.Conv2d):
     """A 3x3 convolution that keeps the picture's size."""
 
+    large = 64 * 64
+    """Positions of a map from which on a CPU computes it tap by tap."""
+
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, kernel_size=3, padding=1)
 
     def __call__(self, x: mx.array) -> mx.array:
         _, H, W, C = x.shape
-        if on_cpu() and x.dtype == mx.float32 and C >= 32 and H * W >= 64 * 64:
+        if on_cpu() and x.dtype == mx.float32 and C >= 32 and self.large <= H * W:
             return self._sum_of_products(x)
         return super().__call__(x)
 

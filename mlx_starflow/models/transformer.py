@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_starflow.kernels.attention import Rows, attention
+from mlx_starflow.kernels.pieces import pieces
 from mlx_starflow.kernels.plain import EPSILON, rms_norm
 from mlx_starflow.kernels.qkv import split_rotate
 from mlx_starflow.models.configs import FLOW, MOST_LAYERS
@@ -66,18 +67,33 @@ class RMSNorm(nn.Module):
 
 def product_dtype(linear: nn.Module) -> mx.Dtype | None:
     """What a linear layer, dense, quantized or adapted, multiplies in; None: in whatever it is given."""
-    while "linear" in linear:
-        linear = linear.linear
+    linear = _inner(linear)
     weight: mx.array = linear.get("scales", linear.weight)
     return weight.dtype if mx.issubdtype(weight.dtype, mx.floating) else None
 
 
 def multiply(linear: nn.Module, x: mx.array) -> mx.array:
-    """A linear layer of x, in the layer's precision, with the result in x's.
+    """A linear layer of x `[..., N, channels]`, in the layer's precision, with the result in x's.
 
     Where weights are half precision and x is float32, casting x costs next to nothing; MLX would cast the weights.
     """
-    return linear(x.astype(product_dtype(linear) or x.dtype)).astype(x.dtype)
+    return _product(linear, x).astype(x.dtype)
+
+
+def _product(linear: nn.Module, x: mx.array) -> mx.array:
+    """The same, in the layer's precision."""
+    h = x.astype(product_dtype(linear) or x.dtype)
+    parts = pieces(h.shape[-2], 2.0 * h.size * _inner(linear).weight.shape[0])
+    if len(parts) == 1:
+        return linear(h)
+    return mx.concatenate([linear(h[..., start:stop, :]) for start, stop in parts], axis=-2)
+
+
+def _inner(linear: nn.Module) -> nn.Module:
+    """The layer that an adapted one adapts."""
+    while "linear" in linear:
+        linear = linear.linear
+    return linear
 
 
 def make_norm(kind: str, dims: int) -> nn.Module:
@@ -105,8 +121,7 @@ class Attention(nn.Module):
         """`[B, N, channels]` -> queries, keys and values, `[B, heads, N, D]`, rotated by their N positions."""
         norm = (self.query_norm.weight, self.key_norm.weight) if "query_norm" in self else ()
         # Not back to x's precision: the cache holds keys and values in the weights'.
-        h = self.norm(x)
-        qkv = self.qkv(h.astype(product_dtype(self.qkv) or h.dtype))
+        qkv = _product(self.qkv, self.norm(x))
         return split_rotate(
             qkv,
             rope_frequencies,

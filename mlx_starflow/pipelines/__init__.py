@@ -13,6 +13,7 @@ from mlx_starflow.pipelines.results import (
     ImageStream,
 )
 from mlx_starflow.pipelines.text import TextPipeline, TextResult, load_text
+from mlx_starflow.pipelines.upscaling import Upscaler
 from mlx_starflow.pipelines.video import VideoPipeline
 from mlx_starflow.pipelines.video_results import VideoResult, VideoSettings, VideoStream
 
@@ -28,6 +29,7 @@ __all__ = [
     "Pipeline",
     "TextPipeline",
     "TextResult",
+    "Upscaler",
     "VideoPipeline",
     "VideoResult",
     "VideoSettings",

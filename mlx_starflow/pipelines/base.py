@@ -29,7 +29,7 @@ from mlx_starflow.pipelines.phases import Phases
 from mlx_starflow.pipelines.results import GenerationSettings
 from mlx_starflow.planning.limits import check_count, check_side
 from mlx_starflow.sampling import Certificate, SamplingPlan, SequentialSettings
-from mlx_starflow.sampling.cache import check_quantizable
+from mlx_starflow.sampling.cache import KVBits, check_quantizable
 from mlx_starflow.sampling.methods import DRAFT, Method
 
 BATCH = 16
@@ -128,8 +128,8 @@ class Pipeline(ImageModel):
         return self.backend.automatic_method if plan is None else plan.without_drafts()
 
     def _decided_kv_bits(
-        self, settings: GenerationSettings, blocks: Sequence[BlockConfig], decide: Callable[[], int]
-    ) -> int:
+        self, settings: GenerationSettings, blocks: Sequence[BlockConfig], decide: Callable[[], KVBits]
+    ) -> KVBits:
         """Bits of keys and values of the flow's blocks, 0 for none: the settings', or what `decide` says.
 
         Raises StarflowError if the backend, or the blocks' heads, cannot have them so.

@@ -25,6 +25,7 @@ from mlx_starflow.pipelines.image import ImageMaker
 from mlx_starflow.pipelines.results import DENOISE_STEPS, ClassSettings, GenerationSettings, GenerationStats
 from mlx_starflow.planning.limits import ClassRequest, automatic_kv_bits, check_memory
 from mlx_starflow.sampling import Certificate, SamplingPlan, SamplingTrace
+from mlx_starflow.sampling.cache import KVBits
 from mlx_starflow.sampling.iterate import noise_levels
 from mlx_starflow.sampling.progress import Progress
 
@@ -56,7 +57,7 @@ class ClassPipeline(ImageMaker):
         self.settings = own_settings(model)
         self.temperature = self.settings.temperature
         self._noise_level: float | None = None
-        self._fit: dict[tuple[object, ...], int] = {}
+        self._fit: dict[tuple[object, ...], KVBits] = {}
 
     # ---- the flow, at a noise level
 

@@ -32,6 +32,7 @@ from mlx_starflow.pipelines.results import (
 )
 from mlx_starflow.planning.limits import check_count, check_held
 from mlx_starflow.sampling import Certificate, SamplingTrace
+from mlx_starflow.sampling.cache import KVBits
 from mlx_starflow.sampling.methods import DRAFT
 from mlx_starflow.sampling.progress import Callback, Progress, Watch, watch
 
@@ -164,7 +165,7 @@ class ImageMaker(Pipeline):
         attn_temp: float | None = None,
         denoise: bool | None = None,
         size: tuple[int, int] | None = None,
-        kv_bits: int | str | None = None,
+        kv_bits: KVBits | str | None = None,
         student: str | Path | None = None,
         steps: int | None = None,
         keep_steps: bool = False,
@@ -237,7 +238,7 @@ class ImageMaker(Pipeline):
         attn_temp: float | None = None,
         denoise: bool | None = None,
         size: tuple[int, int] | None = None,
-        kv_bits: int | str | None = None,
+        kv_bits: KVBits | str | None = None,
         student: str | Path | None = None,
         steps: int | None = None,
         keep_steps: bool = False,
@@ -363,7 +364,7 @@ class ImageMaker(Pipeline):
         attn_temp: float | None = None,
         denoise: bool | None = None,
         size: tuple[int, int] | None = None,
-        kv_bits: int | str | None = None,
+        kv_bits: KVBits | str | None = None,
         student: str | Path | None = None,
         steps: int | None = None,
         keep_steps: bool = False,

@@ -25,6 +25,7 @@ from mlx_starflow.pipelines.prompts import complete_prompt
 from mlx_starflow.pipelines.results import GenerationSettings, Settings
 from mlx_starflow.planning.limits import MemoryRequest, automatic_kv_bits, check_memory
 from mlx_starflow.sampling import SamplingPlan
+from mlx_starflow.sampling.cache import KVBits
 
 
 class LatentPipeline(Pipeline):
@@ -50,7 +51,7 @@ class LatentPipeline(Pipeline):
         self.settings = GenerationSettings.from_dict({"guidance": config.cfg, **model.pipeline})
         self.temperature = self.settings.temperature
         self._fit: set[tuple[object, ...]] = set()
-        self._kv_bits: dict[tuple[object, ...], int] = {}
+        self._kv_bits: dict[tuple[object, ...], KVBits] = {}
         self._warned: set[tuple[int, int]] = set()
 
     # ---- networks
@@ -135,7 +136,7 @@ class LatentPipeline(Pipeline):
         *,
         frames: int = 1,
         guidance: float | None = None,
-        kv_bits: int = 0,
+        kv_bits: KVBits = 0,
     ) -> None:
         """As of every model; also raises StarflowError, with the figure, if they take more memory than there is.
 
@@ -166,8 +167,8 @@ class LatentPipeline(Pipeline):
         self.check_size(size, images, frames=frames, guidance=settings.guidance, kv_bits=bits)
         return settings.updated(kv_bits=bits)
 
-    def _automatic_kv_bits(self, size: tuple[int, int], images: int, frames: int, guidance: float) -> int:
-        asked = (tuple(size), images, frames, guidance)
+    def _automatic_kv_bits(self, size: tuple[int, int], images: int, frames: int, guidance: float) -> KVBits:
+        asked = (tuple(size), images, frames, guidance > 0)
         if asked not in self._kv_bits:
             self._kv_bits[asked] = automatic_kv_bits(self._memory_request(size, images, frames, guidance))
         return self._kv_bits[asked]

@@ -7,7 +7,7 @@ models and adapters may stand for what is on this machine already, see `Recipe.c
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ MOST_NAME = 1000
 """Characters of a model's, an adapter's or a file's name."""
 
 MOST_ADAPTERS = 64
+MOST_UPSCALINGS = 16
 MOST_SIDE = 1 << 14
 MOST_FRAMES = 100_000
 
@@ -77,6 +78,11 @@ def _sources(value: object) -> bool:
     return isinstance(value, dict) and all(kind in SOURCES and _none_or(_name)(name) for kind, name in value.items())
 
 
+def _upscaling(value: object) -> bool:
+    """An entry of `Upscaler.upscaled`."""
+    return isinstance(value, dict) and _name(value.get("file")) and _whole(1, 1000)(value.get("scale"))
+
+
 _SIDES = _list(_whole(1, MOST_SIDE), 2, 2)
 
 _SETTINGS: dict[str, Callable[[object], bool]] = {
@@ -111,6 +117,7 @@ _ENTRIES: dict[str, Callable[[object], bool]] = {
     "columns": _none_or(_whole(1, MOST_PICTURES)),
     "keep_source": lambda value: isinstance(value, bool),
     "crf": _whole(0, 51),
+    "upscaled": _list(_upscaling, MOST_UPSCALINGS),
 }
 
 
@@ -127,6 +134,7 @@ class Recipe:
         source: what a video was made from: a name of `SOURCES`, and the file's, if it had one.
         columns: of the grid, if somebody asked for so many.
         keep_source, crf: how a video was written, see `mlx-starflow video`, if somebody said so.
+        upscaled: by which files it was enlarged afterwards, as `Upscaler.metadata` has it, one after another.
     """
 
     file: Path
@@ -140,6 +148,7 @@ class Recipe:
     columns: int | None = None
     keep_source: bool | None = None
     crf: int | None = None
+    upscaled: Sequence[Mapping[str, Any]] = ()
 
     @classmethod
     def read(cls, file: Path, *, video: bool = False) -> Recipe:

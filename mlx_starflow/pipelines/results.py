@@ -17,11 +17,12 @@ from mlx_starflow.kernels.affine import GuidanceMode
 from mlx_starflow.media.files import expanded
 from mlx_starflow.media.images import save_image, save_images
 from mlx_starflow.models.configs import PIPELINE, plain_fields
-from mlx_starflow.sampling.cache import KV_CHOICES
+from mlx_starflow.pipelines.upscaling import Upscaler
+from mlx_starflow.sampling.cache import KV_BITS, KV_CHOICES, KVBits, kv_name
 from mlx_starflow.sampling.certificate import Certificate
 from mlx_starflow.sampling.guidance import SamplingOptions
 from mlx_starflow.sampling.methods import DRAFT, METHODS
-from mlx_starflow.sampling.progress import Progress
+from mlx_starflow.sampling.progress import Progress, Watch
 from mlx_starflow.sampling.student import MOST_STEPS as MOST_STUDENT_STEPS
 
 DENOISE_STEPS = 16
@@ -32,12 +33,18 @@ MOST_STEPS = 10_000
 Settings = TypeVar("Settings", bound="GenerationSettings")
 
 
-def named_kv_bits(value: int | str) -> str:
+def named_kv_bits(value: KVBits | str) -> str:
     """Bits of keys and values as settings name them: 8 is "8", and 0 "none". Raises StarflowError."""
-    name = "none" if value == 0 else str(value)
-    if name not in KV_CHOICES:
-        raise StarflowError(f"keys and values are kept in 8 or 4 bits, or none, or auto, not {name[:50]!r}")
-    return name
+    if isinstance(value, list | tuple):
+        value = ",".join(map(str, value))
+    if value in KV_BITS:
+        return kv_name(value)
+    if value not in KV_CHOICES:
+        raise StarflowError(
+            'keys and values are kept in 8 or 4 bits, "8,4", the null branch\'s in 4, or none, or auto, not '
+            f"{str(value)[:50]!r}"
+        )
+    return str(value)
 
 
 @checked_class
@@ -53,8 +60,9 @@ class GenerationSettings:
         attn_temp: attention logits are divided by this.
         denoise: take one score step, which removes the noise that the flow was trained with, before decoding.
         size: (width, height) in pixels; None is the size that the model was trained at.
-        kv_bits: keys and values are kept in so many bits, "8" or "4", or "none", as they are computed; "auto": in as
-            many as there is memory for, by the plan of `mlx-starflow info`.
+        kv_bits: keys and values are kept in so many bits, "8" or "4"; with "8,4" in 8, and in 4 those of guidance's
+            null branch; or "none", as they are computed; "auto": in as many as there is memory for, by the plan of
+            `mlx-starflow info`.
         student: folder of a student of the model (see `mlx-starflow distill`), which makes the images by itself or,
             with the method "draft", gives the flow its first guesses; None: the flow alone.
         steps: of the student, see `sampling.student.sample_student`; None: its kind's.
@@ -104,7 +112,7 @@ class GenerationSettings:
         attn_temp: float | None = None,
         denoise: bool | None = None,
         size: tuple[int, int] | None = None,
-        kv_bits: int | str | None = None,
+        kv_bits: KVBits | str | None = None,
         student: str | None = None,
         steps: int | None = None,
     ) -> Settings:
@@ -128,8 +136,8 @@ class GenerationSettings:
         return self.student is not None and self.method != DRAFT
 
     @property
-    def cache_bits(self) -> int | None:
-        """`kv_bits` as a number, 0 for none; None if that is not decided yet."""
+    def cache_bits(self) -> KVBits | None:
+        """`kv_bits` as numbers, 0 for none; None if that is not decided yet."""
         return KV_CHOICES[self.kv_bits]
 
     @classmethod
@@ -297,6 +305,11 @@ class GenerationResult:
     settings: GenerationSettings
     stats: GenerationStats
 
+    def upscaled(self, upscaler: Upscaler, *, progress: Watch = False) -> GenerationResult:
+        """The same with enlarged images, and with metadata that say so. Raises StarflowError."""
+        images = upscaler(self.images, progress=progress)
+        return replace(self, images=images, metadata=[upscaler.upscaled(each) for each in self.metadata])
+
     def save(self, path: str | Path) -> list[Path]:
         """Write the images with their metadata, several to files with numbers, see `media.images.save_images`.
 
@@ -333,6 +346,11 @@ class GeneratedImage:
     certificate: Certificate | None = None
     steps: list[Image.Image] = field(default_factory=list)
     fit: float | None = None
+
+    def upscaled(self, upscaler: Upscaler, *, progress: Watch = False) -> GeneratedImage:
+        """The same with an enlarged image, and with metadata that say so. Raises StarflowError."""
+        (image,) = upscaler(self.image, progress=progress)
+        return replace(self, image=image, metadata=upscaler.upscaled(self.metadata))
 
     def save(self, path: str | Path) -> None:
         """Write the image, with its metadata. Raises StarflowError."""

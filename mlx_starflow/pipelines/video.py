@@ -40,6 +40,7 @@ from mlx_starflow.pipelines.video_requests import (
 from mlx_starflow.pipelines.video_results import Given, VideoOverrides, VideoResult, VideoSettings, VideoStream
 from mlx_starflow.pipelines.video_stages import VideoStages
 from mlx_starflow.planning.memory import trained_size
+from mlx_starflow.sampling.cache import KVBits
 from mlx_starflow.sampling.progress import Callback, Progress, Watch, watch
 
 
@@ -102,7 +103,7 @@ class VideoPipeline(LatentPipeline):
         method: str | None = None,
         attn_temp: float | None = None,
         denoise: bool | None = None,
-        kv_bits: int | str | None = None,
+        kv_bits: KVBits | str | None = None,
         frames_at_once: int = 1,
         live: bool = True,
         previews: bool = False,
@@ -189,7 +190,7 @@ class VideoPipeline(LatentPipeline):
         method: str | None = None,
         attn_temp: float | None = None,
         denoise: bool | None = None,
-        kv_bits: int | str | None = None,
+        kv_bits: KVBits | str | None = None,
         frames_at_once: int = 16,
         batch_size: int = 1,
         verify: bool = False,

@@ -17,8 +17,10 @@ from mlx_starflow.media.files import expanded
 from mlx_starflow.media.images import numbered
 from mlx_starflow.media.videos import VideoWriter, check_video_output
 from mlx_starflow.pipelines.results import GenerationSettings, GenerationStats
+from mlx_starflow.pipelines.upscaling import Upscaler
+from mlx_starflow.sampling.cache import KVBits
 from mlx_starflow.sampling.methods import DRAFT
-from mlx_starflow.sampling.progress import Progress
+from mlx_starflow.sampling.progress import Progress, Watch
 
 MOST_FRAMES = 1_000_000
 """Of a video: 17 hours at 16 frames a second."""
@@ -81,7 +83,7 @@ class VideoOverrides:
     frames: int | None = None
     fps: int | None = None
     context: int | None = None
-    kv_bits: int | str | None = None
+    kv_bits: KVBits | str | None = None
 
     def apply(self, settings: VideoSettings) -> VideoSettings:
         """The settings with what is asked for. Raises StarflowError if a value is out of range."""
@@ -198,6 +200,11 @@ class VideoResult:
     metadata: list[dict[str, Any]]
     settings: VideoSettings
     stats: GenerationStats
+
+    def upscaled(self, upscaler: Upscaler, *, progress: Watch = False) -> VideoResult:
+        """The same with enlarged frames, and with metadata that say so. Raises StarflowError."""
+        videos = [list(upscaler.frames(each, progress=progress)) for each in self.videos]
+        return replace(self, videos=videos, metadata=[upscaler.upscaled(each) for each in self.metadata])
 
     def save(self, path: str | Path) -> list[Path]:
         """Write the videos with their metadata, several to files with numbers: x-1.mp4, x-2.mp4, ... for x.mp4.

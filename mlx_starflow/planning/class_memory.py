@@ -14,6 +14,7 @@ from mlx_starflow.models.tarflow import PixelFlowConfig, TarFlowBlockConfig
 from mlx_starflow.planning import footprint
 from mlx_starflow.planning.memory import AS_STORED, MemoryPlan, each_precision, unpacked_layers, weight_bytes
 from mlx_starflow.planning.traffic import cast_bytes
+from mlx_starflow.sampling.cache import KVBits
 from mlx_starflow.sampling.denoise import together
 
 
@@ -24,7 +25,7 @@ def plan_classes(
     guidance: float | None = None,
     dtype: str | mx.Dtype | None = None,
     quantization: int | str | None = None,
-    kv_bits: int = 0,
+    kv_bits: KVBits = 0,
 ) -> MemoryPlan:
     """`memory.plan` of a TarFlow or an iTARFlow, which makes images of one size.
 
@@ -34,7 +35,7 @@ def plan_classes(
         guidance: its weight; None: the model's own.
         dtype: of the flow; None or "auto": what `precision.automatic` says.
         quantization: of the flow, as `convert --quantize` takes it; None: as stored.
-        kv_bits: of keys and values, 8 or 4; 0: as the flow computes them.
+        kv_bits: of keys and values, see `cache.KVBits`; 0: as the flow computes them.
 
     Raises:
         StarflowError: the model is none of classes, its config is not usable, or it cannot be quantized so.
@@ -51,7 +52,7 @@ def _plan(
     dtype: str | mx.Dtype | None,
     quantization: int | str | None,
     stored: bool,
-    kv_bits: int,
+    kv_bits: KVBits,
 ) -> MemoryPlan:
     """`plan_classes`, with quantized weights as they are stored, or else dense or quantized as is said."""
     config = directory.flow.config
@@ -89,7 +90,7 @@ def class_blocks(model: ModelDirectory) -> list[TarFlowBlockConfig]:
     return [config.block(index) for index in range(config.blocks)]
 
 
-def class_plans(model: ModelDirectory, *, batch: int = 1, kv_bits: int = 0) -> dict[str, MemoryPlan]:
+def class_plans(model: ModelDirectory, *, batch: int = 1, kv_bits: KVBits = 0) -> dict[str, MemoryPlan]:
     """The plan of each precision that the flow's layers can be stored in, by the names of `memory.plans`."""
     stored = {}
     if model.flow.quantization:

@@ -21,7 +21,7 @@ from mlx_starflow.models.flow import BlockConfig
 from mlx_starflow.models.starflow import FlowConfig
 from mlx_starflow.models.t5 import T5Config
 from mlx_starflow.models.tarflow import TarFlowBlockConfig
-from mlx_starflow.sampling.cache import MOST_DENSE, RECENT, block_kv_bits, cached_numbers
+from mlx_starflow.sampling.cache import MOST_DENSE, RECENT, KVBits, block_kv_bits, branch_bits, cached_numbers
 from mlx_starflow.sampling.denoise import together
 from mlx_starflow.sampling.methods import RollingSettings
 
@@ -76,13 +76,27 @@ def kv_cache(block: BlockConfig, positions: int, item: int, bits: int, fed: int 
     return packed + min(positions, 2 * RECENT + min(fed, MOST_DENSE)) * numbers * item
 
 
+def kv_caches(
+    block: BlockConfig,
+    positions: int,
+    item: int,
+    bits: KVBits,
+    batch: int,
+    guided: bool,
+    fed: int = RollingSettings.window,
+) -> int:
+    """Bytes of keys and values of `batch` sequences, and with guidance of as many of the null branch."""
+    branches = branch_bits(bits)[: 2 if guided else 1]
+    return batch * sum(kv_cache(block, positions, item, own, fed) for own in branches)
+
+
 def _on_cpu(item: int) -> bool:
     """Whether it is the attention of `kernels.attention` for CPUs that computes: a Mac's holds neither logits nor
     unpacked keys."""
     return item == STREAM and mx.default_device() == mx.cpu
 
 
-def _unpacked(block: BlockConfig, sequences: int, positions: int, bits: int, item: int) -> int:
+def _unpacked(block: BlockConfig, sequences: int, positions: int, bits: KVBits, item: int) -> int:
     """Numbers of quantized keys or values that are unpacked at a time for several queries: MLX begins with a few
     pieces at once."""
     at_once = 2 * PIECE if bits and _on_cpu(item) else 0
@@ -109,7 +123,9 @@ def text(config: T5Config, prompts: int, length: int, item: int) -> int:
     return int(MARGIN * item * 2 * layer(prompts * length, config.d_model, hidden, logits))
 
 
-def sampling(config: FlowConfig, tokens: int, batch: int, guided: bool, item: int, kv_bits: int = 0) -> tuple[int, int]:
+def sampling(
+    config: FlowConfig, tokens: int, batch: int, guided: bool, item: int, kv_bits: KVBits = 0
+) -> tuple[int, int]:
     """(KV caches, all activations) of sampling images of so many tokens, keys and values in `kv_bits`.
 
     A block caches keys and values for each image, twice if it is guided. While it reads its text, the cache of the
@@ -118,9 +134,10 @@ def sampling(config: FlowConfig, tokens: int, batch: int, guided: bool, item: in
     largest = before = 0
     peak = 0.0
     for block, bits in reversed(list(zip(config.blocks, block_kv_bits(config.blocks, kv_bits), strict=True))):
-        copies = batch * (2 if guided and block.txt_dim else 1)
+        twice = guided and bool(block.txt_dim)
+        copies = batch * (2 if twice else 1)
         positions = _positions(config, block, tokens)
-        cache = copies * kv_cache(block, positions, item, bits)
+        cache = kv_caches(block, positions, item, bits, batch, twice)
         window = MARGIN * STREAM * _window(block, copies, tokens, positions, item) if block.num_layers else 0
         window += STREAM * _unpacked(block, copies, positions, bits, item)
         reading = before + MARGIN * STREAM * _block_layer(block, copies, config.txt_size) if block.txt_dim else 0
@@ -176,12 +193,12 @@ def there_and_back(blocks: Sequence[BlockConfig], tokens: int, text: int, checkp
 
 
 def class_sampling(
-    blocks: Sequence[TarFlowBlockConfig], batch: int, guided: bool, item: int, kv_bits: int = 0
+    blocks: Sequence[TarFlowBlockConfig], batch: int, guided: bool, item: int, kv_bits: KVBits = 0
 ) -> tuple[int, int]:
     """(KV caches, all activations) of sampling images of classes, as `sampling`: every block is guided, none reads."""
     copies, largest, peak = batch * (2 if guided else 1), 0, 0.0
     for block, bits in zip(blocks, block_kv_bits(blocks, kv_bits), strict=True):
-        cache = copies * kv_cache(block, block.num_patches, item, bits)
+        cache = kv_caches(block, block.num_patches, item, bits, batch, guided)
         window = MARGIN * STREAM * _window(block, copies, block.num_patches, block.num_patches, item)
         window += STREAM * _unpacked(block, copies, block.num_patches, bits, item)
         largest, peak = max(largest, cache), max(peak, cache + window)
@@ -207,7 +224,7 @@ def frame_sampling(
     batch: int,
     guided: bool,
     item: int,
-    kv_bits: int = 0,
+    kv_bits: KVBits = 0,
     *,
     longer: bool = False,
 ) -> tuple[int, int]:
@@ -221,9 +238,9 @@ def frame_sampling(
     copies = batch * (2 if guided else 1)
     *shallow_bits, bits = block_kv_bits(config.blocks, kv_bits)
     positions, fed = config.txt_size + window * size, max(config.txt_size, size) if longer else config.txt_size
-    cache = copies * kv_cache(deep, positions, item, bits, fed)
+    cache = kv_caches(deep, positions, item, bits, batch, guided, fed)
     each = zip(config.blocks[:-1], shallow_bits, strict=True)
-    shallow = max((batch * kv_cache(block, size, item, own) for block, own in each), default=0)
+    shallow = max((kv_caches(block, size, item, own, batch, guided=False) for block, own in each), default=0)
     reading = _block_layer(deep, copies, fed)
     rolling = _window(deep, copies, window * size, positions, item) + _unpacked(deep, copies, positions, bits, item)
     beside = max(

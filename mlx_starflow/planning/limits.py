@@ -12,7 +12,7 @@ from mlx_starflow.model_dir.directory import ModelDirectory
 from mlx_starflow.models.flow import BlockConfig
 from mlx_starflow.planning.class_memory import class_blocks, plan_classes
 from mlx_starflow.planning.memory import ModelConfigs, available, installed, plan
-from mlx_starflow.sampling.cache import KV_BITS, can_quantize
+from mlx_starflow.sampling.cache import KV_BITS, KVBits, can_quantize
 
 MOST_SIDE = 1 << 16
 """Pixels of a side; no picture that Pillow writes as JPEG has more."""
@@ -62,7 +62,7 @@ class MemoryRequest:
         """The flow's."""
         return ModelConfigs.read(self.model).flow.blocks
 
-    def peak(self, kv_bits: int) -> int:
+    def peak(self, kv_bits: KVBits) -> int:
         """Bytes that it takes in all, with keys and values in so many bits. Raises StarflowError as `plan` does."""
         expected = plan(
             self.model,
@@ -97,7 +97,7 @@ class ClassRequest:
     def blocks(self) -> Sequence[BlockConfig]:
         return class_blocks(self.model)
 
-    def peak(self, kv_bits: int) -> int:
+    def peak(self, kv_bits: KVBits) -> int:
         expected = plan_classes(
             self.model,
             batch=self.batch,
@@ -112,7 +112,7 @@ class ClassRequest:
         return f"{self.batch:,} pictures at once" if self.batch > 1 else "this", "make fewer pictures at a time"
 
 
-def check_memory(request: MemoryRequest | ClassRequest, kv_bits: int = 0) -> None:
+def check_memory(request: MemoryRequest | ClassRequest, kv_bits: KVBits = 0) -> None:
     """Raise StarflowError, with the figure, if images or videos take more memory than the machine has in all.
 
     What takes more than `memory.available` but no more than there is, is tried: the plan is an upper estimate, and
@@ -126,12 +126,12 @@ def check_memory(request: MemoryRequest | ClassRequest, kv_bits: int = 0) -> Non
         )
 
 
-def automatic_kv_bits(request: MemoryRequest | ClassRequest) -> int:
+def automatic_kv_bits(request: MemoryRequest | ClassRequest) -> KVBits:
     """Of keys and values, the most bits that this machine's networks have memory for; 0: as they are computed.
 
     Where there is none for any, they have as many as still help.
     """
-    peaks: dict[int, int] = {}
+    peaks: dict[KVBits, int] = {}
     for bits in KV_BITS if can_quantize(request.blocks) else KV_BITS[:1]:
         peaks[bits] = request.peak(bits)
         if peaks[bits] <= available():

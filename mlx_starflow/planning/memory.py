@@ -36,6 +36,7 @@ from mlx_starflow.models.t5 import T5Config, T5Encoder
 from mlx_starflow.models.tarflow import PixelFlow
 from mlx_starflow.planning import footprint
 from mlx_starflow.planning.traffic import cast_bytes
+from mlx_starflow.sampling.cache import KVBits
 
 PARTS = {"text encoder": "text_encoder", "flow": "flow", "autoencoder": "vae"}
 """The networks of a model, and what they are called in code."""
@@ -226,7 +227,7 @@ def plan(
     dtype: str | mx.Dtype | None = None,
     flow_dtype: str | mx.Dtype | None = None,
     quantization: int | str | Mapping[str, int | str] | None = None,
-    kv_bits: int = 0,
+    kv_bits: KVBits = 0,
 ) -> MemoryPlan:
     """Predict the memory of generating from a model's configs.
 
@@ -239,7 +240,7 @@ def plan(
         dtype: of the networks; None or "auto": what `precision.automatic` says.
         flow_dtype: of the flow, if it is another one.
         quantization: of the flow, as `convert --quantize` takes it, or of each part by its name; None: as stored.
-        kv_bits: of keys and values, 8 or 4; 0: as the flow computes them.
+        kv_bits: of keys and values, see `cache.KVBits`; 0: as the flow computes them.
 
     Raises:
         StarflowError: a config is missing or not usable, a network cannot be quantized so, or the size does not fit.
@@ -309,7 +310,7 @@ def plans(
     size: tuple[int, int] | None = None,
     batch: int = 1,
     frames: int | None = None,
-    kv_bits: int = 0,
+    kv_bits: KVBits = 0,
 ) -> dict[str, MemoryPlan]:
     """The plan of each precision that the model's layers can be stored in; arguments and errors as `plan`'s.
 

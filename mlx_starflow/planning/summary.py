@@ -42,7 +42,7 @@ from mlx_starflow.planning.memory import (
     trained_size,
     usable,
 )
-from mlx_starflow.sampling.cache import KV_BITS, can_quantize, check_quantizable
+from mlx_starflow.sampling.cache import KV_BITS, KVBits, can_quantize, check_quantizable, kv_name
 
 PARTS = {"text encoder": "text_encoder", "autoencoder": "vae"}
 """The networks beside a flow, and their folders."""
@@ -142,7 +142,7 @@ def memory_report(
     size: tuple[int, int] | None = None,
     batch: int = 1,
     frames: int | None = None,
-    kv_bits: int = 0,
+    kv_bits: KVBits = 0,
 ) -> list[str]:
     """What generating takes at each precision, and the Macs it runs on, computed from the model's configs.
 
@@ -178,7 +178,9 @@ def memory_report(
     return _report(found, kv_bits, f"{images} of {width}x{height}", notes)
 
 
-def _class_report(model: str, size: tuple[int, int] | None, batch: int, frames: int | None, kv_bits: int) -> list[str]:
+def _class_report(
+    model: str, size: tuple[int, int] | None, batch: int, frames: int | None, kv_bits: KVBits
+) -> list[str]:
     """`memory_report` of a model of classes; nothing of another one."""
     directory = ModelDirectory.find(model)
     config = directory.flow.config
@@ -195,18 +197,26 @@ def _class_report(model: str, size: tuple[int, int] | None, batch: int, frames: 
 
 
 def _each_kind(
-    blocks: Sequence[BlockConfig], kv_bits: int, plans_of: Callable[[int], dict[str, MemoryPlan]]
-) -> dict[int, dict[str, MemoryPlan]]:
+    blocks: Sequence[BlockConfig], kv_bits: KVBits, plans_of: Callable[[KVBits], dict[str, MemoryPlan]]
+) -> dict[KVBits, dict[str, MemoryPlan]]:
     """The plans for each number of bits that keys and values may have. Raises StarflowError if `kv_bits` is none."""
     check_quantizable(blocks, kv_bits)
     return {bits: plans_of(bits) for bits in (KV_BITS if can_quantize(blocks) else KV_BITS[:1])}
+
+
+def _in_bits(bits: KVBits) -> str:
+    if isinstance(bits, tuple):
+        return f"in {bits[0]} bits, null in {bits[1]}"
+    return f"in {bits} bits" if bits else "as computed"
 
 
 def _images(batch: int) -> str:
     return "one picture" if batch == 1 else f"{batch} pictures at once"
 
 
-def _report(each_kind: dict[int, dict[str, MemoryPlan]], kv_bits: int, images: str, notes: list[str]) -> list[str]:
+def _report(
+    each_kind: dict[KVBits, dict[str, MemoryPlan]], kv_bits: KVBits, images: str, notes: list[str]
+) -> list[str]:
     """Plans by precision as a table, keys and values in `kv_bits`; of a model of several networks with one of them in
     memory at a time, too."""
     found = each_kind[kv_bits]
@@ -223,7 +233,7 @@ def _report(each_kind: dict[int, dict[str, MemoryPlan]], kv_bits: int, images: s
     lines = [
         f"Memory in {name} for {images}: computed from the configs, not measured.",
         *notes,
-        *([f"Keys and values are in {kv_bits} bits."] if kv_bits else []),
+        *([f"Keys and values are {_in_bits(kv_bits)}."] if kv_bits else []),
         "",
         row("weights", list(found)),
     ]
@@ -231,7 +241,7 @@ def _report(each_kind: dict[int, dict[str, MemoryPlan]], kv_bits: int, images: s
         lines.append(row(f"  {part}", sizes([each.weights[part] for each in found.values()])))
     lines += ["", row("keys and values", list(found))]
     for bits, of_kind in each_kind.items():
-        title = f"  in {bits} bits" if bits else "  as computed"
+        title = f"  {_in_bits(bits)}"
         lines.append(row(title, sizes([each.kv_cache for each in of_kind.values()])))
     several = len(parts) > 1
     peaks = [("peak, all in memory", False), ("peak with --low-memory", True)] if several else [("peak", False)]
@@ -291,13 +301,13 @@ def model_configs(model: str) -> ModelConfigs | None:
     return ModelConfigs.read(directory) if whole else None
 
 
-def _verdict(expected: dict[int, MemoryPlan], gigabytes: int, several: bool) -> str:
+def _verdict(expected: dict[KVBits, MemoryPlan], gigabytes: int, several: bool) -> str:
     """How a Mac of this much memory makes it, by the plans for each number of bits of keys and values."""
     if expected[0].fits(gigabytes):
         return "yes"
     for bits, each in expected.items():
         if each.fits(gigabytes, low_memory=several):
-            return f"--kv-bits {bits}" if bits else "--low-memory"
+            return f"--kv-bits {kv_name(bits)}" if bits else "--low-memory"
     return "no"
 
 

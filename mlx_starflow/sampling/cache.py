@@ -8,13 +8,19 @@ from typing import cast
 import mlx.core as mx
 
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.kernels.attention import Rows
 from mlx_starflow.kernels.quantized_attention import Packed, QuantizedRows, group_size
 from mlx_starflow.models.flow import BlockConfig
 
-KV_BITS = (0, 8, 4)
-"""Bits of a number in a KV cache, those that cost least first; 0: as the flow computes it."""
+KVBits = int | tuple[int, int]
+"""Bits of a number in a KV cache, 0: as the flow computes it; or those of guidance's branch with the condition and of
+the one with the null condition."""
 
-KV_CHOICES = {"auto": None, "none": 0, "8": 8, "4": 4}
+KV_BITS: tuple[KVBits, ...] = (0, 8, (8, 4), 4)
+"""Those that there are, what costs least first. Guidance multiplies what the null branch is off by with its weight, and
+what the other one is off by with 1 + its weight; and that one is what an unguided likelihood is made of."""
+
+KV_CHOICES: dict[str, KVBits | None] = {"auto": None, "none": 0, "8": 8, "8,4": (8, 4), "4": 4}
 """What users call them; None: whoever knows how much memory there is decides."""
 
 RECENT = 64
@@ -139,12 +145,51 @@ class _Rows:
             held[:, :, start : self.count] = part
 
 
-Cache = KVCache | QuantizedKVCache
+class BranchCaches:
+    """A cache for each branch of guidance: of the first half of a batch, and of the second."""
+
+    def __init__(self, length: int, head_dim: int, bits: tuple[int, int]):
+        """Raises StarflowError if heads of this size cannot be quantized."""
+        self._branches = [QuantizedKVCache(length, head_dim, own) for own in bits]
+
+    @property
+    def offset(self) -> int:
+        return self._branches[0].offset
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        return [array for branch in self._branches for array in branch.arrays]
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Rows, Rows]:
+        """Append `[2 * B, heads, n, D]` and return all that is cached, branch by branch."""
+        halves = zip(self._branches, mx.split(keys, 2), mx.split(values, 2), strict=True)
+        (k, v), (null_k, null_v) = (branch.update_and_fetch(*rows) for branch, *rows in halves)
+        return (k, null_k), (v, null_v)
+
+    def trim(self, n: int) -> None:
+        """Forget the last `n` positions."""
+        for branch in self._branches:
+            branch.trim(n)
 
 
-def make_cache(length: int, head_dim: int, bits: int) -> Cache:
+Cache = KVCache | QuantizedKVCache | BranchCaches
+
+
+def make_cache(length: int, head_dim: int, bits: KVBits) -> Cache:
     """A cache of up to `length` positions. Raises StarflowError if heads of this size cannot be quantized."""
+    if isinstance(bits, tuple):
+        return BranchCaches(length, head_dim, bits)
     return QuantizedKVCache(length, head_dim, bits) if bits else KVCache(length)
+
+
+def kv_name(bits: KVBits) -> str:
+    """What users call these bits."""
+    return next(name for name, own in KV_CHOICES.items() if own == bits)
+
+
+def branch_bits(bits: KVBits) -> tuple[int, int]:
+    """Those of the branch with the condition and of the null branch."""
+    return bits if isinstance(bits, tuple) else (bits, bits)
 
 
 def cached_numbers(block: BlockConfig) -> int:
@@ -152,13 +197,13 @@ def cached_numbers(block: BlockConfig) -> int:
     return 2 * block.num_layers * block.num_kv_heads * block.head_dim
 
 
-def block_kv_bits(blocks: Sequence[BlockConfig], bits: int) -> list[int]:
+def block_kv_bits(blocks: Sequence[BlockConfig], bits: KVBits) -> list[KVBits]:
     """The bits of each block's cache where those of the largest one are to be `bits`.
 
     Blocks are inverted one after another. Dense half-precision caches that are no larger than the largest one is when
     quantized, and those of a video's single frames, take no memory that is not free anyway: they stay as they are.
     """
-    most = max((cached_numbers(block) for block in blocks), default=0) * bits / 16
+    most = max((cached_numbers(block) for block in blocks), default=0) * sum(branch_bits(bits)) / 32
     return [bits if cached_numbers(block) > most and not block.local else 0 for block in blocks]
 
 
@@ -167,7 +212,7 @@ def can_quantize(blocks: Sequence[BlockConfig]) -> bool:
     return all(group_size(block.head_dim) for block in blocks)
 
 
-def check_quantizable(blocks: Sequence[BlockConfig], bits: int) -> None:
+def check_quantizable(blocks: Sequence[BlockConfig], bits: KVBits) -> None:
     """Raise StarflowError if keys and values of these blocks cannot be kept in so many bits."""
     for block, own in zip(blocks, block_kv_bits(blocks, bits), strict=True):
         if own and block.num_layers and group_size(block.head_dim) is None:

@@ -6,6 +6,7 @@ import mlx.core as mx
 
 from mlx_starflow.errors import NotFinite
 from mlx_starflow.models.flow import Condition, FlowBlock, block_products_in
+from mlx_starflow.sampling.cache import KVBits
 from mlx_starflow.sampling.guidance import Guidance
 from mlx_starflow.sampling.inverter import CouplingInverter, Inverter, make_inverter
 from mlx_starflow.sampling.network import cached_network
@@ -38,12 +39,12 @@ class BlockDecoder:
         guidance: Guidance | None,
         temperature: float | mx.array = 1.0,
         frames: int = 1,
-        kv_bits: int = 0,
+        kv_bits: KVBits = 0,
     ):
         """A decoder of `length` tokens; give `guidance` if, and only if, the condition is guided.
 
         Of a video with `frames` a local block decodes all frames at once: `batch` and `length` are those of
-        `FlowBlock.permute`. `kv_bits`: of keys and values in the cache, see `cache.QuantizedKVCache`; 0: dense.
+        `FlowBlock.permute`. `kv_bits`: of keys and values in the cache, see `cache.KVBits`; 0: dense.
         """
         self.block, self.length, self.guidance, self.frames = block, length, guidance, frames
         batch *= 2 if guidance else 1

@@ -22,7 +22,7 @@ from mlx_starflow.kernels.affine import (
     tarflow_guidance,
 )
 from mlx_starflow.models.configs import plain_fields
-from mlx_starflow.sampling.cache import KV_BITS
+from mlx_starflow.sampling.cache import KV_BITS, KVBits
 
 GuidanceFunction = Callable[[mx.array, mx.array, mx.array, mx.array, "float | mx.array"], "tuple[mx.array, mx.array]"]
 """(mu, log sigma) with the condition, (mu, log sigma) without it, weight -> guided (mu, log sigma)."""
@@ -42,7 +42,7 @@ class SamplingOptions:
     guidance_target: GuidanceTarget = "ab"
     guidance_mode: GuidanceMode | None = None
     guided_blocks: int | None = None
-    kv_bits: int = 0
+    kv_bits: KVBits = 0
 
     def __post_init__(self) -> None:
         plain_fields(self)
@@ -59,7 +59,10 @@ class SamplingOptions:
         if self.guided_blocks is not None and self.guided_blocks < 1:
             raise StarflowError(f"the number of guided blocks must be 1 or more, not {self.guided_blocks}")
         if self.kv_bits not in KV_BITS:
-            raise StarflowError(f"keys and values are cached in 8 or 4 bits, or 0 as they are, not {self.kv_bits!r}")
+            raise StarflowError(
+                "keys and values are cached in 8 or 4 bits, in (8, 4), the null branch's in 4, or 0 as they are, not "
+                f"{self.kv_bits!r}"
+            )
 
 
 def guidance_function(mode: GuidanceMode, target: GuidanceTarget = "ab") -> GuidanceFunction:

@@ -9,7 +9,7 @@ import mlx.core as mx
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.kernels.affine import predict
 from mlx_starflow.models.flow import Condition, Flow, frame_count
-from mlx_starflow.sampling.cache import block_kv_bits
+from mlx_starflow.sampling.cache import block_kv_bits, branch_bits
 from mlx_starflow.sampling.decoder import BlockDecoder, check_finite
 from mlx_starflow.sampling.guidance import Guidance, SamplingOptions
 from mlx_starflow.sampling.progress import Watch, watch
@@ -50,6 +50,8 @@ class GuidedFlow:
         temperature = self.temperature(condition, batch)
         batch, length = block.sequences(batch, length, frames)
         rope_frequencies, kv_bits = self.conditions.rope_frequencies[index], self.kv_bits[index]
+        if not condition.guided:
+            kv_bits, _ = branch_bits(kv_bits)
         return BlockDecoder(block, batch, length, rope_frequencies, condition, guidance, temperature, frames, kv_bits)
 
     def temperature(self, condition: Condition, batch: int) -> float | mx.array:

@@ -7,6 +7,7 @@ depends on exact tokens alone; flows are usually there much sooner (arXiv 2412.0
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import mlx.core as mx
 
@@ -70,14 +71,14 @@ def roll(decoder: BlockDecoder, start: int, settings: RollingSettings) -> Iterat
         if entered < stop:
             decoder.write(entered, _first_guess(decoder, entered, stop, affine, settings))
             entered = stop
-        old, noise = decoder.data(start, stop), decoder.z[:, start:stop]
+        old, noise, place = decoder.data(start, stop), decoder.z[:, start:stop], mx.arange(stop - start)[:, None]
         if not decoder.block.is_affine:
-            new, done, _ = _merged(old, noise, *decoder.correct(start, stop), mx.array(settings.tolerance))
+            new, done, _ = _merged(old, noise, *decoder.correct(start, stop), mx.array(settings.tolerance), place)
             mx.async_eval(new, done)
             decoder.write(start, new)
         else:
             mu, log_sigma = decoder.predict(start, stop)
-            new, done, residuals = _advance(old, noise, mu, log_sigma, mx.array(floor.tolerance))
+            new, done, residuals = _advance(old, noise, mu, log_sigma, mx.array(floor.tolerance), place)
             affine = (mu[:, -1:], log_sigma[:, -1:])
             # Until it is known how many tokens are done a GPU waits for nothing but this loop: what does not depend on
             # it is built before.
@@ -85,7 +86,7 @@ def roll(decoder: BlockDecoder, start: int, settings: RollingSettings) -> Iterat
             decoder.write(start, new)
             if floor.suspected(residuals, int(done)):
                 floor.measure(start, stop, int(done), old, residuals, mu, log_sigma)
-                new, done, _ = _advance(old, noise, mu, log_sigma, mx.array(floor.tolerance))
+                new, done, _ = _advance(old, noise, mu, log_sigma, mx.array(floor.tolerance), place)
                 mx.eval(new, done)
                 decoder.write(start, new)
         count = min(int(done) + 1, stop - start)
@@ -126,23 +127,23 @@ class _Pace:
         self._evaluations = self._tokens = 0
 
 
-@mx.compile
+# For all widths and batches at once: MLX keeps what it traced as long as the process lives.
+@partial(mx.compile, shapeless=True)
 def _advance(
-    old: mx.array, noise: mx.array, mu: mx.array, log_sigma: mx.array, tolerance: mx.array
+    old: mx.array, noise: mx.array, mu: mx.array, log_sigma: mx.array, tolerance: mx.array, place: mx.array
 ) -> tuple[mx.array, mx.array, mx.array]:
     """The values of a window's tokens after an evaluation, how many of the first are final as they were, and the
-    largest residual of each."""
+    largest residual of each; `place` `[n, 1]` counts them."""
     residual = mx.abs((old - mu) * mx.exp(-log_sigma) - noise)
-    return _merged(old, noise, noise * mx.exp(log_sigma) + mu, residual, tolerance)
+    return _merged(old, noise, noise * mx.exp(log_sigma) + mu, residual, tolerance, place)
 
 
 def _merged(
-    old: mx.array, noise: mx.array, new: mx.array, residual: mx.array, tolerance: mx.array
+    old: mx.array, noise: mx.array, new: mx.array, residual: mx.array, tolerance: mx.array, place: mx.array
 ) -> tuple[mx.array, mx.array, mx.array]:
     """`_advance`, from what the tokens' noise gives now and the residuals of the values that they have."""
     good = (residual <= tolerance).all(axis=(0, 2))
     done = mx.cumprod(good.astype(mx.int32)).sum()
-    place = mx.arange(old.shape[1])[:, None]
     values = mx.where(place < done, old, mx.where(place == done, new, _bounded(new, noise)))
     return values, done, residual.max(axis=(0, 2))
 

@@ -16,6 +16,7 @@ from mlx_starflow.media.files import exists, inside, read_json, replacing
 from mlx_starflow.model_dir.files import PLAN_FILE
 from mlx_starflow.model_dir.fingerprint import fingerprint
 from mlx_starflow.models.configs import ConfigKind
+from mlx_starflow.sampling.cache import KV_BITS, KVBits, kv_name
 
 PLAN = ConfigKind("sampling plan")
 
@@ -112,9 +113,9 @@ class SamplingPlan:
     measured: Mapping[str, Any]
     fingerprint: str = ""
     precision: str = ""
-    kv_bits: int = 0
+    kv_bits: KVBits = 0
 
-    def fits(self, precision: str, kv_bits: int | None = None) -> bool:
+    def fits(self, precision: str, kv_bits: KVBits | None = None) -> bool:
         """Whether it is for a flow of this precision, "" is any, and keys and values in so many bits; None is any."""
         fits_cache = kv_bits is None or self.kv_bits == kv_bits
         return fits_cache and ("" in (self.precision, precision) or self.precision == precision)
@@ -137,7 +138,7 @@ class SamplingPlan:
     def to_dict(self) -> dict[str, Any]:
         blocks = [{"method": block.name, **asdict(block)} for block in self.blocks]
         values = {"version": 1, "tolerance": self.tolerance, "blocks": blocks, "measured": dict(self.measured)}
-        marks = {"fingerprint": self.fingerprint, "precision": self.precision, "kv_bits": self.kv_bits}
+        marks = {"fingerprint": self.fingerprint, "precision": self.precision, "kv_bits": _kept(self.kv_bits)}
         return values | {key: mark for key, mark in marks.items() if mark}
 
     @classmethod
@@ -152,7 +153,7 @@ class SamplingPlan:
             tolerance = _typed("tolerance", "float", values["tolerance"])
             measured = dict(values.get("measured", {}))
             mark, precision = str(values.get("fingerprint", "")), str(values.get("precision", ""))
-            kv_bits = PLAN.typed("kv_bits", "int", values.get("kv_bits", 0), least=0)
+            kv_bits = _kv_bits(values.get("kv_bits", 0))
             return cls(blocks, float(tolerance), measured, mark, precision, kv_bits)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise StarflowError(
@@ -193,6 +194,16 @@ class SamplingPlan:
             )
             return None
         return found
+
+
+def _kept(bits: KVBits) -> int | str:
+    """Bits of keys and values as a file holds them: both branches' by their name."""
+    return kv_name(bits) if isinstance(bits, tuple) else bits
+
+
+def _kv_bits(value: object) -> KVBits:
+    both = next((bits for bits in KV_BITS if isinstance(bits, tuple) and kv_name(bits) == value), None)
+    return both or PLAN.typed("kv_bits", "int", value, least=0)
 
 
 def _settings(values: Mapping[str, Any]) -> Settings:

@@ -10,7 +10,7 @@ import mlx.core as mx
 from mlx_starflow import cpu
 from mlx_starflow.models.flow import Condition, FlowBlock
 from mlx_starflow.models.transformer import TransformerLayer
-from mlx_starflow.sampling.cache import Cache, make_cache
+from mlx_starflow.sampling.cache import Cache, KVBits, make_cache
 
 LAYERS_AHEAD = 4
 """A GPU is given the first layer of an evaluation as soon as it is built, and from then on so many at a time: it
@@ -51,7 +51,7 @@ def cached_network(
     rope_frequencies: mx.array | None,
     condition: Condition,
     temperature: float | mx.array,
-    kv_bits: int = 0,
+    kv_bits: KVBits = 0,
 ) -> CachedNetwork:
     """That of a block for up to `length` tokens of `batch` sequences, by the fastest code that knows it.
 
@@ -76,7 +76,7 @@ class CompiledNetwork:
         rope_frequencies: mx.array | None,
         condition: Condition,
         temperature: float | mx.array,
-        kv_bits: int = 0,
+        kv_bits: KVBits = 0,
     ):
         """Arguments as for `cached_network`; `rope_frequencies` are those of the block's own positions."""
         self.block, self.offset, self.temperature = block, condition.offset, temperature

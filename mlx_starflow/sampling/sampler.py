@@ -17,6 +17,7 @@ from mlx_starflow.models.flow import Flow, frame_count
 from mlx_starflow.models.itarflow import at_noise_level
 from mlx_starflow.models.student import Student
 from mlx_starflow.sampling import jacobi, sequential
+from mlx_starflow.sampling.cache import KVBits
 from mlx_starflow.sampling.decoder import BlockDecoder, check_finite
 from mlx_starflow.sampling.guidance import SamplingOptions
 from mlx_starflow.sampling.guided import GuidedFlow
@@ -81,7 +82,7 @@ def sample(
     guidance_mode: GuidanceMode | None = None,
     guided_blocks: int | None = None,
     noise_level: float | None = None,
-    kv_bits: int = 0,
+    kv_bits: KVBits = 0,
     student: Student | None = None,
     progress: Watch = False,
     trace: SamplingTrace | None = None,
@@ -108,8 +109,8 @@ def sample(
         guidance_mode: "starflow", "tarflow" or "itarflow", see `kernels.affine`; None: the flow's own.
         guided_blocks: so many blocks are guided, those that are sampled first; None: all that read the condition.
         noise_level: what an iTARFlow makes data of; None: the level that the flow is at, see `ITarFlow.at`.
-        kv_bits: keep keys and values in 8 or 4 bits where they take most memory (see `cache.block_kv_bits`); 0: as they
-            are.
+        kv_bits: keep keys and values in 8 or 4 bits, or with (8, 4) in 8 and those of the null branch in 4, where they
+            take most memory (see `cache.block_kv_bits`); 0: as they are.
         student: an inverse student of this flow, for the first guess "draft".
         progress: a `Progress`, or whether to show a progress bar; None shows it on a terminal only.
         trace: is filled with what was done.

@@ -21,6 +21,7 @@ from mlx_starflow.errors import StarflowError
 from mlx_starflow.model_dir.weights import dtype_name
 from mlx_starflow.models.flow import Flow, block_products_in, frame_count, products_in
 from mlx_starflow.models.student import Student
+from mlx_starflow.sampling.cache import KVBits
 from mlx_starflow.sampling.certificate import Certificate, certify
 from mlx_starflow.sampling.decoder import check_finite
 from mlx_starflow.sampling.guidance import SamplingOptions
@@ -88,7 +89,7 @@ def tune(
     *,
     tolerance: float = 1e-2,
     least: str = "seconds",
-    kv_bits: int = 0,
+    kv_bits: KVBits = 0,
     student: Student | None = None,
     report: Callable[[str], None] = lambda line: None,
     progress: Watch = False,

@@ -17,6 +17,7 @@ import numpy as np
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.models.flow import Flow
+from mlx_starflow.sampling.cache import KVBits
 from mlx_starflow.sampling.decoder import BlockDecoder, check_finite
 from mlx_starflow.sampling.guidance import SamplingOptions
 from mlx_starflow.sampling.guided import GuidedFlow
@@ -80,7 +81,7 @@ def sample_frames(
     context: int | None = None,
     frames_at_once: int = 1,
     attn_temp: float = 1.0,
-    kv_bits: int = 0,
+    kv_bits: KVBits = 0,
     progress: Watch = False,
     trace: SamplingTrace | None = None,
 ) -> Iterator[mx.array]:

@@ -52,14 +52,15 @@ def test_grid_and_separate(run, model, tmp_path):
     assert read_metadata("p-3.png")["prompts"] == ["a dog"]
 
 
-def test_bits_of_keys_and_values(run, model):
+@pytest.mark.parametrize("bits", ["4", "8,4"])
+def test_bits_of_keys_and_values(run, model, bits):
     """Files say what it was, and are made again with it."""
     assert run("a cat", "-m", model, "--seed", 1, "-o", "a.png").exit_code == 0
     assert "kv_bits" not in read_metadata("a.png")["settings"]
-    result = run("a cat", "-m", model, "--seed", 1, "--kv-bits", 4, "--json", "-", "-o", "b.png")
-    assert '"kv_bits": "4"' in result.output
+    result = run("a cat", "-m", model, "--seed", 1, "--kv-bits", bits, "--json", "-", "-o", "b.png")
+    assert f'"kv_bits": "{bits}"' in result.output
     assert run("--like", "b.png", "-o", "c.png").exit_code == 0
-    assert read_metadata("c.png")["settings"]["kv_bits"] == "4"
+    assert read_metadata("c.png")["settings"]["kv_bits"] == bits
     assert run("a cat", "-m", model, "--kv-bits", 5).exit_code == 2
 
 

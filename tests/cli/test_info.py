@@ -80,6 +80,9 @@ def test_keys_and_values(tmp_path, monkeypatch):
     assert sizes == table(eight.output, "keys and values")
     saved = float(sizes["as computed"][-1]) - float(sizes["in 8 bits"][-1])
     assert peaks[0] - peaks[1] == pytest.approx(saved, abs=0.1)
+    both = table(info("apple/starflow-v", "--kv-bits", "8,4").output, "peak with --low-memory")
+    saved = float(sizes["in 8 bits"][-1]) - float(sizes["in 8 bits, null in 4"][-1])
+    assert peaks[1] - float(both["flow"][-1]) == pytest.approx(saved, abs=0.1)
     assert info("demo", "--kv-bits", 3).exit_code == 2
 
 

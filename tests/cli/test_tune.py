@@ -46,10 +46,11 @@ def test_a_plan_is_written(model):
     assert load(model).plan == plan
 
 
-def test_a_plan_for_keys_and_values_in_fewer_bits(model):
-    result = tune(model, "--tolerance", 0.02, "--kv-bits", 8)
+@pytest.mark.parametrize(("name", "bits"), [("8", 8), ("8,4", (8, 4))])
+def test_a_plan_for_keys_and_values_in_fewer_bits(model, name, bits):
+    result = tune(model, "--tolerance", 0.02, "--kv-bits", name)
     assert result.exit_code == 0, result.output
-    assert SamplingPlan.find(model).kv_bits == 8
+    assert SamplingPlan.find(model).kv_bits == bits
 
 
 def test_a_dry_run_writes_nothing(model, tmp_path):

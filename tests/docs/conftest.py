@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.model_directories import write_image_model, write_video_model
+from helpers.upscalers import srvgg_tensors, write_upscaler
 from PIL import Image
 
 from mlx_starflow.media.videos import VideoWriter
@@ -30,6 +31,7 @@ def belongings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "prompts.txt").write_text("a red apple\na rocket\n")
     write_image_model(folder / "my-model")
     write_video_model(folder / "my-video-model")
+    write_upscaler(folder / "upscaler.pth", srvgg_tensors())
     with VideoWriter(folder / "street.mp4", 16) as writer:
         for level in range(17):
             writer.add(Image.new("RGB", (32, 32), (15 * level, 80, 120)))

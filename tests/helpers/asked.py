@@ -117,17 +117,19 @@ class AskedPrecision:
             both = {name: asked.get(name, False) or found.get(name, False) for name in asked | found}
             self._config.cache.set(KEY, {"code": self._code, "asked": both})
 
+    def _may_leave_out(self) -> bool:
+        named = self._config.args_source is pytest.Config.ArgsSource.ARGS
+        return not named and self._config.option.dtype != "float32" and bool(self._notes())
+
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        if config.option.dtype == "float32" or config.args_source is pytest.Config.ArgsSource.ARGS:
+        if not self._may_leave_out():
             return
         asked = self._notes()
-        apart = [item for item in items if not asked.get(item.nodeid, True)]
-        if apart:
-            config.hook.pytest_deselected(items=apart)
-            items[:] = [item for item in items if asked.get(item.nodeid, True)]
+        config.hook.pytest_deselected(items=[item for item in items if not asked.get(item.nodeid, True)])
+        items[:] = [item for item in items if asked.get(item.nodeid, True)]
 
     def pytest_report_header(self, config: pytest.Config) -> str | None:
-        if config.option.dtype == "float32":
+        if not self._may_leave_out():
             return None
         return f"--dtype {config.option.dtype}: tests that passed without asking for a precision are left out"
 

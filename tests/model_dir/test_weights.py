@@ -14,6 +14,7 @@ from helpers.paths import DATA
 from helpers.tiny_flows import tiny_flow
 
 from mlx_starflow.convert import convert_t5, convert_vae
+from mlx_starflow.model_dir import weights
 from mlx_starflow.model_dir.directory import load_flow, load_text_encoder, load_vae
 from mlx_starflow.model_dir.files import load_weights, read_config
 from mlx_starflow.model_dir.quantization import quantized_layers
@@ -119,6 +120,19 @@ def test_load_module_keeps_dtypes():
 
 
 # ---- text encoder and autoencoder
+
+
+def test_weights_are_read_some_at_a_time(tmp_path, monkeypatch):
+    flow = tiny_flow()
+    save_flow(tmp_path, flow)
+    most = max(weight.nbytes for weight in parameters(flow).values())
+    evaluate, groups = mx.eval, []
+    monkeypatch.setattr(weights, "READ_AT_ONCE", most)
+    monkeypatch.setattr(mx, "eval", lambda *arrays: (groups.append(arrays), evaluate(*arrays)))
+    read = load_flow(tmp_path, dtype="float16")
+    sizes = [sum(weight.nbytes for weight in group[0]) for group in groups if group and isinstance(group[0], list)]
+    assert len(sizes) > 2 and max(sizes) < 2 * most
+    assert sum(sizes) == sum(weight.nbytes for weight in parameters(read).values())
 
 
 def test_text_encoder(tmp_path):

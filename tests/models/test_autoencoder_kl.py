@@ -294,6 +294,17 @@ def test_group_norm(silu):
     assert largest_error(norm(mx.array(x), silu=silu), mx.array(expected.astype(np.float32))) < 1e-5
 
 
+def test_norms_of_many_sizes_are_traced_once(monkeypatch):
+    traced, sigmoid = [], mx.sigmoid
+    monkeypatch.setattr(mx, "sigmoid", lambda x: traced.append(x.shape) or sigmoid(x))
+    norm = GroupNorm(2, 4)
+    for height in range(1, 13):
+        x = mx.random.normal((1 + height % 3, height, 2 * height, 4))
+        y = norm(x)
+        assert largest_error(norm(x, silu=True), y / (1 + mx.exp(-y))) < 1e-5
+    assert len(traced) <= 1
+
+
 # ---- gradients
 
 

@@ -181,6 +181,17 @@ def test_memory_grows_neither_with_the_length_nor_with_the_height():
 # ---- shapes and scales
 
 
+def test_norms_of_many_sizes_are_traced_once(monkeypatch):
+    traced, rsqrt = [], mx.rsqrt
+    monkeypatch.setattr(mx, "rsqrt", lambda x: traced.append(x.shape) or rsqrt(x))
+    norm = layers.RMSNorm(4)
+    for height in range(1, 13):
+        x = mx.random.normal((1, 1 + height % 3, height, 2 * height, 4))
+        expected = x / mx.sqrt(mx.square(x).mean(axis=-1, keepdims=True))
+        assert mx.abs(norm(x) - expected).max().item() < 1e-5
+    assert len(traced) <= 1
+
+
 def test_numbers_of_frames():
     config = AutoencoderWanConfig.from_dict(CONFIG)
     assert (config.downscale, config.temporal_downscale, config.latent_channels) == (16, 4, 48)

@@ -112,7 +112,7 @@ def test_a_long_prompt_is_cut_with_a_warning(pipe):
         ({"temperature": -0.1}, "temperature must be 0 or more"),
         ({"method": "magic"}, "unknown sampling method"),
         ({"images": 0}, "images must be 1 or more"),
-        ({"kv_bits": 5}, "kept in 8 or 4 bits, or none, or auto, not '5'"),
+        ({"kv_bits": 5}, "kept in 8 or 4 bits, \"8,4\", the null branch's in 4, or none, or auto, not '5'"),
         ({"seed": -4}, "seed is a whole number"),
     ],
 )
@@ -143,6 +143,8 @@ def test_bits_of_keys_and_values(pipe, monkeypatch):
     monkeypatch.setattr(cache, "RECENT", 2)
     exact, again = (pipe.generate("a cat", seed=1, method="sequential", kv_bits=each) for each in (None, "none"))
     assert exact.settings.kv_bits == "none" and exact.images == again.images
+    both = [pipe.generate("a cat", seed=1, method="sequential", kv_bits=each) for each in ("8,4", (8, 4))]
+    assert both[0].settings.kv_bits == "8,4" and both[0].settings == both[1].settings
     found = pipe.generate("a cat", seed=1, method="sequential", kv_bits=8)
     assert found.settings.kv_bits == "8" and found.metadata[0]["settings"]["kv_bits"] == "8"
     assert 0 < np.abs(np.array(found.latents) - np.array(exact.latents)).max() < 0.3

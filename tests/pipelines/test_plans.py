@@ -69,11 +69,13 @@ def test_a_plan_of_another_precision_is_ignored(model):
     assert load(model, dtype="float16").plan == plan()
 
 
-def test_a_plan_is_for_keys_and_values_in_its_bits(model):
-    replace(plan(), kv_bits=8).save(model)
+@pytest.mark.parametrize("bits", [8, (8, 4)])
+def test_a_plan_is_for_keys_and_values_in_its_bits(model, bits):
+    replace(plan(), kv_bits=bits).save(model)
     pipe = load(model)
-    assert pipe.plan == replace(plan(), kv_bits=8)
-    assert pipe.method(pipe.settings.updated(kv_bits=8)) is pipe.plan
+    assert pipe.plan == replace(plan(), kv_bits=bits)
+    assert pipe.method(pipe.settings.updated(kv_bits=bits)) is pipe.plan
+    assert pipe.method(pipe.settings.updated(kv_bits=4)) == "rolling"
     assert pipe.method(pipe.settings.updated(kv_bits="none")) == "rolling"
     assert pipe.inversion() == "sequential"  # editing is exact
     plan().save(model)

@@ -277,7 +277,7 @@ def test_predicted_memory(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("in_mlx", "chosen_here")
-@pytest.mark.parametrize("kv_bits", ["8", "4"])
+@pytest.mark.parametrize("kv_bits", ["8", "8,4", "4"])
 def test_predicted_memory_with_keys_and_values_in_fewer_bits(tmp_path, kv_bits):
     """Where keys and values take most memory, as in the released model, the plan is within 15%."""
     shape = {"channels": 128, "top_block_channels": 512, "layers_per_block": [1, 1, 4], "img_size": 16, "head_dim": 64}

@@ -91,7 +91,7 @@ def test_predicted_peaks(tmp_path, name, batch, low_memory):
 
 
 @pytest.mark.usefixtures("in_mlx", "chosen_here")
-@pytest.mark.parametrize("kv_bits", [8, 4])
+@pytest.mark.parametrize("kv_bits", [8, (8, 4), 4])
 def test_predicted_peaks_with_quantized_keys_and_values(tmp_path, kv_bits):
     check(write_model(tmp_path, "narrow"), low_memory=True, batch=3, kv_bits=kv_bits)
 
@@ -193,6 +193,10 @@ def test_what_makes_it_grow():
     half, quarter = (plan(configs, dtype="bfloat16", size=(1024, 1024), kv_bits=bits) for bits in (8, 4))
     whole = plan(configs, dtype="bfloat16", size=(1024, 1024))
     assert 0.53 < half.kv_cache / whole.kv_cache < 0.55 and 0.28 < quarter.kv_cache / whole.kv_cache < 0.3
+    both = plan(configs, dtype="bfloat16", size=(1024, 1024), kv_bits=(8, 4))
+    assert both.kv_cache == (half.kv_cache + quarter.kv_cache) // 2
+    alone = [plan(configs, dtype="bfloat16", size=(1024, 1024), guidance=0.0, kv_bits=bits) for bits in (8, (8, 4))]
+    assert alone[0] == alone[1]
     larger = plan(configs, dtype="bfloat16", size=(512, 256))
     assert larger.kv_cache == one.kv_cache * (2048 + 128) // (1024 + 128)
     assert larger.activations["denoise"] > 2 * one.activations["denoise"]
@@ -246,9 +250,10 @@ def test_bits_of_keys_and_values_are_chosen_by_the_plan(tmp_path, monkeypatch):
     """The most that there is memory for; what helps most where there is for none."""
     directory = ModelDirectory(write_model(tmp_path, "wide"))
     requests = [MemoryRequest(directory, (256, 256), batch=512, low_memory=True)]
-    peaks = [requests[0].peak(bits) for bits in (0, 8, 4)]
-    assert peaks[0] > peaks[1] > peaks[2]
-    for room, bits in ((peaks[0], 0), (peaks[0] - 1, 8), (peaks[1] - 1, 4), (peaks[2] - 1, 4)):
+    peaks = [requests[0].peak(bits) for bits in (0, 8, (8, 4), 4)]
+    assert peaks[0] > peaks[1] > peaks[2] > peaks[3]
+    chosen = ((peaks[0], 0), (peaks[0] - 1, 8), (peaks[1] - 1, (8, 4)), (peaks[2] - 1, 4), (peaks[3] - 1, 4))
+    for room, bits in chosen:
         monkeypatch.setattr("mlx_starflow.planning.limits.available", lambda room=room: room)
         assert automatic_kv_bits(requests[0]) == bits
     small = MemoryRequest(directory, (16, 16))  # nothing of it would be quantized
@@ -265,6 +270,7 @@ def test_the_released_video_model_on_a_mac_of_32_gb():
         assert not dense.fits(32, low_memory=True) and eight.fits(32, low_memory=True)
         assert eight.kv_cache <= 0.55 * dense.kv_cache
     report = "\n".join(memory_report("apple/starflow-v"))
+    assert re.search(r"24 GB( +no){2}( +--kv-bits 4){2} +--kv-bits 8,4\n", report)
     assert re.search(r"32 GB +no +--kv-bits 4( +--kv-bits 8){3}\n", report)
     assert "chosen by itself where memory is short" in report
 

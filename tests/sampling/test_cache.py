@@ -90,13 +90,16 @@ def test_heads_that_cannot_be_quantized():
         sample(tiny.flow, tiny.x, tiny.text, kv_bits=8)
     with pytest.raises(StarflowError, match="heads of 24 numbers"):
         check_quantizable([block.config for block in tiny.flow.blocks], 4)
-    with pytest.raises(StarflowError, match="in 8 or 4 bits, or 0 as they are, not 5"):
+    with pytest.raises(
+        StarflowError, match=r"in 8 or 4 bits, in \(8, 4\), the null branch's in 4, or 0 as they are, not 5"
+    ):
         sample(tiny.flow, tiny.x, tiny.text, kv_bits=5)
 
 
 def test_small_caches_and_those_of_single_frames_stay_as_they_are():
     released = FlowConfig(32, 4, 1, 3072, [2, 2, 2, 2, 2, 24], txt_size=128, txt_dim=2048)
     assert block_kv_bits(released.blocks, 8) == [0, 0, 0, 0, 0, 8]
+    assert block_kv_bits(released.blocks, (8, 4)) == [0, 0, 0, 0, 0, (8, 4)]
     assert block_kv_bits(released.blocks, 0) == [0] * 6
     tarflow = [block.config for block in tiny_flow("tarflow").blocks]
     assert set(block_kv_bits(tarflow, 4)) == {4}
@@ -105,14 +108,43 @@ def test_small_caches_and_those_of_single_frames_stay_as_they_are():
 
 
 @pytest.mark.parametrize("family", ["softplus", "exp_all_text", "shifted", "frames"])
+@pytest.mark.parametrize("kv_bits", [8, (8, 4)])
 @pytest.mark.parametrize("method", ["sequential", JacobiSettings(block_size=2), RollingSettings(window=3)])
-def test_samples_are_nearly_those_of_dense_caches(nothing_recent, family, method):
+def test_samples_are_nearly_those_of_dense_caches(nothing_recent, family, method, kv_bits):
     tiny = tiny_case(family)
     guidance = 1.0
     exact = sample(tiny.flow, tiny.x, tiny.text, tiny.null_text, guidance, method)
-    found = sample(tiny.flow, tiny.x, tiny.text, tiny.null_text, guidance, method, kv_bits=8)
+    found = sample(tiny.flow, tiny.x, tiny.text, tiny.null_text, guidance, method, kv_bits=kv_bits)
     off = np.abs(np.array(found - exact))
-    assert 0 < off.max() < 0.2
+    assert 0 < off.max() < (0.2 if kv_bits == 8 else 1)
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_each_branch_has_its_bits(nothing_recent, step):
+    """Its part of the network's outputs is that of a cache whose bits are the same for both."""
+    tiny = tiny_case("softplus")
+    index = len(tiny.flow.blocks) - 1
+    z = tiny.flow.noise_tokens(tiny.x)
+    inputs = mx.concatenate([z, z])
+    found = {}
+    for bits in (8, (8, 4), 4):
+        guided = GuidedFlow(tiny.flow, tiny.x.shape, tiny.text, tiny.null_text, SamplingOptions(1.0, kv_bits=bits))
+        network = guided.decoder(index, *z.shape[:2]).network
+        outputs = [network(inputs[:, start : start + step]) for start in range(0, z.shape[1], step)]
+        network.trim(2)
+        outputs.append(network(inputs[:, -2:]))
+        found[bits] = np.array(mx.concatenate(outputs, axis=1))
+        assert network.known == z.shape[1]
+    half = len(z)
+    assert np.abs(found[8] - found[4]).max() > 1e-3
+    assert np.abs(found[8, 4][:half] - found[8][:half]).max() < 1e-5
+    assert np.abs(found[8, 4][half:] - found[4][half:]).max() < 1e-5
+
+
+def test_without_guidance_there_is_no_null_branch(nothing_recent):
+    tiny = tiny_case("softplus")
+    eight, both = (sample(tiny.flow, tiny.x, tiny.text, kv_bits=bits) for bits in (8, (8, 4)))
+    assert mx.array_equal(eight, both).item()
 
 
 def test_a_video_frame_by_frame(nothing_recent):
@@ -140,7 +172,9 @@ def trained(kv_cache):
     return kv_cache.pictures(kv_cache.trained(4), 4)
 
 
-@pytest.mark.parametrize(("bits", "nats", "largest", "more"), [(8, 1e-4, 0.05, 1.1), (4, 1e-3, 0.6, 1.4)])
+@pytest.mark.parametrize(
+    ("bits", "nats", "largest", "more"), [(8, 1e-4, 0.05, 1.1), ((8, 4), 1e-4, 0.5, 1.3), (4, 1e-3, 0.6, 1.4)]
+)
 def test_what_it_costs(kv_cache, trained, bits, nats, largest, more):
     """Exact likelihood, computed as samplers read, the certificate, and evaluations of a window."""
     for step in (1, 64):
@@ -148,6 +182,9 @@ def test_what_it_costs(kv_cache, trained, bits, nats, largest, more):
         nll, held = kv_cache.cached_nll(trained.flow, trained.data, trained.data_text, bits, step)
         assert abs((nll - dense).mean()) < nats
         assert held < 0.8 * size
+    dense, _ = trained.guided_nll(0)
+    nll, held = trained.guided_nll(bits)
+    assert abs((nll - dense).mean()) < 1e-3
     task = (trained.z[:1], trained.text[:1], trained.null, trained.guidance)
     counts = []
     for own in (0, bits):
@@ -175,3 +212,11 @@ def test_decoders_say_what_they_hold(trained):
         held.append(decoder.network.cache_bytes)
         decoder.rewind()
     assert held[0] == held[1]
+
+
+def test_guidance_of_a_part_of_the_tokens(kv_cache, trained):
+    """Of all it is guidance, of none it is none."""
+    noise = mx.array(draw_noise(range(2000, 2000 + len(trained.data)), trained.data.shape[1:]))
+    none = sample(trained.flow, noise, trained.data_text)
+    for share, expected in ((1.0, trained.guided_data), (0.0, none)):
+        assert mx.abs(kv_cache.partly_guided(trained, share) - expected).mean().item() < 5e-3

@@ -7,6 +7,7 @@ import pytest
 from helpers.tiny_flows import tiny_flow
 
 from mlx_starflow.models.flow import Condition
+from mlx_starflow.models.transformer import TransformerLayer
 from mlx_starflow.sampling import network
 from mlx_starflow.sampling.network import CompiledNetwork
 
@@ -48,3 +49,19 @@ def test_layers_are_launched_before_the_last_is_built(evaluations, monkeypatch):
     evaluations()
     # Each evaluation: its tokens, then what the first layer leaves for the next, then what layers 5 and 9 do.
     assert launched == [1, 4, 4, 4] * 4
+
+
+def test_a_width_is_traced_once_however_long_the_sequence(monkeypatch):
+    block = tiny_flow("image", layers_per_block=[1, LAYERS], txt_size=0, txt_dim=0).blocks[-1]
+    tokens = mx.random.normal((2, 64, block.config.in_channels), key=mx.random.key(0))
+    traced, before = [], TransformerLayer.before
+    monkeypatch.setattr(
+        TransformerLayer, "before", lambda self, x, rope: traced.append(x.shape[1]) or before(self, x, rope)
+    )
+    fed = CompiledNetwork(block, 2, 64, None, Condition(), 1.0)
+    for _ in range(3):
+        for width in (1, 3, 4):
+            for start in range(0, 64 - width, width):
+                mx.eval(fed(tokens[:, start : start + width]))
+            fed.trim(64)
+    assert sorted(traced) == sorted([1, 3, 4] * LAYERS)

@@ -56,6 +56,18 @@ def test_every_token_is_within_the_tolerance(tiny, window, tolerance):
             assert decoder.evaluations == tokens
 
 
+def test_windows_of_many_widths_are_traced_once(monkeypatch):
+    traced, cumprod = [], mx.cumprod
+    monkeypatch.setattr(mx, "cumprod", lambda x: traced.append(x.shape) or cumprod(x))
+    tiny = tiny_case("softplus")
+    z = tiny.flow(tiny.x, tiny.text).z
+    for batch in (1, 2, 3):
+        noise, text = (mx.concatenate([each[:1]] * batch) for each in (z, tiny.text))
+        for window in range(2, 12):
+            sample(tiny.flow, noise, text, method=RollingSettings(window, 1e-3))
+    assert len(traced) <= 1
+
+
 def test_a_loose_tolerance_saves_evaluations():
     tiny = tiny_case("softplus")
     z = tiny.flow(tiny.x, tiny.text).z

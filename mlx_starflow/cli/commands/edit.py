@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -13,20 +15,24 @@ from mlx_starflow.cli.options.images import inversion_option, metadata_option, m
 from mlx_starflow.cli.options.outputs import OUTPUT, claim_outputs, overwrite_option
 from mlx_starflow.cli.options.rules import excludes, needs, option_rules
 from mlx_starflow.cli.options.sampling import Number, with_options
+from mlx_starflow.cli.options.upscaling import UPSCALE_RULE, chosen_upscaler, upscale_options
 from mlx_starflow.cli.options.vocabulary import drawn_seed_option, json_option, quality_option
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-    from mlx_starflow.editing import Edit
-    from mlx_starflow.pipelines import Pipeline
+    from mlx_starflow.editing import Edit, Inpainting
+    from mlx_starflow.pipelines import Pipeline, Upscaler
+
+Made = TypeVar("Made", "Edit", "Inpainting")
 
 PICTURE = click.Path(path_type=Path)
 
 output_options = with_options(
     click.option("-o", "--output", type=OUTPUT, default="out.png", help="File to write."),
     overwrite_option,
+    upscale_options,
     quality_option,
     json_option,
 )
@@ -75,11 +81,14 @@ def edit() -> None:
 @metadata_option
 @inversion_option
 @model_options
+@option_rules(UPSCALE_RULE)
 def inpaint(
     picture: Path,
     mask: str,
     prompt: str,
     output: Path,
+    upscale: str | None,
+    upscale_model: str | None,
     quality: int | None,
     json_file: Path | None,
     feather: int | None,
@@ -106,6 +115,7 @@ def inpaint(
     image = _read(picture)
     free = read_mask(mask, image.size)
     output = _check(output, quality, None, None, [picture, Path(mask)], [json_file])
+    upscaler = chosen_upscaler(upscale, upscale_model)
     pipe, seed = _open(model, adapters, dtype, low_memory), _drawn(seed)
     result = pipe.inpaint(
         image,
@@ -122,8 +132,9 @@ def inpaint(
         progress=None,
     )
     sources = {"picture": str(picture), "mask": mask}
-    _save(result.images, output, quality, _described(result.metadata, sources) if metadata else None)
-    _write_json(json_file, output, result.metadata, sources, nll=result.nll.tolist())
+    for made in _and_enlarged(result, upscaler):
+        _save(made.images, output, quality, _described(made.metadata, sources) if metadata else None)
+    _write_json(json_file, output, made.metadata, sources, nll=result.nll.tolist())
     for number in range(images):
         nll = " ".join(f"{each:.3f}" for each in _thinned(result.nll[:, number]))
         click.echo(f"{output}: seed {seed + number}, {nll} nats per {pipe.dimension}", err=json_file == Path("-"))
@@ -145,7 +156,7 @@ def inpaint(
 @metadata_option
 @inversion_option
 @model_options
-@option_rules(needs("--seconds", "--frames"))
+@option_rules(UPSCALE_RULE, needs("--seconds", "--frames"))
 def reprompt(
     picture: Path,
     source: str,
@@ -154,6 +165,8 @@ def reprompt(
     frames: int | None,
     seconds: float | None,
     output: Path,
+    upscale: str | None,
+    upscale_model: str | None,
     quality: int | None,
     json_file: Path | None,
     batch_size: int,
@@ -173,6 +186,7 @@ def reprompt(
     """
     image = _read(picture)
     output = _check(output, quality, frames, seconds, [picture], [json_file])
+    upscaler = chosen_upscaler(upscale, upscale_model)
     result = _open(model, adapters, dtype, low_memory).reprompt(
         image,
         source,
@@ -184,8 +198,9 @@ def reprompt(
         progress=None,
     )
     sources = {"picture": str(picture)}
-    _write(result, output, quality, frames, seconds, _described(result.metadata, sources) if metadata else None)
-    _report(result, output, frames, json_file, sources)
+    for made in _and_enlarged(result, upscaler):
+        _write(made, output, quality, frames, seconds, _described(made.metadata, sources) if metadata else None)
+    _report(made, output, frames, json_file, sources)
 
 
 @edit.command()
@@ -207,6 +222,7 @@ def reprompt(
 @inversion_option
 @model_options
 @option_rules(
+    UPSCALE_RULE,
     needs("--seconds", "--frames"),
     excludes("--frames", "--images", reason="--frames shows the way to one picture: leave out --images"),
 )
@@ -220,6 +236,8 @@ def vary(
     frames: int | None,
     seconds: float | None,
     output: Path,
+    upscale: str | None,
+    upscale_model: str | None,
     quality: int | None,
     json_file: Path | None,
     batch_size: int,
@@ -240,6 +258,7 @@ def vary(
     """
     image = _read(picture)
     output = _check(output, quality, frames, seconds, [picture], [json_file])
+    upscaler = chosen_upscaler(upscale, upscale_model)
     result = _open(model, adapters, dtype, low_memory).vary(
         image,
         prompt,
@@ -253,8 +272,9 @@ def vary(
         progress=None,
     )
     sources = {"picture": str(picture)}
-    _write(result, output, quality, frames, seconds, _described(result.metadata, sources) if metadata else None)
-    _report(result, output, frames, json_file, sources)
+    for made in _and_enlarged(result, upscaler):
+        _write(made, output, quality, frames, seconds, _described(made.metadata, sources) if metadata else None)
+    _report(made, output, frames, json_file, sources)
 
 
 @edit.command()
@@ -268,6 +288,7 @@ def vary(
 @metadata_option
 @inversion_option
 @model_options
+@option_rules(UPSCALE_RULE)
 def interpolate(
     first: Path,
     second: Path,
@@ -276,6 +297,8 @@ def interpolate(
     frames: int | None,
     seconds: float | None,
     output: Path,
+    upscale: str | None,
+    upscale_model: str | None,
     quality: int | None,
     json_file: Path | None,
     batch_size: int,
@@ -295,6 +318,7 @@ def interpolate(
     frames = frames or 16
     images = _read(first), _read(second)
     output = _check(output, quality, frames, seconds, [first, second], [json_file])
+    upscaler = chosen_upscaler(upscale, upscale_model)
     result = _open(model, adapters, dtype, low_memory).interpolate(
         *images,
         (source, target),
@@ -305,8 +329,9 @@ def interpolate(
         progress=None,
     )
     sources = {"first": str(first), "second": str(second)}
-    _write(result, output, quality, frames, seconds, _described(result.metadata, sources) if metadata else None)
-    _report(result, output, frames, json_file, sources)
+    for made in _and_enlarged(result, upscaler):
+        _write(made, output, quality, frames, seconds, _described(made.metadata, sources) if metadata else None)
+    _report(made, output, frames, json_file, sources)
 
 
 # ---- what they share
@@ -323,6 +348,17 @@ def _open(model: str, adapters: tuple[tuple[str, float], ...], dtype: str | None
 
     cpu.hint_if_slow()
     return open_model(model, dtype=dtype, low_memory=low_memory, adapters=adapters)
+
+
+def _and_enlarged(result: Made, upscaler: Upscaler | None) -> Iterator[Made]:
+    """The result and then, if there is an upscaler, the same with enlarged images.
+
+    Both are written, one after the other: whoever stops the enlarging keeps what was made.
+    """
+    yield result
+    if upscaler is not None:
+        metadata = [upscaler.upscaled(each) for each in result.metadata]
+        yield replace(result, images=upscaler(result.images, progress=None), metadata=metadata)
 
 
 def _places(end: float, frames: int | None) -> list[float]:
@@ -388,7 +424,11 @@ def _report(result: Edit, output: Path, frames: int | None, json_file: Path | No
     where = ", ".join(f"{place:.2g}" for place in result.places)
     seeds = [seed for each in result.metadata for seed in each.get("seeds", [])]
     drawn = f", seed {', '.join(map(str, dict.fromkeys(seeds)))}" if seeds else ""
-    click.echo(f"{output}: {'strength' if frames is None else 'path'} {where}{drawn}", err=json_file == Path("-"))
+    steps = result.metadata[0].get("upscaled", []) if result.metadata else []
+    large = f", enlarged {steps[-1]['scale']} times by {steps[-1]['file']}" if steps else ""
+    click.echo(
+        f"{output}: {'strength' if frames is None else 'path'} {where}{drawn}{large}", err=json_file == Path("-")
+    )
 
 
 def _write_json(

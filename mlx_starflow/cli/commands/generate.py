@@ -26,6 +26,7 @@ from mlx_starflow.cli.options.sampling import (
 )
 from mlx_starflow.cli.options.text import Lines
 from mlx_starflow.cli.options.texts import check_not_text, text_options, write_texts
+from mlx_starflow.cli.options.upscaling import UPSCALE_RULE, chosen_upscaler, upscale_options
 from mlx_starflow.cli.options.vocabulary import Renamed, json_option, quality_option
 from mlx_starflow.errors import StarflowError
 
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
 @click.option("--separate", is_flag=True, help="One file for each picture (out-1.png, ...) instead of a grid.")
 @click.option("--columns", type=click.IntRange(min=1), help="Pictures in a row of the grid.")
 @text_options
+@upscale_options
 @quality_option
 @metadata_option
 @click.option(
@@ -96,6 +98,7 @@ if TYPE_CHECKING:
 @click.option("-v", "--verbose", is_flag=True, help="Say what each phase cost.")
 @tensor_parallel_option
 @option_rules(
+    UPSCALE_RULE,
     excludes("--load-noise", "--seed", reason="--load-noise is what --seed would draw: leave one of them out"),
     excludes(
         "--like",
@@ -142,6 +145,8 @@ def generate(
     columns: int | None,
     length: int | None,
     fill: bool,
+    upscale: str | None,
+    upscale_model: str | None,
     quality: int | None,
     metadata: bool,
     save_noise: Path | None,
@@ -244,8 +249,10 @@ def generate(
         asked, targets, seeds = _share(asked, targets, images, seeds)
         if not asked:
             return
+    upscaler = None
     with ranks.together():
         if ranks.first:
+            upscaler = chosen_upscaler(upscale, upscale_model, recipe)
             for path in targets:
                 media.check_output(path, quality=quality)
             read = [path for path in (source, load_noise) if path is not None]
@@ -330,6 +337,7 @@ def generate(
         save_noise=save_noise,
         steps_dir=steps_dir,
         noise_file=load_noise,
+        upscaler=upscaler,
         quality=quality,
         quiet=json_file == STDOUT,
     )

@@ -13,8 +13,8 @@ from mlx_starflow import cpu
 from mlx_starflow.cli.options.config_file import config_option, save_options
 from mlx_starflow.cli.options.interrupt import resumable
 from mlx_starflow.cli.options.outputs import OUTPUT
-from mlx_starflow.cli.options.rules import excludes, given_options, option_rules
-from mlx_starflow.cli.options.training import SHARE, training_options
+from mlx_starflow.cli.options.rules import excludes, given_options, needs, option_rules
+from mlx_starflow.cli.options.training import EVERY, SHARE, training_options
 from mlx_starflow.training.config import TrainingConfig, TrainingOptions
 
 if TYPE_CHECKING:
@@ -29,6 +29,19 @@ if TYPE_CHECKING:
 @click.option("--preset", default="small", show_default=True, help="Sizes: small, demo; tarflow, itarflow; text.")
 @click.option("--model-config", type=click.Path(path_type=Path), help="YAML or JSON file of the flow's sizes instead.")
 @click.option("--init", metavar="MODEL", help="Begin with the weights of this model's flow, and train it alone.")
+@click.option(
+    "--only",
+    type=click.Choice(["decoder"]),
+    help="Train this part of the model --init alone: pictures from latents with noise.",
+)
+@click.option(
+    "--perceptual",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    metavar="FILE",
+    help="Of a decoder: torchvision's VGG16, and again LPIPS' own weights; by default the model's encoder compares.",
+)
+@click.option("--adversarial-from", type=EVERY, help="Of a decoder: the step from which a discriminator takes part.")
 @click.option(
     "--encoders", show_default="those of --init, or demo", help="Model whose encoders a flow alone is trained on."
 )
@@ -46,6 +59,9 @@ if TYPE_CHECKING:
 @option_rules(
     excludes("--preset", "--model-config"),
     excludes("--init", "--preset", "--model-config", reason="--init says all of the flow: leave its config out"),
+    needs("--only", "--init"),
+    needs("--perceptual", "--only"),
+    needs("--adversarial-from", "--only"),
 )
 @click.pass_context
 def train(
@@ -55,6 +71,9 @@ def train(
     preset: str,
     model_config: Path | None,
     init: str | None,
+    only: str | None,
+    perceptual: tuple[Path, ...],
+    adversarial_from: int | None,
     encoders: str | None,
     validation: float,
     autoencoder_steps: int | None,
@@ -79,6 +98,7 @@ def train(
     mlx-starflow train classes -o model --preset tarflow            # a TarFlow, on pixels, with classes
     mlx-starflow train classes -o model --preset itarflow           # an iTARFlow, which is sampled in many steps
     mlx-starflow train book.txt -o model --preset text              # a flow over the characters of a text
+    mlx-starflow train pictures -o model --init my-model --only decoder    # clearer pictures of noisy latents
     mlx.launch -n 2 --backend ring -- mlx-starflow train pictures -o model
 
     A flow alone takes its autoencoder and its text encoder from the model ENCODERS. What is left out is the preset's or
@@ -91,6 +111,10 @@ def train(
     from mlx_starflow.training.recipes.presets import PIXEL_FLOWS, get_preset, preset_flow
     from mlx_starflow.training.recipes.text_flow import TEXT_FLOW, TEXT_PRESET
 
+    if only is not None:
+        assert init is not None  # --only needs it
+        _train_decoder(context, data, output, init, perceptual, adversarial_from, validation, training, resume)
+        return
     flow = None
     if init is not None:
         flow = flow_config_of(init)
@@ -123,6 +147,44 @@ def train(
         else:
             chosen = get_preset(preset).adjusted(training, autoencoder_steps=autoencoder_steps, text_length=text_length)
             _train_model(context, data, output, chosen, caption, resume, dry_run)
+
+
+OF_OTHERS = (
+    "--encoders", "--autoencoder-steps", "--text-length", "--caption", "--dry-run", "--caption-dropout",
+    "--context-full", "--context-partial", "--level-sampling", "--level-weight", "--checkpoint-layers", "--watch-every",
+    "--validate-every", "--patience",
+)  # fmt: skip
+"""Options that a decoder alone has no use for."""
+
+
+def _train_decoder(
+    context: click.Context,
+    data: Path,
+    output: Path,
+    init: str,
+    perceptual: tuple[Path, ...],
+    adversarial_from: int | None,
+    validation: float,
+    training: TrainingOptions,
+    resume: bool,
+) -> None:
+    from mlx_starflow.training.recipes.decoder import train_decoder
+
+    if given := given_options(*OF_OTHERS):
+        raise click.UsageError(f"{given[0]} is not about a decoder alone: leave it out")
+    with resumable():
+        train_decoder(
+            data,
+            init,
+            output,
+            training,
+            perceptual=perceptual,
+            adversarial_from=adversarial_from,
+            validation=validation,
+            resume=resume,
+            report=click.echo,
+            begin=lambda config: _save_settings(context, output, config, {}),
+        )
 
 
 def _train_flow(context: click.Context, run: NewFlow, resume: bool, dry_run: bool) -> None:

@@ -35,7 +35,7 @@ from mlx_starflow.cli.options.vocabulary import json_option, model_argument
 @dtype_option("the flow")
 @click.option(
     "--kv-bits",
-    type=click.Choice(["none", "8", "4"]),
+    type=click.Choice(["none", "8", "8,4", "4"]),
     default="none",
     help="Tune for keys and values in so many bits; the plan is used with these alone.",
 )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from mlx_starflow.cli.options.parallel import Ranks, tensor_parallel_option
 from mlx_starflow.cli.options.recorded import chosen_networks
 from mlx_starflow.cli.options.rules import excludes, needs, option_rules
 from mlx_starflow.cli.options.sampling import Size, lora_option, network_options, quantize_option, sampling_options
+from mlx_starflow.cli.options.upscaling import UPSCALE_RULE, chosen_upscaler, upscale_options
 from mlx_starflow.cli.options.vocabulary import Renamed, json_option
 from mlx_starflow.errors import StarflowError
 
@@ -76,6 +78,7 @@ SOURCES = ("image", "video", "extend")
     help="With --extend, begin the file with the video it goes on from.  [default: keep-source]",
 )
 @click.option("--crf", type=click.IntRange(0, 51), help="Quality of H.264, 0 the best.  [default: 18]")
+@upscale_options
 @metadata_option
 @click.option(
     "--like",
@@ -94,6 +97,7 @@ SOURCES = ("image", "video", "extend")
 @click.option("-v", "--verbose", is_flag=True, help="Say what each phase cost.")
 @tensor_parallel_option
 @option_rules(
+    UPSCALE_RULE,
     excludes("--size", "--ratio", reason="--size and --ratio both say the shape; leave one of them out"),
     excludes("--load-noise", "--seed", reason="--load-noise is what --seed would draw: leave one of them out"),
     excludes("--like", "PROMPT", "--prompt", reason="--like brings its own prompt; leave the other out"),
@@ -131,6 +135,8 @@ def video(
     preview: bool,
     keep_source: bool | None,
     crf: int | None,
+    upscale: str | None,
+    upscale_model: str | None,
     metadata: bool,
     source: Path | None,
     save_noise: Path | None,
@@ -178,8 +184,10 @@ def video(
         raise click.UsageError('there is no prompt: mlx-starflow video "waves at a beach" -m MODEL')
     if model is None:
         raise click.UsageError("give a model that makes videos: --model DIR")
+    upscaler = None
     with ranks.together():
         if ranks.first:
+            upscaler = chosen_upscaler(upscale, upscale_model, recipe)
             written = [output, output.with_name(f"{output.stem}-preview{output.suffix}")] if preview else [output]
             for each in written:
                 check_video_output(each, stream)
@@ -259,30 +267,37 @@ def video(
     how = made.metadata | ({} if crf is None else {"crf": crf})
     if extend is not None and not keep_source:
         how["keep_source"] = False
+    as_made = how
+    shown: Iterable[Image.Image] = made
+    total: int | None = made.frames
+    if extend is not None and keep_source:
+        shown, total = chain(_source_frames(extend, made), made), None
+    width, height = made.size
+    if upscaler is not None:
+        # A frame that is to be watched does not wait for others.
+        shown = upscaler.frames(shown, at_once=1 if stream else None)
+        how, width, height = upscaler.upscaled(how), upscaler.scale * width, upscaler.scale * height
     quality = CRF if crf is None else crf
     with ExitStack() as files:
         for path in beside:
-            rate, told = made.fps / pipe.vae_config.temporal_downscale, how | {"preview": True}
+            rate, told = made.fps / pipe.vae_config.temporal_downscale, as_made | {"preview": True}
             previews.writer = files.enter_context(
                 VideoWriter(path, rate, crf=quality, metadata=told if metadata else None, live=True)
             )
         writer = files.enter_context(
             VideoWriter(output, made.fps, crf=quality, metadata=how if metadata else None, live=stream)
         )
-        if extend is not None and keep_source:
-            for frame in _source_frames(extend, made):
-                writer.add(frame)
-        for frame in Bar(made, total=made.frames, desc="frames", unit="frame", disable=None):
+        for frame in Bar(shown, total=total, desc="frames", unit="frame", disable=None):
             writer.add(frame)
     origin = f"noise from {load_noise}" if made.seed is None else f"seed {made.seed}"
-    width, height = made.size
     quiet, stats = json_file == STDOUT, made.stats
     if json_file is not None:
         cost = {"seconds": stats.seconds, "memory": stats.memory, "evaluations": stats.evaluations}
         how |= {"preview": str(beside[0])} if beside else {}
         write_json({"file": str(output), "frames": writer.frames, "fps": made.fps, **how, **cost}, json_file)
     shape = f"{writer.frames} frames of {width}x{height} at {made.fps} a second"
-    click.echo(f"{output}: {prompt!r}, {shape}, {origin}", err=quiet)
+    large = "" if upscaler is None else f", enlarged by {upscaler}"
+    click.echo(f"{output}: {prompt!r}, {shape}, {origin}{large}", err=quiet)
     for path in beside:
         click.echo(f"{path}: previews, one of each latent frame", err=quiet)
     if verify:

@@ -78,6 +78,11 @@ overwrite_option = click.option(
 """Of commands that call `claim_outputs`."""
 
 
+def overwrites() -> bool:
+    """Whether the current command was given `--overwrite`."""
+    return bool(click.get_current_context().meta.get(_OVERWRITE))
+
+
 def claim_outputs(
     made: Sequence[Path] = (),
     files: Iterable[Path | None] = (),
@@ -102,7 +107,7 @@ def claim_outputs(
 
     others = [path for path in files if path is not None]
     check_outputs([*made, *others], folders=folders, inputs=inputs)
-    if click.get_current_context().meta.get(_OVERWRITE):
+    if overwrites():
         return [*made]
     for path in others:
         if _is_there(path):

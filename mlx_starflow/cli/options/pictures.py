@@ -16,7 +16,7 @@ import click
 from mlx_starflow.errors import StarflowError
 
 if TYPE_CHECKING:
-    from mlx_starflow.pipelines import GeneratedImage, ImageStream
+    from mlx_starflow.pipelines import GeneratedImage, ImageStream, Upscaler
     from mlx_starflow.pipelines.image import ImageMaker
 
 SECONDS = 60.0
@@ -43,6 +43,7 @@ class Pictures:
         save_noise: file for the noise that they came from.
         steps_dir: folder for the states on the way to them.
         noise_file: where the noise was given, its name.
+        upscaler: enlarges each picture before it is written; None: pictures are written as they are.
         quality: of JPEG and WebP files, see `media.images.save_image`.
         quiet: report on standard error, as standard output is for something else.
     """
@@ -57,6 +58,7 @@ class Pictures:
     save_noise: Path | None = None
     steps_dir: Path | None = None
     noise_file: Path | None = None
+    upscaler: Upscaler | None = None
     quality: int | None = None
     quiet: bool = False
     made: list[GeneratedImage] = field(default_factory=list)
@@ -66,7 +68,17 @@ class Pictures:
         return self
 
     def add(self, made: GeneratedImage) -> None:
-        """Write a picture, or keep it for the grid. Raises StarflowError."""
+        """Write a picture, or keep it for the grid. Raises StarflowError.
+
+        A picture that cannot be enlarged, or whose enlarging is stopped, is written as it was made.
+        """
+        try:
+            if self.upscaler is not None:
+                made = made.upscaled(self.upscaler, progress=None)
+        finally:
+            self._keep(made)
+
+    def _keep(self, made: GeneratedImage) -> None:
         from mlx_starflow.media.images import save_image
 
         self.made.append(made)
@@ -120,7 +132,8 @@ class Pictures:
             "evaluations": stats.evaluations,
             "student_evaluations": stats.student_evaluations,
         }
-        return {**self.pipe.origin(), "pictures": rows, "settings": self.stream.settings.to_dict(), **cost}
+        enlarged = {} if self.upscaler is None else {"upscaled": [self.upscaler.metadata]}
+        return {**self.pipe.origin(), "pictures": rows, **enlarged, "settings": self.stream.settings.to_dict(), **cost}
 
     @property
     def _is_grid(self) -> bool:
@@ -150,6 +163,8 @@ class Pictures:
         """How a grid of the pictures so far is made again."""
         result = self.stream.collect(self.made)
         how = self.pipe.grid_metadata(result) | ({"columns": self.columns} if self.columns else {})
+        if self.upscaler is not None and all("upscaled" in made.metadata for made in self.made):
+            how = self.upscaler.upscaled(how)
         several = len(self.made) > self.images
         if several and (self.best_of > 1 or len(self.made) % self.images):
             # No prompts times seeds make this grid again: the best of each prompt have seeds of their own, and of a
@@ -162,9 +177,12 @@ class Pictures:
         from tqdm import tqdm
 
         origin = f"noise from {self.noise_file}" if made.seed is None else f"seed {made.seed}"
+        large = ""
+        if self.upscaler is not None and "upscaled" in made.metadata:
+            large = f", enlarged by {self.upscaler}"
         fit = "" if made.fit is None else f", prompt fit {made.fit:.0f} nats, the best of {self.best_of}"
         with tqdm.external_write_mode(file=sys.stdout):  # progress bars make way
-            click.echo(f"{path}: {made.prompt!r}, {origin}{fit}", err=self.quiet)
+            click.echo(f"{path}: {made.prompt!r}, {origin}{fit}{large}", err=self.quiet)
 
 
 def _write_steps(made: GeneratedImage, number: int, folder: Path) -> None:

@@ -92,9 +92,9 @@ sampling_options = with_options(
     click.option("--denoise/--no-denoise", default=None, help="Clean the sample of the flow's training noise."),
     click.option(
         "--kv-bits",
-        type=click.Choice(["auto", "none", "8", "4"]),
-        help="Keep keys and values in 8 or 4 bits, which takes half of their memory or less, or none: as computed. By "
-        "default in as many as there is memory for.",
+        type=click.Choice(["auto", "none", "8", "8,4", "4"]),
+        help="Keep keys and values in 8 or 4 bits, which takes half of their memory or less; 8,4: in 8, and guidance's "
+        "null branch in 4; none: as computed. By default in as many as there is memory for.",
     ),
 )
 

@@ -11,7 +11,7 @@ import mlx.nn as nn
 from mlx_starflow.kernels import on_cpu
 from mlx_starflow.kernels.silu import silu as activated
 from mlx_starflow.models.autoencoder_kl_tiling import LOGITS
-from mlx_starflow.models.autoencoder_layers import PointwiseConv
+from mlx_starflow.models.autoencoder_layers import PointwiseConv, elementwise
 from mlx_starflow.models.autoencoder_wan.tiling import RowQueue, StreamState, Tiles, joined, kept, resplit, whole
 from mlx_starflow.models.minimal_filtering import correlate_3x3, correlate_doubled
 
@@ -21,13 +21,13 @@ _NORM_EPS = 1e-24
 # ---- norm
 
 
-# Compiled apart from the mean, which divides by a size.
-@mx.compile
+# Compiled apart from the mean, which divides by a size. Without shapes: a trace for each would never be let go of.
+@elementwise
 def _square(x: mx.array) -> mx.array:
     return mx.square(x.astype(mx.float32))
 
 
-@mx.compile
+@elementwise
 def _normalize(x: mx.array, mean_square: mx.array, gamma: mx.array, silu: bool) -> mx.array:
     y = x.astype(mx.float32) * mx.rsqrt(mean_square + _NORM_EPS) * gamma
     return (activated(y) if silu else y).astype(x.dtype)

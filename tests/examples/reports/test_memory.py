@@ -6,5 +6,5 @@ from helpers.paths import ROOT
 
 def test_memory():
     printed = run_example("reports/memory.py")
-    assert len(printed.splitlines()) == 7
+    assert len(printed.splitlines()) == 8
     assert printed in (ROOT / "README.md").read_text()
