@@ -145,7 +145,7 @@ def sample(
             if not flow.blocks[index].is_identity:
                 decoder = guided.decoder(index, batch, length)
                 if index in guesses:
-                    decoder.draft = decoder.block.permute(guesses[index], decoder.frames)
+                    decoder.draft = decoder.block.permute(tokens + guesses[index], decoder.frames)
                 counter.block, counter.state = index, partial(state_of, flow, decoder, z.shape)
                 tokens = invert_block(decoder, tokens, settings[index], advance=counter.advance)
                 evaluations, noise_floor = decoder.evaluations, decoder.noise_floor

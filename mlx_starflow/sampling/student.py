@@ -123,13 +123,17 @@ def check_drafts(student: Student, flow: Flow) -> list[int]:
 
 
 def drafts(student: Student, flow: Flow, z: mx.array, condition: mx.array | None = None) -> dict[int, mx.array]:
-    """First guesses of what each block makes of noise z, by its number: tokens `[B, N, C]` in raster order.
+    """What each block adds to the tokens that it reads, as a student guesses it for noise z: by the block's number,
+    tokens `[B, N, C]` in raster order.
 
-    One evaluation of the student. Whatever it guesses, the window that begins there ends at the flow's own sample.
+    One evaluation of the student. A block's first guess is what it reads, which is exact, and this: what the student
+    has got wrong in the blocks before does not count. Whatever it guesses, the window that begins there ends at the
+    flow's own sample.
 
     Raises:
         StarflowError: as `check_drafts`, or noise or condition do not fit.
     """
     active = check_drafts(student, flow)
-    outputs = student(student.tokens(z), student.grid(z.shape), condition)
-    return dict(zip(active, outputs[:-1], strict=True))
+    *states, _ = student(student.tokens(z), student.grid(z.shape), condition)
+    before = [flow.noise_tokens(z), *states[:-1]]
+    return {index: after - first for index, first, after in zip(active, before, states, strict=True)}

@@ -182,7 +182,7 @@ class _Sample:
         noise, data: the exact tokens that each block reads and writes.
         sequential: evaluations and seconds of each block.
         spent: network evaluations so far.
-        drafts: what a student guesses of each block, if there is one.
+        drafts: what a student guesses that each block adds, if there is one.
         certificate: of the sample.
     """
 
@@ -240,7 +240,7 @@ class _Sample:
         noise = self.noise[index]
         decoder = self.guided.decoder(index, *noise.shape[:2])
         if index in self.drafts:
-            decoder.draft = decoder.block.permute(self.drafts[index], decoder.frames)
+            decoder.draft = decoder.block.permute(noise + self.drafts[index], decoder.frames)
         steps = [time.perf_counter()]
         x = invert_block(decoder, noise, settings, advance=lambda tokens: steps.append(time.perf_counter()))
         mx.eval(x)

@@ -10,7 +10,7 @@ from helpers.tiny_flows import tiny_case
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.models.student import Student
-from mlx_starflow.sampling import GuidedFlow, RollingSettings, SamplingTrace, certify, sample
+from mlx_starflow.sampling import GuidedFlow, RollingSettings, SamplingPlan, SamplingTrace, certify, sample
 from mlx_starflow.sampling.sampler import invert_block
 from mlx_starflow.sampling.student import drafts, sample_student
 
@@ -57,13 +57,34 @@ def test_a_right_draft_takes_one_evaluation():
         tokens = data
 
 
-def test_drafts_are_the_heads_in_the_order_of_sampling():
+def test_drafts_are_what_blocks_add_by_the_heads_in_the_order_of_sampling():
     tiny, z = of_noise("identity_block")
     student = tiny_student(tiny.flow)
     found = drafts(student, tiny.flow, z, tiny.text)
     outputs = student(student.tokens(z), student.grid(z.shape), tiny.text)
     assert list(found) == [2, 0]
-    assert mx.array_equal(found[2], outputs[0]) and mx.array_equal(found[0], outputs[1])
+    assert mx.array_equal(found[2], outputs[0] - student.tokens(z))
+    assert mx.array_equal(found[0], outputs[1] - outputs[0])
+
+
+def test_a_draft_is_added_to_what_the_block_reads():
+    tiny, z = of_noise()
+    trace = SamplingTrace(keep_states=True)
+    sample(tiny.flow, z, tiny.text, trace=trace)
+    exact = [tiny.flow.tokens(state) for state in trace.states]
+
+    class Shifted(Student):
+        """It knows the deep block, and of the others what they add to a state that is off by one."""
+
+        def __call__(self, tokens, grid, condition=None, previous=None, time=None, gradient_checkpointing=False):
+            return [exact[0] + 1, exact[1] + 1, exact[2] + 1, tokens]
+
+    again = SamplingTrace()
+    student = Shifted(tiny_student(tiny.flow).config)
+    shallow = RollingSettings(guess="draft")
+    plan = SamplingPlan((shallow, shallow, DRAFTED), 1e-2, {})
+    sample(tiny.flow, z, tiny.text, method=plan, student=student, trace=again)
+    assert again.evaluations[0] > 1 and again.evaluations[1:] == [1, 1]
 
 
 def test_an_inverse_student_is_fed_with_its_own_sample():

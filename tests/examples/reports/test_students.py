@@ -18,7 +18,7 @@ def test_students(tmp_path: Path) -> None:
     write_images(tmp_path / "pictures", list(pictures.values()), [{"text": f"a {name}"} for name in pictures])
     options = ("--inverse", inverse, "--matching", matching, "--pictures", tmp_path / "pictures", "--samples", 3)
     printed = run_example("reports/students.py", model, *options)
-    rows = {row[1].strip(): row for line in printed.splitlines() if len(row := line.split("|")) == 8}
+    rows = {row[1].strip(): row for line in printed.splitlines() if len(row := line.split("|")) == 9}
     assert float(rows["teacher, sequential"][3]) == 32
     for name in ("teacher, sequential", "teacher, auto", "teacher, draft"):
         assert float(rows[name][4]) < 2e-2 and float(rows[name][5]) < 1e-2
