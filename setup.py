@@ -102,6 +102,7 @@ setup(
             "python-multipart>=0.0.18",
             "httpx",
             "openai",  # its client talks to our server
+            "scipy",  # formulas of evaluation are compared with it
         ],
         "torch": ["torch"],
         "video": ["av"],  # PyAV: MP4 and other video files

@@ -11,7 +11,8 @@ docs/text.md is about the New Testament in the King James Version, whose copyrig
 
 With --only one of them is trained; Ctrl-C saves, and the same command resumes. Without it what is not trained yet is
 trained, and both are measured on the held-out part of the text: bits per character, and how well they fill gaps, the
-transformer from what stands before a gap and the flow from both sides. OUT gets figures.json and samples.txt;
+flow from both sides and from what stands before a gap, the transformer from what stands before it, or by choosing of
+several such continuations the one that it likes best with what follows. OUT gets figures.json and samples.txt;
 docs/text.md shows them.
 """
 
@@ -46,10 +47,10 @@ from mlx_starflow.training.loop.objective import Batch, Metrics
 from mlx_starflow.training.loop.text_objective import text_loss, text_nats
 from mlx_starflow.training.loop.trainer import Trainer
 from mlx_starflow.training.loop.weights import assign
+from mlx_starflow.training.recipes.text_flow import AHEAD
 
 HELD_OUT = 0.05
 BATCH = 16
-DRAWS_OF_GAPS = 8
 COLD = 0.05
 """Temperature at which the flow takes the most likely character, nearly always."""
 
@@ -116,6 +117,7 @@ def new_models(args: argparse.Namespace, alphabet: str) -> tuple[TextFlow, Trans
         layers_per_block=args.layers,
         components=[len(alphabet)] + [0] * (len(args.layers) - 1),
         head_dim=args.channels // 4,
+        ahead=AHEAD,
     )
     mx.random.seed(0)
     flow = TextFlow(config)
@@ -172,13 +174,25 @@ def transformer_bits(model: Transformer, windows: np.ndarray) -> float:
 
 
 def gap_bits(flow: TextFlow, texts: np.ndarray, gap: slice, draws: int) -> np.ndarray:
-    """Bits per character of what stands in a gap of each text, given both sides: by the ELBO."""
+    """Bits per character of what stands in a gap of each text, given the rest of it, `[B]`: the importance-weighted
+    bound of so many draws, which is above what the flow needs to fill the gap so."""
     hidden = [gap.start <= place < gap.stop for place in range(texts.shape[1])]
     reading, found = flow.filling(hidden), []
     for draw in range(draws):
         noise = mx.random.normal((*texts.shape, flow.config.size), key=mx.random.key(draw))
-        found.append(np.array(reading.log_weights(mx.array(texts), noise)[:, gap].mean(axis=1)))
-    return -np.mean(found, axis=0) / math.log(2)
+        parts = reading.log_weights(mx.array(texts), noise)[:, gap]
+        found.append(np.array(parts.sum(axis=1), np.float64))
+    weighted = np.logaddexp.reduce(found, axis=0) - math.log(draws)
+    return -weighted / ((gap.stop - gap.start) * math.log(2))
+
+
+def filled_by(flow: TextFlow, texts: np.ndarray, gap: slice, temperature: float) -> np.ndarray:
+    """What a flow fills a gap of texts `[B, T]` with, given the rest of them."""
+    hidden = [gap.start <= place < gap.stop for place in range(texts.shape[1])]
+    noise = mx.random.normal((2, *texts.shape, flow.config.size), key=mx.random.key(gap.start))
+    reading = flow.filling(hidden).at_temperature(temperature)
+    filled = fill_gaps(reading, flow.codebook.encode(mx.array(texts), noise[0]), noise[1], hidden)
+    return np.array(flow.codebook.decode(filled.x))[:, gap]
 
 
 def continued(model: Transformer, texts: np.ndarray, count: int, temperature: float, seed: int = 0) -> np.ndarray:
@@ -202,40 +216,51 @@ def best_continued(model: Transformer, texts: np.ndarray, gap: slice, candidates
     return chosen[:, gap]
 
 
-def matches(filled: np.ndarray, right: np.ndarray) -> dict[str, float]:
-    """How many gaps, and how many of their characters, are as they were."""
-    same = filled == right
-    return {"gaps": float(same.all(axis=1).mean()), "characters": float(same.mean())}
+def mean_of(values: np.ndarray) -> tuple[float, float]:
+    """The mean of one value a text, and its standard error."""
+    values = values.astype(np.float64)
+    return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values)))
 
 
 def fill_figures(
-    flow: TextFlow, transformer: Transformer, windows: np.ndarray, length: int, candidates: int
-) -> dict[str, dict[str, float]]:
-    """Gaps of `length` characters, somewhere in the middle half of each window, filled by both."""
+    flow: TextFlow, transformer: Transformer, windows: np.ndarray, length: int, candidates: int, draws: int
+) -> dict[str, dict[str, tuple[float, float]]]:
+    """Gaps of `length` characters, somewhere in the middle half of each window, filled by both; see `compare`.
+
+    Returns:
+        Of each way of filling them bits per character, and the shares of gaps and of characters that are as they were,
+        each with its standard error; bits also as the difference from the flow's that reads both sides.
+    """
     rng, size = np.random.default_rng(length), windows.shape[1]
-    known: dict[str, list[np.ndarray]] = {}
+    bits: dict[str, list[np.ndarray]] = {}
+    same: dict[str, list[np.ndarray]] = {}
     for texts in np.array_split(windows, max(1, len(windows) // BATCH)):
         start = int(rng.integers(size // 4, 3 * size // 4 - length + 1))
         gap = slice(start, start + length)
-        hidden = [gap.start <= place < gap.stop for place in range(size)]
-        found = {"right": texts[:, gap], "flow bits": gap_bits(flow, texts, gap, DRAWS_OF_GAPS)}
-        log_probabilities = np.array(transformer(mx.array(texts[:, : gap.stop - 1]))[:, gap.start :])
-        picked = np.take_along_axis(log_probabilities, texts[:, gap, None].astype(np.int64), axis=-1)[..., 0]
-        found["transformer bits"] = -picked.mean(axis=1) / math.log(2)
-        found["transformer"] = continued(transformer, texts[:, : gap.start], length, 0.0)[:, gap]
-        found["transformer, best of several"] = best_continued(transformer, texts, gap, candidates)
-        reading = flow.filling(hidden).at_temperature(COLD)
-        noise = mx.random.normal((2, *texts.shape, flow.config.size), key=mx.random.key(start))
-        filled = fill_gaps(reading, flow.codebook.encode(mx.array(texts), noise[0]), noise[1], hidden)
-        found["flow"] = np.array(flow.codebook.decode(filled.x))[:, gap]
-        for name, value in found.items():
-            known.setdefault(name, []).append(value)
-    whole = {name: np.concatenate(values) for name, values in known.items()}
-    figures = {
-        name: matches(whole[name], whole["right"]) for name in whole if "right" not in name and "bits" not in name
-    }
-    for name in ("flow", "transformer"):
-        figures[name]["bits"] = float(whole[f"{name} bits"].mean())
+        left = texts[:, : gap.stop]
+        log_probabilities = np.array(transformer(mx.array(left[:, :-1]))[:, gap.start :])
+        picked = np.take_along_axis(log_probabilities, left[:, gap, None].astype(np.int64), axis=-1)[..., 0]
+        for name, found in (
+            ("flow", gap_bits(flow, texts, gap, draws)),
+            ("flow, left side alone", gap_bits(flow, left, gap, draws)),
+            ("transformer", -picked.mean(axis=1) / math.log(2)),
+        ):
+            bits.setdefault(name, []).append(found)
+        for name, filled in (
+            ("flow", filled_by(flow, texts, gap, COLD)),
+            ("flow, left side alone", filled_by(flow, left, gap, COLD)),
+            ("transformer", continued(transformer, texts[:, : gap.start], length, 0.0)[:, gap]),
+            ("transformer, best of several", best_continued(transformer, texts, gap, candidates)),
+        ):
+            same.setdefault(name, []).append(filled == texts[:, gap])
+    figures: dict[str, dict[str, tuple[float, float]]] = {}
+    for name, parts in same.items():
+        rows = np.concatenate(parts)
+        figures[name] = {"gaps": mean_of(rows.all(axis=1)), "characters": mean_of(rows.mean(axis=1))}
+    needed = {name: np.concatenate(parts) for name, parts in bits.items()}
+    for name, values in needed.items():
+        figures[name]["bits"] = mean_of(values)
+        figures[name]["bits above the flow's"] = mean_of(values - needed["flow"])
     return figures
 
 
@@ -270,7 +295,8 @@ def compare(args: argparse.Namespace, flow: TextFlow, transformer: Transformer, 
         "sampling": sampling_figures(flow),
     }
     figures["gaps"] = {
-        length: fill_figures(flow, transformer, windows, length, args.candidates) for length in args.gaps
+        length: fill_figures(flow, transformer, windows, length, args.candidates, args.gap_draws)
+        for length in args.gaps
     }
     (args.out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
     pipe = TextPipeline("flow", flow)
@@ -303,6 +329,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--ema", type=float, default=0.995)
     parser.add_argument("--draws", type=int, default=64, help="of the codebook's noise, for the bounds")
     parser.add_argument("--gaps", type=int, nargs="+", default=[4, 8, 16], help="characters that are hidden")
+    parser.add_argument("--gap-draws", type=int, default=16, help="of the noise, for the bound of what is hidden")
     parser.add_argument("--windows", type=int, default=160, help="held-out ones that both are measured on")
     parser.add_argument("--candidates", type=int, default=8, help="continuations that the transformer chooses from")
     parser.add_argument("--sample-length", type=int, default=384)

@@ -105,7 +105,7 @@ class NativeNetwork:
         config, prefix = block.config, condition.prefix
         if config.head_dim % LANES or config.num_heads % config.num_kv_heads or not config.num_layers:
             raise Unsuitable
-        self._config = config
+        self._config, self._input_size = config, block.input_size
         self.batch, self.prefix_length, self.position = batch, 0 if prefix is None else prefix.shape[1], 0
         self.capacity = self.prefix_length + length
         mx.eval(block.parameters())
@@ -125,7 +125,7 @@ class NativeNetwork:
             batch=batch,
             capacity=self.capacity,
             layers=self._layers,
-            input=self._linear(block.proj_in, config.in_channels, config.channels, transposed=True),
+            input=self._linear(block.input_layer, block.input_size, config.channels, transposed=True),
             norm=self._norm(block.get("final_norm"), config.channels),
             output=self._linear(block.proj_out, config.channels),
         )
@@ -177,7 +177,7 @@ class NativeNetwork:
 
     def _evaluate(self, inputs: np.ndarray) -> np.ndarray:
         """Tokens `[B, n, C]` -> outputs of the last layer, `[B, n, outputs]`."""
-        _demand(inputs, np.float32, (self.batch, inputs.shape[1], self._config.in_channels))
+        _demand(inputs, np.float32, (self.batch, inputs.shape[1], self._input_size))
         hidden = np.empty((*inputs.shape[:2], self._block.channels), np.float32)
         outputs = np.empty((*inputs.shape[:2], self._block.output.outputs), np.float32)
         tokens = _Tokens(inputs=_address(inputs), outputs=_address(outputs))

@@ -145,6 +145,7 @@ def _identity(
     plan = model.method(sampling)
     return {
         "model": mark,
+        "precision": model.backend.flow_precision,
         "adapters": [list(each) for each in model.backend.adapters],
         "features": features.identity if features else "own",
         "clip": clip.identity if clip else None,

@@ -291,12 +291,35 @@ class FlowBlock(nn.Module):
             return None
         return mx.broadcast_to(self.sos_embed, (batch, 1, self.config.in_channels))
 
+    @property
+    def reads_in_order(self) -> bool:
+        """Whether what predicts a token is the one that the block reads just before it."""
+        return True
+
+    @property
+    def input_size(self) -> int:
+        """Numbers of each of a block's `inputs`."""
+        return self.config.in_channels
+
+    @property
+    def input_layer(self) -> nn.Linear:
+        """The linear layer that reads what `inputs` gives."""
+        return self.proj_in
+
+    def inputs(self, x: mx.array, first: mx.array | None, start: int, stop: int) -> mx.array:
+        """What predicts tokens `start` to `stop` of x `[B, N, C]`, in the block's order: the tokens before them.
+
+        `first` is what `first_input` gives; if that is None, nothing predicts token 0, and it reads nothing.
+        """
+        before = x[:, max(start - 1, 0) : stop - 1]
+        return before if start or first is None else mx.concatenate([first.astype(x.dtype), before], axis=1)
+
     def embed(self, tokens: mx.array, start: int = 0, offset: mx.array | None = None) -> mx.array:
         """Input tokens `[B, n, C]`, the first of them number `start` in the block's order, -> `[B, n, channels]`.
 
         `offset` is the condition's.
         """
-        h = self.proj_in(tokens.astype(self.dtype))
+        h = self.input_layer(tokens.astype(self.dtype))
         added = self.added(start, start + tokens.shape[1], offset)
         return h if added is None else h + added
 
@@ -364,7 +387,7 @@ class FlowBlock(nn.Module):
         """
         batch, length, _ = x.shape
         first = self.first_input(batch)
-        inputs = x if first is None else mx.concatenate([first.astype(x.dtype), x[:, :-1]], axis=1)
+        inputs = x if first is None else self.inputs(x, first, 0, length)
         if context_mask is not None:
             inputs = inputs * context_mask[..., None]
         h = self.embed(inputs, 0, condition.offset)

@@ -374,8 +374,9 @@ def decoder_state(config: AutoencoderWanConfig, height: int, width: int, item: i
 def decode_video(config: AutoencoderWanConfig, height: int, width: int, item: int) -> int:
     """Decoding latent frames of `height` x `width`, one at a time: the length does not count.
 
-    Besides what is held there are two rows of every layer that works in tiles, five arrays of the largest tile (what
-    it reads with its neighbours, normalized and activated, what it makes, a sum), and the frames themselves twice.
+    Besides what is held there are two rows of every layer that works in tiles, eight arrays of the largest tile (what
+    it reads with its neighbours, normalized and activated, what it makes, a sum; on a CPU the combinations of
+    `models.minimal_filtering`, and kernels), and the frames themselves twice.
     """
     rows_held, work = 0, 0
     tile_rows = config.tile_rows(width)
@@ -386,7 +387,7 @@ def decode_video(config: AutoencoderWanConfig, height: int, width: int, item: in
             if each.rows > tile_rows:
                 rows_held += 2 * (each.frames + each.kept) * each.columns * each.inputs
         positions = each.frames * rows * each.columns * (4 if each.doubles else 1)
-        work = max(work, 5 * positions * max(each.inputs, each.outputs))
+        work = max(work, 8 * positions * max(each.inputs, each.outputs))
     pixels = config.temporal_downscale * height * width * config.downscale**2 * CHANNELS
     return decoder_state(config, height, width, item) + int(item * (rows_held + MARGIN * work + 2 * pixels))
 

@@ -8,7 +8,7 @@ from mlx_starflow.errors import NotFinite
 from mlx_starflow.models.flow import Condition, FlowBlock, block_products_in
 from mlx_starflow.sampling.cache import KVBits
 from mlx_starflow.sampling.guidance import Guidance
-from mlx_starflow.sampling.inverter import CouplingInverter, Inverter, make_inverter
+from mlx_starflow.sampling.inverter import CouplingInverter, Inverter, MLXInverter, make_inverter
 from mlx_starflow.sampling.network import cached_network
 
 
@@ -69,7 +69,9 @@ class BlockDecoder:
             self._inverter = CouplingInverter(self.network, z, self.start, self.block)
             return
         weight = 0.0 if guidance is None else guidance.at(-first, z.shape[1], self.length - first)
-        self._inverter = make_inverter(self.network, z, self.start, self.block.config.affine, guidance, weight)
+        arguments = (self.network, z, self.start, self.block.config.affine, guidance, weight)
+        in_order = self.block.reads_in_order
+        self._inverter = make_inverter(*arguments) if in_order else MLXInverter(*arguments, self.block.inputs)
 
     def data(self, start: int, stop: int) -> mx.array:
         """Tokens `start` to `stop` of the data, as far as they are made."""

@@ -16,6 +16,7 @@ from mlx_starflow.sampling.network import CachedNetwork
 
 Predict = Callable[[mx.array, "float | mx.array"], "tuple[mx.array, mx.array]"]
 Couple = Callable[[mx.array, mx.array], mx.array]
+Read = Callable[[mx.array, "mx.array | None", int, int], mx.array]
 Invert = Callable[[mx.array, mx.array, "float | mx.array"], mx.array]
 
 
@@ -83,10 +84,11 @@ class MLXInverter:
         affine: AffineMap,
         guidance: Guidance | None,
         weight: float | mx.array,
+        read: Read | None = None,
     ):
-        """Arguments as for `make_inverter`."""
+        """Arguments as for `make_inverter`; `read` is `FlowBlock.inputs` of a block that does not read in order."""
         self.network, self.z, self.x, self.first_input, self.weight = network, z, mx.array(z), first_input, weight
-        self.copies = 1 if guidance is None else 2
+        self.copies, self.read = 1 if guidance is None else 2, read
         self.to_affine, self.to_data = affine_functions(affine, guidance)
 
     def data(self, start: int, stop: int) -> mx.array:
@@ -114,6 +116,8 @@ class MLXInverter:
         return float(change)
 
     def _inputs(self, start: int, stop: int, lag: int = 0) -> mx.array:
+        if self.read is not None:
+            return self.read(self.x, self.first_input, start, stop)
         inputs = self.x[:, max(start - 1, 0) - lag : stop - 1 - lag]
         if self.copies == 2:
             inputs = mx.concatenate([inputs, inputs])
@@ -132,7 +136,7 @@ class CouplingInverter(MLXInverter):
     def __init__(self, network: CachedNetwork, z: mx.array, first_input: mx.array | None, block: FlowBlock):
         """`block` has the coupling; the other arguments are those of `make_inverter`."""
         self.network, self.z, self.x, self.first_input, self.weight = network, z, mx.array(z), first_input, 0.0
-        self.copies = 1
+        self.copies, self.read = 1, None if block.reads_in_order else block.inputs
         self._to_noise, self._to_data = coupling_functions(block)
 
     def predict(self, start: int, stop: int) -> tuple[mx.array, mx.array]:

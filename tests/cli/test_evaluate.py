@@ -70,7 +70,8 @@ def test_official_statistics_need_inception(directory, tmp_path) -> None:
 
 def test_killed_and_resumed(directory, data, tmp_path) -> None:
     """kill -9 at any time loses nothing that was finished, and the result is the same."""
-    options = [directory, "--data", data, *SHORT, "--count", 200, "--json"]
+    # The other process would choose its precision by the machine, whatever this one is told.
+    options = [directory, "--data", data, *SHORT, "--count", 200, "--dtype", "float32", "--json"]
     assert evaluate(*options, tmp_path / "whole.json").exit_code == 0
     out = tmp_path / "out"
     command = [sys.executable, "-m", "mlx_starflow", "evaluate", *map(str, options), "-", "-o", str(out)]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from helpers.commands import message
 from helpers.images import smooth_images, write_images
+from helpers.precision import bound, roundings
 
 from mlx_starflow.errors import Cancelled
 from mlx_starflow.evaluation import (
@@ -77,7 +78,9 @@ def test_samples_are_those_of_generate(model, files) -> None:
     real = features(np.stack([np.asarray(model.fit(each.open())) for each in files[0]]))
     made = features(np.stack([np.asarray(image) for image in images]))
     expected = frechet_distance(Gaussian.of(real), Gaussian.of(made))
-    assert found["samples"]["frechet"] == pytest.approx(expected, rel=1e-3)
+    # Pictures of a batch and pictures alone: in half precision latents are up to 10 roundings apart (see `roundings`),
+    # and covariances, which are quadratic in features, by twice as much.
+    assert found["samples"]["frechet"] == pytest.approx(expected, rel=bound(1e-3, roundings(20)))
 
 
 def test_stopped_anywhere_and_gone_on_with(model, files, tmp_path) -> None:

@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from helpers.commands import message
+from helpers.precision import bound
 
 from mlx_starflow.evaluation.features import (
     INCEPTION_FILE,
@@ -59,7 +60,7 @@ def test_own_features(model) -> None:
     found = features(pixels)
     assert found.shape == (9, features.dimensions) and found.dtype == np.float32
     assert np.isfinite(found).all()
-    np.testing.assert_allclose(found[8:], features(pixels[8:]), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found[8:], features(pixels[8:]), rtol=bound(1e-4, 0.02), atol=bound(1e-5, 0.02))
 
 
 def test_stages_are_what_the_encoder_goes_through(latent_flow) -> None:

@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_starflow.model_dir.saving import save_model
 from mlx_starflow.model_dir.weights import parameters
 from mlx_starflow.models.text_flow import TextFlow, TextFlowConfig
-from mlx_starflow.models.text_flow.network import codebook_mixture
+from mlx_starflow.models.text_flow.block import codebook_mixture
 
 CONFIG = {
     "alphabet": "abcdefg ", "length": 12, "channels": 32, "head_dim": 16, "layers_per_block": [2, 1],

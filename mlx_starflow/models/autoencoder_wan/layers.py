@@ -56,12 +56,17 @@ def correlate(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
     if on_cpu():
         frames = [x[i : i + 1] for i in range(x.shape[0])]
         if _is_large(x, weight):
-            return mx.stack([correlate_3x3(each[0], weight, bias) for each in frames])
+            return _stacked([correlate_3x3(each[0], weight, bias) for each in frames])
         return mx.concatenate([_sum_of_products(each, weight, bias) for each in frames])
     if weight.shape[1] == 1:
         y = mx.conv2d(x.flatten(0, 1), weight[:, 0])
         return y.reshape(*x.shape[:2], *y.shape[1:]) + bias
     return mx.conv3d(x, weight) + bias
+
+
+def _stacked(videos: list[mx.array]) -> mx.array:
+    """Without a copy if there is only one."""
+    return videos[0][None] if len(videos) == 1 else mx.stack(videos)
 
 
 LARGE = 512
@@ -233,7 +238,7 @@ class Upsample(_RowConv):
         B, T, n, W, C = x.shape
         weight, bias = self.resample.weight[:, None], self.resample.bias
         if on_cpu():
-            return mx.stack([correlate_doubled(x[i], weight, bias) for i in range(B)])
+            return _stacked([correlate_doubled(x[i], weight, bias) for i in range(B)])
         x = mx.broadcast_to(x[:, :, :, None, :, None], (B, T, n, 2, W, 2, C)).reshape(B, T, 2 * n, 2 * W, C)
         # Of the window's borders, one of the two rows and columns that they have become is enough.
         return correlate(x[:, :, 1:-1, 1:-1], weight, bias)

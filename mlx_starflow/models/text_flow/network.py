@@ -25,40 +25,21 @@ from mlx_starflow.errors import StarflowError
 from mlx_starflow.kernels.affine import GuidanceMode
 from mlx_starflow.models.configs import FLOW, MOST_LAYERS, write_config
 from mlx_starflow.models.denoiser import Denoiser
-from mlx_starflow.models.flow import BlockConfig, Condition, Conditions, FlowBlock, FlowOutput, run_blocks
+from mlx_starflow.models.flow import Condition, Conditions, FlowOutput, run_blocks
 from mlx_starflow.models.rope import line_frequencies
+from mlx_starflow.models.text_flow.block import TextBlock, TextBlockConfig
 from mlx_starflow.models.text_flow.codebook import Codebook
-from mlx_starflow.models.text_flow.mixture import HALF_LOG_2PI, Mixture
+from mlx_starflow.models.text_flow.mixture import HALF_LOG_2PI
+from mlx_starflow.models.text_flow.reading import gap_orders
 
 UNKNOWN = "\ufffd"
 """Stands for characters that are not in the alphabet, if it is in the alphabet itself."""
 
-OFFSET = 0.05
-"""Share of what the network gives for means and log sigma that is added to them. A step of training changes each of its
-outputs by about the learning rate times its width, which is much in components as narrow as these."""
-
 MOST_CHARACTERS = 4096
 """Of an alphabet."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class TextBlockConfig(BlockConfig):
-    """One block of a text flow."""
-
-    positions: int
-    """Tokens of the longest text."""
-    components: int = 0
-    """Gaussians of the mixture coupling; 0: the coupling is affine."""
-    tied: bool = False
-    """The components are the codebook, to which the network adds; else the block has a mixture of its own for that."""
-    groups: int = 1
-    """Characters of a token, each with a mixture of its own."""
-
-    @property
-    def mixture(self) -> Mixture | None:
-        if not self.components:
-            return None
-        return Mixture(self.components, self.groups, self.in_channels // self.groups)
+MOST_AHEAD = 64
+"""Next tokens that are read in a gap."""
 
 
 @dataclass
@@ -68,7 +49,9 @@ class TextFlowConfig:
     `alphabet` holds its characters, each once; `length` is how many of them a text has at most, and `size` how many
     numbers stand for one of them. `patch_size` characters are a token. `layers_per_block` counts the layers of each
     block, data side first, and `components` the Gaussians of its mixture coupling, for each character of a token; 0 is
-    an affine coupling. Where the first block has as many as there are characters, they are the codebook's own.
+    an affine coupling. Where the first block has as many as there are characters, they are the codebook's own. The
+    first block reads tokens also as the characters that they are, and in a gap those of the `ahead` next ones that are
+    known; with 0 it reads their numbers alone, and does not see where a gap ends.
     """
 
     alphabet: str
@@ -80,12 +63,14 @@ class TextFlowConfig:
     patch_size: int = 1
     head_dim: int = 32
     expansion: int = 4
+    ahead: int = 0
 
     noise_std = 0.0
 
     def __post_init__(self) -> None:
         names = ("length", "channels", "size", "patch_size", "head_dim", "expansion")
         FLOW.positive(**{name: getattr(self, name) for name in names})
+        FLOW.require(0 <= self.ahead <= MOST_AHEAD, f"ahead must be in 0..{MOST_AHEAD}")
         count = len(self.alphabet)
         FLOW.require(2 <= count <= MOST_CHARACTERS, f"alphabet must have 2 to {MOST_CHARACTERS} characters")
         FLOW.require(len(set(self.alphabet)) == count, "alphabet must have each character once")
@@ -129,6 +114,7 @@ class TextFlowConfig:
             components=self.components[index],
             tied=index == 0 and self.components[0] == len(self.alphabet),
             groups=self.patch_size,
+            ahead=0 if index else self.ahead,
         )
 
     @classmethod
@@ -138,115 +124,6 @@ class TextFlowConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return write_config(self)
-
-
-class TextBlock(FlowBlock):
-    """A flow block over text: rotary positions of what it has read, learned ones of what it predicts."""
-
-    config: TextBlockConfig
-    _codebook: Codebook
-    _order: mx.array | None
-    _temperature: float
-
-    def __init__(self, config: TextBlockConfig, codebook: Codebook):
-        super().__init__(config)
-        # Past the module, which would count the flow's codebook as this block's too.
-        object.__setattr__(self, "_codebook", codebook)
-        if (mixture := config.mixture) is not None:
-            self.proj_out = nn.Linear(config.channels, mixture.outputs)
-            self.proj_out.weight = mx.zeros_like(self.proj_out.weight)
-            self.proj_out.bias = mx.zeros_like(self.proj_out.bias)
-            if not config.tied:
-                self.mixture = codebook_mixture(mixture, codebook)
-        self.pos_embed = 0.01 * mx.random.normal((config.positions, config.channels))
-        self.jump_embed = 0.3 * mx.random.normal((config.channels,))
-        self._set(None, 1.0)
-
-    def _set(self, order: mx.array | None, temperature: float) -> None:
-        # Past the module, which would take an array for a weight.
-        object.__setattr__(self, "_order", order)
-        object.__setattr__(self, "_temperature", temperature)
-
-    def at(self, order: mx.array | None, temperature: float) -> TextBlock:
-        """This block, with the same weights, reading tokens in another order and choosing at another temperature."""
-        block = copy.copy(self)
-        block._set(order, temperature)
-        return block
-
-    @property
-    def is_affine(self) -> bool:
-        return not self.config.components
-
-    def order(self, length: int) -> mx.array:
-        """Places in the text of the tokens that the block reads, first to last, `[length]`."""
-        if self._order is not None:
-            return self._order
-        forward = mx.arange(length)
-        return forward[::-1] if self.config.flip else forward
-
-    def permute(self, x: mx.array, frames: int = 1) -> mx.array:
-        return super().permute(x, frames) if self._order is None else x[:, self._order]
-
-    def unpermute(self, x: mx.array, frames: int = 1) -> mx.array:
-        return super().unpermute(x, frames) if self._order is None else x[:, mx.argsort(self._order)]
-
-    def rope_frequencies(self, rope_frequencies: mx.array | None, length: int) -> mx.array | None:
-        """Of what is read: of the start, number 0 of the flow's line, and of the places in the block's order.
-
-        What the block reads before it goes back to fill a gap stands where the gap's neighbour does: what it predicts
-        is near to that.
-        """
-        if rope_frequencies is None:
-            return None
-        order, step = self.order(length), -1 if self.config.flip else 1
-        read, predicted = order[:-1], order[1:]
-        read = mx.where((predicted - read) * step < 0, predicted - step, read)
-        places = mx.concatenate([mx.zeros((1,), order.dtype), read + 1])
-        return rope_frequencies[mx.minimum(places, self.config.positions)]
-
-    def jumps(self, length: int) -> mx.array:
-        """Whether what is predicted is another place than the next one after what is read, `[length]`."""
-        order, step = self.order(length), -1 if self.config.flip else 1
-        first = length - 1 if self.config.flip else 0
-        return mx.concatenate([order[:1] != first, order[1:] - order[:-1] != step])
-
-    def added(self, start: int, stop: int, offset: mx.array | None) -> mx.array:
-        """Learned positions of what inputs `start` to `stop` predict, from the condition's `offset`."""
-        assert offset is not None
-        return offset[:, start:stop]
-
-    def condition(self, text: mx.array | None, batch: int, length: int = 0) -> Condition:
-        """The learned positions of what is predicted of a text of `length` tokens, and where the order jumps."""
-        positions = self.pos_embed[self.order(length)]
-        return Condition(offset=mx.where(self.jumps(length)[:, None], positions + self.jump_embed, positions)[None])
-
-    def complete(self, outputs: mx.array) -> mx.array:
-        """A mixture, the codebook's or the block's own, to whose parameters the network adds: to log-weights what it
-        gives, to means and to log sigma a small part of that."""
-        mixture = self.config.mixture
-        if mixture is None:
-            return outputs
-        logits, rest = mx.split(outputs.astype(mx.float32), [mixture.groups * mixture.components], axis=-1)
-        base = codebook_mixture(mixture, self._codebook) if self.config.tied else self.mixture
-        return base + mx.concatenate([logits, OFFSET * rest], axis=-1)
-
-    def to_noise(self, parameters: mx.array, x: mx.array) -> tuple[mx.array, mx.array]:
-        mixture = self.config.mixture
-        if mixture is None:
-            return super().to_noise(parameters, x)
-        return mixture.forward(self._tempered(mixture, parameters), x)
-
-    def to_data(self, parameters: mx.array, z: mx.array) -> mx.array:
-        mixture = self.config.mixture
-        if mixture is None:
-            return super().to_data(parameters, z)
-        return mixture.inverse(self._tempered(mixture, parameters), z)
-
-    def _tempered(self, mixture: Mixture, parameters: mx.array) -> mx.array:
-        if self._temperature == 1.0:
-            return parameters
-        logits, rest = mx.split(parameters, [mixture.groups * mixture.components], axis=-1)
-        return mx.concatenate([logits / self._temperature, rest], axis=-1)
 
 
 class TextFlow(nn.Module):
@@ -327,7 +204,7 @@ class TextFlow(nn.Module):
 
     def at_temperature(self, temperature: float) -> TextFlow:
         """This flow, choosing at another temperature, see `reading`."""
-        return self.reading([block._order for block in self.blocks], temperature)
+        return self.reading([block.order for block in self.blocks], temperature)
 
     def filling(self, hidden: Sequence[bool]) -> TextFlow:
         """This flow, reading the characters that are not hidden before those that are.
@@ -439,25 +316,6 @@ class TextFlow(nn.Module):
         log_dets = [self.latents(each) for each in log_dets]
         shaped = [self.latents(each) for each in hidden]
         return FlowOutput(shaped[-1], sum(log_dets[1:], log_dets[0]), log_dets, shaped)
-
-
-def codebook_mixture(mixture: Mixture, codebook: Codebook) -> mx.array:
-    """Parameters of a mixture with equal weights whose components are a codebook, over and over if there are more."""
-    places = mx.arange(mixture.components) % codebook.mean.shape[0]
-    shape = (mixture.groups, mixture.components, mixture.size)
-    mean, log_std = codebook.mean[places], codebook.log_stds[places][:, None]
-    return mixture.outputs_of(mx.zeros(shape[:2]), mx.broadcast_to(mean, shape), mx.broadcast_to(log_std, shape))
-
-
-def gap_orders(hidden: Sequence[bool]) -> tuple[mx.array, mx.array]:
-    """Orders of the places 0 to N - 1 in which those that are hidden, `[N]`, come last.
-
-    Returns:
-        `[N]` twice, int32: each part first to last, and each part last to first.
-    """
-    given = [place for place, gap in enumerate(hidden) if not gap]
-    gaps = [place for place, gap in enumerate(hidden) if gap]
-    return mx.array(given + gaps, mx.int32), mx.array(given[::-1] + gaps[::-1], mx.int32)
 
 
 def sanitize(weights: Mapping[str, Any]) -> dict[str, Any]:

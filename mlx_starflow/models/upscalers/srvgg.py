@@ -54,7 +54,7 @@ class SRVGGNet(UpscalingNetwork):
         self.body.append(Convolution(channels, COLOURS * scale**2))
         self.stages = len(self._runs())
         self.held = 3 * channels + COLOURS
-        self.work = 5 * channels
+        self.work = 7 * channels
         self.pixel_work = 2 * channels + 6 * COLOURS * scale**2
 
     @classmethod

@@ -8,11 +8,14 @@ from mlx_starflow.errors import StarflowError
 from mlx_starflow.training.config import TrainingConfig
 from mlx_starflow.training.data.batches import IndexedData, Order
 
-GAPS = 0.6
-"""Share of the steps in which the blocks read a gap after everything else."""
+GAPS = 0.75
+"""Share of the steps in which the blocks read gaps after everything else."""
 
-LONGEST_GAP = 0.4
-"""Share of a window that a gap has at most."""
+MOST_GAPS = 12
+"""In a window, which has one in each of so many equal parts."""
+
+LONGEST_GAP = 0.2
+"""Share of a window that a gap has at most; its length's logarithm is uniform, so that many ends of gaps are seen."""
 
 
 class TextWindows(IndexedData):
@@ -23,8 +26,8 @@ class TextWindows(IndexedData):
         length: of a window.
         size: numbers that stand for a character.
         patch: characters of a token.
-        gaps: share of the steps with a gap, which a whole batch has in one place; 0 for validation, whose windows also
-            stay where they are.
+        gaps: share of the steps with gaps, which a whole batch has in the same places; 0 for validation, whose windows
+            also stay where they are.
 
     Raises:
         StarflowError: the text is shorter than two windows.
@@ -53,14 +56,15 @@ class TextWindows(IndexedData):
 
     def _places(self, rng: np.random.Generator) -> np.ndarray:
         tokens = self.length // self.patch
-        forward = np.arange(tokens, dtype=np.int32)
-        start = stop = tokens
+        forward, hidden = np.arange(tokens, dtype=np.int32), np.zeros(tokens, bool)
         if self.gaps and rng.random() < self.gaps and tokens > 1:
-            gap = int(rng.integers(1, max(int(LONGEST_GAP * tokens), 1) + 1))
-            start = int(rng.integers(tokens - gap + 1))
-            stop = start + gap
-        given, gap_places = np.concatenate([forward[:start], forward[stop:]]), forward[start:stop]
-        return np.stack([np.concatenate([given, gap_places]), np.concatenate([given[::-1], gap_places[::-1]])])
+            longest = max(int(LONGEST_GAP * tokens), 1)
+            for part in np.array_split(forward, min(int(rng.integers(1, MOST_GAPS + 1)), tokens)):
+                length = int(min(longest, len(part)) ** rng.random() + 0.5)
+                start = part[0] + int(rng.integers(len(part) - length + 1))
+                hidden[start : start + length] = True
+        given, gaps = forward[~hidden], forward[hidden]
+        return np.stack([np.concatenate([given, gaps]), np.concatenate([given[::-1], gaps[::-1]])])
 
 
 SEGMENTS = 8

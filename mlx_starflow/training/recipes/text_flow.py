@@ -39,6 +39,9 @@ TEXT_PRESET: dict[str, Any] = {
 }  # fmt: skip
 """The preset `text`: what does not follow from the text."""
 
+AHEAD = 8
+"""Next tokens that are read in a gap, unless the config says otherwise."""
+
 TRAINING = TrainingConfig(steps=2000, batch_size=16, lr=2e-3, ema=0.995)
 """How it is trained, unless told otherwise."""
 
@@ -56,7 +59,7 @@ class NewTextFlow:
         data: a text file, UTF-8.
         out: the model directory to write; checkpoints and logs are in `out/training`.
         config: a `TextFlowConfig`'s values, with `model_type`. What follows from the text may be left out: `alphabet`,
-            the characters that occur in it, and `components`, a Gaussian for each of them in the first block.
+            the characters that occur in it, `components`, a Gaussian for each of them in the first block, and `ahead`.
         training: how to train; what is not given is as in `TRAINING`.
         validation: share of the text that is held out.
         report: is told, in a line, what goes on.
@@ -95,6 +98,7 @@ class NewTextFlow:
         layers = values.get("layers_per_block")
         if "components" not in values and isinstance(layers, list):
             values["components"] = [len(values["alphabet"]), *[0] * (len(layers) - 1)]
+        values.setdefault("ahead", AHEAD)
         return TextFlowConfig.from_dict(values)
 
     def training_config(self) -> TrainingConfig:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers.tiny_text import CONFIG, text_flow
+from helpers.tiny_text import CONFIG, text_flow, text_model
 
-from mlx_starflow import StarflowError, sample
-from mlx_starflow.models.text_flow import TextFlow, TextFlowConfig, gap_orders
+from mlx_starflow import StarflowError, load_text, sample
+from mlx_starflow.model_dir.weights import parameters
+from mlx_starflow.models.text_flow import TextFlow, TextFlowConfig
 from mlx_starflow.sampling import JacobiSettings, RollingSettings, SamplingTrace, certify
 
 KINDS = {
@@ -19,6 +21,8 @@ KINDS = {
     "affine": {"components": [0, 0]},
     "mixtures": {"components": [5, 4], "size": 2},
     "one number": {"size": 1},
+    "ahead": {"ahead": 2},
+    "ahead, patches": {"ahead": 2, "patch_size": 2, "components": [0, 5]},
 }
 
 
@@ -120,24 +124,60 @@ def test_a_gap_is_read_last_and_predicted_from_both_sides(kind):
     assert np.abs(np.array(flow(x).z - out.z)).max() < 2e-3
 
 
-def test_orders_of_a_gap():
-    forward, backward = gap_orders([False, True, True, False, False])
-    assert forward.tolist() == [0, 3, 4, 1, 2]
-    assert backward.tolist() == [4, 3, 0, 2, 1]
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("places", [range(4, 8), [0, 1, 6, 7, 10, 11]])
+def test_the_density_of_a_gap_is_that_of_the_dense_jacobian(kind, places):
+    """Given the rest of a text, log p of what fills its gaps: from z of the gap alone, and from its numerical
+    derivatives by what is in the gap."""
+    flow = text_flow(std=0.7, **KINDS[kind]).filling([place in places for place in range(12)])
+    x = flow.codebook.encode(*draws(flow, 1))
+    inside, step, rows = np.array(list(places)), 5e-3, []
+    for place in inside:
+        for number in range(flow.config.size):
+            move = np.zeros(x.shape, np.float32)
+            move[0, place, number] = step
+            moved = np.array(flow(x + mx.array(move)).z - flow(x - mx.array(move)).z)[0, inside]
+            rows.append(moved.reshape(-1).astype(np.float64) / (2 * step))
+    z = np.array(flow(x).z)[0, inside]
+    dense = np.linalg.slogdet(np.array(rows))[1] - 0.5 * (z**2 + math.log(2 * math.pi)).sum()
+    assert abs(float(flow.log_priors(x)[0, mx.array(inside)].sum()) - dense) < 2e-2
 
 
-def test_a_block_sees_where_its_order_jumps():
-    """Before it fills a gap, what it reads stands beside the gap, and it is told; without a gap there is no jump."""
-    flow = text_flow()
-    assert not any(block.jumps(12).any() for block in flow.blocks)
-    forward, backward = flow.filling([3 <= place < 6 for place in range(12)]).blocks
-    assert np.flatnonzero(np.array(forward.jumps(12))).tolist() == [3, 9]
-    assert np.flatnonzero(np.array(backward.jumps(12))).tolist() == [6, 9]
-    line = mx.arange(13)
-    assert forward.rope_frequencies(line, 12).tolist() == [0, 1, 2, 3, 7, 8, 9, 10, 11, 3, 4, 5]
-    assert backward.rope_frequencies(line, 12).tolist() == [0, 12, 11, 10, 9, 8, 7, 3, 2, 7, 6, 5]
-    ends = flow.filling([place in (0, 11) for place in range(12)]).blocks
-    assert [int(block.jumps(12)[0]) for block in ends] == [1, 1]
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_texts_own_order_is_one_as_others_are(kind):
+    """Said as an order it is read as without one, so that trainings of both train the same."""
+    flow = text_flow(**KINDS[kind])
+    forward = mx.arange(12 // flow.config.patch_size)
+    x = draws(flow)[1]
+    said = flow.reading([forward[::-1] if block.config.flip else forward for block in flow.blocks])
+    assert np.abs(np.array(said(x).z - flow(x).z)).max() < 1e-5
+
+
+def test_a_gap_reads_its_neighbour_and_what_comes_after_it():
+    """A character depends most on those beside it, and never on what the block read just before for another place."""
+    flow = text_flow(layers_per_block=[2], components=[8], ahead=2).filling([3 <= place < 6 for place in range(12)])
+    characters, noise = draws(flow)
+
+    def change(place: int, predicted: int) -> float:
+        moved = np.array(characters)
+        moved[:, place] = (moved[:, place] + 3) % 8
+        one, other = (flow.codebook.encode(mx.array(each), noise) for each in (characters, moved))
+        return float(np.abs(np.array(flow(one).z - flow(other).z))[:, predicted].mean())
+
+    assert change(11, 3) == 0  # predicts nothing
+    assert change(2, 3) > max(change(place, 3) for place in (0, 1, 8, 9, 10))
+    assert min(change(place, 5) for place in (4, 6)) > max(change(place, 5) for place in (0, 1, 8, 9, 10))
+
+
+def test_models_without_a_look_ahead_are_as_they_were(tmp_path):
+    """Files from before there was `ahead` say nothing of it, and have no weights for it."""
+    folder = text_model(tmp_path / "model")
+    assert "ahead" not in json.loads((folder / "config.json").read_text())
+    flow = load_text(folder).flow
+    assert flow.config.ahead == 0 and not any("ahead" in name or "distance" in name for name in parameters(flow))
+    flow = flow.filling([place in (0, 4, 5) for place in range(12)])
+    x = draws(flow)[1]
+    assert np.abs(np.array(flow(sample(flow, x)).z - x)).max() < 2e-3
 
 
 def test_temperature_sharpens_choices_and_stays_a_flow():
@@ -192,6 +232,9 @@ def test_characters():
         ({"components": [8, -1]}, r"components\[1\] must be"),
         ({"components": [9999, 0]}, "of at most 4096"),
         ({"head_dim": 1, "channels": 4}, "must be even"),
+        ({"ahead": -1}, "ahead must be an integer of at least 0"),
+        ({"ahead": 65}, "ahead must be in 0..64"),
+        ({"ahead": 1.5}, "ahead must be"),
     ],
 )
 def test_configs_that_cannot_be(changes, message):

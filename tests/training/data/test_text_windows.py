@@ -7,7 +7,7 @@ import pytest
 
 from mlx_starflow import StarflowError
 from mlx_starflow.training.config import TrainingConfig
-from mlx_starflow.training.data.text_windows import LONGEST_GAP, TextWindows, split_text
+from mlx_starflow.training.data.text_windows import LONGEST_GAP, MOST_GAPS, TextWindows, split_text
 
 CONFIG = TrainingConfig(steps=1, batch_size=4)
 TEXT = np.arange(1000, dtype=np.int32)
@@ -23,20 +23,28 @@ def test_windows_are_pieces_of_the_text():
 
 
 @pytest.mark.parametrize("patch", [1, 2])
-def test_orders_read_a_gap_last(patch):
-    data, rng, gaps = TextWindows(TEXT, 16, 3, patch), np.random.default_rng(0), []
-    count = 16 // patch
-    for _ in range(200):
+def test_orders_read_gaps_last(patch):
+    data, rng = TextWindows(TEXT, 128, 3, patch), np.random.default_rng(0)
+    count, none, gaps, lengths = 128 // patch, 0, [], []
+    for _ in range(400):
         orders = data.batch(rng, CONFIG, 0.0)["order"]
         assert orders.shape == (4, 2, count) and (orders == orders[0]).all()
         forward, backward = orders[0]
         assert sorted(forward) == sorted(backward) == list(range(count))
-        # Each part is first to last forwards, and last to first backwards.
         falls = np.flatnonzero(np.diff(forward) < 0)
-        gap = count - 1 - falls[0] if len(falls) else 0
-        gaps.append(gap)
-        assert (forward[count - gap :][::-1] == backward[count - gap :]).all()
-    assert max(gaps) == int(LONGEST_GAP * count) and 0.2 < np.mean(np.array(gaps) == 0) < 0.7
+        if not len(falls):
+            none += 1
+            continue
+        # What is given is read first to last, and then what is not; backwards each last to first.
+        given, hidden = np.split(forward, [falls[0] + 1])
+        assert len(falls) == 1 and backward.tolist() == [*given[::-1], *hidden[::-1]]
+        parts = np.split(hidden, np.flatnonzero(np.diff(hidden) > 1) + 1)
+        gaps.append(len(parts))
+        lengths.append(max(map(len, parts)))
+    assert set(gaps) == set(range(1, MOST_GAPS + 1))
+    assert min(lengths) == 1 and max(lengths) > LONGEST_GAP * count / 2
+    # A gap at the window's end leaves its order as it is.
+    assert 0.15 < none / 400 < 0.35
 
 
 def test_validation_reads_each_window_once_where_it_is():
