@@ -258,7 +258,7 @@ def _ours(trials: Trials, methods: list[str], model: str) -> tuple[list[Contende
     contenders = [own_contender(name, trials.task, name) for name in methods if name != "auto"]
     notes = []
     if "auto" in methods and trials.plan is not None:
-        contenders.append(own_contender("auto", trials.task, trials.plan))
+        contenders.append(own_contender("auto", trials.task, trials.plan.without_drafts()))
     elif "auto" in methods:
         if "rolling" not in methods:
             contenders.append(own_contender("rolling", trials.task, "rolling"))

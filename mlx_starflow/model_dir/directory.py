@@ -19,9 +19,10 @@ import mlx.nn as nn
 
 from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.errors.arguments import checked
-from mlx_starflow.media.files import exists, inside, is_folder, is_regular, read_bytes
+from mlx_starflow.media.files import exists, expanded, inside, is_folder, is_regular, read_bytes
 from mlx_starflow.model_dir.adapters import Strengths, add_adapters
 from mlx_starflow.model_dir.files import PLAN_FILE, STATISTICS_FILE, StoredConfig, load_weights
+from mlx_starflow.model_dir.fingerprint import fingerprint
 from mlx_starflow.model_dir.hub import find_model
 from mlx_starflow.model_dir.precision import Precision
 from mlx_starflow.model_dir.quantization import quantize_module
@@ -39,6 +40,7 @@ from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfi
 from mlx_starflow.models.autoencoder_wan import AutoencoderWan, AutoencoderWanConfig
 from mlx_starflow.models.itarflow import ITarFlow, ITarFlowConfig
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
+from mlx_starflow.models.student import Student, StudentConfig
 from mlx_starflow.models.t5 import T5Config, T5Encoder
 from mlx_starflow.models.tarflow import PixelFlow, PixelFlowConfig, TarFlow, TarFlowConfig
 from mlx_starflow.models.text_flow import TextFlow, TextFlowConfig
@@ -77,6 +79,9 @@ FLOWS = {
 TEXT_FLOW = "text_flow"
 """The `model_type` of flows over text. They are no models of images: `NetworkDirectory.text_flow` opens them."""
 
+STUDENT = "student"
+"""The `model_type` of what has learned from a flow. They are no flows: `load_student` reads them."""
+
 
 class NetworkDirectory(Generic[Network, Config]):
     """One network on disk: a folder with `config.json`, read once, and `model*.safetensors`.
@@ -99,6 +104,11 @@ class NetworkDirectory(Generic[Network, Config]):
             raise StarflowError(
                 f"{stored.folder} is a model of text, which generate, score and load_text take, and nothing else"
             )
+        if model_type == STUDENT:
+            raise StarflowError(
+                f"{stored.folder} is a student, which makes pictures with its teacher: give that as the model, and "
+                f"this with --student {stored.folder}"
+            )
         if not isinstance(model_type, str) or model_type not in FLOWS:
             raise StarflowError(
                 f"{stored.folder / 'config.json'}: model_type {model_type!r} is not a flow's, {', '.join(FLOWS)}; "
@@ -113,6 +123,14 @@ class NetworkDirectory(Generic[Network, Config]):
         if (found := stored.content.get("model_type")) != TEXT_FLOW:
             raise StarflowError(f"{stored.folder} is no model of text: its model_type is {found!r}, not {TEXT_FLOW!r}")
         return NetworkDirectory(stored, TextFlow, TextFlowConfig)
+
+    @classmethod
+    def student(cls, folder: str | Path) -> NetworkDirectory[Student, StudentConfig]:
+        """The student in a folder. Raises StarflowError if there is none."""
+        stored = StoredConfig(folder)
+        if (found := stored.content.get("model_type")) != STUDENT:
+            raise StarflowError(f"{stored.folder} is no student: its model_type is {found!r}, not {STUDENT!r}")
+        return NetworkDirectory(stored, Student, StudentConfig)
 
     @classmethod
     def text_encoder(cls, folder: str | Path) -> NetworkDirectory[T5Encoder, T5Config]:
@@ -308,6 +326,26 @@ def load_flow(
     """
     parse_dtype(dtype)  # a mistake in it comes before a download
     return ModelDirectory.find(path_or_id).load_flow(dtype, adapters, group)
+
+
+def load_student(
+    path: str | Path, teacher: ModelDirectory | None = None, dtype: str | mx.Dtype | None = None
+) -> Student:
+    """The student in a folder; `dtype` as in `load_flow`.
+
+    Args:
+        teacher: the model that it is to be used with; None: any.
+
+    Raises:
+        StarflowError: there is none, it is damaged, or it has learned from other weights than the teacher's.
+    """
+    directory = NetworkDirectory.student(expanded(path))
+    if teacher is not None and directory.config.teacher != fingerprint(teacher.path):
+        raise StarflowError(
+            f"the student {path} has learned from other weights than those of {teacher.path}: give the model that it "
+            "was distilled from"
+        )
+    return directory.load(dtype)
 
 
 def load_text_flow(path_or_id: str | Path, dtype: str | mx.Dtype | None = None, *, download: bool = True) -> TextFlow:

@@ -17,6 +17,7 @@ from mlx_starflow.model_dir.precision import AUTO, DTYPES, Device, Precision, au
 from mlx_starflow.model_dir.quantization import quantize_as, quantized_layers
 from mlx_starflow.models.flow import is_layer_weight
 from mlx_starflow.models.starflow import STARFlow
+from mlx_starflow.models.student import Student
 from mlx_starflow.models.tarflow import PixelFlow
 from mlx_starflow.models.text_flow import TextFlow
 
@@ -202,13 +203,12 @@ def weight_dtypes(module: nn.Module, dtype: mx.Dtype | None) -> dict[str, mx.Dty
     two digits.
     """
     scales = {f"{path}.{kind}" for path in quantized_layers(module) for kind in ("scales", "biases")}
+    mixed = isinstance(module, STARFlow | PixelFlow | TextFlow | Student)
     dtypes = {}
     for name, weight in parameters(module).items():
         if not _is_floating(weight):
             dtypes[name] = weight.dtype
-        elif (name in scales and _on_cpu()) or (
-            dtype is not None and isinstance(module, STARFlow | PixelFlow | TextFlow) and not is_layer_weight(name)
-        ):
+        elif (name in scales and _on_cpu()) or (dtype is not None and mixed and not is_layer_weight(name)):
             dtypes[name] = mx.float32
         else:
             dtypes[name] = dtype or weight.dtype

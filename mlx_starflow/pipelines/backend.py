@@ -17,13 +17,14 @@ import numpy as np
 
 from mlx_starflow.errors import NotFinite
 from mlx_starflow.likelihood.protocol import Part
-from mlx_starflow.model_dir.directory import ModelDirectory, read_text_encoder
+from mlx_starflow.model_dir.directory import ModelDirectory, load_student, read_text_encoder
 from mlx_starflow.model_dir.quantization import dense_on_cpu
 from mlx_starflow.model_dir.weights import dtype_name
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL
 from mlx_starflow.models.autoencoder_wan import AutoencoderWan
 from mlx_starflow.models.itarflow import ITarFlow
 from mlx_starflow.models.starflow import STARFlow
+from mlx_starflow.models.student import Student
 from mlx_starflow.models.t5 import T5Encoder
 from mlx_starflow.models.tarflow import PixelFlow
 from mlx_starflow.models.tokenizer import Tokenizer
@@ -41,8 +42,9 @@ from mlx_starflow.sampling import (
     sample,
 )
 from mlx_starflow.sampling.certificate import certify_each
-from mlx_starflow.sampling.methods import METHODS
+from mlx_starflow.sampling.methods import DRAFT, METHODS
 from mlx_starflow.sampling.progress import Watch
+from mlx_starflow.sampling.student import StudentSample, sample_student
 
 Array = TypeVar("Array")
 Result = TypeVar("Result")
@@ -138,6 +140,12 @@ class Backend(ABC, Generic[Array]):
         frames of a video; see `certificate.certify_each`."""
         raise NotImplementedError
 
+    def sample_student(
+        self, z: Array, text: Array | None, settings: GenerationSettings, progress: Watch = False
+    ) -> StudentSample:
+        """Noise -> clean data by the settings' student."""
+        raise NotImplementedError
+
     @abstractmethod
     def denoise(self, x: Array, text: Array | None, progress: Watch = False) -> Array:
         """One score step on data `[B, h, w, C]`."""
@@ -194,7 +202,7 @@ class MLXBackend(Backend[mx.array]):
     """
 
     certifies = True
-    methods = tuple(METHODS)
+    methods = (*METHODS, DRAFT)
     automatic_method = RollingSettings.name
     quantizes_cache = True
 
@@ -216,6 +224,7 @@ class MLXBackend(Backend[mx.array]):
         self._exact: STARFlow | PixelFlow | None = None
         self._text: tuple[T5Encoder, Tokenizer] | None = None
         self._vae: AutoencoderKL | AutoencoderWan | None = None
+        self._student: tuple[str, Student] | None = None
         self._fallen: dict[Part, str] = {}
 
     # ---- networks
@@ -245,6 +254,15 @@ class MLXBackend(Backend[mx.array]):
             self._vae = self.model.vae.load(self._chosen("vae"))
         return self._vae
 
+    def student(self, folder: str) -> Student:
+        """The student in a folder, which is kept until another one is asked for.
+
+        Raises StarflowError if there is none, or it has learned from another model.
+        """
+        if self._student is None or self._student[0] != folder:
+            self._student = folder, load_student(folder, self.model, self.dtype)
+        return self._student[1]
+
     @property
     def held(self) -> set[Part]:
         """The networks that are in memory."""
@@ -261,7 +279,7 @@ class MLXBackend(Backend[mx.array]):
 
     def _drop(self, part: Part) -> None:
         if part == "flow":
-            self._flow = self._dense = None
+            self._flow = self._dense = self._student = None
         elif part == "vae":
             self._vae = None
         else:
@@ -363,6 +381,7 @@ class MLXBackend(Backend[mx.array]):
     ) -> mx.array:
         guidance, options = settings.guidance, settings.options()
         kv_bits = settings.cache_bits or 0
+        student = None if settings.student is None else self.student(settings.student)
 
         def compute() -> mx.array:
             trace.clear()
@@ -374,6 +393,7 @@ class MLXBackend(Backend[mx.array]):
                 guidance,
                 method,
                 kv_bits=kv_bits,
+                student=student,
                 progress=progress,
                 trace=trace,
                 **options,
@@ -382,6 +402,12 @@ class MLXBackend(Backend[mx.array]):
             return x
 
         return self.in_range("flow", compute)
+
+    def sample_student(
+        self, z: mx.array, text: mx.array | None, settings: GenerationSettings, progress: Watch = False
+    ) -> StudentSample:
+        assert settings.student is not None
+        return sample_student(self.student(settings.student), z, text, settings.steps, progress=progress)
 
     def certify(
         self,

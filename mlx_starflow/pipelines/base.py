@@ -29,7 +29,7 @@ from mlx_starflow.pipelines.results import GenerationSettings
 from mlx_starflow.planning.limits import check_count, check_side
 from mlx_starflow.sampling import Certificate, SamplingPlan, SequentialSettings
 from mlx_starflow.sampling.cache import KVBits, check_quantizable
-from mlx_starflow.sampling.methods import Method
+from mlx_starflow.sampling.methods import DRAFT, Method
 
 BATCH = 16
 """Most images that go through the autoencoder at once, and prompts through the text encoder."""
@@ -84,7 +84,7 @@ class Pipeline(ImageModel):
             return method
         if self.plan is None or not self.plan.fits(self.backend.flow_precision, 0):
             return SequentialSettings.name
-        return self.plan
+        return self.plan.without_drafts()
 
     def exact_flow(self) -> Flow:
         return self._mlx.exact_flow()
@@ -114,13 +114,17 @@ class Pipeline(ImageModel):
         """How settings sample: "auto" is the model's sampling plan, or the backend's own choice where there is none.
 
         That is also what it is where the flow has fallen back to another precision than the plan's, or keys and values
-        are quantized otherwise.
+        are quantized otherwise. A plan that was tuned with a student is followed by "draft" too, and by "auto" without
+        the student's guesses.
         """
+        plan = self.plan
+        if plan is not None and not plan.fits(self.backend.flow_precision, settings.cache_bits):
+            plan = None
+        if settings.method == DRAFT and plan is not None and plan.drafts:
+            return plan
         if settings.method != "auto":
             return settings.method
-        if self.plan is None or not self.plan.fits(self.backend.flow_precision, settings.cache_bits):
-            return self.backend.automatic_method
-        return self.plan
+        return self.backend.automatic_method if plan is None else plan.without_drafts()
 
     def _decided_kv_bits(
         self, settings: GenerationSettings, blocks: Sequence[BlockConfig], decide: Callable[[], KVBits]
@@ -238,6 +242,11 @@ class Pipeline(ImageModel):
         method, recorded = self.method(settings), settings.to_dict()
         if not settings.cache_bits:
             del recorded["kv_bits"]
+        for key in ("student", "steps"):
+            if recorded[key] is None:
+                del recorded[key]
+        if settings.samples_by_student:
+            return recorded
         return recorded | ({"method": method} if isinstance(method, str) else {})
 
 

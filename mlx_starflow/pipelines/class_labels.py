@@ -197,10 +197,16 @@ class ClassPipeline(ImageMaker):
         backend, trace = self.backend, SamplingTrace(keep_states=keep_steps)
         steps, labels = self._steps(settings), text if self.classes else None
         z, null = settings.temperature * backend.array(noise), None if labels is None else null_text
+        if settings.samples_by_student:
+            with self.phases.run(stats, "flow", progress):
+                made = backend.sample_student(z, labels, settings, progress)
+            stats.count([0] * self.config.blocks, z.shape[0] * z.shape[1], made.evaluations)
+            return [made.data], []
         with self.phases.run(stats, "flow", progress):
             x = backend.invert(z, labels, null, settings, self.method(settings), progress, trace)
         blocks = [self.config.block(index) for index in range(self.config.blocks)]
-        stats.count(trace.evaluations, len(noise) * sum(block.num_patches for block in blocks))
+        tokens = len(noise) * sum(block.num_patches for block in blocks)
+        stats.count(trace.evaluations, tokens, trace.student_evaluations)
         certificates: list[Certificate] = []
         if verify and backend.certifies:
             with self.phases.run(stats, "verify", progress):

@@ -6,6 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,9 @@ from mlx_starflow.errors.arguments import checked
 from mlx_starflow.media.images import to_images
 from mlx_starflow.media.noise import draw_noise, draw_seed
 from mlx_starflow.models.autoencoder_kl import WHOLE_PIXELS
+from mlx_starflow.models.starflow import unpatchify
+from mlx_starflow.models.student import INVERSE
+from mlx_starflow.pipelines.backend import MLXBackend
 from mlx_starflow.pipelines.base import Pipeline
 from mlx_starflow.pipelines.best_of import BestOf, best_of_each, check_candidates, choose_best
 from mlx_starflow.pipelines.latents import LatentPipeline
@@ -29,6 +33,7 @@ from mlx_starflow.pipelines.results import (
 from mlx_starflow.planning.limits import check_count, check_held
 from mlx_starflow.sampling import Certificate, SamplingTrace
 from mlx_starflow.sampling.cache import KVBits
+from mlx_starflow.sampling.methods import DRAFT
 from mlx_starflow.sampling.progress import Callback, Progress, Watch, watch
 
 
@@ -99,6 +104,52 @@ class ImageMaker(Pipeline):
         self.release("vae")
         return images
 
+    def with_student(
+        self,
+        settings: GenerationSettings,
+        student: str | Path | None = None,
+        guidance: float | None = None,
+        temperature: float | None = None,
+        steps: int | None = None,
+        method: str | None = None,
+    ) -> GenerationSettings:
+        """The settings with these values; where a student makes the images, with what it has learned.
+
+        Raises:
+            StarflowError: a value is out of range, the backend has no students, or this one has learned another
+                guidance or from another model.
+        """
+        name = None if student is None else str(student)
+        if student is not None and method is None and settings.method != DRAFT:
+            method = "auto"  # whatever the model's own way of sampling the flow is
+        chosen = settings.updated(guidance=guidance, temperature=temperature, method=method, student=name, steps=steps)
+        if chosen.student is None:
+            return chosen
+        backend = self.backend
+        if not isinstance(backend, MLXBackend):
+            raise StarflowError("students need the mlx backend: leave the student out")
+        config = backend.student(chosen.student).config
+        if chosen.method == DRAFT:
+            if config.kind != INVERSE:
+                raise StarflowError(f"{chosen.student} is a matching student, and drafts need an inverse one")
+            return chosen
+        if backend.adapters:
+            raise StarflowError(
+                f"{chosen.student} has learned from {self.name} without adapters: leave them out, or take its drafts "
+                "(--method draft)"
+            )
+        if student is not None:
+            chosen = chosen.updated(
+                guidance=config.guidance if guidance is None else None,
+                temperature=config.temperature if temperature is None else None,
+            )
+        if chosen.guidance != config.guidance:
+            raise StarflowError(
+                f"{chosen.student} has learned the guidance {config.guidance:g} and knows no other: leave the guidance "
+                "out, or distill another student"
+            )
+        return chosen
+
     @checked
     def generate(
         self,
@@ -115,6 +166,8 @@ class ImageMaker(Pipeline):
         denoise: bool | None = None,
         size: tuple[int, int] | None = None,
         kv_bits: KVBits | str | None = None,
+        student: str | Path | None = None,
+        steps: int | None = None,
         keep_steps: bool = False,
         batch_size: int = 8,
         verify: bool = True,
@@ -130,8 +183,9 @@ class ImageMaker(Pipeline):
             images: images a prompt.
             noise: use this standard normal noise `[prompts * images, h, w, C]` instead of seeds.
             settings: how to sample; the model's own settings by default.
-            guidance, temperature, method, attn_temp, denoise, size, kv_bits: values that differ from these settings,
-                see `GenerationSettings`; None: as in the settings.
+            guidance, temperature, method, attn_temp, denoise, size, kv_bits, student, steps: values that differ from
+                these settings, see `GenerationSettings`; None: as in the settings. A student brings the guidance and
+                the temperature that it has learned.
             keep_steps: also decode the state after each flow block.
             batch_size: images sampled at once.
             verify: run the flow forwards over each sample and keep the difference from its noise in the result's
@@ -157,6 +211,8 @@ class ImageMaker(Pipeline):
             denoise=denoise,
             size=size,
             kv_bits=kv_bits,
+            student=student,
+            steps=steps,
             keep_steps=keep_steps,
             batch_size=batch_size,
             live=False,
@@ -183,6 +239,8 @@ class ImageMaker(Pipeline):
         denoise: bool | None = None,
         size: tuple[int, int] | None = None,
         kv_bits: KVBits | str | None = None,
+        student: str | Path | None = None,
+        steps: int | None = None,
         keep_steps: bool = False,
         batch_size: int = 8,
         live: bool = True,
@@ -204,14 +262,8 @@ class ImageMaker(Pipeline):
         The other arguments, the images and the errors are those of `generate`; what is wrong with an argument is said
         before this returns.
         """
-        chosen = (settings or self.settings).updated(
-            guidance=guidance,
-            temperature=temperature,
-            method=method,
-            attn_temp=attn_temp,
-            denoise=denoise,
-            size=size,
-            kv_bits=kv_bits,
+        chosen = self.with_student(settings or self.settings, student, guidance, temperature, steps, method).updated(
+            attn_temp=attn_temp, denoise=denoise, size=size, kv_bits=kv_bits
         )
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
@@ -313,6 +365,8 @@ class ImageMaker(Pipeline):
         denoise: bool | None = None,
         size: tuple[int, int] | None = None,
         kv_bits: KVBits | str | None = None,
+        student: str | Path | None = None,
+        steps: int | None = None,
         keep_steps: bool = False,
         batch_size: int = 8,
         verify: bool = True,
@@ -355,6 +409,8 @@ class ImageMaker(Pipeline):
             denoise=denoise,
             size=size,
             kv_bits=kv_bits,
+            student=student,
+            steps=steps,
             keep_steps=keep_steps,
             batch_size=batch_size,
             verify=verify,
@@ -405,11 +461,15 @@ class ImagePipeline(ImageMaker, LatentPipeline):
     ) -> tuple[list[Any], list[Certificate]]:
         backend, trace = self.backend, SamplingTrace(keep_states=keep_steps)
         z = settings.temperature * backend.array(noise)
+        if settings.samples_by_student:
+            return self._sample_student(z, text, settings, stats, keep_steps, progress), []
         with self.phases.run(stats, "flow", progress):
             x = backend.invert(z, text, null_text, settings, self.method(settings), progress, trace)
         blocks = self.config.blocks
         stats.count(
-            trace.evaluations, sum(block.num_layers > 0 for block in blocks) * noise.size // blocks[0].in_channels
+            trace.evaluations,
+            sum(block.num_layers > 0 for block in blocks) * noise.size // blocks[0].in_channels,
+            trace.student_evaluations,
         )
         certificates: list[Certificate] = []
         if verify and backend.certifies:
@@ -423,6 +483,25 @@ class ImagePipeline(ImageMaker, LatentPipeline):
             with self.phases.run(stats, "denoise", progress):
                 x = backend.denoise(x, text, progress)
         return [z, *trace.states, x] if keep_steps else [x], certificates
+
+    def _sample_student(
+        self,
+        z: Any,
+        text: Any,
+        settings: GenerationSettings,
+        stats: GenerationStats,
+        keep_steps: bool,
+        progress: Progress,
+    ) -> list[Any]:
+        """`_sample` by a student, whose data are clean already."""
+        with self.phases.run(stats, "flow", progress):
+            made = self.backend.sample_student(z, text, settings, progress)
+        blocks = self.config.blocks
+        stats.count([0] * len(blocks), z.size // blocks[0].in_channels, made.evaluations)
+        if not keep_steps:
+            return [made.data]
+        states = [unpatchify(state, self.config.patch_size, z.shape) for state in made.states]
+        return [z, *states, made.data]
 
     def _decode(self, latents: Any, progress: Progress) -> list[Image.Image]:
         # As many images at once as make up a large one.

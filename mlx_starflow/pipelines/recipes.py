@@ -21,7 +21,8 @@ from mlx_starflow.model_dir.hub import find_model
 from mlx_starflow.models.configs import MOST_LAYERS
 from mlx_starflow.pipelines.results import MOST_STEPS
 from mlx_starflow.sampling.cache import KV_CHOICES
-from mlx_starflow.sampling.methods import METHODS, SamplingPlan, SequentialSettings
+from mlx_starflow.sampling.methods import DRAFT, METHODS, SamplingPlan, SequentialSettings
+from mlx_starflow.sampling.student import MOST_STEPS as MOST_STUDENT_STEPS
 
 MOST_PICTURES = 10_000
 """Prompts times seeds."""
@@ -87,11 +88,13 @@ _SIDES = _list(_whole(1, MOST_SIDE), 2, 2)
 _SETTINGS: dict[str, Callable[[object], bool]] = {
     "guidance": _number(0, 1e6),
     "temperature": _number(0, 1e6),
-    "method": lambda value: isinstance(value, str) and value in ("auto", *METHODS),
+    "method": lambda value: isinstance(value, str) and value in ("auto", *METHODS, DRAFT),
     "attn_temp": _number(1e-6, 1e6),
     "denoise": lambda value: isinstance(value, bool),
     "size": _none_or(_SIDES),
     "kv_bits": lambda value: isinstance(value, str) and value in KV_CHOICES,
+    "student": lambda value: value is None or _name(value),
+    "steps": _none_or(_whole(1, MOST_STUDENT_STEPS)),
     "annealed_guidance": lambda value: isinstance(value, bool),
     "guidance_mode": lambda value: value is None or (isinstance(value, str) and value in GUIDANCE_MODES),
     "guided_blocks": _none_or(_whole(1, MOST_LAYERS)),
@@ -190,17 +193,24 @@ class Recipe:
         A file that says "auto" and has no plan was written when that was one token after another; today's files name
         what it was. What a window made, one token after another makes too, up to the window's tolerance.
         """
+        if self.settings.get("student") is not None:
+            return self.settings
         method = self.settings.get("method", "auto")
         known = method in methods or (method == "auto" and plan is not None)
         return self.settings if known else {**self.settings, "method": SequentialSettings.name}
 
-    def check_local(self, *, model: bool = True, adapters: bool = True) -> None:
-        """Raise StarflowError unless the model, and the adapters, are on this machine already under their names.
+    def check_local(self, *, model: bool = True, adapters: bool = True, student: bool = True) -> None:
+        """Raise StarflowError unless model, adapters and student are on this machine already under their names.
 
         What the user has named need not be checked. Whoever loads the model then must not let it be downloaded either.
         """
         if model:
             check_local_model(self.file, self.model)
+        taught = self.settings.get("student") if student else None
+        if taught is not None and not exists(expanded(taught) / "config.json"):
+            raise StarflowError(
+                f"{self.file} was made by the student {taught}, which is not on this machine: give one with --student"
+            )
         for name, strength in self.adapters if adapters else ():
             if not exists(expanded(name) / CONFIG_FILE):
                 raise StarflowError(

@@ -21,8 +21,9 @@ from mlx_starflow.pipelines.upscaling import Upscaler
 from mlx_starflow.sampling.cache import KV_BITS, KV_CHOICES, KVBits, kv_name
 from mlx_starflow.sampling.certificate import Certificate
 from mlx_starflow.sampling.guidance import SamplingOptions
-from mlx_starflow.sampling.methods import METHODS
+from mlx_starflow.sampling.methods import DRAFT, METHODS
 from mlx_starflow.sampling.progress import Progress, Watch
+from mlx_starflow.sampling.student import MOST_STEPS as MOST_STUDENT_STEPS
 
 DENOISE_STEPS = 16
 """Of an iTARFlow, unless somebody says otherwise."""
@@ -62,6 +63,9 @@ class GenerationSettings:
         kv_bits: keys and values are kept in so many bits, "8" or "4"; with "8,4" in 8, and in 4 those of guidance's
             null branch; or "none", as they are computed; "auto": in as many as there is memory for, by the plan of
             `mlx-starflow info`.
+        student: folder of a student of the model (see `mlx-starflow distill`), which makes the images by itself or,
+            with the method "draft", gives the flow its first guesses; None: the flow alone.
+        steps: of the student, see `sampling.student.sample_student`; None: its kind's.
     """
 
     guidance: float = 0.0
@@ -71,6 +75,8 @@ class GenerationSettings:
     denoise: bool = True
     size: tuple[int, int] | None = None
     kv_bits: str = "auto"
+    student: str | None = None
+    steps: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.size, list):
@@ -78,10 +84,22 @@ class GenerationSettings:
         plain_fields(self)
         object.__setattr__(self, "kv_bits", named_kv_bits(self.kv_bits))
         SamplingOptions(self.guidance, self.attn_temp)  # its errors
-        if self.method not in ("auto", *METHODS):
+        if self.method not in (known := ["auto", *METHODS, DRAFT]):
+            raise StarflowError(f"unknown sampling method {self.method!r}; it must be one of {', '.join(known)}")
+        if self.method == DRAFT and self.student is None:
+            raise StarflowError("drafts are a student's: give a student (--student), or another method")
+        if self.student is not None and self.method not in ("auto", DRAFT):
             raise StarflowError(
-                f"unknown sampling method {self.method!r}; it must be one of {', '.join(['auto', *METHODS])}"
+                f"a student makes images by itself, and {self.method} is a way of the flow: leave one of them out, or "
+                "give the method draft"
             )
+        if self.samples_by_student and not self.denoise:
+            raise StarflowError("what a student makes is clean already: leave denoise as it is (no --no-denoise)")
+        if self.steps is not None:
+            if not self.samples_by_student:
+                raise StarflowError("steps are those of a student that makes images by itself: leave them out")
+            if not 1 <= self.steps <= MOST_STUDENT_STEPS:
+                raise StarflowError(f"a student takes 1 to {MOST_STUDENT_STEPS} steps, not {self.steps}")
         if not self.temperature >= 0:
             raise StarflowError(f"the temperature must be 0 or more, not {self.temperature:g}")
 
@@ -95,6 +113,8 @@ class GenerationSettings:
         denoise: bool | None = None,
         size: tuple[int, int] | None = None,
         kv_bits: KVBits | str | None = None,
+        student: str | None = None,
+        steps: int | None = None,
     ) -> Settings:
         """The same with other values where they are not None. Raises StarflowError if one is out of range."""
         values: dict[str, Any] = {
@@ -105,8 +125,15 @@ class GenerationSettings:
             "denoise": denoise,
             "size": size,
             "kv_bits": None if kv_bits is None else named_kv_bits(kv_bits),
+            "student": student,
+            "steps": steps,
         }
         return replace(self, **{name: value for name, value in values.items() if value is not None})
+
+    @property
+    def samples_by_student(self) -> bool:
+        """Whether a student makes the images, and not the flow."""
+        return self.student is not None and self.method != DRAFT
 
     @property
     def cache_bits(self) -> KVBits | None:
@@ -200,6 +227,7 @@ class GenerationStats:
         memory: bytes of arrays held at most in each phase; empty where nobody counts them (PyTorch on a CPU).
         tokens: tokens sampled, over all blocks and images.
         evaluations: network evaluations of each flow block, deep block first, summed over batches.
+        student_evaluations: those of a student.
         certificates: of each image, if they were asked for.
     """
 
@@ -207,6 +235,7 @@ class GenerationStats:
     memory: dict[str, int] = field(default_factory=dict)
     tokens: int = 0
     evaluations: list[int] = field(default_factory=list)
+    student_evaluations: int = 0
     certificates: list[Certificate] = field(default_factory=list)
 
     @property
@@ -228,8 +257,9 @@ class GenerationStats:
         if memory is not None:
             self.memory[phase] = max(self.memory.get(phase, 0), memory)
 
-    def count(self, evaluations: list[int], tokens: int) -> None:
+    def count(self, evaluations: list[int], tokens: int, student_evaluations: int = 0) -> None:
         """Add what sampling one batch took."""
+        self.student_evaluations += student_evaluations
         before = self.evaluations or [0] * len(evaluations)
         self.evaluations = [a + b for a, b in zip(before, evaluations, strict=True)]
         self.tokens += tokens
@@ -238,7 +268,7 @@ class GenerationStats:
         """Add what something else has cost."""
         for phase, seconds in other.seconds.items():
             self.spend(phase, seconds, other.memory.get(phase))
-        self.count(other.evaluations, other.tokens)
+        self.count(other.evaluations, other.tokens, other.student_evaluations)
         self.certificates += other.certificates
 
     def __str__(self) -> str:
@@ -247,7 +277,8 @@ class GenerationStats:
             for name, seconds in self.seconds.items()
         )
         evaluations = "+".join(map(str, self.evaluations))
-        return f"{phases}; {self.tokens_per_second:.0f} tokens/s, {evaluations} network evaluations"
+        student = f", {self.student_evaluations} of the student" if self.student_evaluations else ""
+        return f"{phases}; {self.tokens_per_second:.0f} tokens/s, {evaluations} network evaluations{student}"
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from mlx_starflow.media.videos import VideoWriter, check_video_output
 from mlx_starflow.pipelines.results import GenerationSettings, GenerationStats
 from mlx_starflow.pipelines.upscaling import Upscaler
 from mlx_starflow.sampling.cache import KVBits
+from mlx_starflow.sampling.methods import DRAFT
 from mlx_starflow.sampling.progress import Progress, Watch
 
 MOST_FRAMES = 1_000_000
@@ -48,6 +49,8 @@ class VideoSettings(GenerationSettings):
     context: int | None = None
 
     def __post_init__(self) -> None:
+        if self.student is not None or self.steps is not None or self.method == DRAFT:
+            raise StarflowError("students and drafts are for images, and not for videos: leave them out")
         super().__post_init__()
         if self.frames < 1:
             raise StarflowError(f"the number of frames must be 1 or more, not {self.frames}")
@@ -90,7 +93,8 @@ class VideoOverrides:
         """The same; what is not asked for is asked for as in the settings, if there are any."""
         if settings is None:
             return self
-        return VideoOverrides(**vars(self.apply(settings)))
+        applied = self.apply(settings)
+        return VideoOverrides(**{item.name: getattr(applied, item.name) for item in fields(VideoOverrides)})
 
 
 @dataclass(frozen=True)

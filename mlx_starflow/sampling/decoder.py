@@ -22,6 +22,7 @@ class BlockDecoder:
         first: number of the first token that is predicted (1 if the first one passes unchanged).
         evaluations: how often the network was run.
         products: what the block's layers multiply in.
+        draft: what a student guesses of the data, `[B, N, C]` in the block's order, if there is one.
         noise_floor: residuals that this precision cannot tell from 0, if a window had to measure it; else 0.
     """
 
@@ -53,6 +54,7 @@ class BlockDecoder:
         self.start = None if start is None else start.astype(mx.float32)
         self.evaluations = 0
         self.products = block_products_in(block)
+        self.draft: mx.array | None = None
         self.noise_floor = 0.0
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from mlx_starflow.sampling.decoder import BlockDecoder
-from mlx_starflow.sampling.methods import FRAME_GUESSES, RollingSettings
+from mlx_starflow.sampling.methods import DRAFT, FRAME_GUESSES, RollingSettings
 
 BOUND = 1e4
 """Guesses are kept within this: an infinite one would reach, as NaN, tokens that attention masks it from."""
@@ -93,6 +93,8 @@ class FirstGuesses:
     def of(self, start: int, stop: int) -> mx.array:
         """The first guesses of tokens `start` to `stop`, `[B, stop - start, C]`."""
         noise = self._decoder.z[:, start:stop]
+        if self._guess == DRAFT and self._decoder.draft is not None:
+            return bounded(self._decoder.draft[:, start:stop], noise)
         if self._guessed is not None:
             guessed = [value[:, start:stop] for value in self._guessed]
             return _mapped(noise, *guessed) if self._by_frame else bounded(guessed[0], noise)

@@ -11,9 +11,10 @@ from functools import partial
 
 import mlx.core as mx
 
+from mlx_starflow.errors import StarflowError
 from mlx_starflow.sampling.decoder import BlockDecoder
 from mlx_starflow.sampling.first_guesses import FirstGuesses, FramePast, bounded
-from mlx_starflow.sampling.methods import JacobiSettings, RollingSettings
+from mlx_starflow.sampling.methods import DRAFT, JacobiSettings, RollingSettings
 from mlx_starflow.sampling.noise_floor import NoiseFloor
 
 
@@ -60,6 +61,8 @@ def roll(
     In half precision the tolerance is at least what the precision resolves (see `noise_floor`). Where the window hardly
     advances all the same, tokens are done one by one for a while, which takes less time.
     """
+    if settings.guess == DRAFT and decoder.draft is None:
+        raise StarflowError("drafts are a student's: give a student, or sample by another method")
     entered = start  # tokens before this one have been given their first guess
     guesses = FirstGuesses(decoder, settings, past)
     floor, pace = NoiseFloor(decoder, settings.tolerance), _Pace(settings.window)
@@ -125,15 +128,12 @@ class _Pace:
         self._evaluations = self._tokens = 0
 
 
-# For all widths and batches at once: MLX keeps what it traced as long as the process lives.
-@partial(mx.compile, shapeless=True)
 def _advance(
     old: mx.array, noise: mx.array, mu: mx.array, log_sigma: mx.array, tolerance: mx.array, place: mx.array
 ) -> tuple[mx.array, mx.array, mx.array]:
     """The values of a window's tokens after an evaluation, how many of the first are final as they were, and the
     largest residual of each; `place` `[n, 1]` counts them."""
-    residual = mx.abs((old - mu) * mx.exp(-log_sigma) - noise)
-    return _merged(old, noise, noise * mx.exp(log_sigma) + mu, residual, tolerance, place)
+    return _merged(old, noise, *_corrected(old, noise, mu, log_sigma), tolerance, place)
 
 
 def _merged(
@@ -142,5 +142,18 @@ def _merged(
     """`_advance`, from what the tokens' noise gives now and the residuals of the values that they have."""
     good = (residual <= tolerance).all(axis=(0, 2))
     done = mx.cumprod(good.astype(mx.int32)).sum()
-    values = mx.where(place < done, old, mx.where(place == done, new, bounded(new, noise)))
-    return values, done, residual.max(axis=(0, 2))
+    return _chosen(old, noise, new, place, done), done, residual.max(axis=(0, 2))
+
+
+# For all widths and batches at once: MLX keeps what it traced as long as the process lives. Nothing here is a sum or a
+# maximum: traced for one shape, these write past the end of other shapes' arrays (MLX 0.32).
+@partial(mx.compile, shapeless=True)
+def _corrected(old: mx.array, noise: mx.array, mu: mx.array, log_sigma: mx.array) -> tuple[mx.array, mx.array]:
+    """What the noise of tokens gives, and the residuals of the values that they have."""
+    return noise * mx.exp(log_sigma) + mu, mx.abs((old - mu) * mx.exp(-log_sigma) - noise)
+
+
+@partial(mx.compile, shapeless=True)
+def _chosen(old: mx.array, noise: mx.array, new: mx.array, place: mx.array, done: mx.array) -> mx.array:
+    """The old values of the tokens that are done, the new ones of all others; those after the next are guesses."""
+    return mx.where(place < done, old, mx.where(place == done, new, bounded(new, noise)))

@@ -20,8 +20,11 @@ from mlx_starflow.sampling.cache import KV_BITS, KVBits, kv_name
 
 PLAN = ConfigKind("sampling plan")
 
+DRAFT = "draft"
+"""The method that is a rolling window whose first guesses are a student's."""
+
 FRAME_GUESSES = ("previous", "motion", "previous-affine", "motion-affine")
-GUESSES = ("noise", "affine", *FRAME_GUESSES)
+GUESSES = ("noise", "affine", *FRAME_GUESSES, DRAFT)
 """First guesses of a token in a rolling window: see `RollingSettings.guess`."""
 
 
@@ -62,8 +65,11 @@ class RollingSettings:
         tolerance: largest residual |(x - mu) / sigma - z| of a token, in standard deviations of the noise. In half
             precision it is raised to twice what that resolves, if the window is held up by it (see `noise_floor`).
         guess: what a token is taken to be when it enters the window: "noise" its z, "affine" its z mapped as the last
-            token in the window was, "previous" what the token `lag` before it is (where there is one).
-        lag: distance for "previous": a row of an image, a frame of a video.
+            token in the window was, "previous" what the token `lag` before it is (where there is one), "motion" the
+            same moved on by as much as it differs from the one `2 * lag` before, "previous-affine" and "motion-affine"
+            its z mapped as these tokens were or would be; "draft" what a student guesses of the whole block (see
+            `sampling.student`).
+        lag: distance for "previous" and "motion": a row of an image, a frame of a video.
     """
 
     name: ClassVar[str] = "rolling"
@@ -134,6 +140,21 @@ class SamplingPlan:
         """Whether it is for a flow of this precision, "" is any, and keys and values in so many bits; None is any."""
         fits_cache = kv_bits is None or self.kv_bits == kv_bits
         return fits_cache and ("" in (self.precision, precision) or self.precision == precision)
+
+    @property
+    def drafts(self) -> bool:
+        """Whether a student gives first guesses."""
+        return any(isinstance(each, RollingSettings) and each.guess == DRAFT for each in self.blocks)
+
+    def without_drafts(self) -> SamplingPlan:
+        """The same for a flow without its student: windows that begin with the noise, and keep to the tolerances."""
+        if not self.drafts:
+            return self
+        blocks = [
+            replace(each, guess="noise") if isinstance(each, RollingSettings) and each.guess == DRAFT else each
+            for each in self.blocks
+        ]
+        return replace(self, blocks=tuple(blocks))
 
     def to_dict(self) -> dict[str, Any]:
         blocks = [_named(block) for block in self.blocks]
@@ -290,6 +311,8 @@ def block_settings(method: Method, blocks: int) -> Sequence[Settings]:
                 "run `mlx-starflow tune` again"
             )
         return method.blocks
+    if method == DRAFT:
+        method = RollingSettings(guess=DRAFT)
     if isinstance(method, str):
         if method not in METHODS:
             raise StarflowError(f"unknown sampling method {method!r}; it must be one of {', '.join(METHODS)}")

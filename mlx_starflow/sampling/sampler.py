@@ -10,10 +10,12 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_starflow.errors import StarflowError
 from mlx_starflow.errors.arguments import checked
 from mlx_starflow.kernels.affine import GuidanceMode, GuidanceTarget
 from mlx_starflow.models.flow import Flow, frame_count
 from mlx_starflow.models.itarflow import at_noise_level
+from mlx_starflow.models.student import Student
 from mlx_starflow.sampling import jacobi, sequential
 from mlx_starflow.sampling.cache import KVBits
 from mlx_starflow.sampling.decoder import BlockDecoder, check_finite
@@ -21,6 +23,7 @@ from mlx_starflow.sampling.first_guesses import FramePast
 from mlx_starflow.sampling.guidance import SamplingOptions
 from mlx_starflow.sampling.guided import GuidedFlow
 from mlx_starflow.sampling.methods import (
+    DRAFT,
     FramewiseSettings,
     JacobiSettings,
     Method,
@@ -32,6 +35,7 @@ from mlx_starflow.sampling.methods import (
     for_videos,
 )
 from mlx_starflow.sampling.progress import Watch, watch
+from mlx_starflow.sampling.student import drafts
 
 
 @dataclass
@@ -42,6 +46,7 @@ class SamplingTrace:
         evaluations: network evaluations of each block, deep block first.
         noise_floors: of each block, deep block first, the residuals that its precision cannot tell from 0, as far as a
             window had to measure them; else 0.
+        student_evaluations: of a student that gave first guesses.
         states: data after each block, deep block first, shaped as the result (only if `keep_states`): MLX arrays, or
             tensors where PyTorch samples.
     """
@@ -49,6 +54,7 @@ class SamplingTrace:
     keep_states: bool = False
     evaluations: list[int] = field(default_factory=list)
     noise_floors: list[float] = field(default_factory=list)
+    student_evaluations: int = 0
     states: list[Any] = field(default_factory=list)
 
     @property
@@ -60,6 +66,7 @@ class SamplingTrace:
         """Be as new: sampling begins again."""
         self.evaluations.clear()
         self.noise_floors.clear()
+        self.student_evaluations = 0
         self.states.clear()
 
 
@@ -79,6 +86,7 @@ def sample(
     guided_blocks: int | None = None,
     noise_level: float | None = None,
     kv_bits: KVBits = 0,
+    student: Student | None = None,
     progress: Watch = False,
     trace: SamplingTrace | None = None,
 ) -> mx.array:
@@ -94,8 +102,9 @@ def sample(
             default -1.
         guidance: weight w >= 0 of classifier-free guidance in the blocks that read the condition (see
             `kernels.affine.starflow_guidance` and `tarflow_guidance`).
-        method: "sequential", "jacobi" (block by block, as in the official release) or "rolling" (a window with
-            certified tokens); or settings of one of them, such as `RollingSettings(window=32)`; or a `SamplingPlan`.
+        method: "sequential", "jacobi" (block by block, as in the official release), "rolling" (a window with certified
+            tokens) or "draft" (such a window that begins with a student's guesses); or settings of one of them, such as
+            `RollingSettings(window=32)`; or a `SamplingPlan`.
             For videos the names mean what `methods.for_videos` says.
         attn_temp: attention logits are divided by this; in a TarFlow those of guidance's null predictions only.
         annealed_guidance: let the weight grow linearly over the sequence.
@@ -105,6 +114,7 @@ def sample(
         noise_level: what an iTARFlow makes data of; None: the level that the flow is at, see `ITarFlow.at`.
         kv_bits: keep keys and values in 8 or 4 bits, or with (8, 4) in 8 and those of the null branch in 4, where they
             take most memory (see `cache.block_kv_bits`); 0: as they are.
+        student: an inverse student of this flow, for the first guess "draft".
         progress: a `Progress`, or whether to show a progress bar; None shows it on a terminal only.
         trace: is filled with what was done.
 
@@ -120,6 +130,13 @@ def sample(
     if (frames := frame_count(z.shape)) > 1:
         method = for_videos(method, length // frames)
     settings = block_settings(method, len(flow.blocks))
+    guesses: dict[int, mx.array] = {}
+    if any(isinstance(each, RollingSettings) and each.guess == DRAFT for each in settings):
+        if student is None:
+            raise StarflowError("drafts are a student's: give a student, or sample by another method")
+        guesses = drafts(student, flow, z, text)
+        if trace is not None:
+            trace.student_evaluations += 1
     options = SamplingOptions(
         guidance, attn_temp, annealed_guidance, guidance_target, guidance_mode, guided_blocks, kv_bits
     )
@@ -130,6 +147,8 @@ def sample(
             evaluations, noise_floor = 0, 0.0
             if not flow.blocks[index].is_identity:
                 decoder = guided.decoder(index, batch, length)
+                if index in guesses:
+                    decoder.draft = decoder.block.permute(tokens + guesses[index], decoder.frames)
                 counter.block, counter.state = index, partial(state_of, flow, decoder, z.shape)
                 tokens = invert_block(decoder, tokens, settings[index], advance=counter.advance)
                 evaluations, noise_floor = decoder.evaluations, decoder.noise_floor

@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_starflow.models.flow import Flow, block_products_in, frame_count
+from mlx_starflow.models.student import Student
 from mlx_starflow.sampling.certificate import Certificate, certify
 from mlx_starflow.sampling.decoder import BlockDecoder, check_finite
 from mlx_starflow.sampling.first_guesses import FramePast
@@ -28,6 +29,7 @@ from mlx_starflow.sampling.methods import (
 )
 from mlx_starflow.sampling.noise_floor import HALF, moved
 from mlx_starflow.sampling.sampler import SamplingTrace, invert_steps, sample
+from mlx_starflow.sampling.student import drafts
 
 SMALLEST_WINDOW = 8
 
@@ -78,6 +80,7 @@ class TunedSample:
         noise, data: the exact tokens that each block reads and writes.
         sequential: evaluations and seconds of each block.
         spent: network evaluations so far.
+        drafts: what a student guesses that each block adds, if there is one.
         certificate: of the sample.
     """
 
@@ -90,6 +93,9 @@ class TunedSample:
     def __post_init__(self) -> None:
         self.guided = GuidedFlow(self.flow, self.z.shape, self.text, self.null_text, self.options)
         self.spent = 0
+        self.student: Student | None = None
+        self.drafts: dict[int, mx.array] = {}
+        self._student_seconds = 0.0
         self.noise: dict[int, mx.array] = {}
         self.data: dict[int, mx.array] = {}
         self.sequential: dict[int, tuple[int, float]] = {}
@@ -101,6 +107,22 @@ class TunedSample:
             check_finite(tokens, f"what block {index} made of the noise")
             self.data[index] = tokens
         self.certificate = self.certify(self.flow.latents(tokens, self.z.shape))
+
+    def draft(self, student: Student | None) -> None:
+        """Take a student's guesses; raises StarflowError if it is of another flow."""
+        if student is None:
+            return
+        self.student = student
+        for _ in range(2):  # the first one compiles
+            began = time.perf_counter()
+            self.drafts = drafts(student, self.flow, self.z, self.text)
+            mx.eval(self.drafts)
+            self._student_seconds = time.perf_counter() - began
+        self.spent += 2
+
+    def student_cost(self, least: str) -> float:
+        """What the student's evaluation costs."""
+        return (self._student_seconds if least == "seconds" else 1.0) if self.drafts else 0.0
 
     @property
     def evaluations(self) -> list[int]:
@@ -127,7 +149,11 @@ class TunedSample:
 
     def most_trials(self, index: int, least: str) -> int:
         """Ways of inverting a block that are tried at most."""
-        found = 3 + len(windows(self.length(index), least, self.frame if self.sees_frames(index) else 0))
+        found = (
+            3
+            + bool(self.drafts)
+            + len(windows(self.length(index), least, self.frame if self.sees_frames(index) else 0))
+        )
         if self.sees_frames(index):
             return found + len(FRAME_GUESSES) + 4 + len(windows(self.frame, least))
         return found + (1 + len(FRAME_GUESSES) if self.frames > 1 else 0)
@@ -161,6 +187,8 @@ class TunedSample:
             x = mx.concatenate(parts, axis=1)
         else:
             z, decoder = block.permute(noise, self.frames), self.guided.decoder(index, *noise.shape[:2])
+            if index in self.drafts:
+                decoder.draft = block.permute(noise + self.drafts[index], self.frames)
             x = made(decoder, z[:, : self.frame] if part == FIRST else z)
             if part == FIRST:
                 x = mx.concatenate([x, block.permute(self.data[index], self.frames)[:, self.frame :]], axis=1)
@@ -186,8 +214,18 @@ class TunedSample:
 
     def sample(self, method: Method, trace: SamplingTrace) -> mx.array:
         guidance, kv_bits = self.options.guidance, self.options.kv_bits
-        x = sample(self.flow, self.z, self.text, self.null_text, guidance, method, kv_bits=kv_bits, trace=trace)
-        self.spent += sum(trace.evaluations)
+        x = sample(
+            self.flow,
+            self.z,
+            self.text,
+            self.null_text,
+            guidance,
+            method,
+            kv_bits=kv_bits,
+            student=self.student,
+            trace=trace,
+        )
+        self.spent += sum(trace.evaluations) + trace.student_evaluations
         return x
 
     def certify(self, x: mx.array) -> Certificate:

@@ -19,10 +19,12 @@ import numpy as np
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.model_dir.weights import dtype_name
 from mlx_starflow.models.flow import Flow, products_in
+from mlx_starflow.models.student import Student
 from mlx_starflow.sampling.cache import KVBits
 from mlx_starflow.sampling.certificate import Certificate
 from mlx_starflow.sampling.guidance import SamplingOptions
 from mlx_starflow.sampling.methods import (
+    DRAFT,
     FRAME_GUESSES,
     FramewiseSettings,
     JacobiSettings,
@@ -63,6 +65,7 @@ def tune(
     tolerance: float = 1e-2,
     least: str = "seconds",
     kv_bits: KVBits = 0,
+    student: Student | None = None,
     report: Callable[[str], None] = lambda line: None,
     progress: Watch = False,
     callback: Callback | None = None,
@@ -79,6 +82,8 @@ def tune(
             no less than what a window in this precision keeps to (see `noise_floor`).
         least: of what the plan shall take the least: "seconds" on this machine, or network "evaluations".
         kv_bits: of keys and values, see `sample`; the plan is for these.
+        student: an inverse student of the flow; its guesses are tried too as the first ones of the windows, and are
+            part of the plan where they save more than its evaluation costs.
         report: is told what was measured.
         progress, callback: see `Progress`; its phase is "tuning", and it counts ways that are tried of one block, of
             which there are at most as many as its total says.
@@ -94,6 +99,8 @@ def tune(
     options = SamplingOptions(guidance, kv_bits=kv_bits)
     with progress.running("tuning"):
         samples = list(tuned_samples(flow, z, text, null_text, options))
+        for one in samples:
+            one.draft(student)
         plan = _tune(flow, samples, guidance, tolerance, least, report, progress)
         return replace(plan, kv_bits=kv_bits, frame=samples[0].frame if samples[0].frames > 1 else 0)
 
@@ -120,13 +127,23 @@ def _tune(
     blocks: list[Settings] = [SequentialSettings()] * len(flow.blocks)
     active = list(samples[0].guided.active())
     most = {index: samples[0].most_trials(index, least) for index in active}
+    drafted: dict[int, tuple[Trial, float]] = {}
     with progress.counting("tuning", sum(most.values()), "way") as counter:
         for index in active:
             share, done = DEEP_SHARE if index == deep else OTHERS_SHARE, counter.done
-            best = _best(index, samples, max(share * tolerance, FACTOR * floors[index]), least, report, counter)
-            counter.advance(most[index] - (counter.done - done))
+            allowed = max(share * tolerance, FACTOR * floors[index])
+            best = _best(index, samples, allowed, least, report, counter)
             report(f"-> {best}")
             blocks[index] = best.settings
+            if samples[0].drafts and (trial := _drafted(index, samples, best, allowed, report)):
+                drafted[index] = trial, best.cost(least) - trial.cost(least)
+            counter.advance(most[index] - (counter.done - done))
+    spent = sum(one.student_cost(least) for one in samples)
+    if sum(saved for _, saved in drafted.values() if saved > 0) > spent:
+        for index, (trial, saved) in drafted.items():
+            if saved > 0:
+                report(f"-> {trial}")
+                blocks[index] = trial.settings
     plan = _tightened(flow, samples, blocks, deep, guidance, tolerance, report)
     measured = dict(plan.measured)
     measured["tuning_evaluations"] = sum(one.spent for one in samples)
@@ -223,6 +240,16 @@ class _Search:
 
     def cheapest(self) -> Trial:
         return cheapest(self.trials, self.least)
+
+
+def _drafted(
+    index: int, samples: list[TunedSample], best: Trial, tolerance: float, report: Callable[[str], None]
+) -> Trial | None:
+    """A window that begins with the student's guesses, if it is within the tolerance; as wide as the best one is."""
+    width = best.settings.window if isinstance(best.settings, RollingSettings) else samples[0].length(index)
+    trial = attempt(index, samples, RollingSettings(width, tolerance, guess=DRAFT))
+    report(str(trial))
+    return trial if trial.residual <= 2 * tolerance else None
 
 
 def _tightened(

@@ -16,17 +16,20 @@ CLAIM = "training/model.txt"
 """In a training's output, the fingerprint of the model there that an earlier run wrote."""
 
 
-def check_model_output(out: Path, model_type: str, inputs: Iterable[str | Path] = ()) -> None:
+def check_model_output(
+    out: Path, model_type: str, inputs: Iterable[str | Path] = (), *, checkpoints: str = "flow"
+) -> None:
     """Raise StarflowError unless a training may write its model to `out`, checkpoints and logs to `out/training`.
 
     A model that is there must be of an earlier run of the same training: there are checkpoints of its flow or, where a
     run that started again has thrown them away, what `claim_model` wrote. `inputs` are read, and cannot be `out`.
+    `checkpoints`: the folder of those in `out/training`.
     """
     check_outputs(folders=[out, out / "training"], inputs=inputs)
     if not (out / "config.json").exists():
         return
     found = read_json(out / "config.json").get("model_type")
-    if found != model_type or not (checkpoint_files(out / "training/flow") or _is_claimed(out)):
+    if found != model_type or not (checkpoint_files(out / "training" / checkpoints) or _is_claimed(out)):
         kind = "" if found == model_type else f" ({found!r}, not {model_type!r})"
         raise StarflowError(f"{out} holds another model{kind}; give another folder")
 

@@ -9,13 +9,15 @@ import mlx.core as mx
 import pytest
 from helpers.commands import Command
 from helpers.model_directories import write_image_model, write_video_model
+from helpers.students import write_student
 from helpers.tiny_flows import tiny_flow
 
 from mlx_starflow import load
 from mlx_starflow.media.metadata import read_metadata
+from mlx_starflow.model_dir.fingerprint import fingerprint
 from mlx_starflow.model_dir.saving import save_model
 from mlx_starflow.model_dir.weights import parameters
-from mlx_starflow.sampling import JacobiSettings, SamplingPlan, SequentialSettings
+from mlx_starflow.sampling import JacobiSettings, RollingSettings, SamplingPlan, SequentialSettings
 
 tune = Command("tune")
 generate = Command("generate")
@@ -137,3 +139,22 @@ def test_each_picture_has_its_own(model):
     assert result.stats.certificate.max == max(each.max for each in result.stats.certificates) < 1e-3
     assert [how["certificate"]["max"] for how in result.metadata] == [each.max for each in result.stats.certificates]
     assert load(model).generate("a cat", verify=False).stats.certificate is None
+
+
+def test_a_student_is_tried(model, tmp_path):
+    result = tune(model, "--student", write_student(tmp_path / "student", model), "--least", "evaluations")
+    assert result.exit_code == 0, result.output
+    assert "first guess draft" in result.output
+    other = write_student(tmp_path / "other", model, teacher="another")
+    assert "learned from other weights" in tune(model, "--student", other).output
+
+
+def test_a_plan_with_drafts(model, tmp_path):
+    drafted, window = RollingSettings(window=16, guess="draft"), RollingSettings(window=16)
+    SamplingPlan((window, drafted), 1e-2, {}, fingerprint(model)).save(model)
+    pipe = load(model)
+    assert pipe.method(pipe.settings).blocks == (window, window)
+    made = pipe.generate("a cat", seed=1, method="draft", student=write_student(tmp_path / "student", model))
+    assert pipe.method(made.settings) == pipe.plan and made.stats.student_evaluations == 1
+    assert made.stats.certificate.max < 1e-2
+    assert pipe.inversion() == pipe.plan.without_drafts()

@@ -218,10 +218,10 @@ def every_command() -> list[tuple[str, click.Command]]:
 
 
 MODELLESS = {
-    *("completion", "doctor", "train", "convert", "edit"),
+    *("completion", "doctor", "train", "convert", "edit", "upscale"),
     *("convert release", "convert flow", "convert text-encoder", "convert vae"),
 }
-"""Commands without a model to run: `train` makes one, and `--init` and `--encoders` are what it makes it of."""
+"""Commands without a flow to run: `train` makes one, and `--init` and `--encoders` are what it makes it of."""
 
 
 @pytest.mark.parametrize("name, command", every_command())

@@ -109,7 +109,7 @@ def test_what_does_not_go_together(tmp_path):
     assert "neither seeds nor" in message(Recipe.read, write(tmp_path / "b.png", GOOD | {"seeds": [None]}))
     both = {"noise_sha256": "0" * 64}
     assert "neither seeds nor" in message(Recipe.read, write(tmp_path / "c.png", GOOD | both))
-    assert "unknown setting 'steps'" in message(Recipe.read, write(tmp_path / "d.png", GOOD | settings(steps=4)))
+    assert "unknown setting 'paces'" in message(Recipe.read, write(tmp_path / "d.png", GOOD | settings(paces=4)))
     assert "lacks seeds, settings" in message(
         Recipe.read, write(tmp_path / "e.png", {"model": "demo", "prompts": ["a cat"]})
     )

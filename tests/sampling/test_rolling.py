@@ -20,6 +20,7 @@ from mlx_starflow.sampling import (
 )
 from mlx_starflow.sampling.decoder import BlockDecoder
 from mlx_starflow.sampling.first_guesses import FirstGuesses, FramePast
+from mlx_starflow.sampling.jacobi import _advance
 from mlx_starflow.sampling.noise_floor import NoiseFloor
 from mlx_starflow.sampling.sampler import invert_block
 
@@ -65,8 +66,8 @@ def test_every_token_is_within_the_tolerance(tiny, window, tolerance):
 
 
 def test_windows_of_many_widths_are_traced_once(monkeypatch):
-    traced, cumprod = [], mx.cumprod
-    monkeypatch.setattr(mx, "cumprod", lambda x: traced.append(x.shape) or cumprod(x))
+    traced, absolute = [], mx.abs
+    monkeypatch.setattr(mx, "abs", lambda x: traced.append(x.shape) or absolute(x))
     tiny = tiny_case("softplus")
     z = tiny.flow(tiny.x, tiny.text).z
     for batch in (1, 2, 3):
@@ -255,3 +256,20 @@ def test_blocks_of_single_frames_remember_the_last_ones(guess):
     still = mx.repeat(z[:, :1], 5, axis=1)
     list(sample_frames(tiny.flow, still, tiny.text, method=settings, trace=trace))
     assert trace.evaluations[1] - 4 == first if guess.endswith("affine") else trace.evaluations[1] <= 7
+
+
+def test_a_window_is_advanced_alike_whatever_shapes_came_before():
+    def values(batch: int, width: int, channels: int) -> list[mx.array]:
+        old, noise, mu, log_sigma = mx.random.normal((4, batch, width, channels), key=mx.random.key(width))
+        return [old, noise, mu, 0.1 * log_sigma]
+
+    tolerance = mx.array(0.5)
+    for shape in [(2, 6, 2), (1, 16, 64), (1, 1, 2), (2, 1, 1), (1, 4, 1), (2, 16, 64), (1, 2, 4)]:
+        old, noise, mu, log_sigma = values(*shape)
+        place = mx.arange(shape[1])[:, None]
+        residual, new = mx.abs((old - mu) * mx.exp(-log_sigma) - noise), noise * mx.exp(log_sigma) + mu
+        done = mx.cumprod((residual <= tolerance).all(axis=(0, 2)).astype(mx.int32)).sum()
+        kept = mx.where(place < done, old, new)
+        found = _advance(old, noise, mu, log_sigma, tolerance, place)
+        for one, other in zip(found, (kept, done, residual.max(axis=(0, 2))), strict=True):
+            assert one.shape == other.shape and np.allclose(one, other, atol=1e-5)

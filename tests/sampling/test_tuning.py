@@ -6,10 +6,13 @@ import ast
 
 import mlx.core as mx
 import pytest
+from helpers.students import student_config, tiny_student
 from helpers.tiny_flows import tiny_case
 from mlx.utils import tree_map
 
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.models.starflow import STARFlow
+from mlx_starflow.models.student import Student
 from mlx_starflow.sampling import (
     FramewiseSettings,
     RollingSettings,
@@ -40,6 +43,34 @@ def test_a_plan_holds_its_certificate(family):
         assert certify(tiny.flow, x, *one, tiny.null_text, guidance).max <= 5e-3
     assert lines[0].startswith("sequential: ")
     assert any("rolling window" in line for line in lines)
+
+
+class Knowing(Student):
+    """It knows what the flow makes of noise of six tokens."""
+
+    def taught_by(self, flow: STARFlow) -> Knowing:
+        object.__setattr__(self, "teacher", flow)
+        return self
+
+    def __call__(self, tokens, grid, condition=None, previous=None, time=None, gradient_checkpointing=False):
+        trace = SamplingTrace(keep_states=True)
+        sample(self.teacher, self.data(tokens, (1, 2, 3, 2)), condition, trace=trace)
+        return [*map(self.teacher.tokens, trace.states), tokens]
+
+
+@pytest.mark.parametrize("knowing", [True, False])
+def test_drafts_are_part_of_a_plan_where_they_save_more_than_they_cost(knowing):
+    tiny = tiny_case("softplus")
+    student = Knowing(student_config(tiny.flow)).taught_by(tiny.flow) if knowing else tiny_student(tiny.flow)
+    z = mx.random.normal(tiny.x.shape, key=mx.random.key(0))
+    plan = tune(tiny.flow, z, tiny.text, tolerance=5e-3, least="evaluations", student=student)
+    assert plan.drafts == knowing
+    if knowing:
+        trace = SamplingTrace()
+        x = sample(tiny.flow, z[:1], tiny.text[:1], method=plan, student=student, trace=trace)
+        assert trace.evaluations == [1, 1, 1]
+        assert certify(tiny.flow, x, z[:1], tiny.text[:1]).max <= 5e-3
+        assert not plan.without_drafts().drafts
 
 
 def test_half_precision():

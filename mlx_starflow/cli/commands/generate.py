@@ -57,6 +57,13 @@ if TYPE_CHECKING:
     help="Sample so many for each picture and keep the one that its prompt fits best, by the flow's likelihoods.",
 )
 @sampling_options
+@click.option(
+    "--student",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Let a student of the model (see distill) make the pictures; with --method draft it only gives first guesses.",
+)
+@click.option("--steps", type=click.IntRange(min=1), help="Of the student.  [default: 1, of a matching student 4]")
 @click.option("--size", type=Size(), help="In pixels; the size the model was trained at by default.")
 @click.option("--separate", is_flag=True, help="One file for each picture (out-1.png, ...) instead of a grid.")
 @click.option("--columns", type=click.IntRange(min=1), help="Pictures in a row of the grid.")
@@ -130,6 +137,8 @@ def generate(
     attn_temp: float | None,
     denoise: bool | None,
     kv_bits: str | None,
+    student: Path | None,
+    steps: int | None,
     size: tuple[int, int] | None,
     source: Path | None,
     separate: bool,
@@ -160,6 +169,7 @@ def generate(
     mlx-starflow generate "a red apple" "a rocket" --seed 7 --images 4 -o grid.png
     mlx-starflow generate "a cat" --seed 1 --seed 5 -o "{prompt}-{seed}.png"
     mlx-starflow generate --like grid.png -o again.png
+    mlx-starflow generate "a red cube" --model my-model --student my-student
     mlx-starflow generate --model my-tarflow --label 3 --images 8 --guidance 1.5
     mlx-starflow generate --model my-text-flow "In the beginning" --length 400 --temperature 0.8
     mlx-starflow generate --model my-text-flow "And it came to ____ in those days" --fill
@@ -206,7 +216,7 @@ def generate(
         if recipe.noise_sha256 and load_noise is None:
             raise StarflowError(f"{source} was made from a noise file: give it with --load-noise")
         asked = recipe.prompts
-        model, adapters = chosen_networks(recipe, model, adapters, ranks)
+        model, adapters = chosen_networks(recipe, model, adapters, ranks, student)
         images, columns = len(recipe.seeds), columns or (None if separate else recipe.columns)
         if seeds is None:
             seeds = recipe.given_seeds
@@ -252,8 +262,8 @@ def generate(
             targets = free or fixed
             if steps_dir is not None:
                 make_folder(steps_dir)
-                steps = [steps_dir / f"steps-{number}.png" for number in range(1, count + 1)]
-                claim_outputs(targets, steps, inputs=read)
+                sheets = [steps_dir / f"steps-{number}.png" for number in range(1, count + 1)]
+                claim_outputs(targets, sheets, inputs=read)
     seeds = seeds if load_noise else ranks.seed(seeds)
 
     from mlx_starflow.pipelines import Pipeline, VideoPipeline, load
@@ -280,14 +290,8 @@ def generate(
         raise StarflowError(f"{opened.name} does not read prompts: use load_flow and sample in Python")
     recorded = recipe.settings_with(pipe.plan, pipe.backend.methods) if recipe else {}
     chosen = type(pipe.settings).from_dict({**pipe.settings.to_dict(), **recorded})
-    settings = chosen.updated(
-        guidance=guidance,
-        temperature=temperature,
-        method=method,
-        attn_temp=attn_temp,
-        denoise=denoise,
-        size=size,
-        kv_bits=kv_bits,
+    settings = pipe.with_student(chosen, student, guidance, temperature, steps, method).updated(
+        attn_temp=attn_temp, denoise=denoise, size=size, kv_bits=kv_bits
     )
     settings = labels.apply(settings, opened.name)
     given = None
@@ -301,6 +305,8 @@ def generate(
     # What is sampled one token after another, with keys and values as they are, is right by construction: its
     # certificate would only say so.
     certify = pipe.method(settings) != "sequential" or bool(settings.cache_bits) if verify is None else verify
+    if verify and settings.samples_by_student:
+        raise StarflowError("what a student makes is not exact, and has no certificate: leave --verify out")
     keep_steps = steps_dir is not None
     options = (settings, seeds, images, best_of, start, keep_steps, batch_size, certify)
     ranks.agree({"prompts": asked, "options": options})

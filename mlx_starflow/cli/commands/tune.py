@@ -43,6 +43,12 @@ from mlx_starflow.cli.options.vocabulary import json_option, model_argument
     default="none",
     help="Tune for keys and values in so many bits; the plan is used with these alone.",
 )
+@click.option(
+    "--student",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Try the guesses of this student (see distill) too; --method draft then follows the plan.",
+)
 @json_option
 @overwrite_option
 @click.option("--dry-run", is_flag=True, help="Only say what would be chosen.")
@@ -57,6 +63,7 @@ def tune(
     seed: int,
     dtype: str | None,
     kv_bits: str,
+    student: Path | None,
     json_file: Path | None,
     dry_run: bool,
 ) -> None:
@@ -70,6 +77,7 @@ def tune(
     from mlx_starflow.bench.trials import prepare
     from mlx_starflow.media.outputs import STDOUT
     from mlx_starflow.media.tables import write_json
+    from mlx_starflow.model_dir.directory import ModelDirectory, load_student
     from mlx_starflow.model_dir.fingerprint import fingerprint
     from mlx_starflow.model_dir.hub import find_model
     from mlx_starflow.model_dir.transaction import locked
@@ -96,6 +104,7 @@ def tune(
         tolerance=tolerance,
         least=least,
         kv_bits=KV_CHOICES[kv_bits] or 0,
+        student=None if student is None else load_student(student, ModelDirectory(trials.directory)),
         report=partial(click.echo, err=json_file == STDOUT),
         progress=None,
     )

@@ -126,7 +126,12 @@ class Pictures:
             }
             for number, made in enumerate(self.made)
         ]
-        cost = {"seconds": stats.seconds, "memory": stats.memory, "evaluations": stats.evaluations}
+        cost = {
+            "seconds": stats.seconds,
+            "memory": stats.memory,
+            "evaluations": stats.evaluations,
+            "student_evaluations": stats.student_evaluations,
+        }
         enlarged = {} if self.upscaler is None else {"upscaled": [self.upscaler.metadata]}
         return {**self.pipe.origin(), "pictures": rows, **enlarged, "settings": self.stream.settings.to_dict(), **cost}
 

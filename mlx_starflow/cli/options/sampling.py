@@ -85,8 +85,9 @@ sampling_options = with_options(
     click.option("--temperature", type=float, help="Scale of the noise; the model's own by default."),
     click.option(
         "--method",
-        type=click.Choice(["auto", "sequential", "jacobi", "rolling"]),
-        help="How the flow is inverted; auto follows the plan of `mlx-starflow tune`, and is rolling without one.",
+        type=click.Choice(["auto", "sequential", "jacobi", "rolling", "draft"]),
+        help="How the flow is inverted; auto follows the plan of `mlx-starflow tune`, and is rolling without one; "
+        "draft begins with the guesses of --student.",
     ),
     click.option(
         "--verify/--no-verify",

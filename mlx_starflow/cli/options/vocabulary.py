@@ -32,7 +32,7 @@ class Renamed(click.Option):
 
 
 def model_argument(
-    default: str | None = "demo", metavar: str = "MODEL", then: str | None = None
+    default: str | None = "demo", metavar: str = "MODEL", then: str | None = None, needs_then: bool = True
 ) -> Callable[[Callable[Arguments, Result]], Callable[..., Result]]:
     """The argument MODEL, which may be given as `-m` too; the command gets one `model`.
 
@@ -41,6 +41,7 @@ def model_argument(
         metavar: what help calls it.
         then: name of the command's argument that comes after it, which is the first one where `-m` is given. It is
             declared with `required=False`, and the command gets no None.
+        needs_then: False: it may be left out, and is None then.
     """
 
     def decorate(function: Callable[Arguments, Result]) -> Callable[..., Result]:
@@ -55,7 +56,7 @@ def model_argument(
         @wraps(function)
         def command(model: str | None, named_model: str | None, **options: Any) -> Result:
             if then is not None:
-                model = _shift(model, named_model, then, options)
+                model = _shift(model, named_model, then, options, needs_then)
             if model is not None and named_model is not None:
                 raise click.UsageError(f"{metavar} and --model are the same: leave one of them out")
             chosen = named_model if model is None else model
@@ -68,10 +69,12 @@ def model_argument(
     return decorate
 
 
-def _shift(model: str | None, named_model: str | None, then: str, options: dict[str, Any]) -> str | None:
+def _shift(
+    model: str | None, named_model: str | None, then: str, options: dict[str, Any], needs_then: bool
+) -> str | None:
     """What of MODEL and the argument after it is which, where the model may have been named by `-m`.
 
-    `options` gets the argument. Raises UsageError if it is missing.
+    `options` gets the argument. Raises UsageError if it is missing and needed.
     """
     context = click.get_current_context()
     words = ParameterSource.COMMANDLINE
@@ -80,7 +83,7 @@ def _shift(model: str | None, named_model: str | None, then: str, options: dict[
     elif named_model is not None and context.get_parameter_source(then) is not words:
         parameter = next(each for each in context.command.params if each.name == then)
         options[then], model = parameter.type_cast_value(context, model), None
-    if options[then] is None:
+    if options[then] is None and needs_then:
         raise click.UsageError(f"Missing argument '{then.upper()}'.")
     return model
 

@@ -1,0 +1,205 @@
+"""What students of a model cost and how near they come to it: one run, one table.
+
+    mlx-starflow distill demo --prompt-file prompts.txt -o runs/inverse
+    mlx-starflow distill demo --prompt-file prompts.txt -o runs/matching --kind matching
+    mlx-starflow distill demo --prompt-file prompts.txt -o runs/independent --kind matching --independent
+    python examples/reports/students.py demo --inverse runs/inverse --matching runs/matching \\
+        --independent runs/independent --pictures data/emoji
+
+Every way makes the same images of the same noise, one at a time: seconds and evaluations are those of an image, without
+text encoder and decoder. The distance is RMS, of clean latents to those of the sequential sample, in standard
+deviations of these. What is exact has its certificate. With captioned pictures the prompts are captions of these, and
+an image is right if the picture that is nearest to it, by latents, has the caption that it was made of; a standard
+error stands behind. The kernel distance is that of KID, of clean latents, times 1000. A second
+table says what first guesses with an error would save, whoever makes them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_starflow.bench.trials import PROMPTS
+from mlx_starflow.evaluation.measures import LEAST, kernel_distance
+from mlx_starflow.media.image_folder import ImageFolder
+from mlx_starflow.media.noise import draw_noise
+from mlx_starflow.model_dir.directory import load_student
+from mlx_starflow.models.student import Student
+from mlx_starflow.pipelines import load
+from mlx_starflow.sampling import (
+    Certificate,
+    GuidedFlow,
+    RollingSettings,
+    SamplingOptions,
+    SamplingTrace,
+    certify,
+    denoise,
+    sample,
+)
+from mlx_starflow.sampling.methods import Method
+from mlx_starflow.sampling.sampler import invert_block
+from mlx_starflow.sampling.student import sample_student
+
+ERRORS = (1.0, 0.5, 0.25, 0.1, 0.05, 0.02, 0.01)
+"""Of first guesses."""
+
+GUESSED = 8
+"""Images that first guesses with errors are tried on."""
+
+
+@dataclass
+class Made:
+    """What a way made: clean latents `[B, ...]`, and of an image its seconds and evaluations."""
+
+    latents: np.ndarray
+    seconds: float
+    evaluations: float
+    certificate: Certificate | None = None
+
+
+class Report:
+    """The ways, all with the same prompts and the same noise."""
+
+    def __init__(self, model: str, samples: int, pictures: Path | None):
+        self.pipe = load(model)
+        self.settings = self.pipe.settings
+        self.known: tuple[np.ndarray, list[str]] | None = None
+        prompts = list(PROMPTS)
+        if pictures is not None:
+            found = ImageFolder.read(pictures, size=self.pipe.size[0], splits=("train",))
+            names = [captions[0] for captions in found.captions]
+            self.known = self.pipe.to_data(list(found.images)).reshape(len(names), -1), names
+            chosen = np.random.default_rng(0).permutation(len(names))[:samples]
+            prompts = [names[index] for index in chosen]
+        self.prompts = [prompts[index % len(prompts)] for index in range(samples)]
+        self.z = self.settings.temperature * draw_noise(range(samples), self.pipe.noise_shape())
+        self.null = self.pipe.conditions([""]) if self.settings.guidance else None
+        self.texts = [self.pipe.conditions([prompt]) for prompt in self.prompts]
+        self.exact: np.ndarray | None = None
+
+    def images(self, make: Callable[[mx.array, mx.array | None], tuple[mx.array, int]]) -> Made:
+        """All images of a way; one before them, which compiles what there is to compile, does not count."""
+        make(mx.array(self.z[:1]), self.texts[0])
+        latents, seconds, evaluations = [], [], 0
+        for index, text in enumerate(self.texts):
+            z = mx.array(self.z[index : index + 1])
+            began = time.perf_counter()
+            x, count = make(z, text)
+            mx.eval(x)
+            seconds.append(time.perf_counter() - began)
+            latents.append(np.array(x))
+            evaluations += count
+        return Made(np.concatenate(latents), float(np.median(seconds)), evaluations / len(self.texts))
+
+    def teacher(self, method: Method, student: Student | None = None) -> Made:
+        """The flow, by a method; certificates are computed apart, and take none of the seconds."""
+        flow, guidance, null = self.pipe.flow, self.settings.guidance, self.null
+        samples: list[mx.array] = []
+
+        def make(z: mx.array, text: mx.array | None) -> tuple[mx.array, int]:
+            trace = SamplingTrace()
+            x = sample(flow, z, text, null, guidance, method, student=student, trace=trace)
+            samples.append(x)
+            return denoise(flow, x, text), sum(trace.evaluations) + trace.student_evaluations
+
+        made = self.images(make)
+        certificates = [
+            certify(flow, x, mx.array(self.z[index : index + 1]), text, null, guidance)
+            for index, (x, text) in enumerate(zip(samples[1:], self.texts, strict=True))
+        ]
+        made.certificate = Certificate.worst(certificates)
+        return made
+
+    def guessed(self, error: float, samples: int) -> float:
+        """Evaluations of the flow for an image, if first guesses are the exact states with noise: what a student would
+        save whose RMS error is `error`, in standard deviations of each state."""
+        flow, settings, rng, count = self.pipe.flow, self.settings, np.random.default_rng(1), 0
+        options = SamplingOptions(settings.guidance)
+        for index, text in enumerate(self.texts[:samples]):
+            z, trace = mx.array(self.z[index : index + 1]), SamplingTrace(keep_states=True)
+            sample(flow, z, text, self.null, settings.guidance, trace=trace)
+            guided, tokens = GuidedFlow(flow, z.shape, text, self.null, options), flow.noise_tokens(z)
+            for number in guided.active():
+                exact = np.array(flow.tokens(trace.states[len(flow.blocks) - 1 - number]))
+                noise = error * exact.std() * rng.standard_normal(exact.shape, np.float32)
+                decoder = guided.decoder(number, *tokens.shape[:2])
+                decoder.draft = decoder.block.permute(mx.array(exact + noise))
+                tokens = invert_block(decoder, tokens, RollingSettings(guess="draft"))
+                count += decoder.evaluations
+        return count / len(self.texts[:samples])
+
+    def student(self, student: Student, steps: int) -> Made:
+        def make(z: mx.array, text: mx.array | None) -> tuple[mx.array, int]:
+            made = sample_student(student, z, text, steps)
+            return made.data, made.evaluations
+
+        return self.images(make)
+
+    def right(self, latents: np.ndarray) -> str:
+        """The share of images whose nearest picture has their caption."""
+        if self.known is None:
+            return ""
+        pictures, names = self.known
+        flat = latents.reshape(len(latents), -1)
+        distances = np.square(pictures).sum(1) - 2 * flat @ pictures.T
+        hits = [names[nearest] == prompt for nearest, prompt in zip(distances.argmin(1), self.prompts, strict=True)]
+        share = float(np.mean(hits))
+        return f"{100 * share:.0f} +- {100 * np.sqrt(share * (1 - share) / len(hits)):.0f} %"
+
+    def kernel(self, latents: np.ndarray) -> str:
+        """The kernel distance of the images' latents to those of the pictures, times 1000."""
+        if self.known is None or len(latents) < LEAST:
+            return ""
+        found = kernel_distance(self.known[0], latents.reshape(len(latents), -1))
+        return f"{1000 * found.mean:.0f} +- {1000 * found.error:.0f}"
+
+    def line(self, name: str, made: Made) -> None:
+        """Print a row; the first one is what the others are compared with."""
+        if self.exact is None:
+            self.exact = made.latents
+        distance = float(np.sqrt(np.square(made.latents - self.exact).mean()) / self.exact.std())
+        certificate = "" if made.certificate is None else f"{made.certificate.max:.1e}"
+        cells = [name, f"{made.seconds:.3f}", f"{made.evaluations:.1f}", f"{distance:.3f}", certificate]
+        print("| " + " | ".join([*cells, self.right(made.latents), self.kernel(made.latents)]) + " |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--inverse", type=Path, help="a student's folder")
+    parser.add_argument("--matching", type=Path, help="a student's folder")
+    parser.add_argument("--independent", type=Path, help="that of one that has learned from independent noise")
+    parser.add_argument("--pictures", type=Path, help="captioned pictures")
+    parser.add_argument("--samples", type=int, default=64)
+    arguments = parser.parse_args()
+    report = Report(arguments.model, arguments.samples, arguments.pictures)
+    model = report.pipe.model
+    print(
+        "| | seconds | evaluations | distance | certificate | right | kernel distance |\n|---|---|---|---|---|---|---|"
+    )
+    report.line("teacher, sequential", report.teacher("sequential"))
+    auto = report.pipe.method(report.settings)
+    report.line("teacher, auto", report.teacher(auto))
+    if arguments.inverse is not None:
+        inverse = load_student(arguments.inverse, model)
+        report.line("teacher, draft", report.teacher("draft", inverse))
+        for steps in (1, 2, 4):
+            report.line(f"inverse student, {steps}", report.student(inverse, steps))
+    for name, folder in (("matching", arguments.matching), ("independent", arguments.independent)):
+        if folder is not None:
+            matching = load_student(folder, model)
+            for steps in (1, 4, 16):
+                report.line(f"{name} student, {steps}", report.student(matching, steps))
+    print("\n| error of first guesses | evaluations of the flow |\n|---|---|")
+    for error in ERRORS:
+        print(f"| {error:g} | {report.guessed(error, GUESSED):.1f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
