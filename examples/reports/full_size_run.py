@@ -87,7 +87,7 @@ def begin_sampling(
         tokens = flow.noise_tokens(z)
         decoder = guided.decoder(len(flow.blocks) - 1, 1, tokens.shape[1])
         decoder.begin(tokens[:, :TOKENS])
-        for _ in sequential.invert(decoder, 0):
+        for _ in sequential.invert(decoder, 0, decoder.z.shape[1]):
             pass
         mx.eval(decoder.data(0, TOKENS))
     return flow, decoder.network.cache_bytes

@@ -38,7 +38,7 @@ from mlx_starflow.sampling import (
     SamplingTrace,
     sample_frames,
 )
-from mlx_starflow.sampling.methods import GUESSES, Method, SequentialSettings
+from mlx_starflow.sampling.methods import FRAME_GUESSES, Method, SequentialSettings
 from mlx_starflow.sampling.sampler import invert_block
 from mlx_starflow.sampling.trials import COSTS, describe
 from mlx_starflow.sampling.tuning import tune
@@ -74,7 +74,7 @@ def guessed(task: Task, tolerance: float) -> None:
     # Two frames are given, so that there is a motion to go on with.
     given = exact[:, : 2 * frame]
     print("| first guess | " + " | ".join(f"window of {count} frames" for count in (1, 2, 4)) + " |\n|---|---|---|---|")
-    for guess in GUESSES:
+    for guess in ("noise", "affine", *FRAME_GUESSES):
         cells = []
         for count in (1, 2, 4):
             settings = RollingSettings(count * frame, tolerance, guess, frame)

@@ -25,7 +25,7 @@ def belongings(tmp_path_factory: pytest.TempPathFactory) -> Path:
         picture.save(folder / f"my-pictures/{name}.png")
         (folder / f"my-pictures/{name}.txt").write_text(f"a {name}")
         (folder / "pictures" / name).mkdir(parents=True)
-        for index in range(2):
+        for index in range(4):
             picture.save(folder / f"pictures/{name}/{index}.png")
     (folder / "photos").symlink_to(folder / "my-pictures")
     (folder / "prompts.txt").write_text("a red apple\na rocket\n")

@@ -7,7 +7,7 @@ import re
 import pytest
 from helpers.examples import run_example
 
-from mlx_starflow.sampling.methods import GUESSES
+from mlx_starflow.sampling.methods import FRAME_GUESSES
 
 pytestmark = pytest.mark.reports
 
@@ -16,7 +16,7 @@ def test_video_plans(tmp_path):
     run_example("reports/moving_shapes.py", tmp_path, "--steps", 2, "--batch-size", 2, "--channels", 32)
     words = ["--videos", 1, "--temperatures", 0.5, "--tolerances", 1e-2, "--rounds", 1]
     printed = run_example("reports/video_plans.py", tmp_path, *words)
-    for guess in GUESSES:
+    for guess in ("noise", "affine", *FRAME_GUESSES):
         assert f"| {guess} |" in printed
     # What is printed as the ratio is that of the evaluations above it.
     for part in printed.split("### Certificate ")[1:]:
