@@ -295,7 +295,9 @@ def compare(args: argparse.Namespace, flow: TextFlow, transformer: Transformer, 
         "sampling": sampling_figures(flow),
     }
     figures["gaps"] = {
-        length: fill_figures(flow, transformer, windows, length, args.candidates, args.gap_draws)
+        length: fill_figures(
+            flow, transformer, np.tile(windows, (args.places, 1)), length, args.candidates, args.gap_draws
+        )
         for length in args.gaps
     }
     (args.out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
@@ -328,7 +330,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--ema", type=float, default=0.995)
     parser.add_argument("--draws", type=int, default=64, help="of the codebook's noise, for the bounds")
-    parser.add_argument("--gaps", type=int, nargs="+", default=[4, 8, 16], help="characters that are hidden")
+    parser.add_argument("--gaps", type=int, nargs="+", default=[2, 4, 8, 16], help="characters that are hidden")
+    parser.add_argument("--places", type=int, default=1, help="gaps in each window, one at a time")
     parser.add_argument("--gap-draws", type=int, default=16, help="of the noise, for the bound of what is hidden")
     parser.add_argument("--windows", type=int, default=160, help="held-out ones that both are measured on")
     parser.add_argument("--candidates", type=int, default=8, help="continuations that the transformer chooses from")
