@@ -6,7 +6,6 @@ tensors' names and shapes say. Averaged weights are taken where there are some.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import mlx.core as mx
 from mlx_starflow.convert.common import open_checkpoint
 from mlx_starflow.convert.tensor import Tensor
 from mlx_starflow.errors import StarflowError, one_line, printable
-from mlx_starflow.media.files import exists, is_regular
+from mlx_starflow.media.files import checksum, exists, is_regular
 from mlx_starflow.model_dir.weights import check_floating, forget_draws, load_module, parameters
 from mlx_starflow.models.upscalers import ARCHITECTURES, UpscalingNetwork
 
@@ -68,14 +67,7 @@ class UpscalerFile:
     @property
     def digest(self) -> str:
         """SHA-256 of the file, in hexadecimal digits. Raises StarflowError."""
-        found = hashlib.sha256()
-        try:
-            with open(self.path, "rb") as file:
-                while chunk := file.read(1 << 20):
-                    found.update(chunk)
-        except OSError as error:
-            raise StarflowError(f"cannot read {self.path}: {one_line(error)}") from None
-        return found.hexdigest()
+        return checksum(self.path)
 
 
 def open_upscaler(path: str | Path) -> UpscalerFile:

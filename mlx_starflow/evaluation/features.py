@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from abc import abstractmethod
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -14,8 +12,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_starflow.convert.common import open_tensors
-from mlx_starflow.errors import StarflowError, one_line
-from mlx_starflow.media.files import exists, is_regular
+from mlx_starflow.errors import StarflowError
+from mlx_starflow.media.files import checksum, exists, is_regular
 from mlx_starflow.media.pixels import scale_pixels
 from mlx_starflow.model_dir.weights import load_module
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL
@@ -84,7 +82,7 @@ class InceptionFeatures:
             raise StarflowError(f"pictures are resized as {' or '.join(RESIZES)}, not as {resize!r}")
         if not is_regular(path):
             raise StarflowError(missing_inception(path))
-        self.resize, self.digest = resize, _digest(path)
+        self.resize, self.digest = resize, checksum(path)
         self.identity = f"{self.name} {self.digest[:16]}, resized as {resize}"
         network = InceptionV3()
         weights = {name: tensor.read() for name, tensor in open_tensors(path).items()}
@@ -146,17 +144,6 @@ def resize_matrix(side: int, out: int, resize: str) -> np.ndarray:
     np.add.at(matrix, (np.arange(out), lower), (1 - share).astype(np.float32))
     np.add.at(matrix, (np.arange(out), upper), share.astype(np.float32))
     return matrix
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            for part in iter(partial(file.read, 1 << 20), b""):
-                digest.update(part)
-    except OSError as error:
-        raise StarflowError(f"cannot read {path}: {one_line(error)}") from None
-    return digest.hexdigest()
 
 
 # ---- what every model has

@@ -120,6 +120,21 @@ def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
     return _bounded(content, most, path)
 
 
+def checksum(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits. Raises StarflowError, naming it, if it cannot be read."""
+    with _reading(path):
+        return sha256_of(path)
+
+
+def sha256_of(path: Path) -> str:
+    """`checksum`, for callers that say themselves what an OSError means."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 @contextmanager
 def _reading(path: str | Path) -> Iterator[None]:
     try:

@@ -119,18 +119,12 @@ class NetworkDirectory(Generic[Network, Config]):
     @classmethod
     def text_flow(cls, folder: str | Path) -> NetworkDirectory[TextFlow, TextFlowConfig]:
         """The flow over text in a folder. Raises StarflowError if there is none."""
-        stored = StoredConfig(folder)
-        if (found := stored.content.get("model_type")) != TEXT_FLOW:
-            raise StarflowError(f"{stored.folder} is no model of text: its model_type is {found!r}, not {TEXT_FLOW!r}")
-        return NetworkDirectory(stored, TextFlow, TextFlowConfig)
+        return NetworkDirectory(_stored_as(TEXT_FLOW, folder, "model of text"), TextFlow, TextFlowConfig)
 
     @classmethod
     def student(cls, folder: str | Path) -> NetworkDirectory[Student, StudentConfig]:
         """The student in a folder. Raises StarflowError if there is none."""
-        stored = StoredConfig(folder)
-        if (found := stored.content.get("model_type")) != STUDENT:
-            raise StarflowError(f"{stored.folder} is no student: its model_type is {found!r}, not {STUDENT!r}")
-        return NetworkDirectory(stored, Student, StudentConfig)
+        return NetworkDirectory(_stored_as(STUDENT, folder, "student"), Student, StudentConfig)
 
     @classmethod
     def text_encoder(cls, folder: str | Path) -> NetworkDirectory[T5Encoder, T5Config]:
@@ -326,6 +320,14 @@ def load_flow(
     """
     parse_dtype(dtype)  # a mistake in it comes before a download
     return ModelDirectory.find(path_or_id).load_flow(dtype, adapters, group)
+
+
+def _stored_as(model_type: str, folder: str | Path, what: str) -> StoredConfig:
+    """The config in a folder. Raises StarflowError unless it has this `model_type`, which users call `what`."""
+    stored = StoredConfig(folder)
+    if (found := stored.content.get("model_type")) != model_type:
+        raise StarflowError(f"{stored.folder} is no {what}: its model_type is {found!r}, not {model_type!r}")
+    return stored
 
 
 def load_student(

@@ -437,6 +437,11 @@ def is_layer_weight(name: str) -> bool:
     return layer and not name.rpartition(".")[0].endswith("norm")
 
 
+def active_blocks(flow: Flow) -> list[int]:
+    """Numbers of the blocks that do something, in the order of sampling."""
+    return [index for index in reversed(range(len(flow.blocks))) if not flow.blocks[index].is_identity]
+
+
 def products_in(flow: Flow) -> mx.Dtype:
     """The dtype that a flow's transformer layers multiply in: what is meant by its precision."""
     blocks = [block for block in flow.blocks if not block.is_identity]

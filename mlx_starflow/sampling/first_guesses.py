@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from mlx_starflow.errors import StarflowError
 from mlx_starflow.sampling.decoder import BlockDecoder
-from mlx_starflow.sampling.methods import DRAFT, FRAME_GUESSES, RollingSettings
+from mlx_starflow.sampling.methods import DRAFT, FRAME_GUESSES, NO_STUDENT, RollingSettings
 
 BOUND = 1e4
 """Guesses are kept within this: an infinite one would reach, as NaN, tokens that attention masks it from."""
@@ -54,8 +55,14 @@ class FirstGuesses:
     """
 
     def __init__(self, decoder: BlockDecoder, settings: RollingSettings, past: FramePast | None = None):
-        """`past` is remembered from one frame to the next, by blocks that read each by itself."""
+        """`past` is remembered from one frame to the next, by blocks that read each by itself.
+
+        Raises StarflowError if the guesses are a student's, and there are none.
+        """
         self._decoder, self._guess, self._lag = decoder, settings.guess, settings.lag
+        self._draft = decoder.draft if settings.guess == DRAFT else None
+        if settings.guess == DRAFT and self._draft is None:
+            raise StarflowError(NO_STUDENT)
         self._past = past if settings.guess in FRAME_GUESSES and decoder.block.config.local else None
         self._moved = settings.guess.startswith("motion")
         self._guessed: list[mx.array] | None = None
@@ -93,8 +100,8 @@ class FirstGuesses:
     def of(self, start: int, stop: int) -> mx.array:
         """The first guesses of tokens `start` to `stop`, `[B, stop - start, C]`."""
         noise = self._decoder.z[:, start:stop]
-        if self._guess == DRAFT and self._decoder.draft is not None:
-            return bounded(self._decoder.draft[:, start:stop], noise)
+        if self._draft is not None:
+            return bounded(self._draft[:, start:stop], noise)
         if self._guessed is not None:
             guessed = [value[:, start:stop] for value in self._guessed]
             return _mapped(noise, *guessed) if self._by_frame else bounded(guessed[0], noise)

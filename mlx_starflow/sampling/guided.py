@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.kernels.affine import predict
-from mlx_starflow.models.flow import Condition, Flow, frame_count
+from mlx_starflow.models.flow import Condition, Flow, active_blocks, frame_count
 from mlx_starflow.sampling.cache import block_kv_bits, branch_bits
 from mlx_starflow.sampling.decoder import BlockDecoder, check_finite
 from mlx_starflow.sampling.guidance import Guidance, SamplingOptions
@@ -108,4 +108,4 @@ class GuidedFlow:
 
     def active(self) -> Iterator[int]:
         """Numbers of the blocks that do something, in the order of sampling."""
-        return (index for index in reversed(range(len(self.flow.blocks))) if not self.flow.blocks[index].is_identity)
+        return iter(active_blocks(self.flow))

@@ -11,10 +11,9 @@ from functools import partial
 
 import mlx.core as mx
 
-from mlx_starflow.errors import StarflowError
 from mlx_starflow.sampling.decoder import BlockDecoder
 from mlx_starflow.sampling.first_guesses import FirstGuesses, FramePast, bounded
-from mlx_starflow.sampling.methods import DRAFT, JacobiSettings, RollingSettings
+from mlx_starflow.sampling.methods import JacobiSettings, RollingSettings
 from mlx_starflow.sampling.noise_floor import NoiseFloor
 
 
@@ -61,8 +60,6 @@ def roll(
     In half precision the tolerance is at least what the precision resolves (see `noise_floor`). Where the window hardly
     advances all the same, tokens are done one by one for a while, which takes less time.
     """
-    if settings.guess == DRAFT and decoder.draft is None:
-        raise StarflowError("drafts are a student's: give a student, or sample by another method")
     entered = start  # tokens before this one have been given their first guess
     guesses = FirstGuesses(decoder, settings, past)
     floor, pace = NoiseFloor(decoder, settings.tolerance), _Pace(settings.window)

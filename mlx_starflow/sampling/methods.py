@@ -23,6 +23,8 @@ PLAN = ConfigKind("sampling plan")
 DRAFT = "draft"
 """The method that is a rolling window whose first guesses are a student's."""
 
+NO_STUDENT = "drafts are a student's: give a student, or sample by another method"
+
 FRAME_GUESSES = ("previous", "motion", "previous-affine", "motion-affine")
 GUESSES = ("noise", "affine", *FRAME_GUESSES, DRAFT)
 """First guesses of a token in a rolling window: see `RollingSettings.guess`."""

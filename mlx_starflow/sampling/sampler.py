@@ -24,6 +24,7 @@ from mlx_starflow.sampling.guidance import SamplingOptions
 from mlx_starflow.sampling.guided import GuidedFlow
 from mlx_starflow.sampling.methods import (
     DRAFT,
+    NO_STUDENT,
     FramewiseSettings,
     JacobiSettings,
     Method,
@@ -133,7 +134,7 @@ def sample(
     guesses: dict[int, mx.array] = {}
     if any(isinstance(each, RollingSettings) and each.guess == DRAFT for each in settings):
         if student is None:
-            raise StarflowError("drafts are a student's: give a student, or sample by another method")
+            raise StarflowError(NO_STUDENT)
         guesses = drafts(student, flow, z, text)
         if trace is not None:
             trace.student_evaluations += 1

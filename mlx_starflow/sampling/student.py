@@ -8,7 +8,7 @@ from typing import Literal
 import mlx.core as mx
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.models.flow import Flow
+from mlx_starflow.models.flow import Flow, active_blocks
 from mlx_starflow.models.student import INVERSE, MATCHING, Student
 from mlx_starflow.sampling.decoder import check_finite
 from mlx_starflow.sampling.progress import Watch, watch
@@ -113,7 +113,7 @@ def check_drafts(student: Student, flow: Flow) -> list[int]:
     """
     if student.config.kind != INVERSE:
         raise StarflowError("a matching student knows no states between blocks: drafts need an inverse student")
-    active = [index for index in reversed(range(len(flow.blocks))) if not flow.blocks[index].is_identity]
+    active = active_blocks(flow)
     if len(active) != student.config.states:
         raise StarflowError(
             f"this student guesses the data of {student.config.states} blocks, and the flow has {len(active)}: it is "

@@ -24,6 +24,7 @@ from mlx_starflow.model_dir.directory import STUDENT
 from mlx_starflow.model_dir.fingerprint import fingerprint
 from mlx_starflow.model_dir.saving import save_model
 from mlx_starflow.model_dir.weights import parameters
+from mlx_starflow.models.flow import active_blocks
 from mlx_starflow.models.itarflow import ITarFlowConfig
 from mlx_starflow.models.starflow import FlowConfig
 from mlx_starflow.models.student import KINDS, MATCHING, Student, StudentConfig
@@ -39,7 +40,7 @@ from mlx_starflow.training.data.cache.build import CacheSettings, build_cache
 from mlx_starflow.training.data.cache.files import is_cache
 from mlx_starflow.training.data.cache.reading import LatentCache
 from mlx_starflow.training.data.pairs.batches import REFINED, PairData
-from mlx_starflow.training.data.pairs.compute import Pairs, active_blocks, pairs_of_data, pairs_of_samples
+from mlx_starflow.training.data.pairs.compute import Pairs, pairs_of_data, pairs_of_samples
 from mlx_starflow.training.data.pairs.files import SHARD, PairFolder
 from mlx_starflow.training.loop.identity import digest
 from mlx_starflow.training.loop.objective import Batch

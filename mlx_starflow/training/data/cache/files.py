@@ -7,7 +7,6 @@ Both are replaced as a whole, and after what they speak of has reached the disk.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mlx_starflow.errors import StarflowError, one_line
-from mlx_starflow.media.files import inside, is_regular, read_json, replacing
+from mlx_starflow.media.files import inside, is_regular, read_json, replacing, sha256_of
 from mlx_starflow.media.outputs import check_outputs
 from mlx_starflow.model_dir.transaction import locked
 
@@ -65,7 +64,7 @@ def damaged_files(folder: Path, manifest: Mapping[str, Any], *, contents: Callab
         try:
             intact = is_regular(path) and path.stat().st_size == expected["bytes"]
             if intact and contents(name):
-                intact = _checksum(path) == expected["sha256"]
+                intact = sha256_of(path) == expected["sha256"]
         except OSError:
             intact = False
         if not intact:
@@ -217,7 +216,7 @@ class CacheWriter:
         files = {}
         for path in self._data_files():
             with self._writing(path):
-                files[path.name] = {"bytes": path.stat().st_size, "sha256": _checksum(path)}
+                files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
             progress(path.name)
         manifest = {"format": FORMAT, **facts, "settings": self.settings, "files": files}
         self._replace(self.folder / MANIFEST, manifest)
@@ -269,11 +268,3 @@ def _check_empty(folder: Path, found: Mapping[str, Any] | None) -> None:
     ours = found is not None and {"format", "settings"} <= found.keys()
     if not ours and (other := [path.name for path in folder.iterdir() if not path.name.startswith(".")]):
         raise StarflowError(f"{folder} holds other files ({min(other)}); give a new or an empty folder")
-
-
-def _checksum(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from mlx_starflow.models.flow import Flow
+from mlx_starflow.models.flow import Flow, active_blocks
 from mlx_starflow.sampling.denoise import denoise
 from mlx_starflow.sampling.guidance import SamplingOptions
 from mlx_starflow.sampling.progress import Progress
@@ -34,11 +34,6 @@ class Pairs:
     def arrays(self) -> dict[str, np.ndarray]:
         found = {"noise": self.noise, "states": self.states, "clean": self.clean}
         return found if self.condition is None else {**found, "condition": self.condition}
-
-
-def active_blocks(flow: Flow) -> list[int]:
-    """Numbers of the blocks that do something, in the order of sampling."""
-    return [index for index in reversed(range(len(flow.blocks))) if not flow.blocks[index].is_identity]
 
 
 def pairs_of_data(flow: Flow, clean: mx.array, noise: mx.array, condition: mx.array | None = None) -> Pairs:
