@@ -71,6 +71,19 @@ def test_resumed_is_uninterrupted(model, prompts, student, tmp_path):
     assert same(load_weights(part), load_weights(student))
 
 
+def test_interrupted_among_its_pairs(model, prompts, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    words = (model, "--prompt-file", prompts, "-o", tmp_path / "out", "--steps", 1, *SMALL)
+    monkeypatch.setattr("mlx_starflow.training.recipes.student.pairs_of_samples", interrupted)
+    stopped = distill(*words)
+    assert stopped.exit_code == 130
+    assert stopped.output.splitlines()[-1] == "stopped at 0 of 128 pairs: run it again to resume"
+    monkeypatch.undo()
+    assert distill(*words).exit_code == 0
+
+
 def test_pairs_of_pictures(model, tmp_path):
     pictures = shapes()
     write_images(tmp_path / "pictures", list(pictures.values()), [{"text": f"a {name}"} for name in pictures])

@@ -237,15 +237,14 @@ class NewStudent:
         }
         folder = PairFolder(self.out / "pairs", identity, (self.grid.rows, self.grid.columns), resume=resume)
         with progress.counting("pairs", self._shards * SHARD, "pair") as counter:
-            for number in range(self._shards):
-                if not folder.has(number):
-                    start = number * SHARD
-                    parts = []
-                    for first in range(start, start + SHARD, AT_ONCE):
-                        parts.append(make(range(first, first + AT_ONCE)))
-                        progress.check()
-                    folder.write(number, _joined(parts))
-                counter.advance(SHARD)
+            try:
+                for number in range(self._shards):
+                    if not folder.has(number):
+                        folder.write(number, _shard(number, make, progress))
+                    counter.advance(SHARD)
+            except KeyboardInterrupt:
+                self.report(f"stopped at {counter.done} of {self._shards * SHARD} pairs: run it again to resume")
+                raise
         return folder
 
     @property
@@ -416,8 +415,12 @@ class NewStudent:
         return self.out
 
 
-def _joined(parts: list[Pairs]) -> Pairs:
-    arrays = [part.arrays() for part in parts]
+def _shard(number: int, make: Callable[[range], Pairs], progress: Progress) -> Pairs:
+    """The pairs of a file, made a few at a time."""
+    start, arrays = number * SHARD, []
+    for first in range(start, start + SHARD, AT_ONCE):
+        arrays.append(make(range(first, first + AT_ONCE)).arrays())
+        progress.check()
     joined = {name: np.concatenate([each[name] for each in arrays]) for name in arrays[0]}
     return Pairs(joined["noise"], joined["states"], joined["clean"], joined.get("condition"))
 
