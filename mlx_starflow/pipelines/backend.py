@@ -16,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_starflow.errors import NotFinite
+from mlx_starflow.kernels.memory import available, metal_limits
 from mlx_starflow.likelihood.protocol import Part
 from mlx_starflow.model_dir.directory import ModelDirectory, load_student, read_text_encoder
 from mlx_starflow.model_dir.quantization import dense_on_cpu
@@ -29,7 +30,6 @@ from mlx_starflow.models.t5 import T5Encoder
 from mlx_starflow.models.tarflow import PixelFlow
 from mlx_starflow.models.tokenizer import Tokenizer
 from mlx_starflow.pipelines.results import GenerationSettings
-from mlx_starflow.planning.memory import available, metal_limits
 from mlx_starflow.sampling import (
     Certificate,
     JacobiSettings,

@@ -12,11 +12,11 @@ import mlx.core as mx
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.errors.arguments import checked
+from mlx_starflow.kernels.memory import metal_limits
 from mlx_starflow.media.buckets import RATIOS, bucket_size
 from mlx_starflow.media.files import parse_json
 from mlx_starflow.media.sources import Skip, open_source, repeats_of, skip_report
 from mlx_starflow.planning.limits import check_held, check_side
-from mlx_starflow.planning.memory import metal_limits
 from mlx_starflow.sampling.progress import Callback, Watch, watch
 from mlx_starflow.training.data.cache.encode import STEP, Changed, ImageStage, Items, TextStage
 from mlx_starflow.training.data.cache.files import INDEX, SKIPPED, CacheWriter, Committed, check_cache_output
