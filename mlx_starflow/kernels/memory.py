@@ -1,8 +1,9 @@
-"""The memory that this machine's device has, and what Metal is told about it."""
+"""The memory that this machine's device has, and what MLX keeps of it while it works for long."""
 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,6 +13,10 @@ from mlx_starflow.kernels.devices import backend
 
 OWN_SHARE = 0.9
 """Of a GPU's own memory, or of a CPU's: the rest is left to others."""
+
+FREED_PART = 8
+"""Freed buffers that MLX keeps are at most one part in so many of what networks may use, which is enough for the arrays
+of a token or a layer."""
 
 
 def usable(memory: float) -> int:
@@ -45,25 +50,52 @@ def installed() -> int:
 
 # ---- Metal
 
+_lock = threading.RLock()  # a generator's end may come while its thread is here
+_works = 0
+_before: tuple[int, int] | None = None
+
 
 @contextmanager
-def metal_limits() -> Iterator[None]:
-    """While generating on Metal: wire memory and bound the cache of freed buffers; elsewhere nothing happens.
+def bounded() -> Iterator[None]:
+    """While something works on Metal: wire memory and bound the cache of freed buffers; elsewhere nothing happens.
 
     Memory that is wired is not paged out between the tokens of a long sample; as much as macOS recommends at most is.
-    A cache of an eighth of that is enough for the arrays of one token or layer; it is unbounded otherwise. The limits
-    that were there before come back afterwards. This has not run on Metal hardware yet.
+    The cache, unbounded otherwise, may hold a `FREED_PART`th of that. What works may lie in something else that does,
+    or, as streams do, begin before another one and end before it: the limits that were there before the first come back
+    after the last, and what is freed then is given back. This has not run on Metal hardware yet.
     """
-    if not mx.metal.is_available():
-        yield
-        return
-    most = available()
-    cache = mx.set_cache_limit(most // 8)
-    wired = mx.set_wired_limit(most)
+    _begin()
     try:
         yield
     finally:
-        # Work that is under way must not lose its wired memory.
-        mx.synchronize()
-        mx.set_wired_limit(wired)
-        mx.set_cache_limit(cache)
+        _end()
+
+
+def give_back() -> None:
+    """Give freed buffers back on Metal, where they are memory that other programs lack."""
+    if mx.metal.is_available():
+        mx.clear_cache()
+
+
+def _begin() -> None:
+    global _works, _before
+    with _lock:
+        if not _works and mx.metal.is_available():
+            most = available()
+            _before = mx.set_cache_limit(most // FREED_PART), mx.set_wired_limit(most)
+        _works += 1
+
+
+def _end() -> None:
+    global _works, _before
+    with _lock:
+        _works -= 1
+        if _works or _before is None:
+            return
+        (cache, wired), _before = _before, None
+        try:
+            mx.synchronize()  # work that is under way must not lose its wired memory
+            mx.clear_cache()
+        finally:
+            mx.set_wired_limit(wired)
+            mx.set_cache_limit(cache)

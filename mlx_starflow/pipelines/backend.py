@@ -8,7 +8,6 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -16,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_starflow.errors import NotFinite
-from mlx_starflow.kernels.memory import available, metal_limits
+from mlx_starflow.kernels.memory import available, bounded
 from mlx_starflow.likelihood.protocol import Part
 from mlx_starflow.model_dir.directory import ModelDirectory, load_student, read_text_encoder
 from mlx_starflow.model_dir.quantization import dense_on_cpu
@@ -170,10 +169,6 @@ class Backend(ABC, Generic[Array]):
     def release(self, part: Part) -> None:
         """With `low_memory`, let go of a network that the next phases do not need."""
         return
-
-    def limits(self) -> AbstractContextManager[None]:
-        """Limits of memory while generating."""
-        return nullcontext()
 
     def start_phase(self) -> None:
         """Begin to measure memory."""
@@ -330,6 +325,7 @@ class MLXBackend(Backend[mx.array]):
             return self.model.flow.precision.dtype
         return chosen if isinstance(chosen, str) else dtype_name(chosen)
 
+    @bounded()
     def in_range(self, part: Part, compute: Callable[[], Result]) -> Result:
         """What a function computes with a network; again, if it is not finite, with a larger range of numbers.
 
@@ -346,7 +342,7 @@ class MLXBackend(Backend[mx.array]):
             warnings.warn(
                 f"{str(error).partition(':')[0]}: numbers left float16's range; from here on it is computed in "
                 f"{fallback} (--dtype {fallback} from the start)",
-                stacklevel=3,
+                stacklevel=4,
             )
             return compute()
 
@@ -467,9 +463,6 @@ class MLXBackend(Backend[mx.array]):
         return self.in_range("vae", compute)
 
     # ---- memory
-
-    def limits(self) -> AbstractContextManager[None]:
-        return metal_limits()
 
     def start_phase(self) -> None:
         mx.reset_peak_memory()

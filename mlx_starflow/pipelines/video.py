@@ -14,6 +14,7 @@ from PIL import Image
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.errors.arguments import checked
+from mlx_starflow.kernels.memory import bounded
 from mlx_starflow.likelihood.protocol import Prompts
 from mlx_starflow.media.files import expanded
 from mlx_starflow.media.given import ImageOrVideo, Images, ImageSource, is_image, one_or_many, open_image
@@ -230,7 +231,7 @@ class VideoPipeline(LatentPipeline):
         latents: list[mx.array] = []
         made: list[list[Image.Image]] = []
         parts = [request.part(slice(at, at + batch_size)) for at in range(0, len(request.prompts), batch_size)]
-        with self.backend.limits(), self._unloading(), watched.previewing(self._preview):
+        with self._generating(), watched.previewing(self._preview):
             texts = [self._texts(part, watched) for part in parts]
             self.release("text_encoder")
             for part, text in zip(parts, texts, strict=True):
@@ -279,7 +280,7 @@ class VideoPipeline(LatentPipeline):
         given: Given | None = None
         if named:
             fps = asked.fps or self.settings.fps
-            with self.backend.limits(), self.phases.run(stats, "encode", progress):
+            with self.phases.run(stats, "encode", progress):
                 if image is not None:
                     given, asked = read_first_image(image, asked, self.format, self.vae)
                 elif video is not None:
@@ -344,7 +345,7 @@ class VideoPipeline(LatentPipeline):
 
     def _frames(self, request: VideoRequest, stages: VideoStages, live: bool) -> Generator[Image.Image, None, None]:
         preview = partial(self._preview, keep=live)
-        with self.backend.limits(), self._unloading(), stages.progress.previewing(preview):
+        with self._generating(), stages.progress.previewing(preview):
             text, null_text = self._texts(request, stages.progress)
             self.release("text_encoder")
             latents = stages.latents(request, text, null_text)
@@ -447,6 +448,7 @@ class VideoPipeline(LatentPipeline):
             )
         return np.stack(parts)
 
+    @bounded()
     def to_data_each(self, images: Images, size: tuple[int, int] | None = None) -> list[np.ndarray]:
         each, videos = one_kind(map(_opened, one_or_many(images)))
         if not videos:
@@ -454,6 +456,7 @@ class VideoPipeline(LatentPipeline):
         fitted = (self._fit_video(cast(Iterable[ImageSource], video), size) for video in each)
         return [np.array(encode_frames(self.vae, frames, frames[0].size))[0] for frames in fitted]
 
+    @bounded()
     def to_images(self, data: np.ndarray | mx.array) -> list[Image.Image] | list[list[Image.Image]]:
         """Data -> images, or the frames of each video."""
         if data.ndim == 4:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 import pytest
+from helpers.metal import OWN, Metal
 
 from mlx_starflow.kernels import memory
 
@@ -21,29 +22,45 @@ def test_a_cuda_gpu_has_its_own_memory(monkeypatch):
     assert memory.available() == 900
 
 
-def test_metal_limits_do_nothing_elsewhere(monkeypatch):
+def test_elsewhere_nothing_is_bounded(monkeypatch):
     monkeypatch.setattr(mx.metal, "is_available", lambda: False)
-    monkeypatch.setattr(mx, "set_cache_limit", pytest.fail)
-    monkeypatch.setattr(mx, "set_wired_limit", pytest.fail)
-    with memory.metal_limits():
-        pass
+    for name in ("set_cache_limit", "set_wired_limit", "clear_cache"):
+        monkeypatch.setattr(mx, name, pytest.fail)
+    with memory.bounded():
+        memory.give_back()
 
 
-def test_metal_limits_come_back(monkeypatch):
-    limits = {"cache": 7, "wired": 0}
-
-    def setter(name):
-        def put(value):
-            limits[name], old = value, limits[name]
-            return old
-
-        return put
-
-    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
-    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 800, "memory_size": 1000})
-    monkeypatch.setattr(mx, "set_cache_limit", setter("cache"))
-    monkeypatch.setattr(mx, "set_wired_limit", setter("wired"))
-    with pytest.raises(KeyError), memory.metal_limits():
-        assert limits == {"cache": 100, "wired": 800}
+def test_limits_come_back(monkeypatch):
+    metal = Metal(monkeypatch)
+    with pytest.raises(KeyError), memory.bounded():
+        assert metal.limits == {"cache": 8 * 2**30, "wired": 64 * 2**30}
+        with memory.bounded():
+            pass
+        assert metal.bounds
         raise KeyError
-    assert limits == {"cache": 7, "wired": 0}
+    assert metal.limits == OWN
+
+
+def test_limits_come_back_after_a_gpu_that_failed(monkeypatch):
+    metal = Metal(monkeypatch)
+
+    def fail():
+        raise RuntimeError("the command buffer failed")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError), memory.bounded():
+        patch.setattr(metal, "synchronize", fail, raising=False)
+    assert metal.limits == OWN
+    with memory.bounded():
+        assert metal.bounds
+
+
+def test_streams_that_take_turns(monkeypatch):
+    """The one that began first ends first, as when a user follows two streams."""
+    metal = Metal(monkeypatch)
+    first, second = memory.bounded(), memory.bounded()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert metal.bounds
+    second.__exit__(None, None, None)
+    assert metal.limits == OWN

@@ -12,7 +12,6 @@ import mlx.core as mx
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.errors.arguments import checked
-from mlx_starflow.kernels.memory import metal_limits
 from mlx_starflow.media.buckets import RATIOS, bucket_size
 from mlx_starflow.media.files import parse_json
 from mlx_starflow.media.sources import Skip, open_source, repeats_of, skip_report
@@ -163,7 +162,7 @@ def build_cache(
     shapes = settings.shapes(network)
     source = open_source(data, settings.caption_column, settings.caption)
     progress = watch(progress, callback)
-    with CacheWriter(Path(out), settings.resolve(network), resume=resume) as writer, metal_limits():
+    with CacheWriter(Path(out), settings.resolve(network), resume=resume) as writer:
         done = Committed(writer.finished["items"], writer.finished["source"]) if writer.finished else writer.progress
         try:
             items = Items(source, done.items, done.source)
