@@ -119,12 +119,12 @@ class NetworkDirectory(Generic[Network, Config]):
     @classmethod
     def text_flow(cls, folder: str | Path) -> NetworkDirectory[TextFlow, TextFlowConfig]:
         """The flow over text in a folder. Raises StarflowError if there is none."""
-        return NetworkDirectory(_stored_as(TEXT_FLOW, folder, "model of text"), TextFlow, TextFlowConfig)
+        return NetworkDirectory(_stored_as(TEXT_FLOW, folder, "model of text", "train"), TextFlow, TextFlowConfig)
 
     @classmethod
     def student(cls, folder: str | Path) -> NetworkDirectory[Student, StudentConfig]:
         """The student in a folder. Raises StarflowError if there is none."""
-        return NetworkDirectory(_stored_as(STUDENT, folder, "student"), Student, StudentConfig)
+        return NetworkDirectory(_stored_as(STUDENT, folder, "student", "distill"), Student, StudentConfig)
 
     @classmethod
     def text_encoder(cls, folder: str | Path) -> NetworkDirectory[T5Encoder, T5Config]:
@@ -322,9 +322,10 @@ def load_flow(
     return ModelDirectory.find(path_or_id).load_flow(dtype, adapters, group)
 
 
-def _stored_as(model_type: str, folder: str | Path, what: str) -> StoredConfig:
-    """The config in a folder. Raises StarflowError unless it has this `model_type`, which users call `what`."""
-    stored = StoredConfig(folder)
+def _stored_as(model_type: str, folder: str | Path, what: str, command: str) -> StoredConfig:
+    """The config in a folder. Raises StarflowError unless it has this `model_type`, which users call `what`, and which
+    a command writes."""
+    stored = StoredConfig(folder, f"a {what}, such as `mlx-starflow {command}` writes")
     if (found := stored.content.get("model_type")) != model_type:
         raise StarflowError(f"{stored.folder} is no {what}: its model_type is {found!r}, not {model_type!r}")
     return stored

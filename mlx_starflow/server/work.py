@@ -6,7 +6,7 @@ Results are plain values. Images go into the gallery as soon as each is finished
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any, cast
 
@@ -20,8 +20,9 @@ from mlx_starflow.likelihood.heatmap import colours
 from mlx_starflow.media.pixels import UnreadableImage, decode_image, decode_transparency, no_remarks
 from mlx_starflow.pipelines import ClassPipeline, VideoPipeline
 from mlx_starflow.pipelines.image import ImageMaker
+from mlx_starflow.pipelines.upscaling import Upscaler
 from mlx_starflow.server import requests
-from mlx_starflow.server.gallery import Gallery, Item, data_url, encoded
+from mlx_starflow.server.gallery import Gallery, Item, LooseItem, data_url, encoded
 from mlx_starflow.server.jobs import Event, Job, Result
 from mlx_starflow.server.limits import Limits
 from mlx_starflow.server.models import AnyPipeline, Model, Models
@@ -48,17 +49,17 @@ def generate(request: requests.Generate, gallery: Gallery, limits: Limits) -> Wo
     def work(models: Models, job: Job) -> Result:
         opened = models.get(request.model)
         pipe: ImageMaker = opened.image_pipeline if isinstance(opened, VideoPipeline) else opened
-        settings = pipe.settings.updated(
-            guidance=request.guidance,
-            temperature=request.temperature,
-            method=request.method,
-            attn_temp=request.attn_temp,
-            denoise=request.denoise,
-            size=request.size,
-        )
+        model = models.find(request.model)
+        student = None if request.student is None else models.student(model, request.student)
+        settings = pipe.with_student(
+            pipe.settings, student, request.guidance, request.temperature, request.steps, request.method
+        ).updated(attn_temp=request.attn_temp, denoise=request.denoise, size=request.size)
+        if request.verify and settings.samples_by_student:
+            raise StarflowError("what a student makes is not exact, and has no certificate: leave verify out")
         size, samples = settings.size or pipe.size, request.n * request.best_of
+        upscaler = _upscaler(models, request, size)
         # The images that the command makes of this seed, unless memory is short: then they are the same up to rounding.
-        batch = _batch(models, models.find(request.model), size, min(BATCH, samples), settings.guidance > 0)
+        batch = _batch(models, model, size, min(BATCH, samples), settings.guidance > 0)
         stream = pipe.stream(
             request.prompt,
             seed=request.seed,
@@ -73,13 +74,17 @@ def generate(request: requests.Generate, gallery: Gallery, limits: Limits) -> Wo
         for made in stream:
             certificate = None if made.certificate is None else asdict(made.certificate)
             more = {"prompt": made.prompt, "seed": made.seed, "certificate": certificate, "fit": made.fit}
-            pictures.append(_shown(job, gallery.add(made.image, made.metadata), len(pictures), more))
+            if upscaler is not None:
+                made = made.upscaled(upscaler, progress=job.progress)
+            item = (gallery.add if request.keep else LooseItem)(made.image, made.metadata)
+            pictures.append(_shown(job, item, len(pictures), more))
         stats = stream.stats
         told = {
             "seconds": stats.seconds,
             "memory": stats.memory,
             "tokens": stats.tokens,
             "evaluations": stats.evaluations,
+            "student_evaluations": stats.student_evaluations,
         }
         return {"pictures": pictures, "settings": settings.to_dict(), "stats": told}
 
@@ -113,12 +118,18 @@ def video(request: requests.Video, gallery: Gallery, limits: Limits) -> Work:
             previews=request.previews,
             progress=job.progress,
         )
-        made = []
-        for index, frame in enumerate(stream):
-            made.append(frame)
-            shown = {"index": index, "frames": stream.frames, "image": data_url(encoded(frame))}
-            job.publish(Event("frame", shown))
-        item = gallery.add_video(made, stream.fps, stream.metadata)
+        upscaler = _upscaler(models, request, stream.size)
+
+        def told() -> Iterator[Image.Image]:
+            for index, frame in enumerate(stream):
+                shown = {"index": index, "frames": stream.frames, "image": data_url(encoded(frame))}
+                job.publish(Event("frame", shown))
+                yield frame
+
+        # Frames are told as they are made, and enlarged for the file.
+        made = list(told() if upscaler is None else upscaler.frames(told(), progress=job.progress))
+        metadata = stream.metadata if upscaler is None else upscaler.upscaled(stream.metadata)
+        item = gallery.add_video(made, stream.fps, metadata)
         shown = _shown(job, item, 0, {"prompt": request.prompt, "seed": stream.seed})
         return {"pictures": [shown], "frames": len(made), "fps": stream.fps}
 
@@ -247,7 +258,7 @@ def reprompt(request: requests.Reprompt, gallery: Gallery, limits: Limits) -> Wo
     check_count(limits, len(request.strengths), "the number of strengths")
 
     def work(models: Models, job: Job) -> Result:
-        pipe = _editor(models, request)
+        pipe, upscaler = _editor(models, request)
         edit = pipe.reprompt(
             _decoded(request.image),
             request.source,
@@ -257,7 +268,9 @@ def reprompt(request: requests.Reprompt, gallery: Gallery, limits: Limits) -> Wo
             method=request.method,
             progress=job.progress,
         )
-        return _edited(job, gallery, edit.images, edit.metadata, [{"strength": place} for place in edit.places])
+        return _edited(
+            job, gallery, edit.images, edit.metadata, [{"strength": place} for place in edit.places], upscaler
+        )
 
     return work
 
@@ -267,7 +280,7 @@ def vary(request: requests.Vary, gallery: Gallery, limits: Limits) -> Work:
     check_count(limits, request.n * len(request.strengths), "n times the number of strengths")
 
     def work(models: Models, job: Job) -> Result:
-        pipe = _editor(models, request)
+        pipe, upscaler = _editor(models, request)
         edit = pipe.vary(
             _decoded(request.image),
             request.prompt,
@@ -282,7 +295,7 @@ def vary(request: requests.Vary, gallery: Gallery, limits: Limits) -> Work:
         more = [
             {"strength": place, "seed": how["seeds"][0]} for place, how in zip(edit.places, edit.metadata, strict=True)
         ]
-        return _edited(job, gallery, edit.images, edit.metadata, more)
+        return _edited(job, gallery, edit.images, edit.metadata, more, upscaler)
 
     return work
 
@@ -292,7 +305,7 @@ def interpolate(request: requests.Interpolate, gallery: Gallery, limits: Limits)
     check_count(limits, len(request.shares), "the number of shares")
 
     def work(models: Models, job: Job) -> Result:
-        pipe = _editor(models, request)
+        pipe, upscaler = _editor(models, request)
         edit = pipe.interpolate(
             _decoded(request.first),
             _decoded(request.second),
@@ -302,7 +315,7 @@ def interpolate(request: requests.Interpolate, gallery: Gallery, limits: Limits)
             method=request.method,
             progress=job.progress,
         )
-        return _edited(job, gallery, edit.images, edit.metadata, [{"share": place} for place in edit.places])
+        return _edited(job, gallery, edit.images, edit.metadata, [{"share": place} for place in edit.places], upscaler)
 
     return work
 
@@ -314,7 +327,7 @@ def inpaint(request: requests.Inpaint, gallery: Gallery, limits: Limits) -> Work
         raise StarflowError("give a mask, or a rectangle x,y,w,h: what of the image is free")
 
     def work(models: Models, job: Job) -> Result:
-        pipe = _editor(models, request)
+        pipe, upscaler = _editor(models, request)
         mask: Image.Image | str = request.rectangle or ""
         if request.mask is not None:
             mask = _mask(request.mask)
@@ -336,9 +349,8 @@ def inpaint(request: requests.Inpaint, gallery: Gallery, limits: Limits) -> Work
             progress=job.progress,
             **chosen,
         )
-        result = _edited(
-            job, gallery, made.images, made.metadata, [{"seed": request.seed + i} for i in range(request.n)]
-        )
+        seeds = [{"seed": request.seed + number} for number in range(request.n)]
+        result = _edited(job, gallery, made.images, made.metadata, seeds, upscaler)
         return result | {"nll": made.nll.T.tolist()}
 
     return work
@@ -347,11 +359,11 @@ def inpaint(request: requests.Inpaint, gallery: Gallery, limits: Limits) -> Work
 # ---- parts of them
 
 
-def _editor(models: Models, request: requests.Edit) -> AnyPipeline:
-    """The model of an edit, for which there is room."""
+def _editor(models: Models, request: requests.Edit) -> tuple[AnyPipeline, Upscaler | None]:
+    """The model of an edit, for which there is room, and what enlarges its images, if that is asked for."""
     pipe = models.get(request.model)
     _check_image_room(models, models.find(request.model), pipe, request.size)
-    return pipe
+    return pipe, _upscaler(models, request, request.size)
 
 
 def _check_image_room(models: Models, model: Model, pipe: AnyPipeline, size: tuple[int, int] | None) -> None:
@@ -391,13 +403,28 @@ def _mask(content: bytes) -> Image.Image:
     return opacity.point(lambda value: 255 - value)
 
 
+def _upscaler(
+    models: Models, request: requests.Sampling | requests.Edit, size: tuple[int, int] | None
+) -> Upscaler | None:
+    """What enlarges images of a size as a request asks for, if it does. Raises StarflowError, Refusal."""
+    if request.upscale is None:
+        return None
+    model = models.find(request.model)
+    width, height = size or model.about["size"]
+    return models.upscaler(model, request.upscale, (width, height))
+
+
 def _edited(
     job: Job,
     gallery: Gallery,
     images: Sequence[Image.Image | list[Image.Image]],
     metadata: Sequence[dict[str, Any]],
     more: Sequence[dict[str, Any]],
+    upscaler: Upscaler | None = None,
 ) -> Result:
+    if upscaler is not None:
+        images = upscaler(cast(list[Image.Image], images), progress=job.progress)
+        metadata = [upscaler.upscaled(each) for each in metadata]
     each = enumerate(zip(images, metadata, more, strict=True))
     return {"pictures": [_kept(job, gallery, image, how, index, own) for index, (image, how, own) in each]}
 
@@ -415,7 +442,7 @@ def _kept(
     return _shown(job, gallery.add_video(made, 16, metadata), index, more)
 
 
-def _shown(job: Job, item: Item, index: int, more: dict[str, Any]) -> dict[str, Any]:
+def _shown(job: Job, item: Item | LooseItem, index: int, more: dict[str, Any]) -> dict[str, Any]:
     """What is told of a finished image, to watchers and in the result."""
     told = {**item.describe(), "index": index, **more}
     job.publish(Event("picture", told), keep=index)

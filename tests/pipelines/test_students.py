@@ -93,6 +93,8 @@ def test_a_student_of_another_model_is_refused(pipe, model, tmp_path):
         pipe.generate("a cat", student=model)
     with pytest.raises(StarflowError, match="give that as the model"):
         load(other)
+    with pytest.raises(StarflowError, match="nowhere is not a folder; give a student, such as `mlx-starflow distill`"):
+        pipe.generate("a cat", student=tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(
