@@ -332,15 +332,20 @@ def _stored_as(model_type: str, folder: str | Path, what: str, command: str) -> 
 
 
 def load_student(
-    path: str | Path, teacher: ModelDirectory | None = None, dtype: str | mx.Dtype | None = None
+    path: str | Path,
+    teacher: ModelDirectory | None = None,
+    dtype: str | mx.Dtype | None = None,
+    adapters: Strengths = (),
 ) -> Student:
     """The student in a folder; `dtype` as in `load_flow`.
 
     Args:
         teacher: the model that it is to be used with; None: any.
+        adapters: folders of adapters of students with their strengths.
 
     Raises:
-        StarflowError: there is none, it is damaged, or it has learned from other weights than the teacher's.
+        StarflowError: there is none, it is damaged, it has learned from other weights than the teacher's, or an adapter
+            does not fit it.
     """
     directory = NetworkDirectory.student(expanded(path))
     if teacher is not None and directory.config.teacher != fingerprint(teacher.path):
@@ -348,7 +353,9 @@ def load_student(
             f"the student {path} has learned from other weights than those of {teacher.path}: give the model that it "
             "was distilled from"
         )
-    return directory.load(dtype)
+    student = directory.load(dtype)
+    add_adapters(student, adapters, directory.folder)
+    return student
 
 
 def load_text_flow(path_or_id: str | Path, dtype: str | mx.Dtype | None = None, *, download: bool = True) -> TextFlow:

@@ -56,12 +56,13 @@ class Backend(ABC, Generic[Array]):
     Attributes:
         certifies: whether it has `certify`.
         low_memory: hold one network at a time, and read it again when it is needed next.
-        adapters: folders of the flow's adapters and their strengths.
+        adapters, student_adapters: folders of the flow's adapters, and of its students', and their strengths.
     """
 
     certifies: bool = False
     low_memory: bool = False
     adapters: Sequence[tuple[str, float]] = ()
+    student_adapters: Sequence[tuple[str, float]] = ()
 
     @property
     @abstractmethod
@@ -199,6 +200,7 @@ class MLXBackend(Backend[mx.array]):
             of larger range from the time on that it makes a NaN or an infinity.
         group: processes that compute the flow together, or None.
         quantize: how the flow's weights are quantized as they are read, or None.
+        student_adapters: folders of adapters of its students, and their strengths.
     """
 
     certifies = True
@@ -215,10 +217,13 @@ class MLXBackend(Backend[mx.array]):
         adapters: Sequence[tuple[str | Path, float]] = (),
         group: mx.distributed.Group | None = None,
         quantize: int | str | None = None,
+        student_adapters: Sequence[tuple[str | Path, float]] = (),
     ):
         self.model, self.dtype, self.low_memory, self.group = model, dtype, low_memory, group
         self.quantize = quantize
-        self.adapters = [(str(path), float(strength)) for path, strength in adapters]
+        self.adapters, self.student_adapters = (
+            [(str(path), float(strength)) for path, strength in each] for each in (adapters, student_adapters)
+        )
         self._flow: STARFlow | PixelFlow | None = None
         self._dense: tuple[STARFlow | PixelFlow, STARFlow | PixelFlow] | None = None
         self._exact: STARFlow | PixelFlow | None = None
@@ -257,10 +262,10 @@ class MLXBackend(Backend[mx.array]):
     def student(self, folder: str) -> Student:
         """The student in a folder, which is kept until another one is asked for.
 
-        Raises StarflowError if there is none, or it has learned from another model.
+        Raises StarflowError if there is none, it has learned from another model, or an adapter does not fit it.
         """
         if self._student is None or self._student[0] != folder:
-            self._student = folder, load_student(folder, self.model, self.dtype)
+            self._student = folder, load_student(folder, self.model, self.dtype, self.student_adapters)
         return self._student[1]
 
     @property

@@ -230,6 +230,8 @@ class Pipeline(ImageModel):
     ) -> dict[str, Any]:
         """All that is needed to make images again: prompts times seeds, as `generate` takes them."""
         metadata = {**self.origin(), "prompts": prompts, "seeds": seeds}
+        if settings.student is not None and self.backend.student_adapters:
+            metadata["adapters"] = [*self.backend.adapters, *self.backend.student_adapters]
         if None in seeds:
             metadata["noise_sha256"] = digest(noise)
         if certificate is not None:

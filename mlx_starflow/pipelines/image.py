@@ -135,8 +135,8 @@ class ImageMaker(Pipeline):
             return chosen
         if backend.adapters:
             raise StarflowError(
-                f"{chosen.student} has learned from {self.name} without adapters: leave them out, or take its drafts "
-                "(--method draft)"
+                f"{chosen.student} has learned from {self.name} without adapters: leave them out, take its drafts "
+                "(--method draft), or teach it the style (distill --lora)"
             )
         if student is not None:
             chosen = chosen.updated(

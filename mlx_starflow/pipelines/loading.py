@@ -35,6 +35,7 @@ def load(
     group: mx.distributed.Group | None = None,
     download: bool = True,
     quantize: int | str | None = None,
+    student_adapters: Strengths = (),
 ) -> ImagePipeline:
     """Load a model: "demo", a model directory, or a Hub repository of one.
 
@@ -52,6 +53,7 @@ def load(
         download: False: a repository must be on this machine already; for names that come from somebody else.
         quantize: the flow's weights as they are read, to 8, 6 or 4 bits or a format of `convert --quantize`; None: as
             they are stored.
+        student_adapters: adapters for the students that `generate` is given, with their strengths.
 
     Raises:
         StarflowError: there is no such model, its files are damaged or of another kind, an adapter does not fit it, the
@@ -62,7 +64,7 @@ def load(
     if backend == "torch":
         if low_memory:
             raise StarflowError("the torch backend has no low-memory mode: leave it out, or use --backend mlx")
-        if adapters:
+        if adapters or student_adapters:
             raise StarflowError("the torch backend does not know adapters: fuse them first, or use --backend mlx")
         if group is not None:
             raise StarflowError("the torch backend cannot split a flow over processes: use --backend mlx")
@@ -88,7 +90,9 @@ def load(
     if group is not None:
         tensor_parallel.check_same(name, dtype, group, download=download)
     dtype, model = parse_dtype(dtype), ModelDirectory.find(name, download=download)
-    networks = MLXBackend(model, dtype=dtype, adapters=adapters, group=group, quantize=quantize)
+    networks = MLXBackend(
+        model, dtype=dtype, adapters=adapters, group=group, quantize=quantize, student_adapters=student_adapters
+    )
     config = model.flow.config
     if isinstance(config, PixelFlowConfig):
         labelled = ClassPipeline(str(name), model, networks)

@@ -18,7 +18,7 @@ import mlx.core as mx
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.likelihood import CalibrationStatistics
-from mlx_starflow.model_dir.adapters import Strengths
+from mlx_starflow.model_dir.adapters import Strengths, for_flow_and_student
 from mlx_starflow.model_dir.directory import ModelDirectory
 from mlx_starflow.model_dir.fingerprint import fingerprint
 from mlx_starflow.model_dir.weights import parse_dtype
@@ -94,13 +94,17 @@ class Models:
     ):
         self.names = list(dict.fromkeys(names)) or ["demo"]
         self.memory, self.keep_alive = memory or available(), keep_alive
+        of_flow, of_student = for_flow_and_student(adapters)
+        if of_student and not students:
+            raise StarflowError(f"{of_student[0][0]} is an adapter of a student: give that with --student DIR")
         self._students = [OfferedStudent.read(each) for each in dict.fromkeys(map(str, students))]
         self.upscaling = Upscaling(upscaler)
         self._options: dict[str, Any] = {
             "dtype": dtype,
             "low_memory": low_memory,
             "quantize": quantize,
-            "adapters": adapters,
+            "adapters": of_flow,
+            "student_adapters": of_student,
         }
         self._models: dict[str, Model] = {}
         self._loaded: OrderedDict[str, Model] = OrderedDict()

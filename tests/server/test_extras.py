@@ -7,6 +7,7 @@ import io
 from collections.abc import Iterator
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -18,10 +19,13 @@ from PIL import Image
 
 from mlx_starflow.cli import main
 from mlx_starflow.media.metadata import read_metadata
+from mlx_starflow.model_dir.adapters import OF, STUDENT
+from mlx_starflow.model_dir.directory import load_student
 from mlx_starflow.server.gallery import Gallery
 from mlx_starflow.server.models import Models
 from mlx_starflow.server.refusals import Refusal
 from mlx_starflow.server.service import Service
+from mlx_starflow.training.finetuning.adapters import AdapterConfig, adapter_layers, attach, save_adapter
 
 
 @pytest.fixture(scope="module")
@@ -218,3 +222,23 @@ def test_a_students_weights_are_counted(directories, students):
     taught.open()
     held = sum(path.stat().st_size for path in students["quick"].glob("*.safetensors"))
     assert taught.find(None).held - plain.find(None).held == pytest.approx(held, rel=0.2)
+
+
+def test_adapters_of_students(directories, students, tmp_path):
+    student = load_student(students["quick"])
+    attach(student, AdapterConfig(rank=2))
+    for layer in adapter_layers(student).values():
+        layer.lora_b = mx.ones_like(layer.lora_b)
+    folder = save_adapter(tmp_path / "style", student, AdapterConfig(rank=2), {OF: STUDENT})
+    names = [str(directories["pictures"])]
+    assert "give that with --student DIR" in message(Models, names, adapters=[(folder, 1.0)])
+    models, plain = Models(names, students=[students["quick"]], adapters=[(folder, 1.0)]), Models(names)
+    models.open()
+    plain.open()
+    made, without = (
+        np.array(each.get(None).generate("a cat", seed=3, student=students["quick"]).latents)
+        for each in (models, plain)
+    )
+    assert not np.allclose(made, without)
+    exact = [np.array(each.get(None).generate("a cat", seed=3).latents) for each in (models, plain)]
+    assert np.allclose(*exact, atol=1e-5)

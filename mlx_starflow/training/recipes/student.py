@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from PIL import Image
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.media.files import expanded
+from mlx_starflow.media.files import exists, expanded
 from mlx_starflow.media.images import save_image
-from mlx_starflow.model_dir.directory import STUDENT
+from mlx_starflow.media.outputs import check_outputs
+from mlx_starflow.model_dir.adapters import FINGERPRINT, OF, Strengths
+from mlx_starflow.model_dir.directory import STUDENT, NetworkDirectory, load_student
 from mlx_starflow.model_dir.fingerprint import fingerprint
 from mlx_starflow.model_dir.saving import save_model
 from mlx_starflow.model_dir.weights import parameters
@@ -30,6 +31,7 @@ from mlx_starflow.training.config import TrainingConfig, TrainingOptions
 from mlx_starflow.training.data.batches import split_samples
 from mlx_starflow.training.data.pairs.batches import REFINED, PairData
 from mlx_starflow.training.data.pairs.files import SHARD, PairFolder
+from mlx_starflow.training.finetuning.adapters import AdapterConfig, attach, save_adapter
 from mlx_starflow.training.loop.identity import digest
 from mlx_starflow.training.loop.objective import Batch
 from mlx_starflow.training.loop.reporting import check_reporter
@@ -37,12 +39,18 @@ from mlx_starflow.training.loop.student_objective import student_error, student_
 from mlx_starflow.training.loop.timing import describe_steps, seconds_per_step
 from mlx_starflow.training.loop.trainer import Trainer
 from mlx_starflow.training.loop.watch import SampleSheet
-from mlx_starflow.training.loop.weights import assign
+from mlx_starflow.training.loop.weights import assign, trainable
 from mlx_starflow.training.output import check_model_output, claim_model
 from mlx_starflow.training.recipes.teacher_pairs import TeacherPairs
 
 TRAINING = TrainingConfig(steps=3000, batch_size=32, lr=5e-4, ema=0.998, watch_every=0)
 """How a student is trained, unless told otherwise."""
+
+ADAPTER_TRAINING = replace(TRAINING, steps=1000, lr=2e-3, ema=0.99)
+"""How an adapter of a student is."""
+
+RANK = 16
+"""Of an adapter, unless told otherwise."""
 
 MOST_HELD_OUT = 512
 
@@ -53,6 +61,9 @@ SHOWN = 4
 @dataclass
 class NewStudent:
     """A distillation: pairs in `out/pairs`, checkpoints and logs in `out/training`, the student in `out`.
+
+    Or, with `base` and `adapters`, what a student lacks of its teacher's new style: the pairs are of the teacher with
+    its adapters, and all that is trained is a LoRA adapter of the student, in `out/adapter`.
 
     Args:
         model: the teacher: "demo", a model directory or a Hub repository, of prompts or, a TarFlow, of classes.
@@ -67,7 +78,10 @@ class NewStudent:
         channels, layers: of the student; None: the width of the flow's widest block, and half of all its layers.
         independent: learn from fresh noise in the place of the flow's: ordinary flow matching, to compare with.
         transport: see `student_loss`.
-        training: how to train; what is not given is as in `TRAINING`.
+        base: the folder of a student whose adapter is trained; kind, sizes, guidance and temperature are its own.
+        adapters: of the teacher's flow, with their strengths; they go with `base`.
+        rank: of the student's adapter; None: `RANK`.
+        training: how to train; what is not given is as in `TRAINING`, of an adapter as in `ADAPTER_TRAINING`.
         validation: share of the pairs that is held out, at most `MOST_HELD_OUT` of them.
         report: is told, in a line, what goes on.
     """
@@ -84,6 +98,9 @@ class NewStudent:
     layers: int | None = None
     independent: bool = False
     transport: float = 0.0
+    base: Path | None = None
+    adapters: Strengths = ()
+    rank: int | None = None
     training: TrainingOptions = field(default_factory=TrainingOptions)
     validation: float = 0.05
     report: Callable[[str], None] = field(default=lambda line: None, repr=False)
@@ -97,6 +114,10 @@ class NewStudent:
         if not 0 <= self.validation <= 0.5 or not 0 <= self.transport < math.inf:
             raise StarflowError("validation must be in 0..0.5, and transport 0 or more")
         check_reporter(self.training.report_to)
+        if (self.base is None) != (not self.adapters):
+            raise StarflowError("a style is taught by adapters of the teacher to a student: give --lora and --from")
+        if self.base is not None:
+            self._take_from_base()
         self.source = TeacherPairs(
             self.model,
             self.out,
@@ -105,12 +126,41 @@ class NewStudent:
             self.guidance,
             self.temperature,
             self.prompts,
+            self.adapters,
             self.training.seed or 0,
             self.report,
         )
         self.pipe = self.source.pipe
 
+    def _take_from_base(self) -> None:
+        """Kind, guidance and temperature of the student that is there. Raises StarflowError if others are asked for."""
+        own = NetworkDirectory.student(expanded(self.base or "")).config
+        self.kind = own.kind
+        for name in ("guidance", "temperature"):
+            asked, learned = getattr(self, name), getattr(own, name)
+            if asked not in (None, learned):
+                raise StarflowError(f"{self.base} has learned the {name} {learned:g}: leave --{name} out")
+        if self.data is None or (own.guidance, own.temperature) != (0.0, 1.0):
+            self.guidance, self.temperature = own.guidance, own.temperature
+
     # ---- the student
+
+    @property
+    def adapter_config(self) -> AdapterConfig:
+        """Of the student's adapter."""
+        return AdapterConfig(rank=self.rank or RANK)
+
+    def _student(self, scales: Sequence[float]) -> Student:
+        """The student that is trained: a new one, or the one that is there with a new adapter. Raises StarflowError."""
+        if self.base is None:
+            config = self.student_config(scales)
+            mx.random.seed(self.source.seed)
+            student = Student(config)
+        else:
+            student = load_student(self.base, self.pipe.model, mx.float32)
+            attach(student, self.adapter_config, self.source.seed)
+        mx.eval(student.parameters())
+        return student
 
     def student_config(self, scales: Sequence[float]) -> StudentConfig:
         """The student's; raises StarflowError if its sizes do not fit together."""
@@ -154,7 +204,7 @@ class NewStudent:
 
     def training_config(self) -> TrainingConfig:
         """All settings. Raises StarflowError if they do not fit together."""
-        config = self.training.over(TRAINING)
+        config = self.training.over(TRAINING if self.base is None else ADAPTER_TRAINING)
         every = max(config.steps // 20, 1) if self.training.validate_every is None else config.validate_every
         return replace(config, validate_every=every if self.validation else 0)
 
@@ -172,8 +222,7 @@ class NewStudent:
 
     def step_time(self) -> str:
         """How large the student is and how long its training's steps take here; some are done, with random data."""
-        mx.random.seed(self.source.seed)
-        student, training = Student(self.student_config([1.0] * self._heads)), self.training_config()
+        student, training = self._student([1.0] * self._heads), self.training_config()
         config, rng = student.config, np.random.default_rng(0)
         shape = (training.batch_size, self.source.grid.rows * self.source.grid.columns, config.in_channels)
         batch: dict[str, np.ndarray] = {name: rng.standard_normal(shape, np.float32) for name in ("noise", "clean")}
@@ -188,7 +237,7 @@ class NewStudent:
         elif config.num_classes:
             batch["condition"] = rng.integers(config.num_classes, size=shape[0]).astype(np.int32)
         seconds = seconds_per_step(student, batch, training, self._loss(training))
-        return f"{_millions(student)}; {self.source.count} pairs; {describe_steps(seconds, training)}"
+        return f"{self._size(student)}; {self.source.count} pairs; {describe_steps(seconds, training)}"
 
     def _loss(self, training: TrainingConfig) -> Callable[[Any, Batch], Any]:
         return partial(
@@ -219,7 +268,7 @@ class NewStudent:
         progress: Watch = None,
         callback: Callback | None = None,
     ) -> Path:
-        """Make the pairs, train, and write the student.
+        """Make the pairs, train, and write the student, or the adapter of one; gives its folder.
 
         Interrupted, in whatever way, the same call goes on: with the pairs that are there, and from the last
         checkpoint. `begin` is called when all that can be refused has been. Of `progress` the phases are those of
@@ -229,14 +278,11 @@ class NewStudent:
             StarflowError: `out` holds something else, or is of another distillation, and what `Trainer` raises.
         """
         progress, training = watch(progress, callback), self.training_config()
-        self.student_config([1.0] * self._heads)
-        check_model_output(self.out, STUDENT, [] if self.data is None else [self.data], checkpoints="student")
-        claim_model(self.out)
+        student = self._student([1.0] * self._heads)  # its errors come before the pairs
+        self._claim()
         folder = self.source.folder(resume, progress)
-        config = self.student_config(self._scales(folder))
-        mx.random.seed(self.source.seed)
-        student = Student(config)
-        mx.eval(student.parameters())
+        if self.base is None:
+            student = self._student(self._scales(folder))
         chosen, held_out = split_samples(self.source.count, self.validation, MOST_HELD_OUT, self.source.seed)
         fresh = self.source.settings.temperature if self.independent else None
         data, held = (
@@ -257,24 +303,49 @@ class NewStudent:
             constant=0.0,
             samples=partial(self._sheet, pairs=shown),
             identity={
-                "student": config.to_dict(),
+                "student": student.config.to_dict(),
                 "pairs": self.source.count,
                 "held out": digest(held_out),
                 "independent": self.independent,
                 "transport": self.transport,
+                **self._base_identity(),
             },
             name="distill",
             resume=resume,
             progress=progress,
         )
-        self.report(f"{_millions(student)}, {len(chosen)} pairs, {len(held_out)} held out")
+        self.report(f"{self._size(student)}, {len(chosen)} pairs, {len(held_out)} held out")
         begin()
         assign(student, trainer.run())
-        save_model(self.out, parameters(student), {"model_type": STUDENT, **config.to_dict()})
+        written = self._write(student)
         save_image(self._sheet(student, shown).draw(), self.out / "samples.png")
-        self.report(f"wrote {self.out}; its samples beside its teacher's are in {self.out / 'samples.png'}")
-        return self.out
+        self.report(f"wrote {written}; its samples beside its teacher's are in {self.out / 'samples.png'}")
+        return written
 
+    def _claim(self) -> None:
+        """Raise StarflowError unless `out` may be written."""
+        read = [each for each in (self.data, self.base) if each is not None]
+        if self.base is None:
+            check_model_output(self.out, STUDENT, read, checkpoints="student")
+            claim_model(self.out)
+            return
+        check_outputs(folders=[self.out], inputs=[*read, *(path for path, _ in self.adapters)])
+        if exists(self.out / "config.json"):
+            raise StarflowError(f"{self.out} holds a model: give another folder for the adapter")
 
-def _millions(student: nn.Module) -> str:
-    return f"{sum(weight.size for weight in parameters(student).values()) / 1e6:.1f} M weights"
+    def _base_identity(self) -> dict[str, Any]:
+        """What checkpoints of an adapter are of besides."""
+        if self.base is None:
+            return {}
+        return {"base": fingerprint(expanded(self.base)), "adapter": asdict(self.adapter_config)}
+
+    def _write(self, student: Student) -> Path:
+        """Write what has been trained; gives its folder."""
+        if self.base is None:
+            return save_model(self.out, parameters(student), {"model_type": STUDENT, **student.config.to_dict()})
+        about = {"model": str(self.base), OF: STUDENT, FINGERPRINT: fingerprint(expanded(self.base))}
+        return save_adapter(self.out / "adapter", student, self.adapter_config, about)
+
+    def _size(self, student: Student) -> str:
+        what = "weights" if self.base is None else f"weights of an adapter of {self.base}"
+        return f"{sum(weight.size for weight in trainable(student).values()) / 1e6:.1f} M {what}"

@@ -15,6 +15,7 @@ import numpy as np
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.media.noise import draw_noise
 from mlx_starflow.media.sources import Skip, open_source
+from mlx_starflow.model_dir.adapters import Adapter, Strengths
 from mlx_starflow.model_dir.fingerprint import fingerprint
 from mlx_starflow.models.itarflow import ITarFlowConfig
 from mlx_starflow.pipelines.class_labels import ClassPipeline
@@ -52,6 +53,7 @@ class TeacherPairs:
         least: how many, at least: there are whole files of `SHARD`.
         guidance, temperature: of the samples, see `NewStudent`.
         prompts: of the samples; a TarFlow's are its classes unless there are some.
+        adapters: of the teacher's flow, with their strengths.
         seed: of the first pair.
         report: is told, in a line, what goes on.
 
@@ -69,6 +71,7 @@ class TeacherPairs:
     guidance: float | None
     temperature: float | None
     prompts: Sequence[str]
+    adapters: Strengths
     seed: int
     report: Callable[[str], None] = field(repr=False)
 
@@ -79,7 +82,7 @@ class TeacherPairs:
             raise StarflowError(
                 "pairs of pictures have the temperature 1 and their own captions: give --guidance for samples of them"
             )
-        pipe = load(self.model)
+        pipe = load(self.model, adapters=self.adapters)
         if not isinstance(pipe, ImagePipeline | ClassPipeline) or isinstance(pipe.model.flow.config, ITarFlowConfig):
             raise StarflowError(f"{self.model}: students are of models of pictures, STARFlows and TarFlows")
         self.pipe: ImagePipeline | ClassPipeline = pipe
@@ -189,6 +192,8 @@ class TeacherPairs:
             "source": source,
             "seed": self.seed,
         }
+        if self.adapters:
+            identity["adapters"] = [[Adapter.read(path).digest(), strength] for path, strength in self.adapters]
         folder = PairFolder(self.out / "pairs", identity, (self.grid.rows, self.grid.columns), resume=resume)
         with progress.counting("pairs", self.count, "pair") as counter:
             try:
