@@ -17,9 +17,6 @@ from mlx_starflow.errors.arguments import checked
 from mlx_starflow.media.images import to_images
 from mlx_starflow.media.noise import draw_noise, draw_seed
 from mlx_starflow.models.autoencoder_kl import WHOLE_PIXELS
-from mlx_starflow.models.starflow import unpatchify
-from mlx_starflow.models.student import INVERSE
-from mlx_starflow.pipelines.backend import MLXBackend
 from mlx_starflow.pipelines.base import Pipeline
 from mlx_starflow.pipelines.best_of import BestOf, best_of_each, check_candidates, choose_best
 from mlx_starflow.pipelines.latents import LatentPipeline
@@ -30,10 +27,10 @@ from mlx_starflow.pipelines.results import (
     GenerationStats,
     ImageStream,
 )
+from mlx_starflow.pipelines.students import sample_by_student, with_student
 from mlx_starflow.planning.limits import check_count, check_held
 from mlx_starflow.sampling import Certificate, SamplingTrace
 from mlx_starflow.sampling.cache import KVBits
-from mlx_starflow.sampling.methods import DRAFT
 from mlx_starflow.sampling.progress import Callback, Progress, Watch, watch
 
 
@@ -54,6 +51,8 @@ class ImageMaker(Pipeline):
     """
 
     settings: GenerationSettings
+
+    with_student = with_student
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Raise StarflowError if the model cannot read one of these prompts."""
@@ -103,52 +102,6 @@ class ImageMaker(Pipeline):
         images = self._decode(data, Progress())
         self.release("vae")
         return images
-
-    def with_student(
-        self,
-        settings: GenerationSettings,
-        student: str | Path | None = None,
-        guidance: float | None = None,
-        temperature: float | None = None,
-        steps: int | None = None,
-        method: str | None = None,
-    ) -> GenerationSettings:
-        """The settings with these values; where a student makes the images, with what it has learned.
-
-        Raises:
-            StarflowError: a value is out of range, the backend has no students, or this one has learned another
-                guidance or from another model.
-        """
-        name = None if student is None else str(student)
-        if student is not None and method is None and settings.method != DRAFT:
-            method = "auto"  # whatever the model's own way of sampling the flow is
-        chosen = settings.updated(guidance=guidance, temperature=temperature, method=method, student=name, steps=steps)
-        if chosen.student is None:
-            return chosen
-        backend = self.backend
-        if not isinstance(backend, MLXBackend):
-            raise StarflowError("students need the mlx backend: leave the student out")
-        config = backend.student(chosen.student).config
-        if chosen.method == DRAFT:
-            if config.kind != INVERSE:
-                raise StarflowError(f"{chosen.student} is a matching student, and drafts need an inverse one")
-            return chosen
-        if backend.adapters:
-            raise StarflowError(
-                f"{chosen.student} has learned from {self.name} without adapters: leave them out, take its drafts "
-                "(--method draft), or teach it the style (distill --lora)"
-            )
-        if student is not None:
-            chosen = chosen.updated(
-                guidance=config.guidance if guidance is None else None,
-                temperature=config.temperature if temperature is None else None,
-            )
-        if chosen.guidance != config.guidance:
-            raise StarflowError(
-                f"{chosen.student} has learned the guidance {config.guidance:g} and knows no other: leave the guidance "
-                "out, or distill another student"
-            )
-        return chosen
 
     @checked
     def generate(
@@ -462,7 +415,7 @@ class ImagePipeline(ImageMaker, LatentPipeline):
         backend, trace = self.backend, SamplingTrace(keep_states=keep_steps)
         z = settings.temperature * backend.array(noise)
         if settings.samples_by_student:
-            return self._sample_student(z, text, settings, stats, keep_steps, progress), []
+            return sample_by_student(self, z, text, len(self.config.blocks), settings, stats, keep_steps, progress), []
         with self.phases.run(stats, "flow", progress):
             x = backend.invert(z, text, null_text, settings, self.method(settings), progress, trace)
         blocks = self.config.blocks
@@ -483,25 +436,6 @@ class ImagePipeline(ImageMaker, LatentPipeline):
             with self.phases.run(stats, "denoise", progress):
                 x = backend.denoise(x, text, progress)
         return [z, *trace.states, x] if keep_steps else [x], certificates
-
-    def _sample_student(
-        self,
-        z: Any,
-        text: Any,
-        settings: GenerationSettings,
-        stats: GenerationStats,
-        keep_steps: bool,
-        progress: Progress,
-    ) -> list[Any]:
-        """`_sample` by a student, whose data are clean already."""
-        with self.phases.run(stats, "flow", progress):
-            made = self.backend.sample_student(z, text, settings, progress)
-        blocks = self.config.blocks
-        stats.count([0] * len(blocks), z.size // blocks[0].in_channels, made.evaluations)
-        if not keep_steps:
-            return [made.data]
-        states = [unpatchify(state, self.config.patch_size, z.shape) for state in made.states]
-        return [z, *states, made.data]
 
     def _decode(self, latents: Any, progress: Progress) -> list[Image.Image]:
         # As many images at once as make up a large one.
