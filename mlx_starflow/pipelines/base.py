@@ -23,7 +23,8 @@ from mlx_starflow.media.pixels import crop_image, scale_pixels
 from mlx_starflow.model_dir.directory import ModelDirectory
 from mlx_starflow.models.autoencoder_kl import WHOLE_PIXELS
 from mlx_starflow.models.flow import BlockConfig, Flow
-from mlx_starflow.pipelines.backend import Backend, MLXBackend
+from mlx_starflow.pipelines.backend import Backend
+from mlx_starflow.pipelines.mlx_backend import MLXBackend
 from mlx_starflow.pipelines.phases import Phases
 from mlx_starflow.pipelines.results import GenerationSettings
 from mlx_starflow.planning.limits import check_count, check_side

@@ -20,8 +20,9 @@ from mlx_starflow.model_dir.files import CLASSES_FILE
 from mlx_starflow.models.flow import Flow
 from mlx_starflow.models.itarflow import ITarFlowConfig, at_noise_level
 from mlx_starflow.models.tarflow import PixelFlowConfig
-from mlx_starflow.pipelines.backend import Backend, MLXBackend
-from mlx_starflow.pipelines.image import ImageMaker
+from mlx_starflow.pipelines.backend import Backend
+from mlx_starflow.pipelines.image_maker import ImageMaker
+from mlx_starflow.pipelines.mlx_backend import MLXBackend
 from mlx_starflow.pipelines.results import DENOISE_STEPS, ClassSettings, GenerationSettings, GenerationStats
 from mlx_starflow.pipelines.students import sample_by_student
 from mlx_starflow.planning.limits import ClassRequest, automatic_kv_bits, check_memory

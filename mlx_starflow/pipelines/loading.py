@@ -14,9 +14,9 @@ from mlx_starflow.model_dir.adapters import Strengths
 from mlx_starflow.model_dir.directory import ModelDirectory
 from mlx_starflow.model_dir.weights import parse_dtype
 from mlx_starflow.models.tarflow import PixelFlowConfig
-from mlx_starflow.pipelines.backend import MLXBackend
 from mlx_starflow.pipelines.class_labels import ClassPipeline
 from mlx_starflow.pipelines.image import ImagePipeline
+from mlx_starflow.pipelines.mlx_backend import MLXBackend
 from mlx_starflow.pipelines.video import VideoPipeline
 from mlx_starflow.planning.memory import available, plan
 

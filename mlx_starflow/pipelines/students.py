@@ -7,8 +7,8 @@ from typing import Any
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.models.student import INVERSE
-from mlx_starflow.pipelines.backend import MLXBackend
 from mlx_starflow.pipelines.base import Pipeline
+from mlx_starflow.pipelines.mlx_backend import MLXBackend
 from mlx_starflow.pipelines.results import GenerationSettings, GenerationStats
 from mlx_starflow.sampling.methods import DRAFT
 from mlx_starflow.sampling.progress import Progress

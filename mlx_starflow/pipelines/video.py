@@ -23,10 +23,10 @@ from mlx_starflow.media.noise import check_seeds
 from mlx_starflow.media.videos import read_video
 from mlx_starflow.model_dir.directory import ModelDirectory
 from mlx_starflow.models.autoencoder_wan import AutoencoderWan, AutoencoderWanConfig
-from mlx_starflow.pipelines.backend import MLXBackend
 from mlx_starflow.pipelines.base import fit_image
 from mlx_starflow.pipelines.image import ImagePipeline
 from mlx_starflow.pipelines.latents import LatentPipeline
+from mlx_starflow.pipelines.mlx_backend import MLXBackend
 from mlx_starflow.pipelines.results import GenerationStats
 from mlx_starflow.pipelines.video_frames import decode_frames, encode_frames, one_kind
 from mlx_starflow.pipelines.video_requests import (

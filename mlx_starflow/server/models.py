@@ -24,7 +24,7 @@ from mlx_starflow.model_dir.fingerprint import fingerprint
 from mlx_starflow.model_dir.weights import parse_dtype
 from mlx_starflow.models.tarflow import PixelFlowConfig
 from mlx_starflow.pipelines import ClassPipeline, ImagePipeline, Pipeline, VideoPipeline, load
-from mlx_starflow.pipelines.backend import MLXBackend
+from mlx_starflow.pipelines.mlx_backend import MLXBackend
 from mlx_starflow.pipelines.upscaling import Upscaler
 from mlx_starflow.planning.memory import MemoryPlan, available, plan
 from mlx_starflow.server.extras import OfferedStudent, Upscaling

@@ -19,7 +19,7 @@ from mlx_starflow.errors import StarflowError
 from mlx_starflow.likelihood.heatmap import colours
 from mlx_starflow.media.pixels import UnreadableImage, decode_image, decode_transparency, no_remarks
 from mlx_starflow.pipelines import ClassPipeline, VideoPipeline
-from mlx_starflow.pipelines.image import ImageMaker
+from mlx_starflow.pipelines.image_maker import ImageMaker
 from mlx_starflow.pipelines.upscaling import Upscaler
 from mlx_starflow.server import requests
 from mlx_starflow.server.gallery import Gallery, Item, LooseItem, data_url, encoded

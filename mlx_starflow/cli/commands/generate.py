@@ -268,7 +268,7 @@ def generate(
 
     from mlx_starflow.model_dir.adapters import for_flow_and_student
     from mlx_starflow.pipelines import Pipeline, VideoPipeline, load
-    from mlx_starflow.pipelines.image import ImageMaker
+    from mlx_starflow.pipelines.image_maker import ImageMaker
 
     if backend == "mlx":
         if ranks.first:
