@@ -20,6 +20,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from mlx_starflow import __version__
 from mlx_starflow.server import requests, work
 from mlx_starflow.server.gallery import FORMATS, encoded
+from mlx_starflow.server.jobs import PREVIEW
 from mlx_starflow.server.refusals import Refusal
 from mlx_starflow.server.service import Service
 from mlx_starflow.server.work import Work
@@ -28,9 +29,6 @@ Mode = Literal["wait", "background", "stream"]
 
 ALL = 1_000_000
 """Previews: one after each block."""
-
-PREVIEW = "preview"
-"""The kind of jobs whose images nobody keeps."""
 
 FOREVER = "private, max-age=31536000, immutable"
 
