@@ -3,9 +3,10 @@
     python examples/reports/soak.py SCRATCH                          # 500 pictures and 20 videos
     python examples/reports/soak.py SCRATCH --pictures 100 --videos 10
 
-Pictures are the embedded model's, in several sizes, methods, batches and bits of keys and values; videos are those of a
-small random model. After each tenth it prints what MLX holds, what of it is kept for later arrays, what the process
-holds, files that are open and threads; at the end, the last of each beside those after the first tenth.
+Pictures are the embedded model's, in several sizes, methods, batches and bits of keys and values, and one of ten is
+scored and varied; videos are those of a small random model. After each tenth it prints what MLX holds, what of it is
+kept for later arrays, what the process holds, files that are open and threads; at the end, the last of each beside
+those after the first tenth.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ from mlx_starflow.pipelines import ImagePipeline
 SIZES = ((64, 64), (128, 64), (64, 128), (96, 96), (128, 128))
 METHODS = ("rolling", "sequential", "jacobi")
 FRAMES, VIDEO_SIZES = (5, 9, 13, 17), ((96, 96), (128, 64), (64, 96))
+OFTEN = 10
+"""Pictures of which one is scored and varied."""
+
 BOUND = 1.03
 """Times what the process held after the first tenth."""
 
@@ -70,6 +74,10 @@ def make(number: int, pictures: ImagePipeline, videos: VideoPipeline | None, scr
         batch = 1 + number % 2
         result = pictures.generate("a red apple", size=SIZES[number % len(SIZES)], images=batch, **settings)
         result.save(scratch / "soak.png")
+        if number % OFTEN == 0:
+            size = SIZES[number // OFTEN % len(SIZES)]
+            pictures.score(result.images, "a red apple", draws=1, size=size)
+            pictures.vary(result.images[0], "a red apple", strength=0.3, size=size).images[0].save(scratch / "soak.png")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -133,7 +133,6 @@ def prepare(
         else:
             pipe.check_size(size or pipe.size, len(prompts), guidance=guidance)
             texts = pipe.encode_prompts([*prompts, ""])
-        mx.eval(texts)
         weight = pipe.settings.guidance if guidance is None else guidance
         z = pipe.settings.temperature * mx.array(draw_noise(seeds, shape))
         return Trials(directory, Task(flow, z, texts[:-1], texts[-1:], weight), plan)

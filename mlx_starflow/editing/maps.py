@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
+from mlx_starflow.kernels.memory import bounded
 from mlx_starflow.likelihood.nll import is_dequantized
 from mlx_starflow.likelihood.protocol import ImageModel
 from mlx_starflow.models.flow import Flow
@@ -79,6 +80,7 @@ class Inversion:
 SEQUENTIAL = Inversion()
 
 
+@bounded()
 def tokens_to_noise(guided: GuidedFlow, tokens: mx.array, inversion: Inversion = SEQUENTIAL) -> mx.array:
     """Data tokens `[B, N, C]` -> standard normal tokens, in data order; one parallel pass."""
     noise = guided.forward(tokens, inversion.progress) / prior_std(guided.flow)

@@ -13,6 +13,7 @@ import numpy as np
 
 from mlx_starflow.convert.common import open_tensors
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.kernels.memory import available
 from mlx_starflow.media.files import checksum, exists, is_regular
 from mlx_starflow.media.pixels import scale_pixels
 from mlx_starflow.model_dir.weights import load_module
@@ -21,7 +22,6 @@ from mlx_starflow.models.inception import FEATURES, SIDE, InceptionV3
 from mlx_starflow.pipelines.class_labels import ClassPipeline
 from mlx_starflow.pipelines.image import ImagePipeline
 from mlx_starflow.pipelines.image_maker import ImageMaker
-from mlx_starflow.planning.memory import available
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 """As pytorch-fid calls it; torch-fidelity has the same file as `weights-...`. The name ends in its digest."""

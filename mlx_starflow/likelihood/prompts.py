@@ -43,9 +43,9 @@ def log_likelihoods(
         raise StarflowError(f"{model.name} reads no prompts, so none fits better than another")
     result = np.empty((draws, len(data), len(prompts)))
     flow = model.dense_flow()
-    conditioned = ConditionedFlow(flow, conditions, data.shape)
     batch_size = at_once(batch_size, data.shape)
     with watch(progress).counting("scoring", result.size, "pair") as counter:
+        conditioned = ConditionedFlow(flow, conditions, data.shape)
         for draw in range(draws):
             noisy = with_noise(flow, data, draw, seed, numbers)
             for start in range(0, len(data), batch_size):

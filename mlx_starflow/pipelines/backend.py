@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -144,10 +143,6 @@ class Backend(ABC, Generic[Array]):
     def release(self, part: Part) -> None:
         """With `low_memory`, let go of a network that the next phases do not need."""
         return
-
-    def limits(self) -> AbstractContextManager[None]:
-        """Limits of memory while generating."""
-        return nullcontext()
 
     def start_phase(self) -> None:
         """Begin to measure memory."""

@@ -15,6 +15,7 @@ from PIL import Image
 from mlx_starflow import __version__, editing, likelihood
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.errors.arguments import checked
+from mlx_starflow.kernels.memory import bounded
 from mlx_starflow.likelihood.protocol import ImageModel, Part
 from mlx_starflow.media.given import ImageOrVideo, Images, ImageSource, is_image, one_or_many, open_image
 from mlx_starflow.media.images import to_images
@@ -98,14 +99,16 @@ class Pipeline(ImageModel):
         return self.backend
 
     @contextmanager
-    def _unloading(self) -> Iterator[None]:
-        """What fails, or is stopped, inside lets go of the networks that it has read, if memory is short."""
-        try:
-            yield
-        except BaseException:
-            for part in get_args(Part):
-                self.release(part)
-            raise
+    def _generating(self) -> Iterator[None]:
+        """Memory is bounded from the first phase to the last; what fails, or is stopped, inside lets go of the networks
+        that it has read, if memory is short."""
+        with bounded():
+            try:
+                yield
+            except BaseException:
+                for part in get_args(Part):
+                    self.release(part)
+                raise
 
     def release(self, part: Part) -> None:
         """Let go of a network that is not needed for now, if the model is short of memory."""

@@ -267,7 +267,7 @@ class ImageMaker(Pipeline):
                     yield _Batch(mine, own, *sampled)
                     counter.advance()
 
-        with backend.limits(), self._unloading(), progress.previewing(self._preview):
+        with self._generating(), progress.previewing(self._preview):
             with self.phases.run(stats, "text", progress):
                 texts = self.prompt_conditions([*numbers, ""], settings.size)
             self.release("text_encoder")

@@ -100,7 +100,6 @@ class LatentPipeline(Pipeline):
         unique, parts = list(numbers), []
         for start in range(0, len(unique), BATCH):
             parts.append(self.encode_prompts(unique[start : start + BATCH], size, self._frame_rate(shape)))
-            mx.eval(parts[-1])
         return mx.concatenate(parts)[mx.array([numbers[prompt] for prompt in prompts])]
 
     def _frame_rate(self, shape: Sequence[int] | None) -> int:

@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.errors.arguments import checked
+from mlx_starflow.kernels.memory import available
 from mlx_starflow.model_dir import tensor_parallel
 from mlx_starflow.model_dir.adapters import Strengths
 from mlx_starflow.model_dir.directory import ModelDirectory
@@ -18,7 +19,7 @@ from mlx_starflow.pipelines.class_labels import ClassPipeline
 from mlx_starflow.pipelines.image import ImagePipeline
 from mlx_starflow.pipelines.mlx_backend import MLXBackend
 from mlx_starflow.pipelines.video import VideoPipeline
-from mlx_starflow.planning.memory import available, plan
+from mlx_starflow.planning.memory import plan
 
 BACKENDS = ("mlx", "torch")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_starflow.errors import NotFinite
+from mlx_starflow.kernels.memory import available, bounded
 from mlx_starflow.likelihood.protocol import Part
 from mlx_starflow.model_dir.directory import ModelDirectory, load_student, read_text_encoder
 from mlx_starflow.model_dir.quantization import dense_on_cpu
@@ -26,7 +26,6 @@ from mlx_starflow.models.tarflow import PixelFlow
 from mlx_starflow.models.tokenizer import Tokenizer
 from mlx_starflow.pipelines.backend import Backend, check_part
 from mlx_starflow.pipelines.results import GenerationSettings
-from mlx_starflow.planning.memory import available, metal_limits
 from mlx_starflow.sampling import (
     Certificate,
     RollingSettings,
@@ -188,6 +187,7 @@ class MLXBackend(Backend[mx.array]):
             return self.model.flow.precision.dtype
         return chosen if isinstance(chosen, str) else dtype_name(chosen)
 
+    @bounded()
     def in_range(self, part: Part, compute: Callable[[], Result]) -> Result:
         """What a function computes with a network; again, if it is not finite, with a larger range of numbers.
 
@@ -204,7 +204,7 @@ class MLXBackend(Backend[mx.array]):
             warnings.warn(
                 f"{str(error).partition(':')[0]}: numbers left float16's range; from here on it is computed in "
                 f"{fallback} (--dtype {fallback} from the start)",
-                stacklevel=3,
+                stacklevel=4,
             )
             return compute()
 
@@ -326,9 +326,6 @@ class MLXBackend(Backend[mx.array]):
         return self.in_range("vae", compute)
 
     # ---- memory
-
-    def limits(self) -> AbstractContextManager[None]:
-        return metal_limits()
 
     def start_phase(self) -> None:
         mx.reset_peak_memory()

@@ -198,7 +198,7 @@ class VideoPipeline(VideoModel):
         latents: list[mx.array] = []
         made: list[list[Image.Image]] = []
         parts = [request.part(slice(at, at + batch_size)) for at in range(0, len(request.prompts), batch_size)]
-        with self.backend.limits(), self._unloading(), watched.previewing(self._preview):
+        with self._generating(), watched.previewing(self._preview):
             texts = [self._texts(part, watched) for part in parts]
             self.release("text_encoder")
             for part, text in zip(parts, texts, strict=True):
@@ -247,7 +247,7 @@ class VideoPipeline(VideoModel):
         given: Given | None = None
         if named:
             fps = asked.fps or self.settings.fps
-            with self.backend.limits(), self.phases.run(stats, "encode", progress):
+            with self.phases.run(stats, "encode", progress):
                 if image is not None:
                     given, asked = read_first_image(image, asked, self.format, self.vae)
                 elif video is not None:
@@ -312,7 +312,7 @@ class VideoPipeline(VideoModel):
 
     def _frames(self, request: VideoRequest, stages: VideoStages, live: bool) -> Generator[Image.Image, None, None]:
         preview = partial(self._preview, keep=live)
-        with self.backend.limits(), self._unloading(), stages.progress.previewing(preview):
+        with self._generating(), stages.progress.previewing(preview):
             text, null_text = self._texts(request, stages.progress)
             self.release("text_encoder")
             latents = stages.latents(request, text, null_text)

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.kernels.memory import bounded
 from mlx_starflow.likelihood.protocol import Prompts
 from mlx_starflow.media.files import expanded
 from mlx_starflow.media.given import ImageOrVideo, Images, ImageSource, is_image, one_or_many, open_image
@@ -103,6 +104,7 @@ class VideoModel(LatentPipeline):
             )
         return np.stack(parts)
 
+    @bounded()
     def to_data_each(self, images: Images, size: tuple[int, int] | None = None) -> list[np.ndarray]:
         each, videos = one_kind(map(_opened, one_or_many(images)))
         if not videos:
@@ -110,6 +112,7 @@ class VideoModel(LatentPipeline):
         fitted = (self._fit_video(cast(Iterable[ImageSource], video), size) for video in each)
         return [np.array(encode_frames(self.vae, frames, frames[0].size))[0] for frames in fitted]
 
+    @bounded()
     def to_images(self, data: np.ndarray | mx.array) -> list[Image.Image] | list[list[Image.Image]]:
         """Data -> images, or the frames of each video."""
         if data.ndim == 4:

@@ -15,12 +15,12 @@ from functools import cache, partial
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_starflow.kernels.memory import usable
 from mlx_starflow.model_dir.quantization import quantized_layers
 from mlx_starflow.models.starflow import FlowConfig
 from mlx_starflow.models.tarflow import PixelFlowConfig
 from mlx_starflow.models.trees import flattened
 from mlx_starflow.planning.footprint import MARGIN, there_and_back
-from mlx_starflow.planning.memory import usable
 
 MACS = (16, 32, 64)
 """Memory, in GiB, of the Macs that a plan names."""

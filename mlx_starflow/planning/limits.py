@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.kernels.memory import available, installed
 from mlx_starflow.model_dir.directory import ModelDirectory
 from mlx_starflow.models.flow import BlockConfig
 from mlx_starflow.planning.class_memory import class_blocks, plan_classes
-from mlx_starflow.planning.memory import ModelConfigs, available, installed, plan
+from mlx_starflow.planning.memory import ModelConfigs, plan
 from mlx_starflow.sampling.cache import KV_BITS, KVBits, can_quantize
 
 MOST_SIDE = 1 << 16

@@ -1,4 +1,4 @@
-"""How much memory generating takes, computed from a model's configs, and what Metal is told about it.
+"""How much memory generating takes, computed from a model's configs.
 
 Weights and caches are counted exactly; `footprint` has the formulas of the rest, upper estimates. Tests hold them
 against what MLX's CPU backend takes; on Metal, whose convolutions gather no copies and whose attention holds no
@@ -7,9 +7,7 @@ weights, they are further above.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +20,7 @@ from mlx_starflow.convert.official import RELEASES, released_arguments
 from mlx_starflow.convert.vae import SD_VAE
 from mlx_starflow.convert.wan import WAN_VAE
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.kernels.devices import backend
+from mlx_starflow.kernels.memory import usable
 from mlx_starflow.media.buckets import VIDEO_RATIO, bucket_size
 from mlx_starflow.model_dir.directory import ModelDirectory
 from mlx_starflow.model_dir.quantization import quantize_module
@@ -182,39 +180,6 @@ class MemoryPlan:
     def fits(self, gigabytes: float, low_memory: bool = False) -> bool:
         """Whether a Mac of this much memory (GiB) runs it: see `usable`."""
         return self.peak(low_memory) <= usable(gigabytes * 2**30)
-
-
-OWN_SHARE = 0.9
-"""Of a GPU's own memory, or of a CPU's: the rest is left to others."""
-
-
-def usable(memory: float) -> int:
-    """Bytes of a Mac's `memory` that its GPU may use.
-
-    That is what macOS gives as Metal's recommendedMaxWorkingSetSize. Users report two thirds to three quarters of
-    memory on Macs of up to 32 GB and three quarters or more above, depending on the version of macOS; taken here are
-    70% and 75%. `sysctl iogpu.wired_limit_mb` changes it.
-    """
-    return int(memory * (0.70 if memory <= 32 * 2**30 else 0.75))
-
-
-def available() -> int:
-    """Bytes that networks on this machine may use: Metal's working set, or most of the memory of a CUDA GPU or of a
-    CPU's machine."""
-    if mx.metal.is_available():
-        info = mx.device_info()
-        return int(info.get("max_recommended_working_set_size") or usable(int(info["memory_size"])))
-    if backend() == "CUDA":
-        return int(OWN_SHARE * int(mx.device_info()["total_memory"]))
-    return int(OWN_SHARE * installed())
-
-
-def installed() -> int:
-    """Bytes of memory of this machine."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):
-        return 2**63 - 1  # unknown: whatever is asked for
 
 
 def plan(
@@ -406,29 +371,3 @@ def unpacked_layers(blocks: Sequence[BlockConfig]) -> int:
         for block in blocks
     )
     return 2 * 4 * max(layers)
-
-
-# ---- Metal
-
-
-@contextmanager
-def metal_limits() -> Iterator[None]:
-    """While generating on Metal: wire memory and bound the cache of freed buffers; elsewhere nothing happens.
-
-    Memory that is wired is not paged out between the tokens of a long sample; as much as macOS recommends at most is.
-    A cache of an eighth of that is enough for the arrays of one token or layer; it is unbounded otherwise. The limits
-    that were there before come back afterwards. This has not run on Metal hardware yet.
-    """
-    if not mx.metal.is_available():
-        yield
-        return
-    most = available()
-    cache = mx.set_cache_limit(most // 8)
-    wired = mx.set_wired_limit(most)
-    try:
-        yield
-    finally:
-        # Work that is under way must not lose its wired memory.
-        mx.synchronize()
-        mx.set_wired_limit(wired)
-        mx.set_cache_limit(cache)

@@ -18,6 +18,7 @@ from mlx_starflow import __version__, cpu
 from mlx_starflow.convert.official import RELEASES
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.kernels import MLX_VERSION
+from mlx_starflow.kernels.memory import usable
 from mlx_starflow.kernels.products import tf32
 from mlx_starflow.media.files import is_folder, is_regular
 from mlx_starflow.media.metadata import read_metadata
@@ -40,7 +41,6 @@ from mlx_starflow.planning.memory import (
     parameter_count,
     plans,
     trained_size,
-    usable,
 )
 from mlx_starflow.sampling.cache import KV_BITS, KVBits, can_quantize, check_quantizable, kv_name
 

@@ -8,11 +8,11 @@ import mlx.core as mx
 
 from mlx_starflow.convert.upscalers import open_upscaler
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.kernels.memory import available, installed
 from mlx_starflow.model_dir.weights import automatic_dtype, dtype_name, parameters
 from mlx_starflow.models.upscalers import UpscalingNetwork
 from mlx_starflow.models.upscalers.network import COLOURS
 from mlx_starflow.planning.limits import MOST_SIDE
-from mlx_starflow.planning.memory import available, installed
 
 SIDES = (512, 256, 128, 64, 32)
 """Of tiles, in positions of the feature maps; larger ones are no faster."""

@@ -1,4 +1,4 @@
-"""How far a call is: for progress bars, for callbacks, and for whoever wants to stop it."""
+"""How far a call is: for progress bars, for callbacks, and for whoever wants to stop it; and memory meanwhile."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 from PIL import Image
 
 from mlx_starflow.errors import Cancelled, StarflowError
+from mlx_starflow.kernels.memory import bounded, give_back
 from mlx_starflow.sampling.bars import Bar
 
 Item = TypeVar("Item")
@@ -38,6 +39,10 @@ class Progress:
     A call says how far it is before each step: of sampling, that is before each network evaluation. `cancel` may be
     called from the callback or from another thread, also before the call begins, and takes effect there. On a GPU,
     which is given a few steps ahead, what has been said to be done may still be computed.
+
+    All that takes long says how far it is, and so this is also where memory is bounded: as long as there is a phase, or
+    anything is counted, see `kernels.memory.bounded`. What a phase has freed is given back at its end, since the next
+    one's arrays have other sizes.
 
     Attributes:
         callback: is called with the progress itself.
@@ -148,12 +153,14 @@ class Progress:
     @contextmanager
     def running(self, phase: str) -> Iterator[None]:
         """What happens inside is this phase, and not the one that it interrupts."""
-        self._phases.append(phase)
-        try:
-            self.tell()
-            yield
-        finally:
-            self._phases.pop()
+        with bounded():
+            self._phases.append(phase)
+            try:
+                self.tell()
+                yield
+            finally:
+                self._phases.pop()
+                give_back()
 
     @contextmanager
     def counting(
@@ -180,7 +187,8 @@ class Progress:
         """
         hide = None if self.bar is None else not self.bar
         hide = hide if shown else True
-        with Bar(total=total, initial=done, desc=label or name, unit=unit, disable=hide, leave=leave) as bar:
+        bar = Bar(total=total, initial=done, desc=label or name, unit=unit, disable=hide, leave=leave)
+        with bounded(), bar:
             counter = Counter(self, name, total, unit, bar)
             counter.done = done
             self._counters.append(counter)
@@ -188,6 +196,8 @@ class Progress:
                 yield counter
             finally:
                 self._counters.remove(counter)
+                if not self.phase:
+                    give_back()
 
     def each(self, name: str, items: Iterable[Item], unit: str) -> Iterator[Item]:
         """The same items, counted as they are taken."""

@@ -17,6 +17,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.kernels.memory import available
 from mlx_starflow.likelihood import CalibrationStatistics
 from mlx_starflow.model_dir.adapters import Strengths, for_flow_and_student
 from mlx_starflow.model_dir.directory import ModelDirectory
@@ -26,7 +27,7 @@ from mlx_starflow.models.tarflow import PixelFlowConfig
 from mlx_starflow.pipelines import ClassPipeline, ImagePipeline, Pipeline, VideoPipeline, load
 from mlx_starflow.pipelines.mlx_backend import MLXBackend
 from mlx_starflow.pipelines.upscaling import Upscaler
-from mlx_starflow.planning.memory import MemoryPlan, available, plan
+from mlx_starflow.planning.memory import MemoryPlan, plan
 from mlx_starflow.server.extras import OfferedStudent, Upscaling
 from mlx_starflow.server.refusals import Refusal
 
@@ -72,7 +73,7 @@ class Models:
 
     Args:
         names: "demo", model directories or repositories; the first one is what is used where a request names none.
-        memory: bytes that they, and what they compute, may take; 0: `planning.memory.available`.
+        memory: bytes that they, and what they compute, may take; 0: `kernels.memory.available`.
         keep_alive: seconds that a model which nobody uses stays loaded; None: for ever.
         dtype, low_memory, quantize, adapters: as `load` takes them.
         students: folders of students; each belongs to the models that have its teacher's weights.

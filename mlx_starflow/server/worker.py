@@ -19,6 +19,7 @@ from concurrent.futures import Future
 import mlx.core as mx
 
 from mlx_starflow.errors import Cancelled, StarflowError, printable
+from mlx_starflow.kernels.memory import bounded
 from mlx_starflow.server.jobs import PREVIEW, Job
 from mlx_starflow.server.models import Models
 from mlx_starflow.server.refusals import Refusal, Stopping, TimedOut
@@ -157,12 +158,16 @@ class Worker:
     # ---- the thread
 
     def _run(self, opened: Future[None]) -> None:
-        try:
-            self.models.open()
-        except BaseException as error:
-            opened.set_exception(error)
-            return
-        opened.set_result(None)
+        with bounded():
+            try:
+                self.models.open()
+            except BaseException as error:
+                opened.set_exception(error)
+                return
+            opened.set_result(None)
+            self._serve()
+
+    def _serve(self) -> None:
         while True:
             with self._changed:
                 while not self._waiting and not self._stopping:

@@ -24,6 +24,7 @@ from PIL import Image
 
 from mlx_starflow import load_flow
 from mlx_starflow.convert.official import ARGUMENTS
+from mlx_starflow.kernels.memory import usable
 from mlx_starflow.model_dir.adapters import Adapter
 from mlx_starflow.model_dir.fingerprint import fingerprint
 from mlx_starflow.model_dir.quantization import quantize_module
@@ -32,7 +33,6 @@ from mlx_starflow.model_dir.saving import save_model
 from mlx_starflow.model_dir.weights import parameters
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
 from mlx_starflow.planning.finetune_memory import Planner, training_plan
-from mlx_starflow.planning.memory import usable
 from mlx_starflow.training.data.batches import Order, split_samples
 from mlx_starflow.training.data.cache.build import build_cache
 from mlx_starflow.training.data.cache.reading import LatentCache

@@ -27,10 +27,9 @@ from mlx_starflow.model_dir.weights import parameters
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
 from mlx_starflow.models.t5 import T5Config, T5Encoder
-from mlx_starflow.planning import memory
 from mlx_starflow.planning.footprint import decode
 from mlx_starflow.planning.limits import MemoryRequest, automatic_kv_bits
-from mlx_starflow.planning.memory import ModelConfigs, parameter_count, plan, usable, weight_bytes
+from mlx_starflow.planning.memory import ModelConfigs, parameter_count, plan, weight_bytes
 from mlx_starflow.planning.summary import memory_report
 
 PLAIN = T5Config(vocab_size=1000, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4)
@@ -203,12 +202,6 @@ def test_what_makes_it_grow():
     assert all(a <= b for a, b in zip(one.phases(True).values(), one.phases().values(), strict=True))
 
 
-def test_usable():
-    assert usable(16 * 2**30) == int(0.7 * 16 * 2**30)
-    assert usable(64 * 2**30) == 48 * 2**30
-    assert memory.available() > 0
-
-
 def test_errors(tmp_path):
     configs = ModelConfigs.of_release("apple/starflow")
     with pytest.raises(StarflowError, match="multiples of 8 pixels"):
@@ -273,41 +266,6 @@ def test_the_released_video_model_on_a_mac_of_32_gb():
     assert re.search(r"24 GB( +no){2}( +--kv-bits 4){2} +--kv-bits 8,4\n", report)
     assert re.search(r"32 GB +no +--kv-bits 4( +--kv-bits 8){3}\n", report)
     assert "chosen by itself where memory is short" in report
-
-
-def test_a_cuda_gpu_has_its_own_memory(monkeypatch):
-    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
-    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
-    monkeypatch.setattr(mx, "device_info", lambda: {"device_name": "NVIDIA H200", "total_memory": 1000})
-    assert memory.available() == 900
-
-
-def test_metal_limits_do_nothing_elsewhere(monkeypatch):
-    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
-    monkeypatch.setattr(mx, "set_cache_limit", pytest.fail)
-    monkeypatch.setattr(mx, "set_wired_limit", pytest.fail)
-    with memory.metal_limits():
-        pass
-
-
-def test_metal_limits_come_back(monkeypatch):
-    limits = {"cache": 7, "wired": 0}
-
-    def setter(name):
-        def put(value):
-            limits[name], old = value, limits[name]
-            return old
-
-        return put
-
-    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
-    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 800, "memory_size": 1000})
-    monkeypatch.setattr(mx, "set_cache_limit", setter("cache"))
-    monkeypatch.setattr(mx, "set_wired_limit", setter("wired"))
-    with pytest.raises(KeyError), memory.metal_limits():
-        assert limits == {"cache": 100, "wired": 800}
-        raise KeyError
-    assert limits == {"cache": 7, "wired": 0}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

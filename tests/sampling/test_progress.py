@@ -8,9 +8,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from helpers.commands import message
+from helpers.metal import OWN, Metal
 from helpers.tiny_flows import tiny_case
 
 from mlx_starflow import Cancelled, StarflowError
+from mlx_starflow.kernels.memory import bounded
 from mlx_starflow.sampling import JacobiSettings, Progress, RollingSettings, certify, denoise, iterate, sample
 from mlx_starflow.sampling.progress import watch
 
@@ -85,6 +87,36 @@ def test_what_is_counted_is_nested():
     assert seen[1][2] == (("batches", 0, 2, "batch"), ("flow", 3, 8, "tok"))
     assert progress.phase == "" and progress.block is None and progress.total is None and progress.unit == ""
     assert progress.preview() == [] and progress.seconds >= 0
+
+
+def test_memory_is_bounded_while_anything_goes_on(monkeypatch):
+    """And what is freed is given back at the end of each phase, or where nothing else goes on."""
+    metal, progress = Metal(monkeypatch), Progress()
+    with bounded():  # as in a server
+        with progress.counting("batches", 2, "batch"):
+            with progress.running("flow"):
+                with progress.counting("flow", 8, "tok"):
+                    assert metal.bounds
+                assert not metal.given_back
+            assert metal.given_back == 1 and metal.bounds
+        assert metal.given_back == 2
+    assert metal.limits == OWN
+    for work in (progress.running("flow"), progress.counting("scoring", 1, "draw")):
+        with pytest.raises(KeyError), work:
+            assert metal.bounds
+            raise KeyError
+        assert metal.limits == OWN
+
+
+def test_a_stream_that_is_left_is_no_longer_bounded(latent_flow, monkeypatch):
+    metal = Metal(monkeypatch)
+    first, second = (latent_flow.stream("a cat", images=2, seed=seed) for seed in (1, 2))
+    next(first)
+    next(second)
+    first.close()
+    assert metal.bounds
+    second.close()
+    assert metal.limits == OWN
 
 
 def test_phases_that_interrupt_each_other():

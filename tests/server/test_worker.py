@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import httpx
 import mlx.core as mx
 import pytest
+from helpers.metal import OWN, Metal
 
 from mlx_starflow.errors import Cancelled, StarflowError
 from mlx_starflow.server.jobs import PREVIEW, Event, Job
@@ -78,6 +79,27 @@ def test_jobs_run_one_after_another_in_one_thread(worker):
         worker.submit(jobs[-1])
     assert [each.future.result(5)["number"] for each in jobs] == [0, 1, 2, 3, 4] == order
     assert len(threads) == 1 and threading.get_ident() not in threads
+
+
+def test_memory_is_bounded_as_long_as_the_server_lives(monkeypatch):
+    metal, held = Metal(monkeypatch), []
+
+    class Loading(NoModels):
+        def open(self) -> None:
+            held.append(metal.bounds)
+
+    def work(own: Job) -> dict:
+        held.append(metal.bounds)
+        with own.progress.running("flow"), own.progress.counting("flow", 1, "tok") as counter:
+            counter.advance()
+        return {"given back": metal.given_back}
+
+    worker = Worker(Loading(), 2)
+    worker.start()
+    assert worker.submit(job(work)).future.result(5) == {"given back": 1}
+    assert held == [True, True] and metal.bounds
+    worker.stop(1)
+    assert metal.limits == OWN
 
 
 def test_a_full_queue_says_when_to_come_back(worker):

@@ -11,12 +11,13 @@ import numpy as np
 from PIL import Image
 
 from mlx_starflow.bench.doctor.checks import Check, Finding, at_most, within
+from mlx_starflow.kernels.memory import available
 from mlx_starflow.model_dir.directory import ModelDirectory
 from mlx_starflow.model_dir.quantization import dequantize_module
 from mlx_starflow.model_dir.weights import MLX_DTYPES, automatic_dtype, cast_weights, dtype_name
 from mlx_starflow.models.starflow import STARFlow
 from mlx_starflow.pipelines import load
-from mlx_starflow.planning.memory import available, plan
+from mlx_starflow.planning.memory import plan
 from mlx_starflow.sampling import Certificate
 from mlx_starflow.sampling.methods import Method
 from mlx_starflow.sampling.noise_floor import HALF

@@ -17,9 +17,9 @@ from mlx_starflow import __version__, cpu
 from mlx_starflow.bench.doctor.checks import Check, Finding, NotApplicable, at_most, within
 from mlx_starflow.kernels import MLX_VERSION, enabled
 from mlx_starflow.kernels.devices import backend
+from mlx_starflow.kernels.memory import installed
 from mlx_starflow.kernels.products import tf32
 from mlx_starflow.model_dir.weights import MLX_DTYPES, automatic_dtype, dtype_name
-from mlx_starflow.planning.memory import installed
 
 OLDEST_MLX = "0.32.4"
 """As in setup.py: older ones are wrong in places."""

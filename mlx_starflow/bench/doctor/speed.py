@@ -14,11 +14,12 @@ from mlx_starflow.bench.doctor.checks import Check, Finding, NotApplicable
 from mlx_starflow.bench.doctor.machine import processor
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.kernels.devices import backend
+from mlx_starflow.kernels.memory import available
 from mlx_starflow.model_dir.weights import automatic_dtype, cast_weights, dtype_name
 from mlx_starflow.models.starflow import STARFlow
 from mlx_starflow.pipelines import load
 from mlx_starflow.planning.chips import find_chips
-from mlx_starflow.planning.memory import ModelConfigs, available
+from mlx_starflow.planning.memory import ModelConfigs
 from mlx_starflow.planning.traffic import evaluation_bytes
 from mlx_starflow.sampling import GuidedFlow
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.kernels.memory import available
 from mlx_starflow.model_dir.directory import ModelDirectory, load_flow
 from mlx_starflow.model_dir.quantization import dequantize_module, quantize_module, quantized_layers
 from mlx_starflow.model_dir.weights import parameters, parse_dtype, training_dtype
 from mlx_starflow.models.starflow import STARFlow
 from mlx_starflow.planning.finetune_memory import BATCH_SIZES, PRECISIONS, RANKS, Choice, Planner
-from mlx_starflow.planning.memory import available
 from mlx_starflow.training.config import MOMENTS
 from mlx_starflow.training.finetuning.adapters import attach
 from mlx_starflow.training.finetuning.config import FinetuneConfig

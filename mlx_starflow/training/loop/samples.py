@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
+from mlx_starflow.kernels.memory import bounded
 from mlx_starflow.media.images import to_images
 from mlx_starflow.media.noise import draw_noise
 from mlx_starflow.model_dir.directory import load_vae
@@ -83,6 +84,7 @@ def caption_drawer(
     null_text = mx.array(cache.text([""], cache.ratios[bucket])) if settings.guidance else None
     vae = find_model(model) / "vae"
 
+    @bounded()
     def draw(flow: STARFlow) -> SampleSheet:
         latents = draw_latents(flow, cache.shapes[bucket], text, null_text, settings)
         mx.eval(latents)
@@ -94,6 +96,7 @@ def caption_drawer(
     return draw
 
 
+@bounded()
 def decode_latents(autoencoder: AutoencoderKL, latents: mx.array) -> list[Image.Image]:
     """The images of normalized latents `[B, H, W, C]`."""
     return to_images(np.array(autoencoder.decode(autoencoder.unscale(latents)).astype(mx.float32)))

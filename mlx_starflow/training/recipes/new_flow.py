@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.kernels.memory import available
 from mlx_starflow.media.files import expanded, is_folder
 from mlx_starflow.media.image_folder import ImageFolder
 from mlx_starflow.media.images import save_image
@@ -28,7 +29,6 @@ from mlx_starflow.models.starflow import FlowConfig, STARFlow
 from mlx_starflow.models.tarflow import PixelFlow, PixelFlowConfig, TarFlowConfig
 from mlx_starflow.planning.finetune_memory import BATCH_SIZES, Choice, Planner
 from mlx_starflow.planning.limits import check_held, check_side
-from mlx_starflow.planning.memory import available
 from mlx_starflow.sampling.progress import Callback, Progress, Watch, watch
 from mlx_starflow.training.config import MOMENTS, TrainingConfig, TrainingOptions
 from mlx_starflow.training.data.batches import IndexedData, split_samples

@@ -16,7 +16,6 @@ from mlx_starflow.media.buckets import RATIOS, bucket_size
 from mlx_starflow.media.files import parse_json
 from mlx_starflow.media.sources import Skip, open_source, repeats_of, skip_report
 from mlx_starflow.planning.limits import check_held, check_side
-from mlx_starflow.planning.memory import metal_limits
 from mlx_starflow.sampling.progress import Callback, Watch, watch
 from mlx_starflow.training.data.cache.encode import STEP, Changed, ImageStage, Items, TextStage
 from mlx_starflow.training.data.cache.files import INDEX, SKIPPED, CacheWriter, Committed, check_cache_output
@@ -163,7 +162,7 @@ def build_cache(
     shapes = settings.shapes(network)
     source = open_source(data, settings.caption_column, settings.caption)
     progress = watch(progress, callback)
-    with CacheWriter(Path(out), settings.resolve(network), resume=resume) as writer, metal_limits():
+    with CacheWriter(Path(out), settings.resolve(network), resume=resume) as writer:
         done = Committed(writer.finished["items"], writer.finished["source"]) if writer.finished else writer.progress
         try:
             items = Items(source, done.items, done.source)
