@@ -74,7 +74,7 @@ def _named(name: str, scale: int | None) -> UpscalerFile:
         return open_upscaler(found)
     if hub_file(name) is not None:
         return open_upscaler(find_checkpoint(name))
-    raise StarflowError(f"there is no file {name}, nor one of that name in {folder}: {_advice(scale)}")
+    raise StarflowError(f"there is no file {name}, nor one of that name in {folder}: {_advice(scale, named=True)}")
 
 
 def _in_folder(scale: int | None) -> UpscalerFile:
@@ -100,10 +100,11 @@ def _in_folder(scale: int | None) -> UpscalerFile:
     return min(known, key=lambda each: ranks[each.path.name]) if known else fitting[0]
 
 
-def _advice(scale: int | None) -> str:
-    """Which file to get, from where, and where to put it."""
+def _advice(scale: int | None, named: bool = False) -> str:
+    """Which file to get, from where, and where to put it; `named`: whoever reads it has named one already."""
     best = next(each for each in PUBLISHED if each.scale == (scale or 4) or scale not in (None, 2, 4))
+    other = "another one" if named else "a file with --upscale-model"
     return (
-        f"download {best.url}/{best.file} ({best.licence}) into {upscaler_folder()}, or give a file with "
-        "--upscale-model; the documentation's page on upscaling has others"
+        f"download {best.url}/{best.file} ({best.licence}) into {upscaler_folder()}, or give {other}; the "
+        "documentation's page on upscaling has others"
     )

@@ -21,9 +21,9 @@ from mlx_starflow.model_dir.weights import parameters
 from mlx_starflow.models.tarflow import TarFlow, TarFlowConfig
 from mlx_starflow.training.config import TrainingConfig
 from mlx_starflow.training.data.labelled_images import LabelledImages
+from mlx_starflow.training.loop.samples import draw_classes
 from mlx_starflow.training.loop.trainer import Trainer
 from mlx_starflow.training.loop.weights import assign
-from mlx_starflow.training.recipes.samples import draw_classes
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -20,7 +20,8 @@ from mlx_starflow.model_dir.weights import load_module
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL
 from mlx_starflow.models.inception import FEATURES, SIDE, InceptionV3
 from mlx_starflow.pipelines.class_labels import ClassPipeline
-from mlx_starflow.pipelines.image import ImageMaker, ImagePipeline
+from mlx_starflow.pipelines.image import ImagePipeline
+from mlx_starflow.pipelines.image_maker import ImageMaker
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 """As pytorch-fid calls it; torch-fidelity has the same file as `weights-...`. The name ends in its digest."""

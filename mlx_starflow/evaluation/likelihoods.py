@@ -18,7 +18,7 @@ from mlx_starflow.likelihood.nll import bits_per_dimension, is_dequantized
 from mlx_starflow.likelihood.scores import score_data
 from mlx_starflow.media.image_files import ImageFile
 from mlx_starflow.pipelines.class_labels import ClassPipeline
-from mlx_starflow.pipelines.image import ImageMaker
+from mlx_starflow.pipelines.image_maker import ImageMaker
 from mlx_starflow.sampling.progress import Progress
 
 PART = 16

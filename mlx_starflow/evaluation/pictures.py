@@ -15,7 +15,7 @@ from mlx_starflow.evaluation.prompts import ListedPrompt
 from mlx_starflow.evaluation.store import Part, Store
 from mlx_starflow.media.image_files import ImageFile
 from mlx_starflow.media.noise import draw_noise
-from mlx_starflow.pipelines.image import ImageMaker
+from mlx_starflow.pipelines.image_maker import ImageMaker
 from mlx_starflow.pipelines.results import GenerationSettings
 from mlx_starflow.sampling.progress import Progress
 

@@ -39,7 +39,7 @@ from mlx_starflow.media.image_files import ImageFile
 from mlx_starflow.media.noise import check_seeds
 from mlx_starflow.model_dir.fingerprint import fingerprint
 from mlx_starflow.pipelines.class_labels import ClassPipeline
-from mlx_starflow.pipelines.image import ImageMaker
+from mlx_starflow.pipelines.image_maker import ImageMaker
 from mlx_starflow.pipelines.results import GenerationSettings
 from mlx_starflow.sampling.progress import Callback, Progress, Watch, watch
 

@@ -33,12 +33,18 @@ from mlx_starflow.model_dir.hub import fetch, is_repository
 from mlx_starflow.model_dir.quantization import QuantizedLinear
 from mlx_starflow.model_dir.transaction import settle
 from mlx_starflow.model_dir.weights import check_floating
+from mlx_starflow.models.student import Student
 from mlx_starflow.models.trees import flattened
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapters.safetensors"
 
 FINGERPRINT = "base_fingerprint"
 """What an adapter's config calls the fingerprint of the model that it was trained on."""
+
+OF = "of"
+"""What an adapter's config calls the kind of network that it changes: `STUDENT`, or nothing where that is a flow."""
+
+STUDENT = "student"
 
 KINDS = {"lora": ("lora_a", "lora_b"), "dora": ("lora_a", "lora_b", "m")}
 """What each kind of adapter holds of a layer."""
@@ -182,12 +188,30 @@ class Adapter:
                 )
         return cls(str(folder), kind, float(number), layers, config)
 
+    @property
+    def of_student(self) -> bool:
+        """Whether it changes a student, and not a flow."""
+        return self.config.get(OF) == STUDENT
+
     def check(self, flow: nn.Module) -> None:
-        """Raise StarflowError unless it fits a flow, naming the first layer, in the flow's order, that does not."""
-        present = linear_layers(flow)
+        """Raise StarflowError unless it fits a flow, naming the first layer, in the flow's order, that does not.
+
+        So it does for a student, which takes adapters of students alone.
+        """
+        if self.of_student and not isinstance(flow, Student):
+            raise StarflowError(
+                f"{self.name} is an adapter of a student, and changes no model: give it to generate with that student "
+                f"(--student DIR --lora {self.name} 1)"
+            )
+        if isinstance(flow, Student) and not self.of_student:
+            raise StarflowError(
+                f"{self.name} is an adapter of a model, and changes no student: teach a student its style with "
+                "mlx-starflow distill --lora"
+            )
+        present, what = linear_layers(flow), "student" if self.of_student else "model"
         for path in [path for path in present if path in self.layers] + sorted(set(self.layers) - set(present)):
             if path not in present:
-                raise StarflowError(f"{self.name} does not fit this model, which has no linear layer {path}")
+                raise StarflowError(f"{self.name} does not fit this {what}, which has no linear layer {path}")
             outputs, inputs = _shape(present[path])
             parts = self.layers[path]
             a, b = parts["lora_a"].shape, parts["lora_b"].shape
@@ -195,8 +219,8 @@ class Adapter:
             if not fits or (b[1], a[0]) != (outputs, inputs):
                 found = f"[{b[-1]}, {a[0]}]" if fits else f"{list(a)} and {list(b)}"
                 raise StarflowError(
-                    f"{self.name} does not fit this model: {path} is [{outputs}, {inputs}] here and {found} there; "
-                    "use it with the model it was trained on"
+                    f"{self.name} does not fit this {what}: {path} is [{outputs}, {inputs}] here and {found} there; "
+                    f"use it with the {what} it was trained on"
                 )
 
     def check_base(self, directory: Path) -> None:
@@ -235,8 +259,14 @@ def _shape(linear: nn.Module) -> tuple[int, int]:
     return outputs, inputs * 32 // linear.bits if isinstance(linear, nn.QuantizedLinear) else inputs
 
 
+def for_flow_and_student(adapters: Strengths) -> tuple[Strengths, Strengths]:
+    """Adapters of a flow, and adapters of its student. Raises StarflowError if one cannot be read."""
+    of_student = [each for each in adapters if Adapter.read(each[0]).of_student]
+    return [each for each in adapters if each not in of_student], of_student
+
+
 def add_adapters(flow: nn.Module, adapters: Strengths, directory: Path | None = None) -> list[Adapter]:
-    """Add adapters to a flow, in place; what they change adds up. One of strength 0 changes nothing.
+    """Add adapters to a flow or a student, in place; what they change adds up. One of strength 0 changes nothing.
 
     Warns about adapters that were trained on other weights than those in `directory`, the flow's, if it is given.
 

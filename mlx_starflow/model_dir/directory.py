@@ -119,12 +119,12 @@ class NetworkDirectory(Generic[Network, Config]):
     @classmethod
     def text_flow(cls, folder: str | Path) -> NetworkDirectory[TextFlow, TextFlowConfig]:
         """The flow over text in a folder. Raises StarflowError if there is none."""
-        return NetworkDirectory(_stored_as(TEXT_FLOW, folder, "model of text"), TextFlow, TextFlowConfig)
+        return NetworkDirectory(_stored_as(TEXT_FLOW, folder, "model of text", "train"), TextFlow, TextFlowConfig)
 
     @classmethod
     def student(cls, folder: str | Path) -> NetworkDirectory[Student, StudentConfig]:
         """The student in a folder. Raises StarflowError if there is none."""
-        return NetworkDirectory(_stored_as(STUDENT, folder, "student"), Student, StudentConfig)
+        return NetworkDirectory(_stored_as(STUDENT, folder, "student", "distill"), Student, StudentConfig)
 
     @classmethod
     def text_encoder(cls, folder: str | Path) -> NetworkDirectory[T5Encoder, T5Config]:
@@ -322,24 +322,30 @@ def load_flow(
     return ModelDirectory.find(path_or_id).load_flow(dtype, adapters, group)
 
 
-def _stored_as(model_type: str, folder: str | Path, what: str) -> StoredConfig:
-    """The config in a folder. Raises StarflowError unless it has this `model_type`, which users call `what`."""
-    stored = StoredConfig(folder)
+def _stored_as(model_type: str, folder: str | Path, what: str, command: str) -> StoredConfig:
+    """The config in a folder. Raises StarflowError unless it has this `model_type`, which users call `what`, and which
+    a command writes."""
+    stored = StoredConfig(folder, f"a {what}, such as `mlx-starflow {command}` writes")
     if (found := stored.content.get("model_type")) != model_type:
         raise StarflowError(f"{stored.folder} is no {what}: its model_type is {found!r}, not {model_type!r}")
     return stored
 
 
 def load_student(
-    path: str | Path, teacher: ModelDirectory | None = None, dtype: str | mx.Dtype | None = None
+    path: str | Path,
+    teacher: ModelDirectory | None = None,
+    dtype: str | mx.Dtype | None = None,
+    adapters: Strengths = (),
 ) -> Student:
     """The student in a folder; `dtype` as in `load_flow`.
 
     Args:
         teacher: the model that it is to be used with; None: any.
+        adapters: folders of adapters of students with their strengths.
 
     Raises:
-        StarflowError: there is none, it is damaged, or it has learned from other weights than the teacher's.
+        StarflowError: there is none, it is damaged, it has learned from other weights than the teacher's, or an adapter
+            does not fit it.
     """
     directory = NetworkDirectory.student(expanded(path))
     if teacher is not None and directory.config.teacher != fingerprint(teacher.path):
@@ -347,7 +353,9 @@ def load_student(
             f"the student {path} has learned from other weights than those of {teacher.path}: give the model that it "
             "was distilled from"
         )
-    return directory.load(dtype)
+    student = directory.load(dtype)
+    add_adapters(student, adapters, directory.folder)
+    return student
 
 
 def load_text_flow(path_or_id: str | Path, dtype: str | mx.Dtype | None = None, *, download: bool = True) -> TextFlow:

@@ -66,8 +66,11 @@ Layout = Mapping[str, Spec | mx.array]
 # ---- reading
 
 
-def read_config(directory: str | Path) -> dict[str, Any]:
-    """The `config.json` of a network's folder.
+A_MODEL = "a model directory, such as `mlx-starflow convert` writes"
+
+
+def read_config(directory: str | Path, wanted: str = A_MODEL) -> dict[str, Any]:
+    """The `config.json` of a network's folder; `wanted` says what the folder should be.
 
     Raises:
         StarflowError: it is missing or not a JSON object, so this is no (whole) model directory.
@@ -76,7 +79,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     settle(directory)
     if not exists(directory / "config.json"):
         what = "holds no config.json" if is_folder(directory) else "is not a folder"
-        raise StarflowError(f"{directory} {what}; give a model directory, such as `mlx-starflow convert` writes")
+        raise StarflowError(f"{directory} {what}; give {wanted}")
     return read_json(inside(directory, "config.json"))
 
 
@@ -91,11 +94,11 @@ class StoredConfig:
         StarflowError: as `read_config` does.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, wanted: str = A_MODEL):
         self.folder = Path(folder)
         settle(self.folder)
         self._seen = self._look()
-        self.content = read_config(self.folder)
+        self.content = read_config(self.folder, wanted)
 
     def check(self) -> None:
         """Raise StarflowError if the file is another one now: whoever writes the folder again replaces it first."""

@@ -24,7 +24,8 @@ from mlx_starflow.media.pixels import crop_image, scale_pixels
 from mlx_starflow.model_dir.directory import ModelDirectory
 from mlx_starflow.models.autoencoder_kl import WHOLE_PIXELS
 from mlx_starflow.models.flow import BlockConfig, Flow
-from mlx_starflow.pipelines.backend import Backend, MLXBackend
+from mlx_starflow.pipelines.backend import Backend
+from mlx_starflow.pipelines.mlx_backend import MLXBackend
 from mlx_starflow.pipelines.phases import Phases
 from mlx_starflow.pipelines.results import GenerationSettings
 from mlx_starflow.planning.limits import check_count, check_side
@@ -233,6 +234,8 @@ class Pipeline(ImageModel):
     ) -> dict[str, Any]:
         """All that is needed to make images again: prompts times seeds, as `generate` takes them."""
         metadata = {**self.origin(), "prompts": prompts, "seeds": seeds}
+        if settings.student is not None and self.backend.student_adapters:
+            metadata["adapters"] = [*self.backend.adapters, *self.backend.student_adapters]
         if None in seeds:
             metadata["noise_sha256"] = digest(noise)
         if certificate is not None:

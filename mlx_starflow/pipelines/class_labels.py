@@ -20,9 +20,11 @@ from mlx_starflow.model_dir.files import CLASSES_FILE
 from mlx_starflow.models.flow import Flow
 from mlx_starflow.models.itarflow import ITarFlowConfig, at_noise_level
 from mlx_starflow.models.tarflow import PixelFlowConfig
-from mlx_starflow.pipelines.backend import Backend, MLXBackend
-from mlx_starflow.pipelines.image import ImageMaker
+from mlx_starflow.pipelines.backend import Backend
+from mlx_starflow.pipelines.image_maker import ImageMaker
+from mlx_starflow.pipelines.mlx_backend import MLXBackend
 from mlx_starflow.pipelines.results import DENOISE_STEPS, ClassSettings, GenerationSettings, GenerationStats
+from mlx_starflow.pipelines.students import sample_by_student
 from mlx_starflow.planning.limits import ClassRequest, automatic_kv_bits, check_memory
 from mlx_starflow.sampling import Certificate, SamplingPlan, SamplingTrace
 from mlx_starflow.sampling.cache import KVBits
@@ -198,10 +200,7 @@ class ClassPipeline(ImageMaker):
         steps, labels = self._steps(settings), text if self.classes else None
         z, null = settings.temperature * backend.array(noise), None if labels is None else null_text
         if settings.samples_by_student:
-            with self.phases.run(stats, "flow", progress):
-                made = backend.sample_student(z, labels, settings, progress)
-            stats.count([0] * self.config.blocks, z.shape[0] * z.shape[1], made.evaluations)
-            return [made.data], []
+            return sample_by_student(self, z, labels, self.config.blocks, settings, stats, keep_steps, progress), []
         with self.phases.run(stats, "flow", progress):
             x = backend.invert(z, labels, null, settings, self.method(settings), progress, trace)
         blocks = [self.config.block(index) for index in range(self.config.blocks)]

@@ -19,8 +19,9 @@ from mlx_starflow.models.autoencoder_wan import AutoencoderWan, AutoencoderWanCo
 from mlx_starflow.models.starflow import FlowConfig
 from mlx_starflow.models.t5 import T5Encoder
 from mlx_starflow.models.tokenizer import Tokenizer
-from mlx_starflow.pipelines.backend import Backend, MLXBackend
+from mlx_starflow.pipelines.backend import Backend
 from mlx_starflow.pipelines.base import BATCH, Pipeline
+from mlx_starflow.pipelines.mlx_backend import MLXBackend
 from mlx_starflow.pipelines.prompts import complete_prompt
 from mlx_starflow.pipelines.results import GenerationSettings, Settings
 from mlx_starflow.planning.limits import MemoryRequest, automatic_kv_bits, check_memory

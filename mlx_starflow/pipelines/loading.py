@@ -15,9 +15,9 @@ from mlx_starflow.model_dir.adapters import Strengths
 from mlx_starflow.model_dir.directory import ModelDirectory
 from mlx_starflow.model_dir.weights import parse_dtype
 from mlx_starflow.models.tarflow import PixelFlowConfig
-from mlx_starflow.pipelines.backend import MLXBackend
 from mlx_starflow.pipelines.class_labels import ClassPipeline
 from mlx_starflow.pipelines.image import ImagePipeline
+from mlx_starflow.pipelines.mlx_backend import MLXBackend
 from mlx_starflow.pipelines.video import VideoPipeline
 from mlx_starflow.planning.memory import plan
 
@@ -36,6 +36,7 @@ def load(
     group: mx.distributed.Group | None = None,
     download: bool = True,
     quantize: int | str | None = None,
+    student_adapters: Strengths = (),
 ) -> ImagePipeline:
     """Load a model: "demo", a model directory, or a Hub repository of one.
 
@@ -53,6 +54,7 @@ def load(
         download: False: a repository must be on this machine already; for names that come from somebody else.
         quantize: the flow's weights as they are read, to 8, 6 or 4 bits or a format of `convert --quantize`; None: as
             they are stored.
+        student_adapters: adapters for the students that `generate` is given, with their strengths.
 
     Raises:
         StarflowError: there is no such model, its files are damaged or of another kind, an adapter does not fit it, the
@@ -63,7 +65,7 @@ def load(
     if backend == "torch":
         if low_memory:
             raise StarflowError("the torch backend has no low-memory mode: leave it out, or use --backend mlx")
-        if adapters:
+        if adapters or student_adapters:
             raise StarflowError("the torch backend does not know adapters: fuse them first, or use --backend mlx")
         if group is not None:
             raise StarflowError("the torch backend cannot split a flow over processes: use --backend mlx")
@@ -89,7 +91,9 @@ def load(
     if group is not None:
         tensor_parallel.check_same(name, dtype, group, download=download)
     dtype, model = parse_dtype(dtype), ModelDirectory.find(name, download=download)
-    networks = MLXBackend(model, dtype=dtype, adapters=adapters, group=group, quantize=quantize)
+    networks = MLXBackend(
+        model, dtype=dtype, adapters=adapters, group=group, quantize=quantize, student_adapters=student_adapters
+    )
     config = model.flow.config
     if isinstance(config, PixelFlowConfig):
         labelled = ClassPipeline(str(name), model, networks)

@@ -19,7 +19,7 @@ from mlx_starflow.errors.arguments import checked
 from mlx_starflow.media.given import Images, ImageSource, one_or_many, open_image
 from mlx_starflow.model_dir.weights import automatic_dtype, cast_weights, parse_dtype
 from mlx_starflow.models.upscalers.tiling import Tiles, tile_count, windows
-from mlx_starflow.planning.upscaling import frames_at_once, tile_side
+from mlx_starflow.planning.upscaling import SIDES, frames_at_once, tile_side, upscaling_bytes
 from mlx_starflow.sampling.progress import Callback, Counter, Progress, Watch, watch
 
 PHASE = "upscaling"
@@ -91,6 +91,10 @@ class Upscaler:
         """A picture's description, and that it was enlarged after all else."""
         before = metadata.get("upscaled")
         return {**metadata, "upscaled": [*(before if isinstance(before, list) else []), self.metadata]}
+
+    def memory(self, size: tuple[int, int]) -> int:
+        """Bytes that enlarging one image of a size (width, height) takes, in tiles as small as need be."""
+        return upscaling_bytes(self._network, size, side=SIDES[-1], item=self.dtype.size)
 
     @checked
     def __call__(

@@ -15,7 +15,7 @@ from PIL import Image
 
 from mlx_starflow.models.autoencoder_wan import AutoencoderWan
 from mlx_starflow.models.starflow import FlowConfig
-from mlx_starflow.pipelines.backend import MLXBackend
+from mlx_starflow.pipelines.mlx_backend import MLXBackend
 from mlx_starflow.pipelines.phases import Phases
 from mlx_starflow.pipelines.results import GenerationStats
 from mlx_starflow.pipelines.video_frames import FrameDecoder

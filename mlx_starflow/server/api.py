@@ -20,6 +20,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from mlx_starflow import __version__
 from mlx_starflow.server import requests, work
 from mlx_starflow.server.gallery import FORMATS, encoded
+from mlx_starflow.server.jobs import PREVIEW
 from mlx_starflow.server.refusals import Refusal
 from mlx_starflow.server.service import Service
 from mlx_starflow.server.work import Work
@@ -61,8 +62,9 @@ def router(service: Service) -> APIRouter:
             asked = await service.bodies.read(request, kind)
             told = {name: getattr(asked, name) for name in about}
             previews = ALL if getattr(asked, "previews", False) else 0
+            kind_of_job = path if getattr(asked, "keep", True) else PREVIEW
             made = service.submit(
-                path, asked.model, make(asked), previews=previews, about=told, streamed=mode == "stream"
+                kind_of_job, asked.model, make(asked), previews=previews, about=told, streamed=mode == "stream"
             )
             return await service.answer(made, request, mode)
 
@@ -207,11 +209,13 @@ def router(service: Service) -> APIRouter:
     async def models() -> JSONResponse:
         return JSONResponse({"models": service.models.describe(), "default": service.models.default})
 
-    @api.get("/server", summary="Version and limits.")
+    @api.get("/server", summary="Version, limits, and how often images can be enlarged.")
     async def server() -> JSONResponse:
         names = ("queue", "images", "body", "pixels", "prompt", "labels", "frames", "timeout")
         told = {name: getattr(limits, name) for name in names} | {"memory": service.models.memory}
-        return JSONResponse({"version": __version__, "limits": told, "needs_key": service.security.has_key})
+        upscale = list(service.models.upscaling.scales)
+        about = {"version": __version__, "limits": told, "upscale": upscale, "needs_key": service.security.has_key}
+        return JSONResponse(about)
 
     @api.post("/session", summary='Let a browser in: {"key": ...} sets a cookie.')
     async def session(request: Request) -> JSONResponse:

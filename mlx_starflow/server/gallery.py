@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 
@@ -94,6 +94,32 @@ class Item:
             "width": self.size[0],
             "height": self.size[1],
             "bytes": self.bytes,
+            "metadata": self.metadata,
+        }
+
+
+class LooseItem(NamedTuple):
+    """An image that no gallery keeps; `describe` tells of it as `Item.describe` of those that are kept.
+
+    Attributes:
+        image: itself.
+        metadata: how it was made.
+    """
+
+    image: Image.Image
+    metadata: dict[str, Any]
+
+    def describe(self) -> dict[str, Any]:
+        """What clients are told: no id, and a URL that holds the image."""
+        content = encoded(self.image, "png", self.metadata)
+        return {
+            "id": None,
+            "kind": "image",
+            "url": data_url(content),
+            "created": time.time(),
+            "width": self.image.width,
+            "height": self.image.height,
+            "bytes": len(content),
             "metadata": self.metadata,
         }
 

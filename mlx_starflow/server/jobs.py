@@ -32,6 +32,9 @@ SECONDS = 0.1
 BEHIND = 1000
 """Events that a watcher may be behind by; then those that say how far the job is are left out for him."""
 
+PREVIEW = "preview"
+"""The kind of jobs whose images nobody keeps: they are in the result."""
+
 Result = dict[str, Any]
 
 

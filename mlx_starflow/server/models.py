@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -19,13 +19,16 @@ import mlx.core as mx
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.kernels.memory import available
 from mlx_starflow.likelihood import CalibrationStatistics
-from mlx_starflow.model_dir.adapters import Strengths
+from mlx_starflow.model_dir.adapters import Strengths, for_flow_and_student
 from mlx_starflow.model_dir.directory import ModelDirectory
+from mlx_starflow.model_dir.fingerprint import fingerprint
 from mlx_starflow.model_dir.weights import parse_dtype
 from mlx_starflow.models.tarflow import PixelFlowConfig
 from mlx_starflow.pipelines import ClassPipeline, ImagePipeline, Pipeline, VideoPipeline, load
-from mlx_starflow.pipelines.backend import MLXBackend
+from mlx_starflow.pipelines.mlx_backend import MLXBackend
+from mlx_starflow.pipelines.upscaling import Upscaler
 from mlx_starflow.planning.memory import MemoryPlan, plan
+from mlx_starflow.server.extras import OfferedStudent, Upscaling
 from mlx_starflow.server.refusals import Refusal
 
 AnyPipeline = ImagePipeline | VideoPipeline | ClassPipeline
@@ -46,6 +49,7 @@ class Model:
         held: bytes of its weights.
         used: when it was used last, by a monotonic clock.
         statistics: of calibration, if there are any.
+        students: of it, by their ids.
     """
 
     id: str
@@ -56,6 +60,12 @@ class Model:
     pipe: AnyPipeline | None = None
     used: float = 0.0
     statistics: CalibrationStatistics | None = field(default=None, repr=False)
+    students: Mapping[str, OfferedStudent] = field(default_factory=dict)
+
+    @property
+    def students_held(self) -> int:
+        """Bytes of the largest student's weights; one of them is in memory at a time."""
+        return max((student.held for student in self.students.values()), default=0)
 
 
 class Models:
@@ -66,6 +76,8 @@ class Models:
         memory: bytes that they, and what they compute, may take; 0: `kernels.memory.available`.
         keep_alive: seconds that a model which nobody uses stays loaded; None: for ever.
         dtype, low_memory, quantize, adapters: as `load` takes them.
+        students: folders of students; each belongs to the models that have its teacher's weights.
+        upscaler: the file of what enlarges, as `Upscaler.load` takes it; None: nothing does.
     """
 
     def __init__(
@@ -78,14 +90,22 @@ class Models:
         low_memory: bool | None = None,
         quantize: str | None = None,
         adapters: Strengths = (),
+        students: Sequence[str | Path] = (),
+        upscaler: str | Path | None = None,
     ):
         self.names = list(dict.fromkeys(names)) or ["demo"]
         self.memory, self.keep_alive = memory or available(), keep_alive
+        of_flow, of_student = for_flow_and_student(adapters)
+        if of_student and not students:
+            raise StarflowError(f"{of_student[0][0]} is an adapter of a student: give that with --student DIR")
+        self._students = [OfferedStudent.read(each) for each in dict.fromkeys(map(str, students))]
+        self.upscaling = Upscaling(upscaler)
         self._options: dict[str, Any] = {
             "dtype": dtype,
             "low_memory": low_memory,
             "quantize": quantize,
-            "adapters": adapters,
+            "adapters": of_flow,
+            "student_adapters": of_student,
         }
         self._models: dict[str, Model] = {}
         self._loaded: OrderedDict[str, Model] = OrderedDict()
@@ -98,6 +118,12 @@ class Models:
             if model.id in self._models:
                 raise StarflowError(f"two models are called {model.id}: rename one of their folders")
             self._models[model.id] = model
+        for student in self._students:
+            if not any(student in model.students.values() for model in self._models.values()):
+                raise StarflowError(
+                    f"the student {student.path} has learned from none of the models here: give its teacher with "
+                    "--model"
+                )
         self.get(self.default)
 
     @property
@@ -118,6 +144,16 @@ class Models:
                 404, f"there is no model {str(id)[:100]!r} here: {known}", code="model_not_found", param="model"
             )
         return model
+
+    def student(self, model: Model, id: str) -> str:
+        """The folder of a model's student of this id. Raises Refusal."""
+        found = model.students.get(id)
+        if found is None:
+            known = ", ".join(model.students) or "it has none (mlx-starflow serve --student DIR)"
+            raise Refusal(
+                404, f"{model.id} has no student {id[:100]!r} here: {known}", code="student_not_found", param="student"
+            )
+        return found.path
 
     @property
     def loaded(self) -> int:
@@ -142,6 +178,7 @@ class Models:
         if self.keep_alive is None:
             return
         now = time.monotonic()
+        self.upscaling.rest(now - self.keep_alive)
         for model in [each for each in self._loaded.values() if now - each.used > self.keep_alive]:
             self._let_go(model)
 
@@ -152,6 +189,7 @@ class Models:
         needed = self._plan(model.id, size, batch, guided, frames).peak(
             bool(model.pipe and model.pipe.backend.low_memory)
         )
+        needed += model.students_held
         if needed > self.memory:
             what = f"{size[0]}x{size[1]}" + (f", {batch} at a time," if batch > 1 else "")
             raise StarflowError(
@@ -159,6 +197,21 @@ class Models:
                 "ask for a smaller size, or for fewer pictures"
             )
         self._make_room(model, needed)
+
+    def upscaler(self, model: Model, scale: int, size: tuple[int, int]) -> Upscaler:
+        """What enlarges images of a size (width, height), for which others than their model make room.
+
+        Raises Refusal, or StarflowError if that takes more memory than the server may use.
+        """
+        upscaler = self.upscaling.get(scale)
+        needed = upscaler.memory(size)
+        if needed > self.memory:
+            raise StarflowError(
+                f"to enlarge {size[0]}x{size[1]} by {scale} would take {needed / 1e9:.1f} GB of memory, and the server "
+                f"may use {self.memory / 1e9:.1f}: ask for a smaller size, or leave upscale out"
+            )
+        self._make_room(model, model.held + needed)
+        return upscaler
 
     def _planned(self, id: str, size: tuple[int, int], batch: int, guided: bool, frames: int | None) -> MemoryPlan:
         return plan(
@@ -198,6 +251,7 @@ class Models:
         else:
             held = sum(plan(directory, dtype=parse_dtype(self._options["dtype"])).weights.values())
         id = Path(name).name if "/" in name and Path(name).is_dir() else name
+        students = self._taught_by(directory)
         about: dict[str, Any] = {
             "id": id,
             "kind": KINDS[kind],
@@ -208,8 +262,24 @@ class Models:
             "classes": list(pipe.classes) if isinstance(pipe, ClassPipeline) else [],
             "calibrated": sorted(statistics.nll) if statistics is not None else [],
             "unit": f"nats per {pipe.dimension}",
+            "students": [student.about for student in students.values()],
         }
-        return Model(id, name, about, directory, held, statistics=statistics)
+        model = Model(id, name, about, directory, held, statistics=statistics, students=students)
+        model.held += model.students_held
+        return model
+
+    def _taught_by(self, directory: ModelDirectory) -> dict[str, OfferedStudent]:
+        """The students of a model, by id. Raises StarflowError if two have the same."""
+        if not self._students:
+            return {}
+        mark, found = fingerprint(directory.path), dict[str, OfferedStudent]()
+        for student in self._students:
+            if student.teacher != mark:
+                continue
+            if student.id in found:
+                raise StarflowError(f"two students are called {student.id}: rename one of their folders")
+            found[student.id] = student
+        return found
 
 
 def _step(pipe: AnyPipeline) -> int:

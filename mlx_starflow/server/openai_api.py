@@ -1,7 +1,8 @@
 """The endpoints that tools know from OpenAI's API: models, and images generated, edited and varied.
 
 Fields that mean nothing to a flow (quality, style and such) are taken and ignored; those that are nobody's are
-refused. `seed`, `guidance`, `temperature` and `method` are ours: OpenAI's client sends them as `extra_body`.
+refused. `seed`, `guidance`, `temperature`, `method`, `student`, `steps` and `upscale` are ours: OpenAI's client sends
+them as `extra_body`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,17 @@ from mlx_starflow.server import requests, work
 from mlx_starflow.server.api import accepts, converted, in_format
 from mlx_starflow.server.jobs import Event, Job
 from mlx_starflow.server.refusals import Refusal
-from mlx_starflow.server.requests import Picture, Seed, Size, Text
+from mlx_starflow.server.requests import (
+    FlowMethod,
+    Method,
+    Picture,
+    Seed,
+    Size,
+    Steps,
+    Student,
+    Text,
+    Upscale,
+)
 from mlx_starflow.server.service import Service, server_sent
 
 Format = Literal["png", "jpeg", "webp"]
@@ -35,7 +46,7 @@ class Answered(requests.Request):
     n: int | None = Field(default=None, ge=1, description="images; 1 by default")
     size: Size = None
     seed: Seed | None = Field(default=None, description="of the first image; drawn if left out")
-    method: Literal["auto", "sequential", "jacobi", "rolling"] | None = None
+    upscale: Upscale = None
     response_format: Literal["url", "b64_json"] | None = None
     output_format: Format | None = None
     output_compression: int | None = Field(default=None, ge=0, le=100, description="quality of JPEG and WebP")
@@ -57,6 +68,9 @@ class Generation(Answered):
     prompt: Text
     guidance: float | None = Field(default=None, ge=0, le=1000)
     temperature: float | None = Field(default=None, ge=0, le=1000)
+    method: Method | None = None
+    student: Student = None
+    steps: Steps = None
 
 
 class Editing(Answered):
@@ -65,6 +79,7 @@ class Editing(Answered):
     image: Picture
     prompt: Text
     mask: Picture | None = None
+    method: FlowMethod | None = None
     input_fidelity: str | None = Field(default=None, description="ignored")
 
 
@@ -73,6 +88,7 @@ class Variation(Answered):
 
     image: Picture
     prompt: Text = ""
+    method: FlowMethod | None = None
     strength: float = Field(default=0.3, ge=0, le=1)
 
 
@@ -101,6 +117,9 @@ def router(service: Service) -> APIRouter:
             guidance=asked.guidance,
             temperature=asked.temperature,
             method=asked.method,
+            student=asked.student,
+            steps=asked.steps,
+            upscale=asked.upscale,
         )
         about = {"prompt": asked.prompt, "n": own.n, "seed": asked.seed}
         job = service.submit(
@@ -124,6 +143,7 @@ def router(service: Service) -> APIRouter:
             "image": asked.image,
             "size": asked.size,
             "method": asked.method,
+            "upscale": asked.upscale,
         }
         if mask is None:
             if (asked.n or 1) > 1:
@@ -155,6 +175,7 @@ def router(service: Service) -> APIRouter:
             image=asked.image,
             size=asked.size,
             method=asked.method,
+            upscale=asked.upscale,
             prompt=asked.prompt,
             strengths=[asked.strength],
             n=asked.n or 1,

@@ -110,6 +110,19 @@ Size = Annotated[
     WithJsonSchema({"type": "string", "examples": ["auto", "64x64"]}),
 ]
 Seed = Annotated[int, Field(ge=0, le=MOST_SEED)]
+Upscale = Annotated[
+    int | None,
+    Field(ge=2, le=4, multiple_of=2, description="enlarge the result 2 or 4 times, where the server has what does so"),
+]
+FlowMethod = Literal["auto", "sequential", "jacobi", "rolling"]
+"""Ways of the flow that need nothing besides."""
+
+Method = Literal["auto", "sequential", "jacobi", "rolling", "draft"]
+Student = Annotated[
+    str | None,
+    Field(max_length=1000, description="id of a student of the model, which makes the images, or with draft guesses"),
+]
+Steps = Annotated[int | None, Field(ge=1, le=1000, description="of the student; its own number by default")]
 
 
 class Request(BaseModel):
@@ -125,18 +138,21 @@ class Sampling(Request):
 
     guidance: float | None = Field(default=None, ge=0, le=1000, description="weight of classifier-free guidance")
     temperature: float | None = Field(default=None, ge=0, le=1000, description="the noise is multiplied by this")
-    method: Literal["auto", "sequential", "jacobi", "rolling"] | None = None
     attn_temp: float | None = Field(default=None, gt=0, le=1000, description="attention logits are divided by this")
     denoise: bool | None = Field(default=None, description="clean the sample of the flow's training noise")
     verify: bool | None = Field(
         default=None, description="compute certificates; by default unless the method is sequential"
     )
+    upscale: Upscale = None
 
 
 class Generate(Sampling):
     """Images of a prompt."""
 
     prompt: Text = Field(examples=["a slice of pizza"])
+    method: Method | None = None
+    student: Student = None
+    steps: Steps = None
     n: int = Field(default=1, ge=1, description="images, with seeds that count up")
     seed: Seed | None = Field(default=None, description="of the first image; drawn if left out", examples=[7])
     size: Size = None
@@ -144,6 +160,9 @@ class Generate(Sampling):
         default=1, ge=1, le=64, description="samples of which each image is the one that the prompt fits best"
     )
     previews: bool = Field(default=False, description="tell a preview after each block, as an event")
+    keep: bool = Field(
+        default=True, description="put the images into the gallery; else they are in the answer alone, as data URLs"
+    )
 
 
 class Score(Request):
@@ -188,8 +207,9 @@ class Decode(Request):
 class Edit(Request):
     """What edits have in common."""
 
-    method: Literal["auto", "sequential", "jacobi", "rolling"] | None = None
+    method: FlowMethod | None = None
     size: Size = None
+    upscale: Upscale = None
 
 
 class Reprompt(Edit):
@@ -242,6 +262,7 @@ class Video(Sampling):
     """A video of a prompt, from a first image if one is given."""
 
     prompt: Text
+    method: FlowMethod | None = None
     image: Picture | None = None
     seed: Seed | None = None
     frames: int | None = Field(default=None, ge=1, description="1 + a multiple of 4")

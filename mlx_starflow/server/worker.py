@@ -20,12 +20,15 @@ import mlx.core as mx
 
 from mlx_starflow.errors import Cancelled, StarflowError, printable
 from mlx_starflow.kernels.memory import bounded
-from mlx_starflow.server.jobs import Job
+from mlx_starflow.server.jobs import PREVIEW, Job
 from mlx_starflow.server.models import Models
 from mlx_starflow.server.refusals import Refusal, Stopping, TimedOut
 
 REMEMBERED = 64
 """Jobs that have ended and can still be asked for."""
+
+REMEMBERED_PREVIEWS = 4
+"""Of those that hold their images, since nobody else does, and of which there are many while somebody types."""
 
 MOST_WARNING = 500
 """Characters of a warning, which may quote a prompt."""
@@ -213,9 +216,12 @@ class Worker:
         self._seconds = 0.7 * self._seconds + 0.3 * (time.monotonic() - began)
 
     def _forget(self) -> None:
-        ended = [id for id, job in self._jobs.items() if job.ended]
-        for id in ended[: max(0, len(ended) - REMEMBERED)]:
-            del self._jobs[id]
+        ended = [job for job in self._jobs.values() if job.ended]
+        previews = [job for job in ended if job.kind == PREVIEW]
+        others = [job for job in ended if job.kind != PREVIEW]
+        for jobs, most in ((previews, REMEMBERED_PREVIEWS), (others, REMEMBERED)):
+            for job in jobs[: max(0, len(jobs) - most)]:
+                del self._jobs[job.id]
 
 
 def _bare(error: Exception) -> Exception:

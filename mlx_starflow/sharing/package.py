@@ -159,6 +159,8 @@ def _open(folder: str | Path) -> Package:
 
 def _adapter(folder: Path) -> Package:
     adapter = Adapter.read(folder)
+    if adapter.of_student:
+        raise StarflowError(f"{folder} is an adapter of a student: what is published are models, and adapters of them")
     config: dict[str, Any] = dict(adapter.config)
     if isinstance(config.get("model"), str):
         config["model"] = public_name(config["model"])

@@ -76,7 +76,7 @@ def test_interrupted_among_its_pairs(model, prompts, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     words = (model, "--prompt-file", prompts, "-o", tmp_path / "out", "--steps", 1, *SMALL)
-    monkeypatch.setattr("mlx_starflow.training.recipes.student.pairs_of_samples", interrupted)
+    monkeypatch.setattr("mlx_starflow.training.recipes.teacher_pairs.pairs_of_samples", interrupted)
     stopped = distill(*words)
     assert stopped.exit_code == 130
     assert stopped.output.splitlines()[-1] == "stopped at 0 of 128 pairs: run it again to resume"

@@ -16,7 +16,7 @@ from mlx_starflow.cli.options import pictures
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.media.metadata import read_metadata
 from mlx_starflow.media.noise import draw_noise, read_noise
-from mlx_starflow.pipelines.backend import MLXBackend
+from mlx_starflow.pipelines.mlx_backend import MLXBackend
 
 generate = Command("generate")
 

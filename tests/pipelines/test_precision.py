@@ -15,7 +15,7 @@ from mlx_starflow import load
 from mlx_starflow.model_dir import weights
 from mlx_starflow.model_dir.files import load_weights
 from mlx_starflow.models.flow import products_in
-from mlx_starflow.pipelines import backend
+from mlx_starflow.pipelines import mlx_backend
 
 ROUND_TRIP = 1e-3
 """What editing promises of a picture's latents."""
@@ -58,7 +58,7 @@ def test_a_precision_that_is_asked_for_is_what_editing_gets(on_metal, directory)
 
 def test_editing_without_memory_for_float32_says_so(on_metal, directory, monkeypatch):
     pipe = load(directory)
-    monkeypatch.setattr(backend, "available", lambda: 1)
+    monkeypatch.setattr(mlx_backend, "available", lambda: 1)
     with pytest.warns(UserWarning, match="no memory for the flow in float32: editing is computed in float16"):
         assert pipe.exact_flow() is pipe.flow
 

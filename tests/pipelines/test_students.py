@@ -81,6 +81,9 @@ def test_a_student_of_classes(tmp_path):
     assert [image.size for image in result.images] == [(8, 8)] * 2
     exact = pipe.generate("0", seed=1, method="sequential")
     inverse = write_student(tmp_path / "inverse", model)
+    stepped = pipe.generate("0", seed=1, student=inverse, keep_steps=True)
+    states = 2 + sum(not block.is_identity for block in pipe.flow.blocks)  # the noise, and the data
+    assert [image.size for image in stepped.steps[0]] == [(8, 8)] * states
     drafted = pipe.generate("0", seed=1, method="draft", student=inverse)
     assert np.allclose(drafted.latents, exact.latents, atol=2e-2)
 
@@ -93,6 +96,8 @@ def test_a_student_of_another_model_is_refused(pipe, model, tmp_path):
         pipe.generate("a cat", student=model)
     with pytest.raises(StarflowError, match="give that as the model"):
         load(other)
+    with pytest.raises(StarflowError, match="nowhere is not a folder; give a student, such as `mlx-starflow distill`"):
+        pipe.generate("a cat", student=tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(

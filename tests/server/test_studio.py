@@ -1,4 +1,4 @@
-"""The studio, driven in a browser against a server of the embedded model and two tiny ones, which wants a key.
+"""The studio, driven in a browser against a server of the embedded model and three tiny ones, which wants a key.
 
 Run with -m browser; the extra "browser" brings Playwright, and chromium is the system's. The
 screenshots are kept as the file that STUDIO_PNG names in the environment: docs/studio.png is made by `-k screenshots`.
@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.model_directories import write_class_model, write_video_model
+from helpers.model_directories import write_class_model, write_image_model, write_video_model
 from helpers.paths import ROOT
+from helpers.students import write_student
+from helpers.upscalers import srvgg_tensors, write_upscaler
 from PIL import Image
 
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -46,8 +48,11 @@ UNNAMED = """() => {
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A server's."""
     folder = tmp_path_factory.mktemp("studio")
-    models = ["demo", write_class_model(folder / "labels"), write_video_model(folder / "movies")]
+    pictures = write_image_model(folder / "pictures")
+    models = ["demo", write_class_model(folder / "labels"), write_video_model(folder / "movies"), pictures]
     named = [word for model in models for word in ("-m", str(model))]
+    named += ["--student", str(write_student(folder / "quick-one", pictures, guidance=1.0, temperature=0.8))]
+    named += ["--upscaler", str(write_upscaler(folder / "x4.pth", srvgg_tensors()))]
     command = [
         sys.executable,
         "-m",
@@ -308,6 +313,68 @@ def test_other_kinds_of_models(page):
     make(page, "waves", 1, frames=5)
     expect(page.locator(".place.finished .growing img")).to_have_attribute("src", re.compile(r"/api/gallery/.*\.webp"))
     assert page.locator(".place .steps img").count() > 1
+
+
+def jobs_of(page: Any, kind: str) -> list[dict[str, Any]]:
+    return [job for job in page.request.get("/api/jobs").json()["jobs"] if job["kind"] == kind]
+
+
+def test_a_student_previews_what_is_typed(page):
+    quick = page.get_by_label("Preview while typing")
+    expect(quick).to_be_hidden()  # the embedded model has no student here
+    page.locator("#model").select_option("pictures")
+    expect(quick).to_have_value("quick-one")
+    prompt, preview = page.locator("#make-form [name=prompt]"), page.locator("#stage .quick img")
+    known = len(page.request.get("/api/gallery").json()["items"])
+    with page.expect_request("**/api/generate") as sent:
+        prompt.press_sequentially("a cat", delay=20)  # one for all keys
+    asked = sent.value.post_data_json
+    assert asked["prompt"] == "a cat" and asked["student"] == "quick-one" and asked["keep"] is False
+    expect(preview).to_have_attribute("src", re.compile("^data:image/png"))
+    assert len(jobs_of(page, "preview")) == 1
+    # The next key ends the one that is under way, and what comes is of the same noise.
+    held: list[Any] = []
+    page.route("**/api/generate", lambda route: held.append(route))
+    prompt.press("s")
+    while not held:
+        page.wait_for_timeout(20)
+    page.unroute("**/api/generate")
+    with page.expect_event("requestfailed") as gone:
+        prompt.press("!")
+    assert gone.value.post_data_json["prompt"] == "a cats"
+    expect(preview).to_have_count(1)
+    with page.expect_request("**/api/generate?mode=background") as made_of:
+        page.locator("#make-form").get_by_role("button", name="Make").click()
+    exact = made_of.value.post_data_json
+    assert exact["seed"] == asked["seed"] and exact["prompt"] == "a cats!" and "student" not in exact
+    made(page)
+    expect(preview).to_have_count(0)
+    expect(page.locator(".place.finished figcaption")).to_have_text(f"seed {asked['seed']}")
+    assert len(page.request.get("/api/gallery").json()["items"]) == known + 1
+    # Another one has a seed of its own, and without previews there are none.
+    with page.expect_request("**/api/generate") as sent:
+        prompt.press("?")
+    assert sent.value.post_data_json["seed"] != asked["seed"]
+    expect(preview).to_have_count(1)
+    quick.select_option("none")
+    before = len(jobs_of(page, "preview"))
+    prompt.press("x")
+    page.wait_for_timeout(800)
+    assert len(jobs_of(page, "preview")) == before
+
+
+def test_what_is_made_can_be_enlarged(page):
+    page.locator("#model").select_option("pictures")
+    page.get_by_label("Enlarge").select_option("4 times")
+    page.get_by_label("Preview while typing").select_option("none")
+    make(page, "a dog", 5)
+    made(page)
+    newest = page.request.get("/api/gallery").json()["items"][0]
+    assert (newest["width"], newest["height"]) == (32, 32)
+    page.locator("#history .card button").first.click()
+    expect(page.locator("#viewer")).to_contain_text("4 times by x4.pth")
+    page.locator("#viewer").get_by_role("button", name="Use its settings").click()
+    expect(page.get_by_label("Enlarge")).to_have_value("4")
 
 
 def test_screenshots_at_three_widths(page, tmp_path):

@@ -13,10 +13,10 @@ import pytest
 from helpers.metal import OWN, Metal
 
 from mlx_starflow.errors import Cancelled, StarflowError
-from mlx_starflow.server.jobs import Event, Job
+from mlx_starflow.server.jobs import PREVIEW, Event, Job
 from mlx_starflow.server.models import Models
 from mlx_starflow.server.refusals import Refusal, Stopping, TimedOut
-from mlx_starflow.server.worker import REMEMBERED, Worker
+from mlx_starflow.server.worker import REMEMBERED, REMEMBERED_PREVIEWS, Worker
 
 
 class NoModels(Models):
@@ -209,6 +209,16 @@ def test_old_jobs_are_forgotten(worker):
         wait(lambda: worker.waiting == 0)
         worker.submit(job()).future.result(5)
     assert worker.find(first.id) is None and len(worker.jobs()) <= REMEMBERED + 1
+
+
+def test_previews_are_forgotten_first(worker):
+    first = worker.submit(job())
+    first.future.result(5)
+    for _ in range(REMEMBERED):
+        wait(lambda: worker.waiting == 0)
+        worker.submit(Job(PREVIEW, "none", lambda models, own: {})).future.result(5)
+    assert worker.find(first.id) is first
+    assert len([each for each in worker.jobs() if each.kind == PREVIEW]) <= REMEMBERED_PREVIEWS + 1
 
 
 def test_who_watches_late_is_told_what_there_is(worker):

@@ -11,7 +11,8 @@ from mlx_starflow import cpu
 from mlx_starflow.cli.options.config_file import config_option, save_options
 from mlx_starflow.cli.options.interrupt import resumable
 from mlx_starflow.cli.options.outputs import OUTPUT
-from mlx_starflow.cli.options.rules import given_options, needs, option_rules
+from mlx_starflow.cli.options.rules import excludes, given_options, needs, option_rules
+from mlx_starflow.cli.options.sampling import lora_option
 from mlx_starflow.cli.options.text import Lines
 from mlx_starflow.cli.options.training import SHARE, training_options
 from mlx_starflow.cli.options.vocabulary import model_argument
@@ -44,6 +45,15 @@ NOT_OF_STUDENTS = (
 @click.option("--layers", type=click.IntRange(min=1), help="Of the student; half of the flow's by default.")
 @click.option("--independent", is_flag=True, help="Learn from fresh noise, not from pairs: to compare with.")
 @click.option("--transport", type=click.FloatRange(min=0), default=0.0, help="Prefer pairs that are this near; 0: all.")
+@lora_option
+@click.option(
+    "--from",
+    "base",
+    type=click.Path(path_type=Path),
+    metavar="STUDENT",
+    help="Teach this student what --lora does to MODEL: an adapter of it, OUT/adapter, is all that is trained.",
+)
+@click.option("--rank", type=click.IntRange(min=1), help="Of that adapter.  [default: 16]")
 @click.option("--validation", type=SHARE, default=0.05, show_default=True, help="Share of the pairs that is held out.")
 @training_options
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Go on where an earlier run stopped.")
@@ -51,6 +61,10 @@ NOT_OF_STUDENTS = (
 @option_rules(
     needs("--independent", "--kind matching"),
     needs("--transport", "--kind matching"),
+    needs("--lora", "--from"),
+    needs("--from", "--lora"),
+    needs("--rank", "--from"),
+    *(excludes("--from", name) for name in ("--kind", "--channels", "--layers")),
 )
 @click.pass_context
 def distill(
@@ -67,6 +81,9 @@ def distill(
     layers: int | None,
     independent: bool,
     transport: float,
+    adapters: tuple[tuple[str, float], ...],
+    base: Path | None,
+    rank: int | None,
     validation: float,
     training: TrainingOptions,
     resume: bool,
@@ -83,6 +100,12 @@ def distill(
     mlx-starflow distill my-model pictures -o student --guidance 1.5 --pairs 20000
     mlx-starflow distill my-model --prompt-file prompts.txt -o student --kind matching
     mlx-starflow generate "a red cube" --model my-model --student student
+
+    With --lora and --from a student learns the style of an adapter of MODEL, as an adapter of its own.
+
+    \b
+    mlx-starflow distill my-model --lora run/adapter 1 --from student --prompt-file prompts.txt -o style
+    mlx-starflow generate "a red cube" --model my-model --student student --lora style/adapter 1
 
     Ctrl-C saves; the same command resumes.
     """
@@ -104,6 +127,9 @@ def distill(
         layers=layers,
         independent=independent,
         transport=transport,
+        base=base,
+        adapters=adapters,
+        rank=rank,
         training=training,
         validation=validation,
         report=click.echo,

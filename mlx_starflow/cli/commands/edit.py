@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import click
 
 from mlx_starflow import cpu
+from mlx_starflow.cli.options.edits import (
+    and_enlarged,
+    check_edit,
+    described,
+    report_edit,
+    save_together,
+    thinned,
+    write_edit,
+    write_edit_json,
+)
 from mlx_starflow.cli.options.groups import Group
 from mlx_starflow.cli.options.images import inversion_option, metadata_option, model_options
-from mlx_starflow.cli.options.outputs import OUTPUT, claim_outputs, overwrite_option
+from mlx_starflow.cli.options.outputs import OUTPUT, overwrite_option
 from mlx_starflow.cli.options.rules import excludes, needs, option_rules
 from mlx_starflow.cli.options.sampling import Number, with_options
 from mlx_starflow.cli.options.upscaling import UPSCALE_RULE, chosen_upscaler, upscale_options
 from mlx_starflow.cli.options.vocabulary import drawn_seed_option, json_option, quality_option
 
 if TYPE_CHECKING:
-    import numpy as np
     from PIL import Image
 
-    from mlx_starflow.editing import Edit, Inpainting
-    from mlx_starflow.pipelines import Pipeline, Upscaler
-
-Made = TypeVar("Made", "Edit", "Inpainting")
+    from mlx_starflow.pipelines import Pipeline
 
 PICTURE = click.Path(path_type=Path)
 
@@ -114,7 +118,7 @@ def inpaint(
 
     image = _read(picture)
     free = read_mask(mask, image.size)
-    output = _check(output, quality, None, None, [picture, Path(mask)], [json_file])
+    output = check_edit(output, quality, None, None, [picture, Path(mask)], [json_file])
     upscaler = chosen_upscaler(upscale, upscale_model)
     pipe, seed = _open(model, adapters, dtype, low_memory), _drawn(seed)
     result = pipe.inpaint(
@@ -132,11 +136,11 @@ def inpaint(
         progress=None,
     )
     sources = {"picture": str(picture), "mask": mask}
-    for made in _and_enlarged(result, upscaler):
-        _save(made.images, output, quality, _described(made.metadata, sources) if metadata else None)
-    _write_json(json_file, output, made.metadata, sources, nll=result.nll.tolist())
+    for made in and_enlarged(result, upscaler):
+        save_together(made.images, output, quality, described(made.metadata, sources) if metadata else None)
+    write_edit_json(json_file, output, made.metadata, sources, nll=result.nll.tolist())
     for number in range(images):
-        nll = " ".join(f"{each:.3f}" for each in _thinned(result.nll[:, number]))
+        nll = " ".join(f"{each:.3f}" for each in thinned(result.nll[:, number]))
         click.echo(f"{output}: seed {seed + number}, {nll} nats per {pipe.dimension}", err=json_file == Path("-"))
 
 
@@ -185,7 +189,7 @@ def reprompt(
     mlx-starflow edit reprompt dog.png --from "dog face" --to "cat face" --frames 16 -o dog-cat.webp
     """
     image = _read(picture)
-    output = _check(output, quality, frames, seconds, [picture], [json_file])
+    output = check_edit(output, quality, frames, seconds, [picture], [json_file])
     upscaler = chosen_upscaler(upscale, upscale_model)
     result = _open(model, adapters, dtype, low_memory).reprompt(
         image,
@@ -198,9 +202,9 @@ def reprompt(
         progress=None,
     )
     sources = {"picture": str(picture)}
-    for made in _and_enlarged(result, upscaler):
-        _write(made, output, quality, frames, seconds, _described(made.metadata, sources) if metadata else None)
-    _report(made, output, frames, json_file, sources)
+    for made in and_enlarged(result, upscaler):
+        write_edit(made, output, quality, frames, seconds, described(made.metadata, sources) if metadata else None)
+    report_edit(made, output, frames, json_file, sources)
 
 
 @edit.command()
@@ -257,7 +261,7 @@ def vary(
     Below a strength of 0.5 the embedded model's pictures hardly change.
     """
     image = _read(picture)
-    output = _check(output, quality, frames, seconds, [picture], [json_file])
+    output = check_edit(output, quality, frames, seconds, [picture], [json_file])
     upscaler = chosen_upscaler(upscale, upscale_model)
     result = _open(model, adapters, dtype, low_memory).vary(
         image,
@@ -272,9 +276,9 @@ def vary(
         progress=None,
     )
     sources = {"picture": str(picture)}
-    for made in _and_enlarged(result, upscaler):
-        _write(made, output, quality, frames, seconds, _described(made.metadata, sources) if metadata else None)
-    _report(made, output, frames, json_file, sources)
+    for made in and_enlarged(result, upscaler):
+        write_edit(made, output, quality, frames, seconds, described(made.metadata, sources) if metadata else None)
+    report_edit(made, output, frames, json_file, sources)
 
 
 @edit.command()
@@ -317,7 +321,7 @@ def interpolate(
     """
     frames = frames or 16
     images = _read(first), _read(second)
-    output = _check(output, quality, frames, seconds, [first, second], [json_file])
+    output = check_edit(output, quality, frames, seconds, [first, second], [json_file])
     upscaler = chosen_upscaler(upscale, upscale_model)
     result = _open(model, adapters, dtype, low_memory).interpolate(
         *images,
@@ -329,9 +333,9 @@ def interpolate(
         progress=None,
     )
     sources = {"first": str(first), "second": str(second)}
-    for made in _and_enlarged(result, upscaler):
-        _write(made, output, quality, frames, seconds, _described(made.metadata, sources) if metadata else None)
-    _report(made, output, frames, json_file, sources)
+    for made in and_enlarged(result, upscaler):
+        write_edit(made, output, quality, frames, seconds, described(made.metadata, sources) if metadata else None)
+    report_edit(made, output, frames, json_file, sources)
 
 
 # ---- what they share
@@ -350,17 +354,6 @@ def _open(model: str, adapters: tuple[tuple[str, float], ...], dtype: str | None
     return open_model(model, dtype=dtype, low_memory=low_memory, adapters=adapters)
 
 
-def _and_enlarged(result: Made, upscaler: Upscaler | None) -> Iterator[Made]:
-    """The result and then, if there is an upscaler, the same with enlarged images.
-
-    Both are written, one after the other: whoever stops the enlarging keeps what was made.
-    """
-    yield result
-    if upscaler is not None:
-        metadata = [upscaler.upscaled(each) for each in result.metadata]
-        yield replace(result, images=upscaler(result.images, progress=None), metadata=metadata)
-
-
 def _places(end: float, frames: int | None) -> list[float]:
     return [end] if frames is None else [end * number / (frames - 1) for number in range(frames)]
 
@@ -369,92 +362,3 @@ def _drawn(seed: int | None) -> int:
     from mlx_starflow.media.noise import draw_seed
 
     return draw_seed() if seed is None else seed
-
-
-def _check(
-    output: Path,
-    quality: int | None,
-    frames: int | None,
-    seconds: float | None,
-    inputs: list[Path],
-    others: list[Path | None],
-) -> Path:
-    """Where the output goes, if that can be written, and the `others` too; see `claim_outputs`."""
-    from mlx_starflow.media.formats import ANIMATIONS, FORMATS
-    from mlx_starflow.media.images import check_output
-
-    moves = frames is not None and output.suffix.lower() in ANIMATIONS
-    if quality is not None and moves:
-        raise click.UsageError(f"--quality is about pictures, and {output} will move: leave it out")
-    known = FORMATS if frames is None else tuple(dict.fromkeys([*ANIMATIONS, *FORMATS]))
-    check_output(output, known, quality=quality)
-    (output,) = claim_outputs([output], others, inputs=inputs)
-    if seconds is not None and frames is not None and not moves:
-        raise click.UsageError(f"--seconds is about animations, and {output} is none: leave it out, or name a .webp")
-    return output
-
-
-def _described(metadata: list[dict[str, Any]], sources: dict[str, str]) -> dict[str, Any]:
-    """The metadata of a file that shows all images, made from these files."""
-    from mlx_starflow.media.metadata import joined
-
-    return {**joined(metadata), "source": sources}
-
-
-def _write(
-    result: Edit,
-    output: Path,
-    quality: int | None,
-    frames: int | None,
-    seconds: float | None,
-    metadata: dict[str, Any] | None,
-) -> None:
-    from mlx_starflow.media.formats import ANIMATIONS
-    from mlx_starflow.media.images import save_animation
-
-    if frames is not None and output.suffix.lower() in ANIMATIONS:
-        save_animation(result.images, output, seconds or 0.1, metadata)
-    else:
-        _save(result.images, output, quality, metadata, len(result.images) if frames else None)
-
-
-def _report(result: Edit, output: Path, frames: int | None, json_file: Path | None, sources: dict[str, str]) -> None:
-    """Say what was made, for people and as JSON."""
-    _write_json(json_file, output, result.metadata, sources, places=result.places)
-    where = ", ".join(f"{place:.2g}" for place in result.places)
-    seeds = [seed for each in result.metadata for seed in each.get("seeds", [])]
-    drawn = f", seed {', '.join(map(str, dict.fromkeys(seeds)))}" if seeds else ""
-    steps = result.metadata[0].get("upscaled", []) if result.metadata else []
-    large = f", enlarged {steps[-1]['scale']} times by {steps[-1]['file']}" if steps else ""
-    click.echo(
-        f"{output}: {'strength' if frames is None else 'path'} {where}{drawn}{large}", err=json_file == Path("-")
-    )
-
-
-def _write_json(
-    json_file: Path | None, output: Path, metadata: list[dict[str, Any]], sources: dict[str, str], **more: object
-) -> None:
-    from mlx_starflow.media.tables import write_json
-
-    if json_file is not None:
-        write_json({"file": str(output), "source": sources, **more, "made": metadata}, json_file)
-
-
-def _save(
-    images: list[Image.Image],
-    output: Path,
-    quality: int | None,
-    metadata: dict[str, Any] | None,
-    columns: int | None = None,
-) -> None:
-    from mlx_starflow.media.images import grid, save_image
-
-    save_image(images[0] if len(images) == 1 else grid(images, columns), output, metadata, quality=quality)
-
-
-def _thinned(values: np.ndarray, most: int = 8) -> np.ndarray:
-    """Some of a long list of numbers, evenly spread, with the first and the last."""
-    import numpy as np
-
-    chosen = np.unique(np.linspace(0, len(values) - 1, min(most, len(values))).round().astype(int))
-    return values[chosen]

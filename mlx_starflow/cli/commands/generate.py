@@ -266,24 +266,30 @@ def generate(
                 claim_outputs(targets, sheets, inputs=read)
     seeds = seeds if load_noise else ranks.seed(seeds)
 
+    from mlx_starflow.model_dir.adapters import for_flow_and_student
     from mlx_starflow.pipelines import Pipeline, VideoPipeline, load
-    from mlx_starflow.pipelines.image import ImageMaker
+    from mlx_starflow.pipelines.image_maker import ImageMaker
 
     if backend == "mlx":
         if ranks.first:
             cpu.hint_if_slow()
     elif verify:
         raise StarflowError("--verify needs the mlx backend: leave one of them out")
+    with ranks.together():
+        of_flow, of_student = for_flow_and_student(adapters)
+        if of_student and student is None and not (recipe and recipe.settings.get("student")):
+            raise StarflowError(f"{of_student[0][0]} is an adapter of a student: give that with --student DIR")
     opened: Pipeline = load(
         "demo" if model is None else model,
         dtype=dtype,
         low_memory=low_memory,
         backend=backend,
         device=device,
-        adapters=adapters,
+        adapters=of_flow,
         group=ranks.group,
         download=download,
         quantize=quantize,
+        student_adapters=of_student,
     )
     pipe = opened.image_pipeline if isinstance(opened, VideoPipeline) else opened
     if not isinstance(pipe, ImageMaker):

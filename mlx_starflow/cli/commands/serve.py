@@ -16,6 +16,19 @@ INSTALL = "the server needs packages that are not installed: pip install fastapi
 @click.command()
 @click.option("-m", "--model", "models", multiple=True, help="As of generate; give it again for more.  [default: demo]")
 @lora_option
+@click.option(
+    "--student",
+    "students",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    metavar="DIR",
+    help="A student of one of the models, which clients ask for by the folder's name; give it again for more.",
+)
+@click.option(
+    "--upscaler",
+    metavar="FILE",
+    help="What enlarges pictures and videos for clients that ask for it, as --upscale-model of generate.",
+)
 @click.option("--host", default="127.0.0.1", help="Where to listen; other machines can reach 0.0.0.0.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, help="0 is any that is free.")
 @click.option(
@@ -58,6 +71,8 @@ INSTALL = "the server needs packages that are not installed: pip install fastapi
 def serve(
     models: tuple[str, ...],
     adapters: tuple[tuple[str, float], ...],
+    students: tuple[Path, ...],
+    upscaler: str | None,
     host: str,
     port: int,
     gallery: Path,
@@ -83,6 +98,7 @@ def serve(
     \b
     mlx-starflow serve
     mlx-starflow serve --model demo --model my-model --port 8080
+    mlx-starflow serve --model my-model --student my-student --upscaler RealESRGAN_x4plus.pth
     mlx-starflow serve --host 0.0.0.0 --api-key KEY
 
     The page is at http://127.0.0.1:8000, and OpenAI's API at http://127.0.0.1:8000/v1.
@@ -129,6 +145,8 @@ def serve(
             low_memory=low_memory,
             quantize=quantize,
             adapters=adapters,
+            students=students,
+            upscaler=upscaler,
         ),
         Gallery(gallery),
         limits,

@@ -17,7 +17,7 @@ from mlx_starflow.errors import StarflowError
 
 if TYPE_CHECKING:
     from mlx_starflow.pipelines import GeneratedImage, ImageStream, Upscaler
-    from mlx_starflow.pipelines.image import ImageMaker
+    from mlx_starflow.pipelines.image_maker import ImageMaker
 
 SECONDS = 60.0
 """Between two writings of a grid that is not full yet, at least."""

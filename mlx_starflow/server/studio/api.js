@@ -17,7 +17,8 @@ async function ask(path, options = {}) {
   try {
     answer = await fetch(path, { cache: "no-store", ...options });
   } catch {
-    throw new Refused({ message: UNREACHABLE, code: "unreachable" }, 0);
+    const code = options.signal?.aborted ? "aborted" : "unreachable";
+    throw new Refused({ message: UNREACHABLE, code }, 0);
   }
   const told = await answer.json().catch(() => ({}));
   if (!answer.ok) {
@@ -28,8 +29,8 @@ async function ask(path, options = {}) {
 
 export const get = (path) => ask(path);
 export const remove = (path) => ask(path, { method: "DELETE" });
-export const post = (path, values) =>
-  ask(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(values) });
+export const post = (path, values, signal) =>
+  ask(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(values), signal });
 
 /** Waits for something whose failing is said elsewhere, as that of a server which does not answer is. */
 export async function quietly(promise) {

@@ -83,7 +83,7 @@ function show() {
 
 export async function startHistory() {
   history.addEventListener("change", show);
-  jobs.addEventListener("picture", ({ detail }) => history.add(detail));
+  jobs.addEventListener("picture", ({ detail }) => detail.id && history.add(detail));
   jobs.addEventListener("ended", () => quietly(history.refresh()));
   older.onclick = () => quietly(history.older());
   await history.refresh();

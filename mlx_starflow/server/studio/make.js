@@ -4,12 +4,14 @@ import { $, $$, el, reveal } from "./dom.js";
 import { clearErrors, onSend, showError, valuesOf } from "./form.js";
 import { jobs } from "./jobs.js";
 import { models } from "./models.js";
+import { startQuick } from "./quick.js";
 import { pictureSource } from "./source.js";
 import { startStage } from "./stage.js";
 import { number } from "./words.js";
 
 const form = $("#make-form");
 const first = pictureSource($("#make-source"), { label: "First frame, if you like" });
+const quick = startQuick(form, $("#stage"), asked);
 
 /** Shows the fields that the model has, with its own values as hints. */
 function fit() {
@@ -24,6 +26,10 @@ function fit() {
   form.elements.denoise.checked = Boolean(settings.denoise);
   form.elements.label.replaceChildren(...classes.map((name) => el("option", {}, name)));
   $("#sizes").replaceChildren(...sizes(size, step).map((value) => el("option", { value })));
+  const scales = models.upscale.map((scale) => el("option", { value: scale }, `${scale} times`));
+  form.elements.upscale.replaceChildren(el("option", { value: "" }, "no"), ...scales);
+  form.elements.upscale.closest("label").hidden = !scales.length;
+  quick.fit();
   clearErrors(form);
 }
 
@@ -50,6 +56,9 @@ function asked() {
 
 async function make() {
   const values = asked();
+  quick.stop();
+  const shown = quick.takeSeed();
+  values.seed ??= shown;
   const path = models.chosen.kind === "videos" ? "/api/video" : "/api/generate";
   await jobs.submit(path, values, watcher(values));
   reveal($("#stage"));
@@ -81,6 +90,8 @@ export function reuse({ metadata }) {
   for (const name of ["guidance", "temperature", "attn_temp", "method", "frames", "fps"]) {
     form.elements[name].value = settings[name] ?? metadata[name] ?? "";
   }
+  const scale = `${metadata.upscaled?.at(-1)?.scale ?? ""}`;
+  form.elements.upscale.value = models.upscale.map(String).includes(scale) ? scale : "";
   if (typeof settings.denoise === "boolean") form.elements.denoise.checked = settings.denoise;
   form.elements.prompt.focus();
 }

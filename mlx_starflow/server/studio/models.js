@@ -7,12 +7,13 @@ import { $, el } from "./dom.js";
 class Models extends EventTarget {
   all = [];
   limits = {};
+  upscale = []; // how often what is made can be enlarged
   #select = $("#model");
 
   /** Asks the server. Throws Refused, with status 401 if it wants a key. */
   async start() {
-    const [{ limits }, { models, default: first }] = await Promise.all([get("/api/server"), get("/api/models")]);
-    [this.all, this.limits] = [models, limits];
+    const [{ limits, upscale }, { models, default: first }] = await Promise.all([get("/api/server"), get("/api/models")]);
+    [this.all, this.limits, this.upscale] = [models, limits, upscale];
     this.#select.replaceChildren(...models.map((model) => el("option", { value: model.id }, model.id)));
     this.#select.value = first;
     this.#select.onchange = () => this.dispatchEvent(new Event("change"));

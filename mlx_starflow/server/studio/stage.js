@@ -62,6 +62,22 @@ export function startStage(stage, { count = 1, samples = 1, prompt = "" }, own =
   }
 }
 
+/** Shows pictures that a student has made, which nobody keeps, on the stage until something is made. */
+export function showQuick(stage, pictures, student) {
+  const places = pictures.map(({ url, width, seed }) =>
+    el(
+      "figure",
+      { class: "place quick" },
+      el("div", { class: "growing" }, img(url, `preview, seed ${seed}`, width)),
+      el("figcaption", {}, `seed ${seed}`),
+    ),
+  );
+  const words = `A preview by ${student}: “Make” makes it exactly.`;
+  stage.replaceChildren(
+    el("div", {}, el("div", { class: "places" }, places), el("p", { class: "hint" }, words)),
+  );
+}
+
 /** What a preview shows. */
 function previewWords({ block, latent_frame: frame, latent_frames: frames }) {
   return frame === undefined ? `after block ${block}` : `preview of latent frame ${frame + 1} of ${frames}`;

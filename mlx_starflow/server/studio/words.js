@@ -2,6 +2,7 @@
 
 const VERBS = {
   generate: "Making",
+  preview: "Previewing",
   video: "Filming",
   score: "Scoring",
   classify: "Classifying",
@@ -62,7 +63,7 @@ export function titleOf(item) {
 
 /** What a file says about how it was made: names and values, as texts. */
 export function facts(item) {
-  const { prompts = [], seeds = [], settings = {}, certificate, version, made_by: by, ...others } = item.metadata;
+  const { prompts = [], seeds = [], settings = {}, certificate, upscaled, version, made_by: by, ...others } = item.metadata;
   const found = { Prompt: prompts.filter(Boolean).join(" → ") || "none" };
   if (seeds.length) found.Seed = seeds.join(", ");
   if (by) found["Made by"] = by;
@@ -72,6 +73,7 @@ export function facts(item) {
     const title = name.charAt(0).toUpperCase() + name.slice(1).replaceAll("_", " ");
     found[title] = typeof value === "number" ? number(value, 4) : typeof value === "object" ? JSON.stringify(value) : `${value}`;
   }
+  if (upscaled) found.Enlarged = upscaled.map(({ scale, file }) => `${scale} times by ${file}`).join(", ");
   if (certificate) found.Certificate = `largest error ${number(certificate.max)}, RMS ${number(certificate.rms)}`;
   found.Made = when(item.created);
   return found;

@@ -16,6 +16,7 @@ from mlx_starflow.errors import StarflowError
 from mlx_starflow.model_dir.adapters import CONFIG_FILE, KINDS, WEIGHTS_FILE, linear_layers, replace_layers
 from mlx_starflow.model_dir.files import write_safetensors
 from mlx_starflow.model_dir.transaction import transaction
+from mlx_starflow.models.student import Student
 
 LAYERS = ("qkv", "proj", "main.0", "main.2", "gate_proj", "up_proj", "down_proj", "proj_txt")
 """Layers that adapters can change: all linear ones but those that hand over tokens and affine parameters."""
@@ -57,7 +58,13 @@ class AdapterConfig:
             raise StarflowError(f"adapter: no layer is called {unknown[0]!r}; names are {', '.join(LAYERS)}")
 
     def paths(self, flow: nn.Module) -> list[str]:
-        """The layers of a flow that it means. Raises StarflowError if there is none, or no such block."""
+        """The layers of a flow, or of a student, which has no blocks, that it means.
+
+        Raises StarflowError if there is none, or no such block.
+        """
+        names = tuple(f".{name}" for name in self.layers)
+        if isinstance(flow, Student):
+            return [path for path in linear_layers(flow) if f".{path}".endswith(names)]
         count = len(flow.blocks)
         groups = {"all": range(count), "deep": [count - 1], "shallow": range(count - 1)}
         if self.blocks in groups:
@@ -71,7 +78,6 @@ class AdapterConfig:
                 ) from None
             if wrong := blocks - set(range(count)):
                 raise StarflowError(f"adapter: there is no block {min(wrong)}; this flow has 0 to {count - 1}")
-        names = tuple(f".{name}" for name in self.layers)
         found = [
             path
             for path in linear_layers(flow)

@@ -58,9 +58,9 @@ from mlx_starflow.training.loop import distributed
 from mlx_starflow.training.loop.checkpoint import check_resume, checkpoint_files
 from mlx_starflow.training.loop.identity import Identity, digest
 from mlx_starflow.training.loop.reporting import check_reporter
+from mlx_starflow.training.loop.samples import caption_drawer, first_captions
 from mlx_starflow.training.loop.trainer import Trainer
 from mlx_starflow.training.loop.weights import assign, trainable
-from mlx_starflow.training.recipes.samples import caption_drawer, first_captions
 
 MISFIT = 1.0
 """Nats per dimension by which pictures are less likely than the base's own samples where it fits them badly: the

@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from mlx_starflow.errors import Cancelled, StarflowError
+from mlx_starflow.likelihood.nll import HALF_LOG_2PI
 from mlx_starflow.model_dir.transaction import locked
 from mlx_starflow.sampling.progress import Callback, Counter, Watch, watch
 from mlx_starflow.training.config import TrainingConfig
@@ -76,7 +77,7 @@ class Trainer:
         validation: held-out data.
         nll: `nll(model, batch)` -> `[B]`, nats per dimension without log(2 pi) / 2, for validation; `batch_nll` by
             default.
-        unit: what validation calls that, with the constant.
+        unit, constant: what validation adds to that, and what it calls the sum.
         samples: images that the model, with its averaged weights, makes every `config.watch_every` steps; a
             `SampleSheet` says what they show.
         publish: is given, on rank 0 and whenever a checkpoint has been written, the weights that `run` would return if
@@ -106,6 +107,7 @@ class Trainer:
         validation: IndexedData | None = None,
         nll: Callable[[Any, Batch], mx.array] = batch_nll,
         unit: str = "nats/dim",
+        constant: float = HALF_LOG_2PI,
         samples: Callable[[Any], Sequence[Image.Image] | SampleSheet] | None = None,
         publish: Callable[[Mapping[str, mx.array]], None] | None = None,
         identity: Identity | None = None,
@@ -143,7 +145,7 @@ class Trainer:
         self._check_peers: Callable[[], None] = lambda: None
         self._losses = Losses()
         self.validation = (
-            None if validation is None else Validation(self.folder, validation, nll, config, self.group, unit)
+            None if validation is None else Validation(self.folder, validation, nll, config, self.group, unit, constant)
         )
         if self.writes:
             if resume:

@@ -40,8 +40,10 @@ class Validation:
         config: TrainingConfig,
         group: mx.distributed.Group,
         unit: str = "nats/dim",
+        constant: float = HALF_LOG_2PI,
     ):
         self.folder, self.data, self.nll, self.group, self.unit = folder, data, nll, group, unit
+        self.constant = constant
         self.config = replace(config, caption_dropout=0.0, context_full=0.0, context_partial=0.0)
         self.state: dict[str, Any] = {"best": None, "step": 0, "worse": 0}
         self._last = ""
@@ -59,7 +61,8 @@ class Validation:
 
         `weights` gives the whole weights by name; it is called by all processes or by none.
 
-        The NLL is in nats per dimension, with the constant log(2 pi) / 2, as `mlx-starflow score` gives it.
+        The NLL is in nats per dimension, with the constant log(2 pi) / 2, as `mlx-starflow score` gives it, unless
+        `unit` and `constant` say otherwise.
 
         Raises:
             StarflowError: the likelihood is not finite, or the weights cannot be written.
@@ -82,7 +85,7 @@ class Validation:
                 piece += 1
         if self.group.size() > 1 and not self.config.shard:
             found = np.array(mx.distributed.all_sum(mx.array(found), group=self.group))
-        values = found.astype(np.float64) + HALF_LOG_2PI
+        values = found.astype(np.float64) + self.constant
         mean, error = float(values.mean()), standard_error(values)
         if not math.isfinite(mean):
             raise StarflowError(f"the validation likelihood is not finite at step {step}: try a lower learning rate")

@@ -40,6 +40,7 @@ from mlx_starflow.training.data.labelled_images import LabelledImages, level_arr
 from mlx_starflow.training.loop import distributed
 from mlx_starflow.training.loop.identity import Identity, digest
 from mlx_starflow.training.loop.reporting import check_reporter
+from mlx_starflow.training.loop.samples import caption_drawer, class_sheet, first_captions
 from mlx_starflow.training.loop.timing import describe_steps, random_batch, seconds_per_step
 from mlx_starflow.training.loop.trainer import Trainer
 from mlx_starflow.training.loop.watch import SampleSheet
@@ -47,7 +48,6 @@ from mlx_starflow.training.loop.weights import assign
 from mlx_starflow.training.output import check_model_output, claim_model
 from mlx_starflow.training.recipes.flow_config import FROM_ENCODERS
 from mlx_starflow.training.recipes.presets import PIXEL_FLOWS
-from mlx_starflow.training.recipes.samples import caption_drawer, class_sheet, first_captions
 
 Prepared = tuple[IndexedData, IndexedData | None, Callable[[Any], SampleSheet]]
 """What a flow is trained on, what it is measured with, and what draws samples of it."""

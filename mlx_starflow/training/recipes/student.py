@@ -4,44 +4,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from PIL import Image
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.likelihood.nll import HALF_LOG_2PI
-from mlx_starflow.media.files import expanded
+from mlx_starflow.media.files import exists, expanded
 from mlx_starflow.media.images import save_image
-from mlx_starflow.media.noise import draw_noise
-from mlx_starflow.media.sources import Skip, open_source
-from mlx_starflow.model_dir.directory import STUDENT
+from mlx_starflow.media.outputs import check_outputs
+from mlx_starflow.model_dir.adapters import FINGERPRINT, OF, Strengths
+from mlx_starflow.model_dir.directory import STUDENT, NetworkDirectory, load_student
 from mlx_starflow.model_dir.fingerprint import fingerprint
 from mlx_starflow.model_dir.saving import save_model
 from mlx_starflow.model_dir.weights import parameters
 from mlx_starflow.models.flow import active_blocks
-from mlx_starflow.models.itarflow import ITarFlowConfig
 from mlx_starflow.models.starflow import FlowConfig
 from mlx_starflow.models.student import KINDS, MATCHING, Student, StudentConfig
-from mlx_starflow.pipelines.class_labels import ClassPipeline
-from mlx_starflow.pipelines.image import ImagePipeline
-from mlx_starflow.pipelines.loading import load
-from mlx_starflow.sampling.guidance import SamplingOptions
-from mlx_starflow.sampling.progress import Callback, Progress, Watch, watch
+from mlx_starflow.sampling.progress import Callback, Watch, watch
 from mlx_starflow.sampling.student import sample_student
 from mlx_starflow.training.config import TrainingConfig, TrainingOptions
 from mlx_starflow.training.data.batches import split_samples
-from mlx_starflow.training.data.cache.build import CacheSettings, build_cache
-from mlx_starflow.training.data.cache.files import is_cache
-from mlx_starflow.training.data.cache.reading import LatentCache
 from mlx_starflow.training.data.pairs.batches import REFINED, PairData
-from mlx_starflow.training.data.pairs.compute import Pairs, pairs_of_data, pairs_of_samples
 from mlx_starflow.training.data.pairs.files import SHARD, PairFolder
+from mlx_starflow.training.finetuning.adapters import AdapterConfig, attach, save_adapter
 from mlx_starflow.training.loop.identity import digest
 from mlx_starflow.training.loop.objective import Batch
 from mlx_starflow.training.loop.reporting import check_reporter
@@ -49,31 +39,31 @@ from mlx_starflow.training.loop.student_objective import student_error, student_
 from mlx_starflow.training.loop.timing import describe_steps, seconds_per_step
 from mlx_starflow.training.loop.trainer import Trainer
 from mlx_starflow.training.loop.watch import SampleSheet
-from mlx_starflow.training.loop.weights import assign
+from mlx_starflow.training.loop.weights import assign, trainable
 from mlx_starflow.training.output import check_model_output, claim_model
+from mlx_starflow.training.recipes.teacher_pairs import TeacherPairs
 
 TRAINING = TrainingConfig(steps=3000, batch_size=32, lr=5e-4, ema=0.998, watch_every=0)
 """How a student is trained, unless told otherwise."""
 
-MOST_HELD_OUT = 512
+ADAPTER_TRAINING = replace(TRAINING, steps=1000, lr=2e-3, ema=0.99)
+"""How an adapter of a student is."""
 
-AT_ONCE = 32
-"""Pairs that are computed together."""
+RANK = 16
+"""Of an adapter, unless told otherwise."""
+
+MOST_HELD_OUT = 512
 
 SHOWN = 4
 """Held-out pairs on a sheet of samples."""
 
 
-class _Grid(NamedTuple):
-    shape: tuple[int, ...]
-    """Of the noise of one image, as the flow's `sample` takes it."""
-    rows: int
-    columns: int
-
-
 @dataclass
 class NewStudent:
     """A distillation: pairs in `out/pairs`, checkpoints and logs in `out/training`, the student in `out`.
+
+    Or, with `base` and `adapters`, what a student lacks of its teacher's new style: the pairs are of the teacher with
+    its adapters, and all that is trained is a LoRA adapter of the student, in `out/adapter`.
 
     Args:
         model: the teacher: "demo", a model directory or a Hub repository, of prompts or, a TarFlow, of classes.
@@ -88,7 +78,10 @@ class NewStudent:
         channels, layers: of the student; None: the width of the flow's widest block, and half of all its layers.
         independent: learn from fresh noise in the place of the flow's: ordinary flow matching, to compare with.
         transport: see `student_loss`.
-        training: how to train; what is not given is as in `TRAINING`.
+        base: the folder of a student whose adapter is trained; kind, sizes, guidance and temperature are its own.
+        adapters: of the teacher's flow, with their strengths; they go with `base`.
+        rank: of the student's adapter; None: `RANK`.
+        training: how to train; what is not given is as in `TRAINING`, of an adapter as in `ADAPTER_TRAINING`.
         validation: share of the pairs that is held out, at most `MOST_HELD_OUT` of them.
         report: is told, in a line, what goes on.
     """
@@ -105,6 +98,9 @@ class NewStudent:
     layers: int | None = None
     independent: bool = False
     transport: float = 0.0
+    base: Path | None = None
+    adapters: Strengths = ()
+    rank: int | None = None
     training: TrainingOptions = field(default_factory=TrainingOptions)
     validation: float = 0.05
     report: Callable[[str], None] = field(default=lambda line: None, repr=False)
@@ -117,141 +113,54 @@ class NewStudent:
             raise StarflowError("independent noise and transport are for matching students: add --kind matching")
         if not 0 <= self.validation <= 0.5 or not 0 <= self.transport < math.inf:
             raise StarflowError("validation must be in 0..0.5, and transport 0 or more")
-        if self.pairs < 2:
-            raise StarflowError(f"a student needs 2 pairs or more, not {self.pairs}")
-        if self.of_images and (self.temperature is not None or self.prompts):
-            raise StarflowError(
-                "pairs of pictures have the temperature 1 and their own captions: give --guidance for samples of them"
-            )
         check_reporter(self.training.report_to)
-        self.pipe = load(self.model)
-        config = self.pipe.model.flow.config
-        if not isinstance(self.pipe, ImagePipeline | ClassPipeline) or isinstance(config, ITarFlowConfig):
-            raise StarflowError(f"{self.model}: students are of models of pictures, STARFlows and TarFlows")
-        if self.of_images and isinstance(self.pipe, ClassPipeline):
-            raise StarflowError("a TarFlow's students learn from its samples: leave out the pictures")
-        if self.data is None and not self.prompts and isinstance(self.pipe, ImagePipeline):
-            raise StarflowError("samples need prompts: give pictures with captions, or --prompt-file")
+        if (self.base is None) != (not self.adapters):
+            raise StarflowError("a style is taught by adapters of the teacher to a student: give --lora and --from")
+        if self.base is not None:
+            self._take_from_base()
+        self.source = TeacherPairs(
+            self.model,
+            self.out,
+            self.data,
+            self.pairs,
+            self.guidance,
+            self.temperature,
+            self.prompts,
+            self.adapters,
+            self.training.seed or 0,
+            self.report,
+        )
+        self.pipe = self.source.pipe
 
-    @property
-    def of_images(self) -> bool:
-        """Whether the pairs are of images, and not of samples."""
-        return self.data is not None and self.guidance is None
-
-    @cached_property
-    def settings(self) -> Any:
-        """How the pairs are sampled."""
-        if self.of_images:
-            return self.pipe.settings.updated(guidance=0.0, temperature=1.0)
-        return self.pipe.settings.updated(guidance=self.guidance, temperature=self.temperature)
-
-    @cached_property
-    def grid(self) -> _Grid:
-        shape, patch = self.pipe.noise_shape(), self.pipe.model.flow.config.patch_size
-        if len(shape) == 2:
-            side = math.isqrt(shape[0])
-            return _Grid(shape, side, side)
-        return _Grid(shape, shape[0] // patch, shape[1] // patch)
-
-    # ---- pairs
-
-    @cached_property
-    def all_prompts(self) -> list[str]:
-        """Of the samples, the empty one among them."""
-        if self.prompts:
-            found = list(self.prompts)
-        elif isinstance(self.pipe, ClassPipeline):
-            found = list(self.pipe.classes)
-        else:
-            assert self.data is not None  # or there would be prompts
-            if is_cache(self.data):
-                captions = [text for texts in LatentCache(self.data).captions for text in texts]
-            else:
-                captions = [text for item in open_source(self.data) if not isinstance(item, Skip)
-                            for text in item.captions]  # fmt: skip
-            found = list(dict.fromkeys(captions))
-        self.pipe.check_prompts(found)
-        return [*found, ""]
-
-    @cached_property
-    def seed(self) -> int:
-        return self.training.seed or 0
-
-    def _cache(self, progress: Progress) -> LatentCache:
-        """The images' latents. Raises StarflowError if they are another model's."""
-        assert self.data is not None
-        folder = self.data
-        if not is_cache(folder):
-            folder = self.out / "training/cache"
-            for line in build_cache(self.data, folder, self.model, CacheSettings(), progress=progress).remarks():
-                self.report(line)
-        return LatentCache(folder, self.model)
-
-    def _image_pairs(self, progress: Progress) -> tuple[str, Callable[[range], Pairs]]:
-        """A digest of the images, and what makes pairs of them."""
-        cache, pipe = self._cache(progress), self.pipe
-        fitting = [number for number, bucket in enumerate(cache.buckets) if cache.shapes[bucket] == self.grid.shape]
-        if not fitting:
-            raise StarflowError(f"{self.data} has no latents of {self.grid.shape[0]}x{self.grid.shape[1]}")
-        ratio = cache.ratios[cache.buckets[fitting[0]]]
-
-        def make(indices: range) -> Pairs:
-            images = np.array([fitting[index % len(fitting)] for index in indices])
-            rounds = [index // len(fitting) for index in indices]
-            views = np.array([each % cache.views for each in rounds])
-            captions = [
-                cache.captions[image][each % len(cache.captions[image])]
-                for image, each in zip(images, rounds, strict=True)
-            ]
-            draws = draw_noise([self.seed + index for index in indices], (2, *self.grid.shape))
-            clean = cache.latents(images, views, draws[:, 0])
-            text = mx.array(cache.text(captions, ratio))
-            return pairs_of_data(pipe.dense_flow(), mx.array(clean), mx.array(draws[:, 1]), text)
-
-        return digest(cache.checksums), make
-
-    def _sample_pairs(self, progress: Progress) -> tuple[str, Callable[[range], Pairs]]:
-        """A digest of the prompts, and what makes pairs of samples of them."""
-        prompts, pipe, settings = self.all_prompts, self.pipe, self.settings
-        options = SamplingOptions(settings.guidance, **settings.options())
-
-        def make(indices: range) -> Pairs:
-            mine = [prompts[index % len(prompts)] for index in indices]
-            z = settings.temperature * draw_noise([self.seed + index for index in indices], self.grid.shape)
-            null = pipe.conditions([""]) if settings.guidance else None
-            return pairs_of_samples(pipe.dense_flow(), mx.array(z), pipe.conditions(mine), null, options, progress)
-
-        return digest(prompts), make
-
-    def _pair_folder(self, resume: bool, progress: Progress) -> PairFolder:
-        """The pairs, all of them made."""
-        source, make = (self._image_pairs if self.of_images else self._sample_pairs)(progress)
-        identity = {
-            "teacher": fingerprint(self.pipe.directory),
-            "of": "pictures" if self.of_images else "samples",
-            "guidance": self.settings.guidance,
-            "temperature": self.settings.temperature,
-            "options": {name: value for name, value in self.settings.options().items() if value is not None},
-            "source": source,
-            "seed": self.seed,
-        }
-        folder = PairFolder(self.out / "pairs", identity, (self.grid.rows, self.grid.columns), resume=resume)
-        with progress.counting("pairs", self._shards * SHARD, "pair") as counter:
-            try:
-                for number in range(self._shards):
-                    if not folder.has(number):
-                        folder.write(number, _shard(number, make, progress))
-                    counter.advance(SHARD)
-            except KeyboardInterrupt:
-                self.report(f"stopped at {counter.done} of {self._shards * SHARD} pairs: run it again to resume")
-                raise
-        return folder
-
-    @property
-    def _shards(self) -> int:
-        return -(-self.pairs // SHARD)
+    def _take_from_base(self) -> None:
+        """Kind, guidance and temperature of the student that is there. Raises StarflowError if others are asked for."""
+        own = NetworkDirectory.student(expanded(self.base or "")).config
+        self.kind = own.kind
+        for name in ("guidance", "temperature"):
+            asked, learned = getattr(self, name), getattr(own, name)
+            if asked not in (None, learned):
+                raise StarflowError(f"{self.base} has learned the {name} {learned:g}: leave --{name} out")
+        if self.data is None or (own.guidance, own.temperature) != (0.0, 1.0):
+            self.guidance, self.temperature = own.guidance, own.temperature
 
     # ---- the student
+
+    @property
+    def adapter_config(self) -> AdapterConfig:
+        """Of the student's adapter."""
+        return AdapterConfig(rank=self.rank or RANK)
+
+    def _student(self, scales: Sequence[float]) -> Student:
+        """The student that is trained: a new one, or the one that is there with a new adapter. Raises StarflowError."""
+        if self.base is None:
+            config = self.student_config(scales)
+            mx.random.seed(self.source.seed)
+            student = Student(config)
+        else:
+            student = load_student(self.base, self.pipe.model, mx.float32)
+            attach(student, self.adapter_config, self.source.seed)
+        mx.eval(student.parameters())
+        return student
 
     def student_config(self, scales: Sequence[float]) -> StudentConfig:
         """The student's; raises StarflowError if its sizes do not fit together."""
@@ -262,7 +171,7 @@ class NewStudent:
         head_dim = widest.head_dim
         if channels % head_dim:
             raise StarflowError(f"a student's channels must be a multiple of {head_dim}, not {channels}")
-        side, txt_dim, classes, reads_text = self.grid.rows, 0, 0, isinstance(config, FlowConfig)
+        side, txt_dim, classes, reads_text = self.source.grid.rows, 0, 0, isinstance(config, FlowConfig)
         if isinstance(config, FlowConfig):
             side, txt_dim = config.pt_seq_len or side, config.txt_dim if config.txt_size else 0
         else:
@@ -284,9 +193,9 @@ class NewStudent:
             scales=tuple(scales),
             txt_dim=txt_dim,
             num_classes=classes,
-            positions=0 if reads_text else self.grid.rows * self.grid.columns,
-            guidance=self.settings.guidance,
-            temperature=self.settings.temperature,
+            positions=0 if reads_text else self.source.grid.rows * self.source.grid.columns,
+            guidance=self.source.settings.guidance,
+            temperature=self.source.settings.temperature,
         )
 
     @property
@@ -295,7 +204,7 @@ class NewStudent:
 
     def training_config(self) -> TrainingConfig:
         """All settings. Raises StarflowError if they do not fit together."""
-        config = self.training.over(TRAINING)
+        config = self.training.over(TRAINING if self.base is None else ADAPTER_TRAINING)
         every = max(config.steps // 20, 1) if self.training.validate_every is None else config.validate_every
         return replace(config, validate_every=every if self.validation else 0)
 
@@ -305,17 +214,17 @@ class NewStudent:
         if self.kind == MATCHING:
             noise = first["noise"]
             if self.independent:
-                noise = self.settings.temperature * np.random.default_rng(self.seed).standard_normal(noise.shape)
+                rng = np.random.default_rng(self.source.seed)
+                noise = self.source.settings.temperature * rng.standard_normal(noise.shape)
             return [float((first["clean"] - noise).std())]
         states = first["states"]
         return [*(float(states[:, number].std()) for number in range(states.shape[1])), float(first["clean"].std())]
 
     def step_time(self) -> str:
         """How large the student is and how long its training's steps take here; some are done, with random data."""
-        mx.random.seed(self.seed)
-        student, training = Student(self.student_config([1.0] * self._heads)), self.training_config()
+        student, training = self._student([1.0] * self._heads), self.training_config()
         config, rng = student.config, np.random.default_rng(0)
-        shape = (training.batch_size, self.grid.rows * self.grid.columns, config.in_channels)
+        shape = (training.batch_size, self.source.grid.rows * self.source.grid.columns, config.in_channels)
         batch: dict[str, np.ndarray] = {name: rng.standard_normal(shape, np.float32) for name in ("noise", "clean")}
         if self.kind == MATCHING:
             batch["time"] = rng.random(shape[0], np.float32)
@@ -328,12 +237,12 @@ class NewStudent:
         elif config.num_classes:
             batch["condition"] = rng.integers(config.num_classes, size=shape[0]).astype(np.int32)
         seconds = seconds_per_step(student, batch, training, self._loss(training))
-        return f"{_millions(student)}; {self._shards * SHARD} pairs; {describe_steps(seconds, training)}"
+        return f"{self._size(student)}; {self.source.count} pairs; {describe_steps(seconds, training)}"
 
     def _loss(self, training: TrainingConfig) -> Callable[[Any, Batch], Any]:
         return partial(
             student_loss,
-            grid=(self.grid.rows, self.grid.columns),
+            grid=(self.source.grid.rows, self.source.grid.columns),
             gradient_checkpointing=training.checkpoint_layers,
             transport=self.transport,
         )
@@ -359,7 +268,7 @@ class NewStudent:
         progress: Watch = None,
         callback: Callback | None = None,
     ) -> Path:
-        """Make the pairs, train, and write the student.
+        """Make the pairs, train, and write the student, or the adapter of one; gives its folder.
 
         Interrupted, in whatever way, the same call goes on: with the pairs that are there, and from the last
         checkpoint. `begin` is called when all that can be refused has been. Of `progress` the phases are those of
@@ -369,21 +278,18 @@ class NewStudent:
             StarflowError: `out` holds something else, or is of another distillation, and what `Trainer` raises.
         """
         progress, training = watch(progress, callback), self.training_config()
-        self.student_config([1.0] * self._heads)
-        check_model_output(self.out, STUDENT, [] if self.data is None else [self.data], checkpoints="student")
-        claim_model(self.out)
-        folder = self._pair_folder(resume, progress)
-        config = self.student_config(self._scales(folder))
-        mx.random.seed(self.seed)
-        student = Student(config)
-        mx.eval(student.parameters())
-        chosen, held_out = split_samples(self._shards * SHARD, self.validation, MOST_HELD_OUT, self.seed)
-        fresh = self.settings.temperature if self.independent else None
+        student = self._student([1.0] * self._heads)  # its errors come before the pairs
+        self._claim()
+        folder = self.source.folder(resume, progress)
+        if self.base is None:
+            student = self._student(self._scales(folder))
+        chosen, held_out = split_samples(self.source.count, self.validation, MOST_HELD_OUT, self.source.seed)
+        fresh = self.source.settings.temperature if self.independent else None
         data, held = (
             PairData(folder, part, matching=self.kind == MATCHING, independent=fresh, refined=share)
             for part, share in ((chosen, REFINED), (held_out, 0.0))
         )
-        grid = (self.grid.rows, self.grid.columns)
+        grid = (self.source.grid.rows, self.source.grid.columns)
         shown = folder.read((held_out if len(held_out) else chosen)[:SHOWN])
         trainer = Trainer(
             student,
@@ -392,43 +298,54 @@ class NewStudent:
             self.out / "training/student",
             loss=self._loss(training),
             validation=held if len(held_out) else None,
-            nll=partial(_validation_error, grid=grid),
+            nll=partial(student_error, grid=grid),
             unit="of the variance",
+            constant=0.0,
             samples=partial(self._sheet, pairs=shown),
             identity={
-                "student": config.to_dict(),
-                "pairs": self._shards * SHARD,
+                "student": student.config.to_dict(),
+                "pairs": self.source.count,
                 "held out": digest(held_out),
                 "independent": self.independent,
                 "transport": self.transport,
+                **self._base_identity(),
             },
             name="distill",
             resume=resume,
             progress=progress,
         )
-        self.report(f"{_millions(student)}, {len(chosen)} pairs, {len(held_out)} held out")
+        self.report(f"{self._size(student)}, {len(chosen)} pairs, {len(held_out)} held out")
         begin()
         assign(student, trainer.run())
-        save_model(self.out, parameters(student), {"model_type": STUDENT, **config.to_dict()})
+        written = self._write(student)
         save_image(self._sheet(student, shown).draw(), self.out / "samples.png")
-        self.report(f"wrote {self.out}; its samples beside its teacher's are in {self.out / 'samples.png'}")
-        return self.out
+        self.report(f"wrote {written}; its samples beside its teacher's are in {self.out / 'samples.png'}")
+        return written
 
+    def _claim(self) -> None:
+        """Raise StarflowError unless `out` may be written."""
+        read = [each for each in (self.data, self.base) if each is not None]
+        if self.base is None:
+            check_model_output(self.out, STUDENT, read, checkpoints="student")
+            claim_model(self.out)
+            return
+        check_outputs(folders=[self.out], inputs=[*read, *(path for path, _ in self.adapters)])
+        if exists(self.out / "config.json"):
+            raise StarflowError(f"{self.out} holds a model: give another folder for the adapter")
 
-def _shard(number: int, make: Callable[[range], Pairs], progress: Progress) -> Pairs:
-    """The pairs of a file, made a few at a time."""
-    start, arrays = number * SHARD, []
-    for first in range(start, start + SHARD, AT_ONCE):
-        arrays.append(make(range(first, first + AT_ONCE)).arrays())
-        progress.check()
-    joined = {name: np.concatenate([each[name] for each in arrays]) for name in arrays[0]}
-    return Pairs(joined["noise"], joined["states"], joined["clean"], joined.get("condition"))
+    def _base_identity(self) -> dict[str, Any]:
+        """What checkpoints of an adapter are of besides."""
+        if self.base is None:
+            return {}
+        return {"base": fingerprint(expanded(self.base)), "adapter": asdict(self.adapter_config)}
 
+    def _write(self, student: Student) -> Path:
+        """Write what has been trained; gives its folder."""
+        if self.base is None:
+            return save_model(self.out, parameters(student), {"model_type": STUDENT, **student.config.to_dict()})
+        about = {"model": str(self.base), OF: STUDENT, FINGERPRINT: fingerprint(expanded(self.base))}
+        return save_adapter(self.out / "adapter", student, self.adapter_config, about)
 
-def _millions(student: nn.Module) -> str:
-    return f"{sum(weight.size for weight in parameters(student).values()) / 1e6:.1f} M weights"
-
-
-def _validation_error(student: Student, batch: Batch, grid: tuple[int, int]) -> mx.array:
-    """`student_error` as validation takes it: it adds the constant of a normal density, which an error has not."""
-    return student_error(student, batch, grid) - HALF_LOG_2PI
+    def _size(self, student: Student) -> str:
+        what = "weights" if self.base is None else f"weights of an adapter of {self.base}"
+        return f"{sum(weight.size for weight in trainable(student).values()) / 1e6:.1f} M {what}"

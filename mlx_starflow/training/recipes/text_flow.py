@@ -14,7 +14,6 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.likelihood.nll import HALF_LOG_2PI
 from mlx_starflow.likelihood.text import MOST_TEXT
 from mlx_starflow.media.files import expanded, read_text
 from mlx_starflow.model_dir.directory import TEXT_FLOW
@@ -27,7 +26,6 @@ from mlx_starflow.training.config import TrainingConfig, TrainingOptions
 from mlx_starflow.training.data.text_windows import TextWindows, split_text
 from mlx_starflow.training.loop import distributed
 from mlx_starflow.training.loop.identity import digest
-from mlx_starflow.training.loop.objective import Batch
 from mlx_starflow.training.loop.reporting import check_reporter
 from mlx_starflow.training.loop.text_objective import text_loss, text_nats
 from mlx_starflow.training.loop.trainer import Trainer
@@ -133,8 +131,9 @@ class NewTextFlow:
                 self.out / "training/flow",
                 loss=text_loss,
                 validation=held_out,
-                nll=_validation_nats,
+                nll=text_nats,
                 unit="nats/character",
+                constant=0.0,
                 identity={"flow": config.to_dict(), "text": digest(characters), "held out": self.validation},
                 name="train",
                 resume=resume,
@@ -157,8 +156,3 @@ class NewTextFlow:
                 held_bits = "" if bits is None else f"; {bits / math.log(2):.3f} bits per character of what is held out"
                 self.report(f"wrote {self.out}{held_bits}; its samples are in {samples}")
         return self.out
-
-
-def _validation_nats(flow: TextFlow, batch: Batch) -> mx.array:
-    """`text_nats` as validation takes it: it adds the constant of a normal density, which is in there already."""
-    return text_nats(flow, batch) - HALF_LOG_2PI

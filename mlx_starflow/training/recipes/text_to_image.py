@@ -30,6 +30,7 @@ from mlx_starflow.training.loop import distributed
 from mlx_starflow.training.loop.checkpoint import check_resume, is_anonymous
 from mlx_starflow.training.loop.identity import digest
 from mlx_starflow.training.loop.reporting import check_reporter
+from mlx_starflow.training.loop.samples import caption_sheet, decode_latents, draw_latents
 from mlx_starflow.training.loop.timing import describe_steps, random_batch, seconds_per_step
 from mlx_starflow.training.loop.trainer import Trainer, forget
 from mlx_starflow.training.loop.watch import SampleSheet
@@ -37,7 +38,6 @@ from mlx_starflow.training.loop.weights import assign
 from mlx_starflow.training.output import check_model_output, claim_model
 from mlx_starflow.training.recipes.autoencoder import autoencoder_step_time, encode_views, train_autoencoder
 from mlx_starflow.training.recipes.presets import Preset
-from mlx_starflow.training.recipes.samples import caption_sheet, decode_latents, draw_latents
 from mlx_starflow.training.recipes.text import (
     CaptionedLatents,
     TextFlow,

@@ -19,8 +19,8 @@ from mlx_starflow.models.tarflow import TarFlow, TarFlowConfig
 from mlx_starflow.training.config import TrainingConfig
 from mlx_starflow.training.data.labelled_images import LabelledImages
 from mlx_starflow.training.loop.objective import batch_loss, batch_nll, noisy
+from mlx_starflow.training.loop.samples import draw_classes
 from mlx_starflow.training.loop.trainer import Trainer
-from mlx_starflow.training.recipes.samples import draw_classes
 
 EXAMPLE = EXAMPLES / "train_tarflow.py"
 TINY = {
