@@ -4,9 +4,9 @@
     python examples/reports/moving_shapes.py runs/shapes --prompt "a green square moves up" --video up.webp
 
 A video is 8 frames of 16x16 pixels of a circle, a square or a triangle that moves left, right, up or down. There is no
-autoencoder: a latent is a patch of 4x4 pixels, 48 numbers. All else is as in STARFlow-V (arXiv 2511.20462): shallow
-blocks that see a frame, a deep one that is causal over text and all frames, and a denoiser that learns the flow's score
-beside it. The text encoder is the embedded model's, and is not trained.
+autoencoder: a latent is a patch of 2x2 pixels, 12 numbers, so that a frame has 64 tokens. All else is as in STARFlow-V
+(arXiv 2511.20462): shallow blocks that see a frame, a deep one that is causal over text and all frames, and a denoiser
+that learns the flow's score beside it. The text encoder is the embedded model's, and is not trained.
 
 At the end a video of each of the 48 prompts is made, each shape is followed from frame to frame by its centre of mass,
 and the script says in how many videos it moves as asked.
@@ -26,6 +26,7 @@ from mlx_starflow import load, load_flow
 from mlx_starflow.media.images import grid, save_image, to_images
 from mlx_starflow.media.noise import draw_noise
 from mlx_starflow.media.videos import VideoWriter
+from mlx_starflow.model_dir.directory import ModelDirectory
 from mlx_starflow.model_dir.saving import save_model
 from mlx_starflow.model_dir.weights import parameters
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
@@ -36,7 +37,7 @@ from mlx_starflow.training.data.dropout import context_mask
 from mlx_starflow.training.loop.trainer import Trainer
 from mlx_starflow.training.loop.weights import assign
 
-FRAMES, SIDE, PATCH = 8, 16, 4
+FRAMES, SIDE, PATCH = 8, 16, 2
 COLOURS = {"red": (1.0, -0.8, -0.8), "green": (-0.8, 0.7, -0.8), "blue": (-0.6, -0.5, 1.0), "yellow": (1.0, 0.9, -0.8)}
 SHAPES = ("circle", "square", "triangle")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
@@ -107,6 +108,9 @@ def encode(prompts: list[str]) -> np.ndarray:
 
 
 def flow_config(channels: int) -> FlowConfig:
+    """A video flow that reads what the embedded model's flow does."""
+    reader = ModelDirectory.find("demo").flow.config
+    assert isinstance(reader, FlowConfig)
     return FlowConfig(
         img_size=SIDE // PATCH,
         channel_size=3 * PATCH**2,
@@ -115,8 +119,8 @@ def flow_config(channels: int) -> FlowConfig:
         layers_per_block=[1, 1, 4],
         head_dim=32,
         expansion=2,
-        txt_size=12,
-        txt_dim=192,
+        txt_size=reader.txt_size,
+        txt_dim=reader.txt_dim,
         noise_std=0.3,
         use_softplus=True,
         use_final_norm=True,
@@ -207,8 +211,8 @@ def train(out: Path, args: argparse.Namespace) -> STARFlow:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder of the flow and its training")
-    parser.add_argument("--steps", type=int, default=560)
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--channels", type=int, default=96, help="width of the network")
     parser.add_argument("--guidance", type=float, default=1.0)
     parser.add_argument("--temperature", type=float, default=0.5)

@@ -31,8 +31,8 @@ def test_what_is_drawn_is_what_is_measured(shapes):
 def test_latents_are_the_pixels(shapes):
     videos = shapes.draw_videos(shapes.PROMPTS[:2], np.random.default_rng(0))
     latents = shapes.to_latents(videos)
-    assert latents.shape == (2, 8, 4, 4, 48)
-    assert np.array_equal(latents[1, 2, 3, 1].reshape(4, 4, 3), videos[1, 2, 12:16, 4:8])
+    assert latents.shape == (2, 8, 8, 8, 12)
+    assert np.array_equal(latents[1, 2, 3, 1].reshape(2, 2, 3), videos[1, 2, 6:8, 2:4])
     assert np.array_equal(shapes.to_videos(latents), videos)
 
 
