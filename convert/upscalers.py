@@ -17,7 +17,7 @@ from mlx_starflow.convert.common import open_checkpoint
 from mlx_starflow.convert.tensor import Tensor
 from mlx_starflow.errors import StarflowError, one_line, printable
 from mlx_starflow.media.files import checksum, exists, is_regular
-from mlx_starflow.model_dir.weights import check_floating, forget_draws, load_module, parameters
+from mlx_starflow.model_dir.weights import cast_weights, check_floating, forget_draws, load_module, parameters
 from mlx_starflow.models.upscalers import ARCHITECTURES, UpscalingNetwork
 
 PREFIXES = ("module.", "_orig_mod.", "params_ema.", "params.", "state_dict.", "net_g.", "generator.", "model.")
@@ -41,8 +41,8 @@ class UpscalerFile:
     network: UpscalingNetwork
     tensors: Mapping[str, Tensor]
 
-    def read(self) -> UpscalingNetwork:
-        """The network with its weights, in float32.
+    def read(self, dtype: mx.Dtype = mx.float32) -> UpscalingNetwork:
+        """The network with its weights, which are read in float32 and kept in `dtype`.
 
         Raises:
             StarflowError: a tensor cannot be read, is missing or one too many, has another shape than the others ask
@@ -62,7 +62,11 @@ class UpscalerFile:
             raise StarflowError(f"{self.path} cannot be read as {network.architecture}: {one_line(error)}") from None
         if bad := next((name for name in finite if not finite[name].item()), None):
             raise StarflowError(f"{self.path} is damaged: {bad} holds what is no finite number")
-        return load_module(network, weights, self.path, mx.float32)
+        load_module(network, weights, self.path, mx.float32)
+        if dtype != mx.float32:
+            cast_weights(network, dtype)
+            mx.eval(network.parameters())
+        return network
 
     @property
     def digest(self) -> str:

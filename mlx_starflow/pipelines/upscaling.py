@@ -17,7 +17,7 @@ from mlx_starflow.convert.upscalers import UpscalerFile
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.errors.arguments import checked
 from mlx_starflow.media.given import Images, ImageSource, one_or_many, open_image
-from mlx_starflow.model_dir.weights import automatic_dtype, cast_weights, parse_dtype
+from mlx_starflow.model_dir.weights import automatic_dtype, parse_dtype
 from mlx_starflow.models.upscalers.tiling import Tiles, tile_count, windows
 from mlx_starflow.planning.upscaling import SIDES, frames_at_once, tile_side, upscaling_bytes
 from mlx_starflow.sampling.progress import Callback, Counter, Progress, Watch, watch
@@ -74,10 +74,7 @@ class Upscaler:
         return cls(file, scale or file.network.scale, parse_dtype(dtype) or automatic_dtype())
 
     def _read(self, dtype: mx.Dtype) -> None:
-        self._network, self.dtype = self._file.read(), dtype
-        if dtype != mx.float32:
-            cast_weights(self._network, dtype)
-            mx.eval(self._network.parameters())
+        self._network, self.dtype = self._file.read(dtype), dtype
 
     def __str__(self) -> str:
         return f"{self.path.name} ({self.scale} times)"
