@@ -45,6 +45,7 @@ OF = "of"
 """What an adapter's config calls the kind of network that it changes: `STUDENT`, or nothing where that is a flow."""
 
 STUDENT = "student"
+"""That of what has learned from a flow. It is the `model_type` of students, too."""
 
 KINDS = {"lora": ("lora_a", "lora_b"), "dora": ("lora_a", "lora_b", "m")}
 """What each kind of adapter holds of a layer."""

@@ -20,7 +20,7 @@ import mlx.nn as nn
 from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.errors.arguments import checked
 from mlx_starflow.media.files import exists, expanded, inside, is_folder, is_regular, read_bytes
-from mlx_starflow.model_dir.adapters import Strengths, add_adapters
+from mlx_starflow.model_dir.adapters import STUDENT, Strengths, add_adapters
 from mlx_starflow.model_dir.files import PLAN_FILE, STATISTICS_FILE, StoredConfig, load_weights
 from mlx_starflow.model_dir.fingerprint import fingerprint
 from mlx_starflow.model_dir.hub import find_model
@@ -75,12 +75,8 @@ FLOWS = {
 }
 """Flows by the `model_type` of their `config.json`."""
 
-
 TEXT_FLOW = "text_flow"
 """The `model_type` of flows over text. They are no models of images: `NetworkDirectory.text_flow` opens them."""
-
-STUDENT = "student"
-"""The `model_type` of what has learned from a flow. They are no flows: `load_student` reads them."""
 
 
 class NetworkDirectory(Generic[Network, Config]):

@@ -14,7 +14,7 @@ from mlx_starflow.server.gallery import Gallery
 from mlx_starflow.server.jobs import Job, Result
 from mlx_starflow.server.limits import Limits
 from mlx_starflow.server.models import AnyPipeline, Models
-from mlx_starflow.server.work.parts import Work, check_count, check_image_room, chosen_upscaler, keep_all, read_image
+from mlx_starflow.server.work.parts import Work, check_count, chosen_upscaler, keep_all, open_for_image, read_image
 
 
 def reprompt(request: requests.Reprompt, gallery: Gallery, limits: Limits) -> Work:
@@ -122,8 +122,7 @@ def inpaint(request: requests.Inpaint, gallery: Gallery, limits: Limits) -> Work
 
 def _editor(models: Models, request: requests.Edit) -> tuple[AnyPipeline, Upscaler | None]:
     """The model of an edit, for which there is room, and what enlarges its images, if that is asked for."""
-    pipe = models.get(request.model)
-    check_image_room(models, models.find(request.model), pipe, request.size)
+    pipe = open_for_image(models, request.model, request.size)
     return pipe, chosen_upscaler(models, request, request.size)
 
 

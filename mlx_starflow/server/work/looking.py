@@ -19,7 +19,7 @@ from mlx_starflow.server.gallery import Gallery, data_url, encoded
 from mlx_starflow.server.jobs import Job, Result
 from mlx_starflow.server.limits import Limits
 from mlx_starflow.server.models import AnyPipeline, Models
-from mlx_starflow.server.work.parts import Work, check_count, check_image_room, keep_all, read_image
+from mlx_starflow.server.work.parts import Work, check_count, check_image_room, keep_all, open_for_image, read_image
 
 REDDEST = 4.0
 """Standard deviations at the end of the colours of a map of typicality."""
@@ -29,8 +29,7 @@ def score(request: requests.Score) -> Work:
     """Likelihood, surprise map and, if the model is calibrated, typicality of an image."""
 
     def work(models: Models, job: Job) -> Result:
-        pipe, model = models.get(request.model), models.find(request.model)
-        check_image_room(models, model, pipe, request.size)
+        pipe, model = open_for_image(models, request.model, request.size), models.find(request.model)
         image = read_image(request.image)
         result = pipe.score(
             [image], request.prompt, draws=request.draws, seed=request.seed, size=request.size, progress=job.progress
@@ -60,8 +59,7 @@ def classify(request: requests.Classify, limits: Limits) -> Work:
         raise StarflowError(f"there are at most {limits.labels} labels here, not {len(request.labels)}")
 
     def work(models: Models, job: Job) -> Result:
-        pipe, model = models.get(request.model), models.find(request.model)
-        check_image_room(models, model, pipe, request.size)
+        pipe, model = open_for_image(models, request.model, request.size), models.find(request.model)
         labels = list(request.labels) or list(model.about["classes"])
         if not labels:
             raise StarflowError("there are no labels: give some to choose from")
@@ -89,8 +87,7 @@ def encode(request: requests.Encode, gallery: Gallery) -> Work:
     """The noise of an image."""
 
     def work(models: Models, job: Job) -> Result:
-        pipe = models.get(request.model)
-        check_image_room(models, models.find(request.model), pipe, request.size)
+        pipe = open_for_image(models, request.model, request.size)
         image = read_image(request.image)
         found, trip = pipe.encode(
             [image],

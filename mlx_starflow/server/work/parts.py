@@ -31,6 +31,16 @@ def check_image_room(models: Models, model: Model, pipe: AnyPipeline, size: tupl
     models.check_room(model, size or pipe.size, 1, False, 1 if isinstance(pipe, VideoPipeline) else None)
 
 
+def open_for_image(models: Models, id: str | None, size: tuple[int, int] | None) -> AnyPipeline:
+    """The model of an id, loaded, if there is room for an image, or a single frame, of a size.
+
+    Raises StarflowError, Refusal.
+    """
+    pipe = models.get(id)
+    check_image_room(models, models.find(id), pipe, size)
+    return pipe
+
+
 def read_image(content: bytes) -> Image.Image:
     """What a client sent. Raises StarflowError."""
     try:

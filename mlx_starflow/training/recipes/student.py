@@ -17,8 +17,8 @@ from mlx_starflow.errors import StarflowError
 from mlx_starflow.media.files import exists, expanded
 from mlx_starflow.media.images import save_image
 from mlx_starflow.media.outputs import check_outputs
-from mlx_starflow.model_dir.adapters import FINGERPRINT, OF, Strengths
-from mlx_starflow.model_dir.directory import STUDENT, NetworkDirectory, load_student
+from mlx_starflow.model_dir.adapters import FINGERPRINT, OF, STUDENT, Strengths
+from mlx_starflow.model_dir.directory import NetworkDirectory, load_student
 from mlx_starflow.model_dir.fingerprint import fingerprint
 from mlx_starflow.model_dir.saving import save_model
 from mlx_starflow.model_dir.weights import parameters
