@@ -12,11 +12,11 @@ from mlx_starflow.editing import read_mask
 from mlx_starflow.media.images import grid
 
 target = sys.argv[1] if len(sys.argv) > 1 else "inpainted.png"
-prompt = "red apple"
+prompt = "a red apple on a blue background"
 pipe = load("demo")
 picture = pipe.generate(prompt, seed=1).images[0]
 
-mask = read_mask("32,0,32,64", picture.size)  # x, y, width, height; or a black-and-white picture
+mask = read_mask("64,0,64,128", picture.size)  # x, y, width, height; or a black-and-white picture
 result = pipe.inpaint(picture, mask, prompt, images=2, seed=1)
 
 hole = picture.copy()

@@ -14,11 +14,11 @@ from mlx_starflow import load
 from mlx_starflow.media.images import save_animation
 
 target = Path(sys.argv[1] if len(sys.argv) > 1 else "way.webp")
-prompts = ("red heart", "green apple")
+prompts = ("a red heart", "a green apple on a blue background")
 pipe = load("demo")
 first, second = pipe.generate(prompts, seed=1).images
 
-way = pipe.interpolate(first, second, prompts, [step / 8 for step in range(9)])
+way = pipe.interpolate(first, second, prompts, [step / 4 for step in range(5)])
 save_animation(way.images, target)
 
 # Both ends are the pictures, as the autoencoder gives them back.

@@ -17,7 +17,7 @@ pipe = load("demo")
 # Keep the flow's own noise in the latents: it is the noisy latents that the likelihood is about.
 latents = pipe.generate(prompt, seed=7, denoise=False).latents
 
-for caption in (prompt, "a blue book", ""):
+for caption in (prompt, "a castle at night", ""):
     text = pipe.encode_prompts([caption])
     nll = pipe.flow(latents, text).nll().item() + 0.5 * math.log(2 * math.pi)
     print(f"{nll:8.4f} nats per dimension as {caption!r}")

@@ -18,7 +18,8 @@ from mlx_starflow.media.images import grid, save_image
 from mlx_starflow.training.finetuning.config import FinetuneConfig
 from mlx_starflow.training.finetuning.finetune import finetune
 
-PROMPTS = "red apple, slice of pizza, cat face, dog face, rocket, octopus, tulip, guitar, hamburger, sun".split(", ")
+THINGS = "a red apple, a slice of pizza, a cat, a dog, a rocket, an octopus, a tulip, a guitar, a hamburger, a sun"
+PROMPTS = [f"{thing} on a white background" for thing in THINGS.split(", ")]
 
 
 def main(arguments: list[str] | None = None) -> None:

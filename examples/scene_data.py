@@ -1,9 +1,12 @@
 """Scenes made by program: pictures of one to three objects on a background, with captions that are true of them.
 
     python examples/scene_data.py data/scenes --sheet sheet.png
+    python examples/scene_data.py data/scenes --pictures data/pictures
 
 Writes `data/scenes/sprites.npz`, cut-out emoji (fetched with npm, see `scene_pictures.py`). Scenes are drawn from it as
-they are needed: sample number n of a stream is always the same. `scene_words.py` says what they hold.
+they are needed: sample number n of a stream is always the same. `scene_words.py` says what they hold. With --pictures
+it also writes an image folder, for commands that read one: `metadata.jsonl` has `file_name`, `text` and `split`, which
+is `train`, or `held_out` for scenes that training never shows.
 """
 
 from __future__ import annotations
@@ -19,6 +22,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 from scene_pictures import SIZE, Renderer
 from scene_words import HELD_OUT_FILE, KINDS, HeldOut, Scene, caption, choose_held_out, draw_scene, objects
+
+FRESH = 2 * 10**9
+"""Samples of the training stream from this number on were neither trained on nor looked at."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +74,29 @@ def sheet(samples: list[Sample], columns: int = 6) -> Image.Image:
     return picture
 
 
+def write_pictures(renderer: Renderer, folder: Path, count: int) -> None:
+    """The first `count` scenes of the training stream, and a fifth as many held out, of all kinds alike."""
+    folder.mkdir(parents=True, exist_ok=True)
+    kinds = {kind: count if kind == "train" else -(-count // 20) for kind in KINDS}
+    lines = []
+    for kind, most in kinds.items():
+        stream = Stream(renderer, 0, kind)
+        for number in range(most):
+            sample, name = stream[number], f"{kind}-{number:05d}.png"
+            Image.fromarray(sample.picture).save(folder / name)
+            lines.append(
+                {"file_name": name, "text": sample.caption, "split": "train" if kind == "train" else "held_out"}
+            )
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    print(f"{len(lines)} pictures with captions in {folder}")
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder for the sprites")
     parser.add_argument("--sheet", type=Path, help="write a sheet of samples, half of them held out")
+    parser.add_argument("--pictures", type=Path, metavar="DIR", help="write scenes as an image folder with captions")
+    parser.add_argument("--count", type=int, default=1000, help="training scenes in that folder")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--choose", action="store_true", help="write scene_held_out.json anew")
     args = parser.parse_args(arguments)
@@ -88,6 +113,8 @@ def main(arguments: list[str] | None = None) -> None:
             for n in range(most)
         ]
         sheet(samples).save(args.sheet)
+    if args.pictures:
+        write_pictures(renderer, args.pictures, args.count)
 
 
 if __name__ == "__main__":

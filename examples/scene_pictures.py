@@ -1,7 +1,6 @@
 """Pictures of scenes, 128x128: cut-out emoji with soft shadows on painted backgrounds, made as they are needed.
 
-The objects are Microsoft's Fluent emoji in 3-D style (MIT licence, Copyright (c) Microsoft Corporation), the labels
-that find them emojibase's (MIT licence, Copyright (c) Miles Johnson); both are fetched with npm.
+The objects are Microsoft's Fluent emoji in 3-D style, found by emojibase's labels (see `emoji.py`).
 """
 
 from __future__ import annotations
@@ -9,8 +8,9 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-import demo_data
 import numpy as np
+from emoji import NAMES, PICTURES, labels
+from emoji import fetch as fetch_package
 from PIL import Image, ImageFilter
 from scene_words import COLOURS, PLACES, HeldOut, Scene, draw_background, objects
 
@@ -24,20 +24,19 @@ def fetch(folder: Path) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        assets = demo_data.fetch(demo_data.PICTURES, Path(scratch)) / "assets"
-        names = demo_data.fetch(demo_data.NAMES, Path(scratch))
-        known = demo_data.concepts(names, {path.stem for path in assets.glob("*.webp")})
-        stems = {entry["text"]: stem for stem, entry in known.items()}
+        assets = fetch_package(PICTURES, Path(scratch)) / "assets"
+        names = fetch_package(NAMES, Path(scratch))
+        stems = labels(names, {path.stem for path in assets.glob("*.webp")})
         things = {thing.name: stems.pop(thing.label.lower()) for thing in objects().values()}
-        sprites = [cut_out(assets / f"{stem}.webp") for stem in (*things.values(), *stems.values())]
+        sprites = [cut_out(Image.open(assets / f"{stem}.webp")) for stem in (*things.values(), *stems.values())]
     unfinished = folder / "unfinished.npz"
     np.savez_compressed(unfinished, names=np.array(list(things)), sprites=np.stack(sprites))
     unfinished.rename(folder / "sprites.npz")
 
 
-def cut_out(path: Path) -> np.ndarray:
+def cut_out(picture: Image.Image) -> np.ndarray:
     """What is visible of a picture, in the middle of a square whose side is its longer one, uint8 `[S, S, 4]`."""
-    picture = Image.open(path).convert("RGBA")
+    picture = picture.convert("RGBA")
     picture = picture.crop(picture.getchannel("A").point(lambda a: 255 * (a > 16)).getbbox())
     square = Image.new("RGBA", (max(picture.size),) * 2)
     square.paste(picture, tuple((max(picture.size) - side) // 2 for side in picture.size))
@@ -45,7 +44,7 @@ def cut_out(path: Path) -> np.ndarray:
     return np.asarray(square.resize((SPRITE, SPRITE), Image.Resampling.LANCZOS))
 
 
-_PLACES_AND_SIDES = {
+PLACES_AND_SIDES = {
     "one": ((64, 65, 84),),
     "beside": ((34, 66, 58), (94, 66, 58)),
     "above": ((64, 34, 56), (64, 94, 56)),
@@ -76,7 +75,7 @@ class Renderer:
         sprites = [self.index[name] for name in scene.objects]
         if len(sprites) < scene.count:
             sprites = sprites * scene.count
-        spots = _PLACES_AND_SIDES[scene.layout]
+        spots = PLACES_AND_SIDES[scene.layout]
         if scene.layout == "one":
             spots = ((64, 65, _SIDES[scene.size]),)
         return self.compose(paint(scene.background, rng), sprites, spots, rng)

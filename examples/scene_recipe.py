@@ -25,9 +25,9 @@ class Recipe:
     flow_steps: int
     flow_batch: int
     flow_lr: float
-    shards: int = 48
+    shards: int = 12
     shard: int = 5000
-    grow: int = 400
+    grow: int = 1500
     vocabulary: int = 1200
 
     def autoencoder_config(self) -> AutoencoderKLConfig:
@@ -57,10 +57,10 @@ class Recipe:
 SCENES = Recipe(
     autoencoder={"block_out_channels": [24, 48, 96, 192], "layers_per_block": 1, "norm_num_groups": 8},
     text={"d_model": 256, "d_ff": 640, "num_layers": 3, "num_heads": 4},
-    flow={"patch_size": 2, "channels": 256, "top_block_channels": 384, "layers_per_block": [2, 2, 6]},
+    flow={"patch_size": 4, "channels": 256, "top_block_channels": 384, "layers_per_block": [2, 2, 6]},
     autoencoder_steps=8_000,
     autoencoder_batch=8,
-    flow_steps=40_000,
+    flow_steps=21_000,
     flow_batch=32,
     flow_lr=1e-3,
 )

@@ -18,10 +18,11 @@ pipe = load("demo")
 statistics = CalibrationStatistics.find(pipe.directory)
 assert statistics is not None  # of the images that the embedded model was trained on
 
-car = pipe.generate("automobile", seed=1).images[0]
+car = pipe.generate("a car on a yellow background", seed=1).images[0]
 upside_down = car.rotate(180)
 blank = Image.new("RGB", car.size, "white")
-pictures = {"car": car, "car upside down": upside_down, "nothing": blank}
+static = Image.effect_noise(car.size, 100).convert("RGB")
+pictures = {"car": car, "car upside down": upside_down, "nothing": blank, "static": static}
 
 scores = pipe.score(list(pictures.values()))
 highest = max(score.surprise.max() for score in scores)
@@ -30,6 +31,6 @@ for (name, picture), score in zip(pictures.items(), scores, strict=True):
     print(f"{name:<16}{score.nll:8.4f} +- {score.standard_error:.4f} nats per dimension, deviation {deviation:+.1f}")
     heat_map(picture, score.surprise, 0, highest).save(folder / f"{name.replace(' ', '-')}.png")
 
-labels = ["automobile", "red apple", "cat face"]
+labels = [f"{thing} on a yellow background" for thing in ("a car", "a red apple", "a cat")]
 result = pipe.classify([car], labels)
 print(f"the car is taken for: {result.best[0]}, {result.margin[0]:.0f} nats ahead")

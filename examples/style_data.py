@@ -1,4 +1,4 @@
-"""Pictures of a style that the embedded model has never seen, with their names, to fine-tune it on.
+"""Pictures of a style that the embedded model has never seen, with captions, to fine-tune it on.
 
     python examples/style_data.py data/contrast                      # needs pip install resvg-py
     python examples/style_data.py data/twemoji --style twemoji
@@ -7,8 +7,8 @@
 Fetches two npm packages (with `npm pack`). contrast: Microsoft's Fluent emoji in black and white, "high contrast" (MIT
 licence), as SVG. twemoji: flat emoji, graphics by Twitter and other contributors, CC-BY 4.0
 (https://creativecommons.org/licenses/by/4.0/). noto: Google's Noto emoji, Apache 2.0. The names are emojibase's (MIT).
-Writes an image folder: pictures of 64x64 on white, and `metadata.jsonl` with `file_name` and `text`, for the same
-things that the embedded model knows the names of.
+Writes an image folder: the objects of `scene_words.py`, each alone on white, as large as scenes show single things, and
+`metadata.jsonl` with `file_name`, `text` and other `captions`.
 """
 
 from __future__ import annotations
@@ -19,25 +19,29 @@ import json
 import tempfile
 from pathlib import Path
 
-from demo_data import NAMES, concepts, fetch
+from emoji import NAMES, fetch, labels
 from PIL import Image
+from scene_pictures import PLACES_AND_SIDES, SIZE, cut_out
+from scene_words import objects, with_article
 
 STYLES = {
     "contrast": ("@iconify-json/fluent-emoji-high-contrast@1.2.6", ""),
     "twemoji": ("emoji-datasource-twitter@16.0.0", "img/twitter/64"),
     "noto": ("emoji-datasource-google@16.0.0", "img/google/64"),
 }
-SIZE = 64
 
 
-def on_white(path: Path) -> Image.Image:
-    picture = Image.open(path).convert("RGBA")
-    picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    return picture if picture.size == (SIZE, SIZE) else picture.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+def on_white(picture: Image.Image) -> Image.Image:
+    """What is visible of a picture, where a scene has a single thing."""
+    ((x, y, side),) = PLACES_AND_SIDES["one"]
+    thing = Image.fromarray(cut_out(picture)).resize((side, side), Image.Resampling.LANCZOS)
+    white = Image.new("RGBA", (SIZE, SIZE), "white")
+    white.alpha_composite(thing, (x - side // 2, y - side // 2))
+    return white.convert("RGB")
 
 
 def drawings(package: Path) -> dict[str, Image.Image]:
-    """The pictures of an icon package, drawn on white, by their characters' codes."""
+    """The pictures of an icon package by their characters' codes."""
     import resvg_py
 
     icons = json.loads((package / "icons.json").read_text())["icons"]
@@ -47,9 +51,8 @@ def drawings(package: Path) -> dict[str, Image.Image]:
         if name in icons:
             body = f'<g color="#000000">{icons[name]["body"]}</g>'
             svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32">{body}</svg>'
-            png = resvg_py.svg_to_bytes(svg_string=svg, background="#ffffff", width=4 * SIZE, height=4 * SIZE)
-            large = Image.open(io.BytesIO(bytes(png))).convert("RGB")
-            found[code] = large.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+            png = resvg_py.svg_to_bytes(svg_string=svg, width=4 * SIZE, height=4 * SIZE)
+            found[code] = Image.open(io.BytesIO(bytes(png)))
     return found
 
 
@@ -64,14 +67,17 @@ def main(arguments: list[str] | None = None) -> None:
         pictures = fetch(package, Path(scratch)) / folder
         names = fetch(NAMES, Path(scratch))
         made = drawings(pictures) if args.style == "contrast" else None
-        stems = set(made) if made else {path.stem for path in pictures.glob("*.png")}
-        known = concepts(names, stems)
-        with open(args.out / "metadata.jsonl", "w") as lines:
-            for stem, entry in sorted(known.items()):
-                (made[stem] if made else on_white(pictures / f"{stem}.png")).save(args.out / f"{stem}.png")
-                row = {"file_name": f"{stem}.png", "text": entry["text"]}
-                lines.write(json.dumps({**row, "captions": entry["captions"]} if made else row) + "\n")
-    print(f"{len(known)} pictures with captions in {args.out}")
+        stems = labels(names, set(made) if made else {path.stem for path in pictures.glob("*.png")})
+        lines = []
+        for thing in objects().values():
+            stem = stems.get(thing.label.lower())
+            if stem is None:
+                continue
+            on_white(made[stem] if made else Image.open(pictures / f"{stem}.png")).save(args.out / f"{stem}.png")
+            text, *others = (f"{with_article(name)} on a white background" for name in (thing.name, *thing.others))
+            lines.append({"file_name": f"{stem}.png", "text": text, "captions": others})
+    (args.out / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    print(f"{len(lines)} pictures with captions in {args.out}")
 
 
 if __name__ == "__main__":

@@ -123,8 +123,9 @@ def write_model(
     std: Tensor | np.ndarray,
     spiece: Path,
     pipeline: dict[str, Any],
+    dense: bool = False,
 ) -> None:
-    """Write an MLX model directory: flow and text encoder in 8 bits, the autoencoder in bfloat16.
+    """Write an MLX model directory: flow and text encoder in 8 bits unless it is `dense`, the autoencoder in bfloat16.
 
     Args:
         mean, std: of the raw latents, one number a channel.
@@ -137,18 +138,22 @@ def write_model(
     save_model(folder / "vae", parameters(vae), vae.config.to_dict())
 
     encoder = MLXT5Encoder(model.text_encoder.config)
-    load_module(encoder, arrays(model.text_encoder), "text encoder", dtype=mx.bfloat16)
-    config = {**encoder.config.to_dict(), "quantization": quantize_module(encoder, "8", 64)}
+    load_module(encoder, arrays(model.text_encoder), "text encoder", dtype=mx.float32 if dense else mx.bfloat16)
+    config = encoder.config.to_dict()
+    if not dense:
+        config["quantization"] = quantize_module(encoder, "8", 64)
     save_model(folder / "text_encoder", parameters(encoder), config)
     shutil.copy(spiece, folder / "text_encoder/spiece.model")
-    write_flow(folder, model.flow, pipeline)
+    write_flow(folder, model.flow, pipeline, dense)
 
 
-def write_flow(folder: Path, flow: STARFlow, pipeline: dict[str, Any]) -> None:
-    """Write the flow of an MLX model directory, in 8 bits; `pipeline` says how to sample."""
-    module = load_module(MLXSTARFlow(flow.config), arrays(flow), "flow", dtype=mx.bfloat16)
-    quantization = quantize_module(module, "8", 64)
-    config = {"model_type": "starflow", **flow.config.to_dict(), "quantization": quantization, "pipeline": pipeline}
+def write_flow(folder: Path, flow: STARFlow, pipeline: dict[str, Any], dense: bool = False) -> None:
+    """Write the flow of an MLX model directory, in 8 bits, or as it is; `pipeline` says how to sample."""
+    dtype = mx.float32 if dense else mx.bfloat16
+    module = load_module(MLXSTARFlow(flow.config), arrays(flow), "flow", dtype=dtype)
+    config = {"model_type": "starflow", **flow.config.to_dict(), "pipeline": pipeline}
+    if not dense:
+        config["quantization"] = quantize_module(module, "8", 64)
     save_model(folder, parameters(module), config)
 
 

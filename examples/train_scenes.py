@@ -33,13 +33,14 @@ from mlx_starflow.reference.starflow import STARFlow
 from mlx_starflow.reference.t5 import T5Encoder
 
 
-def export(recipe: Recipe, latents: Latents, tokenizer: Tokenizer, out: Path) -> None:
-    """Write the MLX model directory `out/model` from the checkpoints."""
+def export(recipe: Recipe, latents: Latents, tokenizer: Tokenizer, out: Path, dense: bool = False) -> None:
+    """Write the MLX model directory `out/model` from the checkpoints; `out/dense`, not quantized, if it is `dense`."""
     flow, encoder = STARFlow(recipe.flow_config()), T5Encoder(recipe.text_config(tokenizer.vocab_size))
     trained = read_averaged(TextFlow(flow, encoder), out / "flow.pt")
-    write_model(out / "model", latents.autoencoder, trained, latents.mean, latents.std, out / "spiece.model", PIPELINE)
-    size = sum(file.stat().st_size for file in (out / "model").rglob("*") if file.is_file())
-    print(f"{out / 'model'}: {size / 1e6:.1f} MB", flush=True)
+    folder, spiece = out / ("dense" if dense else "model"), out / "spiece.model"
+    write_model(folder, latents.autoencoder, trained, latents.mean, latents.std, spiece, PIPELINE, dense)
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    print(f"{folder}: {size / 1e6:.1f} MB", flush=True)
 
 
 SHARD_BYTES = 15_000_000
@@ -87,6 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=math.inf, help="save and stop after so long")
     parser.add_argument("--autoencoder-only", action="store_true", help="stop when the autoencoder is trained")
     parser.add_argument("--export", action="store_true", help="only write the model directory, from what there is")
+    parser.add_argument("--dense", action="store_true", help="write OUT/dense, in float32, in place of OUT/model")
     parser.add_argument("--pack", type=Path, metavar="DIR", help="write the weights in files under 16 MB too")
     parser.add_argument(
         "--unpack", type=Path, metavar="DIR", help="start from weights that --pack wrote; with --export"
@@ -119,7 +121,7 @@ def main(arguments: list[str] | None = None) -> None:
         if not args.export:
             seconds = args.flow_minutes and 60 * args.flow_minutes
             train_flow(recipe, latents, tokenizer, args.out, device, seconds, deadline, saved)
-        export(recipe, latents, tokenizer, args.out)
+        export(recipe, latents, tokenizer, args.out, args.dense)
     except TimeIsUp as stopped:
         print(stopped, flush=True)
 

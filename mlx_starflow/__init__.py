@@ -3,7 +3,7 @@
 from mlx_starflow import load
 
 pipe = load("demo")
-pipe.generate("a slice of pizza", seed=7).save("pizza.png")
+pipe.generate("a fox to the left of a cactus at night", seed=7).save("fox.png")
 """
 
 from __future__ import annotations

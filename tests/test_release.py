@@ -22,7 +22,7 @@ from helpers.paths import ROOT
 from mlx_starflow import __version__
 from mlx_starflow.cli import main
 
-PICTURE = ["generate", "a slice of pizza", "--seed", "7", "-o"]
+PICTURE = ["generate", "a fox to the left of a cactus at night", "--seed", "7", "-o"]
 
 
 def run(command: list[object], folder: Path) -> str:
@@ -110,9 +110,9 @@ def test_a_fresh_installation_makes_the_picture_of_the_readme(wheel, tmp_path):
     python = tmp_path / "fresh/bin/python"
     run([python, "-m", "pip", "install", "--quiet", wheel], tmp_path)
     run([python, "-m", "pip", "check"], tmp_path)
-    run([tmp_path / "fresh/bin/mlx-starflow", *PICTURE, "pizza.png"], tmp_path)
+    run([tmp_path / "fresh/bin/mlx-starflow", *PICTURE, "fox.png"], tmp_path)
     where = run([python, "-c", "import mlx_starflow.convert as c; print(c.__file__)"], tmp_path)
     assert Path(where).is_relative_to(tmp_path)
     ours = CliRunner().invoke(main, [*PICTURE, str(tmp_path / "ours.png")])
     assert ours.exit_code == 0, ours.output
-    assert (tmp_path / "pizza.png").read_bytes() == (tmp_path / "ours.png").read_bytes()
+    assert (tmp_path / "fox.png").read_bytes() == (tmp_path / "ours.png").read_bytes()

@@ -75,7 +75,7 @@ class Generate:
         return {
             "required": {
                 "flow": ("STARFLOW",),
-                "prompt": ("STRING", {"default": "a slice of pizza", "multiline": True}),
+                "prompt": ("STRING", {"default": "a fox to the left of a cactus at night", "multiline": True}),
                 "seed": ("INT", {"default": 0, "min": 0, "max": 2**63 - 1, "control_after_generate": True}),
                 "images": ("INT", {"default": 1, "min": 1, "max": 64}),
                 "guidance": ("FLOAT", own),

@@ -20,19 +20,19 @@ from PIL import Image, ImageDraw
 from mlx_starflow.training.config import TrainingOptions
 from mlx_starflow.training.recipes.decoder import train_decoder
 
-SIDE = 64
+SIDE = 128
 
 
 def draw(rng: np.random.Generator) -> Image.Image:
     """Three shapes on a ground of waves."""
     across, down = np.meshgrid(np.arange(SIDE), np.arange(SIDE))
-    waves = np.sin(across * rng.uniform(0.1, 0.8) + down * rng.uniform(0.1, 0.8))[..., None]
+    waves = np.sin(across * rng.uniform(0.05, 0.4) + down * rng.uniform(0.05, 0.4))[..., None]
     ground = rng.uniform(60, 200, 3) + 40 * waves * rng.uniform(-1, 1, 3)
     image = Image.fromarray(ground.clip(0, 255).astype(np.uint8))
     pen = ImageDraw.Draw(image)
     for _ in range(3):
-        left, top = rng.integers(0, SIDE - 20, 2)
-        width, height = rng.integers(8, 24, 2)
+        left, top = rng.integers(0, SIDE - 40, 2)
+        width, height = rng.integers(16, 48, 2)
         shape = pen.rectangle if rng.random() < 0.5 else pen.ellipse
         shape((left, top, left + width, top + height), fill=tuple(map(int, rng.integers(0, 256, 3))))
     return image

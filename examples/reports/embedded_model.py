@@ -27,18 +27,17 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scene_data import Sample, Stream
+from scene_data import FRESH, Sample, Stream
 from scene_evaluator import NOTHING_HELD_OUT, Judge, Verdict, labels, train_evaluator
 from scene_pictures import Renderer
 from scene_words import HeldOut, Scene, objects
 from torch_loop import Device
 
 from mlx_starflow import load
+from mlx_starflow.bench.doctor.embedded import PROMPT, SEED, means
 from mlx_starflow.media.images import grid, save_image
 from mlx_starflow.media.noise import draw_noise
-
-FRESH = 2 * 10**9
-"""Samples of the training stream from this number on were neither trained on nor looked at."""
+from mlx_starflow.model_dir.quantization import dequantize_module
 
 GRID = [
     ("a fox", Scene("one", ("fox",), "")),
@@ -222,6 +221,16 @@ def time_one(model: str) -> None:
     print(f"one picture from the shell, start of Python included: {sorted(seconds)[1]:.1f} s")
 
 
+def doctor(model: str) -> None:
+    """What `mlx-starflow doctor` compares this machine with: IMAGE_MEANS and NLL of bench/doctor/embedded.py."""
+    pipe = load(model, dtype="float32")
+    dequantize_module(pipe.flow)
+    result = pipe.generate(PROMPT, seed=SEED, method="sequential", verify=False)
+    for row in means(result.images[0]).round().astype(int):
+        print("    " + " ".join("".join(f"{value:02x}" for value in cell) for cell in row))
+    print(f"NLL = {float(pipe.flow(result.latents, pipe.encode_prompts([PROMPT])).nll()[0]):.6f}")
+
+
 def draw_grid(pipe: object, path: Path) -> None:
     held_out = HeldOut.read()
     result = pipe.generate([prompt for prompt, _ in GRID], seed=1)
@@ -239,8 +248,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--grid", type=Path, help="write the grid of pictures")
     parser.add_argument("--most", type=int, default=196, help="scenes a row of the table")
     parser.add_argument("--evaluator-steps", type=int, default=4000)
+    parser.add_argument("--only-doctor", action="store_true", help="print what doctor expects of the model, and stop")
     parser.add_argument("--only-evaluator", action="store_true", help="train and judge the evaluator, and stop")
     args = parser.parse_args(arguments)
+    model = args.model or str(args.run / "model")
+    if args.only_doctor:
+        return doctor(model)
     renderer, device = Renderer(args.data), Device.choose(1)
     checkpoint = args.run / "evaluator.pt"
     train_evaluator(renderer, checkpoint, device, args.evaluator_steps)
@@ -248,7 +261,6 @@ def main(arguments: list[str] | None = None) -> None:
     accuracy(judge, renderer, min(1000, 20 * args.most))
     if args.only_evaluator:
         return
-    model = args.model or str(args.run / "model")
     time_one(model)
     pipe = load(model)
     if args.grid:

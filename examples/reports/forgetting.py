@@ -1,8 +1,8 @@
 """What an anchor does against forgetting: fine-tuning with and without it, measured on new and on old pictures.
 
-    python examples/demo_data.py data/emoji
+    python examples/scene_data.py data/scenes --pictures data/pictures
     python examples/style_data.py data/twemoji --style twemoji
-    python examples/reports/forgetting.py data/emoji data/twemoji
+    python examples/reports/forgetting.py data/pictures data/twemoji
 
 Half of the old pictures may be given to the anchor; the likelihood on old data is that of others. All likelihoods are
 exact, in nats per latent dimension, with standard errors of the paired change. Folders may be caches too.

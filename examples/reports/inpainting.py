@@ -1,33 +1,60 @@
 """Every figure that docs/editing.md states about inpainting and variations, and its pictures.
 
-    python examples/demo_data.py data/emoji
-    python examples/reports/inpainting.py data/emoji docs
+    python examples/reports/inpainting.py data/scenes docs
 
-Ten pictures that the model was trained on and ten that it has never seen, each with its right half free and with a
-square in its middle free, painted with the caption as prompt and the defaults.
+Ten scenes of the kind that the model was trained on and ten that training never shows, for each of four reasons, drawn
+by program (`scene_data.py`); each with its right half free and with a square in its middle free, painted with the
+caption as prompt and the defaults.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from scene_pictures import Renderer
+from scene_words import Scene
+
 from mlx_starflow.editing import inpaint, read_mask, vary
 from mlx_starflow.editing.masks import soft_mask
 from mlx_starflow.likelihood import score
-from mlx_starflow.media.image_folder import ImageFolder
 from mlx_starflow.media.images import grid, save_image
 from mlx_starflow.pipelines import load
 
-TRAINED = "red apple,dog face,automobile,tulip,hamburger,octopus,soccer ball,rocket,guitar,birthday cake".split(",")
-HELD_OUT = (
-    "tornado,mouse face,syringe,card index,outbox tray,videocassette,bell,ballot box with ballot,hot beverage,waffle"
-).split(",")
-VARIED = ("tulip", "dog face", "rocket", "strawberry")
+TRAINED = {
+    "a red apple on a blue background": Scene("one", ("red apple",), "blue"),
+    "a dog on grass": Scene("one", ("dog",), "grass"),
+    "a car at sunset": Scene("one", ("car",), "sunset"),
+    "a big tulip": Scene("one", ("tulip",), "", "big"),
+    "a hamburger on a table": Scene("one", ("hamburger",), "table"),
+    "an octopus under water": Scene("one", ("octopus",), "water"),
+    "a rocket above a castle": Scene("above", ("rocket", "castle"), ""),
+    "a cat to the left of a dog on the beach": Scene("beside", ("cat", "dog"), "beach"),
+    "two foxes in the snow": Scene("two", ("fox",), "snow"),
+    "three donuts on a table": Scene("three", ("donut",), "table"),
+}
+HELD_OUT = {
+    "a slice of pizza at night": Scene("one", ("slice of pizza",), "night"),
+    "a banana on a red background": Scene("one", ("banana",), "red"),
+    "a fox in the rain": Scene("one", ("fox",), "rain"),
+    "an elephant to the left of a tiger": Scene("beside", ("elephant", "tiger"), ""),
+    "a robot and a unicorn on a green background": Scene("beside", ("robot", "unicorn"), "green"),
+    "a crown above a cat": Scene("above", ("crown", "cat"), ""),
+    "a bell on a white background": Scene("one", ("bell",), "white"),
+    "a television on a table": Scene("one", ("television",), "table"),
+    "a giraffe on grass": Scene("one", ("giraffe",), "grass"),
+    "a shark under water": Scene("one", ("shark",), "water"),
+}
+"""Combinations that training never shows, and, the last four, objects that it never shows."""
+
+VARIED = ("a big tulip", "a dog on grass", "a rocket above a castle", "two foxes in the snow")
 SEEDS = 2
 BAND = range(-4, 7)
 """Pixels from the mask's edge, outwards, between which steps are looked for."""
@@ -37,17 +64,16 @@ class Report:
     """The parts, each a method that prints its figures and draws its picture."""
 
     def __init__(self, folder: Path, pictures: Path, model: str):
-        self.model, self.pictures, self.images = load(model), pictures, {}
+        self.model, self.pictures, renderer = load(model), pictures, Renderer(folder)
         self.size = self.model.size
-        for split, names in (("train", {*TRAINED, *VARIED}), ("held_out", HELD_OUT)):
-            found = ImageFolder.read(folder, size=self.size[0], splits=(split,))
-            for pixels, captions in zip(found.images, found.captions, strict=True):
-                if captions[0] in names:
-                    self.images[captions[0]] = Image.fromarray(pixels)
+        self.images = {
+            name: Image.fromarray(renderer.render(scene, np.random.default_rng(0)))
+            for name, scene in {**TRAINED, **HELD_OUT}.items()
+        }
 
     def inpainting(self) -> None:
         width, height = self.size
-        masks = {"right half": f"{width // 2},0,{width // 2},{height}", "square": "20,20,24,24"}
+        masks = {"right half": f"{width // 2},0,{width // 2},{height}", "square": "40,40,48,48"}
         shown: list[Image.Image] = []
         figures: dict[tuple[str, str], list[np.ndarray]] = {}
         seconds = []
@@ -74,7 +100,7 @@ class Report:
                     ])  # fmt: skip
                     figures.setdefault((what, kind), []).append(row)
                     told = "NLL {:.3f}, painted {:.3f}; RMS {:5.1f}; step {:5.1f}, painted {:5.1f}".format(*row)
-                    print(f"{kind:9}{name:24}{what:11} {told}", flush=True)
+                    print(f"{kind:9}{name:46}{what:11} {told}", flush=True)
         for (what, kind), rows in figures.items():
             mean = np.mean(rows, axis=0)
             print("{:11}{:9} NLL {:.3f}, painted {:.3f}; RMS to the original {:.1f}; largest step {:.1f}, painted "
@@ -90,7 +116,7 @@ class Report:
             made = vary(self.model, image, name, images=6, seed=1).images
             between = [rms(a, b) for k, a in enumerate(made) for b in made[:k]]
             away = [rms(image, each) for each in made]
-            print(f"{name:12}variations are {np.mean(between):.1f} of 255 levels apart (RMS), "
+            print(f"{name:26}variations are {np.mean(between):.1f} of 255 levels apart (RMS), "
                   f"{np.mean(away):.1f} from the picture")  # fmt: skip
             shown += [image, *made]
         save_image(grid(shown, columns=7), self.pictures / "vary.png")
@@ -118,7 +144,7 @@ def step(image: Image.Image, free: np.ndarray) -> float:
 def main(arguments: list[str] | None = None) -> None:
     parts = ("inpainting", "variations")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, help="the folder examples/demo_data.py wrote")
+    parser.add_argument("data", type=Path, help="folder of the sprites, as scene_data.py writes it; fetched if missing")
     parser.add_argument("pictures", type=Path, help="folder for the pictures")
     parser.add_argument("--model", default="demo")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts, metavar="PART")

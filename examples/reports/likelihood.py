@@ -1,16 +1,20 @@
 """Every figure that docs/likelihood.md states, and its pictures.
 
-    python examples/demo_data.py data/emoji
-    python examples/reports/likelihood.py data/emoji docs
+    python examples/reports/embedded_model.py data/scenes runs/scenes --only-evaluator    # an hour on one CPU core
+    python examples/reports/likelihood.py data/scenes docs --evaluator runs/scenes/evaluator.pt
 
-The photographs are sample pictures of scikit-image (public domain or CC0) and scikit-learn (china.jpg and flower.jpg,
-CC BY 2.0), taken out of their wheels, which `pip download` fetches from PyPI. `--only` runs some of the parts.
+Scenes are drawn by program (`scene_data.py`): the first of the training stream, which the model was trained on, as many
+of kinds that training never shows, and fresh ones. What a sample shows is judged by a classifier that is no part of the
+model (`scene_evaluator.py`). The photographs are sample pictures of scikit-image (public domain or CC0) and
+scikit-learn (china.jpg and flower.jpg, CC BY 2.0), taken out of their wheels, which `pip download` fetches from PyPI.
+`--only` runs some of the parts.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import math
 import platform
 import subprocess
@@ -26,10 +30,15 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from scene_data import FRESH, Sample, Stream
+from scene_pictures import Renderer
+from scene_words import KINDS, Scene
+
 from mlx_starflow.editing import encode, interpolate, reprompt
 from mlx_starflow.likelihood import CalibrationStatistics, heat_map, score, standard_error, token_nats, with_noise
 from mlx_starflow.likelihood.prompts import log_likelihoods
-from mlx_starflow.media.image_folder import ImageFolder
 from mlx_starflow.media.images import grid, save_image
 from mlx_starflow.media.pixels import crop_image
 from mlx_starflow.models.starflow import FlowConfig, STARFlow
@@ -48,39 +57,57 @@ VIEWS = 8
 """Parts of each photograph."""
 
 
-class Pictures:
-    """Some pictures with their captions and latents."""
+COUNT = 200
+"""Scenes of either kind, trained and held out."""
 
-    def __init__(self, model: ImagePipeline, folder: ImageFolder):
-        self.images = [Image.fromarray(picture) for picture in folder.images]
-        self.names = [captions[0] for captions in folder.captions]
+CAR = ("a car on a yellow background", Scene("one", ("car",), "yellow"))
+TULIP = ("a tulip on a blue background", Scene("one", ("tulip",), "blue"))
+APPLE = ("a red apple on a blue background", Scene("one", ("red apple",), "blue"))
+DOG = ("a dog on grass", Scene("one", ("dog",), "grass"))
+PAIR = ("a cat to the left of a dog on the beach", Scene("beside", ("cat", "dog"), "beach"))
+SMILEY = ("a smiley", Scene("one", ("smiley",), ""))
+BALL = ("a soccer ball on grass", Scene("one", ("soccer ball",), "grass"))
+HEART = ("a red heart", Scene("one", ("red heart",), ""))
+"""Trained scenes, with their captions."""
+
+
+class Pictures:
+    """Some scenes with their captions and latents."""
+
+    def __init__(self, model: ImagePipeline, samples: list[Sample]):
+        self.images = [Image.fromarray(sample.picture) for sample in samples]
+        self.names = [sample.caption for sample in samples]
         self._model = model
 
     @cached_property
     def data(self) -> np.ndarray:
-        return self._model.to_data(self.images)
+        return self.latents(len(self.images))
 
-    def find(self, name: str) -> Image.Image:
-        return self.images[self.names.index(name)]
+    def latents(self, count: int) -> np.ndarray:
+        """Of the first scenes."""
+        return self._model.to_data(self.images[:count])
 
 
 class Report:
     """The parts, each a method that prints its figures."""
 
-    def __init__(self, folder: Path, pictures: Path, model: str):
+    def __init__(self, data: Path, pictures: Path, model: str, evaluator: Path | None):
         self.model = load(model)
         self.size = self.model.size
-        self.known, self.unseen = (
-            Pictures(self.model, ImageFolder.read(folder, size=self.size[0], splits=(split,)))
-            for split in ("train", "held_out")
-        )
+        self.renderer, self.evaluator = Renderer(data), evaluator
+        self.known = Pictures(self.model, [Stream(self.renderer)[number] for number in range(COUNT)])
+        held_out = zip(*(itertools.islice(Stream(self.renderer, 0, kind), COUNT) for kind in KINDS[1:]), strict=True)
+        self.unseen = Pictures(self.model, list(itertools.islice(itertools.chain.from_iterable(held_out), COUNT)))
         self.folder = pictures
         self.statistics = CalibrationStatistics.find(self.model.directory)
 
+    def draw(self, scene: Scene) -> Image.Image:
+        return Image.fromarray(self.renderer.render(scene, np.random.default_rng(0)))
+
     def exactness(self) -> None:
         """The surprise map sums to the NLL, and log-dets are those of the Jacobian."""
-        x = with_noise(self.model.flow, np.concatenate([self.known.data[:32], self.unseen.data]), 0)
-        text = self.model.conditions([*self.known.names[:32], *self.unseen.names])
+        x = with_noise(self.model.flow, np.concatenate([self.known.latents(32), self.unseen.latents(20)]), 0)
+        text = self.model.conditions([*self.known.names[:32], *self.unseen.names[:20]])
         out = self.model.dense_flow()(mx.array(x), text)
         nll = np.array(out.nll()) + 0.5 * math.log(2 * math.pi)
         maps = token_nats(self.model.flow, mx.array(x), text).sum(axis=1)
@@ -101,17 +128,18 @@ class Report:
             encoded, trip = encode(self.model, pictures.images[:20], pictures.names[:20])
             print(f"20 {what} pictures to noise (standard deviation {encoded.noise.std():.3f}) and back: {trip}")
         error = []
-        for name in ("red apple", "dog face", "automobile"):
-            back = reprompt(self.model, self.known.find(name), name, "green book", [0.0])
-            error.append(np.abs(back.data[0] - self.known.data[self.known.names.index(name)]).max())
+        for name, scene in (APPLE, DOG, CAR):
+            image = self.draw(scene)
+            back = reprompt(self.model, image, name, "a key in the rain", [0.0])
+            error.append(np.abs(back.data[0] - self.model.to_data([image])[0]).max())
         print(f"re-prompt at strength 0: largest difference of the latents {max(error):.1e} (3 pictures)")
 
-    def prompt_fit(self, count: int = 200, captions: int = 20) -> None:
+    def prompt_fit(self, captions: int = 20) -> None:
         """Which of 20 captions fits a picture best."""
         rng = np.random.default_rng(0)
-        chosen = np.linspace(0, len(self.known.names) - 1, count).astype(int)
-        for what, pictures, numbers in (("training", self.known, chosen), ("held-out", self.unseen, range(20))):
+        for what, pictures in (("training", self.known), ("held-out", self.unseen)):
             right = {1: 0, 2: 0}
+            numbers = range(len(pictures.names))
             for number in numbers:
                 own = pictures.names[number]
                 others = [name for name in dict.fromkeys(pictures.names) if name != own]
@@ -123,46 +151,47 @@ class Report:
             shares = ", ".join(f"{share / len(numbers):.1%} (draws: {draws})" for draws, share in right.items())
             print(f"prompt fit picks the caption among {captions}, {what} pictures ({len(numbers)}): {shares}")
 
-    def best_of_eight(self, every: int = 8, candidates: int = 8) -> None:
-        """The best of eight against one sample, judged by training pictures: how far the nearest one of that name is,
-        and how much further the nearest one of another name."""
-        asked = list(dict.fromkeys(self.known.names[3::every]))
+    def best_of_eight(self, prompts: int = 120, candidates: int = 8) -> None:
+        """The best of eight against one sample: how many show all that the prompt says, as the evaluator sees it."""
+        from scene_evaluator import Judge
+        from torch_loop import Device
+
+        if self.evaluator is None:
+            raise SystemExit("best_of_eight needs --evaluator: see examples/reports/embedded_model.py")
+        judge = Judge.read(self.evaluator, Device("cpu"))
+        asked = [Stream(None)[FRESH + number] for number in range(prompts)]
         for what, settings in {
             "the model's settings (guidance 1, temperature 0.7)": {},
             "plain samples (guidance 0, temperature 1)": {"guidance": 0.0, "temperature": 1.0},
         }.items():
-            distances, others, nats = [], [], []
-            for name in asked:
+            right, nats = [], []
+            for sample in asked:
                 # What `best_of` does, but here all candidates are wanted.
                 seeds = range(100, 100 + candidates)
-                latents = np.array(self.model.generate(name, seed=seeds, verify=False, **settings).latents)
-                both = log_likelihoods(self.model, latents, [name, ""], draws=8, numbers=[0] * candidates)
+                made = self.model.generate(sample.caption, seed=seeds, verify=False, **settings)
+                both = log_likelihoods(
+                    self.model, np.array(made.latents), [sample.caption, ""], draws=8, numbers=[0] * candidates
+                )
                 nats.append(both.mean(axis=0))
-                away = np.sqrt(np.square(latents[:, None] - self.known.data).mean(axis=(2, 3, 4)))
-                own = np.array([each == name for each in self.known.names])
-                distances.append(away[:, own].min(axis=1))
-                others.append(away[:, ~own].min(axis=1))
-            distance, (prompted, unprompted) = np.array(distances), np.array(nats).transpose(2, 0, 1)
-            margin = np.array(others) - distance
+                verdicts = judge([np.asarray(image) for image in made.images])
+                right.append([v.has_layout(sample.scene) and v.has_background(sample.scene) for v in verdicts])
+            shows, (prompted, unprompted) = np.array(right, float), np.array(nats).transpose(2, 0, 1)
             print(
-                f"{what}, {len(asked)} prompts: RMS distance to the nearest training picture of that name: "
-                f"one sample {distance.mean():.4f}, nearest of {candidates} {distance.min(axis=1).mean():.4f}; "
-                f"nearest of another name: {margin.mean():.4f} further"
+                f"{what}, {prompts} prompts: one sample in {shows.mean():.1%} shows all that was asked for, "
+                f"one of {candidates} in {shows.max(axis=1).mean():.1%}"
             )
             for weight in (1.0, 0.5, 0.25, 0.0):
                 best = (prompted - weight * unprompted).argmax(axis=1)
-                gain = distance.mean(axis=1) - distance[range(len(asked)), best]
-                more = margin[range(len(asked)), best] - margin.mean(axis=1)
+                gain = shows[range(prompts), best] - shows.mean(axis=1)
                 print(
-                    f"    best by log p(x | prompt) - {weight:g} log p(x): nearer by {gain.mean():+.4f} +- "
-                    f"{standard_error(gain):.4f}, others further by {more.mean():+.4f} +- {standard_error(more):.4f}"
+                    f"    best by log p(x | prompt) - {weight:g} log p(x): {gain.mean():+.1%} +- "
+                    f"{standard_error(gain):.1%}"
                 )
 
     def anomalies(self, count: int = 100) -> None:
         """AUROC of raw NLL and of typicality against pictures of other kinds, without prompts."""
         rng = np.random.default_rng(0)
-        chosen = np.linspace(0, len(self.known.names) - 1, count).astype(int)
-        known, unseen = [self.known.images[number] for number in chosen], self.unseen.images
+        known, unseen = self.known.images[:count], self.unseen.images[:count]
         kinds = {
             "training": known,
             "held-out": unseen,
@@ -192,28 +221,33 @@ class Report:
 
     def _maps(self) -> None:
         """Surprise of a picture and of itself with one patch exchanged."""
-        name = "automobile"
-        image = self.known.find(name)
+        name, scene = CAR
+        image = self.draw(scene)
         spoiled = image.copy()
-        spoiled.paste(self.known.find("tulip").crop((16, 16, 32, 32)), (32, 32))
+        middle = (48, 48, 80, 80)
+        spoiled.paste(self.draw(TULIP[1]).crop(middle), (64, 64))
         scores = score(self.model, [image, spoiled], name)
         highest = max(each.surprise.max() for each in scores)
         maps = [heat_map(each, s.surprise, 0, highest) for each, s in zip([image, spoiled], scores, strict=True)]
         save_image(grid(maps, columns=2, gap=8), self.folder / "surprise.png")
         nll = ", ".join(f"{each.nll:.3f}" for each in scores)
-        print(f"surprise.png: {name}, and with a patch of tulip in it: NLL {nll}")
+        print(f"surprise.png: {name}, and with a patch of a tulip in it: NLL {nll}")
 
     def edits(self) -> None:
         """Re-prompting and interpolation, for people to look at."""
         shown: list[Image.Image] = []
         steps = [0.0, 0.25, 0.5, 0.75, 1.0, 2.0]
-        for source, target in (("red apple", "green apple"), ("dog face", "cat face"), ("red heart", "blue heart")):
-            image = self.known.find(source)
+        for (source, scene), target in (
+            (APPLE, "a green apple on a blue background"),
+            (DOG, "a cat on grass"),
+            (PAIR, "a cat to the left of a dog at night"),
+        ):
+            image = self.draw(scene)
             result = reprompt(self.model, image, source, target, steps)
             shown += [image, *result.images]
-        for ends in (("grinning face", "soccer ball"), ("red heart", "automobile")):
-            images = [self.known.find(name) for name in ends]
-            shown += interpolate(self.model, *images, ends, np.linspace(0, 1, len(steps) + 1)).images
+        for ends in ((SMILEY, BALL), (HEART, CAR)):
+            images, names = [self.draw(scene) for _, scene in ends], [name for name, _ in ends]
+            shown += interpolate(self.model, *images, names, np.linspace(0, 1, len(steps) + 1)).images
         save_image(grid(shown, columns=len(steps) + 1), self.folder / "edits.png")
         print(f"edits.png: a picture, then re-prompted with strengths {', '.join(f'{s:g}' for s in steps)}")
 
@@ -221,7 +255,7 @@ class Report:
 # ---- pictures of other kinds
 
 
-def shuffled(image: Image.Image, rng: np.random.Generator, side: int = 16) -> Image.Image:
+def shuffled(image: Image.Image, rng: np.random.Generator, side: int = 32) -> Image.Image:
     """A picture's square patches in another order."""
     pixels = np.asarray(image)
     rows, columns = pixels.shape[0] // side, pixels.shape[1] // side
@@ -286,13 +320,14 @@ def tiny_flow() -> STARFlow:
 def main(arguments: list[str] | None = None) -> None:
     parts = ("exactness", "round_trip", "prompt_fit", "best_of_eight", "anomalies", "edits")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, help="the folder examples/demo_data.py wrote")
+    parser.add_argument("data", type=Path, help="folder of the sprites, as scene_data.py writes it; fetched if missing")
     parser.add_argument("pictures", type=Path, help="folder for the pictures")
     parser.add_argument("--model", default="demo")
+    parser.add_argument("--evaluator", type=Path, help="what judges samples: evaluator.pt of embedded_model.py")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts, metavar="PART")
     args = parser.parse_args(arguments)
     print(f"machine: {platform.platform()}, {platform.processor() or platform.machine()}, MLX {mx.__version__}")
-    report = Report(args.data, args.pictures, args.model)
+    report = Report(args.data, args.pictures, args.model, args.evaluator)
     for part in args.only:
         began = time.perf_counter()
         print(f"\n# {part.replace('_', ' ')}")

@@ -11,7 +11,7 @@ MACS = (8, 16, 24, 32, 48, 64, 96, 128)
 """Memory that Macs are sold with, GB."""
 
 ROWS: tuple[tuple[str, str, str, tuple[int, int] | None, KVBits], ...] = (
-    ("`demo`, in this package", "demo", "pictures of 64x64", None, 0),
+    ("`demo`, in this package", "demo", "pictures of 128x128", None, 0),
     ("`apple/starflow`, 3 B", "apple/starflow", "pictures of 256x256", None, 0),
     ("`apple/starflow-v`, 7 B", "apple/starflow-v", "81 frames of 432x240", (432, 240), 0),
     ("`apple/starflow-v`, 7 B", "apple/starflow-v", "81 frames of 848x480", None, 0),

@@ -1,7 +1,8 @@
 """What each way to quantize a flow saves and costs, in bytes and in exact likelihood.
 
-    python examples/demo_data.py data/emoji
-    python examples/reports/quantization.py runs/demo/model data/emoji
+    python examples/train_scenes.py data/scenes runs/scenes --export --dense
+    python examples/scene_data.py data/scenes --pictures data/pictures
+    python examples/reports/quantization.py runs/scenes/dense data/pictures
 
 Start from dense weights: those of a model that is quantized already are compared with themselves. The change is
 paired: every model sees the same noise.

@@ -36,7 +36,7 @@ from mlx_starflow import load
 
 KEY = "a-key-for-this-report"
 AUTHORIZATION = {"Authorization": f"Bearer {KEY}"}
-PROMPTS = ["a cat", "a red apple", "a rocket", "a slice of pizza", "a dog face"]
+PROMPTS = ["a cat", "a red apple", "a rocket", "a slice of pizza", "a dog"]
 
 
 @contextmanager

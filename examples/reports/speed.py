@@ -1,7 +1,6 @@
 """Every figure of docs/speed.md: this code against PyTorch, on the same weights and noise, in turn, in one process.
 
-    python examples/demo_data.py data/emoji
-    python examples/train_latent_flow.py data/emoji runs/latent
+    python examples/train_latent_flow.py data/scenes runs/latent
     python examples/reports/speed.py --trained runs/latent/model     # on a machine that has nothing else to do
 
 Two flows are sampled, in float32, one picture at a time: *random*, the architecture of the released image model in

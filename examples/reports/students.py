@@ -4,19 +4,21 @@
     mlx-starflow distill demo --prompt-file prompts.txt -o runs/matching --kind matching
     mlx-starflow distill demo --prompt-file prompts.txt -o runs/independent --kind matching --independent
     python examples/reports/students.py demo --inverse runs/inverse --matching runs/matching \\
-        --independent runs/independent --pictures data/emoji
+        --independent runs/independent --scenes data/scenes --evaluator runs/scenes/evaluator.pt
 
 Every way makes the same images of the same noise, one at a time: seconds and evaluations are those of an image, without
 text encoder and decoder. The distance is RMS, of clean latents to those of the sequential sample, in standard
-deviations of these. What is exact has its certificate. With captioned pictures the prompts are captions of these, and
-an image is right if the picture that is nearest to it, by latents, has the caption that it was made of; a standard
-error stands behind. The kernel distance is that of KID, of clean latents, times 1000. A second
-table says what first guesses with an error would save, whoever makes them.
+deviations of these. What is exact has its certificate. With --scenes the prompts are captions of scenes such as the
+embedded model was trained on, and an image is right if a classifier that is no part of the model (`scene_evaluator.py`)
+sees all in it that its caption says; a standard error stands behind. The kernel distance is that of KID, of clean
+latents and those of the scenes, times 1000. A second table says what first guesses with an error would save, whoever
+makes them.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,9 +27,13 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from scene_data import FRESH, Sample, Stream
+from scene_pictures import Renderer
+
 from mlx_starflow.bench.trials import PROMPTS
 from mlx_starflow.evaluation.measures import LEAST, kernel_distance
-from mlx_starflow.media.image_folder import ImageFolder
 from mlx_starflow.media.noise import draw_noise
 from mlx_starflow.model_dir.directory import load_student
 from mlx_starflow.models.student import Student
@@ -66,17 +72,18 @@ class Made:
 class Report:
     """The ways, all with the same prompts and the same noise."""
 
-    def __init__(self, model: str, samples: int, pictures: Path | None):
+    def __init__(self, model: str, samples: int, scenes: Path | None, evaluator: Path | None):
         self.pipe = load(model)
         self.settings = self.pipe.settings
-        self.known: tuple[np.ndarray, list[str]] | None = None
+        self.evaluator = evaluator
+        self.scenes: list[Sample] = []
+        self.known: np.ndarray | None = None
         prompts = list(PROMPTS)
-        if pictures is not None:
-            found = ImageFolder.read(pictures, size=self.pipe.size[0], splits=("train",))
-            names = [captions[0] for captions in found.captions]
-            self.known = self.pipe.to_data(list(found.images)).reshape(len(names), -1), names
-            chosen = np.random.default_rng(0).permutation(len(names))[:samples]
-            prompts = [names[index] for index in chosen]
+        if scenes is not None:
+            stream = Stream(Renderer(scenes))
+            self.scenes = [stream[FRESH + number] for number in range(samples)]
+            prompts = [scene.caption for scene in self.scenes]
+            self.known = self.pipe.to_data([scene.picture for scene in self.scenes]).reshape(samples, -1)
         self.prompts = [prompts[index % len(prompts)] for index in range(samples)]
         self.z = self.settings.temperature * draw_noise(range(samples), self.pipe.noise_shape())
         self.null = self.pipe.conditions([""]) if self.settings.guidance else None
@@ -142,21 +149,22 @@ class Report:
         return self.images(make)
 
     def right(self, latents: np.ndarray) -> str:
-        """The share of images whose nearest picture has their caption."""
-        if self.known is None:
+        """The share of images that show all that their captions say."""
+        if not self.scenes or self.evaluator is None:
             return ""
-        pictures, names = self.known
-        flat = latents.reshape(len(latents), -1)
-        distances = np.square(pictures).sum(1) - 2 * flat @ pictures.T
-        hits = [names[nearest] == prompt for nearest, prompt in zip(distances.argmin(1), self.prompts, strict=True)]
+        from scene_evaluator import Judge
+        from torch_loop import Device
+
+        verdicts = Judge.read(self.evaluator, Device("cpu"))([np.asarray(i) for i in self.pipe.to_images(latents)])
+        hits = [v.has_layout(s.scene) and v.has_background(s.scene) for v, s in zip(verdicts, self.scenes, strict=True)]
         share = float(np.mean(hits))
         return f"{100 * share:.0f} +- {100 * np.sqrt(share * (1 - share) / len(hits)):.0f} %"
 
     def kernel(self, latents: np.ndarray) -> str:
-        """The kernel distance of the images' latents to those of the pictures, times 1000."""
+        """The kernel distance of the images' latents to those of the scenes, times 1000."""
         if self.known is None or len(latents) < LEAST:
             return ""
-        found = kernel_distance(self.known[0], latents.reshape(len(latents), -1))
+        found = kernel_distance(self.known, latents.reshape(len(latents), -1))
         return f"{1000 * found.mean:.0f} +- {1000 * found.error:.0f}"
 
     def line(self, name: str, made: Made) -> None:
@@ -175,10 +183,11 @@ def main() -> None:
     parser.add_argument("--inverse", type=Path, help="a student's folder")
     parser.add_argument("--matching", type=Path, help="a student's folder")
     parser.add_argument("--independent", type=Path, help="that of one that has learned from independent noise")
-    parser.add_argument("--pictures", type=Path, help="captioned pictures")
+    parser.add_argument("--scenes", type=Path, help="folder of the sprites, as scene_data.py writes it")
+    parser.add_argument("--evaluator", type=Path, help="what judges images: evaluator.pt of embedded_model.py")
     parser.add_argument("--samples", type=int, default=64)
     arguments = parser.parse_args()
-    report = Report(arguments.model, arguments.samples, arguments.pictures)
+    report = Report(arguments.model, arguments.samples, arguments.scenes, arguments.evaluator)
     model = report.pipe.model
     print(
         "| | seconds | evaluations | distance | certificate | right | kernel distance |\n|---|---|---|---|---|---|---|"

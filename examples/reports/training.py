@@ -31,7 +31,7 @@ def config(channels: int) -> Any:
 def arrays(batch: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     latents, noise = rng.standard_normal((2, batch, 16, 16, 4), dtype=np.float32)
-    return {"latents": latents, "noise": noise, "text": rng.standard_normal((batch, 12, 192), dtype=np.float32)}
+    return {"latents": latents, "noise": noise, "text": rng.standard_normal((batch, 24, 256), dtype=np.float32)}
 
 
 def mlx_step(channels: int, batch: int, checkpoint: bool, compiled: bool) -> Callable[[], None]:
@@ -116,7 +116,7 @@ def parts(channels: int, batch: int, turns: int) -> dict[str, float]:
     data = {name: mx.array(array) for name, array in arrays(batch).items()}
     gradient = nn.value_and_grad(flow, lambda: batch_loss(flow, data)[0])
     # One layer's work, forward and backward, at the deep block's and the shallow blocks' lengths.
-    rows = batch * (12 + 16) * 6 + batch * 16 * 4
+    rows = batch * (24 + 16) * 6 + batch * 16 * 4
     x, wide = mx.random.normal((rows, channels)), mx.random.normal((rows, 4 * channels))
     weights = [mx.random.normal((channels, n * channels)) for n in (3, 1, 4)]
     down = mx.random.normal((4 * channels, channels))

@@ -26,7 +26,6 @@ from mlx_starflow.media.noise import draw_noise
 from mlx_starflow.model_dir.directory import load_flow
 from mlx_starflow.model_dir.quantization import dequantize_module
 from mlx_starflow.models.starflow import STARFlow
-from mlx_starflow.pipelines import load
 from mlx_starflow.sampling import JacobiSettings, RollingSettings, SamplingOptions, SequentialSettings
 from mlx_starflow.sampling.trials import COSTS, Trial, TunedSample, attempt, cheapest, tuned_samples, windows
 from mlx_starflow.sampling.tuning import DEEP_SHARE, OTHERS_SHARE
@@ -36,17 +35,17 @@ EASY = 0.5
 
 
 def task(model: str, samples: int) -> Task:
-    """What is sampled: a model's own prompts or, of a flow over latents without an encoder, the embedded model's."""
-    flow = None
-    if model != "demo" and not (Path(model) / "text_encoder").exists():
-        flow = load_flow(model)
-    if not isinstance(flow, STARFlow) or not flow.config.txt_size:
+    """What is sampled: a model's own prompts or, of a flow alone, embeddings of one that lie beside it."""
+    stored = Path(model) / "text.safetensors"
+    if not stored.is_file():
         return prepare(model, PROMPTS[:samples]).task
+    flow = load_flow(model)
+    assert isinstance(flow, STARFlow)
     dequantize_module(flow)
-    texts = load("demo").encode_prompts([*PROMPTS[:samples], ""])
-    config = flow.config
+    texts, config = mx.load(str(stored)), flow.config
     z = draw_noise(range(samples), (config.img_size, config.img_size, config.channel_size))
-    return Task(flow, mx.array(z), texts[:-1], texts[-1:], config.cfg or 2.5)
+    text = mx.repeat(texts["text"], samples, axis=0)
+    return Task(flow, mx.array(z), text, texts["null"], config.cfg or 2.5)
 
 
 def measures(samples: list[TunedSample], index: int) -> dict[str, float]:

@@ -20,7 +20,7 @@ from mlx_starflow.pipelines.class_labels import own_settings
 from mlx_starflow.sampling import Certificate, SamplingPlan, SamplingTrace, certify, sample
 from mlx_starflow.sampling.methods import Method
 
-PROMPTS = ("a red apple", "a cat face", "a rocket", "a slice of pizza")
+PROMPTS = ("a fox", "a red apple on a blue background", "a rocket above a castle", "a cat to the left of a dog")
 
 
 @dataclass(frozen=True)

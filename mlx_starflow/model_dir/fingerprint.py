@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -21,17 +23,20 @@ FUSED = "fused"
 """Entry of a flow's `config.json`: digests and strengths of the adapters that are part of its weights."""
 
 
-def fingerprint(directory: Path) -> str:
+def fingerprint(directory: Path, config: Mapping[str, Any] | None = None) -> str:
     """Tells a model's weights from others by the layers that every training changes and no quantization touches.
 
     Adapters do not change these: those that are fused into the weights count as `config.json` names them.
+
+    Args:
+        config: what `config.json` holds, where it has been read already.
     """
     digest = hashlib.sha256()
     for name, array in sorted(load_weights(directory).items()):
         if ".proj_out." in name:
             digest.update(name.encode())
             digest.update(np.array(array.astype(mx.float32)).tobytes())
-    if fused := read_config(directory).get(FUSED):
+    if fused := (read_config(directory) if config is None else config).get(FUSED):
         digest.update(json.dumps(fused, sort_keys=True).encode())
     return digest.hexdigest()[:16]
 

@@ -55,7 +55,7 @@ class ClassPipeline(ImageMaker):
             raise StarflowError(f"{name} does not read class labels: it is no TarFlow")
         self.config = config = model.flow.config
         self.classes = read_classes(model, config.num_classes)
-        self.plan = SamplingPlan.find(model.path, backend.flow_precision)
+        self.plan = SamplingPlan.find(model.path, backend.flow_precision, model.flow.content)
         self.settings = own_settings(model)
         self.temperature = self.settings.temperature
         self._noise_level: float | None = None

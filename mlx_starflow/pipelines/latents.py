@@ -48,7 +48,7 @@ class LatentPipeline(Pipeline):
             raise StarflowError(f"{name} does not read prompts: use load_flow and sample in Python")
         _ = model.text_encoder  # which is missed before the autoencoder is
         self.config, self.vae_config = config, model.vae.config
-        self.plan = SamplingPlan.find(model.path, backend.flow_precision)
+        self.plan = SamplingPlan.find(model.path, backend.flow_precision, model.flow.content)
         self.settings = GenerationSettings.from_dict({"guidance": config.cfg, **model.pipeline})
         self.temperature = self.settings.temperature
         self._fit: set[tuple[object, ...]] = set()

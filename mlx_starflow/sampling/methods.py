@@ -193,8 +193,8 @@ class SamplingPlan:
         return path
 
     @classmethod
-    def find(cls, directory: Path, precision: str = "") -> SamplingPlan | None:
-        """The plan in a model directory for a flow of a precision ("" is any).
+    def find(cls, directory: Path, precision: str = "", config: Mapping[str, Any] | None = None) -> SamplingPlan | None:
+        """The plan in a model directory for a flow of a precision ("" is any); `config` as `fingerprint` takes it.
 
         None if there is none, or it is another model's or another precision's, which is warned about.
         """
@@ -206,7 +206,7 @@ class SamplingPlan:
         except StarflowError as error:
             raise StarflowError(f"{path} is damaged ({error}); run `mlx-starflow tune` again") from None
         found = cls.from_dict(values, str(path))
-        if found.fingerprint and found.fingerprint != fingerprint(directory):
+        if found.fingerprint and found.fingerprint != fingerprint(directory, config):
             warnings.warn(
                 f"{path} was measured with other weights and is ignored; run `mlx-starflow tune` again", stacklevel=2
             )

@@ -83,36 +83,36 @@ def router(service: Service) -> APIRouter:
         "generate",
         requests.Generate,
         lambda asked: work.generate(asked, gallery, limits),
-        example={"prompt": "a slice of pizza", "seed": 7, "previews": True},
+        example={"prompt": "a fox to the left of a cactus at night", "seed": 7, "previews": True},
         about=("prompt", "n", "seed"),
     )
-    job("score", requests.Score, work.score, example={"image": image, "prompt": "cat face"})
+    job("score", requests.Score, work.score, example={"image": image, "prompt": "a cat"})
     job(
         "classify",
         requests.Classify,
         lambda asked: work.classify(asked, limits),
-        example={"image": image, "labels": ["cat face", "dog face"]},
+        example={"image": image, "labels": ["a cat", "a dog"]},
         about=("labels",),
     )
     job(
         "encode",
         requests.Encode,
         lambda asked: work.encode(asked, gallery),
-        example={"image": image, "prompt": "cat face"},
+        example={"image": image, "prompt": "a cat"},
     )
     job("decode", requests.Decode, lambda asked: work.decode(asked, gallery, limits), example={"noise": "..."})
     job(
         "reprompt",
         requests.Reprompt,
         lambda asked: work.reprompt(asked, gallery, limits),
-        example={"image": image, "source": "dog face", "target": "cat face", "strengths": [0.5, 1.0]},
+        example={"image": image, "source": "a dog", "target": "a cat", "strengths": [0.5, 1.0]},
         about=("source", "target", "strengths"),
     )
     job(
         "vary",
         requests.Vary,
         lambda asked: work.vary(asked, gallery, limits),
-        example={"image": image, "prompt": "cat face", "n": 4},
+        example={"image": image, "prompt": "a cat", "n": 4},
         about=("prompt", "n", "strengths", "seed"),
     )
     job(
@@ -126,7 +126,7 @@ def router(service: Service) -> APIRouter:
         "inpaint",
         requests.Inpaint,
         lambda asked: work.inpaint(asked, gallery, limits),
-        example={"image": image, "rectangle": "16,16,32,32", "prompt": "cat face"},
+        example={"image": image, "rectangle": "32,32,64,64", "prompt": "a cat"},
         about=("prompt", "n", "seed"),
     )
     job(

@@ -71,7 +71,7 @@ def _picture(value: Any, info: ValidationInfo) -> bytes:
 
 
 def _size(value: Any) -> Any:
-    """ "64x64" -> (64, 64); "auto" -> None."""
+    """ "128x128" -> (128, 128); "auto" -> None."""
     if value is None or value == "auto":
         return None
     if isinstance(value, tuple):
@@ -83,7 +83,7 @@ def _size(value: Any) -> Any:
         ):
             raise ValueError
     except ValueError:
-        raise ValueError('a size is WIDTHxHEIGHT in pixels, such as "64x64", or "auto"') from None
+        raise ValueError('a size is WIDTHxHEIGHT in pixels, such as "128x128", or "auto"') from None
     return width, height
 
 
@@ -107,7 +107,7 @@ File = Annotated[
 Size = Annotated[
     tuple[int, int] | None,
     BeforeValidator(_size),
-    WithJsonSchema({"type": "string", "examples": ["auto", "64x64"]}),
+    WithJsonSchema({"type": "string", "examples": ["auto", "128x128"]}),
 ]
 Seed = Annotated[int, Field(ge=0, le=MOST_SEED)]
 Upscale = Annotated[
@@ -149,7 +149,7 @@ class Sampling(Request):
 class Generate(Sampling):
     """Images of a prompt."""
 
-    prompt: Text = Field(examples=["a slice of pizza"])
+    prompt: Text = Field(examples=["a fox to the left of a cactus at night"])
     method: Method | None = None
     student: Student = None
     steps: Steps = None
@@ -248,7 +248,7 @@ class Inpaint(Edit):
     mask: Picture | None = Field(
         default=None, description="an image of the same size, white, or transparent, where it is free"
     )
-    rectangle: str | None = Field(default=None, max_length=60, description="instead: x,y,w,h", examples=["16,16,32,32"])
+    rectangle: str | None = Field(default=None, max_length=60, description="instead: x,y,w,h", examples=["32,32,64,64"])
     prompt: Text = ""
     n: int = Field(default=1, ge=1)
     seed: Seed = 0

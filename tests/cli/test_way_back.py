@@ -6,7 +6,7 @@ import pytest
 from helpers.commands import Command
 from helpers.paths import TESTS
 
-PIZZA = TESTS / "demo/pizza.png"
+FOX = TESTS / "demo/fox.png"
 encode, decode, edit = Command("encode"), Command("decode"), Command("edit")
 
 
@@ -19,16 +19,16 @@ def warned(result):
 @pytest.fixture(scope="module")
 def noise(tmp_path_factory):
     out = tmp_path_factory.mktemp("noise") / "z.safetensors"
-    assert not warned(encode(PIZZA, "-p", "pizza", "--guidance", 5, "-o", out))
+    assert not warned(encode(FOX, "-p", "a fox", "--guidance", 5, "-o", out))
     return out
 
 
 def test_encode(noise, tmp_path):
     out = tmp_path / "z.safetensors"
-    said = encode.mistake(PIZZA, "-p", "pizza", "--guidance", 1e6, "-o", out)
+    said = encode.mistake(FOX, "-p", "a fox", "--guidance", 1e6, "-o", out)
     assert "this noise is not the picture's; try a lower guidance" in said
     assert not out.exists()
-    assert not warned(encode(PIZZA, "-p", "pizza", "--guidance", 1e3, "--no-check", "-o", out, "--overwrite"))
+    assert not warned(encode(FOX, "-p", "a fox", "--guidance", 1e3, "--no-check", "-o", out, "--overwrite"))
 
 
 def test_decode(noise, tmp_path):
@@ -40,11 +40,11 @@ def test_decode(noise, tmp_path):
 def test_edit(tmp_path):
     def reprompt(strength):
         out = tmp_path / "o.png"
-        return warned(edit("reprompt", PIZZA, "--from", "pizza", "--to", "a cat", "--strength", strength, "-o", out))
+        return warned(edit("reprompt", FOX, "--from", "a fox", "--to", "a cat", "--strength", strength, "-o", out))
 
     assert not reprompt(1.5)
     (line,) = reprompt(1e6)
     assert "try a lower guidance or strength" in line
     out = tmp_path / "o.png"
-    assert not warned(edit("vary", PIZZA, "-p", "pizza", "-o", out))
-    assert not warned(edit("interpolate", PIZZA, PIZZA, "--from", "pizza", "--to", "pizza", "--frames", 3, "-o", out))
+    assert not warned(edit("vary", FOX, "-p", "a fox", "-o", out))
+    assert not warned(edit("interpolate", FOX, FOX, "--from", "a fox", "--to", "a fox", "--frames", 3, "-o", out))

@@ -191,10 +191,11 @@ def test_states_under_a_condition(model):
 @pytest.mark.slow
 def test_the_embedded_model_restores_half_an_apple():
     model = load("demo")
-    image = model.generate("red apple", seed=1).images[0]
-    result = model.inpaint(image, "32,0,32,64", "red apple", seed=1)
+    prompt = "a red apple on a blue background"
+    image = model.generate(prompt, seed=1).images[0]
+    result = model.inpaint(image, "64,0,64,128", prompt, seed=1)
     assert result.nll[-1, 0] < result.nll[0, 0]
     before, after = (np.asarray(each).astype(float) for each in (image, result.images[0]))
-    assert np.sqrt(np.square(after - before)[:, 32:].mean()) < 25
-    steps = [np.abs(np.diff(each, axis=1)).mean(axis=(0, 2))[27:36].max() for each in (before, after)]
+    assert np.sqrt(np.square(after - before)[:, 64:].mean()) < 25
+    steps = [np.abs(np.diff(each, axis=1)).mean(axis=(0, 2))[59:68].max() for each in (before, after)]
     assert steps[1] < 1.25 * steps[0]

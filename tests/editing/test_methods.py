@@ -72,6 +72,10 @@ def test_what_a_plan_does_not_keep_is_said(latent_flow, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         latent_flow.vary(image, strength=0.5, method="sequential")
+    monkeypatch.setattr(latent_flow, "plan", plan(latent_flow, SequentialSettings(), 1e-12))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # what no other method would better
+        latent_flow.vary(image, strength=0.5)
     monkeypatch.setattr(latent_flow, "plan", SamplingPlan((SequentialSettings(),), 1e-2, {}))
     assert "the sampling plan is for 1 blocks" in message(latent_flow.vary, image)
 

@@ -12,14 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.examples import run_example
+from helpers.paths import EXAMPLES
 from PIL import Image
 
-NAMES = (
-    "pizza, red apple, cat face, dog face, rocket, tulip, guitar, sun, fish, crown, zebra, tiger, horse, owl, duck, "
-    "frog, bear, wolf, fox, goat, sheep, camel, whale, shark, snail, ant, bee, cow, pig, mouse, hat, boot, "
-    "leaf, tree, moon, star, bread, egg, pear, kiwi"
-).split(", ")
+sys.path.insert(0, str(EXAMPLES))
+
+from scene_words import objects
+
 NPM = """#!{python}
 import shutil, sys
 name = sys.argv[-1].rpartition("@")[0].replace("/", "-").lstrip("@")
@@ -46,14 +45,15 @@ def pack(path: Path, files: dict[str, bytes]) -> None:
 
 @pytest.fixture(scope="session")
 def npm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A program `npm` that knows the packages which the examples fetch, and in them 40 emoji and one sign."""
+    """A program `npm` that knows the packages which the examples fetch: the objects of scenes, a sheep and a sign."""
     folder = tmp_path_factory.mktemp("npm")
-    codes = {f"1f{400 + number}": name for number, name in enumerate(NAMES)}
+    names = [*(thing.label for thing in objects().values()), "sheep"]
+    codes = {f"1f{400 + number}": name for number, name in enumerate(names)}
     entries = [
-        {"hexcode": code.upper(), "label": name, "tags": [name[:2] + "s", "thing"], "group": 0, "subgroup": number % 2}
+        {"hexcode": code.upper(), "label": name, "group": 0, "subgroup": number % 2}
         for number, (code, name) in enumerate(codes.items())
     ]
-    entries.append({"hexcode": "2795", "label": "plus", "tags": [], "group": 1, "subgroup": 2})
+    entries.append({"hexcode": "2795", "label": "plus", "group": 1, "subgroup": 2})
     messages = {
         "groups": [{"order": 0, "key": "animals-nature"}, {"order": 1, "key": "symbols"}],
         "subgroups": [{"order": n, "key": key} for n, key in enumerate(["animal-mammal", "food-fruit", "math"])],
@@ -77,12 +77,3 @@ def npm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", str(folder), prepend=":")
         yield
-
-
-@pytest.fixture(scope="session")
-def emoji(npm: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that examples/demo_data.py writes."""
-    out = tmp_path_factory.mktemp("emoji")
-    printed = run_example("demo_data.py", out)
-    assert "41 pictures, 40 with captions, 20 of them held out" in printed
-    return out

@@ -19,6 +19,8 @@ import scene_words as words
 from scene_data import Stream, main
 from scene_pictures import Renderer
 
+from mlx_starflow.media.image_folder import ImageFolder
+
 NOTHING = words.HeldOut(frozenset(), frozenset(), frozenset(), frozenset())
 MAGENTA, GREEN = (255, 0, 255), (0, 255, 0)
 
@@ -210,3 +212,11 @@ def test_sheet(folder, tmp_path, capsys):
     main([str(folder), "--sheet", str(tmp_path / "sheet.png")])
     assert Image.open(tmp_path / "sheet.png").size[0] == 6 * 134
     assert "40" in capsys.readouterr().out
+
+
+def test_an_image_folder(folder, tmp_path):
+    main([str(folder), "--pictures", str(tmp_path), "--count", "20"])
+    train, held_out = (ImageFolder.read(tmp_path, size=128, splits=(split,)) for split in ("train", "held_out"))
+    assert (len(train), len(held_out)) == (20, len(words.KINDS) - 1)
+    sample = Stream(Renderer(folder))[7]
+    assert train.captions[7] == [sample.caption] and np.array_equal(train.images[7], sample.picture)

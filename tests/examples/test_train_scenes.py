@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from helpers.examples import example_module
+from helpers.examples import example_module, run_example
 from helpers.paths import EXAMPLES
 from helpers.scenes import write_sprites
 
@@ -33,6 +33,23 @@ def test_a_tiny_model_is_trained_and_draws(folders):
     result = pipe.generate("two foxes on grass", seed=1)
     assert result.images[0].size == (128, 128)
     assert list((out / "samples").glob("*.png")) and list((out / "autoencoder").glob("*.png"))
+
+
+def test_dense_weights(folders):
+    import train_scenes
+
+    data, out = folders
+    train_scenes.main([str(data), str(out), "--tiny", "--export", "--dense"])
+    small, dense = (load(out / name) for name in ("model", "dense"))
+    assert small.model.flow.quantization and not dense.model.flow.quantization
+    assert small.encode_prompts(["a fox"]).shape == dense.encode_prompts(["a fox"]).shape
+
+
+@pytest.mark.slow
+def test_training_of_a_latent_flow(folders, tmp_path):
+    run_example("train_latent_flow.py", folders[0], tmp_path, "--steps", 1, "--scenes", 16)
+    flow = load(tmp_path / "model").flow
+    assert flow.config.patch_size == 1 and flow.config.img_size == 16
 
 
 def test_packed_weights_make_the_same_model(folders, tmp_path):
@@ -144,6 +161,16 @@ def test_the_evaluator_learns_and_judges(folders, tmp_path):
     assert verdict.features.shape == (256,)
     assert verdict.has_background(scene) == (verdict.classes["top"] == verdict.classes["bottom"] == "black")
     assert verdict.shows(verdict.classes["first"]) and not verdict.shows("no such thing")
+
+
+def test_what_doctor_expects(capsys):
+    """The report prints what the package holds."""
+    from mlx_starflow.bench.doctor import embedded
+
+    example_module("reports/embedded_model.py").main(["data", "run", "--model", "demo", "--only-doctor"])
+    *printed, nll = capsys.readouterr().out.splitlines()
+    assert float(nll.removeprefix("NLL = ")) == pytest.approx(embedded.NLL, abs=1e-4)
+    assert "".join(printed).split() == embedded.IMAGE_MEANS.split()
 
 
 @pytest.mark.slow

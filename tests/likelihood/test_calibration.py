@@ -101,5 +101,5 @@ def test_the_embedded_model_has_one():
     from mlx_starflow.model_dir.hub import find_model
 
     measured = CalibrationStatistics.find(find_model("demo"))
-    assert measured.images == 998 and set(measured.nll) == {"prompted", "unprompted"}
+    assert measured.images >= 100 and set(measured.nll) == {"prompted", "unprompted"}
     assert measured.nll["prompted"].mean < measured.nll["unprompted"].mean

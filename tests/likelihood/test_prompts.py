@@ -57,6 +57,6 @@ def test_mistakes(latent_flow, pixel_flow, tmp_path):
 @pytest.mark.slow
 def test_the_embedded_model_knows_its_pictures():
     model = load("demo")
-    names = ["red apple", "rocket", "grinning face", "tulip"]
+    names = ["a red apple", "a rocket", "a smiley", "a tulip"]
     images = model.generate(names, seed=1).images
     assert model.classify(images, names, draws=1).best == names

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from helpers.commands import message
 from helpers.examples import run_example_here
+from helpers.images import write_images
 from helpers.model_directories import size
-from PIL import Image, ImageDraw
 
 from mlx_starflow import load
 from mlx_starflow.likelihood.quantization_cost import CaptionedData, Comparison, measure
@@ -79,21 +79,19 @@ def test_the_example(trained_model, captioned_gradients):
     assert all(line.count("+-") == 1 for line in lines[-2:])
 
 
-def write_drawings(folder: Path) -> Path:
-    lines = []
-    for name, colour in (("red", "#d33"), ("orange", "#f80"), ("blue", "#36c"), ("purple", "#84b")):
-        picture = Image.new("RGB", (64, 64), "white")
-        ImageDraw.Draw(picture).ellipse((6, 6, 58, 58), fill=colour)
-        picture.save(folder / f"{name}.png")
-        lines.append(json.dumps({"file_name": f"{name}.png", "text": f"{name} circle"}))
-    (folder / "metadata.jsonl").write_text("\n".join(lines))
+def write_samples(pipe, folder: Path) -> Path:
+    """Pictures that the model finds likely: its own."""
+    prompts = ["a fox on grass", "two fish under water", "a red apple on a blue background", "a cat and a dog"]
+    images = pipe.generate(prompts, seed=1, verify=False).images
+    write_images(folder, images, [{"text": prompt} for prompt in prompts])
     return folder
 
 
 def test_the_embedded_model(tmp_path):
     """`mixed` loses less than half of what plain 4 bits lose, and is at most 15% larger."""
-    data = CaptionedData.read(load("demo"), write_drawings(tmp_path))
-    original = measure(load("demo"), data, draws=1)
+    pipe = load("demo")
+    data = CaptionedData.read(pipe, write_samples(pipe, tmp_path / "samples"))
+    original = measure(pipe, data, draws=1)
     found = {}
     for how in ("4", "mixed"):
         found[how] = measure(load(quantize_model("demo", tmp_path / how, how)), data, draws=1)

@@ -51,7 +51,7 @@ def test_what_the_demo_holds():
     assert model.flow.quantization["bits"] == 8 and model.vae.quantization is None
     assert model.pipeline["guidance"] > 0
     assert model.licences == ["NOTICE"]
-    assert model.statistics_file.is_file() and not model.plan_file.is_file()
+    assert model.statistics_file.is_file() and model.plan_file.is_file()
 
 
 def test_configs_need_no_networks(monkeypatch):

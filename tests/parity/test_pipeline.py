@@ -30,7 +30,7 @@ CASES = [
     ("tiny", {"method": "sequential", "guidance": 0.0, "attn_temp": 0.8}),
     ("tiny", {"method": "sequential", "size": (16, 8), "denoise": False}),
     ("demo", {"method": "sequential"}),
-    ("demo", {"method": "jacobi", "size": (96, 32)}),
+    ("demo", {"method": "jacobi", "size": (96, 64)}),
 ]
 
 generate = Command("generate")

@@ -1,4 +1,4 @@
-"""How sampling converges on a flow that has learnt something: 256 tokens of the embedded model's latents."""
+"""How sampling converges on a flow that has learnt something: 256 tokens of an autoencoder's latents."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 from helpers.paths import DATA
 
-from mlx_starflow import load, load_flow
+from mlx_starflow import load_flow
 from mlx_starflow.media.noise import draw_noise
 from mlx_starflow.model_dir.quantization import dequantize_module
 from mlx_starflow.sampling import RollingSettings, SamplingTrace, certify, sample
@@ -23,8 +23,8 @@ def trained():
     """The flow, and what one picture of it is made of: noise, texts and guidance."""
     flow = load_flow(DATA / "latent_flow")
     dequantize_module(flow)
-    text, null = mx.split(load("demo").encode_prompts(["a slice of pizza", ""]), 2)
-    return flow, mx.array(draw_noise([7], (16, 16, 4))), text, null, 2.5
+    texts = mx.load(str(DATA / "latent_flow/text.safetensors"))
+    return flow, mx.array(draw_noise([7], (16, 16, 4))), texts["text"], texts["null"], 2.5
 
 
 def evaluations(trained, method) -> tuple[int, float]:

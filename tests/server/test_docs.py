@@ -26,9 +26,9 @@ def demo(tmp_path: Path) -> Iterator[Running]:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of variations, which OpenAI itself has retired
 def test_it_runs(demo, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    Image.radial_gradient("L").resize((64, 64)).convert("RGB").save("cat.png")
-    mask = Image.new("RGBA", (64, 64), "black")
-    mask.paste((0, 0, 0, 0), (0, 0, 64, 16))
+    Image.radial_gradient("L").resize((128, 128)).convert("RGB").save("cat.png")
+    mask = Image.new("RGBA", (128, 128), "black")
+    mask.paste((0, 0, 0, 0), (0, 0, 128, 32))
     mask.save("mask.png")
     code = "\n".join(python_blocks(ROOT / "docs/server.md"))
     assert "http://127.0.0.1:8000/v1" in code
@@ -38,4 +38,4 @@ def test_it_runs(demo, tmp_path, monkeypatch, capsys):
         "image_generation.completed",
     ]
     with Image.open("pizza-1.png") as made:
-        assert made.size == (64, 64)
+        assert made.size == (128, 128)

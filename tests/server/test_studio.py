@@ -166,11 +166,11 @@ def test_make_and_reload(page, address):
     cards.last.get_by_role("button").click()
     with page.expect_download() as download:
         page.locator("#viewer").get_by_role("link", name="Download").click()
-    assert Image.open(download.value.path()).size == (64, 64)
+    assert Image.open(download.value.path()).size == (128, 128)
     page.locator("#viewer").get_by_role("button", name="Use its settings").click()
     assert form.locator("[name=seed]").input_value() == "7"
     assert form.locator("[name=prompt]").input_value() == "a slice of pizza"
-    assert form.locator("[name=method]").input_value() == "rolling"
+    assert form.locator("[name=method]").input_value() == "auto"  # the model has a plan
 
 
 def test_cancel(page):
@@ -239,8 +239,8 @@ def test_mask_and_inpaint(page):
         page.get_by_role("button", name="Inpaint").click()
     asked = sent.value.post_data_json
     mask = pixels_of_url(asked["mask"])
-    assert mask.size == (64, 64)
-    assert [mask.getpixel(at)[3] for at in ((10, 32), (60, 4), (50, 50))] == [0, 0, 255]
+    assert mask.size == (128, 128)
+    assert [mask.getpixel(at)[3] for at in ((20, 64), (120, 8), (100, 100))] == [0, 0, 255]
     card = page.locator("#edit-results .card")
     expect(card).to_contain_text("inpaint")
     before, after = (pixels(page, f"/api/gallery/{id}.png") for id in (asked["image"], card.get_attribute("data-id")))
@@ -252,11 +252,11 @@ def pixels_of_url(url: str) -> Image.Image:
 
 
 def test_paths(page):
-    make(page, "dog face", 3)
+    make(page, "a dog", 3)
     made(page)
     edit_newest(page)
     page.get_by_role("radio", name="Re-prompt").check()
-    page.get_by_label("What it shall show").fill("cat face")
+    page.get_by_label("What it shall show").fill("a cat")
     page.locator("#reprompt-form [name=count]").fill("3")
     page.locator("#reprompt-form").get_by_role("button", name="Re-prompt").click()
     slider = page.get_by_label("Path: strength")
@@ -279,11 +279,11 @@ def test_paths(page):
 
 
 def test_look(page, address):
-    make(page, "cat face", 7)
+    make(page, "a cat", 7)
     made(page)
     page.locator("#history .card button").first.click()
     page.locator("#viewer").get_by_role("button", name="Look").click()
-    page.get_by_label("Labels to choose from").fill("rocket, cat face")
+    page.get_by_label("Labels to choose from").fill("a rocket, a cat")
     page.locator("#look-form").get_by_role("button", name="Look").click()
     layer = page.locator(".overlay .map")
     expect(layer).to_be_visible()
@@ -291,7 +291,7 @@ def test_look(page, address):
     assert layer.evaluate("(map) => map.style.opacity") == "0.25"
     page.get_by_label("Map", exact=True).select_option("Typicality")
     expect(page.locator(".scale")).to_contain_text("4 standard deviations")
-    expect(page.locator(".finding .bar").first).to_contain_text("cat face")
+    expect(page.locator(".finding .bar").first).to_contain_text("a cat")
     expect(page.get_by_alt_text("Its noise")).to_be_visible()
     expect(page.locator(".finding", has_text="Certificate")).to_contain_text("largest error")
     jobs = page.request.get("/api/jobs").json()["jobs"]
@@ -380,7 +380,7 @@ def test_what_is_made_can_be_enlarged(page):
 def test_screenshots_at_three_widths(page, tmp_path):
     """Nothing is wider than the screen, everything has a name; and what it looks like."""
     shots = {}
-    for prompt, seed in {"slice of pizza": 7, "cat face": 3, "red heart": 1, "tulip": 4}.items():
+    for prompt, seed in {"a slice of pizza": 7, "a cat": 3, "a red heart": 1, "a tulip": 4}.items():
         make(page, prompt, seed)
         expect(page.locator("#history .card").first).to_contain_text(f"{prompt}seed {seed}")
     make(page, "a slice of pizza", 7, n=4)

@@ -58,7 +58,7 @@ def classify(
     """Say which of some labels each of PICTURES has, by Bayes' rule with the flow as p(picture | label).
 
     \b
-    mlx-starflow classify cat.png --labels "cat face,dog face,rocket"
+    mlx-starflow classify cat.png --labels "a cat,a dog,a rocket"
 
     All labels see the same noise. The margin is what the best label is ahead of the second, in nats; probabilities
     follow from it and are nearly always close to 0 or 1.
@@ -78,7 +78,7 @@ def classify(
     if not names and isinstance(pipe, ClassPipeline):
         names = list(pipe.classes)
     if not names:
-        raise click.UsageError('there are no labels: mlx-starflow classify cat.png --labels "cat face,dog face"')
+        raise click.UsageError('there are no labels: mlx-starflow classify cat.png --labels "a cat,a dog"')
     files = ReadableFiles(pipe, found, size=size, frames=frames)
     result = pipe.classify(
         files,

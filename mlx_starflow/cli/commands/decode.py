@@ -53,7 +53,7 @@ def decode(
 
     \b
     mlx-starflow decode cat.safetensors -o again.png
-    mlx-starflow decode cat.safetensors --prompt "dog face" -o dog.png
+    mlx-starflow decode cat.safetensors --prompt "a dog" -o dog.png
     mlx-starflow decode street.safetensors -o again.mp4
     """
     from PIL import Image

@@ -112,7 +112,7 @@ def inpaint(
     """Paint a part of PICTURE anew, so that it goes with the rest.
 
     \b
-    mlx-starflow edit inpaint cat.png --mask 32,0,32,64 --prompt "cat face" -o whole.png
+    mlx-starflow edit inpaint cat.png --mask 64,0,64,128 --prompt "a cat" -o whole.png
     """
     from mlx_starflow.editing import read_mask
 
@@ -185,8 +185,8 @@ def reprompt(
     """Make of PICTURE what another prompt says.
 
     \b
-    mlx-starflow edit reprompt apple.png --from "red apple" --to "green apple" -o green.png
-    mlx-starflow edit reprompt dog.png --from "dog face" --to "cat face" --frames 16 -o dog-cat.webp
+    mlx-starflow edit reprompt apple.png --from "a red apple" --to "a green apple" -o green.png
+    mlx-starflow edit reprompt dog.png --from "a dog" --to "a cat" --frames 16 -o dog-cat.webp
     """
     image = _read(picture)
     output = check_edit(output, quality, frames, seconds, [picture], [json_file])
@@ -256,7 +256,7 @@ def vary(
     """Make pictures like PICTURE.
 
     \b
-    mlx-starflow edit vary tulip.png --prompt tulip --temperature 1 --images 4 -o tulips.png
+    mlx-starflow edit vary tulip.png --prompt "a tulip" --temperature 1 --images 4 -o tulips.png
 
     Below a strength of 0.5 the embedded model's pictures hardly change.
     """

@@ -52,7 +52,7 @@ def encode(
     """Turn PICTURES, or videos, into the noise that they come from, exactly.
 
     \b
-    mlx-starflow encode cat.png --prompt "cat face" -o cat.safetensors
+    mlx-starflow encode cat.png --prompt "a cat" -o cat.safetensors
     mlx-starflow decode cat.safetensors -o again.png
     mlx-starflow encode street.mp4 -m my-video-model -o street.safetensors
     """

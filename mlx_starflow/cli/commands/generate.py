@@ -165,7 +165,7 @@ def generate(
     """Make pictures of PROMPTS, or, with a model of text, go on after them.
 
     \b
-    mlx-starflow generate "a slice of pizza"
+    mlx-starflow generate "a fox to the left of a cactus at night"
     mlx-starflow generate "a red apple" "a rocket" --seed 7 --images 4 -o grid.png
     mlx-starflow generate "a cat" --seed 1 --seed 5 -o "{prompt}-{seed}.png"
     mlx-starflow generate --like grid.png -o again.png

@@ -80,7 +80,7 @@ def score(
     With a model of text, score text files: bits per character.
 
     \b
-    mlx-starflow score cat.png --prompt "cat face"
+    mlx-starflow score cat.png --prompt "a cat"
     mlx-starflow score photos --map maps --csv scores.csv
     mlx-starflow score street.mp4 -m my-video-model --map maps
     mlx-starflow score book.txt -m my-text-flow

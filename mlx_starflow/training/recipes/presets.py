@@ -115,12 +115,12 @@ PRESETS = {
     ),
     # The sizes of the embedded model.
     "demo": Preset(
-        size=64,
-        autoencoder={"block_out_channels": [32, 64, 96], "layers_per_block": 1, "norm_num_groups": 8},
-        text_encoder={"d_model": 192, "d_kv": 64, "d_ff": 512, "num_layers": 2, "num_heads": 3},
-        flow={**_FLOW, "channels": 256, "layers_per_block": [2, 2, 6], "top_block_channels": 320},
-        autoencoder_training=TrainingConfig(steps=3200, batch_size=16, lr=1.5e-3, betas=(0.9, 0.98), weight_decay=0.01),
-        flow_training=TrainingConfig(steps=17000, lr=1.2e-3, betas=(0.9, 0.98), weight_decay=0.01),
+        size=128,
+        autoencoder={"block_out_channels": [24, 48, 96, 192], "layers_per_block": 1, "norm_num_groups": 8},
+        text_encoder={"d_model": 256, "d_kv": 64, "d_ff": 640, "num_layers": 3, "num_heads": 4},
+        flow={**_FLOW, "txt_size": 24, "channels": 256, "layers_per_block": [2, 2, 6], "top_block_channels": 384},
+        autoencoder_training=TrainingConfig(steps=8000, batch_size=8, lr=1.2e-3, betas=(0.9, 0.98), weight_decay=0.01),
+        flow_training=TrainingConfig(steps=40000, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01),
         pipeline=_SAMPLING,
     ),
 }

@@ -1,9 +1,16 @@
 """The measures of examples/reports/inpainting.py."""
 
+import sys
+
 import numpy as np
 import pytest
 from helpers.examples import example_module
+from helpers.paths import EXAMPLES
 from PIL import Image
+
+sys.path.insert(0, str(EXAMPLES))
+
+import scene_words as words
 
 
 @pytest.fixture(scope="module")
@@ -31,5 +38,9 @@ def test_differences_of_a_part(report):
     assert report.rms(first, second, part) == 2 and report.rms(first, second) == pytest.approx(34**0.5)
 
 
-def test_no_picture_is_both_trained_and_held_out(report):
-    assert len(report.TRAINED) == len(report.HELD_OUT) == 10 and not {*report.TRAINED} & {*report.HELD_OUT}
+def test_trained_scenes_are_and_held_out_ones_are_not(report):
+    held_out = words.HeldOut.read()
+    assert len(report.TRAINED) == len(report.HELD_OUT) == 10 and set(report.VARIED) <= set(report.TRAINED)
+    assert not any(held_out.kinds(scene) for scene in report.TRAINED.values())
+    assert {kind for scene in report.HELD_OUT.values() for kind in held_out.kinds(scene)} >= {"background", "pair"}
+    assert all(held_out.kinds(scene) for scene in report.HELD_OUT.values())

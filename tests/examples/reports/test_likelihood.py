@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from helpers.examples import example_module, run_example_here
+from helpers.scenes import write_sprites
 from PIL import Image
 
 
@@ -52,7 +53,7 @@ def test_spoiled_pictures(report):
     assert report.noise_picture((5, 3), np.random.default_rng(0)).size == (5, 3)
 
 
-def test_the_script(emoji, tmp_path):
-    printed = run_example_here("reports/likelihood.py", emoji, tmp_path, "--only", "exactness")
+def test_the_script(tmp_path):
+    printed = run_example_here("reports/likelihood.py", write_sprites(tmp_path), tmp_path, "--only", "exactness")
     gap, slope = (float(number) for number in re.findall(r"difference (\d\.\de-\d+)", printed))
     assert gap < 1e-5 and slope < 1e-3
