@@ -57,7 +57,7 @@ FLOOR_ROUNDINGS = 64
 
 FLOOR_EVALUATIONS = 2
 """Evaluations of a block, more than in float32, that a window may need in half precision: to notice the floor and to
-measure it. A window that does not know the floor takes a third more than in float32 in bfloat16."""
+measure it. A window that does not know the floor takes twice as many in bfloat16 as in float32."""
 
 FLOOR_CERTIFICATE = 8.0
 """Of a window that the floor held up, over that floor: tokens go at twice that in each of three blocks."""
