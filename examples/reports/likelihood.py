@@ -59,7 +59,7 @@ VIEWS = 8
 COUNT = 200
 """Scenes of either kind, trained and held out."""
 
-PROMPTS = 60
+PROMPTS = 120
 """Of which the best of eight samples is taken."""
 
 CAR = ("a car on a yellow background", Scene("one", ("car",), "yellow"))
