@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch_loop import Device, TimeIsUp, train
-from torch_training import student_errors, student_loss, write_student
+from torch_pairs import TorchPairs
+from torch_training import student_errors, student_loss, without_padding, write_student
 
 from mlx_starflow.errors import StarflowError
+from mlx_starflow.media.files import read_lines
 from mlx_starflow.media.images import save_image
 from mlx_starflow.model_dir.directory import load_student
 from mlx_starflow.model_dir.fingerprint import fingerprint
 from mlx_starflow.models.student import INVERSE, KINDS, MATCHING
+from mlx_starflow.models.transformer import TransformerConfig
 from mlx_starflow.pipelines import load
 from mlx_starflow.reference.loading import load_flow
 from mlx_starflow.reference.student import Student
+from mlx_starflow.sampling.progress import watch
 from mlx_starflow.training.config import TrainingConfig
 from mlx_starflow.training.data.batches import split_samples
 from mlx_starflow.training.data.pairs.batches import REFINED, PairData
@@ -43,11 +48,24 @@ UNUSED = TrainingConfig(steps=1)
 
 HELD_OUT = 0.05
 MOST_HELD_OUT = 512
+PADDED_FROM = 0.8
+"""The part of the training after which texts have their padding, as the finished student reads them."""
+
+PARTS = 4
+"""Of a batch, by the length of the text, before that."""
+
 NOISE_AT_FIRST = 0.3
 """Factor of the weights that read the noise, where a student begins with its teacher's layers."""
 
 SHOWN = 4
 """Held-out pairs on a sheet of samples."""
+
+
+def make_pairs(teacher: str, out: Path, count: int, prompt_file: Path, device: Device) -> None:
+    """Have so many pairs of the teacher's samples in `out/pairs`; those that are there stay."""
+    lines = read_lines(prompt_file)
+    source = TorchPairs(teacher, out, None, count, None, None, lines, (), 0, print, device=device.name)
+    source.folder(True, watch(True))
 
 
 class Batches:
@@ -81,8 +99,13 @@ def begin_from(student: Student, teacher: str) -> None:
     what the noise adds.
     """
     deep = load_flow(teacher).blocks[-1]
-    if not student.config.txt_dim or deep.config.channels != student.config.channels:
-        raise StarflowError(f"--init-from-teacher needs text and {deep.config.channels} channels")
+    wanted, own = ({field.name: getattr(config, field.name) for field in fields(TransformerConfig)}
+                   for config in (deep.config, student.config))  # fmt: skip
+    if {**wanted, "num_layers": 0} != {**own, "num_layers": 0} or not student.config.txt_dim:
+        raise StarflowError(
+            f"--init-from-teacher needs a flow whose deep block is like a student, and a student of "
+            f"{deep.config.channels} channels"
+        )
     student.proj_txt.load_state_dict(deep.proj_txt.state_dict())
     for mine, its in zip(student.attn_blocks, deep.attn_blocks, strict=False):
         mine.load_state_dict(its.state_dict())
@@ -91,8 +114,9 @@ def begin_from(student: Student, teacher: str) -> None:
         student.proj_in.weight *= NOISE_AT_FIRST
         for layer in student.attn_blocks[len(deep.attn_blocks) :]:
             # New layers begin as nothing, lest what the others know be lost behind them.
-            layer.attention.proj.weight.zero_()
-            layer.mlp.main[-1].weight.zero_()
+            for last in (layer.attention.proj, layer.mlp.main[-1]):
+                last.weight.zero_()
+                last.bias.zero_()
 
 
 class Judge:
@@ -124,6 +148,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("teacher", help="the model that the pairs are of")
     parser.add_argument("out", type=Path, help="the student's folder, with its pairs")
     parser.add_argument("--pairs", type=Path, help="folder of the pairs; OUT/pairs if it is left out")
+    parser.add_argument("--make-pairs", type=int, metavar="N", help="have N of them in OUT/pairs, of --prompt-file")
+    parser.add_argument("--prompt-file", type=Path, help="prompts of the pairs, one a line")
     parser.add_argument("--kind", choices=KINDS, default=INVERSE)
     parser.add_argument("--independent", action="store_true", help="fresh noise in the place of the pairs', to compare")
     parser.add_argument("--channels", type=int, help="width of the student; the flow's by default")
@@ -142,7 +168,11 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.independent and args.kind != MATCHING:
         parser.error("--independent is for matching students: add --kind matching")
+    if (args.make_pairs is None) != (args.prompt_file is None) or (args.make_pairs and args.pairs):
+        parser.error("--make-pairs and --prompt-file go together, and without --pairs")
     device, deadline = Device.choose(args.threads), time.time() + 60 * args.stop_after
+    if args.make_pairs:
+        make_pairs(args.teacher, args.out, args.make_pairs, args.prompt_file, device)
     pipe, folder = load(args.teacher), PairFolder.found(args.pairs or args.out / "pairs")
     if folder.identity["teacher"] != fingerprint(pipe.directory):
         raise StarflowError(f"{folder.folder} holds pairs of another model than {args.teacher}")
@@ -166,8 +196,12 @@ def main(arguments: list[str] | None = None) -> None:
     device.compile(student)
 
     def loss(batch: dict[str, Tensor], progress: float) -> tuple[Tensor, dict[str, float]]:
-        on_device = {name: tensor.to(device.name, non_blocking=True) for name, tensor in batch.items()}
-        return student_loss(student, on_device, folder.grid)
+        batch = {name: tensor.to(device.name, non_blocking=True) for name, tensor in batch.items()}
+        if progress >= PADDED_FROM or device.is_cuda or not config.txt_dim:
+            return student_loss(student_errors(student, batch, folder.grid))
+        length, parts = batch["condition"].shape[1], without_padding(batch, PARTS)
+        errors = [student_errors(student, part, folder.grid, length) for part in parts]
+        return student_loss([torch.cat(error) for error in zip(*errors, strict=True)])
 
     (args.out / "training").mkdir(parents=True, exist_ok=True)
     try:

@@ -63,6 +63,7 @@ class Student(nn.Module):
         condition: Tensor | None = None,
         previous: Tensor | None = None,
         time: Tensor | None = None,
+        text_length: int | None = None,
     ) -> list[Tensor]:
         """One evaluation.
 
@@ -72,6 +73,7 @@ class Student(nn.Module):
             condition: text embeddings `[B, L, D]`, or integer labels `[B]`, -1 for none.
             previous: of an inverse student, the sample that an evaluation before has given, `[B, N, C]`; None: zeros.
             time: of a matching student, t `[B]`.
+            text_length: rows of text that there would be with padding, which a training may leave out; None: as given.
 
         Returns:
             Each head's prediction, `[B, N, C]`, float32: states, sample and clean data, or the velocity alone.
@@ -87,7 +89,7 @@ class Student(nn.Module):
             h = h + self.pos_embed
         if time is not None:
             h = h + self.time_embed(TIME_SCALE * time)[:, None]
-        length = 0
+        length, all_text = 0, 0
         if config.num_classes:
             labels = torch.full((len(tokens),), -1, device=h.device) if condition is None else condition
             h = h + self.class_embed[labels.long() % (config.num_classes + 1)][:, None]
@@ -95,9 +97,10 @@ class Student(nn.Module):
             if condition is None:
                 raise StarflowError(f"this student reads text: give embeddings [batch, length, {config.txt_dim}]")
             prefix = self.proj_txt(condition.to(self.dtype))
-            length = prefix.shape[1]
+            length, all_text = prefix.shape[1], text_length or prefix.shape[1]
             h = torch.cat([prefix, h], dim=1)
-        frequencies = axial_frequencies(config.head_dim, *grid, config.side, length, bool(config.txt_dim)).to(h.device)
+        frequencies = axial_frequencies(config.head_dim, *grid, config.side, all_text, bool(config.txt_dim))
+        frequencies = torch.cat([frequencies[:length], frequencies[all_text:]]).to(h.device)
         outputs, depths = [], config.depths if config.kind == INVERSE else [config.num_layers]
         for number, layer in enumerate(self.attn_blocks, 1):
             h = layer(h, frequencies, causal=False)
