@@ -1,13 +1,12 @@
-"""Train a student of a model in PyTorch, on pairs that `mlx-starflow distill` has made; run it again to resume.
+"""Train a student of a model in PyTorch, as `mlx-starflow distill` does in MLX; run it again to resume.
 
-    mlx-starflow distill demo --prompt-file prompts.txt -o runs/student --pairs 16000    # Ctrl-C when it has the pairs
-    python examples/train_student.py demo runs/student --minutes 40
+    python examples/train_student.py demo runs/student --make-pairs 16000 --prompt-file prompts.txt --minutes 40
     mlx-starflow generate "a fox to the left of a cactus at night" --student runs/student
 
-It learns what `distill` goes on with, from the same pairs and by the same losses, in bfloat16, which on a CPU without a
-Mac's is several times faster in PyTorch than in MLX, and writes the same folder in 8 bits: `OUT/config.json`,
-`OUT/model.safetensors` and `OUT/samples.png`. Needs PyTorch (`pip install '.[torch]'`). Held-out pairs say how good it
-is: the RMS error of what its heads predict, in standard deviations of that.
+It learns the same pairs by the same losses, in bfloat16, which on a CPU of Linux is several times faster in PyTorch
+than in MLX, and writes the same folder: `OUT/pairs`, which `distill` may have made too, and the student, in 8 bits.
+Needs PyTorch (`pip install '.[torch]'`). Held-out pairs say how good it is: the RMS error of what its heads predict, in
+standard deviations of that.
 """
 
 from __future__ import annotations
