@@ -7,7 +7,7 @@ Scenes are drawn by program (`scene_data.py`): the first of the training stream,
 of kinds that training never shows, and fresh ones. What a sample shows is judged by a classifier that is no part of the
 model (`scene_evaluator.py`). The photographs are sample pictures of scikit-image (public domain or CC0) and
 scikit-learn (china.jpg and flower.jpg, CC BY 2.0), taken out of their wheels, which `pip download` fetches from PyPI.
-`--only` runs some of the parts.
+`--only` runs some of the parts; `--count` and `--prompts` make them longer or shorter.
 """
 
 from __future__ import annotations
@@ -56,9 +56,11 @@ PHOTOGRAPHS = (
 VIEWS = 8
 """Parts of each photograph."""
 
-
 COUNT = 200
 """Scenes of either kind, trained and held out."""
+
+PROMPTS = 60
+"""Of which the best of eight samples is taken."""
 
 CAR = ("a car on a yellow background", Scene("one", ("car",), "yellow"))
 TULIP = ("a tulip on a blue background", Scene("one", ("tulip",), "blue"))
@@ -91,13 +93,23 @@ class Pictures:
 class Report:
     """The parts, each a method that prints its figures."""
 
-    def __init__(self, data: Path, pictures: Path, model: str, evaluator: Path | None):
+    def __init__(
+        self,
+        data: Path,
+        pictures: Path,
+        model: str,
+        evaluator: Path | None,
+        *,
+        count: int = COUNT,
+        prompts: int = PROMPTS,
+    ):
         self.model = load(model)
+        self.prompts = prompts
         self.size = self.model.size
         self.renderer, self.evaluator = Renderer(data), evaluator
-        self.known = Pictures(self.model, [Stream(self.renderer)[number] for number in range(COUNT)])
-        held_out = zip(*(itertools.islice(Stream(self.renderer, 0, kind), COUNT) for kind in KINDS[1:]), strict=True)
-        self.unseen = Pictures(self.model, list(itertools.islice(itertools.chain.from_iterable(held_out), COUNT)))
+        self.known = Pictures(self.model, [Stream(self.renderer)[number] for number in range(count)])
+        held_out = zip(*(itertools.islice(Stream(self.renderer, 0, kind), count) for kind in KINDS[1:]), strict=True)
+        self.unseen = Pictures(self.model, list(itertools.islice(itertools.chain.from_iterable(held_out), count)))
         self.folder = pictures
         self.statistics = CalibrationStatistics.find(self.model.directory)
 
@@ -151,7 +163,7 @@ class Report:
             shares = ", ".join(f"{share / len(numbers):.1%} (draws: {draws})" for draws, share in right.items())
             print(f"prompt fit picks the caption among {captions}, {what} pictures ({len(numbers)}): {shares}")
 
-    def best_of_eight(self, prompts: int = 120, candidates: int = 8) -> None:
+    def best_of_eight(self, candidates: int = 8) -> None:
         """The best of eight against one sample: how many show all that the prompt says, as the evaluator sees it."""
         from scene_evaluator import Judge
         from torch_loop import Device
@@ -159,7 +171,7 @@ class Report:
         if self.evaluator is None:
             raise SystemExit("best_of_eight needs --evaluator: see examples/reports/embedded_model.py")
         judge = Judge.read(self.evaluator, Device("cpu"))
-        asked = [Stream(None)[FRESH + number] for number in range(prompts)]
+        asked = [Stream(None)[FRESH + number] for number in range(self.prompts)]
         for what, settings in {
             "the model's settings (guidance 1, temperature 0.7)": {},
             "plain samples (guidance 0, temperature 1)": {"guidance": 0.0, "temperature": 1.0},
@@ -177,21 +189,22 @@ class Report:
                 right.append([v.has_layout(sample.scene) and v.has_background(sample.scene) for v in verdicts])
             shows, (prompted, unprompted) = np.array(right, float), np.array(nats).transpose(2, 0, 1)
             print(
-                f"{what}, {prompts} prompts: one sample in {shows.mean():.1%} shows all that was asked for, "
+                f"{what}, {self.prompts} prompts: one sample in {shows.mean():.1%} shows all that was asked for, "
                 f"one of {candidates} in {shows.max(axis=1).mean():.1%}"
             )
             for weight in (1.0, 0.5, 0.25, 0.0):
                 best = (prompted - weight * unprompted).argmax(axis=1)
-                gain = shows[range(prompts), best] - shows.mean(axis=1)
+                gain = shows[np.arange(self.prompts), best] - shows.mean(axis=1)
                 print(
                     f"    best by log p(x | prompt) - {weight:g} log p(x): {gain.mean():+.1%} +- "
                     f"{standard_error(gain):.1%}"
                 )
 
-    def anomalies(self, count: int = 100) -> None:
+    def anomalies(self, most: int = 100) -> None:
         """AUROC of raw NLL and of typicality against pictures of other kinds, without prompts."""
         rng = np.random.default_rng(0)
-        known, unseen = self.known.images[:count], self.unseen.images[:count]
+        known, unseen = self.known.images[:most], self.unseen.images[:most]
+        count = len(known)
         kinds = {
             "training": known,
             "held-out": unseen,
@@ -324,10 +337,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("pictures", type=Path, help="folder for the pictures")
     parser.add_argument("--model", default="demo")
     parser.add_argument("--evaluator", type=Path, help="what judges samples: evaluator.pt of embedded_model.py")
+    parser.add_argument("--count", type=int, default=COUNT, help="scenes of either kind, 20 or more (%(default)s)")
+    parser.add_argument("--prompts", type=int, default=PROMPTS, help="of best_of_eight (%(default)s)")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts, metavar="PART")
     args = parser.parse_args(arguments)
     print(f"machine: {platform.platform()}, {platform.processor() or platform.machine()}, MLX {mx.__version__}")
-    report = Report(args.data, args.pictures, args.model, args.evaluator)
+    report = Report(args.data, args.pictures, args.model, args.evaluator, count=args.count, prompts=args.prompts)
     for part in args.only:
         began = time.perf_counter()
         print(f"\n# {part.replace('_', ' ')}")

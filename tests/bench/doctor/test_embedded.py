@@ -48,6 +48,12 @@ def test_what_float32_gives_is_good(sampled):
     assert [check(name).run().verdict for name in LINES] == ["ok"] * len(LINES)
 
 
+def test_it_says_nothing_of_the_plan(recwarn):
+    """The embedded model's is for float32, and every line here names its method."""
+    embedded._sample(mx.float16, "rolling")
+    assert [str(warning.message) for warning in recwarn if "sampling_plan" in str(warning.message)] == []
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_another_image(sampled, precision):
     one = sampled[precision, "sequential"]
