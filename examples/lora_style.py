@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("data", help="captioned pictures, or a cache of them")
     parser.add_argument("--out", type=Path, default=Path("runs/style"))
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rank", type=int, default=32)
     args = parser.parse_args(arguments)

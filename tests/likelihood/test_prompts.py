@@ -57,6 +57,9 @@ def test_mistakes(latent_flow, pixel_flow, tmp_path):
 @pytest.mark.slow
 def test_the_embedded_model_knows_its_pictures():
     model = load("demo")
-    names = ["a red apple", "a rocket", "a smiley", "a tulip"]
-    images = model.generate(names, seed=1).images
-    assert model.classify(images, names, draws=1).best == names
+    for names in (
+        ["a red apple", "a rocket", "a smiley", "a tulip"],
+        ["a cat to the left of a dog on grass", "a dog to the left of a cat on grass", "a cat on grass", "two cats"],
+    ):
+        images = model.generate(names, seed=1).images
+        assert model.classify(images, names, draws=1).best == names
