@@ -22,10 +22,13 @@ from mlx_starflow.model_dir.saving import save_model
 from mlx_starflow.model_dir.weights import load_module, parameters
 from mlx_starflow.models.autoencoder_kl import AutoencoderKL as MLXAutoencoderKL
 from mlx_starflow.models.starflow import STARFlow as MLXSTARFlow
+from mlx_starflow.models.student import INVERSE
+from mlx_starflow.models.student import Student as MLXStudent
 from mlx_starflow.models.t5 import T5Encoder as MLXT5Encoder
 from mlx_starflow.models.tokenizer import Tokenizer
 from mlx_starflow.reference.autoencoder_kl import AutoencoderKL
 from mlx_starflow.reference.starflow import STARFlow
+from mlx_starflow.reference.student import Student
 from mlx_starflow.reference.t5 import T5Encoder
 
 
@@ -115,6 +118,51 @@ def flow_loss(
     }
 
 
+def student_errors(
+    student: Student, batch: dict[str, Tensor], grid: tuple[int, int], text_length: int | None = None
+) -> list[Tensor]:
+    """Mean squared error of each head and sample, `[B]`, in variances of what it predicts; the batch is `PairData`'s.
+
+    The same as `mlx_starflow.training.loop.student_objective`, in bfloat16. `text_length`: see `Student`.
+    """
+    noise, clean, condition = batch["noise"], batch["clean"], batch.get("condition")
+    with torch.autocast(noise.device.type, dtype=torch.bfloat16):
+        if student.config.kind == INVERSE:
+            targets, previous = [*batch["states"].unbind(1), clean], None
+            if "refined" in batch:
+                with torch.no_grad():
+                    previous = student(noise, grid, condition, text_length=text_length)[-2]
+            outputs = student(noise, grid, condition, previous, text_length=text_length)
+        else:
+            time = batch["time"][:, None, None]
+            targets, between = [clean - noise], (1 - time) * noise + time * clean
+            outputs = student(between, grid, condition, time=batch["time"], text_length=text_length)
+    return [
+        ((output - target) / scale).square().mean(dim=(1, 2))
+        for output, target, scale in zip(outputs, targets, student.config.scales, strict=True)
+    ]
+
+
+def student_loss(errors: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
+    """Of `student_errors`: the mean of the states' errors and the error of the data, or the velocity's."""
+    *states, last = [error.mean() for error in errors]
+    if not states:
+        return last, {"velocity": last.item()}
+    return sum(states[1:], states[0]) / len(states) + last, {"sample": states[-1].item(), "clean": last.item()}
+
+
+def without_padding(batch: dict[str, Tensor], parts: int) -> list[dict[str, Tensor]]:
+    """A batch in parts of equal size, by the length of their text `[B, L, D]`, without the zeros that all rows of a
+    part end with: of short texts they are most of what a network would compute."""
+    lengths = (batch["condition"] != 0).any(-1).sum(-1)
+    cut = []
+    for rows in lengths.argsort(stable=True).chunk(parts):
+        part = {name: tensor[rows] for name, tensor in batch.items()}
+        part["condition"] = part["condition"][:, : max(int(lengths[rows].max()), 1)]
+        cut.append(part)
+    return cut
+
+
 def write_model(
     folder: Path,
     autoencoder: AutoencoderKL,
@@ -154,6 +202,14 @@ def write_flow(folder: Path, flow: STARFlow, pipeline: dict[str, Any], dense: bo
     config = {"model_type": "starflow", **flow.config.to_dict(), "pipeline": pipeline}
     if not dense:
         config["quantization"] = quantize_module(module, "8", 64)
+    save_model(folder, parameters(module), config)
+
+
+def write_student(folder: Path, student: Student) -> None:
+    """Write a student's folder, in 8 bits."""
+    module = load_module(MLXStudent(student.config), arrays(student), "student", dtype=mx.bfloat16)
+    config = {"model_type": "student", **student.config.to_dict()}
+    config["quantization"] = quantize_module(module, "8")
     save_model(folder, parameters(module), config)
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -202,23 +203,13 @@ def likelihood(pipe: object, renderer: Renderer, count: int) -> None:
 
 def time_one(model: str) -> None:
     with tempfile.TemporaryDirectory() as scratch:
-        words = [
-            sys.executable,
-            "-m",
-            "mlx_starflow",
-            "generate",
-            GRID[0][0],
-            "--model",
-            model,
-            "-o",
-            f"{scratch}/a.png",
-        ]
+        words = ["generate", GRID[0][0], "--model", model, "--overwrite", "-o", f"{scratch}/a.png"]
         seconds = []
-        for _ in range(3):
+        for _ in range(7):
             began = time.perf_counter()
-            subprocess.run([*words, "-o", f"{scratch}/a.png"], check=True, capture_output=True)
+            subprocess.run([sys.executable, "-m", "mlx_starflow", *words], check=True, capture_output=True)
             seconds.append(time.perf_counter() - began)
-    print(f"one picture from the shell, start of Python included: {sorted(seconds)[1]:.1f} s")
+    print(f"one picture from the shell, start of Python included: {statistics.median(seconds):.1f} s")
 
 
 def doctor(model: str) -> None:

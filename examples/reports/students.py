@@ -35,9 +35,9 @@ from scene_pictures import Renderer
 from mlx_starflow.bench.trials import PROMPTS
 from mlx_starflow.evaluation.measures import LEAST, kernel_distance
 from mlx_starflow.media.noise import draw_noise
-from mlx_starflow.model_dir.directory import load_student
 from mlx_starflow.models.student import Student
 from mlx_starflow.pipelines import load
+from mlx_starflow.pipelines.mlx_backend import MLXBackend
 from mlx_starflow.sampling import (
     Certificate,
     GuidedFlow,
@@ -141,6 +141,12 @@ class Report:
                 count += decoder.evaluations
         return count / len(self.texts[:samples])
 
+    def learned(self, folder: Path) -> Student:
+        """The student in a folder, as the pipeline uses it."""
+        backend = self.pipe.backend
+        assert isinstance(backend, MLXBackend)
+        return backend.student(str(folder))
+
     def student(self, student: Student, steps: int) -> Made:
         def make(z: mx.array, text: mx.array | None) -> tuple[mx.array, int]:
             made = sample_student(student, z, text, steps)
@@ -188,7 +194,6 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64)
     arguments = parser.parse_args()
     report = Report(arguments.model, arguments.samples, arguments.scenes, arguments.evaluator)
-    model = report.pipe.model
     print(
         "| | seconds | evaluations | distance | certificate | right | kernel distance |\n|---|---|---|---|---|---|---|"
     )
@@ -196,13 +201,13 @@ def main() -> None:
     auto = report.pipe.method(report.settings)
     report.line("teacher, auto", report.teacher(auto))
     if arguments.inverse is not None:
-        inverse = load_student(arguments.inverse, model)
+        inverse = report.learned(arguments.inverse)
         report.line("teacher, draft", report.teacher("draft", inverse))
         for steps in (1, 2, 4):
             report.line(f"inverse student, {steps}", report.student(inverse, steps))
     for name, folder in (("matching", arguments.matching), ("independent", arguments.independent)):
         if folder is not None:
-            matching = load_student(folder, model)
+            matching = report.learned(folder)
             for steps in (1, 4, 16):
                 report.line(f"{name} student, {steps}", report.student(matching, steps))
     print("\n| error of first guesses | evaluations of the flow |\n|---|---|")

@@ -112,12 +112,13 @@ class MLXBackend(Backend[mx.array]):
         return self._vae
 
     def student(self, folder: str) -> Student:
-        """The student in a folder, which is kept until another one is asked for.
+        """The student in a folder, which is kept until another one is asked for; on a CPU dense, as `dense_flow` is.
 
         Raises StarflowError if there is none, it has learned from another model, or an adapter does not fit it.
         """
         if self._student is None or self._student[0] != folder:
-            self._student = folder, load_student(folder, self.model, self.dtype, self.student_adapters)
+            student = load_student(folder, self.model, self.dtype, self.student_adapters)
+            self._student = folder, dense_on_cpu(student, available() // 2)
         return self._student[1]
 
     @property

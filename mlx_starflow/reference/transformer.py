@@ -49,7 +49,7 @@ def causal_mask(length: int, cached: int, device: torch.device) -> Tensor | None
 
 
 class Attention(nn.Module):
-    """Causal attention with one packed projection: queries, then keys, then values, head by head."""
+    """Attention with one packed projection: queries, then keys, then values, head by head."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
@@ -73,14 +73,17 @@ class Attention(nn.Module):
             q, k = self.query_norm(q), self.key_norm(k)
         return q, k, v
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, temperature: float | Tensor) -> Tensor:
-        """Attention `[B, N, channels]` to all keys; `mask` is `causal_mask`'s."""
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, temperature: float | Tensor, causal: bool = True
+    ) -> Tensor:
+        """Attention `[B, N, channels]`: as `causal_mask`'s mask says, or, without one, to all keys up to a position's
+        own or, if it is not `causal`, to all."""
         scale = self.head_dim**-0.5
         if isinstance(temperature, Tensor):
             q = q / temperature.to(q.dtype)
         else:
             scale = scale / temperature
-        causal = mask is None and q.shape[2] > 1
+        causal = causal and mask is None and q.shape[2] > 1
         with torch.autocast(q.device.type, enabled=False):
             h = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=self.num_heads != self.num_kv_heads
@@ -95,6 +98,7 @@ class Attention(nn.Module):
         mask: Tensor | None = None,
         cache: Cache | None = None,
         temperature: float | Tensor = 1.0,
+        causal: bool = True,
     ) -> Tensor:
         """`[B, N, channels]` and the rope frequencies of these N positions; logits are divided by `temperature`,
         a number or one number a sample, `[B, 1, 1, 1]`."""
@@ -106,7 +110,7 @@ class Attention(nn.Module):
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         if cache is not None:
             k, v = cache.update_and_fetch(k, v)
-        return self.attend(q, k, v, mask, temperature)
+        return self.attend(q, k, v, mask, temperature, causal)
 
 
 class MLP(nn.Module):
@@ -149,6 +153,7 @@ class TransformerLayer(nn.Module):
         mask: Tensor | None = None,
         cache: Cache | None = None,
         temperature: float | Tensor = 1.0,
+        causal: bool = True,
     ) -> Tensor:
-        x = x + self.attention(x, rope_frequencies, mask, cache, temperature)
+        x = x + self.attention(x, rope_frequencies, mask, cache, temperature, causal)
         return x + self.mlp(x)

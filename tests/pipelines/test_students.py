@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from helpers.model_directories import write_class_model, write_image_model
@@ -14,6 +15,9 @@ from mlx_starflow import load
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.media.metadata import read_metadata
 from mlx_starflow.model_dir.directory import load_student
+from mlx_starflow.model_dir.quantization import quantize_module, quantized_layers
+from mlx_starflow.model_dir.saving import save_model
+from mlx_starflow.model_dir.weights import parameters
 from mlx_starflow.pipelines import GenerationSettings
 from mlx_starflow.pipelines.recipes import Recipe
 from mlx_starflow.sampling.student import sample_student
@@ -32,6 +36,21 @@ def student(model, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def pipe(model):
     return load(model)
+
+
+def test_a_quantized_student_is_dense_on_a_cpu(model, tmp_path):
+    folder = write_student(tmp_path, model, guidance=1.0, channels=64, num_heads=4, num_kv_heads=4)
+    network = load_student(folder)
+    config = {"model_type": "student", **network.config.to_dict(), "quantization": quantize_module(network, "8")}
+    save_model(folder, parameters(network), config)
+    quantized = load_student(folder)
+    assert quantized_layers(quantized)
+    pipe = load(model)
+    used = pipe.backend.student(str(folder))
+    assert bool(quantized_layers(used)) == (mx.default_device().type != mx.cpu)
+    z, text = mx.random.normal((1, *pipe.noise_shape()), key=mx.random.key(1)), pipe.encode_prompts(["a cat"])
+    made, expected = (sample_student(each, z, text, 1).data for each in (used, quantized))
+    assert np.allclose(made, expected, atol=1e-3 * float(mx.abs(expected).max()))
 
 
 def test_a_student_makes_the_images(pipe, student, tmp_path):

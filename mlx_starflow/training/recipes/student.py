@@ -11,7 +11,6 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from PIL import Image
 
 from mlx_starflow.errors import StarflowError
 from mlx_starflow.media.files import exists, expanded
@@ -26,11 +25,9 @@ from mlx_starflow.models.flow import active_blocks
 from mlx_starflow.models.starflow import FlowConfig
 from mlx_starflow.models.student import KINDS, MATCHING, Student, StudentConfig
 from mlx_starflow.sampling.progress import Callback, Watch, watch
-from mlx_starflow.sampling.student import sample_student
 from mlx_starflow.training.config import TrainingConfig, TrainingOptions
 from mlx_starflow.training.data.batches import split_samples
 from mlx_starflow.training.data.pairs.batches import REFINED, PairData
-from mlx_starflow.training.data.pairs.files import SHARD, PairFolder
 from mlx_starflow.training.finetuning.adapters import AdapterConfig, attach, save_adapter
 from mlx_starflow.training.loop.identity import digest
 from mlx_starflow.training.loop.objective import Batch
@@ -38,9 +35,9 @@ from mlx_starflow.training.loop.reporting import check_reporter
 from mlx_starflow.training.loop.student_objective import student_error, student_loss
 from mlx_starflow.training.loop.timing import describe_steps, seconds_per_step
 from mlx_starflow.training.loop.trainer import Trainer
-from mlx_starflow.training.loop.watch import SampleSheet
 from mlx_starflow.training.loop.weights import assign, trainable
 from mlx_starflow.training.output import check_model_output, claim_model
+from mlx_starflow.training.recipes.student_network import student_config, student_scales, student_sheet
 from mlx_starflow.training.recipes.teacher_pairs import TeacherPairs
 
 TRAINING = TrainingConfig(steps=3000, batch_size=32, lr=5e-4, ema=0.998, watch_every=0)
@@ -164,38 +161,15 @@ class NewStudent:
 
     def student_config(self, scales: Sequence[float]) -> StudentConfig:
         """The student's; raises StarflowError if its sizes do not fit together."""
-        config = self.pipe.model.flow.config
-        blocks = [block.config for block in self.pipe.flow.blocks if not block.is_identity]
-        widest = max(blocks, key=lambda block: block.channels)
-        channels = self.channels or widest.channels
-        head_dim = widest.head_dim
-        if channels % head_dim:
-            raise StarflowError(f"a student's channels must be a multiple of {head_dim}, not {channels}")
-        side, txt_dim, classes, reads_text = self.source.grid.rows, 0, 0, isinstance(config, FlowConfig)
-        if isinstance(config, FlowConfig):
-            side, txt_dim = config.pt_seq_len or side, config.txt_dim if config.txt_size else 0
-        else:
-            classes = config.num_classes
-        return StudentConfig(
-            channels=channels,
-            num_layers=self.layers or max(sum(block.num_layers for block in blocks) // 2, 1),
-            head_dim=head_dim,
-            num_heads=channels // head_dim,
-            num_kv_heads=channels // head_dim,
-            norm_type="rms_norm",
-            use_qk_norm=True,
-            kind=self.kind,
-            teacher=fingerprint(self.pipe.directory),
-            layout="starflow" if reads_text else "tarflow",
-            channel_size=config.channel_size,
-            patch_size=config.patch_size,
-            side=side,
-            scales=tuple(scales),
-            txt_dim=txt_dim,
-            num_classes=classes,
-            positions=0 if reads_text else self.source.grid.rows * self.source.grid.columns,
+        return student_config(
+            self.pipe,
+            self.kind,
+            scales,
+            (self.source.grid.rows, self.source.grid.columns),
             guidance=self.source.settings.guidance,
             temperature=self.source.settings.temperature,
+            channels=self.channels,
+            layers=self.layers,
         )
 
     @property
@@ -207,18 +181,6 @@ class NewStudent:
         config = self.training.over(TRAINING if self.base is None else ADAPTER_TRAINING)
         every = max(config.steps // 20, 1) if self.training.validate_every is None else config.validate_every
         return replace(config, validate_every=every if self.validation else 0)
-
-    def _scales(self, folder: PairFolder) -> list[float]:
-        """Standard deviations of what the student's heads predict, over the first pairs."""
-        first = folder.read(np.arange(SHARD))
-        if self.kind == MATCHING:
-            noise = first["noise"]
-            if self.independent:
-                rng = np.random.default_rng(self.source.seed)
-                noise = self.source.settings.temperature * rng.standard_normal(noise.shape)
-            return [float((first["clean"] - noise).std())]
-        states = first["states"]
-        return [*(float(states[:, number].std()) for number in range(states.shape[1])), float(first["clean"].std())]
 
     def step_time(self) -> str:
         """How large the student is and how long its training's steps take here; some are done, with random data."""
@@ -247,19 +209,6 @@ class NewStudent:
             transport=self.transport,
         )
 
-    def _sheet(self, student: Student, pairs: dict[str, np.ndarray]) -> SampleSheet:
-        """What the teacher and what the student makes of the noise of some pairs, side by side."""
-        pipe, count = self.pipe, len(pairs["noise"])
-        config = pipe.model.flow.config
-        latents = (count, config.img_size, config.img_size, config.channel_size)
-        z = pipe.flow.token_noise(mx.array(pairs["noise"]), latents)
-        condition = mx.array(pairs["condition"]) if "condition" in pairs else None
-        made = sample_student(student, z, condition).data
-        taught = student.data(mx.array(pairs["clean"]), z.shape)
-        both = mx.stack([taught, made], axis=1).reshape(-1, *made.shape[1:])
-        images = [image for image in pipe.to_images(both) if isinstance(image, Image.Image)]
-        return SampleSheet(images, ["teacher", "student"] * count, columns=2)
-
     def run(
         self,
         resume: bool = True,
@@ -281,10 +230,10 @@ class NewStudent:
         student = self._student([1.0] * self._heads)  # its errors come before the pairs
         self._claim()
         folder = self.source.folder(resume, progress)
-        if self.base is None:
-            student = self._student(self._scales(folder))
-        chosen, held_out = split_samples(self.source.count, self.validation, MOST_HELD_OUT, self.source.seed)
         fresh = self.source.settings.temperature if self.independent else None
+        if self.base is None:
+            student = self._student(student_scales(folder, self.kind, fresh, self.source.seed))
+        chosen, held_out = split_samples(self.source.count, self.validation, MOST_HELD_OUT, self.source.seed)
         data, held = (
             PairData(folder, part, matching=self.kind == MATCHING, independent=fresh, refined=share)
             for part, share in ((chosen, REFINED), (held_out, 0.0))
@@ -301,7 +250,7 @@ class NewStudent:
             nll=partial(student_error, grid=grid),
             unit="of the variance",
             constant=0.0,
-            samples=partial(self._sheet, pairs=shown),
+            samples=partial(student_sheet, self.pipe, pairs=shown),
             identity={
                 "student": student.config.to_dict(),
                 "pairs": self.source.count,
@@ -318,7 +267,7 @@ class NewStudent:
         begin()
         assign(student, trainer.run())
         written = self._write(student)
-        save_image(self._sheet(student, shown).draw(), self.out / "samples.png")
+        save_image(student_sheet(self.pipe, student, shown).draw(), self.out / "samples.png")
         self.report(f"wrote {written}; its samples beside its teacher's are in {self.out / 'samples.png'}")
         return written
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -29,9 +29,6 @@ from mlx_starflow.training.data.cache.reading import LatentCache
 from mlx_starflow.training.data.pairs.compute import Pairs, pairs_of_data, pairs_of_samples
 from mlx_starflow.training.data.pairs.files import SHARD, PairFolder
 from mlx_starflow.training.loop.identity import digest
-
-AT_ONCE = 32
-"""Pairs that are computed together."""
 
 
 class Grid(NamedTuple):
@@ -74,6 +71,9 @@ class TeacherPairs:
     adapters: Strengths
     seed: int
     report: Callable[[str], None] = field(repr=False)
+
+    at_once: ClassVar[int] = 32
+    """Pairs that are computed together."""
 
     def __post_init__(self) -> None:
         if self.least < 2:
@@ -169,16 +169,21 @@ class TeacherPairs:
 
     def _sample_pairs(self, progress: Progress) -> tuple[str, Callable[[range], Pairs]]:
         """A digest of the prompts, and what makes pairs of samples of them."""
-        prompts, pipe, settings = self.all_prompts, self.pipe, self.settings
-        options = SamplingOptions(settings.guidance, **settings.options())
+        prompts, temperature = self.all_prompts, self.settings.temperature
 
         def make(indices: range) -> Pairs:
             mine = [prompts[index % len(prompts)] for index in indices]
-            z = settings.temperature * draw_noise([self.seed + index for index in indices], self.grid.shape)
-            null = pipe.conditions([""]) if settings.guidance else None
-            return pairs_of_samples(pipe.dense_flow(), mx.array(z), pipe.conditions(mine), null, options, progress)
+            z = temperature * draw_noise([self.seed + index for index in indices], self.grid.shape)
+            return self.sample_pairs(z, mine, progress)
 
         return digest(prompts), make
+
+    def sample_pairs(self, z: np.ndarray, prompts: list[str], progress: Progress) -> Pairs:
+        """Pairs of samples of noise z, float32, as the flow takes it, and of as many prompts."""
+        pipe, settings = self.pipe, self.settings
+        options = SamplingOptions(settings.guidance, **settings.options())
+        null = pipe.conditions([""]) if settings.guidance else None
+        return pairs_of_samples(pipe.dense_flow(), mx.array(z), pipe.conditions(prompts), null, options, progress)
 
     def folder(self, resume: bool, progress: Progress) -> PairFolder:
         """The pairs, all of them made. Raises StarflowError, also if there are pairs of something else."""
@@ -199,7 +204,7 @@ class TeacherPairs:
             try:
                 for number in range(self._shards):
                     if not folder.has(number):
-                        folder.write(number, _shard(number, make, progress))
+                        folder.write(number, _shard(number, make, self.at_once, progress))
                     counter.advance(SHARD)
             except KeyboardInterrupt:
                 self.report(f"stopped at {counter.done} of {self.count} pairs: run it again to resume")
@@ -211,11 +216,11 @@ class TeacherPairs:
         return -(-self.least // SHARD)
 
 
-def _shard(number: int, make: Callable[[range], Pairs], progress: Progress) -> Pairs:
+def _shard(number: int, make: Callable[[range], Pairs], at_once: int, progress: Progress) -> Pairs:
     """The pairs of a file, made a few at a time."""
     start, arrays = number * SHARD, []
-    for first in range(start, start + SHARD, AT_ONCE):
-        arrays.append(make(range(first, first + AT_ONCE)).arrays())
+    for first in range(start, start + SHARD, at_once):
+        arrays.append(make(range(first, first + at_once)).arrays())
         progress.check()
     joined = {name: np.concatenate([each[name] for each in arrays]) for name in arrays[0]}
     return Pairs(joined["noise"], joined["states"], joined["clean"], joined.get("condition"))

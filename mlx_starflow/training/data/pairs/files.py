@@ -59,6 +59,25 @@ class PairFolder:
             with replacing(folder / MANIFEST, makes_folder=True, sync=True) as temporary:
                 temporary.write_text(json.dumps(self._content, indent=1) + "\n", encoding="utf-8")
 
+    @classmethod
+    def found(cls, folder: Path) -> PairFolder:
+        """The pairs that are in a folder, whatever they are of. Raises StarflowError if there are none."""
+        content = read_json(inside(folder, MANIFEST)) if exists(folder / MANIFEST) else None
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise StarflowError(f"{folder} has no pairs: make some with mlx-starflow distill")
+        return cls(folder, content["identity"], (content["grid"][0], content["grid"][1]))
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What they are pairs of."""
+        return self._content["identity"]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of their tokens."""
+        rows, columns = self._content["grid"]
+        return rows, columns
+
     def _difference(self, found: Mapping[str, Any]) -> str:
         was, now = found.get("identity"), self._content["identity"]
         if found.get("format") != FORMAT or not isinstance(was, dict):
