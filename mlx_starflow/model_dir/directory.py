@@ -19,11 +19,11 @@ import mlx.nn as nn
 
 from mlx_starflow.errors import StarflowError, one_line
 from mlx_starflow.errors.arguments import checked
-from mlx_starflow.media.files import exists, expanded, inside, is_folder, is_regular, read_bytes
+from mlx_starflow.media.files import exists, inside, is_folder, is_regular, read_bytes
 from mlx_starflow.model_dir.adapters import STUDENT, Strengths, add_adapters
 from mlx_starflow.model_dir.files import PLAN_FILE, STATISTICS_FILE, StoredConfig, load_weights
 from mlx_starflow.model_dir.fingerprint import fingerprint
-from mlx_starflow.model_dir.hub import find_model
+from mlx_starflow.model_dir.hub import find_model, find_student
 from mlx_starflow.model_dir.precision import Precision
 from mlx_starflow.model_dir.quantization import quantize_module
 from mlx_starflow.model_dir.tensor_parallel import load_part
@@ -118,9 +118,9 @@ class NetworkDirectory(Generic[Network, Config]):
         return NetworkDirectory(_stored_as(TEXT_FLOW, folder, "model of text", "train"), TextFlow, TextFlowConfig)
 
     @classmethod
-    def student(cls, folder: str | Path) -> NetworkDirectory[Student, StudentConfig]:
-        """The student in a folder. Raises StarflowError if there is none."""
-        return NetworkDirectory(_stored_as(STUDENT, folder, "student", "distill"), Student, StudentConfig)
+    def student(cls, name: str | Path) -> NetworkDirectory[Student, StudentConfig]:
+        """The student of a folder, see `hub.find_student`. Raises StarflowError if there is none."""
+        return NetworkDirectory(_stored_as(STUDENT, find_student(name), "student", "distill"), Student, StudentConfig)
 
     @classmethod
     def text_encoder(cls, folder: str | Path) -> NetworkDirectory[T5Encoder, T5Config]:
@@ -244,7 +244,7 @@ class ModelDirectory:
         return bool(self.flow.content.get("model_type") == "starflow" and self.flow.content.get("txt_size"))
 
     def has(self, part: str) -> bool:
-        """Whether there is a network beside the flow, "text_encoder" or "vae"."""
+        """Whether there is a network beside the flow, "text_encoder", "vae" or `OWN_STUDENT`."""
         return is_regular(self.path / part / "config.json")
 
     @property
@@ -333,7 +333,7 @@ def load_student(
     dtype: str | mx.Dtype | None = None,
     adapters: Strengths = (),
 ) -> Student:
-    """The student in a folder; `dtype` as in `load_flow`.
+    """The student in a folder, or that of a model, "demo" among them; `dtype` as in `load_flow`.
 
     Args:
         teacher: the model that it is to be used with; None: any.
@@ -343,7 +343,7 @@ def load_student(
         StarflowError: there is none, it is damaged, it has learned from other weights than the teacher's, or an adapter
             does not fit it.
     """
-    directory = NetworkDirectory.student(expanded(path))
+    directory = NetworkDirectory.student(path)
     if teacher is not None and directory.config.teacher != fingerprint(teacher.path):
         raise StarflowError(
             f"the student {path} has learned from other weights than those of {teacher.path}: give the model that it "

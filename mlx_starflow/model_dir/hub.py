@@ -15,6 +15,9 @@ from mlx_starflow.model_dir.transaction import settle
 
 DEMO = Path(__file__).parents[1] / "demo" / "model"
 
+OWN_STUDENT = "student"
+"""The folder, inside a model's, of a student that comes with it."""
+
 CACHE_VARIABLE = "MLX_STARFLOW_CACHE"
 """Environment variable that names the folder of converted releases; `~/.cache/mlx-starflow` without it."""
 
@@ -70,6 +73,18 @@ def find_model(name: str | Path, *, download: bool = True) -> Path:
             "(--quantize 8 makes a quarter of the size)"
         )
     return fetch(text, _FILES, note=" (there is no folder of that name)", download=download)
+
+
+def find_student(name: str | Path) -> Path:
+    """The folder of a student, which may not be there: the folder of this name or, where that is a model's with a
+    student of its own, "demo" among them, its `student`.
+
+    Raises:
+        StarflowError: "demo" is not in this installation.
+    """
+    folder = find_model("demo") if str(name) == "demo" else expanded(name)
+    own = folder / OWN_STUDENT
+    return own if is_regular(own / "config.json") else folder
 
 
 def is_repository(name: str) -> bool:

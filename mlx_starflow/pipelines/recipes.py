@@ -17,7 +17,7 @@ from mlx_starflow.kernels.affine import GUIDANCE_MODES
 from mlx_starflow.media.files import exists, expanded
 from mlx_starflow.media.metadata import read_metadata
 from mlx_starflow.model_dir.adapters import CONFIG_FILE
-from mlx_starflow.model_dir.hub import find_model
+from mlx_starflow.model_dir.hub import find_model, find_student
 from mlx_starflow.models.configs import MOST_LAYERS
 from mlx_starflow.pipelines.results import MOST_STEPS
 from mlx_starflow.sampling.cache import KV_CHOICES
@@ -207,7 +207,7 @@ class Recipe:
         if model:
             check_local_model(self.file, self.model)
         taught = self.settings.get("student") if student else None
-        if taught is not None and not exists(expanded(taught) / "config.json"):
+        if taught is not None and not exists(find_student(taught) / "config.json"):
             raise StarflowError(
                 f"{self.file} was made by the student {taught}, which is not on this machine: give one with --student"
             )

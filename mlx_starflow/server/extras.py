@@ -9,7 +9,6 @@ from typing import Any
 
 from mlx_starflow.convert.upscaler_files import find_upscaler
 from mlx_starflow.errors import StarflowError
-from mlx_starflow.media.files import expanded
 from mlx_starflow.model_dir.directory import NetworkDirectory
 from mlx_starflow.pipelines.upscaling import Upscaler
 from mlx_starflow.sampling.student import STEPS
@@ -39,9 +38,9 @@ class OfferedStudent:
 
     @classmethod
     def read(cls, folder: str | Path) -> OfferedStudent:
-        """Look at a folder. Raises StarflowError if it holds no student."""
-        directory = NetworkDirectory.student(expanded(folder))
-        config, id = directory.config, Path(folder).absolute().name
+        """Look at a folder, or at a model's own student. Raises StarflowError if it holds no student."""
+        directory = NetworkDirectory.student(folder)
+        config, id = directory.config, directory.folder.absolute().name
         about = {
             "id": id,
             "kind": config.kind,

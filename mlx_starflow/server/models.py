@@ -22,6 +22,7 @@ from mlx_starflow.likelihood import CalibrationStatistics
 from mlx_starflow.model_dir.adapters import Strengths, for_flow_and_student
 from mlx_starflow.model_dir.directory import ModelDirectory
 from mlx_starflow.model_dir.fingerprint import fingerprint
+from mlx_starflow.model_dir.hub import OWN_STUDENT
 from mlx_starflow.model_dir.weights import parse_dtype
 from mlx_starflow.models.tarflow import PixelFlowConfig
 from mlx_starflow.pipelines import ClassPipeline, ImagePipeline, Pipeline, VideoPipeline, load
@@ -251,7 +252,8 @@ class Models:
         else:
             held = sum(plan(directory, dtype=parse_dtype(self._options["dtype"])).weights.values())
         id = Path(name).name if "/" in name and Path(name).is_dir() else name
-        students = self._taught_by(directory)
+        own = [OfferedStudent.read(name)] if directory.has(OWN_STUDENT) else []
+        students = self._taught_by(directory, own)
         about: dict[str, Any] = {
             "id": id,
             "kind": KINDS[kind],
@@ -268,12 +270,16 @@ class Models:
         model.held += model.students_held
         return model
 
-    def _taught_by(self, directory: ModelDirectory) -> dict[str, OfferedStudent]:
-        """The students of a model, by id. Raises StarflowError if two have the same."""
-        if not self._students:
+    def _taught_by(self, directory: ModelDirectory, own: Sequence[OfferedStudent]) -> dict[str, OfferedStudent]:
+        """The students of a model, by id: `own`, which lie in its folder, and those that the server was given.
+
+        Raises StarflowError if two have the same.
+        """
+        students = [*(student for student in own if student not in self._students), *self._students]
+        if not students:
             return {}
         mark, found = fingerprint(directory.path), dict[str, OfferedStudent]()
-        for student in self._students:
+        for student in students:
             if student.teacher != mark:
                 continue
             if student.id in found:

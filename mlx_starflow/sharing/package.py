@@ -21,7 +21,7 @@ from mlx_starflow.media.metadata import read_metadata
 from mlx_starflow.model_dir.adapters import CONFIG_FILE, WEIGHTS_FILE, Adapter
 from mlx_starflow.model_dir.directory import ModelDirectory
 from mlx_starflow.model_dir.files import CLASSES_FILE, STATISTICS_FILE
-from mlx_starflow.model_dir.hub import find_model, is_repository
+from mlx_starflow.model_dir.hub import OWN_STUDENT, find_model, is_repository
 from mlx_starflow.pipelines import load
 from mlx_starflow.planning.summary import PARTS
 from mlx_starflow.sampling.progress import Callback, Watch
@@ -150,7 +150,7 @@ def _open(folder: str | Path) -> Package:
     files: dict[str, Path | bytes] = {
         name: model.path / name for name in _files(model.path, "", CLASSES_FILE, STATISTICS_FILE, *model.licences)
     }
-    for part in PARTS.values():
+    for part in (*PARTS.values(), OWN_STUDENT):
         if model.has(part):
             files |= {name: model.path / name for name in _files(model.path, part, "spiece.model")}
     notices = {name: read_text(model.path / name, most=MOST_NOTICE) for name in model.licences}

@@ -17,6 +17,7 @@ from helpers.commands import Command
 from helpers.hub_uploads import GOOD, READS_ONLY, UploadHub, upload_hub
 from helpers.images import colours, write_images
 from helpers.model_directories import write_class_model, write_image_model, write_trained_model
+from helpers.students import write_student
 from huggingface_hub.utils import close_session
 from PIL import Image
 
@@ -79,13 +80,21 @@ def test_a_model_and_back(hub, model, tmp_path, monkeypatch):
     (model / "training/flow/checkpoint-1.safetensors").write_bytes(b"not to be sent")
     (model / "made_of.json").write_text('{"model": "/Users/jane/secret"}')
     (model / "NOTICE").write_text("drawn by | Jane")
+    write_student(model / "student", model)
     result = upload(model, NAME, "--licence", "cc-by-4.0", "-p", "a cat", "-p", "a dog")
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines()[-1] == f"published for all: {hub.url}/{NAME}"
     files = hub.repositories[NAME]
     assert sorted(files) == [
-        *("NOTICE", "README.md", "config.json", "model.safetensors", "samples.png", "text_encoder/config.json"),
-        *("text_encoder/model.safetensors", "text_encoder/spiece.model", "vae/config.json", "vae/model.safetensors"),
+        *("NOTICE", "README.md", "config.json", "model.safetensors", "samples.png", "student/config.json"),
+        *(
+            "student/model.safetensors",
+            "text_encoder/config.json",
+            "text_encoder/model.safetensors",
+            "text_encoder/spiece.model",
+            "vae/config.json",
+            "vae/model.safetensors",
+        ),
     ]
     for name in set(files) - {"README.md", "samples.png"}:
         assert files[name] == (model / name).read_bytes(), name
@@ -105,9 +114,10 @@ def test_a_model_and_back(hub, model, tmp_path, monkeypatch):
         path = tmp_path / "fetched" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-    assert load(tmp_path / "fetched").generate("a cat", seed=1).images[0].tobytes() == (
-        load(model).generate("a cat", seed=1).images[0].tobytes()
-    )
+    for student in (None, tmp_path / "fetched"):
+        fetched = load(tmp_path / "fetched").generate("a cat", seed=1, student=student)
+        own = load(model).generate("a cat", seed=1, student=student and model)
+        assert fetched.images[0].tobytes() == own.images[0].tobytes()
 
 
 def test_by_the_real_command(hub, model, tmp_path):

@@ -53,3 +53,14 @@ def test_inversion_is_exact(pipe):
     for method in ("sequential", JacobiSettings(threshold=1e-10), RollingSettings(tolerance=1e-5)):
         back = sample(pipe.flow, z, text, method=method)
         assert np.abs(np.array(back) - np.array(latents)).max() < 1e-3
+
+
+def test_its_student_makes_nearly_the_same_in_one_evaluation(pipe):
+    prompts = [PROMPT, "two fish under water", "a cat on a grey background", "a crown above a cat"]
+    made = pipe.generate(prompts, seed=1, student="demo")
+    assert made.stats.student_evaluations == 1 and not any(made.stats.evaluations)
+    own, its, other = (
+        np.array(result.latents) for result in (pipe.generate(prompts, seed=1), made, pipe.generate(prompts, seed=11))
+    )
+    distances, others = (np.sqrt(np.square(its - exact).mean((1, 2, 3))) for exact in (own, other))
+    assert (distances < 0.4 * own.std()).all() and (distances < others).all()

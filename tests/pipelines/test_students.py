@@ -38,6 +38,18 @@ def pipe(model):
     return load(model)
 
 
+def test_a_model_may_have_a_student_of_its_own(tmp_path):
+    model = write_image_model(tmp_path / "model")
+    with pytest.raises(StarflowError, match="is no student"):
+        load(model).generate("a cat", student=model)
+    own = write_student(model / "student", model)
+    pipe = load(model)
+    result = pipe.generate("a cat", seed=3, student=model)
+    assert np.array_equal(result.latents, pipe.generate("a cat", seed=3, student=own).latents)
+    result.save(tmp_path / "out.png")
+    Recipe.read(tmp_path / "out.png").check_local()
+
+
 def test_a_quantized_student_is_dense_on_a_cpu(model, tmp_path):
     folder = write_student(tmp_path, model, guidance=1.0, channels=64, num_heads=4, num_kv_heads=4)
     network = load_student(folder)

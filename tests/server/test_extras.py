@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -211,6 +212,24 @@ def test_students_that_cannot_be_offered(directories, students, tmp_path):
     twice = Models([str(directories["pictures"])], students=[students["quick"], other])
     assert "two students are called quick" in message(twice.open)
     assert f"there is no file {tmp_path / 'no.pth'}" in message(Models, names, upscaler=tmp_path / "no.pth")
+
+
+def test_a_models_own_student_is_offered(directories, students, tmp_path):
+    model = Path(shutil.copytree(directories["pictures"], tmp_path / "model"))
+    write_student(model / "student", model)
+    for given, ids in (((), ["student"]), ((model,), ["student"]), ((students["quick"],), ["student", "quick"])):
+        models = Models([str(model)], students=given)
+        models.open()
+        assert [each["id"] for each in models.describe()[0]["students"]] == ids
+    made, named = (
+        np.array(models.get(None).generate("a cat", seed=3, student=student).latents)
+        for student in (models.student(models.find(None), "student"), model / "student")
+    )
+    assert np.array_equal(made, named)
+    write_student(model / "student", model, teacher="others")  # of what the weights were before they were trained on
+    models = Models([str(model)])
+    models.open()
+    assert models.describe()[0]["students"] == []
 
 
 def test_a_students_weights_are_counted(directories, students):

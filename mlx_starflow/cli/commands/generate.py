@@ -61,7 +61,8 @@ if TYPE_CHECKING:
     "--student",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Let a student of the model (see distill) make the pictures; with --method draft it only gives first guesses.",
+    help="Let a student of the model (see distill) make the pictures; with --method draft it only gives first guesses. "
+    "demo is the embedded model's.",
 )
 @click.option("--steps", type=click.IntRange(min=1), help="Of the student.  [default: 1, of a matching student 4]")
 @click.option("--size", type=Size(), help="In pixels; the size the model was trained at by default.")

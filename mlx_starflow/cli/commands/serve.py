@@ -22,7 +22,8 @@ INSTALL = "the server needs packages that are not installed: pip install fastapi
     type=click.Path(path_type=Path),
     multiple=True,
     metavar="DIR",
-    help="A student of one of the models, which clients ask for by the folder's name; give it again for more.",
+    help="A student of one of the models, which clients ask for by the folder's name; give it again for more. One that "
+    "a model has in its own folder is there anyway.",
 )
 @click.option(
     "--upscaler",

@@ -19,6 +19,7 @@ from mlx_starflow.media.outputs import check_outputs
 from mlx_starflow.model_dir.adapters import FINGERPRINT, OF, STUDENT, Strengths
 from mlx_starflow.model_dir.directory import NetworkDirectory, load_student
 from mlx_starflow.model_dir.fingerprint import fingerprint
+from mlx_starflow.model_dir.hub import find_student
 from mlx_starflow.model_dir.saving import save_model
 from mlx_starflow.model_dir.weights import parameters
 from mlx_starflow.models.flow import active_blocks
@@ -131,7 +132,7 @@ class NewStudent:
 
     def _take_from_base(self) -> None:
         """Kind, guidance and temperature of the student that is there. Raises StarflowError if others are asked for."""
-        own = NetworkDirectory.student(expanded(self.base or "")).config
+        own = NetworkDirectory.student(self.base or "").config
         self.kind = own.kind
         for name in ("guidance", "temperature"):
             asked, learned = getattr(self, name), getattr(own, name)
@@ -286,13 +287,13 @@ class NewStudent:
         """What checkpoints of an adapter are of besides."""
         if self.base is None:
             return {}
-        return {"base": fingerprint(expanded(self.base)), "adapter": asdict(self.adapter_config)}
+        return {"base": fingerprint(find_student(self.base)), "adapter": asdict(self.adapter_config)}
 
     def _write(self, student: Student) -> Path:
         """Write what has been trained; gives its folder."""
         if self.base is None:
             return save_model(self.out, parameters(student), {"model_type": STUDENT, **student.config.to_dict()})
-        about = {"model": str(self.base), OF: STUDENT, FINGERPRINT: fingerprint(expanded(self.base))}
+        about = {"model": str(self.base), OF: STUDENT, FINGERPRINT: fingerprint(find_student(self.base))}
         return save_adapter(self.out / "adapter", student, self.adapter_config, about)
 
     def _size(self, student: Student) -> str:

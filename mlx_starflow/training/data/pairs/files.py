@@ -63,9 +63,12 @@ class PairFolder:
     def found(cls, folder: Path) -> PairFolder:
         """The pairs that are in a folder, whatever they are of. Raises StarflowError if there are none."""
         content = read_json(inside(folder, MANIFEST)) if exists(folder / MANIFEST) else None
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise StarflowError(f"{folder} has no pairs: make some with mlx-starflow distill")
-        return cls(folder, content["identity"], (content["grid"][0], content["grid"][1]))
+        match content:
+            case {"format": found, "identity": dict() as identity, "grid": [int() as rows, int() as columns]} if (
+                found == FORMAT
+            ):
+                return cls(folder, identity, (rows, columns))
+        raise StarflowError(f"{folder} has no pairs: make some with mlx-starflow distill")
 
     @property
     def identity(self) -> Mapping[str, Any]:
