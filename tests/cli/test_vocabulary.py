@@ -200,8 +200,8 @@ def test_weights_are_quantized_as_they_are_read(tmp_path_factory):
 
 
 def test_sizes_that_the_model_has_not_seen():
-    assert "was trained at 64x64" in generate("a cat", "--size", "32x32", "-o", "a.png").stderr
-    assert "trained" not in generate("a cat", "--size", "64x64", "-o", "b.png").stderr
+    assert "was trained at 128x128" in generate("a cat", "--size", "32x32", "-o", "a.png").stderr
+    assert "trained" not in generate("a cat", "--size", "128x128", "-o", "b.png").stderr
 
 
 # ---- help

@@ -38,13 +38,16 @@ def test_decode(noise, tmp_path):
 
 
 def test_edit(tmp_path):
-    def reprompt(strength):
+    def reprompt(strength, *words):
         out = tmp_path / "o.png"
-        return warned(edit("reprompt", FOX, "--from", "a fox", "--to", "a cat", "--strength", strength, "-o", out))
+        words = ["--from", "a fox", "--to", "a cat", "--strength", strength, *words]
+        return warned(edit("reprompt", FOX, *words, "-o", out))
 
     assert not reprompt(1.5)
-    (line,) = reprompt(1e6)
+    (line,) = reprompt(1e6, "--method", "sequential")
     assert "try a lower guidance or strength" in line
+    (line,) = reprompt(1e6)
+    assert "the sampling plan allows 1.0e-02; give the method sequential" in line
     out = tmp_path / "o.png"
     assert not warned(edit("vary", FOX, "-p", "a fox", "-o", out))
     assert not warned(edit("interpolate", FOX, FOX, "--from", "a fox", "--to", "a fox", "--frames", 3, "-o", out))
