@@ -7,12 +7,12 @@
         --independent runs/independent --scenes data/scenes --evaluator runs/scenes/evaluator.pt
 
 Every way makes the same images of the same noise, one at a time: seconds and evaluations are those of an image, without
-text encoder and decoder. The distance is RMS, of clean latents to those of the sequential sample, in standard
-deviations of these. What is exact has its certificate. With --scenes the prompts are captions of scenes such as the
-embedded model was trained on, and an image is right if a classifier that is no part of the model (`scene_evaluator.py`)
-sees all in it that its caption says; a standard error stands behind. The kernel distance is that of KID, of clean
-latents and those of the scenes, times 1000. A second table says what first guesses with an error would save, whoever
-makes them.
+text encoder and decoder. The distance is RMS, of an image's clean latents to those of the sequential sample, in
+standard deviations of these; a standard error stands behind. What is exact has its certificate. With --scenes the
+prompts are captions of scenes such as the embedded model was trained on, and an image is right if a classifier that is
+no part of the model (`scene_evaluator.py`) sees all in it that its caption says; a standard error stands behind. The
+kernel distance is that of KID, of clean latents and those of other scenes, times 1000. A second table says what first
+guesses with an error would save, whoever makes them.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from scene_pictures import Renderer
 
 from mlx_starflow.bench.trials import PROMPTS
 from mlx_starflow.evaluation.measures import LEAST, kernel_distance
+from mlx_starflow.likelihood import standard_error
 from mlx_starflow.media.noise import draw_noise
 from mlx_starflow.models.student import Student
 from mlx_starflow.pipelines import load
@@ -83,7 +84,9 @@ class Report:
             stream = Stream(Renderer(scenes))
             self.scenes = [stream[FRESH + number] for number in range(samples)]
             prompts = [scene.caption for scene in self.scenes]
-            self.known = self.pipe.to_data([scene.picture for scene in self.scenes]).reshape(samples, -1)
+            # Of other captions than the images': pairs of one scene would make the two sets look nearer than they are.
+            others = [stream[FRESH + samples + number].picture for number in range(samples)]
+            self.known = self.pipe.to_data(others).reshape(samples, -1)
         self.prompts = [prompts[index % len(prompts)] for index in range(samples)]
         self.z = self.settings.temperature * draw_noise(range(samples), self.pipe.noise_shape())
         self.null = self.pipe.conditions([""]) if self.settings.guidance else None
@@ -121,6 +124,13 @@ class Report:
             for index, (x, text) in enumerate(zip(samples[1:], self.texts, strict=True))
         ]
         made.certificate = Certificate.worst(certificates)
+        return made
+
+    def other_noise(self) -> Made:
+        """The flow again, each prompt with the noise of another image: how far apart two samples of a prompt are."""
+        z, self.z = self.z, np.roll(self.z, 1, axis=0)
+        made = self.teacher("sequential")
+        self.z = z
         return made
 
     def guessed(self, error: float, samples: int) -> float:
@@ -173,14 +183,21 @@ class Report:
         found = kernel_distance(self.known, latents.reshape(len(latents), -1))
         return f"{1000 * found.mean:.0f} +- {1000 * found.error:.0f}"
 
-    def line(self, name: str, made: Made) -> None:
-        """Print a row; the first one is what the others are compared with."""
+    def line(self, name: str, made: Made) -> np.ndarray:
+        """Print a row, and give the distance of each image; the first row is what the others are compared with."""
         if self.exact is None:
             self.exact = made.latents
-        distance = float(np.sqrt(np.square(made.latents - self.exact).mean()) / self.exact.std())
+        each = np.sqrt(np.square(made.latents - self.exact).reshape(len(self.exact), -1).mean(1)) / self.exact.std()
         certificate = "" if made.certificate is None else f"{made.certificate.max:.1e}"
-        cells = [name, f"{made.seconds:.3f}", f"{made.evaluations:.1f}", f"{distance:.3f}", certificate]
+        cells = [
+            name,
+            f"{made.seconds:.3f}",
+            f"{made.evaluations:.1f}",
+            f"{each.mean():.3f} +- {standard_error(each):.3f}",
+            certificate,
+        ]
         print("| " + " | ".join([*cells, self.right(made.latents), self.kernel(made.latents)]) + " |", flush=True)
+        return each
 
 
 def main() -> None:
@@ -198,6 +215,7 @@ def main() -> None:
         "| | seconds | evaluations | distance | certificate | right | kernel distance |\n|---|---|---|---|---|---|---|"
     )
     report.line("teacher, sequential", report.teacher("sequential"))
+    report.line("teacher, other noise", report.other_noise())
     auto = report.pipe.method(report.settings)
     report.line("teacher, auto", report.teacher(auto))
     if arguments.inverse is not None:
@@ -205,11 +223,16 @@ def main() -> None:
         report.line("teacher, draft", report.teacher("draft", inverse))
         for steps in (1, 2, 4):
             report.line(f"inverse student, {steps}", report.student(inverse, steps))
+    distances: dict[int, list[np.ndarray]] = {1: [], 4: [], 16: []}
     for name, folder in (("matching", arguments.matching), ("independent", arguments.independent)):
         if folder is not None:
             matching = report.learned(folder)
-            for steps in (1, 4, 16):
-                report.line(f"{name} student, {steps}", report.student(matching, steps))
+            for steps, found in distances.items():
+                found.append(report.line(f"{name} student, {steps}", report.student(matching, steps)))
+    for steps, found in distances.items():
+        if len(found) == 2:
+            nearer = found[1] - found[0]
+            print(f"\n{steps}: pairs are nearer by {nearer.mean():.4f} +- {standard_error(nearer):.4f}, image by image")
     print("\n| error of first guesses | evaluations of the flow |\n|---|---|")
     for error in ERRORS:
         print(f"| {error:g} | {report.guessed(error, GUESSED):.1f} |", flush=True)

@@ -321,7 +321,9 @@ def jobs_of(page: Any, kind: str) -> list[dict[str, Any]]:
 
 def test_a_student_previews_what_is_typed(page):
     quick = page.get_by_label("Preview while typing")
-    expect(quick).to_be_hidden()  # the embedded model has no student here
+    expect(quick).to_have_value("student")  # the embedded model's own
+    page.locator("#model").select_option("movies")
+    expect(quick).to_be_hidden()
     page.locator("#model").select_option("pictures")
     expect(quick).to_have_value("quick-one")
     prompt, preview = page.locator("#make-form [name=prompt]"), page.locator("#stage .quick img")
