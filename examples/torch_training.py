@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import torch
+from mlx.nn import Module as MLXModule
 from torch import Tensor, nn
 
 from mlx_starflow.model_dir.quantization import quantize_module
@@ -187,10 +188,7 @@ def write_model(
 
     encoder = MLXT5Encoder(model.text_encoder.config)
     load_module(encoder, arrays(model.text_encoder), "text encoder", dtype=mx.float32 if dense else mx.bfloat16)
-    config = encoder.config.to_dict()
-    if not dense:
-        config["quantization"] = quantize_module(encoder, "8", 64)
-    save_model(folder / "text_encoder", parameters(encoder), config)
+    save_network(folder / "text_encoder", encoder, encoder.config.to_dict(), dense)
     shutil.copy(spiece, folder / "text_encoder/spiece.model")
     write_flow(folder, model.flow, pipeline, dense)
 
@@ -199,17 +197,19 @@ def write_flow(folder: Path, flow: STARFlow, pipeline: dict[str, Any], dense: bo
     """Write the flow of an MLX model directory, in 8 bits, or as it is; `pipeline` says how to sample."""
     dtype = mx.float32 if dense else mx.bfloat16
     module = load_module(MLXSTARFlow(flow.config), arrays(flow), "flow", dtype=dtype)
-    config = {"model_type": "starflow", **flow.config.to_dict(), "pipeline": pipeline}
-    if not dense:
-        config["quantization"] = quantize_module(module, "8", 64)
-    save_model(folder, parameters(module), config)
+    save_network(folder, module, {"model_type": "starflow", **flow.config.to_dict(), "pipeline": pipeline}, dense)
 
 
 def write_student(folder: Path, student: Student) -> None:
     """Write a student's folder, in 8 bits."""
     module = load_module(MLXStudent(student.config), arrays(student), "student", dtype=mx.bfloat16)
-    config = {"model_type": "student", **student.config.to_dict()}
-    config["quantization"] = quantize_module(module, "8")
+    save_network(folder, module, {"model_type": "student", **student.config.to_dict()})
+
+
+def save_network(folder: Path, module: MLXModule, config: dict[str, Any], dense: bool = False) -> None:
+    """Write a network's folder, in 8 bits unless it is `dense`."""
+    if not dense:
+        config = {**config, "quantization": quantize_module(module, "8")}
     save_model(folder, parameters(module), config)
 
 

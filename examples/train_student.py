@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -234,4 +235,8 @@ def write(out: Path, student: Student, pipe: Any, shown: dict[str, np.ndarray]) 
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except StarflowError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2)

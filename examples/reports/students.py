@@ -177,7 +177,7 @@ class Report:
         return f"{100 * share:.0f} +- {100 * np.sqrt(share * (1 - share) / len(hits)):.0f} %"
 
     def kernel(self, latents: np.ndarray) -> str:
-        """The kernel distance of the images' latents to those of the scenes, times 1000."""
+        """The kernel distance of the images' latents to those of other scenes, times 1000."""
         if self.known is None or len(latents) < LEAST:
             return ""
         found = kernel_distance(self.known, latents.reshape(len(latents), -1))

@@ -76,13 +76,11 @@ def find_model(name: str | Path, *, download: bool = True) -> Path:
 
 
 def find_student(name: str | Path) -> Path:
-    """The folder of a student, which may not be there: the folder of this name or, where that is a model's with a
-    student of its own, "demo" among them, its `student`.
-
-    Raises:
-        StarflowError: "demo" is not in this installation.
-    """
-    folder = find_model("demo") if str(name) == "demo" else expanded(name)
+    """The folder of a student, which may not be there: the folder of this name or, where a model on this machine is
+    called so (see `find_model`) and has a student of its own, its `student`."""
+    folder = expanded(name)
+    with suppress(StarflowError):  # no model is called so
+        folder = find_model(str(name), download=False)
     own = folder / OWN_STUDENT
     return own if is_regular(own / "config.json") else folder
 

@@ -65,21 +65,11 @@ class Student(nn.Module):
         time: Tensor | None = None,
         text_length: int | None = None,
     ) -> list[Tensor]:
-        """One evaluation.
+        """One evaluation; arguments and what comes of them are those of `models.student.Student`.
 
-        Args:
-            tokens: noise `[B, N, C]`; of a matching student, x_t.
-            grid: their rows and columns.
-            condition: text embeddings `[B, L, D]`, or integer labels `[B]`, -1 for none.
-            previous: of an inverse student, the sample that an evaluation before has given, `[B, N, C]`; None: zeros.
-            time: of a matching student, t `[B]`.
-            text_length: rows of text that there would be with padding, which a training may leave out; None: as given.
+        text_length: rows of text that there would be with padding, which a training may leave out; None: as given.
 
-        Returns:
-            Each head's prediction, `[B, N, C]`, float32: states, sample and clean data, or the velocity alone.
-
-        Raises:
-            StarflowError: it reads text, and there is none.
+        Raises StarflowError if it reads text, and there is none.
         """
         config = self.config
         if config.kind == INVERSE:

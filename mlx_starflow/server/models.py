@@ -252,8 +252,7 @@ class Models:
         else:
             held = sum(plan(directory, dtype=parse_dtype(self._options["dtype"])).weights.values())
         id = Path(name).name if "/" in name and Path(name).is_dir() else name
-        own = [OfferedStudent.read(name)] if directory.has(OWN_STUDENT) else []
-        students = self._taught_by(directory, own)
+        students = self._taught_by(name, directory)
         about: dict[str, Any] = {
             "id": id,
             "kind": KINDS[kind],
@@ -270,12 +269,14 @@ class Models:
         model.held += model.students_held
         return model
 
-    def _taught_by(self, directory: ModelDirectory, own: Sequence[OfferedStudent]) -> dict[str, OfferedStudent]:
-        """The students of a model, by id: `own`, which lie in its folder, and those that the server was given.
+    def _taught_by(self, name: str, directory: ModelDirectory) -> dict[str, OfferedStudent]:
+        """The students of a model, by id: its own, and those that the server was given.
 
         Raises StarflowError if two have the same.
         """
-        students = [*(student for student in own if student not in self._students), *self._students]
+        students = list(self._students)
+        if directory.has(OWN_STUDENT) and (own := OfferedStudent.read(name)) not in students:
+            students.insert(0, own)
         if not students:
             return {}
         mark, found = fingerprint(directory.path), dict[str, OfferedStudent]()

@@ -13,7 +13,7 @@ from mlx_starflow.errors import StarflowError
 from mlx_starflow.model_dir import hub
 from mlx_starflow.model_dir.adapters import CONFIG_FILE, WEIGHTS_FILE, Adapter
 from mlx_starflow.model_dir.files import CLASSES_FILE
-from mlx_starflow.model_dir.hub import converted_directory, fetch, find_model
+from mlx_starflow.model_dir.hub import converted_directory, fetch, find_model, find_student
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +68,22 @@ def test_folder(tmp_path, monkeypatch):
     assert find_model("owner/name") == Path("owner/name")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert find_model("~/owner") == tmp_path / "owner"
+
+
+def test_students_of_models(tmp_path, monkeypatch, download):
+    monkeypatch.chdir(tmp_path)
+    own = tmp_path / "fetched/student/config.json"
+    own.parent.mkdir(parents=True)
+    own.write_text("{}")
+    for name in ("fetched", tmp_path / "fetched", "fetched/student"):
+        assert find_student(name).resolve() == own.parent, name
+    assert find_student("demo") == hub.DEMO / "student"
+    asked = download(tmp_path / "fetched")
+    assert find_student("owner/name") == find_student(Path("owner/name")) == own.parent
+    assert all(options["local_files_only"] for _, options in asked)
+    download(LocalEntryNotFoundError("not here"))
+    assert find_student("owner/name") == Path("owner/name")
+    assert find_student("nowhere") == Path("nowhere")
 
 
 def test_file(tmp_path):

@@ -123,7 +123,7 @@ def _sample(dtype: mx.Dtype, method: str) -> Sampled:
     """With dense weights, as larger models in this precision have them; those of the embedded model have 8 bits."""
     with warnings.catch_warnings():
         # That its sampling plan is for float32 concerns nobody here: the method is given.
-        warnings.simplefilter("ignore")
+        warnings.filterwarnings("ignore", ".* was measured in .* and is ignored in ")
         pipe = load("demo", dtype=dtype)
     flow = pipe.flow
     assert isinstance(flow, STARFlow)
